@@ -1,0 +1,325 @@
+"""The settings of an experiment: frozen dataclasses, checked when they are built.
+
+An `Experiment` says everything a run needs. The files in `experiments/` build one each; the command line overrides
+single fields (`--pretrain.num-iterations=100`); the run directory keeps the result as `config.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "rl", "evaluate", "report")
+VOCAB_MULTIPLE = 128
+NUM_BYTES = 256
+
+
+class UserError(Exception):
+    """Bad input by the user. The message is one line that says what is wrong and what to do instead."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises `UserError(message)` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def closest(name: str, candidates) -> str:
+    """A hint such as `, did you mean 'd12'?`, or the empty string when nothing is near `name`."""
+    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The one dial is `depth`: the width is 64 a layer, heads are about 128 wide.
+
+    `vocab_size` is the tokenizer's; the model pads it to a multiple of 128 inside.
+    """
+
+    depth: int = 12
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    num_kv_heads: int | None = None
+    rope_base: float = 10_000.0
+    logit_cap: float = 15.0
+
+    def __post_init__(self):
+        check(self.depth >= 1, f"model.depth is {self.depth}; it must be at least 1")
+        check(self.sequence_len >= 2, f"model.sequence-len is {self.sequence_len}; it must be at least 2")
+        check(
+            _depth_fits(self.depth),
+            f"model.depth {self.depth} gives a width of {self.width}, which {self.num_heads} heads do not divide into "
+            f"an even size; nearest that do: {_near_depths(self.depth)}",
+        )
+        kv = self.kv_heads
+        check(
+            kv >= 1 and self.num_heads % kv == 0,
+            f"model.num-kv-heads is {kv}; it must divide the {self.num_heads} heads of depth {self.depth}",
+        )
+
+    @property
+    def width(self) -> int:
+        return 64 * self.depth
+
+    @property
+    def num_heads(self) -> int:
+        return max(1, (self.width + 127) // 128)
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def _depth_fits(depth: int) -> bool:
+    heads = max(1, (64 * depth + 127) // 128)
+    return 64 * depth % (2 * heads) == 0
+
+
+def _near_depths(depth: int) -> str:
+    below = next((d for d in range(depth - 1, 0, -1) if _depth_fits(d)), None)
+    above = next(d for d in range(depth + 1, depth + 200) if _depth_fits(d))
+    return " and ".join(str(d) for d in (below, above) if d)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 for `data` takes all that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        check(self.fsdp >= 1 and self.tensor >= 1, "mesh.fsdp and mesh.tensor must be at least 1")
+        check(self.data == -1 or self.data >= 1, "mesh.data must be at least 1, or -1 for all devices left")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Muon for the blocks' matrices, AdamW for embedding and head. Adam's rates are scaled by (width/768)^-1/2."""
+
+    matrix_lr: float = 0.02
+    embedding_lr: float = 0.2
+    head_lr: float = 0.004
+    weight_decay: float = 0.0
+    adam_b1: float = 0.8
+    adam_b2: float = 0.95
+    adam_eps: float = 1e-10
+    muon_momentum: float = 0.95
+    muon_momentum_start: float = 0.85
+    muon_momentum_steps: int = 300
+    newton_schulz_steps: int = 5
+    newton_schulz_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        for name in ("matrix_lr", "embedding_lr", "head_lr", "clip_norm"):
+            check(getattr(self, name) > 0, f"optimizer.{name.replace('_', '-')} must be above 0")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning-rate multiplier: warm-up from 0, constant, then decay to `final_fraction` at the end."""
+
+    warmup_ratio: float = 0.0
+    decay_ratio: float = 0.2
+    decay: Literal["linear", "cosine"] = "linear"
+    final_fraction: float = 0.0
+
+    def __post_init__(self):
+        fits = self.warmup_ratio >= 0 and self.decay_ratio >= 0 and self.warmup_ratio + self.decay_ratio <= 1
+        check(fits, "schedule.warmup-ratio and schedule.decay-ratio must be 0 or more and sum to at most 1")
+        check(0 <= self.final_fraction <= 1, "schedule.final-fraction must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """`max_chars` bounds the training text; `path` brings an already trained tokenizer instead."""
+
+    vocab_size: int = 32768
+    max_chars: int = 2_000_000_000
+    path: str | None = None
+
+    def __post_init__(self):
+        check(self.max_chars > 0, "tokenizer.max-chars must be above 0")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`path` is a folder of the user's (`--data`); None generates the synthetic corpus inside the run directory."""
+
+    path: str | None = None
+    val_shard: str | None = None
+    synthetic_documents: int = 40_000
+    synthetic_conversations: int = 40_000
+    shuffle: bool = False
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What every stage that trains has: batch, length, rhythm.
+
+    `batch_tokens` is the whole optimizer step's; `device_rows` rows of the model's sequence length go through a device
+    at once and the rest is accumulated inside the step.
+    """
+
+    batch_tokens: int = 524_288
+    device_rows: int = 32
+    num_iterations: int | None = None
+    lr_fraction: float = 1.0
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    eval_every: int = 250
+    sample_every: int = 0
+    save_every: int = 1000
+
+    def __post_init__(self):
+        check(self.batch_tokens >= 1 and self.device_rows >= 1, "batch-tokens and device-rows must be at least 1")
+        check(
+            self.num_iterations is None or self.num_iterations >= 1,
+            f"num-iterations is {self.num_iterations}; it must be at least 1",
+        )
+        check(self.lr_fraction > 0, "lr-fraction must be above 0")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
+    """Horizon: `num_iterations` if set, else `target_flops` if set, else `tokens_per_param` tokens a parameter."""
+
+    target_flops: float | None = None
+    tokens_per_param: float = 20.0
+    eval_tokens: int = 10_485_760
+    sample_every: int = 2000
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+    """Midtraining and SFT. `mixture` names tasks, each `NAME` or `NAME:EXAMPLES`; `epochs` when no iterations are set."""
+
+    mixture: tuple[str, ...] = ("chat",)
+    epochs: float = 1.0
+    eval_tokens: int = 1_048_576
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(len(self.mixture) > 0, "mixture is empty; name at least one task, such as 'chat'")
+        check(self.epochs > 0, "epochs must be above 0")
+
+
+@dataclass(frozen=True)
+class RLConfig(TrainConfig):
+    """`reinforce`: on-policy, advantage r - mean(r of the question's samples) on each sampled token.
+    `best_of_n`: fine-tuning on each question's best sample. `batch_tokens` is not used: a step is its rollouts."""
+
+    method: Literal["reinforce", "best_of_n"] = "reinforce"
+    tasks: tuple[str, ...] = ("gsm8k",)
+    questions_per_step: int = 16
+    samples_per_question: int = 16
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int | None = 50
+    lr_fraction: float = 0.05
+    eval_questions: int = 400
+    eval_every: int = 60
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.samples_per_question >= 2, "rl.samples-per-question must be at least 2: a reward needs a rival")
+        check(self.questions_per_step >= 1, "rl.questions-per-step must be at least 1")
+        check(self.temperature > 0, "rl.temperature must be above 0: identical samples teach nothing")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """`tasks` are asked of every finished stage in `of`; `limit` questions a task."""
+
+    tasks: tuple[str, ...] = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
+    of: tuple[str, ...] = ("midtrain", "sft", "rl")
+    limit: int | None = None
+    batch_rows: int = 64
+    max_new_tokens: int = 512
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    tensorboard: bool = False
+    wandb: bool = False
+    log_every: int = 1
+
+
+@dataclass(frozen=True)
+class CostConfig:
+    """For the dry run and the report: what a device-hour costs (dollars), and the MFU to expect of it."""
+
+    device: str = "NVIDIA H100"
+    devices: int = 1
+    dollars_per_device_hour: float = 3.0
+    expected_mfu: float = 0.45
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything a run needs; `stages` in the order in which they run."""
+
+    name: str = ""
+    stages: tuple[str, ...] = STAGES
+    seed: int = 42
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    midtrain: FinetuneConfig = field(default_factory=FinetuneConfig)
+    sft: FinetuneConfig = field(default_factory=FinetuneConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
+
+    def __post_init__(self):
+        for stage in self.stages:
+            check(stage in STAGES, f"unknown stage {stage!r}{closest(stage, STAGES)} Stages: {', '.join(STAGES)}")
+        order = [STAGES.index(stage) for stage in self.stages]
+        check(order == sorted(set(order)), f"stages must be in order, each once: {', '.join(STAGES)}")
+
+
+def to_json(config: Any) -> str:
+    """The dataclass as indented JSON; `from_json` reads it back."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, cls: type = Experiment) -> Any:
+    """Builds `cls` (a dataclass of this module) from `to_json`'s text.
+
+    Raises:
+      UserError: a field the class does not know, as an older or newer version would have written.
+    """
+    return _build(cls, json.loads(text))
+
+
+def _build(cls: type, values: dict[str, Any]) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    check(not unknown, f"config has fields this version does not know: {', '.join(unknown)}; use the version that wrote it")
+    built = {}
+    for name, value in values.items():
+        nested = fields[name].default_factory
+        if isinstance(value, dict) and isinstance(nested, type):
+            value = _build(nested, value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        built[name] = value
+    return cls(**built)

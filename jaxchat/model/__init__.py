@@ -1,0 +1,1 @@
+"""The GPT: modules, and the pure functions over its parameters that everything else calls."""

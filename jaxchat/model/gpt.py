@@ -1,0 +1,133 @@
+"""The GPT, built and split once with `flax.nnx`; from there on pure functions over a plain tree of fp32 arrays.
+
+    params = init_params(config, key)                          {"embed", "blocks", "head"}
+    hidden = hidden_states(config, params, tokens, dtype)      training: causal over the whole row
+    hidden, cache = cached_hidden(config, params, tokens, positions, cache, dtype)     the same model, with a KV cache
+    scores = logits(config, params, hidden)
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxchat.config import ModelConfig
+from jaxchat.model.attention import Attention, LayerCache
+from jaxchat.model.layers import MLP, Embedding, Linear, rms_norm, rope_tables
+
+Params = dict[str, Any]
+NEVER = -1e30  # the logit of a vocabulary id that exists only as padding
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block: attention, then the MLP."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.attn = Attention(config, rngs=rngs)
+        self.mlp = MLP(config.width, rngs=rngs)
+
+    def __call__(self, x, rope, positions, cache=None):
+        update, cache = self.attn(rms_norm(x), rope, positions, cache)
+        x = x + update
+        return x + self.mlp(rms_norm(x)), cache
+
+
+class GPT(nnx.Module):
+    """Embedding, blocks, untied head. `__call__` gives the hidden states after the final norm."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Embedding(config.padded_vocab_size, config.width, rngs=rngs)
+        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
+        self.head = Linear(config.width, config.padded_vocab_size, rngs=rngs, zeros=True)
+
+    def __call__(self, tokens, positions, caches, dtype):
+        rope = rope_tables(positions, self.config.head_dim, self.config.rope_base)
+        x = rms_norm(self.embed(tokens, dtype))
+        new_caches = []
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+            graph, weights = nnx.split(block)
+            x, cache = _run_block(graph, weights, x, rope, positions, cache)
+            new_caches.append(cache)
+        return rms_norm(x), new_caches
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_block(graph, weights, x, rope, positions, cache):
+    """All blocks have one graph and equal shapes, so that an inner jit traces and lowers one block, not `depth`."""
+    return nnx.merge(graph, weights)(x, rope, positions, cache)
+
+
+def _name_blocks(tree: Params) -> Params:
+    """Block numbers as strings: a tree of string keys survives every checkpoint format."""
+    return {**tree, "blocks": {str(i): block for i, block in tree["blocks"].items()}}
+
+
+@functools.cache
+def _graph(config: ModelConfig):
+    graph, state = nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))))
+    return graph, _name_blocks(nnx.to_pure_dict(state))
+
+
+def _bind(config: ModelConfig, params: Params) -> GPT:
+    numbered = {**params, "blocks": {int(i): block for i, block in params["blocks"].items()}}
+    return nnx.merge(_graph(config)[0], numbered)
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """The parameter tree with `jax.ShapeDtypeStruct` leaves; nothing is allocated."""
+    return _graph(config)[1]
+
+
+def init_params(config: ModelConfig, key: PRNGKeyArray) -> Params:
+    """Fresh fp32 parameters; kernels are `[in, out]`. Jit it with `out_shardings` to make them in place on a mesh."""
+    _, state = nnx.split(GPT(config, rngs=nnx.Rngs(params=key)))
+    return _name_blocks(nnx.to_pure_dict(state))
+
+
+def hidden_states(
+    config: ModelConfig, params: Params, tokens: Int[Array, "B T"], dtype=jnp.float32
+) -> Float[Array, "B T D"]:
+    """Causal forward over whole rows, computed in `dtype`; row position i is sequence position i."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return _bind(config, params)(tokens, positions, None, dtype)[0]
+
+
+def init_cache(config: ModelConfig, batch: int, max_len: int, dtype=jnp.float32) -> list[LayerCache]:
+    """An empty KV cache: one {"k", "v"} a layer, so that a step updates each in place. Each `[batch, max_len, kv_heads, head_dim]`."""
+    shape = (batch, max_len, config.kv_heads, config.head_dim)
+    return [{"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for _ in range(config.depth)]
+
+
+def cached_hidden(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "B"],
+    cache: list[LayerCache],
+    dtype=jnp.float32,
+) -> tuple[Float[Array, "B S D"], list[LayerCache]]:
+    """Forward of the next S tokens of each row; `positions` is the first one's place in its row.
+
+    Writes keys and values at positions[b] … positions[b] + S - 1. A right-padded prompt is fine: what lies behind a
+    row's real end is overwritten before anything attends to it.
+    """
+    positions = positions[:, None] + jnp.arange(tokens.shape[1])
+    return _bind(config, params)(tokens, positions, cache, dtype)
+
+
+def softcap(scores: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
+    """cap · tanh(scores / cap): keeps logits within ±cap (Gemma 2, arXiv:2408.00118)."""
+    return cap * jnp.tanh(scores / cap)
+
+
+def logits(config: ModelConfig, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """Softcapped fp32 logits over the padded vocabulary; ids that are only padding get -1e30."""
+    head = params["head"]["kernel"].astype(hidden.dtype)
+    scores = softcap(jnp.matmul(hidden, head, preferred_element_type=jnp.float32), config.logit_cap)
+    return jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, scores, NEVER)
