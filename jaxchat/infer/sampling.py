@@ -1,0 +1,26 @@
+"""From logits to token ids: temperature, top-k, greedy."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+
+def sample(
+    logits: Float[Array, "B V"], keys: PRNGKeyArray, temperature: float | Array, top_k: int | None = None
+) -> Int[Array, "B"]:
+    """One id a row, drawn from softmax(logits / temperature) over the `top_k` highest logits (all when None).
+
+    `keys` holds one key a row, so that a row's draw does not depend on its companions. A temperature that is the Python
+    number 0 means the highest logit (the lowest id among equals); as an array it must be above 0, and can then change
+    without a new compilation. Ids whose logit is -1e30, the vocabulary's padding, are never drawn.
+    """
+    if isinstance(temperature, int | float) and temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    draw = jax.vmap(jax.random.categorical)
+    if top_k is None or top_k >= logits.shape[-1]:
+        return draw(keys, logits / temperature).astype(jnp.int32)
+    highest, ids = jax.lax.top_k(logits, top_k)
+    choice = draw(keys, highest / temperature)
+    return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
