@@ -1,0 +1,1 @@
+"""Loss, train step and the one training loop."""

@@ -1,0 +1,161 @@
+"""The only training loop: pretraining, midtraining, SFT and RL all run through `train`.
+
+The next step is dispatched before the last one's metrics are read, so that the device never waits for the host.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jaxchat.checkpoint import Checkpoints
+from jaxchat.config import UserError
+from jaxchat.metrics import Metrics, device_peak_flops
+from jaxchat.train.step import Batch, State
+
+Values = Iterable[tuple[str, Any]]
+
+
+class Source(Protocol):
+    """Where batches come from. Supervised sources ignore the parameters; RL samples with them."""
+
+    def next_batch(self, step: int, params) -> tuple[Batch, dict[str, float]]:
+        """The batch of this step, on the devices, and metrics to log with it."""
+        ...
+
+    def get_state(self) -> dict:
+        """The position behind the last batch, as JSON; `set_state` goes on from there exactly."""
+        ...
+
+    def set_state(self, state: dict) -> None: ...
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Runs before step 0, every `every` steps and at the end; yields (metric name, value)."""
+
+    every: int
+    run: Callable[[int, Any], Values]
+
+
+@dataclass
+class Loop:
+    """What one stage's training consists of.
+
+    `flops_per_token` gives the MFU, over `devices` of a known peak. Checkpoints are written every `save_every` steps
+    (0: only at the end) and when the run is interrupted.
+    """
+
+    step_fn: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
+    source: Source
+    num_steps: int
+    metrics: Metrics
+    checkpoints: Checkpoints
+    schedule_values: Callable[[int], dict[str, float]]
+    flops_per_token: float
+    save_every: int = 0
+    evaluators: tuple[Evaluator, ...] = ()
+    meta: dict = field(default_factory=dict)
+    seconds: float = 0.0  # of training, over all sittings, without evaluation
+    tokens: int = 0
+
+    def save(self, state: State, step: int) -> None:
+        """Writes the state behind `step` steps, with the data position that belongs to it."""
+        meta = {**self.meta, "seconds": self.seconds, "tokens": self.tokens, "num_steps": self.num_steps}
+        self.checkpoints.save(step, state, data=self.source.get_state(), meta=meta)
+
+    def train(self, state: State) -> State:
+        """Trains until `num_steps`, from the newest checkpoint if there is one; returns the final state.
+
+        Raises:
+          UserError: the loss is not a number; the checkpoint directory holds a run of another length.
+          KeyboardInterrupt: after the state was saved.
+        """
+        start = self.checkpoints.latest_step()
+        if start is not None:
+            state, data, meta = self.checkpoints.restore(jax.tree.map(_abstract, state), start)
+            self.source.set_state(data)
+            self.seconds, self.tokens = meta["seconds"], meta["tokens"]
+            if start < self.num_steps:
+                self.metrics.note(f"resuming at step {start:,} of {self.num_steps:,}")
+        start = start or 0
+        if start >= self.num_steps:
+            return state
+        step, clean = start, True  # `clean`: state and data position belong together
+        try:
+            if start == 0:
+                self._evaluate(0, state["params"])
+            pending, before = None, time.perf_counter()
+            while step < self.num_steps:
+                batch, extra = self.source.next_batch(step, state["params"])
+                clean = False
+                state, result = self.step_fn(state, batch)
+                step, clean = step + 1, True
+                if pending is not None:
+                    before = self._log(*pending, before)
+                pending = (step - 1, batch["inputs"].size, result, extra)
+                done = step == self.num_steps
+                save = done or (self.save_every and step % self.save_every == 0)
+                due = [e for e in self.evaluators if done or (e.every and step % e.every == 0)]
+                if save or due:
+                    before = self._log(*pending, before)
+                    pending = None
+                    if save:  # first save, then evaluate: a failing evaluation loses nothing
+                        self.save(state, step)
+                    for evaluator in due:
+                        self._run_evaluator(evaluator, step, state["params"])
+                    before = time.perf_counter()
+        except KeyboardInterrupt:
+            if clean and step > start:
+                self.metrics.note(f"interrupted: saving step {step:,}; the same command goes on from here")
+                self.save(state, step)
+                self.checkpoints.wait()
+            raise
+        self.checkpoints.wait()
+        return state
+
+    def _evaluate(self, step: int, params) -> None:
+        for evaluator in self.evaluators:
+            if evaluator.every:
+                self._run_evaluator(evaluator, step, params)
+
+    def _run_evaluator(self, evaluator: Evaluator, step: int, params) -> None:
+        values = dict(evaluator.run(step, params))
+        if values:
+            self.metrics.log(step, **values)
+
+    def _log(self, step: int, batch_tokens: int, result, extra: dict[str, float], before: float) -> float:
+        """Waits for the metrics of `step`, writes them; returns the time at which they were there."""
+        result = {name: float(value) for name, value in jax.device_get(result).items()}
+        now = time.perf_counter()
+        elapsed = now - before
+        self.seconds += elapsed
+        self.tokens += batch_tokens
+        if not np.isfinite(result["loss"]):
+            good = self.checkpoints.latest_step()
+            where = "no checkpoint was written yet" if good is None else f"the checkpoint of step {good} is good"
+            raise UserError(f"loss is {result['loss']} at step {step}: lower the learning rates; {where}")
+        values = {
+            "loss": result["loss"],
+            "grad_norm": result["grad_norm"],
+            **self.schedule_values(step),
+            "tokens": self.tokens,
+            "tokens_per_second": batch_tokens / elapsed,
+            "step_seconds": elapsed,
+            **extra,
+        }
+        peak = device_peak_flops(jax.devices()[0].device_kind)
+        if peak:
+            values["mfu"] = batch_tokens / elapsed * self.flops_per_token / (peak * jax.device_count())
+        self.metrics.log(step, **values)
+        self.metrics.live(step + 1, **values)
+        return now
+
+
+def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

@@ -1,0 +1,62 @@
+"""The train step: gradients of one whole batch, accumulated over micro-batches inside one jitted function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxchat.config import ModelConfig
+from jaxchat.model.gpt import hidden_states
+from jaxchat.train.loss import Shape, cross_entropy_sum
+
+State = dict[str, Any]  # {"params", "opt_state", "step"}
+Batch = dict[str, jax.Array]  # {"inputs", "targets"[, "weights"]}: each [accumulation, rows, T]
+
+
+def init_state(params, optimizer: optax.GradientTransformation) -> State:
+    """A training state at step 0."""
+    return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+
+
+def make_train_step(
+    config: ModelConfig, optimizer: optax.GradientTransformation, *, mesh: Mesh | None = None, dtype=jnp.float32
+) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+    """The jitted step `(state, batch) -> (state, metrics)`; the state's buffers are donated.
+
+    The loss is Σ weight · nll over the batch's real targets (those not negative) divided by their count in the whole
+    batch, over all micro-batches and devices: never a mean of means. Without targets it is 0 and the gradient with it.
+
+    Metrics, still on the device: `loss` (nats a target), `grad_norm` (before clipping), `targets` (their count).
+    """
+    shape = Shape.of(config, mesh)
+
+    def micro_loss(params, batch, scale):
+        hidden = hidden_states(config, params, batch["inputs"], dtype)
+        weights = batch.get("weights", jnp.ones(batch["targets"].shape, jnp.float32))
+        return scale * cross_entropy_sum(hidden, params["head"]["kernel"], batch["targets"], weights, shape)
+
+    def step(state: State, batch: Batch):
+        params = state["params"]
+        count = jnp.sum(batch["targets"] >= 0)
+        scale = 1.0 / jnp.maximum(count, 1).astype(jnp.float32)
+        loss_and_grad = jax.value_and_grad(micro_loss)
+        if batch["inputs"].shape[0] == 1:
+            loss, grads = loss_and_grad(params, jax.tree.map(lambda x: x[0], batch), scale)
+        else:
+
+            def accumulate(total, micro):
+                return jax.tree.map(jnp.add, total, loss_and_grad(params, micro, scale)), None
+
+            zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+            (loss, grads), _ = jax.lax.scan(accumulate, zeros, batch)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "targets": count}
+        new_state = {"params": optax.apply_updates(params, updates), "opt_state": opt_state, "step": state["step"] + 1}
+        return new_state, metrics
+
+    return jax.jit(step, donate_argnums=0)
