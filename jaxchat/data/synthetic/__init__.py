@@ -1,0 +1,132 @@
+"""A corpus that the project makes itself: text, conversations and questions of a small world, without a download.
+
+Everything follows from the seed. No question of an `eval/*/test.jsonl` is in the text or in a conversation: facts are
+held out by (person, attribute), sums by their numbers, letter counting by the word.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jaxchat.config import check
+from jaxchat.data.synthetic.chats import write_conversation
+from jaxchat.data.synthetic.questions import (
+    Split,
+    answer_letters,
+    answer_sum,
+    ask_letters,
+    ask_sum,
+    draw_letter,
+    draw_sum,
+    draw_word,
+)
+from jaxchat.data.synthetic.stories import write_document
+from jaxchat.data.synthetic.world import QUESTIONS, VALUES, World, ask, build_world, reserved_form, state
+
+TRAIN_SHARDS = 3
+VALIDATION_SHARE = 0.02
+ROW_GROUP_DOCUMENTS = 1024
+TEST_QUESTIONS = 200
+RL_QUESTIONS = 1000
+
+
+def write_synthetic(
+    directory: Path,
+    *,
+    seed: int,
+    documents: int = 40_000,
+    conversations: int = 40_000,
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Writes `pretrain/`, `chat/` and `eval/` into `directory`, in the layout that `--data` takes.
+
+    Args:
+      documents: texts for pretraining, of about 300 characters; 2 % more go into the last shard, for validation.
+      conversations: for `chat/train.jsonl`; 2 % more go into `chat/val.jsonl`.
+      progress: called with a line for each part.
+
+    Raises:
+      UserError: fewer than 100 documents or conversations.
+    """
+    check(documents >= 100, f"data.synthetic-documents is {documents}; it must be at least 100")
+    check(conversations >= 100, f"data.synthetic-conversations is {conversations}; it must be at least 100")
+    say = progress or (lambda line: None)
+    world = build_world(seed)
+
+    rng = random.Random(f"pretrain {seed}")
+    validation = max(1, round(documents * VALIDATION_SHARE))
+    bounds = [documents * i // TRAIN_SHARDS for i in range(TRAIN_SHARDS + 1)] + [documents + validation]
+    (directory / "pretrain").mkdir(parents=True, exist_ok=True)
+    for shard, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        texts = [write_document(world, rng) for _ in range(stop - start)]
+        path = directory / "pretrain" / f"shard_{shard:05d}.parquet"
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=ROW_GROUP_DOCUMENTS, compression="zstd")
+        say(f"{path.name}: {len(texts):,} documents, {sum(map(len, texts)):,} characters")
+
+    rng = random.Random(f"chat {seed}")
+    for name, count in (("train", conversations), ("val", max(1, round(conversations * VALIDATION_SHARE)))):
+        _write_jsonl(directory / "chat" / f"{name}.jsonl", (write_conversation(world, rng) for _ in range(count)))
+        say(f"chat/{name}.jsonl: {count:,} conversations")
+
+    for name, make in (("sums", make_sums), ("letters", make_letters), ("facts", make_facts)):
+        for side, split, count in (("train", "rl", RL_QUESTIONS), ("test", "test", TEST_QUESTIONS)):
+            items = make(world, random.Random(f"{name} {side} {seed}"), split, count)
+            _write_jsonl(directory / "eval" / name / f"{side}.jsonl", items)
+            say(f"eval/{name}/{side}.jsonl: {len(items):,} questions")
+
+
+def _write_jsonl(path: Path, items: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+
+
+def _item(source: str, question: str, content: Any, answer: str, others: list[str] | None = None) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": content}]
+    item = {"messages": messages, "answer": answer, "source": source}
+    return item | ({"others": others} if others is not None else {})
+
+
+def make_sums(world: World, rng: random.Random, split: Split, count: int) -> list[dict[str, Any]]:
+    """Distinct sums of one side of the split."""
+    drawn = {}
+    while len(drawn) < count:
+        total = draw_sum(rng, split)
+        drawn[total.expression] = total
+    return [_item("sums", ask_sum(t, rng), answer_sum(t, rng), str(t.value)) for t in drawn.values()]
+
+
+def make_letters(world: World, rng: random.Random, split: Split, count: int) -> list[dict[str, Any]]:
+    """Distinct pairs of word and letter, the words of one side of the split."""
+    drawn = set()
+    while len(drawn) < count:
+        word = draw_word(rng, split)
+        drawn.add((word, draw_letter(rng, word)))
+    return [
+        _item("letters", ask_letters(*pair, rng), answer_letters(*pair, rng), str(pair[0].count(pair[1])))
+        for pair in sorted(drawn)
+    ]
+
+
+def make_facts(world: World, rng: random.Random, split: Split, count: int) -> list[dict[str, Any]]:
+    """Test: every way of asking for every held-out fact. RL: the one way of asking for each open fact kept for it.
+
+    `others` are the attribute's values that a right answer does not name. At most `count` questions, shuffled.
+    """
+    items = []
+    for person, attribute in world.pairs(held_out=split == "test"):
+        forms = range(len(QUESTIONS[attribute])) if split == "test" else [reserved_form(person, attribute)]
+        for form in forms:
+            value = person.facts[attribute]
+            others = [other for other in VALUES[attribute] if other not in (value, person.name)]
+            answer = state(person, attribute, rng.randrange(2))
+            items.append(_item("facts", ask(person, attribute, form), answer, value, others))
+    rng.shuffle(items)
+    return items[:count]
