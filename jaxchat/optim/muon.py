@@ -1,0 +1,150 @@
+"""Muon: momentum, then the nearest semi-orthogonal matrix, for the weight matrices of a network.
+
+Source: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024),
+https://kellerjordan.github.io/posts/muon/. Unlike `optax.contrib.muon` it orthogonalises all matrices of a shape as one
+stack, which a mesh shares out: a few large collectives a step and no work done twice.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from jaxchat.mesh import shardings
+
+NORM_EPS = 1e-7
+
+
+class MuonState(NamedTuple):
+    """`count` updates done; `momentum` like the parameters, in fp32."""
+
+    count: Array
+    momentum: Any
+
+
+def newton_schulz(
+    stack: Float[Array, "L m n"],
+    steps: int,
+    coefficients: tuple[float, float, float],
+    dtype: jnp.dtype = jnp.bfloat16,
+) -> Float[Array, "L m n"]:
+    """Moves the singular values of each matrix towards 1 and keeps its singular vectors.
+
+    One step is X <- a X + b (X X^T) X + c (X X^T)^2 X with `coefficients` (a, b, c). It is computed in `dtype`, the
+    result's too. The quintic of the source leaves singular values between about 0.7 and 1.2; a zero matrix stays zero.
+    """
+    a, b, c = coefficients
+    # The matrix products below are m x m: the short side is the cheap one.
+    transposed = stack.shape[1] > stack.shape[2]
+    x = jnp.matrix_transpose(stack) if transposed else stack
+    x = x.astype(jnp.float32)
+    # The iteration converges where no singular value is above 1, and none is above the Frobenius norm.
+    x = (x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + NORM_EPS)).astype(dtype)
+    for _ in range(steps):
+        gram = x @ jnp.matrix_transpose(x)
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return jnp.matrix_transpose(x) if transposed else x
+
+
+def scale_by_muon(
+    momentum: optax.Schedule,
+    *,
+    steps: int,
+    coefficients: tuple[float, float, float],
+    dtype: jnp.dtype = jnp.bfloat16,
+    mesh: Mesh | None = None,
+) -> optax.GradientTransformation:
+    """Muon's update before learning rate and sign, for trees of matrices [fan_in, fan_out].
+
+    With mu = momentum(count): buffer <- mu buffer + (1 - mu) g, then Nesterov's (1 - mu) g + mu buffer is
+    orthogonalised in `dtype` and scaled by sqrt(max(1, fan_out / fan_in)), which keeps the size of a layer's change of
+    output whatever its shape. Over a `mesh` of several devices each of them orthogonalises its share of the matrices.
+    """
+    orthogonalize = partial(newton_schulz, steps=steps, coefficients=coefficients, dtype=dtype)
+
+    def init(params):
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
+        return MuonState(jnp.zeros((), jnp.int32), zeros)
+
+    def update(grads, state, params=None):
+        del params
+        mu = momentum(state.count)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        buffer = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, state.momentum, grads)
+        nesterov = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, buffer, grads)
+        if mesh is not None and mesh.size > 1:
+            directions = _orthogonalize_over_mesh(nesterov, orthogonalize, mesh, dtype)
+        else:
+            directions = _orthogonalize_stacks(nesterov, orthogonalize, dtype)
+        updates = jax.tree.map(lambda d: d.astype(jnp.float32) * max(1.0, d.shape[1] / d.shape[0]) ** 0.5, directions)
+        return updates, MuonState(optax.safe_increment(state.count), buffer)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _orthogonalize_stacks(matrices, orthogonalize, dtype, specs=None):
+    """Stacks the leaves of a shape or its transpose, calls `orthogonalize(stack)`, and takes the result apart again.
+
+    With `specs`, a PartitionSpec a leaf, the leaves of a group are also partitioned alike, and the call is
+    `orthogonalize(stack, spec)`.
+    """
+    leaves, treedef = jax.tree.flatten(matrices)
+    groups = defaultdict(list)
+    for index, leaf in enumerate(leaves):
+        sides = list(zip(leaf.shape, map(str, specs[index]) if specs else ("", ""), strict=True))
+        # The polar factor of the transpose is the transpose of the polar factor: W [m, n] and W' [n, m] share a stack.
+        groups[tuple(sorted(sides))].append((index, sides[0] > sides[1]))
+    results = [None] * len(leaves)
+    for members in groups.values():
+        stack = jnp.stack([leaves[i].T.astype(dtype) if flip else leaves[i].astype(dtype) for i, flip in members])
+        if specs is None:
+            stack = orthogonalize(stack)
+        else:
+            index, flip = members[0]
+            spec = specs[index]
+            stack = orthogonalize(stack, PartitionSpec(*reversed(spec)) if flip else spec)
+        for row, (index, flip) in enumerate(members):
+            results[index] = stack[row].T if flip else stack[row]
+    return jax.tree.unflatten(treedef, results)
+
+
+def _orthogonalize_over_mesh(matrices, orthogonalize, mesh, dtype):
+    """As `_orthogonalize_stacks`; every device of the mesh, whatever its axis, takes an equal part of each stack."""
+
+    def orthogonalize_stack(stack, spec):
+        count = stack.shape[0]
+        stack = jnp.pad(stack, ((0, -count % mesh.size), (0, 0), (0, 0)))
+        layouts = _layouts(mesh, spec)
+        for layout in layouts:
+            stack = jax.lax.with_sharding_constraint(stack, NamedSharding(mesh, layout))
+        stack = jax.shard_map(orthogonalize, mesh=mesh, in_specs=layouts[-1], out_specs=layouts[-1])(stack)
+        for layout in reversed(layouts):
+            stack = jax.lax.with_sharding_constraint(stack, NamedSharding(mesh, layout))
+        return stack[:count]
+
+    specs = [sharding.spec for sharding in jax.tree.leaves(shardings(mesh, matrices))]
+    return _orthogonalize_stacks(matrices, orthogonalize_stack, dtype, specs)
+
+
+def _layouts(mesh, spec):
+    """From a stack of matrices that lie by `spec` to a stack whose matrices are whole, shared out over all devices.
+
+    One mesh axis moves at a time, an all-to-all for the stack. Left to itself, XLA gathers each matrix on its own, and
+    where two axes move at once it replicates the stack.
+    """
+    moved, left = [], list(spec)
+    layouts = [PartitionSpec(None, *left)]
+    for dimension, axis in enumerate(spec):
+        if axis is not None:
+            moved.append(axis)
+            left[dimension] = None
+            layouts.append(PartitionSpec(tuple(moved), *left))
+    rest = [axis for axis in mesh.axis_names if axis not in moved]
+    return [*layouts, PartitionSpec((*moved, *rest))]
