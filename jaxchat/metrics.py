@@ -1,0 +1,399 @@
+"""What a run measures: `metrics.jsonl`, the live line, TensorBoard and Weights & Biases; and facts about the machine.
+
+`metrics.jsonl` has one JSON object a line, in the order of logging:
+
+    {"stage": "pretrain", "step": 120, "time": 1767225600.125, "loss": 3.21, "tokens_per_second": 412000.0}
+
+`time` is seconds since 1970. JSON knows neither NaN nor infinity: such a value is written as null. The first line that
+a process writes for a stage has `"start": true`: after a resume at step s, the stage's earlier lines from step s on are
+superseded, and `read_metrics` leaves them out.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import platform
+import re
+import resource
+import sys
+import time
+import uuid
+from typing import Any
+
+import jax
+from etils import epath
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from jaxchat.config import UserError
+
+PLAIN_SECONDS = 10.0
+REDRAW_SECONDS = 0.2
+# An object store rewrites the whole file for an append, so lines for it are gathered.
+REMOTE_FLUSH_SECONDS = 30.0
+
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets; GeForce with fp32 accumulation. The patterns are for JAX's
+# `device_kind`; what only resembles a card (L40 and L4, GH200 and H200, a laptop's 4090) must not match.
+_PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+    (r"\bB200\b", 2250e12),
+    (r"\bH200\b(?! NVL)", 989.5e12),
+    (r"\bH100 PCIe\b", 756e12),
+    (r"\bH100 NVL\b", 835e12),
+    (r"\bH100\b", 989.5e12),
+    (r"\bA100\b", 312e12),
+    (r"\bL40S\b", 362e12),
+    (r"\bL4\b", 121e12),
+    (r"\bRTX 4090\b(?! (D|Laptop)\b)", 165e12),
+    (r"\bRTX 3090\b(?! Ti\b)", 71e12),
+    (r"^TPU v6( lite|e)$", 918e12),
+    (r"^TPU v5( lite|e)$", 197e12),
+    (r"^TPU v5p?$", 459e12),
+    (r"^TPU v4$", 275e12),
+)
+
+
+class Metrics:
+    """Logs one stage of a run. Only process 0 writes and shows; on the others every method does nothing.
+
+    Values may be Python, NumPy or JAX scalars, or text. A JAX array would be waited for: pass host floats in a loop
+    that must not sync with its device. Use as a context manager, or call `close`.
+
+    Args:
+      run_dir: the run directory, anything `etils.epath` opens.
+      stage: name of the stage, in every line.
+      tensorboard: also write event files to `run_dir/tensorboard/stage`.
+      wandb: also log to Weights & Biases (project "jaxchat", grouped by run); `WANDB_MODE=offline` needs no account.
+      total_steps: for the live line: `1234/5000` and the time left.
+      live: show the live line and samples on stderr.
+
+    Raises:
+      UserError: TensorBoard or Weights & Biases is asked for but not installed, or does not start.
+    """
+
+    def __init__(
+        self,
+        run_dir: epath.PathLike,
+        stage: str,
+        *,
+        tensorboard: bool = False,
+        wandb: bool = False,
+        total_steps: int | None = None,
+        live: bool = True,
+    ):
+        self._line: _LiveLine | None = None
+        self._sinks: list[_JsonLines | _TensorBoard | _WeightsAndBiases] = []
+        if jax.process_index() != 0:
+            return
+        run_dir = epath.Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._sinks.append(_JsonLines(run_dir / "metrics.jsonl", stage))
+        if tensorboard:
+            self._sinks.append(_TensorBoard(run_dir, stage))
+        if wandb:
+            self._sinks.append(_WeightsAndBiases(run_dir, stage))
+        if live:
+            self._line = _LiveLine(stage, total_steps)
+
+    def log(self, step: int, **values: Any) -> None:
+        """Appends one line to `metrics.jsonl` (on disk when the call returns, if the run directory is local)."""
+        values = {name: _plain(value) for name, value in values.items()}
+        for sink in self._sinks:
+            sink.write(int(step), values)
+        if self._line:
+            self._line.remember(values)
+
+    def live(self, step: int, **values: Any) -> None:
+        """Updates the live line; it shows these values and the last ones logged."""
+        if self._line:
+            self._line.update(int(step), {name: _plain(value) for name, value in values.items()})
+
+    def sample(self, step: int, prompt: str, completion: str) -> None:
+        """Logs what the model makes of a prompt, as `prompt` and `sample`, and prints it above the live line."""
+        self.log(step, prompt=prompt, sample=completion)
+        if self._line:
+            self._line.show_sample(int(step), prompt, completion)
+
+    def close(self) -> None:
+        """Writes what is left and ends the live line; a second call does nothing."""
+        if self._line:
+            self._line.close()
+        for sink in self._sinks:
+            sink.close()
+        self._line, self._sinks = None, []
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` in file order, without those that a later line supersedes; [] without the file.
+
+    Superseded are a stage's lines from step s on when it was resumed at s, and all but the last of the lines with one
+    stage, step and set of names. A resume supersedes no evaluation result (a line with `of`, the stage evaluated): to
+    evaluate one stage again leaves the others' results. A line cut short by a crash is left out.
+    """
+    path = epath.Path(run_dir) / "metrics.jsonl"
+    kept: dict[tuple, dict[str, Any]] = {}
+    # Not splitlines: it also splits at U+2028 and its like, which a sample may contain.
+    for line in path.read_text().split("\n") if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        stage, step = record["stage"], record["step"]
+        if record.pop("start", False):
+            superseded = [k for k, r in kept.items() if r["stage"] == stage and r["step"] >= step and "of" not in r]
+            for key in superseded:
+                del kept[key]
+        key = (stage, step, record.get("of"), record.get("prompt"), frozenset(record))
+        kept.pop(key, None)
+        kept[key] = record
+    return list(kept.values())
+
+
+def _plain(value: Any) -> Any:
+    """A Python scalar or text of a Python, NumPy or JAX scalar or text."""
+    if isinstance(value, (str, bool, int, float)) or value is None:
+        return value
+    return value.item()
+
+
+class _JsonLines:
+    """Appends to a JSON-lines file; the first line says that a process started here."""
+
+    def __init__(self, path: epath.Path, stage: str):
+        self._path, self._stage = path, stage
+        self._flush_seconds = REMOTE_FLUSH_SECONDS if "://" in os.fspath(path) else 0.0
+        self._flushed = time.monotonic()
+        self._started = False
+        # A crash in the middle of a line must not swallow the next one.
+        cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self._waiting = b"\n" if cut_short else b""
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        record: dict[str, Any] = {"stage": self._stage, "step": step, "time": round(time.time(), 3)}
+        if not self._started:
+            record["start"] = True
+            self._started = True
+        for name, value in values.items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            record[name] = value if finite else None
+        self._waiting += json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        if time.monotonic() - self._flushed >= self._flush_seconds:
+            self._flush()
+
+    def _flush(self) -> None:
+        with self._path.open("ab") as file:
+            file.write(self._waiting)
+        self._waiting = b""
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        if self._waiting:
+            self._flush()
+
+
+class _TensorBoard:
+    """Event files; a curve has the metric's name and its stage is a run, so that stages share a plot."""
+
+    def __init__(self, run_dir: epath.Path, stage: str):
+        try:
+            import tensorboardX
+        except ImportError:
+            raise UserError("TensorBoard logging needs tensorboardX: pip install jaxchat[tensorboard]") from None
+        self._open = functools.partial(tensorboardX.SummaryWriter, os.fspath(run_dir / "tensorboard" / stage))
+        self._writer = None
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        # Opened at the first step, since after a resume TensorBoard drops what it has from there on (purge_step).
+        self._writer = self._writer or self._open(purge_step=step)
+        for name, value in values.items():
+            if isinstance(value, str):
+                self._writer.add_text(name, value, step)
+            elif value is not None:
+                self._writer.add_scalar(name, float(value), step)
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+
+class _WeightsAndBiases:
+    """One W&B run a stage, grouped by run directory; its id is kept in the run directory and reused after a resume."""
+
+    def __init__(self, run_dir: epath.Path, stage: str):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("Weights & Biases logging needs wandb: pip install jaxchat[wandb]") from None
+        folder = run_dir / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        id_file, config_file = folder / f"{stage}.id", run_dir / "config.json"
+        resumed = id_file.exists()
+        if not resumed:
+            id_file.write_text(uuid.uuid4().hex[:12])
+        try:
+            self._run = wandb.init(
+                project="jaxchat",
+                group=run_dir.name,
+                name=f"{run_dir.name}-{stage}",
+                id=id_file.read_text().strip(),
+                resume="allow" if resumed else None,
+                dir=None if "://" in os.fspath(run_dir) else os.fspath(run_dir),
+                config=json.loads(config_file.read_text()) if config_file.exists() else None,
+            )
+        except wandb.errors.Error as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"Weights & Biases does not start ({reason}); run `wandb login`, or set WANDB_MODE=offline"
+            ) from None
+        # Its own step may only rise, and an evaluation of step s can be logged after the loss of step s + 1.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _LiveLine:
+    """One line on stderr: redrawn in place on a terminal, otherwise printed about every ten seconds and at the end."""
+
+    def __init__(self, stage: str, total_steps: int | None):
+        self._stage, self._total = stage, total_steps
+        self._values: dict[str, Any] = {}
+        self._step: int | None = None
+        self._first: tuple[float, int] | None = None
+        self._drawn_at = -math.inf
+        self._drawn_step: int | None = None
+        self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._rich: Live | None = None
+
+    def remember(self, values: dict[str, Any]) -> None:
+        self._values.update({name: value for name, value in values.items() if value is not None})
+
+    def update(self, step: int, values: dict[str, Any]) -> None:
+        self.remember(values)
+        self._step = step
+        # The clock for the time left starts after the first step, which compiles.
+        self._first = self._first or (time.monotonic(), step)
+        if time.monotonic() - self._drawn_at >= (REDRAW_SECONDS if self._terminal else PLAIN_SECONDS):
+            self._draw()
+
+    def _draw(self) -> None:
+        line = format_live(self._stage, self._step or 0, self._total, self._values, self._seconds_left())
+        if self._terminal:
+            if self._rich is None:
+                self._rich = Live(console=Console(stderr=True), auto_refresh=False)
+                self._rich.start()
+            self._rich.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+        self._drawn_at, self._drawn_step = time.monotonic(), self._step
+
+    def _seconds_left(self) -> float | None:
+        if self._total is None or self._step is None or self._first is None or self._step <= self._first[1]:
+            return None
+        seconds, first_step = self._first
+        return (time.monotonic() - seconds) / (self._step - first_step) * max(0, self._total - self._step)
+
+    def show_sample(self, step: int, prompt: str, completion: str) -> None:
+        title = f"sample at step {step:,}"
+        prompt, completion = _printable(prompt), _printable(completion)
+        if self._terminal:
+            console = self._rich.console if self._rich else Console(stderr=True)
+            console.print(Text.assemble((title, "dim"), "\n", (prompt, "bold"), completion, "\n"))
+        else:
+            print(f"{title}: {prompt}{completion}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._step != self._drawn_step:
+            self._draw()
+        if self._rich:
+            self._rich.stop()
+
+
+def _printable(text: str) -> str:
+    """A model may write anything; control characters would act on the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def format_live(
+    stage: str, step: int, total_steps: int | None, values: dict[str, Any], seconds_left: float | None
+) -> str:
+    """Such as `pretrain  1234/5000  loss 2.345  bpb 1.234  412k tok/s  MFU 48%  12m left`, of what there is."""
+    parts = [stage, f"{step:>{len(str(total_steps))}}/{total_steps}" if total_steps else f"{step}"]
+    for name, digits in (("loss", 3), ("bpb", 3), ("reward", 2), ("reward_eval", 2)):
+        if name in values:
+            parts.append(f"{name.replace('_', ' ')} {values[name]:.{digits}f}")
+    if "tokens_per_second" in values:
+        parts.append(f"{format_count(values['tokens_per_second'])} tok/s")
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.0%}")
+    if seconds_left is not None:
+        parts.append(f"{format_duration(seconds_left)} left")
+    return "  ".join(parts)
+
+
+def format_count(number: float) -> str:
+    """Three digits and a unit: 950, 1.23k, 412k, 1.31M, 10.5B."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= 0.9995 * size:
+            scaled = number / size
+            return f"{scaled:.{2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0}f}{unit}"
+    return f"{number:.0f}"
+
+
+def format_duration(seconds: float) -> str:
+    """The two largest units that matter: 8s, 12m, 1h 05m, 2d 03h."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes}m"
+    if minutes < 24 * 60:
+        return f"{minutes // 60}h {minutes % 60:02}m"
+    hours = round(minutes / 60)
+    return f"{hours // 24}d {hours % 24:02}h"
+
+
+def device_peak_flops(kind: str) -> float | None:
+    """Dense bf16 peak of one device in FLOP/s, by JAX's `device_kind`; None for a device that is not in the table."""
+    if "MIG" in kind:
+        return None
+    return next((peak for pattern, peak in _PEAK_FLOPS if re.search(pattern, kind)), None)
+
+
+def machine_info() -> dict[str, Any]:
+    """The machine as JSON: cores and memory of this host, JAX's devices (all hosts'), versions. No names or paths."""
+    devices = jax.devices()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "platform": devices[0].platform,
+        "device_kind": devices[0].device_kind,
+        "device_count": len(devices),
+        "hosts": jax.process_count(),
+        "cores": cores,
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """The most memory a device of this host has held, or this process where the backend does not say."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peak = max(entry.get("peak_bytes_in_use", 0) for entry in stats)
+    if peak:
+        return peak
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return rss if sys.platform == "darwin" else 1024 * rss
