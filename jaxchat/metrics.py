@@ -25,14 +25,10 @@ from typing import Any
 
 import jax
 from etils import epath
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
 from jaxchat.config import UserError
+from jaxchat.live import LiveLine
 
-PLAIN_SECONDS = 10.0
-REDRAW_SECONDS = 0.2
 # An object store rewrites the whole file for an append, so lines for it are gathered.
 REMOTE_FLUSH_SECONDS = 30.0
 
@@ -84,7 +80,7 @@ class Metrics:
         total_steps: int | None = None,
         live: bool = True,
     ):
-        self._line: _LiveLine | None = None
+        self._line: LiveLine | None = None
         self._sinks: list[_JsonLines | _TensorBoard | _WeightsAndBiases] = []
         if jax.process_index() != 0:
             return
@@ -96,7 +92,7 @@ class Metrics:
         if wandb:
             self._sinks.append(_WeightsAndBiases(run_dir, stage))
         if live:
-            self._line = _LiveLine(stage, total_steps)
+            self._line = LiveLine(stage, total_steps)
 
     def log(self, step: int, **values: Any) -> None:
         """Appends one line to `metrics.jsonl` (on disk when the call returns, if the run directory is local)."""
@@ -117,6 +113,11 @@ class Metrics:
         if self._line:
             self._line.show_sample(int(step), prompt, completion)
 
+    def note(self, text: str) -> None:
+        """Prints a line about the stage above the live line; it is not logged."""
+        if self._line:
+            self._line.show_note(text)
+
     def close(self) -> None:
         """Writes what is left and ends the live line; a second call does nothing."""
         if self._line:
@@ -135,9 +136,10 @@ class Metrics:
 def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` in file order, without those that a later line supersedes; [] without the file.
 
-    Superseded are a stage's lines from step s on when it was resumed at s, and all but the last of the lines with one
-    stage, step and set of names. A resume supersedes no evaluation result (a line with `of`, the stage evaluated): to
-    evaluate one stage again leaves the others' results. A line cut short by a crash is left out.
+    Superseded are a stage's lines from step s on when it was resumed at s (except for what the resumed one does not
+    log again at s itself), and all but the last of the lines with one stage, step and set of names. A resume supersedes
+    no evaluation result (a line with `of`, the stage evaluated): to evaluate one stage again leaves the others'
+    results. A line cut short by a crash is left out.
     """
     path = epath.Path(run_dir) / "metrics.jsonl"
     kept: dict[tuple, dict[str, Any]] = {}
@@ -149,13 +151,20 @@ def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:
             continue
         stage, step = record["stage"], record["step"]
         if record.pop("start", False):
-            superseded = [k for k, r in kept.items() if r["stage"] == stage and r["step"] >= step and "of" not in r]
-            for key in superseded:
-                del kept[key]
+            kept = {key: earlier for key, earlier in kept.items() if not _supersedes(record, earlier)}
         key = (stage, step, record.get("of"), record.get("prompt"), frozenset(record))
         kept.pop(key, None)
         kept[key] = record
     return list(kept.values())
+
+
+def _supersedes(start: dict[str, Any], earlier: dict[str, Any]) -> bool:
+    """Whether a process that began with the line `start` went back to before the line `earlier`."""
+    if earlier["stage"] != start["stage"] or "of" in earlier:
+        return False
+    # An evaluation of step s, made before the process stopped, holds when the training goes on with step s.
+    same_names = set(earlier) & set(start) - {"stage", "step", "time"}
+    return earlier["step"] > start["step"] or (earlier["step"] == start["step"] and bool(same_names))
 
 
 def _plain(value: Any) -> Any:
@@ -262,108 +271,6 @@ class _WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
-
-
-class _LiveLine:
-    """One line on stderr: redrawn in place on a terminal, otherwise printed about every ten seconds and at the end."""
-
-    def __init__(self, stage: str, total_steps: int | None):
-        self._stage, self._total = stage, total_steps
-        self._values: dict[str, Any] = {}
-        self._step: int | None = None
-        self._first: tuple[float, int] | None = None
-        self._drawn_at = -math.inf
-        self._drawn_step: int | None = None
-        self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self._rich: Live | None = None
-
-    def remember(self, values: dict[str, Any]) -> None:
-        self._values.update({name: value for name, value in values.items() if value is not None})
-
-    def update(self, step: int, values: dict[str, Any]) -> None:
-        self.remember(values)
-        self._step = step
-        # The clock for the time left starts after the first step, which compiles.
-        self._first = self._first or (time.monotonic(), step)
-        if time.monotonic() - self._drawn_at >= (REDRAW_SECONDS if self._terminal else PLAIN_SECONDS):
-            self._draw()
-
-    def _draw(self) -> None:
-        line = format_live(self._stage, self._step or 0, self._total, self._values, self._seconds_left())
-        if self._terminal:
-            if self._rich is None:
-                self._rich = Live(console=Console(stderr=True), auto_refresh=False)
-                self._rich.start()
-            self._rich.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
-        self._drawn_at, self._drawn_step = time.monotonic(), self._step
-
-    def _seconds_left(self) -> float | None:
-        if self._total is None or self._step is None or self._first is None or self._step <= self._first[1]:
-            return None
-        seconds, first_step = self._first
-        return (time.monotonic() - seconds) / (self._step - first_step) * max(0, self._total - self._step)
-
-    def show_sample(self, step: int, prompt: str, completion: str) -> None:
-        title = f"sample at step {step:,}"
-        prompt, completion = _printable(prompt), _printable(completion)
-        if self._terminal:
-            console = self._rich.console if self._rich else Console(stderr=True)
-            console.print(Text.assemble((title, "dim"), "\n", (prompt, "bold"), completion, "\n"))
-        else:
-            print(f"{title}: {prompt}{completion}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._step != self._drawn_step:
-            self._draw()
-        if self._rich:
-            self._rich.stop()
-
-
-def _printable(text: str) -> str:
-    """A model may write anything; control characters would act on the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def format_live(
-    stage: str, step: int, total_steps: int | None, values: dict[str, Any], seconds_left: float | None
-) -> str:
-    """Such as `pretrain  1234/5000  loss 2.345  bpb 1.234  412k tok/s  MFU 48%  12m left`, of what there is."""
-    parts = [stage, f"{step:>{len(str(total_steps))}}/{total_steps}" if total_steps else f"{step}"]
-    for name, digits in (("loss", 3), ("bpb", 3), ("reward", 2), ("reward_eval", 2)):
-        if name in values:
-            parts.append(f"{name.replace('_', ' ')} {values[name]:.{digits}f}")
-    if "tokens_per_second" in values:
-        parts.append(f"{format_count(values['tokens_per_second'])} tok/s")
-    if "mfu" in values:
-        parts.append(f"MFU {values['mfu']:.0%}")
-    if seconds_left is not None:
-        parts.append(f"{format_duration(seconds_left)} left")
-    return "  ".join(parts)
-
-
-def format_count(number: float) -> str:
-    """Three digits and a unit: 950, 1.23k, 412k, 1.31M, 10.5B."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= 0.9995 * size:
-            scaled = number / size
-            return f"{scaled:.{2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0}f}{unit}"
-    return f"{number:.0f}"
-
-
-def format_duration(seconds: float) -> str:
-    """The two largest units that matter: 8s, 12m, 1h 05m, 2d 03h."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes}m"
-    if minutes < 24 * 60:
-        return f"{minutes // 60}h {minutes % 60:02}m"
-    hours = round(minutes / 60)
-    return f"{hours // 24}d {hours % 24:02}h"
 
 
 def device_peak_flops(kind: str) -> float | None:

@@ -13,18 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchat import metrics as metrics_module
+from jaxchat import live
 from jaxchat.config import UserError
-from jaxchat.metrics import (
-    Metrics,
-    device_peak_flops,
-    format_count,
-    format_duration,
-    format_live,
-    machine_info,
-    peak_memory_bytes,
-    read_metrics,
-)
+from jaxchat.live import format_count, format_duration, format_live
+from jaxchat.metrics import Metrics, device_peak_flops, machine_info, peak_memory_bytes, read_metrics
 
 
 def lines(run_dir):
@@ -83,6 +75,17 @@ def test_a_resume_supersedes_what_came_after_its_step(tmp_path):
     assert losses(tmp_path)[-3:] == [(8, 2.0), (9, 3.0), (10, 3.0)]
 
 
+def test_an_evaluation_made_before_the_stop_holds_when_the_training_goes_on_from_its_step(tmp_path):
+    with Metrics(tmp_path, "pretrain", live=False) as metrics:
+        metrics.log(99, loss=1.0)
+        metrics.log(100, bpb=1.25)
+        metrics.log(100, loss=1.0, grad_norm=1.0)
+        metrics.log(101, bpb=9.0)
+    log_losses(tmp_path, [100], loss=2.0)
+    assert losses(tmp_path) == [(99, 1.0), (100, 2.0)]
+    assert [r["bpb"] for r in read_metrics(tmp_path) if "bpb" in r] == [1.25]
+
+
 def test_a_resume_leaves_other_stages_alone(tmp_path):
     log_losses(tmp_path, range(1, 6), loss=1.0)
     log_losses(tmp_path, range(1, 6), loss=2.0, stage="sft")
@@ -135,12 +138,14 @@ def test_no_file_means_no_metrics(tmp_path):
 def test_plain_live_lines_come_at_the_start_at_the_end_and_seldom_between(tmp_path, capsys):
     with Metrics(tmp_path, "pretrain", total_steps=5000) as metrics:
         metrics.log(1, bpb=1.2345)
+        metrics.note("resuming at [step 1]")
         for step in range(1, 301):
             metrics.live(step, loss=2.345, tokens_per_second=412_345.0, mfu=0.479)
         metrics.sample(300, "The sky is", " blue.\x1b[31m")
-    first, sample, last = capsys.readouterr().err.splitlines()
+    note, first, sample, last = capsys.readouterr().err.splitlines()
     assert first == "pretrain     1/5000  loss 2.345  bpb 1.234  412k tok/s  MFU 48%"
-    assert sample == "sample at step 300: The sky is blue.\N{REPLACEMENT CHARACTER}[31m"
+    assert note == "pretrain  resuming at [step 1]"
+    assert sample == "pretrain  sample at step 300: The sky is blue.\N{REPLACEMENT CHARACTER}[31m"
     assert last.startswith("pretrain   300/5000  loss 2.345  bpb 1.234  412k tok/s  MFU 48%  ") and "left" in last
     with Metrics(tmp_path, "sft", live=False) as metrics:
         metrics.live(1, loss=1.0)
@@ -149,7 +154,7 @@ def test_plain_live_lines_come_at_the_start_at_the_end_and_seldom_between(tmp_pa
 
 
 def test_plain_live_lines_keep_coming(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(metrics_module, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(live, "PLAIN_SECONDS", 0.0)
     with Metrics(tmp_path, "rl", total_steps=3) as metrics:
         for step in range(1, 4):
             metrics.live(step, reward=0.5)
@@ -162,8 +167,8 @@ def test_plain_live_lines_keep_coming(tmp_path, capsys, monkeypatch):
 def test_on_a_terminal_one_line_is_redrawn_and_samples_stand_above_it(tmp_path):
     script = """
         import sys
-        from jaxchat import metrics
-        metrics.REDRAW_SECONDS = 0.0
+        from jaxchat import live, metrics
+        live.REDRAW_SECONDS = 0.0
         with metrics.Metrics(sys.argv[1], "sft", total_steps=9) as m:
             for step in range(1, 10):
                 m.live(step, loss=[1.0, 0.5][step > 4])

@@ -1,0 +1,127 @@
+"""The live line on stderr while a stage runs, and the short numbers it is made of."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+PLAIN_SECONDS = 10.0
+REDRAW_SECONDS = 0.2
+
+
+class LiveLine:
+    """One line on stderr: redrawn in place on a terminal, otherwise printed about every ten seconds and at the end."""
+
+    def __init__(self, stage: str, total_steps: int | None):
+        self._stage, self._total = stage, total_steps
+        self._values: dict[str, Any] = {}
+        self._step: int | None = None
+        self._first: tuple[float, int] | None = None
+        self._drawn_at = -math.inf
+        self._drawn_step: int | None = None
+        self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._rich: Live | None = None
+
+    def remember(self, values: dict[str, Any]) -> None:
+        """Keeps values to show with the next update."""
+        self._values.update({name: value for name, value in values.items() if value is not None})
+
+    def update(self, step: int, values: dict[str, Any]) -> None:
+        """Shows a step; costs next to nothing when it is not yet time to draw."""
+        self.remember(values)
+        self._step = step
+        # The clock for the time left starts after the first step, which compiles.
+        self._first = self._first or (time.monotonic(), step)
+        if time.monotonic() - self._drawn_at >= (REDRAW_SECONDS if self._terminal else PLAIN_SECONDS):
+            self._draw()
+
+    def _draw(self) -> None:
+        line = format_live(self._stage, self._step or 0, self._total, self._values, self._seconds_left())
+        if self._terminal:
+            if self._rich is None:
+                self._rich = Live(console=Console(stderr=True), auto_refresh=False)
+                self._rich.start()
+            self._rich.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+        self._drawn_at, self._drawn_step = time.monotonic(), self._step
+
+    def _seconds_left(self) -> float | None:
+        if self._total is None or self._step is None or self._first is None or self._step <= self._first[1]:
+            return None
+        seconds, first_step = self._first
+        return (time.monotonic() - seconds) / (self._step - first_step) * max(0, self._total - self._step)
+
+    def show_note(self, text: str) -> None:
+        """Prints `text` above the line."""
+        self._print(Text(f"{self._stage}  {text}"))
+
+    def show_sample(self, step: int, prompt: str, completion: str) -> None:
+        """Prints a prompt and what the model made of it above the line."""
+        title = f"{self._stage}  sample at step {step:,}: "
+        self._print(Text.assemble((title, "dim"), (_printable(prompt), "bold"), _printable(completion)))
+
+    def _print(self, text: Text) -> None:
+        if self._terminal:
+            (self._rich.console if self._rich else Console(stderr=True)).print(text)
+        else:
+            print(text.plain, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the last step's line standing."""
+        if self._step != self._drawn_step:
+            self._draw()
+        if self._rich:
+            self._rich.stop()
+
+
+def _printable(text: str) -> str:
+    """A model may write anything; control characters would act on the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def format_live(
+    stage: str, step: int, total_steps: int | None, values: dict[str, Any], seconds_left: float | None
+) -> str:
+    """Such as `pretrain  1234/5000  loss 2.345  bpb 1.234  412k tok/s  MFU 48%  12m left`, of what there is."""
+    parts = [stage, f"{step:>{len(str(total_steps))}}/{total_steps}" if total_steps else f"{step}"]
+    for name, digits in (("loss", 3), ("bpb", 3), ("reward", 2), ("reward_eval", 2)):
+        if name in values:
+            parts.append(f"{name.replace('_', ' ')} {values[name]:.{digits}f}")
+    if "tokens_per_second" in values:
+        parts.append(f"{format_count(values['tokens_per_second'])} tok/s")
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.0%}")
+    if seconds_left is not None:
+        parts.append(f"{format_duration(seconds_left)} left")
+    return "  ".join(parts)
+
+
+def format_count(number: float) -> str:
+    """Three digits and a unit: 950, 1.23k, 412k, 1.31M, 10.5B."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= 0.9995 * size:
+            scaled = number / size
+            return f"{scaled:.{2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0}f}{unit}"
+    return f"{number:.0f}"
+
+
+def format_duration(seconds: float) -> str:
+    """The two largest units that matter: 8s, 12m, 1h 05m, 2d 03h."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes}m"
+    if minutes < 24 * 60:
+        return f"{minutes // 60}h {minutes % 60:02}m"
+    hours = round(minutes / 60)
+    return f"{hours // 24}d {hours % 24:02}h"
