@@ -21,6 +21,10 @@ class UserError(Exception):
     """Bad input by the user. The message is one line that says what is wrong and what to do instead."""
 
 
+class MissingData(UserError):
+    """A task or text that the data folder does not have."""
+
+
 def check(condition: bool, message: str) -> None:
     """Raises `UserError(message)` unless `condition` holds."""
     if not condition:

@@ -64,10 +64,10 @@ class Loop:
     seconds: float = 0.0  # of training, over all sittings, without evaluation
     tokens: int = 0
 
-    def save(self, state: State, step: int) -> None:
+    def save(self, state: State, step: int, position: dict) -> None:
         """Writes the state behind `step` steps, with the data position that belongs to it."""
         meta = {**self.meta, "seconds": self.seconds, "tokens": self.tokens, "num_steps": self.num_steps}
-        self.checkpoints.save(step, state, data=self.source.get_state(), meta=meta)
+        self.checkpoints.save(step, state, data=position, meta=meta)
 
     def train(self, state: State) -> State:
         """Trains until `num_steps`, from the newest checkpoint if there is one; returns the final state.
@@ -86,16 +86,17 @@ class Loop:
         start = start or 0
         if start >= self.num_steps:
             return state
-        step, clean = start, True  # `clean`: state and data position belong together
+        # `state`, `step` and `position` belong together, except while `moving` from one step to the next.
+        step, position, moving = start, self.source.get_state(), False
         try:
             if start == 0:
                 self._evaluate(0, state["params"])
             pending, before = None, time.perf_counter()
             while step < self.num_steps:
                 batch, extra = self.source.next_batch(step, state["params"])
-                clean = False
+                moving = True
                 state, result = self.step_fn(state, batch)
-                step, clean = step + 1, True
+                step, position, moving = step + 1, self.source.get_state(), False
                 if pending is not None:
                     before = self._log(*pending, before)
                 pending = (step - 1, batch["inputs"].size, result, extra)
@@ -106,14 +107,14 @@ class Loop:
                     before = self._log(*pending, before)
                     pending = None
                     if save:  # first save, then evaluate: a failing evaluation loses nothing
-                        self.save(state, step)
+                        self.save(state, step, position)
                     for evaluator in due:
                         self._run_evaluator(evaluator, step, state["params"])
                     before = time.perf_counter()
         except KeyboardInterrupt:
-            if clean and step > start:
+            if not moving and step > start:
                 self.metrics.note(f"interrupted: saving step {step:,}; the same command goes on from here")
-                self.save(state, step)
+                self.save(state, step, position)
                 self.checkpoints.wait()
             raise
         self.checkpoints.wait()

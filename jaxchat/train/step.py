@@ -24,9 +24,17 @@ def init_state(params, optimizer: optax.GradientTransformation) -> State:
 
 
 def make_train_step(
-    config: ModelConfig, optimizer: optax.GradientTransformation, *, mesh: Mesh | None = None, dtype=jnp.float32
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh | None = None,
+    state_shardings: Any = None,
+    dtype=jnp.float32,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """The jitted step `(state, batch) -> (state, metrics)`; the state's buffers are donated.
+
+    `state_shardings` (a tree like the state's) pins where the new state lies; else the compiler may move it, and the
+    second step would compile again.
 
     The loss is Σ weight · nll over the batch's real targets (those not negative) divided by their count in the whole
     batch, over all micro-batches and devices: never a mean of means. Without targets it is 0 and the gradient with it.
@@ -59,4 +67,5 @@ def make_train_step(
         new_state = {"params": optax.apply_updates(params, updates), "opt_state": opt_state, "step": state["step"] + 1}
         return new_state, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    out_shardings = None if state_shardings is None else (state_shardings, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)

@@ -1,0 +1,68 @@
+"""Midtraining and SFT: the model learns to converse. The same stage twice, with another mixture and other rates."""
+
+from __future__ import annotations
+
+import jax
+
+from jaxchat.config import UserError
+from jaxchat.data.loader import chat_batches, count_rows
+from jaxchat.eval.bpb import evaluate_bpb
+from jaxchat.stages.run import Run
+from jaxchat.stages.training import Batches, Training, plan_batch, prompts_of_chats, take
+from jaxchat.tasks import Mixture
+from jaxchat.train.loop import Evaluator
+
+SAMPLES = 3
+
+
+def run(run: Run, stage: str) -> None:
+    """Fine-tunes the parent's parameters on `stage`'s mixture; only what the assistant writes is trained on.
+
+    Raises:
+      UserError: no task of the mixture is in the data.
+    """
+    experiment, tokenizer = run.experiment, run.tokenizer()
+    config, model = getattr(experiment, stage), run.model_config(tokenizer)
+    plan = plan_batch(run, stage, config)
+    tasks = run.load_tasks(stage, config.mixture, "train")
+    if not tasks:
+        raise UserError(f"{stage}: none of its tasks ({', '.join(config.mixture)}) is in the data folder")
+    mixture = Mixture(tasks)
+    parent = run.parent_of(stage)
+    common = {"tokenizer": tokenizer, "sequence_len": model.sequence_len, "seed": experiment.seed}
+    steps = config.num_iterations
+    if steps is None:
+        rows = count_rows(mixture, **common)
+        steps = max(1, round(config.epochs * rows / plan.rows_per_step))
+    batches = chat_batches(
+        mixture,
+        rows=plan.rows_per_step // jax.process_count(),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        **common,
+    )
+    held_out = run.load_tasks(stage, config.mixture, "val", quiet=True)
+    rows = plan.rows_per_micro_batch
+    validation = []
+    if held_out:
+        count = max(1, config.eval_tokens // (rows * model.sequence_len))
+        validation = take(chat_batches(Mixture(held_out), rows=rows, epochs=1, **common), count)
+
+    def validate(step, params):
+        if validation:
+            bpb = evaluate_bpb(params, model, validation, tokenizer.token_bytes(), dtype=run.dtype, mesh=run.mesh)
+            yield "bpb", bpb
+
+    params, step = run.load_params(parent, model)
+    training = Training(run, stage, config, model, tokenizer, steps, parent={"stage": parent, "step": step})
+    source = Mixture(held_out or tasks)
+    spread = [source[i * len(source) // SAMPLES] for i in range(SAMPLES)]
+    training.train(
+        lambda: params,
+        Batches(run, plan, batches),
+        lambda metrics: (
+            Evaluator(config.eval_every, validate),
+            training.sampler(metrics, prompts_of_chats(tokenizer, spread)),
+        ),
+        mixture={task.name: len(task) for task in tasks},
+    )

@@ -1,0 +1,59 @@
+"""Pretraining: the base model learns to predict the next token of plain text."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+
+from jaxchat.data.loader import pretrain_batches
+from jaxchat.data.shards import find_text, iterate_texts
+from jaxchat.eval.bpb import evaluate_bpb
+from jaxchat.mesh import shardings
+from jaxchat.model.gpt import abstract_params, init_params
+from jaxchat.scaling import training_length
+from jaxchat.stages.run import Run
+from jaxchat.stages.training import Batches, Training, plan_batch, prompts_of_texts, take
+from jaxchat.train.loop import Evaluator
+
+SAMPLES = 2
+
+
+def run(run: Run) -> None:
+    """Trains from fresh parameters over the experiment's text."""
+    experiment, tokenizer = run.experiment, run.tokenizer()
+    config, model = experiment.pretrain, run.model_config(tokenizer)
+    plan = plan_batch(run, "pretrain", config)
+    text = find_text(run.text_dir, experiment.data.val_shard)
+    training = Training(run, "pretrain", config, model, tokenizer, training_length(config, model))
+    batches = pretrain_batches(
+        text.train,
+        tokenizer,
+        rows=plan.rows_per_step // jax.process_count(),
+        sequence_len=model.sequence_len,
+        seed=experiment.seed,
+        shuffle=experiment.data.shuffle,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    rows = plan.rows_per_micro_batch
+    validation = take(
+        pretrain_batches(
+            text.val, tokenizer, rows=rows, sequence_len=model.sequence_len, seed=experiment.seed, repeat=False
+        ),
+        max(1, config.eval_tokens // (rows * model.sequence_len)),
+    )
+
+    def validate(step, params):
+        yield "bpb", evaluate_bpb(params, model, validation, tokenizer.token_bytes(), dtype=run.dtype, mesh=run.mesh)
+
+    def start():
+        init = jax.jit(init_params, static_argnums=0, out_shardings=shardings(run.mesh, abstract_params(model)))
+        return init(model, jax.random.key(experiment.seed))
+
+    prompts = prompts_of_texts(tokenizer, list(itertools.islice(iterate_texts(text.val), SAMPLES)))
+    training.train(
+        start,
+        Batches(run, plan, batches),
+        lambda metrics: (Evaluator(config.eval_every, validate), training.sampler(metrics, prompts)),
+    )

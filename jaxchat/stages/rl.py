@@ -1,0 +1,165 @@
+"""Reinforcement learning on questions with checkable answers, in the same loop as all training.
+
+`reinforce` is on-policy: each sampled token's log-probability is weighted by r - mean(r of its question's samples),
+summed and divided by the number of sampled tokens: GRPO (arXiv:2402.03300) without a trust region, without the division
+by the standard deviation, and at the token level as in DAPO (arXiv:2503.14476). `best_of_n` fine-tunes on each question's
+best sample where the samples differ. What a tool answered is in the context but is never trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from jaxchat.config import RLConfig, UserError
+from jaxchat.infer.engine import Completion, Engine
+from jaxchat.mesh import put_batch
+from jaxchat.stages.run import Run
+from jaxchat.stages.training import MICRO_BATCH_SPEC, Training, prompts_of_chats
+from jaxchat.tasks import Mixture
+from jaxchat.train.loop import Evaluator, Source
+from jaxchat.train.step import Batch
+
+SAMPLES = 3
+EVALUATION_SEED = 0
+
+
+def run(run: Run) -> None:
+    """Trains the parent's parameters on the rewards of their own samples.
+
+    Raises:
+      UserError: none of the tasks is in the data; more than one process.
+    """
+    if jax.process_count() > 1:
+        raise UserError("rl samples on one host only; run the stage 'rl' on one")
+    experiment, tokenizer = run.experiment, run.tokenizer()
+    config, model = experiment.rl, run.model_config(tokenizer)
+    tasks = run.load_tasks("rl", config.tasks, "train")
+    if not tasks:
+        run.say(f"rl        skipped: none of its tasks ({', '.join(config.tasks)}) is in the data folder")
+        run.finish("rl", parent=None, steps=0, tokens=0, seconds=0.0, skipped=True)
+        return
+    questions = Mixture(tasks)
+    held_out = Mixture(run.load_tasks("rl", config.tasks, "test", quiet=True) or tasks)
+    parent = run.parent_of("rl")
+    params, step = run.load_params(parent, model)
+    steps = config.num_iterations or max(1, len(questions) // config.questions_per_step)
+    training = Training(run, "rl", config, model, tokenizer, steps, parent={"stage": parent, "step": step})
+    source = Rollouts(run, config, questions, training.engine(params))
+    asked = spread(held_out, config.eval_questions)
+    rewards: dict[int, float] = {}
+
+    def evaluate(step, params):
+        engine = training.engine(params)
+        prompts = [tokenizer.render_for_completion(q) for q in asked]
+        completions = engine.generate(prompts, **sampling(config), seed=EVALUATION_SEED)
+        scores = [held_out.score(q, tokenizer.decode(c.tokens)) for q, c in zip(asked, completions, strict=True)]
+        rewards[step] = float(np.mean(scores))
+        yield "reward_eval", rewards[step]
+
+    samples = prompts_of_chats(tokenizer, spread(held_out, SAMPLES))
+    training.train(
+        lambda: params,
+        source,
+        lambda metrics: (Evaluator(config.eval_every, evaluate), training.sampler(metrics, samples)),
+        method=config.method,
+    )
+
+
+def spread(questions: Mixture, count: int) -> list[dict]:
+    """At most `count` questions, evenly over the mixture."""
+    count = min(count, len(questions))
+    return [questions[i * len(questions) // count] for i in range(count)]
+
+
+def sampling(config: RLConfig) -> dict:
+    """The engine's arguments for a rollout."""
+    names = ("max_new_tokens", "temperature", "top_k")
+    return {name: getattr(config, name) for name in names}
+
+
+class Rollouts(Source):
+    """Batches that the current parameters write themselves: n samples of each of a step's questions, with rewards."""
+
+    def __init__(self, run: Run, config: RLConfig, questions: Mixture, engine: Engine):
+        self.run, self.config, self.questions, self.engine = run, config, questions, engine
+        self.tokenizer = engine.tokenizer
+        parallel = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+        self.micro_rows = config.device_rows * parallel
+
+    def get_state(self) -> dict:
+        return {}  # a step's questions and random numbers follow from its number alone
+
+    def set_state(self, state: dict) -> None:
+        pass
+
+    def next_batch(self, step: int, params) -> tuple[Batch, dict[str, float]]:
+        config = self.config
+        picked = [self.questions[i] for i in self._pick(step)]
+        prompts = [self.tokenizer.render_for_completion(q) for q in picked]
+        repeated = [prompt for prompt in prompts for _ in range(config.samples_per_question)]
+        engine = dataclasses.replace(self.engine, params=params)
+        seed = self.run.experiment.seed * 1_000_003 + step + 1
+        completions = engine.generate(repeated, **sampling(config), seed=seed)
+        texts = [self.tokenizer.decode(c.tokens) for c in completions]
+        rewards = np.array(
+            [self.questions.score(picked[i // config.samples_per_question], text) for i, text in enumerate(texts)]
+        ).reshape(-1, config.samples_per_question)
+        weights = WEIGHTS[config.method](rewards).reshape(-1)
+        batch = self._batch(repeated, completions, weights)
+        extra = {
+            "reward": float(rewards.mean()),
+            "completion_tokens": float(np.mean([len(c.tokens) for c in completions])),
+        }
+        return {name: put_batch(self.run.mesh, array, MICRO_BATCH_SPEC) for name, array in batch.items()}, extra
+
+    def _pick(self, step: int) -> np.ndarray:
+        """The step's questions: each epoch is a fresh permutation of all."""
+        places = step * self.config.questions_per_step + np.arange(self.config.questions_per_step)
+        seed, size = self.run.experiment.seed, len(self.questions)
+        order = {epoch: np.random.default_rng((seed, epoch)).permutation(size) for epoch in set(places // size)}
+        return np.array([order[place // size][place % size] for place in places])
+
+    def _batch(self, prompts: list[list[int]], completions: list[Completion], weights: np.ndarray) -> dict:
+        """Prompt + completion as rows `[accumulation, rows, T]`; only sampled tokens are targets."""
+        end = self.tokenizer.encode_special("<|assistant_end|>")
+        rows = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            # The stop token is the model's own decision too.
+            stop = [end] if completion.finished else []
+            tokens = prompt + completion.tokens + stop
+            rows.append((tokens, [False] * len(prompt) + completion.sampled + [True] * len(stop)))
+        longest = max(len(tokens) for tokens, _ in rows) - 1
+        # Few lengths, few compilations: the next power of two, within the context.
+        length = min(self.run.experiment.model.sequence_len, 1 << (longest - 1).bit_length())
+        count = math.ceil(len(rows) / self.micro_rows) * self.micro_rows
+        inputs = np.zeros((count, length), np.int32)
+        targets = np.full((count, length), -1, np.int32)
+        scale = np.zeros((count, length), np.float32)
+        for i, (tokens, sampled) in enumerate(rows):
+            tokens, sampled = np.array(tokens[: length + 1]), np.array(sampled[: length + 1])
+            inputs[i, : len(tokens) - 1] = tokens[:-1]
+            if not np.isnan(weights[i]):
+                targets[i, : len(tokens) - 1] = np.where(sampled[1:], tokens[1:], -1)
+                scale[i] = weights[i]
+        shape = (count // self.micro_rows, self.micro_rows, length)
+        return {"inputs": inputs.reshape(shape), "targets": targets.reshape(shape), "weights": scale.reshape(shape)}
+
+
+def reinforce_weights(rewards: np.ndarray) -> np.ndarray:
+    """r - mean over each question's samples; `[questions, samples]` both."""
+    return rewards - rewards.mean(axis=1, keepdims=True)
+
+
+def best_of_n_weights(rewards: np.ndarray) -> np.ndarray:
+    """1 for each question's first best sample, NaN (not trained on) for the rest and where all samples are equal."""
+    weights = np.full(rewards.shape, np.nan)
+    told_apart = rewards.max(axis=1) > rewards.min(axis=1)
+    weights[told_apart, rewards.argmax(axis=1)[told_apart]] = 1.0
+    return weights
+
+
+WEIGHTS = {"reinforce": reinforce_weights, "best_of_n": best_of_n_weights}

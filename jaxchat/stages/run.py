@@ -1,0 +1,218 @@
+"""A run: one directory, one experiment, and what its stages have left there.
+
+    runs/NAME/config.json        the experiment
+    runs/NAME/data/              the generated corpus, where the experiment uses one
+    runs/NAME/tokenizer/         the tokenizer
+    runs/NAME/STAGE/             checkpoints of a stage, and stage.json once it is finished
+    runs/NAME/metrics.jsonl      all metrics; report.md, report.json, plots/ at the end
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from jaxchat.checkpoint import Checkpoints
+from jaxchat.config import Experiment, MissingData, ModelConfig, UserError, check, from_json, to_json
+from jaxchat.data.synthetic import write_synthetic
+from jaxchat.mesh import make_mesh, shardings
+from jaxchat.metrics import Metrics, machine_info
+from jaxchat.model.gpt import Params, abstract_params
+from jaxchat.tasks import Task, load_task, parse_mixture
+from jaxchat.tokenizer import Tokenizer
+
+TRAINED = ("pretrain", "midtrain", "sft", "rl")  # the stages that leave parameters, in their order
+GENERATED = ("chat", "sums", "letters", "facts")  # the tasks of the generated corpus
+# What may differ between two starts of one run: it changes neither the numbers nor what is stored.
+FREE = ("stages", "logging", "cost", "mesh", "name")
+OF_A_STAGE = (*TRAINED, "evaluate")
+
+
+class Run:
+    """An opened run directory. `say` prints a line for the user."""
+
+    def __init__(self, experiment: Experiment, directory: epath.PathLike, *, say=print):
+        """Creates the directory, or checks that it belongs to `experiment`.
+
+        Raises:
+          UserError: the directory holds something else, or a run of other settings.
+        """
+        self.experiment, self.directory, self.say = experiment, epath.Path(directory), say
+        config = self.directory / "config.json"
+        if config.exists():
+            self._check_same(read_config(self.directory))
+        elif self.directory.exists() and any(self.directory.iterdir()):
+            raise UserError(f"{self.directory} is not empty and not a run of jaxchat; choose another --run-dir")
+        self.mesh = make_mesh(experiment.mesh)
+        self.dtype = compute_dtype(experiment)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        config.write_text(to_json(experiment))
+
+    def _check_same(self, before: Experiment) -> None:
+        old, new = dataclasses.asdict(before), dataclasses.asdict(self.experiment)
+        check(
+            before.name == self.experiment.name,
+            f"{self.directory} is a run of experiment {before.name!r}, not {self.experiment.name!r}; "
+            "choose another --run-dir, or --fresh to begin anew",
+        )
+        for section, value in new.items():
+            begun = section not in OF_A_STAGE or (self.directory / section).exists()
+            if section not in FREE and begun and value != old[section]:
+                name, was, now = _first_difference(section, old[section], value)
+                raise UserError(
+                    f"{self.directory} was begun with {name} {was}, not {now}; "
+                    "choose another --run-dir, or --fresh to begin anew"
+                )
+
+    # --- data and tokenizer -------------------------------------------------------------------------------------
+
+    @property
+    def text_dir(self) -> Path:
+        """The folder of the pretraining text: the user's `pretrain/`, the user's folder, or the generated one."""
+        user = self.experiment.data.path
+        if user is None:
+            return self._generated() / "pretrain"
+        path = Path(user)
+        check(path.is_dir(), f"data folder {user} does not exist; give --data a folder with text")
+        return path / "pretrain" if (path / "pretrain").is_dir() else path
+
+    def _generated(self) -> Path:
+        """The generated corpus, written once; a folder left unfinished is written again."""
+        directory, data = Path(self.directory / "data"), self.experiment.data
+        if not (directory / "complete").exists():
+            started = time.perf_counter()
+            self.say(f"data      generating the synthetic corpus in {directory}")
+            write_synthetic(
+                directory,
+                seed=self.experiment.seed,
+                documents=data.synthetic_documents,
+                conversations=data.synthetic_conversations,
+            )
+            (directory / "complete").touch()
+            self.say(f"data      done in {time.perf_counter() - started:.0f} s")
+        return directory
+
+    def load_tasks(self, stage: str, mixture: tuple[str, ...], split: str, *, quiet: bool = False) -> list[Task]:
+        """The tasks of `mixture` that the data has. The user's folder comes first; what the project generates itself
+        fills in for a folder without conversations. A task found nowhere is left out, and the user is told."""
+        tasks, missing = [], []
+        for name, limit in parse_mixture(mixture):
+            try:
+                tasks.append(self._load_task(name, split, limit))
+            except MissingData as error:
+                missing.append(f"{name} ({error})")
+        if missing and not quiet:
+            self.say(f"{stage:<9} left out, not in the data folder: {', '.join(missing)}")
+        return tasks
+
+    def _load_task(self, name: str, split: str, limit: int | None) -> Task:
+        user = self.experiment.data.path
+        if user is not None:
+            try:
+                return load_task(name, split, Path(user), limit)
+            except MissingData:
+                fills_in = name in GENERATED and name != "facts" and not (name == "chat" and (Path(user) / "chat").exists())
+                if not fills_in:
+                    raise
+        return load_task(name, split, self._generated(), limit)
+
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer.
+
+        Raises:
+          UserError: the tokenizer stage has not run.
+        """
+        check(self.finished("tokenizer"), f"{self.directory} has no tokenizer yet; run the stage 'tokenizer' first")
+        return Tokenizer.from_directory(self.directory / "tokenizer")
+
+    def model_config(self, tokenizer: Tokenizer) -> ModelConfig:
+        """The experiment's model with the tokenizer's vocabulary."""
+        return dataclasses.replace(self.experiment.model, vocab_size=tokenizer.vocab_size)
+
+    # --- stages -------------------------------------------------------------------------------------------------
+
+    def record(self, stage: str) -> dict | None:
+        """What `stage` wrote in its stage.json, None if it is not finished."""
+        path = self.directory / stage / "stage.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def finished(self, stage: str) -> bool:
+        return self.record(stage) is not None
+
+    def finish(self, stage: str, **facts) -> None:
+        """Marks `stage` as finished; `facts` are `parent`, `steps`, `tokens`, `seconds`, `started`, `metrics`, ..."""
+        record = {"stage": stage, **facts, "finished": time.time(), "machine": machine_info()}
+        directory = self.directory / stage
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "stage.json").write_text(json.dumps(record, indent=2) + "\n")
+
+    def parent_of(self, stage: str) -> str:
+        """The last finished stage before `stage` that left parameters.
+
+        Raises:
+          UserError: there is none.
+        """
+        before = TRAINED[: TRAINED.index(stage)]
+        parent = next((s for s in reversed(before) if (self.record(s) or {}).get("steps")), None)
+        check(parent is not None, f"{stage} needs the parameters of an earlier stage; run one of {', '.join(before)} first")
+        return parent
+
+    def checkpoints(self, stage: str) -> Checkpoints:
+        return Checkpoints(self.directory / stage / "checkpoints")
+
+    def load_params(self, stage: str, config: ModelConfig) -> tuple[Params, int]:
+        """The parameters that `stage` ended with, laid out on this run's mesh, and its last step."""
+        abstract = abstract_params(config)
+        abstract = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            abstract,
+            shardings(self.mesh, abstract),
+        )
+        checkpoints = self.checkpoints(stage)
+        step = checkpoints.latest_step()
+        check(step is not None, f"stage {stage!r} of {self.directory} left no checkpoint; run it again")
+        params = checkpoints.restore_params(abstract, step)
+        checkpoints.close()
+        return params, step
+
+    def metrics(self, stage: str, total_steps: int | None = None) -> Metrics:
+        log = self.experiment.logging
+        return Metrics(
+            self.directory, stage, tensorboard=log.tensorboard, wandb=log.wandb, total_steps=total_steps
+        )
+
+
+def compute_dtype(experiment: Experiment):
+    """bf16 on GPU and TPU, fp32 on a CPU, unless the experiment says."""
+    if experiment.precision == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(experiment.precision)
+
+
+def read_config(directory: epath.PathLike) -> Experiment:
+    """The experiment of a run directory.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    path = epath.Path(directory) / "config.json"
+    check(path.exists(), f"{directory} is not a run: it has no config.json")
+    try:
+        return from_json(path.read_text())
+    except (json.JSONDecodeError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it, or --fresh to begin anew") from None
+
+
+def _first_difference(name: str, old, new) -> tuple[str, object, object]:
+    """The path, old value and new value of the first field that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key, value in new.items():
+            if old.get(key) != value:
+                return _first_difference(f"{name}.{key.replace('_', '-')}", old.get(key), value)
+    return name, old, new
