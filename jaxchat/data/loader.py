@@ -1,0 +1,243 @@
+"""Endless or finite iterators of batches, prefetched by a thread, resumable from a small state.
+
+A state is JSON: where reading goes on, never how much was read. It knows nothing of devices, processes or the size of a
+batch: all processes plan the same sequence of rows, and each takes its share of every batch's rows. So any number of
+processes gives the same global batches, and all of them end at the same call. What it costs is that each process
+tokenises the text of all; a core does that for some millions of tokens a second.
+"""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import grain.python as grain
+import numpy as np
+from grain.experimental import ThreadPrefetchIterDataset
+
+from jaxchat.config import check
+from jaxchat.data.packing import BestFitPacker, RenderedConversations, TokenStream, cut_rows, pack_conversations
+from jaxchat.data.shards import TextBlocks, TextSide
+
+PREFETCHED_BATCHES = 2
+
+Batch = dict[str, np.ndarray]
+
+
+def pretrain_batches(
+    side: TextSide,
+    tokenizer: Any,
+    *,
+    rows: int,
+    sequence_len: int,
+    seed: int,
+    shuffle: bool = False,
+    repeat: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int | None = None,
+) -> grain.DatasetIterator[Batch]:
+    """Batches of documents that begin with `<|bos|>`, laid end to end and cut to rows.
+
+    Args:
+      side: the text, as `find_text` gives it.
+      tokenizer: a `Tokenizer`.
+      rows: rows that this process gets at each call; a global batch has `rows * process_count`.
+      sequence_len: tokens of a row.
+      seed: of the shuffle.
+      shuffle: reads the blocks of each epoch in an order of its own; otherwise they come in the order of the files.
+      repeat: starts again at the end of the text, without a seam. Otherwise the last batch is filled up with targets
+        of -1, and every token but the first has been a target once.
+      num_threads: the tokenizer's; None for its default.
+
+    Returns:
+      A grain iterator of `{"inputs": int32[rows, sequence_len], "targets": int32[rows, sequence_len]}`, targets -1
+      where there is nothing to train on. `get_state()` has the keys epoch, block, document, token, blocks.
+
+    Raises:
+      UserError: files that cannot be read (see `TextBlocks`), too little text for one row, a state of other text.
+    """
+    blocks = TextBlocks(side)
+    check(len(blocks) > 0, f"{side.files[0]} has no documents")
+    order = _order(grain.MapDataset.source(blocks), seed if shuffle else None)
+    name = f"{side.files[0]}" if len(side.files) == 1 else f"the text in {side.files[0].parent}"
+
+    def open_reader() -> _Reader:
+        epochs, minimum = (None, sequence_len + 1) if repeat else (1, 2)
+        stream = TokenStream(
+            order, len(blocks), tokenizer, epochs=epochs, minimum=minimum, name=name, num_threads=num_threads
+        )
+        return _TextReader(stream, rows, process_index, process_count, sequence_len, tokenizer.bos_token_id)
+
+    return _prefetched(open_reader)
+
+
+def chat_batches(
+    conversations: Sequence[dict] | RenderedConversations,
+    tokenizer: Any,
+    *,
+    rows: int,
+    sequence_len: int,
+    seed: int,
+    epochs: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator[Batch]:
+    """Batches of whole conversations, shuffled anew each epoch and packed into rows.
+
+    Args:
+      conversations: dicts with `messages`, a task, or what `RenderedConversations` made of them for this length.
+      epochs: ends after so many, the last batch filled up with rows whose targets are -1; None for never.
+
+    Returns:
+      As `pretrain_batches`; targets are -1 where the mask is 0 and in the padding. `get_state()` has the keys epoch,
+      taken, waiting, conversations.
+
+    Raises:
+      UserError: no conversations, one that cannot be rendered, a state of other conversations.
+    """
+    rendered = _render(conversations, tokenizer, sequence_len)
+
+    def open_reader() -> _Reader:
+        return _ChatReader(_packer(rendered, seed, epochs), rendered, rows, process_index, process_count)
+
+    return _prefetched(open_reader)
+
+
+def count_rows(
+    conversations: Sequence[dict] | RenderedConversations, tokenizer: Any, *, sequence_len: int, seed: int
+) -> int:
+    """Rows that the first epoch of `chat_batches` fills, over all processes; later epochs differ by a few at most.
+
+    Renders every conversation once; give both functions the same `RenderedConversations` to keep that work.
+    """
+    packer = _packer(_render(conversations, tokenizer, sequence_len), seed, epochs=1)
+    return sum(1 for _ in iter(packer.next_row, None))
+
+
+def _render(conversations: Sequence[dict] | RenderedConversations, tokenizer: Any, sequence_len: int):
+    if not isinstance(conversations, RenderedConversations):
+        return RenderedConversations(conversations, tokenizer, sequence_len)
+    if conversations.sequence_len != sequence_len or conversations.tokenizer is not tokenizer:
+        raise ValueError("the conversations were rendered for another sequence length or with another tokenizer")
+    return conversations
+
+
+def _packer(rendered: RenderedConversations, seed: int, epochs: int | None) -> BestFitPacker:
+    order = _order(grain.MapDataset.range(len(rendered)), seed)
+    return BestFitPacker(order, len(rendered), rendered.length, rendered.sequence_len + 1, epochs)
+
+
+def _order(items: grain.MapDataset, shuffle_seed: int | None) -> grain.MapDataset:
+    """The items of epoch after epoch, in the same or in an order of the epoch's own."""
+    return (items if shuffle_seed is None else items.shuffle(seed=shuffle_seed)).repeat()
+
+
+class _Reader(Protocol):
+    """Makes batches; `state` can be read and set between them."""
+
+    state: dict[str, Any]
+
+    def next_batch(self) -> Batch | None:
+        """The next batch, or None at the end."""
+
+
+class _TextReader:
+    def __init__(
+        self, stream: TokenStream, rows: int, process_index: int, process_count: int, sequence_len: int, filler: int
+    ):
+        self._stream = stream
+        self._rows = rows
+        self._sequence_len = sequence_len
+        self._filler = filler
+        self._size = rows * process_count * sequence_len
+        self._first = process_index * rows * sequence_len
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self._stream.state
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self._stream.state = state
+
+    def next_batch(self) -> Batch | None:
+        tokens = self._stream.peek(self._size + 1)
+        if len(tokens) < 2:
+            return None
+        self._stream.skip(len(tokens) - 1)
+        inputs, targets = cut_rows(tokens[self._first :], self._rows, self._sequence_len, self._filler)
+        return {"inputs": inputs, "targets": targets}
+
+
+class _ChatReader:
+    def __init__(
+        self, packer: BestFitPacker, rendered: RenderedConversations, rows: int, process_index: int, process_count: int
+    ):
+        self._packer = packer
+        self._rendered = rendered
+        self._rows = rows
+        self._global_rows = rows * process_count
+        self._first = process_index * rows
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self._packer.state
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self._packer.state = state
+
+    def next_batch(self) -> Batch | None:
+        plan = [row for _ in range(self._global_rows) if (row := self._packer.next_row()) is not None]
+        if not plan:
+            return None
+        mine = plan[self._first : self._first + self._rows]
+        inputs, targets = pack_conversations(mine, self._rendered, self._rows)
+        return {"inputs": inputs, "targets": targets}
+
+
+class _BatchDataset(grain.IterDataset):
+    def __init__(self, open_reader: Callable[[], _Reader]):
+        super().__init__()
+        self._open_reader = open_reader
+
+    def __iter__(self) -> grain.DatasetIterator[Batch]:
+        return _BatchIterator(self._open_reader())
+
+
+class _BatchIterator(grain.DatasetIterator):
+    def __init__(self, reader: _Reader):
+        super().__init__()
+        self._reader = reader
+
+    def __next__(self) -> Batch:
+        batch = self._reader.next_batch()
+        if batch is None:
+            raise StopIteration
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return self._reader.state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._reader.state = state
+
+
+_open_iterators: weakref.WeakSet[grain.DatasetIterator] = weakref.WeakSet()
+
+
+def _prefetched(open_reader: Callable[[], _Reader]) -> grain.DatasetIterator[Batch]:
+    """A thread makes batches ahead until the iterator is closed or dropped; its exceptions come out of `next`."""
+    iterator = iter(ThreadPrefetchIterDataset(_BatchDataset(open_reader), prefetch_buffer_size=PREFETCHED_BATCHES))
+    _open_iterators.add(iterator)
+    return iterator
+
+
+@atexit.register
+def _close_iterators() -> None:
+    """Stops the threads while the interpreter still runs: one inside the tokenizer could not return to it later."""
+    for iterator in list(_open_iterators):
+        iterator.close()
