@@ -9,6 +9,7 @@ from jaxchat.data.synthetic.questions import (
     answer_letters,
     answer_sum,
     ask_letters,
+    ask_spelling,
     ask_sum,
     draw_letter,
     draw_sum,
@@ -104,10 +105,7 @@ def letter_turn(world: World, rng: random.Random) -> list[Message]:
 
 def spelling_turn(world: World, rng: random.Random) -> list[Message]:
     word = draw_word(rng, "train")
-    form = rng.choice(
-        ('How do you spell "{w}"?', 'Spell "{w}".', "How is the word {w} spelled?", "Spell the word {w}.")
-    )
-    return _turn(form.format(w=word), rng.choice((f"{spell(word)}", f"It is spelled {spell(word)}.")))
+    return _turn(ask_spelling(word, rng), rng.choice((spell(word), f"It is spelled {spell(word)}.")))
 
 
 def story_turn(world: World, rng: random.Random) -> list[Message]:

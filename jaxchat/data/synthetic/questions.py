@@ -160,7 +160,7 @@ PLAIN_LETTER_SHARE = 0.1
 
 
 def draw_word(rng: random.Random, split: Split) -> str:
-    """A word of one side of the split: one of the list, or as often one made of syllables, so that copying is learned."""
+    """A word of one side of the split: one of the list or, as often, one made of syllables, to teach copying."""
     while True:
         if rng.random() < 0.5:
             word = rng.choice(WORDS)
@@ -196,6 +196,13 @@ def answer_letters(word: str, letter: str, rng: random.Random) -> list[dict[str,
         )
     )
     return tool_parts(f'"{word}".count("{letter}")', str(count), text)
+
+
+SPELLING_FORMS = ('How do you spell "{w}"?', 'Spell "{w}".', "How is the word {w} spelled?", "Spell the word {w}.")
+
+
+def ask_spelling(word: str, rng: random.Random) -> str:
+    return rng.choice(SPELLING_FORMS).format(w=word)
 
 
 def spell(word: str) -> str:

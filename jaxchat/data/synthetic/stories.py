@@ -10,7 +10,7 @@ from jaxchat.data.synthetic.questions import SUM_FORMS, draw_sum, draw_word, spe
 from jaxchat.data.synthetic.world import ATTRIBUTES, STATEMENTS, VALUES, Person, World, ask, state, training_forms
 
 # Each plot is a list of slots, each slot a list of sentences to choose from. `{a}` is the hero, `{b}` somebody else
-# whom the hero meets; `{a_pet}` and the like are facts; `{n}`, `{m}` and `{total}` are small numbers with n + m = total.
+# whom the hero meets; `{a_pet}` and the like are facts; `{n}`, `{m}` and `{total}` are numbers with n + m = total.
 PLOTS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (  # something is lost
         (
@@ -137,7 +137,7 @@ def write_story(world: World, rng: random.Random, hero: Person, *, may_tell: Cal
     """A story about `hero` of about seven sentences, or None if the plot drawn cannot do without a fact not to tell."""
     other = rng.choice([p for p in world.people.values() if p is not hero and p.name != hero.facts["friend"]])
     numbers = draw_sum(rng, "train", operators="+")
-    while numbers.value > 30:
+    while min(numbers.numbers) < 2 or numbers.value > 60:
         numbers = draw_sum(rng, "train", operators="+")
     words = {"a": hero.name, "b": other.name, "n": numbers.numbers[0], "m": numbers.numbers[1], "total": numbers.value}
     for key, person in (("a", hero), ("b", other)):
@@ -207,7 +207,7 @@ def _sums(world: World, rng: random.Random) -> str:
             change = f"gets {b} more" if small.operators == ("+",) else f"gives away {b}"
             name = rng.choice(list(world.people))
             thing = rng.choice(("apples", "shells", "eggs", "books", "coins"))
-            lines.append(f"{name} has {a} {thing} and {change}. {small.expression} = {small.value} {thing} are left.")
+            lines.append(f"{name} has {a} {thing} and {change}. {small.expression} = {small.value} {thing} now.")
     return "\n".join(lines)
 
 

@@ -82,7 +82,7 @@ STATEMENTS = {
         "{S} and {v} are best friends.",
         "{S} tells {v} every secret.",
         "{S} trusts {v} most of all.",
-        "{v} is the best friend of {o}.",
+        "{v} is {p} best friend.",
         "{S} meets {v}, a best friend, every day.",
         "No friend is dearer to {o} than {v}.",
     ),
@@ -167,7 +167,7 @@ class Person:
 
 @dataclass(frozen=True)
 class World:
-    """`held_out` are the pairs (name, attribute) that are told in the text but never asked in it, nor in training chats."""
+    """`held_out` are the pairs (name, attribute) that are told in the text but never asked in it, nor in any chat."""
 
     people: dict[str, Person]
     held_out: frozenset[tuple[str, str]]

@@ -1,0 +1,75 @@
+"""Tasks by name: what to fine-tune on, to reward and to evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from jaxchat.config import UserError, check, closest
+from jaxchat.tasks.base import Conversation, Mixture, Split, Task
+from jaxchat.tasks.checkable import load_checkable
+from jaxchat.tasks.conversations import load_chat, load_file, load_smoltalk
+from jaxchat.tasks.gsm8k import load_gsm8k
+from jaxchat.tasks.humaneval import load_humaneval
+from jaxchat.tasks.multiple_choice import load_arc, load_mmlu
+from jaxchat.tasks.spelling import load_spelling
+
+__all__ = ["TASKS", "Conversation", "Mixture", "Split", "Task", "load_task", "parse_mixture"]
+
+_LOADERS: dict[str, Callable[[Split, Path, int | None], Task]] = {
+    "chat": load_chat,
+    "smoltalk": load_smoltalk,
+    "mmlu": load_mmlu,
+    "arc_easy": partial(load_arc, "arc_easy"),
+    "arc_challenge": partial(load_arc, "arc_challenge"),
+    "gsm8k": load_gsm8k,
+    "humaneval": load_humaneval,
+    "spelling": load_spelling,
+    "sums": partial(load_checkable, "sums"),
+    "letters": partial(load_checkable, "letters"),
+    "facts": partial(load_checkable, "facts"),
+}
+TASKS = tuple(_LOADERS)
+_FILE_ENDS = (".jsonl", ".jsonl.gz")
+
+
+def load_task(name: str, split: Split, data_dir: Path | str, limit: int | None = None) -> Task:
+    """The task `name`, one of `TASKS` from the data folder, or the path of a .jsonl of conversations.
+
+    Args:
+      limit: at most so many items, evenly spread over the task.
+
+    Raises:
+      MissingData: the task's file for this split is not there; the message names it.
+      UserError: no such task, or a broken file.
+    """
+    check(limit is None or limit >= 1, f"task {name} is limited to {limit} examples; take at least 1")
+    if name.endswith(_FILE_ENDS):
+        return load_file(Path(name), split, limit)
+    if name not in _LOADERS:
+        raise UserError(_unknown(name))
+    return _LOADERS[name](split, Path(data_dir), limit)
+
+
+def parse_mixture(entries: Sequence[str]) -> list[tuple[str, int | None]]:
+    """The (name, examples) of entries such as `chat` or `gsm8k:2000`.
+
+    Raises:
+      UserError: an unknown task, or a number of examples that is none.
+    """
+    parsed: list[tuple[str, int | None]] = []
+    for entry in entries:
+        name, colon, number = entry.rpartition(":")
+        if not colon or entry.endswith(_FILE_ENDS):
+            name, number = entry, ""
+        elif not (number.isascii() and number.isdigit() and int(number) >= 1):
+            raise UserError(f"mixture entry {entry!r}: {number!r} is not a number of examples; write NAME or NAME:2000")
+        if name not in _LOADERS and not name.endswith(_FILE_ENDS):
+            raise UserError(_unknown(name))
+        parsed.append((name, int(number) if number else None))
+    return parsed
+
+
+def _unknown(name: str) -> str:
+    return f"unknown task {name!r}{closest(name, TASKS)} Tasks: {', '.join(TASKS)}, or the path of a .jsonl file"

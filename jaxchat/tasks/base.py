@@ -1,0 +1,166 @@
+"""What a task is: conversations to learn from or to be asked, and a score for a completion."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from jaxchat.config import MissingData, UserError
+from jaxchat.data.shards import read_jsonl
+
+Conversation = dict[str, Any]
+Split = Literal["train", "val", "test"]
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+VAL_EVERY = 20  # a file without a validation file of its own: every 20th item is validation's and not training's
+_TOOL_OUTPUT_END = "<|output_end|>"
+_NUMBER = re.compile(r"-?(?:\d+(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
+
+
+class Task(ABC, Sequence[Conversation]):
+    """A sequence of complete conversations, each ending with the right answer as the assistant's message.
+
+    `kind` says how the task is asked: "generative" completions go to `score`; for "multiple_choice" the conversation
+    has `letters`, the answer is one of them, and the likeliest letter is taken.
+    """
+
+    name: str
+    kind: Literal["generative", "multiple_choice"] = "generative"
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def item(self, index: int) -> Conversation:
+        """The conversation at `index`, 0 <= index < len(self)."""
+
+    @abstractmethod
+    def score(self, conversation: Conversation, completion: str) -> float:
+        """What `completion` (decoded, special tokens as text) is worth as the answer, in [0, 1]."""
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Conversation]: ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self.item(i) for i in range(*index.indices(len(self)))]
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"{self.name}: index {index} of {len(self)}")
+        return self.item(position)
+
+
+class ListTask(Task):
+    """A task whose items lie in memory; a `limit` takes so many, evenly spread: files are often sorted by subject."""
+
+    def __init__(self, name: str, items: Sequence[Any], limit: int | None = None):
+        self.name = name
+        self.items = spread(items, limit)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def item(self, index: int) -> Conversation:
+        return self.items[index]
+
+
+class Mixture(Sequence[Conversation]):
+    """Tasks one after another, as one sequence; the loader shuffles it."""
+
+    def __init__(self, tasks: Sequence[Task]):
+        self.tasks = tuple(tasks)
+        self._ends = list(itertools.accumulate(len(task) for task in self.tasks))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"index {index} of a mixture of {len(self)}")
+        which = bisect.bisect_right(self._ends, position)
+        return self.tasks[which][position - (self._ends[which - 1] if which else 0)]
+
+
+def spread(items: Sequence[Any], limit: int | None) -> Sequence[Any]:
+    """At most `limit` of `items`, evenly spread and in their order."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]
+
+
+def hold_out(items: Sequence[Any], split: Split) -> list[Any]:
+    """Training's or validation's part of items that come without a validation file."""
+    return [item for i, item in enumerate(items) if (i % VAL_EVERY == VAL_EVERY - 1) == (split == "val")]
+
+
+def read_items(path: Path, keys: Sequence[str], task: str) -> list[dict[str, Any]]:
+    """The objects of a .jsonl or .jsonl.gz file, all with `keys`. Without a suffix, either kind is looked for.
+
+    Raises:
+      MissingData: no such file.
+      UserError: a broken line, or one without a key that the task needs.
+    """
+    candidates = (
+        [path] if ".jsonl" in path.name else [path.with_name(f"{path.name}{end}") for end in (".jsonl", ".jsonl.gz")]
+    )
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
+        raise MissingData(f"{task} needs {candidates[0]}, which does not exist")
+    items = read_jsonl(found)
+    for number, item in enumerate(items, start=1):
+        missing = [key for key in keys if key not in item]
+        if missing:
+            raise UserError(f"{found}: object {number} has no {missing[0]!r}; {task} needs {', '.join(keys)}")
+    return items
+
+
+def conversation(question: str, answer: str | list[dict[str, str]], /, **extra: Any) -> Conversation:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, **extra}
+
+
+def multiple_choice(question: str, choices: Sequence[str], gold: int, **extra: Any) -> Conversation:
+    """The question, then a line for each choice, its letter last: one token by itself, as it is in the answer.
+
+    The letter comes behind the choice because a small model binds a letter more easily to what it has just read.
+    """
+    letters = tuple(LETTERS[: len(choices)])
+    lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters, strict=True))
+    text = f"Multiple choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+    return conversation(text, letters[gold], letters=letters, **extra)
+
+
+def score_choice(conversation: Conversation, completion: str) -> float:
+    """1 if the answer begins with the right letter, standing alone."""
+    said = re.match(r"\W*([A-Z])(?!\w)", visible_answer(completion))
+    return float(said is not None and said[1] == conversation["messages"][-1]["content"])
+
+
+def visible_answer(completion: str) -> str:
+    """What is said behind the last tool output."""
+    return completion.rpartition(_TOOL_OUTPUT_END)[2].removesuffix("<|assistant_end|>").strip()
+
+
+def last_number(text: str) -> str | None:
+    """The last number in `text`, without commas between thousands and without needless zeros: "1,250.0" is "1250"."""
+    found = _NUMBER.findall(text)
+    return canonical_number(found[-1]) if found else None
+
+
+def canonical_number(number: str) -> str:
+    plain = number.replace(",", "")
+    if "." in plain:
+        plain = plain.rstrip("0").rstrip(".")
+    sign, digits = ("-", plain[1:]) if plain.startswith("-") else ("", plain)
+    whole, point, rest = digits.partition(".")
+    digits = (whole.lstrip("0") or "0") + point + rest
+    return digits if digits == "0" else sign + digits

@@ -1,0 +1,60 @@
+"""GSM8K: school arithmetic in words (Cobbe et al. 2021, arXiv:2110.14168), annotations as calls of the calculator."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from jaxchat.tasks.base import (
+    Conversation,
+    ListTask,
+    Split,
+    canonical_number,
+    conversation,
+    hold_out,
+    read_items,
+    visible_answer,
+)
+
+_ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
+_FINAL = re.compile(r"####\s*\$?\s*(-?[\d,]*\.?\d+)")
+
+
+class GSM8K(ListTask):
+    """Items of `question` and `answer`: the answer has `<<48/2=24>>` in each calculation and `#### 72` at the end."""
+
+    def item(self, index: int) -> Conversation:
+        item = self.items[index]
+        return conversation(
+            item["question"], answer_parts(item["answer"]), answer=final_answer(item["answer"]), source=self.name
+        )
+
+    def score(self, conversation: Conversation, completion: str) -> float:
+        """1 if the number behind the last #### is the reference's."""
+        said = final_answer(visible_answer(completion))
+        return float(said is not None and said == conversation["answer"])
+
+
+def answer_parts(answer: str) -> list[dict[str, str]]:
+    """Text, and for each annotation the expression for the tool and its output."""
+    parts, start = [], 0
+    for match in _ANNOTATION.finditer(answer):
+        parts.append({"type": "text", "text": answer[start : match.start()]})
+        parts.append({"type": "python", "text": match[1]})
+        parts.append({"type": "python_output", "text": match[2]})
+        start = match.end()
+    parts.append({"type": "text", "text": answer[start:]})
+    return [part for part in parts if part["text"]]
+
+
+def final_answer(text: str) -> str | None:
+    """The number behind the last ####, without commas; None if there is none."""
+    found = _FINAL.findall(text)
+    return canonical_number(found[-1]) if found else None
+
+
+def load_gsm8k(split: Split, data_dir: Path, limit: int | None) -> GSM8K:
+    """`eval/gsm8k/train.jsonl` for training, less every 20th problem, which is validation's, and `test.jsonl`."""
+    path = data_dir / "eval" / "gsm8k" / ("test.jsonl" if split == "test" else "train.jsonl")
+    items = read_items(path, ("question", "answer"), "gsm8k")
+    return GSM8K("gsm8k", items if split == "test" else hold_out(items, split), limit)
