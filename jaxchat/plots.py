@@ -1,0 +1,224 @@
+"""The report's plots, as PNG: one look, steps on x, what was measured as a thin line or points, its trend in front.
+
+A `Curve` is the steps of a metric (rising) and its values; `curves` gathers them by stage and metric name. What there
+is not enough of is not drawn: a curve needs two points.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+from jaxchat.config import STAGES
+
+Curve = tuple[np.ndarray, np.ndarray]
+Curves = dict[str, dict[str, Curve]]
+
+# Okabe and Ito, "Color universal design" (2008): told apart with every kind of colour vision.
+_COLOURS = {"pretrain": "#0072B2", "midtrain": "#E69F00", "sft": "#009E73", "rl": "#CC79A7"}
+_GREY = "#555555"
+_LEARNING_RATES = {"lr_matrix": "matrices (Muon)", "lr_embedding": "embedding (Adam)", "lr_head": "head (Adam)"}
+_STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlepad": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _GREY,
+    "axes.labelcolor": _GREY,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "xtick.color": _GREY,
+    "ytick.color": _GREY,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.dpi": 160,
+}
+
+
+def curves(records: list[dict[str, Any]]) -> Curves:
+    """Numbers of `read_metrics` by stage and metric name, without evaluation results and what is not finite."""
+    points: dict[str, dict[str, dict[int, float]]] = {}
+    for record in records:
+        if "of" in record:
+            continue
+        for name, value in record.items():
+            if name not in ("step", "time") and isinstance(value, (int, float)):
+                points.setdefault(record["stage"], {}).setdefault(name, {})[record["step"]] = value
+    return {
+        stage: {
+            name: (np.array(sorted(p)), np.array([float(p[step]) for step in sorted(p)])) for name, p in names.items()
+        }
+        for stage, names in points.items()
+    }
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """The trend of `values` [N]: two centred moving averages over up to N/15 points.
+
+    The window grows from one point at the start, where curves fall steeply, and is cut off at the end.
+    """
+    index = np.arange(len(values))
+    reach = np.minimum(len(values) // 30, index // 4)
+    first, last = index - reach, np.minimum(index + reach, len(values) - 1)
+    for _ in range(2):
+        total = np.concatenate([[0.0], np.cumsum(values)])
+        values = (total[last + 1] - total[first]) / (last + 1 - first)
+    return values
+
+
+def all_plots(records: list[dict[str, Any]], scores: dict[str, dict[str, float]]) -> dict[str, bytes]:
+    """File name to PNG of every plot there is something for. `scores`: stage to task to share answered right."""
+    by_stage = curves(records)
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
+        figures = {
+            "loss.png": _panels(by_stage, "loss", "training loss (nats per token)", _draw_raw_and_trend),
+            "bpb.png": _panels(by_stage, "bpb", "validation bits per byte", _draw_points),
+            "learning_rates.png": _learning_rates(by_stage),
+            "reward.png": _reward(by_stage.get("rl", {})),
+            "evaluation.png": _evaluation(scores),
+        }
+        return {name: _png(figure) for name, figure in figures.items() if figure is not None}
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _stages_with(by_stage: Curves, name: str) -> list[str]:
+    return [s for s in STAGES if name in by_stage.get(s, {}) and len(by_stage[s][name][0]) > 1]
+
+
+def _steps_axis(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    axes.margins(x=0.02)
+
+
+def _panels(by_stage: Curves, name: str, label: str, draw: Callable[[Axes, Curve, str], float]) -> Figure | None:
+    """One panel a stage that has the metric: stages differ in length and in what their values mean."""
+    stages = _stages_with(by_stage, name)
+    if not stages:
+        return None
+    columns = 2 if len(stages) == 4 else len(stages)
+    rows = -(-len(stages) // columns)
+    width = {1: 7.0, 2: 9.0, 3: 11.0}[columns]
+    figure = Figure(figsize=(width, 3.6 * rows), layout="constrained")
+    for i, stage in enumerate(stages):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        curve = by_stage[stage][name]
+        end = draw(axes, curve, _COLOURS.get(stage, _GREY))
+        _titles(axes, stage, f"{end:.3f} at the end")
+        _steps_axis(axes)
+        _settled_limits(axes, curve[1])
+        if stage == "rl":
+            axes.set_ylabel("objective (nats per token, weighted)")
+        elif i % columns == 0:
+            axes.set_ylabel(label)
+    return figure
+
+
+def _draw_raw_and_trend(axes: Axes, curve: Curve, colour: str, label: str | None = None) -> float:
+    """Returns the trend's last value."""
+    steps, values = curve
+    trend = smoothed(values)
+    axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
+    axes.plot(steps, trend, color=colour, linewidth=2, label=label)
+    return trend[-1]
+
+
+def _draw_points(axes: Axes, curve: Curve, colour: str, label: str | None = None) -> float:
+    """Returns the last value."""
+    axes.plot(*curve, color=colour, linewidth=1.5, marker="o", markersize=4, label=label)
+    return curve[1][-1]
+
+
+def _titles(axes: Axes, stage: str, result: str) -> None:
+    axes.set_title(stage)
+    axes.set_title(result, loc="right", fontsize=10, fontweight="normal", color=_GREY)
+
+
+def _settled_limits(axes: Axes, values: np.ndarray) -> None:
+    """Cuts off the fall from an untrained model's ln(vocabulary), which would flatten all that follows."""
+    settled = values[-(-len(values) // 20) :] if len(values) > 3 else values
+    low, high = settled.min(), settled.max()
+    margin = 0.08 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
+
+
+def _learning_rates(by_stage: Curves) -> Figure | None:
+    names = [name for name in _LEARNING_RATES if _stages_with(by_stage, name)]
+    stages = [s for s in STAGES if any(s in _stages_with(by_stage, name) for name in names)]
+    if not names:
+        return None
+    figure = Figure(figsize=(3.0 + 2.0 * len(stages), 1.0 + 1.6 * len(names)), layout="constrained")
+    grid = figure.subplots(len(names), len(stages), sharex="col", sharey="row", squeeze=False)
+    for row, name in zip(grid, names, strict=True):
+        for axes, stage in zip(row, stages, strict=True):
+            if name in by_stage[stage]:
+                axes.plot(*by_stage[stage][name], color=_COLOURS.get(stage, _GREY), linewidth=2)
+        row[0].set_ylabel(_LEARNING_RATES[name])
+        row[0].set_ylim(bottom=0)
+    for axes, stage in zip(grid[0], stages, strict=True):
+        axes.set_title(stage)
+    for axes in grid[-1]:
+        _steps_axis(axes)
+    figure.suptitle("learning rate", x=0.01, ha="left", fontsize=10, color=_GREY)
+    return figure
+
+
+def _reward(rl: dict[str, Curve]) -> Figure | None:
+    drawn = [name for name in ("reward", "reward_eval") if name in rl and len(rl[name][0]) > 1]
+    if not drawn:
+        return None
+    figure = Figure(figsize=(7.0, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title("rl")
+    if "reward" in drawn:
+        _draw_raw_and_trend(axes, rl["reward"], _COLOURS["rl"], "training questions, sampled")
+    if "reward_eval" in drawn:
+        _draw_points(axes, rl["reward_eval"], "black", "held-out questions")
+        values = rl["reward_eval"][1]
+        _titles(axes, "rl", f"held-out questions: {values[0]:.2f} before, {values[-1]:.2f} after")
+    axes.set_ylabel("mean reward")
+    _steps_axis(axes)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def _evaluation(scores: dict[str, dict[str, float]]) -> Figure | None:
+    stages = [stage for stage in STAGES if scores.get(stage)]
+    tasks = list(dict.fromkeys(task for stage in stages for task in scores[stage]))
+    if not tasks:
+        return None
+    width = 0.8 / len(stages)
+    figure = Figure(figsize=(max(5.0, 1.5 + len(tasks) * (0.4 + 0.42 * len(stages))), 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    for i, stage in enumerate(stages):
+        placed = [(t, scores[stage][task]) for t, task in enumerate(tasks) if task in scores[stage]]
+        x = [t + (i - (len(stages) - 1) / 2) * width for t, _ in placed]
+        y = [100 * score for _, score in placed]
+        bars = axes.bar(x, y, 0.92 * width, color=_COLOURS.get(stage, _GREY), label=stage)
+        axes.bar_label(bars, fmt=lambda y: f"{y:.0f}" if y >= 9.95 else f"{y:.1f}", padding=2, fontsize=9)
+    axes.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks], color="black")
+    axes.tick_params(axis="x", length=0)
+    axes.set_ylim(0, 108)
+    axes.set_yticks(range(0, 101, 20))
+    axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    axes.set_ylabel("answered right")
+    figure.legend(loc="outside upper left", ncols=len(stages))
+    return figure
