@@ -147,16 +147,17 @@ def score_choice(conversation: Conversation, completion: str) -> float:
 
 def visible_answer(completion: str) -> str:
     """What is said behind the last tool output."""
-    return completion.rpartition(_TOOL_OUTPUT_END)[2].removesuffix("<|assistant_end|>").strip()
+    return completion.rpartition(_TOOL_OUTPUT_END)[2].removesuffix("<|assistant_end|>")
 
 
 def last_number(text: str) -> str | None:
-    """The last number in `text`, without commas between thousands and without needless zeros: "1,250.0" is "1250"."""
+    """The last number in `text` as `canonical_number` writes it; None if there is none."""
     found = _NUMBER.findall(text)
     return canonical_number(found[-1]) if found else None
 
 
 def canonical_number(number: str) -> str:
+    """The number as the calculator would write it: "1,250.0" is "1250", ".50" is "0.5"."""
     plain = number.replace(",", "")
     if "." in plain:
         plain = plain.rstrip("0").rstrip(".")

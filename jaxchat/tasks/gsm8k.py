@@ -17,6 +17,7 @@ from jaxchat.tasks.base import (
 )
 
 _ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
+_OUTPUT = re.compile(r"-?[\d,]*\.?\d+")
 _FINAL = re.compile(r"####\s*\$?\s*(-?[\d,]*\.?\d+)")
 
 
@@ -36,12 +37,12 @@ class GSM8K(ListTask):
 
 
 def answer_parts(answer: str) -> list[dict[str, str]]:
-    """Text, and for each annotation the expression for the tool and its output."""
+    """Text, and for each annotation the expression for the tool and its output, written as the calculator does."""
     parts, start = [], 0
     for match in _ANNOTATION.finditer(answer):
         parts.append({"type": "text", "text": answer[start : match.start()]})
         parts.append({"type": "python", "text": match[1]})
-        parts.append({"type": "python_output", "text": match[2]})
+        parts.append({"type": "python_output", "text": _OUTPUT.sub(lambda m: canonical_number(m[0]), match[2])})
         start = match.end()
     parts.append({"type": "text", "text": answer[start:]})
     return [part for part in parts if part["text"]]
