@@ -1,0 +1,202 @@
+//! Encoding texts, in parallel and with caches.
+
+use std::num::NonZero;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::count::{INLINE, inline_key};
+use crate::error::Error;
+use crate::split::Splitter;
+use crate::vocab::Vocabulary;
+
+/// Below this many bytes a text is encoded faster than a thread starts.
+const BYTES_A_THREAD: usize = 1 << 15;
+/// Texts are handed to threads in blocks of about this many bytes.
+const BLOCK: usize = 1 << 18;
+const CACHE_BITS: u32 = 16;
+const CACHED_IDS: usize = 4;
+
+/// Ids of a few texts, one after the other; text i has `ids[offsets[i]..offsets[i + 1]]`.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Encoded {
+    pub ids: Vec<u32>,
+    pub offsets: Vec<i64>,
+}
+
+/// The pieces seen last and their ids: a table without chains, where a new piece takes the place of an old one. Text
+/// repeats few pieces most of the time. One cache serves one thread.
+struct Cache(Vec<Entry>);
+
+#[derive(Clone, Copy)]
+struct Entry {
+    /// `inline_key` of the piece; 0, the key of the empty piece, where there is none.
+    key: u128,
+    count: u32,
+    ids: [u32; CACHED_IDS],
+}
+
+impl Cache {
+    fn new() -> Self {
+        Self(vec![Entry { key: 0, count: 0, ids: [0; CACHED_IDS] }; 1 << CACHE_BITS])
+    }
+
+    fn slot(key: u128) -> usize {
+        let folded = (key as u64 ^ (key >> 64) as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        (folded >> (64 - CACHE_BITS)) as usize
+    }
+}
+
+/// Splits and encodes.
+pub struct Encoder {
+    splitter: Splitter,
+    vocabulary: Vocabulary,
+    /// Caches that no thread is using.
+    caches: Mutex<Vec<Cache>>,
+}
+
+impl Encoder {
+    pub fn new(splitter: Splitter, vocabulary: Vocabulary) -> Self {
+        Self { splitter, vocabulary, caches: Mutex::new(Vec::new()) }
+    }
+
+    pub fn vocabulary(&self) -> &Vocabulary {
+        &self.vocabulary
+    }
+
+    pub fn pattern(&self) -> &str {
+        self.splitter.pattern()
+    }
+
+    /// The ids of each text, in order, each text behind `prepend` and before `append` if given. `threads`: as many as
+    /// the machine has cores if not given; fewer are used when there is little text.
+    pub fn encode<T: AsRef<str> + Sync>(
+        &self,
+        texts: &[T],
+        prepend: Option<u32>,
+        append: Option<u32>,
+        threads: Option<NonZero<usize>>,
+    ) -> Result<Encoded, Error> {
+        let bytes: usize = texts.iter().map(|text| text.as_ref().len()).sum();
+        let cores = || std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN);
+        let threads = threads.unwrap_or_else(cores).get().min(bytes / BYTES_A_THREAD);
+        let encode_block = |block: &[T], cache: &mut Cache| {
+            let mut encoded = Encoded::default();
+            for text in block {
+                encoded.ids.extend(prepend);
+                self.encode_text(text.as_ref(), cache, &mut encoded.ids)?;
+                encoded.ids.extend(append);
+                encoded.offsets.push(encoded.ids.len() as i64);
+            }
+            Ok(encoded)
+        };
+        let parts = if threads <= 1 {
+            vec![self.with_cache(|cache| encode_block(texts, cache))?]
+        } else {
+            self.in_parallel(&blocks(texts, BLOCK.min(bytes / threads)), threads, encode_block)?
+        };
+        Ok(concatenate(parts, texts.len()))
+    }
+
+    /// `work` on each block, by threads that take the next block when they are free. Results in the order of blocks.
+    fn in_parallel<T: Sync>(
+        &self,
+        blocks: &[&[T]],
+        threads: usize,
+        work: impl Fn(&[T], &mut Cache) -> Result<Encoded, Error> + Sync,
+    ) -> Result<Vec<Encoded>, Error> {
+        let next = AtomicUsize::new(0);
+        let results: Vec<Mutex<Option<Result<Encoded, Error>>>> = blocks.iter().map(|_| Mutex::new(None)).collect();
+        let run = || {
+            self.with_cache(|cache| {
+                while let Some(index) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&index| index < blocks.len())
+                {
+                    let result = work(blocks[index], cache);
+                    *results[index].lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(result);
+                }
+            });
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..threads.min(blocks.len()) {
+                // If the system has no thread to give, the others do the work.
+                let _ = std::thread::Builder::new().spawn_scoped(scope, run);
+            }
+            run();
+        });
+        results
+            .into_iter()
+            .map(|slot| {
+                slot.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()).unwrap_or(Ok(Encoded::default()))
+            })
+            .collect()
+    }
+
+    /// Lends a cache to `work`: caches outlive calls, so that many small calls find them warm.
+    fn with_cache<R>(&self, work: impl FnOnce(&mut Cache) -> R) -> R {
+        let free = || self.caches.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let cache = free().pop();
+        let mut cache = cache.unwrap_or_else(Cache::new);
+        let result = work(&mut cache);
+        free().push(cache);
+        result
+    }
+
+    fn encode_text(&self, text: &str, cache: &mut Cache, out: &mut Vec<u32>) -> Result<(), Error> {
+        let bytes = text.as_bytes();
+        self.splitter.split(text, |start, end| {
+            if end - start > INLINE {
+                self.vocabulary.encode_piece(&bytes[start..end], out);
+                return;
+            }
+            let key = inline_key(bytes, start, end);
+            let entry = &mut cache.0[Cache::slot(key)];
+            if entry.key == key {
+                match entry.count {
+                    1 => out.push(entry.ids[0]),
+                    count => out.extend_from_slice(&entry.ids[..count as usize]),
+                }
+                return;
+            }
+            let before = out.len();
+            self.vocabulary.encode_piece(&bytes[start..end], out);
+            let ids = &out[before..];
+            if ids.len() <= CACHED_IDS {
+                entry.key = key;
+                entry.count = ids.len() as u32;
+                entry.ids[..ids.len()].copy_from_slice(ids);
+            }
+        })
+    }
+}
+
+/// Consecutive runs of texts of about `size` bytes each.
+fn blocks<T: AsRef<str>>(texts: &[T], size: usize) -> Vec<&[T]> {
+    let mut blocks = Vec::new();
+    let (mut start, mut bytes) = (0, 0);
+    for (index, text) in texts.iter().enumerate() {
+        bytes += text.as_ref().len();
+        if bytes >= size {
+            blocks.push(&texts[start..=index]);
+            (start, bytes) = (index + 1, 0);
+        }
+    }
+    if start < texts.len() {
+        blocks.push(&texts[start..]);
+    }
+    blocks
+}
+
+fn concatenate(parts: Vec<Encoded>, texts: usize) -> Encoded {
+    let mut offsets = Vec::with_capacity(texts + 1);
+    offsets.push(0);
+    let mut parts = parts.into_iter();
+    let Some(Encoded { mut ids, offsets: first }) = parts.next() else { return Encoded { ids: Vec::new(), offsets } };
+    offsets.extend(first);
+    let rest: Vec<Encoded> = parts.collect();
+    ids.reserve_exact(rest.iter().map(|part| part.ids.len()).sum());
+    for part in rest {
+        let base = ids.len() as i64;
+        offsets.extend(part.offsets.iter().map(|offset| base + offset));
+        ids.extend(part.ids);
+    }
+    Encoded { ids, offsets }
+}

@@ -1,0 +1,41 @@
+//! What can go wrong, in words for the user.
+
+use std::fmt;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// The pattern does not compile.
+    Pattern(String),
+    /// The regex engine gave up on a text, as engines with backtracking do.
+    Split(String),
+    /// The tokens cannot make a vocabulary.
+    Vocabulary(String),
+    /// An id that no token has.
+    Id { id: i64, size: usize },
+    /// More distinct pieces than positions of 32 bits can count.
+    TooLarge,
+    /// The caller asked to stop.
+    Interrupted,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            // Some engines draw the pattern over several lines.
+            Self::Pattern(why) => write!(out, "the split pattern does not compile: {}", one_line(why)),
+            Self::Split(why) => write!(out, "the split pattern fails on this text: {}", one_line(why)),
+            Self::Vocabulary(why) => out.write_str(why),
+            Self::Id { id, size } => {
+                write!(out, "token id {id} is out of range: this tokenizer has ids 0 to {}", size - 1)
+            }
+            Self::TooLarge => out.write_str("the distinct pieces of this text exceed 4 GB; train on a part of it"),
+            Self::Interrupted => out.write_str("interrupted"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,13 @@
+//! Byte-pair encoding: splitting text by a pattern, learning merges, encoding and decoding.
+//!
+//! The core is pure Rust. `py.rs`, behind the feature `python`, is the binding.
+
+pub mod classes;
+pub mod count;
+pub mod encode;
+pub mod error;
+#[cfg(feature = "python")]
+mod py;
+pub mod split;
+pub mod train;
+pub mod vocab;
