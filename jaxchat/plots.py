@@ -43,6 +43,8 @@ _STYLE = {
     "ytick.color": _GREY,
     "legend.frameon": False,
     "figure.facecolor": "white",
+    "figure.constrained_layout.w_pad": 0.12,
+    "figure.constrained_layout.h_pad": 0.12,
     "savefig.dpi": 160,
 }
 
@@ -64,14 +66,16 @@ def curves(records: list[dict[str, Any]]) -> Curves:
     }
 
 
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """The trend of `values` [N]: two centred moving averages over up to N/15 points.
+def smoothed(values: np.ndarray, *, steep_start: bool = False) -> np.ndarray:
+    """The trend of `values` [N]: two centred moving averages over N/15 points, over fewer at the ends.
 
-    The window grows from one point at the start, where curves fall steeply, and is cut off at the end.
+    With `steep_start` the window grows from one point, so that a curve that falls from its first step is not bent.
     """
     index = np.arange(len(values))
-    reach = np.minimum(len(values) // 30, index // 4)
-    first, last = index - reach, np.minimum(index + reach, len(values) - 1)
+    reach = np.full(len(values), max(1, len(values) // 30))
+    if steep_start:
+        reach = np.minimum(reach, index // 4)
+    first, last = np.maximum(index - reach, 0), np.minimum(index + reach, len(values) - 1)
     for _ in range(2):
         total = np.concatenate([[0.0], np.cumsum(values)])
         values = (total[last + 1] - total[first]) / (last + 1 - first)
@@ -83,7 +87,7 @@ def all_plots(records: list[dict[str, Any]], scores: dict[str, dict[str, float]]
     by_stage = curves(records)
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
         figures = {
-            "loss.png": _panels(by_stage, "loss", "training loss (nats per token)", _draw_raw_and_trend),
+            "loss.png": _panels(by_stage, "loss", "training loss (nats per token)", _draw_trend),
             "bpb.png": _panels(by_stage, "bpb", "validation bits per byte", _draw_points),
             "learning_rates.png": _learning_rates(by_stage),
             "reward.png": _reward(by_stage.get("rl", {})),
@@ -109,7 +113,7 @@ def _steps_axis(axes: Axes) -> None:
     axes.margins(x=0.02)
 
 
-def _panels(by_stage: Curves, name: str, label: str, draw: Callable[[Axes, Curve, str], float]) -> Figure | None:
+def _panels(by_stage: Curves, name: str, label: str, draw: Callable[[Axes, str, Curve], float]) -> Figure | None:
     """One panel a stage that has the metric: stages differ in length and in what their values mean."""
     stages = _stages_with(by_stage, name)
     if not stages:
@@ -121,10 +125,11 @@ def _panels(by_stage: Curves, name: str, label: str, draw: Callable[[Axes, Curve
     for i, stage in enumerate(stages):
         axes = figure.add_subplot(rows, columns, i + 1)
         curve = by_stage[stage][name]
-        end = draw(axes, curve, _COLOURS.get(stage, _GREY))
-        _titles(axes, stage, f"{end:.3f} at the end")
+        end = draw(axes, stage, curve)
+        _titles(axes, stage, f"{end:.3f} at the end" if stage != "rl" else "")
         _steps_axis(axes)
-        _settled_limits(axes, curve[1])
+        if stage == "pretrain":
+            _settled_limits(axes, curve[1])
         if stage == "rl":
             axes.set_ylabel("objective (nats per token, weighted)")
         elif i % columns == 0:
@@ -132,18 +137,18 @@ def _panels(by_stage: Curves, name: str, label: str, draw: Callable[[Axes, Curve
     return figure
 
 
-def _draw_raw_and_trend(axes: Axes, curve: Curve, colour: str, label: str | None = None) -> float:
-    """Returns the trend's last value."""
+def _draw_trend(axes: Axes, stage: str, curve: Curve, label: str | None = None) -> float:
+    """Draws what was measured and its trend; returns the trend's last value."""
     steps, values = curve
-    trend = smoothed(values)
-    axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
-    axes.plot(steps, trend, color=colour, linewidth=2, label=label)
+    trend = smoothed(values, steep_start=stage == "pretrain")
+    axes.plot(steps, values, color=_COLOURS.get(stage, _GREY), linewidth=0.7, alpha=0.35)
+    axes.plot(steps, trend, color=_COLOURS.get(stage, _GREY), linewidth=2, label=label)
     return trend[-1]
 
 
-def _draw_points(axes: Axes, curve: Curve, colour: str, label: str | None = None) -> float:
+def _draw_points(axes: Axes, stage: str, curve: Curve) -> float:
     """Returns the last value."""
-    axes.plot(*curve, color=colour, linewidth=1.5, marker="o", markersize=4, label=label)
+    axes.plot(*curve, color=_COLOURS.get(stage, _GREY), linewidth=1.5, marker="o", markersize=4)
     return curve[1][-1]
 
 
@@ -189,14 +194,14 @@ def _reward(rl: dict[str, Curve]) -> Figure | None:
     axes = figure.add_subplot()
     axes.set_title("rl")
     if "reward" in drawn:
-        _draw_raw_and_trend(axes, rl["reward"], _COLOURS["rl"], "training questions, sampled")
+        _draw_trend(axes, "rl", rl["reward"], "training questions, sampled")
     if "reward_eval" in drawn:
-        _draw_points(axes, rl["reward_eval"], "black", "held-out questions")
-        values = rl["reward_eval"][1]
+        steps, values = rl["reward_eval"]
+        axes.plot(steps, values, color="black", linewidth=1, marker="o", markersize=5, label="held-out questions")
         _titles(axes, "rl", f"held-out questions: {values[0]:.2f} before, {values[-1]:.2f} after")
     axes.set_ylabel("mean reward")
     _steps_axis(axes)
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
     return figure
 
 
