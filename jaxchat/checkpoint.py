@@ -1,0 +1,250 @@
+"""Checkpoints of a stage by Orbax: saved behind the training's back, checked when read, restored onto any mesh.
+
+A step's folder holds the items `params`, `training` (the rest of the state), `data` (where the input stands) and
+`meta`, and `manifest.json` with the size and CRC-32 of each file. It counts only when all of that is written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from jaxchat.config import UserError, check
+
+MANIFEST = "manifest.json"
+PARAMS, TRAINING, DATA, META = "params", "training", "data", "meta"
+CHUNK = 1 << 22
+# Orbax tells every save and restore in warnings that no user can act upon; what matters is raised.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class Checkpoints:
+    """The newest `keep` checkpoints of one stage in `directory`, any path that `etils.epath` opens.
+
+    A state is a dict of pytrees of `jax.Array`, one of them `params`.
+    """
+
+    def __init__(self, directory: epath.PathLike, *, keep: int = 2):
+        self.directory = epath.Path(directory).resolve()
+        self._keep = keep
+        self._manager: ocp.CheckpointManager | None = None
+        self._saving: int | None = None
+
+    def save(self, step: int, state_tree: dict[str, Any], *, data: dict, meta: dict) -> None:
+        """Copies the state to the host and returns; a thread writes it. A step that is there already stays as it is.
+
+        `data` and `meta` are JSON. Errors of the writing are raised by the next call.
+        """
+        manager = self._writer()
+        manager.wait_until_finished()
+        if step in self.steps():
+            return
+        rest = {key: value for key, value in state_tree.items() if key != PARAMS}
+        items = {
+            PARAMS: ocp.args.PyTreeSave(_nested(state_tree[PARAMS])),
+            TRAINING: ocp.args.PyTreeSave(_nested(rest)),
+            DATA: ocp.args.JsonSave(data),
+            META: ocp.args.JsonSave({"meta": meta, "arrays": _arrays(state_tree)}),
+        }
+        self._saving = step
+        manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def steps(self) -> list[int]:
+        """The steps whose checkpoints are complete, ascending, after waiting for the one being written."""
+        self.wait()
+        if not self.directory.exists():
+            return []
+        return sorted(
+            int(folder.name)
+            for folder in self.directory.iterdir()
+            if folder.name.isdecimal() and ocp.path.step.is_path_finalized(folder)
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest complete step, damaged or not; None without any."""
+        return max(self.steps(), default=None)
+
+    def restore(self, abstract_tree: dict[str, Any], step: int | None = None) -> tuple[dict[str, Any], dict, dict]:
+        """The state (in the structure, types and shardings of `abstract_tree`), `data` and `meta` of a step.
+
+        Args:
+          abstract_tree: the saved state's ShapeDtypeStructs or arrays; a leaf without sharding goes to one device.
+          step: the newest by default.
+
+        Raises:
+          UserError: no such checkpoint, a damaged one, or one of another model or optimizer.
+        """
+        step = self._existing(step)
+        self._verify(step, (PARAMS, TRAINING, DATA, META))
+        self._check_fit(step, abstract_tree)
+        rest = {key: value for key, value in abstract_tree.items() if key != PARAMS}
+        restored = _read(
+            self._folder(step),
+            params=_restore_args(abstract_tree[PARAMS]),
+            training=_restore_args(rest),
+            data=ocp.args.JsonRestore(),
+            meta=ocp.args.JsonRestore(),
+        )
+        tree = {PARAMS: _like(abstract_tree[PARAMS], restored.params), **_like(rest, restored.training)}
+        return tree, restored.data, restored.meta["meta"]
+
+    def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
+        """Only the parameters, without reading the optimizer's state; arguments and errors as `restore`."""
+        step = self._existing(step)
+        self._verify(step, (PARAMS, META))
+        self._check_fit(step, {PARAMS: abstract_params})
+        restored = _read(self._folder(step), params=_restore_args(abstract_params))
+        return _like(abstract_params, restored.params)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk; raises what went wrong on the way there."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and releases the threads."""
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def _folder(self, step: int) -> epath.Path:
+        return self.directory / str(step)
+
+    def _writer(self) -> ocp.CheckpointManager:
+        # Built by the first save, since it clears away what a killed writer left: a reader must not.
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.LatestN(self._keep),
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        return self._manager
+
+    def _write_manifest(self) -> None:
+        """Orbax calls this when a step's files are complete, before it renames or marks their folder as finished."""
+        if jax.process_index() != 0:
+            return
+        written = [f for f in self.directory.iterdir() if f.name.split(".")[0] == str(self._saving)]
+        for folder in written:
+            paths = [path for item in (PARAMS, TRAINING, DATA, META) for path in _files(folder / item)]
+            with ThreadPoolExecutor(4) as pool:
+                sums = pool.map(_size_and_crc, paths)
+            files = {path.relative_to(folder).as_posix(): entry for path, entry in zip(paths, sums, strict=True)}
+            (folder / MANIFEST).write_text(json.dumps(files, indent=1) + "\n")
+
+    def _existing(self, step: int | None) -> int:
+        steps = self.steps()
+        check(bool(steps), f"there is no checkpoint in {self.directory}; run the stage that writes it")
+        there = ", ".join(map(str, steps))
+        check(
+            step is None or step in steps, f"there is no checkpoint of step {step} in {self.directory}, only of {there}"
+        )
+        return steps[-1] if step is None else step
+
+    def _verify(self, step: int, items: tuple[str, ...]) -> None:
+        """Raises a UserError that names the newest good step, unless the items' files are as they were written."""
+        damage = _damage(self._folder(step), items)
+        if damage is None:
+            return
+        good = next((s for s in reversed(self.steps()) if s < step and not _damage(self._folder(s), items)), None)
+        advice = "start again with --fresh" if good is None else f"delete that folder to go on from step {good}"
+        raise UserError(f"checkpoint {self._folder(step)} is damaged ({damage}); {advice}")
+
+    def _check_fit(self, step: int, abstract_tree: dict[str, Any]) -> None:
+        saved = _read(self._folder(step), meta=ocp.args.JsonRestore()).meta["arrays"]
+        saved = {name: kind for name, kind in saved.items() if name.split("/")[0] in abstract_tree}
+        wanted = _arrays(abstract_tree)
+        for name in sorted({*saved, *wanted}, key=lambda name: (not name.startswith(PARAMS), name)):
+            there, here = saved.get(name, "missing"), wanted.get(name, "missing")
+            check(
+                there == here,
+                f"checkpoint {self._folder(step)} is of other settings: {name} is {there} there and {here} here; "
+                "use the settings that it was saved with",
+            )
+
+
+def _named_leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [(tuple(jax.tree_util.keystr((key,), simple=True) for key in path), leaf) for path, leaf in leaves]
+
+
+def _arrays(tree: Any) -> dict[str, str]:
+    """Type and shape of each leaf, as `float32[64,256]`, by its path."""
+    return {"/".join(names): f"{x.dtype}{list(x.shape)}".replace(" ", "") for names, x in _named_leaves(tree)}
+
+
+def _nested(tree: Any) -> dict[str, Any]:
+    """The tree as plain nested dicts, so that a checkpoint does not depend on the classes of an optimizer's state."""
+    root: dict[str, Any] = {}
+    for names, leaf in _named_leaves(tree):
+        node = root
+        for name in names[:-1]:
+            node = node.setdefault(name, {})
+        node[names[-1]] = leaf
+    return root
+
+
+def _like(structure: Any, nested: dict[str, Any]) -> Any:
+    """The inverse of `_nested`, into the structure of a given tree."""
+    leaves = []
+    for names, _ in _named_leaves(structure):
+        node = nested
+        for name in names:
+            node = node[name]
+        leaves.append(node)
+    return jax.tree.unflatten(jax.tree.structure(structure), leaves)
+
+
+def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
+    def place(leaf):
+        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    item = _nested(jax.tree.map(place, abstract))
+    return ocp.args.PyTreeRestore(item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
+
+
+def _read(folder: epath.Path, **items: Any) -> Any:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        return reader.restore(folder, args=ocp.args.Composite(**items))
+
+
+def _files(folder: epath.Path) -> list[epath.Path]:
+    found = []
+    for path in sorted(folder.iterdir()):
+        found.extend(_files(path) if path.is_dir() else [path])
+    return found
+
+
+def _size_and_crc(path: epath.Path) -> list[int]:
+    size = crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return [size, crc]
+
+
+def _damage(folder: epath.Path, items: tuple[str, ...]) -> str | None:
+    """What is wrong with the items' files in a step's folder, by its manifest; None when they are as written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        listed = {name: tuple(entry) for name, entry in manifest.items() if name.split("/")[0] in items}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return f"{MANIFEST} is missing or unreadable"
+    missing = next((name for name in listed if not (folder / name).exists()), None)
+    if missing is not None:
+        return f"{missing} is missing"
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda name: tuple(_size_and_crc(folder / name)), listed)
+    changed = next((name for name, entry in zip(listed, found, strict=True) if entry != listed[name]), None)
+    return None if changed is None else f"{changed} is not what was written"

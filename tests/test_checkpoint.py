@@ -1,0 +1,271 @@
+"""Checkpoints: same state back on any mesh, and no damaged one is ever used."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxchat.checkpoint import Checkpoints
+from jaxchat.config import MeshConfig, ModelConfig, OptimizerConfig, UserError
+from jaxchat.mesh import make_mesh, shardings
+from jaxchat.optim.optimizer import make_optimizer
+
+OPTIMIZER = make_optimizer(OptimizerConfig(), ModelConfig(depth=2, vocab_size=256), lambda count: 1.0)
+ONE = make_mesh(MeshConfig(), jax.devices()[:1])
+ALL = make_mesh(MeshConfig())
+SQUARE = make_mesh(MeshConfig(fsdp=2, tensor=2))
+
+
+def state(seed=0, width=16, step=0, mesh=None):
+    rng = np.random.default_rng(seed)
+
+    def array(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    block = {"attn": {"q": array(width, width), "o": array(width, width)}, "mlp": {"up": array(width, 4 * width)}}
+    params = {"embed": {"embedding": array(32, width)}, "blocks": {"0": block}, "head": {"kernel": array(width, 32)}}
+    opt_state = OPTIMIZER.init(params)
+    opt_state = jax.tree.map(lambda x: array(*x.shape) if x.ndim else x + step, opt_state)
+    tree = {"params": params, "opt_state": opt_state, "step": jnp.asarray(step, jnp.int32)}
+    return jax.device_put(tree, shardings(mesh, tree)) if mesh else tree
+
+
+def abstract(tree, mesh):
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings(mesh, tree)
+    )
+
+
+def assert_same(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    yield checkpoints
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("before, after", [(ALL, ONE), (ALL, SQUARE), (SQUARE, ALL), (ONE, SQUARE), (SQUARE, ONE)])
+def test_comes_back_on_another_mesh(checkpoints, before, after):
+    saved = state(step=7, mesh=before)
+    data, meta = {"shard": 3, "rows": [1, 2], "rng": {"seed": 1}}, {"tokens": 2**40, "seconds": 1.5, "parent": None}
+    checkpoints.save(7, saved, data=data, meta=meta)
+    target = abstract(saved, after)
+    got, got_data, got_meta = checkpoints.restore(target)
+    assert_same(got, saved)
+    assert (got_data, got_meta) == (data, meta)
+    jax.tree.map(lambda g, t: g.sharding.is_equivalent_to(t.sharding, g.ndim) or pytest.fail("elsewhere"), got, target)
+
+
+def test_training_goes_on_from_it_exactly(checkpoints):
+    @jax.jit
+    def step(tree):
+        updates, opt_state = OPTIMIZER.update(tree["params"], tree["opt_state"], tree["params"])
+        return {
+            "params": optax.apply_updates(tree["params"], updates),
+            "opt_state": opt_state,
+            "step": tree["step"] + 1,
+        }
+
+    def steps(tree, count):
+        for _ in range(count):
+            tree = step(tree)
+        return tree
+
+    start = state()
+    start["opt_state"] = OPTIMIZER.init(start["params"])
+    checkpoints.save(2, steps(start, 2), data={}, meta={})
+    restored, _, _ = checkpoints.restore(start)
+    assert_same(steps(restored, 2), steps(start, 4))
+
+
+def test_donation_after_the_save_does_not_reach_the_checkpoint(checkpoints):
+    saved = {"params": {"w": jnp.arange(1 << 22, dtype=jnp.float32)}, "step": jnp.zeros((), jnp.int32)}
+    expected = jax.tree.map(lambda x: np.array(x, copy=True), saved)
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    checkpoints.save(1, saved, data={}, meta={})
+    for _ in range(3):
+        saved = overwrite(saved)
+    got, _, _ = checkpoints.restore(saved)
+    assert_same(got, expected)
+
+
+def test_only_the_parameters(checkpoints):
+    saved = state()
+    checkpoints.save(5, saved, data={}, meta={})
+    checkpoints.wait()
+    shutil.rmtree(checkpoints.directory / "5" / "training")
+    without_sharding = jax.eval_shape(lambda: saved["params"])
+    assert_same(checkpoints.restore_params(without_sharding, 5), saved["params"])
+
+
+def test_keeps_the_newest_and_any_step_can_be_asked_for(checkpoints):
+    assert checkpoints.latest_step() is None
+    for step in (3, 20, 100):
+        checkpoints.save(step, state(seed=step, step=step), data={"at": step}, meta={})
+    assert checkpoints.steps() == [20, 100] and checkpoints.latest_step() == 100
+    target = state()
+    assert checkpoints.restore(target)[1] == {"at": 100}
+    got, data, _ = checkpoints.restore(target, 20)
+    assert data == {"at": 20}
+    assert_same(got, state(seed=20, step=20))
+    checkpoints.close()
+    again = Checkpoints(checkpoints.directory)
+    assert again.steps() == [20, 100]
+    again.save(120, target, data={}, meta={})
+    assert again.steps() == [100, 120]
+    again.close()
+
+
+def test_a_step_is_not_written_twice(checkpoints):
+    checkpoints.save(1, state(seed=1), data={"n": 1}, meta={})
+    checkpoints.save(1, state(seed=2), data={"n": 2}, meta={})
+    assert checkpoints.restore(state())[1] == {"n": 1}
+
+
+def test_no_checkpoint(checkpoints):
+    with pytest.raises(UserError, match="there is no checkpoint in .*checkpoints"):
+        checkpoints.restore(state())
+    checkpoints.save(4, state(), data={}, meta={})
+    with pytest.raises(UserError, match="there is no checkpoint of step 5 in .*, only of 4"):
+        checkpoints.restore(state(), 5)
+
+
+@pytest.mark.parametrize("restore", ["state", "params"])
+def test_other_settings_are_told_apart(checkpoints, restore):
+    checkpoints.save(4, state(), data={}, meta={})
+    other = state(width=32)
+    with pytest.raises(UserError, match=r"params/blocks/0/attn/o is float32\[16,16\] there and float32\[32,32\] here"):
+        checkpoints.restore(other) if restore == "state" else checkpoints.restore_params(other["params"])
+    fewer = state()
+    del fewer["params"]["blocks"]
+    with pytest.raises(UserError, match="params/blocks/0/attn/o is .* there and missing here"):
+        checkpoints.restore(fewer) if restore == "state" else checkpoints.restore_params(fewer["params"])
+
+
+def files(folder):
+    return sorted(path for path in Path(folder).rglob("*") if path.is_file())
+
+
+def biggest(folder):
+    return max(files(folder), key=lambda path: path.stat().st_size)
+
+
+def truncate(folder):
+    path = biggest(folder)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(folder):
+    path = biggest(folder)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def delete_metadata(folder):
+    (folder / "params" / "_METADATA").unlink()
+
+
+def edit_the_data_position(folder):
+    (folder / "data" / "metadata").write_text('{"at": 3}')
+
+
+def delete_the_manifest(folder):
+    (folder / "manifest.json").unlink()
+
+
+def scribble_over_the_manifest(folder):
+    (folder / "manifest.json").write_text('{"params/_METADATA": [')
+
+
+def change_the_manifests_type(folder):
+    (folder / "manifest.json").write_text("[1, 2]")
+
+
+def empty(folder):
+    for path in files(folder):
+        path.unlink()
+
+
+DAMAGES = [
+    truncate,
+    flip_a_bit,
+    delete_metadata,
+    edit_the_data_position,
+    delete_the_manifest,
+    scribble_over_the_manifest,
+    change_the_manifests_type,
+    empty,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_refused_with_the_way_out(checkpoints, damage):
+    for step in (10, 20):
+        checkpoints.save(step, state(seed=step, step=step), data={"at": step}, meta={})
+    checkpoints.close()
+    damage(checkpoints.directory / "20")
+    fresh = Checkpoints(checkpoints.directory)
+    assert fresh.latest_step() == 20
+    with pytest.raises(UserError) as error:
+        fresh.restore(state())
+    message = str(error.value)
+    assert "\n" not in message and message.endswith("delete that folder to go on from step 10")
+    assert message.startswith(f"checkpoint {checkpoints.directory / '20'} is damaged (")
+    assert_same(fresh.restore(state(), 10)[0], state(seed=10, step=10))
+    shutil.rmtree(checkpoints.directory / "20")
+    assert fresh.restore(state())[1] == {"at": 10}
+    fresh.save(20, state(seed=20, step=20), data={"at": 20}, meta={})
+    assert fresh.restore(state())[1] == {"at": 20}
+    fresh.close()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, delete_metadata])
+def test_damaged_parameters_are_refused_and_without_a_good_step_fresh_is_the_way_out(checkpoints, damage):
+    for step in (10, 20):
+        checkpoints.save(step, state(), data={}, meta={})
+    checkpoints.close()
+    damage(checkpoints.directory / "10" / "params" if damage is not delete_metadata else checkpoints.directory / "10")
+    damage(checkpoints.directory / "20" / "params" if damage is not delete_metadata else checkpoints.directory / "20")
+    with pytest.raises(UserError, match=r"/20 is damaged \(params/.*\); start again with --fresh$"):
+        Checkpoints(checkpoints.directory).restore_params(state()["params"])
+
+
+def test_every_file_is_covered_by_the_manifest(checkpoints):
+    checkpoints.save(1, state(), data={}, meta={})
+    checkpoints.wait()
+    folder = checkpoints.directory / "1"
+    here = {str(path.relative_to(folder)) for path in files(folder) if path.parent != Path(folder)}
+    assert set(json.loads((folder / "manifest.json").read_text())) == here
+
+
+def test_what_a_killed_writer_left_is_no_checkpoint_and_is_cleared_by_the_next_save(checkpoints):
+    checkpoints.save(1, state(), data={}, meta={})
+    checkpoints.close()
+    half = checkpoints.directory / "2.orbax-checkpoint-tmp-0"
+    shutil.copytree(checkpoints.directory / "1", half)
+    again = Checkpoints(checkpoints.directory)
+    assert again.steps() == [1] and half.exists()
+    again.save(2, state(seed=2), data={"n": 2}, meta={})
+    assert again.steps() == [1, 2]
+    assert again.restore(state())[1] == {"n": 2}
+    again.close()
+    assert not half.exists()
+
+
+def test_silent(tmp_path, capfd):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state(mesh=SQUARE), data={}, meta={})
+    checkpoints.restore(abstract(state(), ONE))
+    checkpoints.close()
+    out, err = capfd.readouterr()
+    assert out == "" and err == ""
