@@ -1,0 +1,101 @@
+"""The arithmetic of a run: parameters, FLOPs, horizon, batch, hours and cost. No arrays, nothing measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxchat.config import ModelConfig, PretrainConfig, UserError
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model by their kind, with the padded vocabulary."""
+
+    embedding: int
+    matrices: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.matrices + self.head
+
+
+def count_parameters(model: ModelConfig) -> ParameterCount:
+    """The exact number of parameters: norms have none, and nothing has a bias."""
+    table = model.padded_vocab_size * model.width
+    attention = 2 * model.width * model.head_dim * (model.num_heads + model.kv_heads)
+    mlp = 2 * model.width * 4 * model.width
+    return ParameterCount(embedding=table, matrices=model.depth * (attention + mlp), head=table)
+
+
+def flops_per_token(model: ModelConfig) -> int:
+    """FLOPs that training needs for a token of a full sequence, forward and backward.
+
+    6 for each parameter that is multiplied (2 forward, 4 backward; the embedding is looked up), and 12 * layers *
+    heads * head_dim * sequence_len for attention's two products, without the half that causality saves: Chowdhery et
+    al., "PaLM" (2022), appendix B. nanochat estimates alike, so that an MFU compares with its.
+    """
+    parameters = count_parameters(model)
+    attention = 12 * model.depth * model.num_heads * model.head_dim * model.sequence_len
+    return 6 * (parameters.total - parameters.embedding) + attention
+
+
+def training_length(config: PretrainConfig, model: ModelConfig) -> int:
+    """Optimizer steps of pretraining, at least 1: as set, by FLOPs, or by tokens a parameter.
+
+    20 tokens a parameter is about compute-optimal by Hoffmann et al., "Training Compute-Optimal Large Language Models"
+    (2022).
+    """
+    if config.num_iterations is not None:
+        return config.num_iterations
+    if config.target_flops is not None:
+        return max(1, round(config.target_flops / (flops_per_token(model) * config.batch_tokens)))
+    return max(1, int(config.tokens_per_param * count_parameters(model).total // config.batch_tokens))
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a step's tokens pass through the devices: `accumulation` times `rows` rows, `device_rows` on each device."""
+
+    device_rows: int
+    rows: int
+    accumulation: int
+
+
+def batch_plan(batch_tokens: int, device_rows: int, sequence_len: int, data_parallel: int) -> BatchPlan:
+    """Splits `batch_tokens` over `data_parallel` devices (data times fsdp) of `device_rows` rows at a time.
+
+    Raises:
+      UserError: it does not divide; names the nearest batches and, where there are any, device rows that do.
+    """
+    rows = device_rows * data_parallel
+    micro_tokens = rows * sequence_len
+    accumulation, rest = divmod(batch_tokens, micro_tokens)
+    if rest == 0 and accumulation > 0:
+        return BatchPlan(device_rows=device_rows, rows=rows, accumulation=accumulation)
+    batches = [n * micro_tokens for n in (accumulation, accumulation + 1) if n > 0]
+    remedies = [f"batch-tokens {_either(batches)}"]
+    device_total, rest = divmod(batch_tokens, sequence_len * data_parallel)
+    if rest == 0 and device_total > 0:
+        divisors = [d for d in range(1, device_total + 1) if device_total % d == 0]
+        below = [d for d in divisors if d < device_rows][-1:]
+        above = [d for d in divisors if d > device_rows][:1]
+        remedies.append(f"device-rows {_either(below + above)}")
+    raise UserError(
+        f"batch-tokens {batch_tokens} is not a multiple of {micro_tokens} (device-rows {device_rows} x {data_parallel} "
+        f"data-parallel devices x sequence-len {sequence_len}); nearest that work: {', or '.join(remedies)}"
+    )
+
+
+def _either(values: list[int]) -> str:
+    return " or ".join(map(str, values))
+
+
+def hours(flops: float, mfu: float, devices: int, peak: float) -> float:
+    """Hours for `flops` on `devices` of `peak` FLOP/s each, used to the fraction `mfu`."""
+    return flops / (mfu * devices * peak) / 3600
+
+
+def cost(hours: float, devices: int, dollars_per_device_hour: float) -> float:
+    """Dollars for renting `devices` for `hours`."""
+    return hours * devices * dollars_per_device_hour
