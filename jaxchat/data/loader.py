@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import grain.python as grain
 import numpy as np
-from grain.experimental import ThreadPrefetchIterDataset
+from grain.experimental import ThreadPrefetchDatasetIterator
 
 from jaxchat.config import check
 from jaxchat.data.packing import BestFitPacker, RenderedConversations, TokenStream, cut_rows, pack_conversations
@@ -61,7 +61,7 @@ def pretrain_batches(
     """
     blocks = TextBlocks(side)
     check(len(blocks) > 0, f"{side.files[0]} has no documents")
-    order = _order(grain.MapDataset.source(blocks), seed if shuffle else None)
+    order = _Epochs(blocks, seed if shuffle else None)
     name = f"{side.files[0]}" if len(side.files) == 1 else f"the text in {side.files[0].parent}"
 
     def open_reader() -> _Reader:
@@ -71,7 +71,7 @@ def pretrain_batches(
         )
         return _TextReader(stream, rows, process_index, process_count, sequence_len, tokenizer.bos_token_id)
 
-    return _prefetched(open_reader)
+    return iter(_BatchDataset(open_reader))
 
 
 def chat_batches(
@@ -103,7 +103,7 @@ def chat_batches(
     def open_reader() -> _Reader:
         return _ChatReader(_packer(rendered, seed, epochs), rendered, rows, process_index, process_count)
 
-    return _prefetched(open_reader)
+    return iter(_BatchDataset(open_reader))
 
 
 def count_rows(
@@ -126,13 +126,32 @@ def _render(conversations: Sequence[dict] | RenderedConversations, tokenizer: An
 
 
 def _packer(rendered: RenderedConversations, seed: int, epochs: int | None) -> BestFitPacker:
-    order = _order(grain.MapDataset.range(len(rendered)), seed)
-    return BestFitPacker(order, len(rendered), rendered.length, rendered.sequence_len + 1, epochs)
+    return BestFitPacker(
+        _Epochs(range(len(rendered)), seed), len(rendered), rendered.length, rendered.sequence_len + 1, epochs
+    )
 
 
-def _order(items: grain.MapDataset, shuffle_seed: int | None) -> grain.MapDataset:
-    """The items of epoch after epoch, in the same or in an order of the epoch's own."""
-    return (items if shuffle_seed is None else items.shuffle(seed=shuffle_seed)).repeat()
+class _Epochs:
+    """Items by position, epoch after epoch: in order, or with a seed in an order of each epoch's own.
+
+    The order comes from the raw bits of Philox, which NumPy keeps the same for good, unlike its `permutation`. (grain's
+    index shuffle costs 1 ms an item when there are few.)
+    """
+
+    def __init__(self, items: Sequence, seed: int | None):
+        self._items = items
+        self._seed = seed
+        self._epoch = -1
+        self._permutation = np.empty(0, np.int64)
+
+    def __getitem__(self, position: int) -> Any:
+        epoch, index = divmod(position, len(self._items))
+        if self._seed is not None:
+            if epoch != self._epoch:
+                bits = np.random.Philox(key=(self._seed, epoch)).random_raw(len(self._items))
+                self._epoch, self._permutation = epoch, np.argsort(bits, kind="stable")
+            index = int(self._permutation[index])
+        return self._items[index]
 
 
 class _Reader(Protocol):
@@ -205,7 +224,9 @@ class _BatchDataset(grain.IterDataset):
         self._open_reader = open_reader
 
     def __iter__(self) -> grain.DatasetIterator[Batch]:
-        return _BatchIterator(self._open_reader())
+        iterator = _PrefetchIterator(_BatchIterator(self._open_reader()), PREFETCHED_BATCHES)
+        _open_iterators.add(iterator)
+        return iterator
 
 
 class _BatchIterator(grain.DatasetIterator):
@@ -226,14 +247,16 @@ class _BatchIterator(grain.DatasetIterator):
         self._reader.state = state
 
 
-_open_iterators: weakref.WeakSet[grain.DatasetIterator] = weakref.WeakSet()
-
-
-def _prefetched(open_reader: Callable[[], _Reader]) -> grain.DatasetIterator[Batch]:
+class _PrefetchIterator(ThreadPrefetchDatasetIterator):
     """A thread makes batches ahead until the iterator is closed or dropped; its exceptions come out of `next`."""
-    iterator = iter(ThreadPrefetchIterDataset(_BatchDataset(open_reader), prefetch_buffer_size=PREFETCHED_BATCHES))
-    _open_iterators.add(iterator)
-    return iterator
+
+    def close(self) -> None:
+        """Does nothing the second time: when `__del__` calls it at the interpreter's end, grain's modules are gone."""
+        if not self._closed:
+            super().close()
+
+
+_open_iterators: weakref.WeakSet[_PrefetchIterator] = weakref.WeakSet()
 
 
 @atexit.register

@@ -6,7 +6,7 @@ import bisect
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -17,6 +17,14 @@ IGNORE = -1  # the target of a position that is not trained on
 CHUNK_CHARS = 1 << 20  # tokenised at once: enough for the tokenizer's threads, little enough for memory
 LOOK_AHEAD = 256  # conversations among which the best fit is sought
 CACHED_TOKENS = 1 << 25  # rendered conversations kept in memory: 5 bytes a token
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Positions(Protocol[T_co]):
+    """Items by position, without end."""
+
+    def __getitem__(self, position: int, /) -> T_co: ...
 
 
 @dataclass
@@ -45,7 +53,7 @@ class TokenStream:
 
     def __init__(
         self,
-        blocks: Sequence[list[str]],
+        blocks: Positions[list[str]],
         blocks_per_epoch: int,
         tokenizer: Any,
         *,
@@ -228,7 +236,7 @@ class BestFitPacker:
     """
 
     def __init__(
-        self, order: Sequence[int], per_epoch: int, length: Callable[[int], int], capacity: int, epochs: int | None
+        self, order: Positions[int], per_epoch: int, length: Callable[[int], int], capacity: int, epochs: int | None
     ):
         self._order = order
         self._per_epoch = per_epoch

@@ -138,7 +138,8 @@ def _list_blocks(side: TextSide) -> list[Callable[[], list[str]]]:
     small_bytes = 0
     for path in side.files:
         if side.format == "parquet":
-            readers += [partial(_read_row_group, path, group) for group in range(_open_parquet(path).num_row_groups)]
+            metadata = _open_parquet(path).metadata
+            readers += [partial(_read_row_group, path, metadata, group) for group in range(metadata.num_row_groups)]
             continue
         size = path.stat().st_size
         if path.suffix == ".gz":
@@ -169,9 +170,10 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
     return file
 
 
-def _read_row_group(path: Path, group: int) -> list[str]:
+def _read_row_group(path: Path, metadata: pq.FileMetaData, group: int) -> list[str]:
     try:
-        return _open_parquet(path).read_row_group(group, columns=["text"]).column("text").to_pylist()
+        table = pq.ParquetFile(path, metadata=metadata).read_row_group(group, columns=["text"])
+        return table.column("text").to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: row group {group} cannot be read: {_first_line(error)}") from None
 

@@ -1,0 +1,260 @@
+"""Batches over the whole path from files: order, shares of processes, epochs, resuming, threads."""
+
+import gc
+import json
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxchat.config import UserError
+from jaxchat.data.loader import chat_batches, count_rows, pretrain_batches
+from jaxchat.data.packing import RenderedConversations
+from jaxchat.data.shards import TextSide, iterate_texts
+from jaxchat.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.train_from_iterator(["the cat sat on the mat, and the cat sat on the hat"] * 3, 270)
+BOS = TOKENIZER.bos_token_id
+CHATS = [
+    {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * (1 + i % 9)}]}
+    for i in range(60)
+]
+RENDERED = RenderedConversations(CHATS, TOKENIZER, 100)
+
+
+@pytest.fixture(scope="module")
+def side(tmp_path_factory) -> TextSide:
+    """Two shards of three row groups of three documents, and an empty document between them."""
+    folder = tmp_path_factory.mktemp("text")
+    texts = [f"the {i} cat sat " * (i % 4 + 1) for i in range(18)]
+    files = tuple(folder / f"shard_{shard}.parquet" for shard in range(2))
+    for shard, path in enumerate(files):
+        pq.write_table(pa.table({"text": texts[9 * shard : 9 * shard + 9]}), path, row_group_size=3)
+    return TextSide(files, "parquet")
+
+
+def tokens_of(side: TextSide) -> list[int]:
+    return [token for text in iterate_texts(side) for token in [BOS, *TOKENIZER.encode(text)]]
+
+
+def text_batches(side, **changes):
+    return pretrain_batches(side, TOKENIZER, **{"rows": 2, "sequence_len": 16, "seed": 0} | changes)
+
+
+def chats(**changes):
+    return chat_batches(RENDERED, TOKENIZER, **{"rows": 2, "sequence_len": 100, "seed": 0} | changes)
+
+
+def take(iterator, count: int) -> list[dict]:
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_same(left: list[dict], right: list[dict]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        np.testing.assert_array_equal(a["inputs"], b["inputs"])
+        np.testing.assert_array_equal(a["targets"], b["targets"])
+
+
+def test_text_is_read_in_order_again_and_again_without_a_seam(side):
+    expected = tokens_of(side)
+    batches = take(text_batches(side), 3 * len(expected) // 32)
+    assert all(b["inputs"].shape == b["targets"].shape == (2, 16) for b in batches)
+    assert all(b["inputs"].dtype == b["targets"].dtype == np.int32 for b in batches)
+    inputs = np.concatenate([b["inputs"].ravel() for b in batches])
+    targets = np.concatenate([b["targets"].ravel() for b in batches])
+    endless = np.array(expected * 4)
+    np.testing.assert_array_equal(inputs, endless[: len(inputs)])
+    np.testing.assert_array_equal(targets, endless[1 : len(targets) + 1])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 100])
+def test_validation_begins_at_the_beginning_and_ends_with_the_last_token(side, rows):
+    expected = tokens_of(side)
+    for _ in range(2):
+        batches = list(text_batches(side, repeat=False, rows=rows))
+        assert all(b["inputs"].shape == (rows, 16) for b in batches)
+        targets = np.concatenate([b["targets"].ravel() for b in batches])
+        assert targets[: len(expected) - 1].tolist() == expected[1:]
+        assert (targets[len(expected) - 1 :] == -1).all() and len(targets) - len(expected) < rows * 16
+
+
+def test_shuffling_reorders_blocks_by_seed_and_epoch_and_loses_none(side):
+    def documents(seed: int, epochs: int) -> list[str]:
+        inputs = np.concatenate([b["inputs"].ravel() for b in take(text_batches(side, shuffle=True, seed=seed), 100)])
+        starts = np.flatnonzero(inputs == BOS)[: 18 * epochs + 1]
+        return [TOKENIZER.decode(inputs[a + 1 : b].tolist()) for a, b in zip(starts, starts[1:], strict=False)]
+
+    texts = list(iterate_texts(side))
+    both = documents(0, 2)
+    first, second = both[:18], both[18:]
+    assert sorted(first) == sorted(second) == sorted(texts)
+    assert first != second and first != texts and documents(1, 1) != first
+    assert documents(0, 2) == both
+    block = texts.index(first[0])
+    assert first[:3] == texts[block : block + 3]
+
+
+@settings(max_examples=25, deadline=None)
+@given(taken=st.integers(0, 70), shuffle=st.booleans(), rows=st.integers(1, 3))
+def test_text_goes_on_from_any_batch(side, taken, shuffle, rows):
+    iterator = text_batches(side, shuffle=shuffle, rows=rows)
+    take(iterator, taken)
+    state = json.loads(json.dumps(iterator.get_state()))
+    resumed = text_batches(side, shuffle=shuffle, rows=rows)
+    resumed.set_state(state)
+    assert resumed.get_state() == state
+    assert_same(take(resumed, 5), take(iterator, 5))
+
+
+@settings(max_examples=25, deadline=None)
+@given(taken=st.integers(0, 40), rows=st.integers(1, 3))
+def test_chats_go_on_from_any_batch(taken, rows):
+    iterator = chats(rows=rows)
+    take(iterator, taken)
+    state = json.loads(json.dumps(iterator.get_state()))
+    resumed = chats(rows=rows)
+    resumed.set_state(state)
+    assert resumed.get_state() == state
+    assert_same(take(resumed, 5), take(iterator, 5))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_share_the_rows_of_the_same_global_batches(side, count):
+    def joined(make) -> list[dict]:
+        parts = [take(make(rows=2, process_index=i, process_count=count), 12) for i in range(count)]
+        return [{k: np.concatenate([part[k] for part in b]) for k in b[0]} for b in zip(*parts, strict=True)]
+
+    assert_same(joined(lambda **options: text_batches(side, **options)), take(text_batches(side, rows=2 * count), 12))
+    assert_same(joined(chats), take(chats(rows=2 * count), 12))
+
+
+def test_a_state_fits_any_number_of_processes_and_rows(side):
+    for make in (lambda **options: text_batches(side, **options), chats):
+        one = make(rows=4)
+        take(one, 5)
+        two = [make(rows=1, process_index=i, process_count=2) for i in range(2)]
+        for iterator in two:
+            iterator.set_state(one.get_state())
+        rows = [b["inputs"] for batches in zip(*(take(it, 4) for it in two), strict=True) for b in batches]
+        np.testing.assert_array_equal(np.concatenate(rows), np.concatenate([b["inputs"] for b in take(one, 2)]))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_finite_iterators_of_all_processes_end_together(side, count):
+    for make in (lambda **options: text_batches(side, repeat=False, **options), lambda **o: chats(epochs=1, **o)):
+        batches = [list(make(process_index=i, process_count=count)) for i in range(count)]
+        assert len({len(part) for part in batches}) == 1
+        targets = sum((b["targets"] >= 0).sum() for part in batches for b in part)
+        assert targets == sum((b["targets"] >= 0).sum() for b in make(rows=50))
+
+
+def test_each_epoch_holds_every_conversation_whole_and_once():
+    rows = count_rows(CHATS, TOKENIZER, sequence_len=100, seed=0)
+    rendered = sorted(TOKENIZER.render_conversation(chat, max_tokens=101)[0] for chat in CHATS)
+    assert sum(map(len, rendered)) / (101 * rows) > 0.9
+    assert len(list(chats(epochs=1))) == -(-rows // 2)
+    orders = []
+    for epochs in (1, 2):
+        seen = []
+        for batch in chats(epochs=epochs):
+            for row, last in zip(batch["inputs"].tolist(), batch["targets"][:, -1].tolist(), strict=True):
+                row += [last] if last >= 0 else []
+                starts = [i for i, token in enumerate(row) if token == BOS]
+                pieces = [row[a:b] for a, b in zip(starts, [*starts[1:], len(row)], strict=True)]
+                seen += [piece for piece in pieces if len(piece) > 1]
+        orders.append(seen)
+    assert sorted(orders[0]) == rendered
+    assert orders[1][: len(CHATS)] == orders[0]
+    assert sorted(orders[1][len(CHATS) :]) == rendered and orders[1][len(CHATS) :] != orders[0]
+
+
+def test_a_seed_decides_the_order():
+    assert_same(take(chats(seed=1), 3), take(chats(seed=1), 3))
+    assert (next(chats(seed=1))["inputs"] != next(chats(seed=2))["inputs"]).any()
+
+
+def test_conversations_are_rendered_once_for_counting_and_training():
+    class Counted(list):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index)
+
+    counted = Counted(CHATS)
+    rendered = RenderedConversations(counted, TOKENIZER, 100)
+    count_rows(rendered, TOKENIZER, sequence_len=100, seed=0)
+    list(chat_batches(rendered, TOKENIZER, rows=2, sequence_len=100, seed=3, epochs=2))
+    assert counted.reads == len(CHATS)
+    with pytest.raises(ValueError, match="another sequence length"):
+        chat_batches(rendered, TOKENIZER, rows=2, sequence_len=50, seed=0)
+
+
+def test_a_state_is_small():
+    many = chat_batches(CHATS * 100, TOKENIZER, rows=4, sequence_len=200, seed=0)
+    take(many, 3)
+    assert len(json.dumps(many.get_state())) < 3000
+
+
+def loader_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if "prefetch" in thread.name]
+
+
+def test_the_thread_stops_when_the_iterator_is_dropped(side):
+    gc.collect()
+    assert not loader_threads()
+    iterator = text_batches(side)
+    next(iterator)
+    assert len(loader_threads()) == 1
+    del iterator
+    gc.collect()
+    assert not loader_threads()
+
+
+def test_a_program_may_end_while_a_thread_reads(side):
+    program = f"""
+import pathlib
+from jaxchat.data.loader import pretrain_batches
+from jaxchat.data.shards import TextSide
+from jaxchat.tokenizer import Tokenizer
+tokenizer = Tokenizer.train_from_iterator(["the cat sat on the mat"] * 3, 265)
+side = TextSide(tuple(map(pathlib.Path, {[str(path) for path in side.files]!r})), "parquet")
+iterator = pretrain_batches(side, tokenizer, rows=64, sequence_len=512, seed=0)
+print(next(iterator)["inputs"].shape)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(64, 512)\n", "")
+
+
+def test_what_is_wrong_with_a_file_comes_out_of_next_as_it_is(tmp_path):
+    lines = ['{"text": "the cat sat on the mat"}\n'] * 9 + ["nonsense\n"]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    iterator = text_batches(TextSide((tmp_path / "a.jsonl",), "jsonl"))
+    for _ in range(2):
+        with pytest.raises(UserError) as raised:
+            next(iterator)
+        assert str(raised.value).startswith(f"{tmp_path}/a.jsonl:10: broken JSON") and "\n" not in str(raised.value)
+
+
+def test_too_little_text_and_other_data_are_refused(side, tmp_path):
+    (tmp_path / "a.txt").write_text("the cat")
+    with pytest.raises(UserError, match="a.txt holds only . tokens, fewer than the 17 of one row"):
+        next(text_batches(TextSide((tmp_path / "a.txt",), "txt")))
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(UserError, match="a.txt holds no text"):
+        next(text_batches(TextSide((tmp_path / "a.txt",), "txt"), repeat=False))
+    state = text_batches(side).get_state()
+    with pytest.raises(UserError, match="has changed: 3 blocks now, 6 when"):
+        text_batches(TextSide(side.files[:1], "parquet")).set_state(state)
+    with pytest.raises(UserError, match="no conversations"):
+        chat_batches([], TOKENIZER, rows=1, sequence_len=8, seed=0)
+    state = chats().get_state()
+    with pytest.raises(UserError, match="has changed: 5 conversations now, 60 when"):
+        chat_batches(CHATS[:5], TOKENIZER, rows=1, sequence_len=8, seed=0).set_state(state)
