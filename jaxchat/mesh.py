@@ -20,8 +20,8 @@ BATCH_SPEC = P(("data", "fsdp"))
 # By the end of a parameter's path. As in Megatron-LM (Shoeybi et al. 2019), a pair of matrices splits its inner
 # dimension over `tensor`, which costs one reduction a pair; fsdp splits the residual stream's dimension.
 PARTITIONS = (
-    (r"(attn/[qkv]|mlp/up|head/kernel)$", P("fsdp", "tensor")),
-    (r"(attn/o|mlp/down|embed/embedding)$", P("tensor", "fsdp")),
+    (r"(attn/[qkv]|mlp/up|head)(/kernel)?$", P("fsdp", "tensor")),
+    (r"(attn/o|mlp/down|embed/embedding)(/kernel)?$", P("tensor", "fsdp")),
 )
 
 

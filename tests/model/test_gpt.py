@@ -1,0 +1,127 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxchat.config import ModelConfig, UserError
+from jaxchat.model.gpt import (
+    abstract_params,
+    cached_hidden,
+    hidden_states,
+    init_cache,
+    init_params,
+    logits,
+)
+from tests.model import numpy_gpt
+
+# Depth 4 has two heads, depth 6 three: grouped and multi-query attention beside the plain one.
+CONFIGS = [
+    ModelConfig(depth=2, sequence_len=32, vocab_size=200),
+    ModelConfig(depth=4, sequence_len=32, vocab_size=130, num_kv_heads=1),
+    ModelConfig(depth=8, sequence_len=32, vocab_size=128, num_kv_heads=2),
+]
+
+
+def tokens_of(config, batch, length, seed=7):
+    return jax.random.randint(jax.random.key(seed), (batch, length), 0, config.vocab_size)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"d{c.depth}-kv{c.kv_heads}")
+def test_training_forward_cached_forward_and_numpy_agree(config, random_params):
+    params, tokens = random_params(config), tokens_of(config, 2, 11)
+    trained = logits(config, params, hidden_states(config, params, tokens))
+
+    prompt, cache = cached_hidden(config, params, tokens[:, :6], jnp.zeros(2, int), init_cache(config, 2, 16))
+    parts = [prompt]
+    for i in range(6, 11):
+        hidden, cache = cached_hidden(config, params, tokens[:, i : i + 1], jnp.full(2, i), cache)
+        parts.append(hidden)
+    cached = logits(config, params, jnp.concatenate(parts, axis=1))
+
+    exact = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    reference = np.stack([numpy_gpt.logits(config, exact, np.asarray(row)) for row in tokens])
+    real = slice(0, config.vocab_size)
+    np.testing.assert_allclose(trained[..., real], reference, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(cached[..., real], reference, atol=1e-5, rtol=1e-5)
+
+
+def test_a_right_padded_prompt_decodes_like_the_bare_one(random_params):
+    config = CONFIGS[0]
+    params, tokens = random_params(config), tokens_of(config, 2, 9)
+    lengths = jnp.array([3, 5])
+    padded = jnp.where(jnp.arange(8) < lengths[:, None], tokens[:, :8], 99)
+    _, cache = cached_hidden(config, params, padded, jnp.zeros(2, int), init_cache(config, 2, 12))
+    rows = jnp.arange(2)
+    for i in range(3):
+        hidden, cache = cached_hidden(config, params, tokens[rows, lengths + i][:, None], lengths + i, cache)
+    for row, length in enumerate(lengths):
+        bare = hidden_states(config, params, tokens[row : row + 1, : length + 3])
+        np.testing.assert_allclose(hidden[row, 0], bare[0, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"d{c.depth}-kv{c.kv_heads}")
+def test_logits_do_not_see_the_future(config, random_params):
+    params, tokens = random_params(config), tokens_of(config, 1, 12)
+
+    def forward(tokens):
+        return logits(config, params, hidden_states(config, params, tokens))[0, :, : config.vocab_size]
+
+    before = forward(tokens)
+    for t in range(11):
+        changed = forward(tokens.at[0, t + 1].add(1) % config.vocab_size)
+        np.testing.assert_array_equal(before[: t + 1], changed[: t + 1])
+        assert not np.array_equal(before[t + 1], changed[t + 1])
+
+
+def test_gradients_of_a_position_reach_only_the_past(random_params):
+    config = CONFIGS[0]
+    params, tokens = random_params(config), jnp.arange(10)[None]
+
+    def one_logit(table):
+        changed = {**params, "embed": {"embedding": table}}
+        return logits(config, changed, hidden_states(config, changed, tokens))[0, 4].sum()
+
+    reached = jnp.abs(jax.grad(one_logit)(params["embed"]["embedding"])).sum(-1)
+    assert (reached[:5] > 0).all() and (reached[5:] == 0).all()
+
+
+def test_initialisation_follows_its_table():
+    config = ModelConfig(depth=8, sequence_len=16, vocab_size=5000)
+    params = init_params(config, jax.random.key(0))
+    width = config.width
+    block = params["blocks"]["3"]
+    assert np.std(params["embed"]["embedding"]) == pytest.approx(1.0, rel=0.02)
+    assert np.std(block["attn"]["q"]["kernel"]) == pytest.approx(width**-0.5, rel=0.02)
+    assert np.std(block["mlp"]["up"]["kernel"]) == pytest.approx(width**-0.5, rel=0.02)
+    for zero in (params["head"], block["attn"]["o"], block["mlp"]["down"]):
+        assert not np.any(zero["kernel"])
+    assert not np.array_equal(block["attn"]["q"]["kernel"], params["blocks"]["4"]["attn"]["q"]["kernel"])
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), params)
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), abstract_params(config))
+
+
+def test_padded_vocabulary_ids_get_no_probability(random_params):
+    config = ModelConfig(depth=2, sequence_len=8, vocab_size=129)
+    params = random_params(config)
+    scores = logits(config, params, hidden_states(config, params, tokens_of(config, 1, 8)))
+    assert scores.shape[-1] == 256
+    assert (jax.nn.softmax(scores)[..., 129:] == 0).all()
+    assert jnp.abs(scores[..., :129]).max() <= config.logit_cap
+
+
+def test_bf16_stays_near_fp32(random_params):
+    config = CONFIGS[0]
+    params, tokens = random_params(config), tokens_of(config, 2, 16)
+    wide = logits(config, params, hidden_states(config, params, tokens, jnp.float32))[..., :200]
+    narrow = logits(config, params, hidden_states(config, params, tokens, jnp.bfloat16))[..., :200]
+    assert narrow.dtype == jnp.float32
+    assert jnp.abs(wide - narrow).mean() < 0.03 * jnp.abs(wide).mean() + 0.02
+
+
+@pytest.mark.parametrize(
+    "fields, hint",
+    [({"depth": 5}, "nearest that do: 4 and 6"), ({"num_kv_heads": 5}, "6 heads"), ({"depth": 0}, "at least 1")]
+)
+def test_impossible_shapes_are_refused(fields, hint):
+    with pytest.raises(UserError, match=hint):
+        ModelConfig(**fields)

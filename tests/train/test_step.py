@@ -1,0 +1,97 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxchat.config import MeshConfig, ModelConfig, OptimizerConfig
+from jaxchat.mesh import BATCH_SPEC, make_mesh, put_batch, shardings
+from jaxchat.model.gpt import init_params
+from jaxchat.optim.optimizer import make_optimizer
+from jaxchat.train.step import init_state, make_train_step
+
+CONFIG = ModelConfig(depth=2, sequence_len=16, vocab_size=120)
+
+
+def batches(count, accumulation=1, rows=4, length=16, seed=0):
+    random = np.random.default_rng(seed)
+    for _ in range(count):
+        tokens = random.integers(0, CONFIG.vocab_size, (accumulation, rows, length + 1), dtype=np.int32)
+        targets = np.where(random.random(tokens[..., 1:].shape) < 0.3, -1, tokens[..., 1:])
+        yield {"inputs": tokens[..., :-1], "targets": targets}
+
+
+def losses(mesh_config, devices, steps=4, accumulation=1):
+    mesh = make_mesh(mesh_config, jax.devices()[:devices])
+    optimizer = make_optimizer(
+        OptimizerConfig(), CONFIG, optax.constant_schedule(1.0), mesh=mesh, newton_schulz_dtype=jnp.float32
+    )
+    state = init_state(init_params(CONFIG, jax.random.key(0)), optimizer)
+    placed = shardings(mesh, state)
+    state = jax.device_put(state, placed)
+    step = make_train_step(CONFIG, optimizer, mesh=mesh, state_shardings=placed)
+    seen = []
+    for batch in batches(steps, rows=4):
+        batch = {k: v.reshape(accumulation, -1, v.shape[-1]) for k, v in batch.items()}
+        batch = {k: put_batch(mesh, v, jax.sharding.PartitionSpec(None, *BATCH_SPEC)) for k, v in batch.items()}
+        state, metrics = step(state, batch)
+        seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    assert step._cache_size() == 1, "the step compiled more than once"
+    return np.array(seen)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return losses(MeshConfig(), 1)
+
+
+@pytest.mark.parametrize(
+    "mesh, devices",
+    [
+        (MeshConfig(), 2),
+        (MeshConfig(), 4),
+        (MeshConfig(fsdp=4), 4),
+        (MeshConfig(tensor=2), 2),
+        (MeshConfig(fsdp=2, tensor=2), 4),
+    ],
+    ids=["data2", "data4", "fsdp4", "tensor2", "fsdp2tensor2"],
+)
+def test_any_mesh_gives_the_losses_of_one_device(mesh, devices, one_device):
+    np.testing.assert_allclose(losses(mesh, devices), one_device, rtol=1e-5, atol=1e-5)
+
+
+def test_accumulation_gives_the_losses_of_one_large_batch(one_device):
+    np.testing.assert_allclose(losses(MeshConfig(), 1, accumulation=4), one_device, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_can_be_overfitted():
+    schedule = optax.linear_schedule(1.0, 0.0, 120)
+    optimizer = make_optimizer(OptimizerConfig(), CONFIG, schedule, newton_schulz_dtype=jnp.float32)
+    state = init_state(init_params(CONFIG, jax.random.key(0)), optimizer)
+    step = make_train_step(CONFIG, optimizer)
+    (batch,) = batches(1)
+    first = None
+    for _ in range(120):
+        state, metrics = step(state, batch)
+        first = float(metrics["loss"]) if first is None else first
+    assert first == pytest.approx(np.log(CONFIG.vocab_size), rel=1e-4)  # a head of zeros: the uniform distribution
+    assert float(metrics["loss"]) < 0.02
+
+
+def test_weights_scale_the_loss_and_ignored_targets_do_not_count():
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(CONFIG, optimizer)
+    (batch,) = batches(1)
+    params = init_params(CONFIG, jax.random.key(0))
+    params["head"]["kernel"] = jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
+    weights = np.random.default_rng(0).normal(size=batch["targets"].shape).astype(np.float32)
+
+    def run(batch):
+        return step(jax.tree.map(jnp.copy, init_state(params, optimizer)), batch)[1]
+
+    plain, weighted = run(batch), run({**batch, "weights": weights})
+    doubled = run({**batch, "weights": 2 * weights})
+    assert float(doubled["loss"]) == pytest.approx(2 * float(weighted["loss"]), rel=1e-5)
+    assert int(plain["targets"]) == (batch["targets"] >= 0).sum()
+    empty = run({**batch, "targets": np.full_like(batch["targets"], -1)})
+    assert float(empty["loss"]) == 0 and float(empty["grad_norm"]) == 0
