@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 def sample(
     logits: Float[Array, "B V"], keys: PRNGKeyArray, temperature: float | Array, top_k: int | None = None
-) -> Int[Array, "B"]:
+) -> Int[Array, " B"]:
     """One id a row, drawn from softmax(logits / temperature) over the `top_k` highest logits (all when None).
 
     `keys` holds one key a row, so that a row's draw does not depend on its companions. A temperature that is the Python

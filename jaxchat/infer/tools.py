@@ -1,7 +1,8 @@
 """The calculator that the model calls: arithmetic, and counting inside a string. Nothing is ever executed.
 
-An expression passes one regular expression, is parsed by Python's grammar, and its tree is walked by the few rules below;
-any node without a rule means no. Numbers, exponents, depth and length are bounded, so that every call returns at once.
+An expression passes one regular expression, is parsed by Python's grammar, and its tree is walked by the few rules
+below; any node without a rule means no. Numbers, exponents, depth and length are bounded, so that every call returns at
+once.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ MAX_LENGTH = 512
 MAX_DEPTH = 100
 MAX_DIGITS = 50  # of any number on the way, integers and floats alike
 
-# Whatever else Python's grammar knows (names, subscripts, comparisons, escapes in strings) has no spelling in this alphabet.
+# Most else that Python's grammar knows (names, subscripts, comparisons, escapes in strings) cannot be spelt with these.
 _ALPHABET = re.compile(r"""(?:'[^'\\]*'|"[^"\\]*"|\.count\b|[0-9eE.+\-*/%(),_ \t])+""")
 _STRING_OR_GROUP = re.compile(r"""('[^']*'|"[^"]*")|(?<=\d),(?=\d{3}(?!\d))""")
 
@@ -37,9 +38,9 @@ class _Refused(Exception):
 def calculate(expression: str) -> str | None:
     """The value of `expression` as the text that the model sees, or None when it is not allowed. Never raises.
 
-    Allowed: + - * / // % ** (with Python's meaning) over numbers and parentheses, and `'word'.count('x')`. Commas between
-    groups of thousands are dropped. Whole numbers come without a point, others with at most 12 significant digits:
-    0.1 + 0.2 is "0.3", 6 / 2 is "3".
+    Allowed: + - * / // % ** (with Python's meaning) over numbers and parentheses, and `'word'.count('x')`. Commas
+    between groups of thousands are dropped. Whole numbers come without a point, others with at most 12 significant
+    digits: 0.1 + 0.2 is "0.3", 6 / 2 is "3".
     """
     expression = expression.strip()
     if len(expression) > MAX_LENGTH or not _ALPHABET.fullmatch(expression):

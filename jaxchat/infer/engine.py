@@ -1,0 +1,374 @@
+"""Batched generation with a KV cache, and the tool calls inside it.
+
+A prompt goes through the model once (prefill), then `DECODE_STEPS` tokens are decoded in one dispatch, and the host
+reads what all rows wrote in it. What a row does next is decided on the device, so that nothing waits for the host
+within a dispatch: a row runs, pauses after it wrote <|python_end|>, or is done. The host answers the paused rows, and
+the next dispatch forces the answer's tokens in before such a row samples again. Paused, finished and filling rows
+recompute their last token in place, which changes nothing.
+
+Lengths and batch sizes are rounded up to a few sizes; each combination compiles once in a process, whatever the
+parameters: they are arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxchat.config import ModelConfig, check
+from jaxchat.infer.sampling import sample
+from jaxchat.infer.tools import calculate
+from jaxchat.mesh import BATCH_SPEC
+from jaxchat.model.gpt import Params, cached_hidden, init_cache, logits
+from jaxchat.tokenizer import Tokenizer
+
+DECODE_STEPS = 8
+FORCED = 64  # the longest tool answer in tokens: the calculator's 51 characters and two special tokens fit
+SHORTEST_PROMPT, SHORTEST_CACHE = 16, 64
+
+RUNNING, PAUSED, DONE = range(3)
+Chunk = list[tuple[int, int, bool]]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a row wrote after its prompt, without the token that stopped it.
+
+    `sampled[i]` is False where `tokens[i]` was forced in by a tool. `finished`: a stop token came; otherwise the row
+    ran out of tokens or of context.
+    """
+
+    tokens: list[int]
+    sampled: list[bool]
+    finished: bool
+
+
+class _Rows(NamedTuple):
+    """The device's side of a batch; everything has one entry a row."""
+
+    cache: list[dict[str, Array]]
+    token: Array  # the newest token, not yet in the cache
+    position: Array  # its place in the sequence
+    count: Array  # tokens written after the prompt
+    limit: Array  # as many as may be
+    key: Array
+    queue: Array  # [B, FORCED], filled at its end: the last `queued` of them are still to be forced in
+    queued: Array
+    status: Array
+
+
+class _Drawing(NamedTuple):
+    """How the next token is chosen; traced, so that no value of these compiles anew."""
+
+    temperature: Array
+    stops: Array
+    pause: Array  # the id of <|python_end|>, or -1 without tools
+
+
+@dataclass(frozen=True)
+class _Program:
+    """What a compiled program depends on, besides the shapes."""
+
+    config: ModelConfig
+    dtype: str
+    greedy: bool
+    top_k: int | None
+    rows: NamedSharding | None
+    everywhere: NamedSharding | None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill(
+    program: _Program,
+    cache_len: int,
+    params: Params,
+    prompts: Int[Array, "B S"],
+    lengths: Int[Array, " B"],
+    limits: Int[Array, " B"],
+    numbers: Int[Array, " B"],
+    seed: Array,
+    drawing: _Drawing,
+) -> tuple[_Rows, Array]:
+    """Reads the prompts (right-padded) and draws each row's first token. Rows with a limit of 0 only fill the batch."""
+    batch, longest = prompts.shape
+    rows = jnp.arange(batch)
+    # Attention in here is over the prompt's slots only; the others are added after it.
+    cache = init_cache(program.config, batch, longest, program.dtype)
+    start = jnp.zeros(batch, jnp.int32)
+    hidden, cache = cached_hidden(program.config, params, prompts, start, cache, program.dtype)
+    grow = ((0, 0), (0, cache_len - longest), (0, 0), (0, 0))
+    state = _Rows(
+        cache=jax.tree.map(lambda slots: jnp.pad(slots, grow), cache),
+        token=prompts[rows, lengths - 1],
+        position=lengths - 1,
+        count=start,
+        limit=limits,
+        key=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers),
+        queue=jnp.zeros((batch, FORCED), jnp.int32),
+        queued=start,
+        status=jnp.where(limits > 0, RUNNING, DONE),
+    )
+    if program.rows is not None:
+        state = jax.lax.with_sharding_constraint(state, program.rows)
+    state, written = _write(program, params, hidden[rows, lengths - 1], state, drawing)
+    return state, _for_host(program, written[None])
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode(
+    program: _Program, params: Params, state: _Rows, answers: Int[Array, "B _"], drawing: _Drawing
+) -> tuple[_Rows, Array]:
+    """`DECODE_STEPS` tokens for every row that runs.
+
+    `answers[b]` is -1 first where nothing was answered; else the number of tokens to force in, with which the row runs
+    again, and the queue that ends in them.
+    """
+    answered = answers[:, 0] >= 0
+    state = state._replace(
+        queue=jnp.where(answered[:, None], answers[:, 1:], state.queue),
+        queued=jnp.where(answered, answers[:, 0], state.queued),
+        status=jnp.where(answered, RUNNING, state.status),
+    )
+
+    def step(state, _):
+        hidden, cache = cached_hidden(
+            program.config, params, state.token[:, None], state.position, state.cache, program.dtype
+        )
+        return _write(program, params, hidden[:, 0], state._replace(cache=cache), drawing)
+
+    state, written = jax.lax.scan(step, state, length=DECODE_STEPS)
+    return state, _for_host(program, written)
+
+
+def _write(
+    program: _Program, params: Params, hidden: Float[Array, "B D"], state: _Rows, drawing: _Drawing
+) -> tuple[_Rows, Int[Array, " B"]]:
+    """Gives each running row its next token: 2 · token + (1 if it was sampled), or -1 where a row does not run."""
+    scores = logits(program.config, params, hidden)
+    keys = jax.vmap(jax.random.fold_in)(state.key, state.count)
+    drawn = sample(scores, keys, 0 if program.greedy else drawing.temperature, program.top_k)
+    forced = state.queued > 0
+    first = FORCED - jnp.maximum(state.queued, 1)
+    token = jnp.where(forced, jnp.take_along_axis(state.queue, first[:, None], axis=1)[:, 0], drawn)
+
+    running = state.status == RUNNING
+    count = state.count + running
+    done = (~forced & jnp.isin(token, drawing.stops)) | (count >= state.limit)
+    status = jnp.where(done, DONE, jnp.where(~forced & (token == drawing.pause), PAUSED, RUNNING))
+    state = state._replace(
+        token=jnp.where(running, token, state.token),
+        position=state.position + running,
+        count=count,
+        queued=state.queued - (running & forced),
+        status=jnp.where(running, status, state.status),
+    )
+    return state, jnp.where(running, 2 * token + ~forced, -1)
+
+
+def _for_host(program: _Program, written: Array) -> Array:
+    """Whole on every device, so that each process of several reads all rows."""
+    return written if program.everywhere is None else jax.lax.with_sharding_constraint(written, program.everywhere)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(params: Params, dtype: str) -> Params:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def bucket(length: int, smallest: int) -> int:
+    """The next power of two, at least `smallest`."""
+    return max(smallest, 1 << (length - 1).bit_length())
+
+
+@dataclass
+class _Writing:
+    """The host's side of a row."""
+
+    number: int
+    limit: int
+    count: int = 0
+    status: int = RUNNING
+    call: list[int] | None = None  # what it wrote since <|python_start|>
+    answer: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """Generates for many prompts at once.
+
+    Args:
+      model_config: the model's.
+      params: its parameters; `engine.params = ...` replaces them without a new compilation.
+      tokenizer: for the special tokens, the tool calls and their answers.
+      dtype: of the computation and the cache. Parameters are held in it once, not cast at each step.
+
+    On a mesh the rows are shared out over its data and fsdp axes; with several processes each calls with the same
+    prompts and gets all completions.
+    """
+
+    def __init__(self, model_config: ModelConfig, params: Params, tokenizer: Tokenizer, *, dtype: Any):
+        self.config, self.tokenizer, self.dtype = model_config, tokenizer, jnp.dtype(dtype).name
+        self.params = params
+        self.stops = tuple(tokenizer.encode_special(name) for name in ("<|assistant_end|>", "<|bos|>"))
+        self._python_start, self._python_end = map(tokenizer.encode_special, ("<|python_start|>", "<|python_end|>"))
+        self._output_start, self._output_end = map(tokenizer.encode_special, ("<|output_start|>", "<|output_end|>"))
+
+    @property
+    def params(self) -> Params:
+        """The parameters in the engine's dtype."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        leaves = jax.tree.leaves(params)
+        self._params = params if all(leaf.dtype == self.dtype for leaf in leaves) else _cast(params, self.dtype)
+        sharding = leaves[0].sharding
+        self._mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+    def generate(self, prompts: Sequence[Sequence[int]], **options) -> list[Completion]:
+        """The completions of `prompts`, in their order. Options and errors are those of `stream`."""
+        tokens: list[list[int]] = [[] for _ in prompts]
+        sampled: list[list[bool]] = [[] for _ in prompts]
+        for chunk in self.stream(prompts, **options):
+            for row, token, own in chunk:
+                tokens[row].append(token)
+                sampled[row].append(own)
+        completions = []
+        for ids, own in zip(tokens, sampled, strict=True):
+            end = -1 if own[-1] and ids[-1] in self.stops else len(ids)
+            completions.append(Completion(ids[:end], own[:end], finished=end == -1))
+        return completions
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        tools: bool = True,
+        max_batch: int = 256,
+    ) -> Iterator[Chunk]:
+        """Yields what the rows write as it comes: lists of (row, token, sampled), a row's tokens in order.
+
+        A row ends with a stop token (<|assistant_end|> or <|bos|>, yielded as its last), after `max_new_tokens`, or
+        where the context of `sequence_len` tokens is full. With `tools`, an expression between <|python_start|> and
+        <|python_end|> is answered by the calculator: <|output_start|>, the value, <|output_end|> follow with sampled
+        False, and count as new tokens like all others. For an expression that it refuses the output is empty, lest the
+        model invent one; a <|python_end|> that closes nothing is left alone.
+
+        Temperature 0 takes the likeliest token. Row r's draws come from (seed, r, how many tokens the row has written):
+        not from its companions, nor from `max_batch`, the most rows that go through the model at once.
+
+        Raises:
+          UserError: an empty prompt or one that fills the context, or an option out of its range.
+        """
+        context = self.config.sequence_len
+        check(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        check(temperature >= 0, f"temperature is {temperature}; it must be 0 (greedy) or above")
+        check(top_k is None or top_k >= 1, f"top_k is {top_k}; it must be at least 1, or None for the whole vocabulary")
+        check(max_batch >= 1, f"max_batch is {max_batch}; it must be at least 1")
+        for number, prompt in enumerate(prompts):
+            check(
+                1 <= len(prompt) < context,
+                f"prompt {number} has {len(prompt)} tokens; it must have at least 1, and fewer than the {context} of "
+                "the model's context",
+            )
+        batch_of = {} if self._mesh is None else {"rows": BATCH_SPEC, "everywhere": P()}
+        placed = {name: NamedSharding(self._mesh, spec) for name, spec in batch_of.items()}
+        program = _Program(
+            self.config,
+            self.dtype,
+            greedy=temperature == 0,
+            top_k=None if temperature == 0 else top_k,
+            rows=placed.get("rows"),
+            everywhere=placed.get("everywhere"),
+        )
+        drawing = _Drawing(
+            np.float32(temperature), np.array(self.stops, np.int32), np.int32(self._python_end if tools else -1)
+        )
+        # Rows of like length go together, so that short prompts do not pay for long ones.
+        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+        for start in range(0, len(order), max_batch):
+            numbers = order[start : start + max_batch]
+            limits = [min(max_new_tokens, context - len(prompts[number])) for number in numbers]
+            rows = [_Writing(number, limit) for number, limit in zip(numbers, limits, strict=True)]
+            yield from self._stream_batch(program, drawing, seed, rows, [prompts[number] for number in numbers])
+
+    def _stream_batch(
+        self, program: _Program, drawing: _Drawing, seed: int, rows: list[_Writing], prompts: list[Sequence[int]]
+    ) -> Iterator[Chunk]:
+        size, context = self._batch_size(len(rows)), self.config.sequence_len
+        longest = max(len(prompt) for prompt in prompts)
+        furthest = max(len(prompt) + row.limit for prompt, row in zip(prompts, rows, strict=True))
+        padded = np.zeros((size, min(bucket(longest, SHORTEST_PROMPT), context)), np.int32)
+        lengths, limits, numbers = np.ones(size, np.int32), np.zeros(size, np.int32), np.zeros(size, np.int32)
+        for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+            padded[i, : len(prompt)] = prompt
+            lengths[i], limits[i], numbers[i] = len(prompt), row.limit, row.number
+
+        cache_len = max(padded.shape[1], min(bucket(furthest, SHORTEST_CACHE), context))
+        arrays = [self._put(array) for array in (padded, lengths, limits, numbers)]
+        nothing = self._put(np.full((size, 1 + FORCED), -1, np.int32))
+        state, written = _prefill(program, cache_len, self.params, *arrays, np.uint32(seed % 2**32), drawing)
+        while True:
+            chunk = [event for step in np.asarray(written) for event in self._read(step.tolist(), rows, drawing)]
+            waiting = any(row.status == PAUSED for row in rows)
+            answers = self._put(self._answers(rows, size)) if waiting else nothing
+            running = any(row.status == RUNNING for row in rows)
+            if running:  # the device goes on while the caller looks at the chunk
+                state, written = _decode(program, self.params, state, answers, drawing)
+            yield chunk
+            if not running:
+                return
+
+    def _batch_size(self, rows: int) -> int:
+        """A power of two, or the next multiple of the devices that rows are shared out over."""
+        shards = 1 if self._mesh is None else int(np.prod([self._mesh.shape[axis] for axis in BATCH_SPEC[0]]))
+        return -(-bucket(rows, 1) // shards) * shards
+
+    def _put(self, array: np.ndarray) -> Array:
+        return jax.device_put(array, None if self._mesh is None else NamedSharding(self._mesh, BATCH_SPEC))
+
+    def _read(self, step: list[int], rows: list[_Writing], drawing: _Drawing) -> Iterator[tuple[int, int, bool]]:
+        """One step's tokens; follows what the device decided for each row."""
+        for code, row in zip(step, rows, strict=False):  # the rows that only fill the batch come last
+            if code < 0:
+                continue
+            token, sampled = code >> 1, bool(code & 1)
+            row.count += 1
+            yield row.number, token, sampled
+            if (sampled and token in self.stops) or row.count >= row.limit:
+                row.status = DONE
+            elif sampled and token == drawing.pause:
+                row.status, row.answer, row.call = PAUSED, self._answer(row.call), None
+            elif sampled and token == self._python_start:
+                row.call = []
+            elif row.call is not None:
+                row.call.append(token)
+
+    def _answer(self, call: list[int] | None) -> list[int]:
+        """The tokens to force in after a tool call."""
+        if call is None:
+            return []
+        value = calculate(self.tokenizer.decode(call)) or ""
+        return [self._output_start, *self.tokenizer.encode(value), self._output_end]
+
+    def _answers(self, rows: list[_Writing], size: int) -> np.ndarray:
+        """The paused rows' answers as `_decode` wants them; these rows run again."""
+        answers = np.full((size, 1 + FORCED), -1, np.int32)
+        for i, row in enumerate(rows):
+            if row.status == PAUSED:
+                row.status = RUNNING
+                answers[i, 0] = len(row.answer)
+                answers[i, 1 + FORCED - len(row.answer) :] = row.answer
+        return answers
