@@ -66,7 +66,7 @@ class LiveLine:
     def show_sample(self, step: int, prompt: str, completion: str) -> None:
         """Prints a prompt and what the model made of it above the line."""
         title = f"{self._stage}  sample at step {step:,}: "
-        self._print(Text.assemble((title, "dim"), (_printable(prompt), "bold"), _printable(completion)))
+        self._print(Text.assemble((title, "dim"), (printable(prompt), "bold"), printable(completion)))
 
     def _print(self, text: Text) -> None:
         if self._terminal:
@@ -82,7 +82,7 @@ class LiveLine:
             self._rich.stop()
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """A model may write anything; control characters would act on the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
