@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import MeshConfig, ModelConfig, OptimizerConfig, UserError
 from jaxchat.mesh import BATCH_SPEC, make_mesh, param_specs, put_batch, shardings
+from jaxchat.model.gpt import abstract_params
 from jaxchat.optim.optimizer import make_optimizer
 
 BLOCK = {
@@ -60,6 +61,16 @@ def test_every_parameter_has_its_spec():
     block = {"attn": {"q": COLUMN, "k": COLUMN, "v": COLUMN, "o": ROW}, "mlp": {"up": COLUMN, "down": ROW}}
     expected = {"embed": {"embedding": ROW}, "blocks": {"0": block, "1": block}, "head": {"kernel": COLUMN}}
     assert param_specs(params()) == expected
+
+
+def test_every_parameter_of_the_model_is_in_the_table():
+    def checked(path, leaf, spec):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        wide = any(part in name for part in ("attn/o", "mlp/down", "embed/"))
+        assert spec == (ROW if wide else COLUMN), name
+
+    model = abstract_params(ModelConfig(depth=2, vocab_size=256))
+    jax.tree.map_with_path(checked, model, param_specs(model))
 
 
 def test_a_dimension_that_does_not_divide_is_replicated():

@@ -5,7 +5,9 @@ Both are optax schedules, functions of the number of updates done so far (0 at t
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxchat.config import OptimizerConfig, ScheduleConfig
@@ -21,10 +23,12 @@ def multiplier(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
     decay_steps = round(config.decay_ratio * total_steps)
 
     def schedule(count):
-        warmup = jnp.minimum((count + 1) / max(1, warmup_steps), 1.0)
-        left = jnp.clip((total_steps - count) / max(1, decay_steps), 0.0, 1.0)
+        # A Python int is answered on the host: a log line must not queue behind the steps that the device still has.
+        xp = jnp if isinstance(count, jax.Array) else np
+        warmup = xp.minimum((count + 1) / max(1, warmup_steps), 1.0)
+        left = xp.clip((total_steps - count) / max(1, decay_steps), 0.0, 1.0)
         if config.decay == "cosine":
-            left = (1.0 - jnp.cos(jnp.pi * left)) / 2.0
+            left = (1.0 - xp.cos(xp.pi * left)) / 2.0
         decay = config.final_fraction + (1.0 - config.final_fraction) * left
         return warmup * (decay if decay_steps else 1.0)
 

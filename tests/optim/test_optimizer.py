@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from jaxchat.config import ModelConfig, OptimizerConfig
+from jaxchat.model.gpt import abstract_params
 from jaxchat.optim.optimizer import labels, learning_rates, make_optimizer
 
 MODEL = ModelConfig(depth=3, vocab_size=512)
@@ -37,6 +38,14 @@ def test_every_leaf_has_its_label():
         },
         "head": {"kernel": "head"},
     }
+
+
+def test_every_parameter_of_the_model_has_the_label_of_its_part():
+    model = abstract_params(ModelConfig(depth=2, vocab_size=256))
+    found = labels(model)
+    for part, label in {"embed": "embedding", "blocks": "matrix", "head": "head"}.items():
+        assert set(jax.tree.leaves(found[part])) == {label}
+    assert all(leaf.ndim == 2 for leaf in jax.tree.leaves(model["blocks"]))
 
 
 def test_unknown_parameter_is_refused():
@@ -78,9 +87,9 @@ def test_adamw_equals_its_formula_and_rates_follow_the_count():
 def test_matrices_take_muons_step():
     """An update of rate lr moves a matrix by lr sqrt(max(1, out/in)) in every direction, however long the gradient."""
     optimizer = make_optimizer(OptimizerConfig(), MODEL, lambda count: 1.0, newton_schulz_dtype=jnp.float32)
-    values = params()
+    values, update = params(), jax.jit(optimizer.update)
     for scale in (1e-3, 1e3):
-        updates, _ = optimizer.update(params(scale), optimizer.init(values), values)
+        updates, _ = update(params(scale), optimizer.init(values), values)
         up = np.linalg.svd(updates["blocks"]["0"]["mlp"]["up"], compute_uv=False)
         down = np.linalg.svd(updates["blocks"]["0"]["mlp"]["down"], compute_uv=False)
         assert (0.6 * 0.04 < up).all() and (up < 1.3 * 0.04).all()
@@ -92,7 +101,7 @@ def test_clips_by_the_norm_of_all_groups_together():
     optimizer = make_optimizer(OptimizerConfig(clip_norm=0.5), MODEL, lambda count: 1.0)
     values, grads = params(), params(scale=7.0)
     norm = np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(grads)))
-    _, state = optimizer.update(grads, optimizer.init(values), values)
+    _, state = jax.jit(optimizer.update)(grads, optimizer.init(values), values)
     adam = state[1].inner_states["head"].inner_state[0]
     np.testing.assert_allclose(adam.mu["head"]["kernel"], 0.2 * 0.5 / norm * grads["head"]["kernel"], rtol=1e-5)
 

@@ -37,7 +37,7 @@ def test_no_decay_is_constant_and_full_decay_falls_at_every_step():
     np.testing.assert_allclose(table(multiplier(ScheduleConfig(decay_ratio=1.0), 4), 4), [1, 0.75, 0.5, 0.25])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     warmup=st.floats(0, 0.5),
     decay=st.floats(0, 0.5),
@@ -46,11 +46,18 @@ def test_no_decay_is_constant_and_full_decay_falls_at_every_step():
     steps=st.integers(1, 300),
 )
 def test_rises_then_falls_within_bounds(warmup, decay, final, kind, steps):
-    schedule = multiplier(ScheduleConfig(warmup, decay, kind, final), steps)
-    values = np.asarray(jax.vmap(schedule)(np.arange(steps)))
+    values = np.asarray(multiplier(ScheduleConfig(warmup, decay, kind, final), steps)(np.arange(steps)))
     assert (values > 0).all() and (values <= 1 + 1e-6).all()
     peak = values.argmax()
     assert (np.diff(values[: peak + 1]) >= -1e-6).all() and (np.diff(values[peak:]) <= 1e-6).all()
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_host_and_device_agree_and_the_host_does_not_touch_the_device(decay):
+    schedule = multiplier(ScheduleConfig(warmup_ratio=0.3, decay=decay, final_fraction=0.1), 20)
+    on_host = [schedule(count) for count in range(20)]
+    assert not any(isinstance(value, jax.Array) for value in on_host)
+    np.testing.assert_allclose(jax.jit(jax.vmap(schedule))(np.arange(20)), on_host, rtol=1e-6)
 
 
 @pytest.mark.parametrize("count, momentum", [(0, 0.85), (75, 0.875), (150, 0.9), (300, 0.95), (5000, 0.95)])
