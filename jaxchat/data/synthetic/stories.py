@@ -6,7 +6,7 @@ import random
 import string
 from collections.abc import Callable
 
-from jaxchat.data.synthetic.questions import SUM_FORMS, draw_sum, draw_word, spell
+from jaxchat.data.synthetic.questions import SUM_FORMS, Sum, draw_sum, draw_word, spell
 from jaxchat.data.synthetic.world import ATTRIBUTES, STATEMENTS, VALUES, Person, World, ask, state, training_forms
 
 # Each plot is a list of slots, each slot a list of sentences to choose from. `{a}` is the hero, `{b}` somebody else
@@ -136,9 +136,9 @@ def _facts_in(sentence: str, a: Person, b: Person) -> list[tuple[str, str]]:
 def write_story(world: World, rng: random.Random, hero: Person, *, may_tell: Callable[[str, str], bool]) -> str | None:
     """A story about `hero` of about seven sentences, or None if the plot drawn cannot do without a fact not to tell."""
     other = rng.choice([p for p in world.people.values() if p is not hero and p.name != hero.facts["friend"]])
-    numbers = draw_sum(rng, "train", operators="+")
-    while min(numbers.numbers) < 2 or numbers.value > 60:
-        numbers = draw_sum(rng, "train", operators="+")
+    numbers = Sum((rng.randint(2, 30), rng.randint(2, 30)), ("+",))
+    while numbers.split != "train":
+        numbers = Sum((rng.randint(2, 30), rng.randint(2, 30)), ("+",))
     words = {"a": hero.name, "b": other.name, "n": numbers.numbers[0], "m": numbers.numbers[1], "total": numbers.value}
     for key, person in (("a", hero), ("b", other)):
         words |= {f"{key}_he": person.he, f"{key}_He": person.he.capitalize()}
