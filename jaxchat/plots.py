@@ -182,6 +182,7 @@ def _learning_rates(by_stage: Curves) -> Figure | None:
         axes.set_title(stage)
     for axes in grid[-1]:
         _steps_axis(axes)
+    figure.align_ylabels()
     figure.suptitle("learning rate", x=0.01, ha="left", fontsize=10, color=_GREY)
     return figure
 

@@ -227,8 +227,8 @@ def test_a_trend_follows_a_line_and_takes_out_noise():
     noise = np.random.default_rng(0).normal(size=300)
     assert smoothed(line + noise)[25:-25].std() < (line + noise)[25:-25].std()
     assert np.abs(smoothed(noise)).max() < 0.75 < np.abs(noise).max()
-    steep = np.exp(-np.arange(300) / 5.0)
-    assert smoothed(steep, steep_start=True)[0] == steep[0]
+    steep = 10 / (1.0 + np.arange(300))
+    np.testing.assert_allclose(smoothed(steep, steep_start=True)[:40], steep[:40], rtol=0.1)
 
 
 def test_plots_do_not_depend_on_the_users_style():
