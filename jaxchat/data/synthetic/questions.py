@@ -22,7 +22,7 @@ def split_of(key: str) -> Split:
     return "test" if bucket < 2 else "rl" if bucket < 4 else "train"
 
 
-# --------------------------------------------------------------------------------------------------------------- sums
+# --- sums
 
 SUM_FORMS = (
     "What is {e}?",
@@ -118,7 +118,7 @@ def tool_parts(expression: str, output: str, text: str) -> list[dict[str, str]]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------ letters
+# --- letters
 
 WORDS = tuple(
     """

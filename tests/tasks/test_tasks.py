@@ -1,0 +1,338 @@
+"""Loading, splitting and scoring of the tasks, against handmade files; against real data if JAXCHAT_DATA names it."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxchat.config import MissingData, UserError
+from jaxchat.data.synthetic import write_synthetic
+from jaxchat.data.synthetic.questions import split_of
+from jaxchat.infer.tools import calculate
+from jaxchat.tasks import TASKS, Mixture, load_task, parse_mixture
+from jaxchat.tasks.base import ListTask, canonical_number, last_number, multiple_choice, visible_answer
+from jaxchat.tasks.checkable import score_value
+from jaxchat.tasks.gsm8k import answer_parts, final_answer
+
+
+def write(path, items):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt") as file:
+        file.writelines(json.dumps(item) + "\n" for item in items)
+
+
+def talk(question, answer, /, **extra):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **extra}
+
+
+def question_of(conversation):
+    return conversation["messages"][0]["content"]
+
+
+def completion_of(conversation):
+    """The right answer as the engine would decode it, special tokens included."""
+    content = conversation["messages"][-1]["content"]
+    if isinstance(content, str):
+        return content
+    marks = {"text": ("", ""), "python": ("<|python_start|>", "<|python_end|>")}
+    marks["python_output"] = ("<|output_start|>", "<|output_end|>")
+    return "".join(part["text"].join(marks[part["type"]]) for part in content)
+
+
+class Numbered(ListTask):
+    def score(self, conversation, completion):
+        return 0.0
+
+
+# --- sequences and splits
+
+
+@given(st.lists(st.integers(0, 5), max_size=5))
+def test_a_mixture_is_its_tasks_one_after_another(sizes):
+    tasks = [Numbered(str(i), [(i, j) for j in range(size)]) for i, size in enumerate(sizes)]
+    mixture = Mixture(tasks)
+    expected = [item for task in tasks for item in task.items]
+    assert len(mixture) == len(expected)
+    assert list(mixture) == [mixture[i] for i in range(len(mixture))] == expected
+    assert [mixture[i - len(expected)] for i in range(len(expected))] == expected
+    assert mixture[1:3] == expected[1:3]
+    with pytest.raises(IndexError):
+        mixture[len(expected)]
+
+
+@given(st.integers(0, 300), st.integers(1, 400))
+def test_a_limit_takes_items_evenly_and_in_order(size, limit):
+    kept = list(Numbered("n", list(range(size)), limit))
+    assert len(kept) == min(size, limit)
+    assert kept == sorted(set(kept))
+    gaps = {b - a for a, b in zip(kept, kept[1:], strict=False)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_items_without_a_validation_file_are_split_once(tmp_path):
+    write(tmp_path / "eval/sums/train.jsonl", [talk(f"q{i}", "1", answer="1") for i in range(45)])
+    write(tmp_path / "eval/sums/test.jsonl", [talk("t", "1", answer="1")])
+    train, val = (list(load_task("sums", split, tmp_path)) for split in ("train", "val"))
+    assert [question_of(c) for c in val] == ["q19", "q39"]
+    assert sorted([*map(question_of, train), *map(question_of, val)]) == sorted(f"q{i}" for i in range(45))
+    assert len(load_task("sums", "test", tmp_path)) == 1
+
+
+def test_conversations_are_found_plain_or_compressed(tmp_path):
+    write(tmp_path / "chat/train.jsonl", [talk("plain", "a")])
+    write(tmp_path / "chat/val.jsonl.gz", [talk("packed", "a")])
+    write(tmp_path / "chat/smoltalk/train.jsonl.gz", [talk("small", "a")])
+    write(tmp_path / "own.jsonl", [talk(f"own {i}", "a") for i in range(40)])
+    assert question_of(load_task("chat", "train", tmp_path)[0]) == "plain"
+    assert question_of(load_task("chat", "val", tmp_path)[0]) == "packed"
+    assert question_of(load_task("smoltalk", "train", tmp_path)[0]) == "small"
+    own = {
+        split: {*map(question_of, load_task(str(tmp_path / "own.jsonl"), split, tmp_path))}
+        for split in ("train", "val")
+    }
+    assert len(own["train"]) == 38 and len(own["val"]) == 2 and not own["train"] & own["val"]
+    with pytest.raises(UserError, match="no answers to check"):
+        load_task("chat", "train", tmp_path).score(talk("q", "a"), "a")
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "wanted"),
+    [
+        ("chat", "train", "chat/train.jsonl"),
+        ("smoltalk", "val", "chat/smoltalk/val.jsonl"),
+        ("mmlu", "train", "eval/mmlu/dev.jsonl"),
+        ("mmlu", "test", "eval/mmlu/test.jsonl"),
+        ("arc_easy", "test", "eval/arc_easy.jsonl"),
+        ("arc_challenge", "train", "eval/arc_challenge/train.jsonl"),
+        ("gsm8k", "val", "eval/gsm8k/train.jsonl"),
+        ("humaneval", "train", "eval/humaneval.jsonl"),
+        ("facts", "test", "eval/facts/test.jsonl"),
+        ("/nowhere/own.jsonl", "train", "/nowhere/own.jsonl"),
+    ],
+)
+def test_a_missing_file_is_named(tmp_path, name, split, wanted):
+    with pytest.raises(MissingData) as error:
+        load_task(name, split, tmp_path)
+    assert wanted in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bad_names_and_bad_files_are_refused(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'gsm8k'"):
+        load_task("gsm8", "train", tmp_path)
+    with pytest.raises(UserError, match="at least 1"):
+        load_task("spelling", "train", tmp_path, limit=0)
+    write(tmp_path / "eval/gsm8k/train.jsonl", [{"question": "q", "answer": "#### 1"}, {"question": "q"}])
+    with pytest.raises(UserError, match="object 2 has no 'answer'"):
+        load_task("gsm8k", "train", tmp_path)
+    write(tmp_path / "eval/arc_easy.jsonl", [{"query": "q", "choices": ["a", "b"], "gold": 2}])
+    with pytest.raises(UserError, match="not the index"):
+        load_task("arc_easy", "test", tmp_path)
+
+
+def test_mixture_entries():
+    assert parse_mixture(("chat", "gsm8k:2000", "/a/b:c.jsonl", "own.jsonl.gz:5")) == [
+        ("chat", None),
+        ("gsm8k", 2000),
+        ("/a/b:c.jsonl", None),
+        ("own.jsonl.gz", 5),
+    ]
+    for bad, message in (("gsm8k:0", "number of examples"), ("gsm8k:x", "number of examples"), ("chatt:5", "'chat'")):
+        with pytest.raises(UserError, match=message):
+            parse_mixture((bad,))
+
+
+# --- values
+
+
+@given(st.integers(-(10**9), 10**9), st.booleans(), st.sampled_from(["", ".0", ".00"]))
+def test_numbers_are_read_however_they_are_written(value, commas, zeros):
+    written = (f"{value:,}" if commas else str(value)) + zeros
+    assert canonical_number(written) == str(value)
+    assert last_number(f"First 17, then {written}.") == str(value)
+
+
+def test_numbers_in_text():
+    assert last_number("no number") is None
+    assert last_number("34 + 58 = 92.") == "92"
+    assert last_number("It costs $1,250.50, they say") == "1250.5"
+    assert last_number("3 - 5 = -2") == "-2"
+    assert canonical_number(".50") == "0.5" and canonical_number("-0.0") == "0" and canonical_number("007") == "7"
+
+
+def test_only_what_is_said_behind_the_tool_counts():
+    completion = "<|python_start|>34 + 58<|python_end|><|output_start|>92<|output_end|>"
+    assert visible_answer(completion + "It is 92.<|assistant_end|>") == "It is 92."
+    assert score_value("92", (), completion + "34 + 58 = 92.") == 1
+    assert score_value("92", (), completion) == 0
+    assert score_value("92", (), completion + "92 or 93") == 0
+    assert score_value("92", (), "92") == 1
+    assert score_value("1250", (), "It is 1,250.") == 1
+
+
+def test_names_count_as_whole_words_and_alone():
+    others = ["Redhill", "Seaview"]
+    assert score_value("Oakford", others, "Mira lives in Oakford.") == 1
+    assert score_value("Oakford", others, "oakford") == 1
+    assert score_value("Oakford", others, "Oakfords") == 0
+    assert score_value("Oakford", others, "In Redhill.") == 0
+    assert score_value("Oakford", others, "In Oakford or Redhill.") == 0
+    assert score_value("c-a-t", (), "It is spelled c-a-t.") == 1
+    assert score_value("c-a-t", (), "c-a-t-s") == score_value("c-a-t", (), "s-c-a-t") == 0
+
+
+# --- multiple choice
+
+
+def test_choices_are_rendered_with_their_letters_last():
+    rendered = multiple_choice("Which is a pet?", ["stone", "cat"], 1)
+    assert rendered["messages"] == [
+        {
+            "role": "user",
+            "content": "Multiple choice question: Which is a pet?\n- stone=A\n- cat=B\n\n"
+            "Respond only with the letter of the correct answer.",
+        },
+        {"role": "assistant", "content": "B"},
+    ]
+    assert rendered["letters"] == ("A", "B")
+
+
+def test_multiple_choice_files(tmp_path):
+    mmlu = [{"question": f"m{i}", "subject": "s", "choices": ["w", "x", "y", "z"], "answer": i % 4} for i in range(30)]
+    write(tmp_path / "eval/mmlu/dev.jsonl", mmlu[:10])
+    write(tmp_path / "eval/mmlu/val.jsonl", mmlu[10:])
+    write(tmp_path / "eval/mmlu/test.jsonl", mmlu[:4])
+    write(tmp_path / "eval/arc_easy.jsonl", [{"query": "Question: a?", "choices": ["1", "2", "3"], "gold": 2}])
+    train, val, test = (load_task("mmlu", split, tmp_path) for split in ("train", "val", "test"))
+    assert (len(train), len(val), len(test)) == (29, 1, 4)
+    assert [c["messages"][1]["content"] for c in test] == ["A", "B", "C", "D"]
+    (arc,) = load_task("arc_easy", "test", tmp_path)
+    assert question_of(arc).startswith("Multiple choice question: a?\n- 1=A\n")
+    assert arc["letters"] == ("A", "B", "C") and arc["messages"][1]["content"] == "C"
+    assert test.kind == "multiple_choice"
+    for said, right in (("C", 1), (" C.", 1), ("(C)", 1), ("A", 0), ("Cats", 0), ("", 0), ("It is C", 0)):
+        assert test.score(arc, said) == right, said
+
+
+# --- gsm8k
+
+
+def test_gsm8k_annotations_become_tool_calls(tmp_path):
+    answer = "She sold 48/2 = <<48/2=24>>24 clips.\nThat is $<<24*1.5=36.00>>36.\n#### 1,036"
+    write(tmp_path / "eval/gsm8k/test.jsonl", [{"question": "How many?", "answer": answer}])
+    task = load_task("gsm8k", "test", tmp_path)
+    (item,) = task
+    assert item["messages"][1]["content"] == [
+        {"type": "text", "text": "She sold 48/2 = "},
+        {"type": "python", "text": "48/2"},
+        {"type": "python_output", "text": "24"},
+        {"type": "text", "text": "24 clips.\nThat is $"},
+        {"type": "python", "text": "24*1.5"},
+        {"type": "python_output", "text": "36"},
+        {"type": "text", "text": "36.\n#### 1,036"},
+    ]
+    assert item["answer"] == "1036"
+    assert task.score(item, completion_of(item)) == 1
+    for said, right in (
+        ("#### 1036", 1),
+        ("#### $1,036.00", 1),
+        ("1036", 0),
+        ("#### 1037", 0),
+        ("#### 5\n#### 1036", 1),
+    ):
+        assert task.score(item, said) == right, said
+    assert answer_parts("plain") == [{"type": "text", "text": "plain"}]
+    assert final_answer("####") is None
+
+
+# --- spelling
+
+
+def test_spelling_is_made_and_split_by_word():
+    words = {}
+    for split, side in (("train", "train"), ("val", "rl"), ("test", "test")):
+        task = load_task("spelling", split, Path("/nowhere"), limit=400)
+        assert len(task) == 400
+        again = load_task("spelling", split, Path("/nowhere"), limit=400)
+        words[split] = set()
+        for i, item in enumerate(task):
+            assert item == again[i]
+            assert task.score(item, completion_of(item)) == 1
+            if item["answer"].isdigit():
+                expression = item["messages"][1]["content"][0]["text"]
+                assert calculate(expression) == item["answer"]
+                assert task.score(item, f"{int(item['answer']) + 1}") == 0
+                word = expression.split('"')[1]
+            else:
+                word = item["answer"].replace("-", "")
+                assert word in question_of(item)
+                assert task.score(item, item["answer"][:-2]) == 0
+            words[split].add(word)
+            assert split_of(word) == side
+        assert len(words[split]) > 50
+    assert not words["train"] & words["test"] and not words["train"] & words["val"] and not words["val"] & words["test"]
+
+
+def test_spelling_takes_the_words_of_the_data_folder(tmp_path):
+    own = ["".join(letters) for letters in zip(*["abcdefghijklmnopqrstuvwxyz"[i:] * 3 for i in range(5)], strict=False)]
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/words.txt").write_text("\n".join(own))
+    for item in load_task("spelling", "train", tmp_path, limit=50):
+        assert any(word in question_of(item) for word in own)
+    (tmp_path / "eval/words.txt").write_text("acorn\n")
+    with pytest.raises(UserError, match="spelling"):
+        [load_task("spelling", split, tmp_path) for split in ("train", "val", "test")]
+
+
+# --- generated corpus
+
+
+def test_the_generated_corpus_serves_every_task_that_it_should(tmp_path):
+    write_synthetic(tmp_path, seed=1, documents=100, conversations=100)
+    for name in ("chat", "sums", "letters", "facts"):
+        train, val = load_task(name, "train", tmp_path), load_task(name, "val", tmp_path)
+        assert len(train) > len(val) > 0
+    wrong = {"sums": "-1", "letters": "99", "facts": "I do not know."}
+    for name in wrong:
+        task = load_task(name, "test", tmp_path)
+        assert all(task.score(item, completion_of(item)) == 1 for item in task)
+        assert not any(task.score(item, wrong[name]) for item in task)
+
+
+# --- real data
+
+DATA = os.environ.get("JAXCHAT_DATA")
+
+
+@pytest.mark.skipif(not DATA, reason="JAXCHAT_DATA names no data folder")
+@pytest.mark.parametrize(
+    ("name", "split", "count"),
+    [
+        ("chat", "train", 14749),
+        ("chat", "val", 600),
+        ("mmlu", "train", 1736),
+        ("mmlu", "test", 14079),
+        ("arc_easy", "test", 2074),
+        ("arc_challenge", "test", 1172),
+        ("gsm8k", "train", 7100),
+        ("gsm8k", "test", 1019),
+        ("humaneval", "test", 164),
+    ],
+)
+def test_real_data(name, split, count):
+    assert name in TASKS
+    task = load_task(name, split, Path(DATA))
+    assert len(task) == count
+    for item in load_task(name, split, Path(DATA), limit=300):
+        roles = [message["role"] for message in item["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        if name not in ("chat", "humaneval"):
+            assert task.score(item, completion_of(item)) == 1
+        if (name, split) == ("gsm8k", "train"):  # the test set has a fraction as an output
+            parts = item["messages"][1]["content"]
+            for call, output in zip(parts, parts[1:], strict=False):
+                assert call["type"] != "python" or calculate(call["text"]) == output["text"]
