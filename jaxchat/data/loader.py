@@ -11,7 +11,7 @@ from __future__ import annotations
 import atexit
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import grain.python as grain
 import numpy as np
@@ -38,7 +38,7 @@ def pretrain_batches(
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int | None = None,
-) -> grain.DatasetIterator[Batch]:
+) -> grain.DatasetIterator:
     """Batches of documents that begin with `<|bos|>`, laid end to end and cut to rows.
 
     Args:
@@ -64,14 +64,14 @@ def pretrain_batches(
     order = _Epochs(blocks, seed if shuffle else None)
     name = f"{side.files[0]}" if len(side.files) == 1 else f"the text in {side.files[0].parent}"
 
-    def open_reader() -> _Reader:
+    def open_iterator() -> grain.DatasetIterator:
         epochs, minimum = (None, sequence_len + 1) if repeat else (1, 2)
         stream = TokenStream(
             order, len(blocks), tokenizer, epochs=epochs, minimum=minimum, name=name, num_threads=num_threads
         )
-        return _TextReader(stream, rows, process_index, process_count, sequence_len, tokenizer.bos_token_id)
+        return _TextIterator(stream, rows, process_index, process_count, sequence_len, tokenizer.bos_token_id)
 
-    return iter(_BatchDataset(open_reader))
+    return iter(_Prefetched(open_iterator))
 
 
 def chat_batches(
@@ -84,7 +84,7 @@ def chat_batches(
     epochs: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator[Batch]:
+) -> grain.DatasetIterator:
     """Batches of whole conversations, shuffled anew each epoch and packed into rows.
 
     Args:
@@ -100,10 +100,10 @@ def chat_batches(
     """
     rendered = _render(conversations, tokenizer, sequence_len)
 
-    def open_reader() -> _Reader:
-        return _ChatReader(_packer(rendered, seed, epochs), rendered, rows, process_index, process_count)
+    def open_iterator() -> grain.DatasetIterator:
+        return _ChatIterator(_packer(rendered, seed, epochs), rendered, rows, process_index, process_count)
 
-    return iter(_BatchDataset(open_reader))
+    return iter(_Prefetched(open_iterator))
 
 
 def count_rows(
@@ -144,7 +144,7 @@ class _Epochs:
         self._epoch = -1
         self._permutation = np.empty(0, np.int64)
 
-    def __getitem__(self, position: int) -> Any:
+    def __call__(self, position: int) -> Any:
         epoch, index = divmod(position, len(self._items))
         if self._seed is not None:
             if epoch != self._epoch:
@@ -154,19 +154,11 @@ class _Epochs:
         return self._items[index]
 
 
-class _Reader(Protocol):
-    """Makes batches; `state` can be read and set between them."""
-
-    state: dict[str, Any]
-
-    def next_batch(self) -> Batch | None:
-        """The next batch, or None at the end."""
-
-
-class _TextReader:
+class _TextIterator(grain.DatasetIterator):
     def __init__(
         self, stream: TokenStream, rows: int, process_index: int, process_count: int, sequence_len: int, filler: int
     ):
+        super().__init__()
         self._stream = stream
         self._rows = rows
         self._sequence_len = sequence_len
@@ -174,77 +166,58 @@ class _TextReader:
         self._size = rows * process_count * sequence_len
         self._first = process_index * rows * sequence_len
 
-    @property
-    def state(self) -> dict[str, Any]:
-        return self._stream.state
-
-    @state.setter
-    def state(self, state: dict[str, Any]) -> None:
-        self._stream.state = state
-
-    def next_batch(self) -> Batch | None:
+    def __next__(self) -> Batch:
         tokens = self._stream.peek(self._size + 1)
         if len(tokens) < 2:
-            return None
+            raise StopIteration
         self._stream.skip(len(tokens) - 1)
         inputs, targets = cut_rows(tokens[self._first :], self._rows, self._sequence_len, self._filler)
         return {"inputs": inputs, "targets": targets}
 
+    def get_state(self) -> dict[str, Any]:
+        return self._stream.state
 
-class _ChatReader:
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._stream.state = state
+
+
+class _ChatIterator(grain.DatasetIterator):
     def __init__(
         self, packer: BestFitPacker, rendered: RenderedConversations, rows: int, process_index: int, process_count: int
     ):
+        super().__init__()
         self._packer = packer
         self._rendered = rendered
         self._rows = rows
         self._global_rows = rows * process_count
         self._first = process_index * rows
 
-    @property
-    def state(self) -> dict[str, Any]:
-        return self._packer.state
-
-    @state.setter
-    def state(self, state: dict[str, Any]) -> None:
-        self._packer.state = state
-
-    def next_batch(self) -> Batch | None:
+    def __next__(self) -> Batch:
         plan = [row for _ in range(self._global_rows) if (row := self._packer.next_row()) is not None]
         if not plan:
-            return None
+            raise StopIteration
         mine = plan[self._first : self._first + self._rows]
         inputs, targets = pack_conversations(mine, self._rendered, self._rows)
         return {"inputs": inputs, "targets": targets}
 
-
-class _BatchDataset(grain.IterDataset):
-    def __init__(self, open_reader: Callable[[], _Reader]):
-        super().__init__()
-        self._open_reader = open_reader
-
-    def __iter__(self) -> grain.DatasetIterator[Batch]:
-        iterator = _PrefetchIterator(_BatchIterator(self._open_reader()), PREFETCHED_BATCHES)
-        _open_iterators.add(iterator)
-        return iterator
-
-
-class _BatchIterator(grain.DatasetIterator):
-    def __init__(self, reader: _Reader):
-        super().__init__()
-        self._reader = reader
-
-    def __next__(self) -> Batch:
-        batch = self._reader.next_batch()
-        if batch is None:
-            raise StopIteration
-        return batch
-
     def get_state(self) -> dict[str, Any]:
-        return self._reader.state
+        return self._packer.state
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._reader.state = state
+        self._packer.state = state
+
+
+class _Prefetched(grain.IterDataset):
+    """The batches of the iterators that `open_iterator` makes, with a thread that works ahead."""
+
+    def __init__(self, open_iterator: Callable[[], grain.DatasetIterator]):
+        super().__init__()
+        self._open_iterator = open_iterator
+
+    def __iter__(self) -> grain.DatasetIterator:
+        iterator = _PrefetchIterator(self._open_iterator(), PREFETCHED_BATCHES)
+        _open_iterators.add(iterator)
+        return iterator
 
 
 class _PrefetchIterator(ThreadPrefetchDatasetIterator):

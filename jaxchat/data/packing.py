@@ -6,7 +6,7 @@ import bisect
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -17,14 +17,6 @@ IGNORE = -1  # the target of a position that is not trained on
 CHUNK_CHARS = 1 << 20  # tokenised at once: enough for the tokenizer's threads, little enough for memory
 LOOK_AHEAD = 256  # conversations among which the best fit is sought
 CACHED_TOKENS = 1 << 25  # rendered conversations kept in memory: 5 bytes a token
-
-T_co = TypeVar("T_co", covariant=True)
-
-
-class Positions(Protocol[T_co]):
-    """Items by position, without end."""
-
-    def __getitem__(self, position: int, /) -> T_co: ...
 
 
 @dataclass
@@ -42,7 +34,7 @@ class TokenStream:
     """The tokens of documents, one after the other, each document beginning with `<|bos|>`; epoch follows epoch.
 
     Args:
-      blocks: lists of documents by position; position `epoch * blocks_per_epoch + i` is the i-th of an epoch.
+      blocks: the documents of the block at a position; position `epoch * blocks_per_epoch + i` is an epoch's i-th.
       blocks_per_epoch: blocks in an epoch.
       tokenizer: has `encode_to_numpy` and `bos_token_id`.
       epochs: the stream ends after so many; None for never.
@@ -53,7 +45,7 @@ class TokenStream:
 
     def __init__(
         self,
-        blocks: Positions[list[str]],
+        blocks: Callable[[int], list[str]],
         blocks_per_epoch: int,
         tokenizer: Any,
         *,
@@ -124,7 +116,7 @@ class TokenStream:
         """Tokenises the next documents; False when there are none left."""
         while self._epochs is None or self._epoch < self._epochs:
             if self._documents is None:
-                self._documents = self._blocks[self._epoch * self._blocks_per_epoch + self._block]
+                self._documents = self._blocks(self._epoch * self._blocks_per_epoch + self._block)
             if self._document < len(self._documents):
                 self._tokenize(self._documents)
                 return True
@@ -228,7 +220,7 @@ class BestFitPacker:
     are all placed before the next epoch begins.
 
     Args:
-      order: conversations by position; position `epoch * per_epoch + i` is the i-th of an epoch.
+      order: the conversation at a position; position `epoch * per_epoch + i` is an epoch's i-th.
       per_epoch: conversations in an epoch.
       length: tokens of a conversation, at most `capacity`.
       capacity: tokens of a row.
@@ -236,7 +228,12 @@ class BestFitPacker:
     """
 
     def __init__(
-        self, order: Positions[int], per_epoch: int, length: Callable[[int], int], capacity: int, epochs: int | None
+        self,
+        order: Callable[[int], int],
+        per_epoch: int,
+        length: Callable[[int], int],
+        capacity: int,
+        epochs: int | None,
     ):
         self._order = order
         self._per_epoch = per_epoch
@@ -272,7 +269,7 @@ class BestFitPacker:
 
     def _look_ahead(self) -> None:
         while self._taken < self._per_epoch and len(self._waiting) < LOOK_AHEAD:
-            self._add(self._order[self._epoch * self._per_epoch + self._taken])
+            self._add(self._order(self._epoch * self._per_epoch + self._taken))
             self._taken += 1
 
     def next_row(self) -> list[int] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -103,12 +103,11 @@ def _hold_out(files: tuple[Path, ...], kind: Format) -> TextSplit:
 
 def iterate_texts(side: TextSide) -> Iterator[str]:
     """The documents of a side in order; one block is in memory at a time."""
-    blocks = TextBlocks(side)
-    for index in range(len(blocks)):
-        yield from blocks[index]
+    for block in TextBlocks(side):
+        yield from block
 
 
-class TextBlocks:
+class TextBlocks(Sequence[list[str]]):
     """The blocks of a side as a random-access data source: element i is the list of block i's documents.
 
     A block is a row group of parquet, about 4 MiB of jsonl or txt, or a whole `.jsonl.gz`. It is read when asked for.
@@ -132,8 +131,8 @@ class TextBlocks:
         return f"TextBlocks({self._side.files[0].parent}, {len(self)} blocks)"
 
 
-def _list_blocks(side: TextSide) -> list[Callable[[], list[str]]]:
-    readers: list[Callable[[], list[str]]] = []
+def _list_blocks(side: TextSide) -> list[Callable[[], Sequence[str | None]]]:
+    readers: list[Callable[[], Sequence[str | None]]] = []
     small: list[Path] = []
     small_bytes = 0
     for path in side.files:
@@ -170,7 +169,7 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
     return file
 
 
-def _read_row_group(path: Path, metadata: pq.FileMetaData, group: int) -> list[str]:
+def _read_row_group(path: Path, metadata: pq.FileMetaData, group: int) -> list[str | None]:
     try:
         table = pq.ParquetFile(path, metadata=metadata).read_row_group(group, columns=["text"])
         return table.column("text").to_pylist()

@@ -26,7 +26,7 @@ def tokens_of(blocks: list[list[str]]) -> list[int]:
 
 def stream(blocks: list[list[str]], *, epochs: int | None, minimum: int = 0) -> TokenStream:
     repeated = blocks * (epochs or 200)
-    return TokenStream(repeated, len(blocks), TOKENIZER, epochs=epochs, minimum=minimum, name="the text")
+    return TokenStream(repeated.__getitem__, len(blocks), TOKENIZER, epochs=epochs, minimum=minimum, name="the text")
 
 
 @settings(max_examples=60, deadline=None)
@@ -93,7 +93,7 @@ def test_no_conversation_is_split_or_lost_and_each_epoch_is_placed_whole(lengths
     order = list(range(len(lengths))) * epochs
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "LOOK_AHEAD", look_ahead)
-        packer = BestFitPacker(order, len(lengths), lengths.__getitem__, 20, epochs)
+        packer = BestFitPacker(order.__getitem__, len(lengths), lengths.__getitem__, 20, epochs)
         rows = list(iter(packer.next_row, None))
         assert packer.next_row() is None
     assert all(row and sum(lengths[i] for i in row) <= 20 for row in rows)
@@ -107,7 +107,7 @@ def test_no_conversation_is_split_or_lost_and_each_epoch_is_placed_whole(lengths
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=40), rows=st.integers(0, 30), seed=st.integers(0, 9))
 def test_a_plan_goes_on_from_its_state(lengths, rows, seed):
     order = np.random.default_rng(seed).permutation(len(lengths)).tolist() * 100
-    first, second = (BestFitPacker(order, len(lengths), lengths.__getitem__, 20, None) for _ in range(2))
+    first, second = (BestFitPacker(order.__getitem__, len(lengths), lengths.__getitem__, 20, None) for _ in range(2))
     for _ in range(rows):
         first.next_row()
     second.state = first.state
@@ -116,13 +116,13 @@ def test_a_plan_goes_on_from_its_state(lengths, rows, seed):
 
 def test_the_longest_that_fits_comes_next():
     lengths = [10, 3, 9, 7, 10, 8]
-    packer = BestFitPacker(range(6), 6, lengths.__getitem__, 20, 1)
+    packer = BestFitPacker(int, 6, lengths.__getitem__, 20, 1)
     assert list(iter(packer.next_row, None)) == [[0, 4], [1, 2, 5], [3]]
 
 
 def test_rows_are_nearly_full():
     lengths = np.random.default_rng(0).integers(20, 1500, 3000).tolist()
-    packer = BestFitPacker(range(3000), 3000, lengths.__getitem__, 2049, 1)
+    packer = BestFitPacker(int, 3000, lengths.__getitem__, 2049, 1)
     rows = sum(1 for _ in iter(packer.next_row, None))
     assert sum(lengths) / (rows * 2049) > 0.98
 
