@@ -34,7 +34,9 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, *, keep: int = 2):
-        self.directory = epath.Path(directory).resolve()
+        path = epath.Path(directory)
+        # Orbax wants an absolute path, and epath's `absolute` takes gs://bucket for a relative one.
+        self.directory = path if path.is_absolute() else path.absolute()
         self._keep = keep
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None

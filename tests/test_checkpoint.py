@@ -262,6 +262,12 @@ def test_what_a_killed_writer_left_is_no_checkpoint_and_is_cleared_by_the_next_s
     assert not half.exists()
 
 
+def test_directories_relative_and_remote(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(Checkpoints("runs/a").directory) == str(tmp_path / "runs" / "a")
+    assert str(Checkpoints("gs://bucket/runs/a").directory) == "gs://bucket/runs/a"
+
+
 def test_silent(tmp_path, capfd):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state(mesh=SQUARE), data={}, meta={})
