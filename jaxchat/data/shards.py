@@ -64,8 +64,10 @@ def find_text(data_dir: Path | str, val_shard: str | None = None) -> TextSplit:
     check(folder.exists(), f"data folder {folder} does not exist")
     check(folder.is_dir(), f"{folder} is not a folder")
     folder = folder / "pretrain" if (folder / "pretrain").is_dir() else folder
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    found = {kind: tuple(folder / name for name in names if name.endswith(ends)) for kind, ends in SUFFIXES.items()}
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    files = [path for path in paths if path.is_file()]
+    found = {kind: tuple(path for path in files if path.name.endswith(ends)) for kind, ends in SUFFIXES.items()}
+    names = [path.name for path in paths]
     there = f"; it holds {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "; it is empty"
     check(any(found.values()), f"no text in {folder}{there}; put .parquet, .jsonl or .txt files there")
     both = f"{folder} holds parquet and jsonl files; keep one kind, or put each into a folder of its own"

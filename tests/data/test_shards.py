@@ -138,7 +138,8 @@ def test_missing_empty_or_mixed_folders(tmp_path):
     with fails("no text in .*empty; it is empty"):
         find_text(tmp_path / "empty")
     (tmp_path / "empty" / "table.csv").write_text("a,b")
-    with fails("no text in .*; it holds table.csv; put .parquet"):
+    (tmp_path / "empty" / "chat").mkdir()
+    with fails("no text in .*; it holds chat, table.csv; put .parquet"):
         find_text(tmp_path / "empty")
     write_parquet(tmp_path / "a.parquet", ["x"])
     with fails("parquet and jsonl"):
