@@ -198,8 +198,8 @@ def _reward(rl: dict[str, Curve]) -> Figure | None:
         _draw_trend(axes, "rl", rl["reward"], "training questions, sampled")
     if "reward_eval" in drawn:
         steps, values = rl["reward_eval"]
-        axes.plot(steps, values, color="black", linewidth=1, marker="o", markersize=5, label="held-out questions")
-        _titles(axes, "rl", f"held-out questions: {values[0]:.2f} before, {values[-1]:.2f} after")
+        axes.plot(steps, values, color="black", linewidth=1, marker="o", markersize=5, label="evaluation questions")
+        _titles(axes, "rl", f"evaluation questions: {values[0]:.2f} before, {values[-1]:.2f} after")
     axes.set_ylabel("mean reward")
     _steps_axis(axes)
     axes.legend(loc="best")

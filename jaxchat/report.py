@@ -21,7 +21,8 @@ from etils import epath
 from jaxchat.config import STAGES, CostConfig, Experiment, UserError, check, from_json
 from jaxchat.live import format_count, printable
 from jaxchat.metrics import read_metrics
-from jaxchat.plots import all_plots
+from jaxchat.plots import Curve, all_plots, curves
+from jaxchat.scaling import cost, count_parameters
 
 _CAPTIONS = {
     "evaluation.png": "Held-out questions answered right after each stage, in per cent.",
@@ -63,22 +64,32 @@ def write_report(run_dir: epath.PathLike) -> None:
 def build_report(run_dir: epath.Path, records: list[dict[str, Any]]) -> dict[str, Any]:
     """What `report.json` holds, from a run directory and its `read_metrics`.
 
-    `seconds` are wall-clock seconds, `cost` is dollars at the experiment's price of a device-hour (None on a CPU, for
-    which that price does not hold), `evaluation` has a stage's `bpb` and the share of each task answered right.
+    A stage has what its stage.json says, and its `cost`, its median speed, the last value of each of its `metrics` and
+    its last `samples`. `seconds` are wall-clock seconds; `cost` is dollars at the experiment's price of a device-hour,
+    None on a CPU, for which that price does not hold; `evaluation` has a stage's `bpb` and the share of each task
+    answered right; `rl` the reward before and after, where it was evaluated.
     """
     experiment = _experiment(run_dir)
     stages = {stage: _read_json(path) for stage in STAGES if (path := run_dir / stage / "stage.json").exists()}
+    by_stage = curves(records)
     for stage, entry in stages.items():
+        own = [record for record in records if record["stage"] == stage]
+        last = {name: float(values[-1]) for name, (_, values) in by_stage.get(stage, {}).items()}
+        entry["metrics"] = {**last, **entry.get("metrics", {})}
+        entry["samples"] = entry.get("samples") or _last_samples(own)
         entry["cost"] = _cost(experiment.cost, entry)
-        entry.update(_speed([r for r in records if r["stage"] == stage]))
+        entry.update(_speed(own))
     costs = [entry["cost"] for entry in stages.values() if entry["cost"] is not None]
+    vocab_size = stages.get("tokenizer", {}).get("metrics", {}).get("vocab_size", experiment.tokenizer.vocab_size)
     longest = max(stages.values(), key=lambda entry: entry.get("seconds") or 0, default={})
     return {
         "name": experiment.name,
+        "vocab_size": vocab_size,
+        "parameters": count_parameters(dataclasses.replace(experiment.model, vocab_size=vocab_size)).total,
         "seconds": sum(entry.get("seconds") or 0 for entry in stages.values()),
         "cost": sum(costs) if costs else None,
         "evaluation": _evaluation(stages, records),
-        "rl": _reward(stages.get("rl", {}), records),
+        "rl": _reward(by_stage.get("rl", {})),
         "stages": stages,
         "machine": longest.get("machine", {}),
         "config": dataclasses.asdict(experiment),
@@ -105,8 +116,8 @@ def _cost(price: CostConfig, entry: dict[str, Any]) -> float | None:
     machine = entry.get("machine", {})
     if machine.get("platform") == "cpu":
         return None
-    devices = machine.get("device_count", price.devices)
-    return (entry.get("seconds") or 0) / 3600 * devices * price.dollars_per_device_hour
+    hours = (entry.get("seconds") or 0) / 3600
+    return cost(hours, machine.get("device_count", price.devices), price.dollars_per_device_hour)
 
 
 def _speed(records: list[dict[str, Any]]) -> dict[str, float]:
@@ -119,27 +130,27 @@ def _speed(records: list[dict[str, Any]]) -> dict[str, float]:
     return medians
 
 
+def _last_samples(records: list[dict[str, Any]]) -> list[dict[str, str]]:
+    samples = [record for record in records if "sample" in record and "prompt" in record]
+    last = max((record["step"] for record in samples), default=0)
+    return [{"prompt": r["prompt"], "completion": r["sample"]} for r in samples if r["step"] == last]
+
+
 def _evaluation(stages: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     results: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
-    for record in records:
-        found = results.setdefault(record.get("of", record["stage"]), {})
-        for name, value in record.items():
-            if value is not None and name == "bpb":
-                found["bpb"] = value
-            elif value is not None and name.startswith("score/") and "of" in record:
-                found[name.removeprefix("score/")] = value
     for stage, entry in stages.items():
-        if entry.get("metrics", {}).get("bpb") is not None:
-            results[stage].setdefault("bpb", entry["metrics"]["bpb"])
+        if "bpb" in entry["metrics"]:
+            results[stage]["bpb"] = entry["metrics"]["bpb"]
+    for record in records:
+        for name, value in record.items():
+            if "of" in record and name.startswith("score/") and value is not None:
+                results.setdefault(record["of"], {})[name.removeprefix("score/")] = value
     return {stage: found for stage, found in results.items() if found}
 
 
-def _reward(entry: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, float]:
-    """Reward of held-out questions before the first and after the last step."""
-    rewards = {r["step"]: r["reward_eval"] for r in records if r["stage"] == "rl" and r.get("reward_eval") is not None}
-    if rewards:
-        return {"reward_before": rewards[min(rewards)], "reward_after": rewards[max(rewards)]}
-    return {k: v for k, v in entry.get("metrics", {}).items() if k in ("reward_before", "reward_after")}
+def _reward(rl: dict[str, Curve]) -> dict[str, float]:
+    _, rewards = rl.get("reward_eval", ((), ()))
+    return {"reward_before": float(rewards[0]), "reward_after": float(rewards[-1])} if len(rewards) > 1 else {}
 
 
 def _scores(evaluation: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -172,10 +183,7 @@ def _shown_path(run_dir: epath.Path) -> str:
 def _story(report: dict[str, Any]) -> str:
     config, stages = report["config"], report["stages"]
     depth = config["model"]["depth"]
-    size = f"{depth} layers, {64 * depth} wide"
-    parameters = stages.get("pretrain", {}).get("metrics", {}).get("parameters")
-    if parameters:
-        size = f"{format_count(parameters)} parameters ({size})"
+    size = f"{format_count(report['parameters'])} parameters ({depth} layers, {64 * depth} wide)"
     sentences = [f"A chatbot trained from nothing: {size}."]
     path = config["data"]["path"]
     source = f"text from the folder `{Path(path).name}`" if path else "stories of a small world that jaxchat made up"
@@ -211,7 +219,7 @@ def _for(cost: float | None) -> str:
 
 
 def _how_to_talk(report: dict[str, Any], shown_path: str) -> str:
-    if not any(stage in report["stages"] for stage in ("midtrain", "sft", "rl")):
+    if not any(report["stages"].get(stage, {}).get("steps") for stage in ("midtrain", "sft", "rl")):
         return ""
     return f"Talk to it:\n\n    jaxchat chat --run {shlex.quote(shown_path)}"
 
@@ -229,10 +237,10 @@ def _can_do(report: dict[str, Any], plots: list[str]) -> str:
     if bpb:
         values = ", ".join(f"{value:.3f} after {stage}" for stage, value in bpb.items())
         parts.append(f"Bits per byte on each stage's validation text: {values}.")
-    if len(report["rl"]) == 2:
+    if report["rl"]:
         before, after = report["rl"]["reward_before"], report["rl"]["reward_after"]
         parts.append(
-            f"Mean reward on held-out questions: {before:.3f} before reinforcement learning, {after:.3f} after."
+            f"Mean reward on the evaluation questions: {before:.3f} before reinforcement learning, {after:.3f} after."
         )
     return "\n\n".join(["## What it can do", *parts]) if parts else ""
 
@@ -267,10 +275,10 @@ def _road(report: dict[str, Any]) -> str:
     header = ["stage", "what it did", "steps", "tokens", "time", "tokens/s", "MFU", "memory", "cost"]
     rows = []
     for stage, entry in stages.items():
-        memory = entry.get("metrics", {}).get("peak_memory_bytes")
+        memory = entry.get("peak_memory_bytes")
         rows.append([
             stage,
-            _DONE.get(stage, ""),
+            "skipped" if entry.get("skipped") else _DONE.get(stage, ""),
             f"{entry['steps']:,}" if entry.get("steps") else "",
             format_count(entry["tokens"]) if entry.get("tokens") else "",
             _duration(entry.get("seconds") or 0),
@@ -293,12 +301,9 @@ def _road(report: dict[str, Any]) -> str:
 def _settings(report: dict[str, Any]) -> str:
     config, machine = report["config"], report["machine"]
     model, optimizer = config["model"], config["optimizer"]
-    vocabulary = (
-        report["stages"].get("tokenizer", {}).get("metrics", {}).get("vocab_size", config["tokenizer"]["vocab_size"])
-    )
     rows = [
         ["model", f"depth {model['depth']}, width {64 * model['depth']}, context {model['sequence_len']:,} tokens"],
-        ["tokenizer", f"{vocabulary:,} tokens"],
+        ["tokenizer", f"{report['vocab_size']:,} tokens"],
         ["optimizer", f"Muon {optimizer['matrix_lr']:g}; AdamW {optimizer['embedding_lr']:g} (embedding), "
                       f"{optimizer['head_lr']:g} (head)"],
         *([f"batch, {stage}", f"{config[stage]['batch_tokens']:,} tokens"]

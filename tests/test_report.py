@@ -61,12 +61,12 @@ def run_dir(tmp_path_factory):
     finish(path, "tokenizer", seconds=36, metrics={"vocab_size": 4096})
     train(path, "pretrain", 20, bpb=1.25)
     sample = {"prompt": "The sea is", "completion": " *blue* and ```deep```."}
-    facts = {"parameters": 3_450_000, "peak_memory_bytes": 3 * 2**29}
-    finish(path, "pretrain", seconds=1800, steps=20, tokens=20_480, metrics=facts, samples=[sample])
+    finish(path, "pretrain", seconds=1800, steps=20, tokens=20_480, peak_memory_bytes=3 * 2**29, samples=[sample])
     train(path, "sft", 10, bpb=0.75)
     called = "<|python_start|>2+2<|python_end|><|output_start|>4<|output_end|>It is 4."
-    samples = [{"prompt": "What is 2+2?", "completion": called}]
-    finish(path, "sft", seconds=600, steps=10, tokens=10_240, metrics={"bpb": 9.0}, samples=samples)
+    with Metrics(path, "sft", live=False) as metrics:
+        metrics.sample(10, "What is 2+2?", called)
+    finish(path, "sft", seconds=600, steps=10, tokens=10_240)
     with Metrics(path, "rl", live=False) as metrics:
         metrics.log(0, reward_eval=0.25)
         for step in range(8):
@@ -100,12 +100,17 @@ def test_report_json(report):
     pretrain = report["stages"]["pretrain"]
     assert pretrain["cost"] == pytest.approx(3.0) and pretrain["steps"] == 20 and pretrain["tokens"] == 20_480
     assert pretrain["tokens_per_second"] == 1000.0 and pretrain["mfu"] == 0.5
+    assert pretrain["metrics"]["loss"] == pytest.approx(1.25) and pretrain["metrics"]["bpb"] == 1.25
+    assert report["stages"]["sft"]["samples"][0]["prompt"] == "What is 2+2?"
     assert report["config"]["model"]["depth"] == 4
+    assert report["vocab_size"] == 4096
+    # Two tables of 4096 x 256; in each of 4 layers attention of 4 and an MLP of 8 squares of the width.
+    assert report["parameters"] == 2 * 4096 * 256 + 4 * 12 * 256**2
 
 
 def test_report_md_tells_the_story(run_dir):
     text = (run_dir / "report.md").read_text()
-    assert text.startswith("# tiny\n\nA chatbot trained from nothing: 3.45M parameters (4 layers, 256 wide).")
+    assert text.startswith("# tiny\n\nA chatbot trained from nothing: 5.24M parameters (4 layers, 256 wide).")
     story = " ".join(text.split("\n\n")[1].split())
     assert "It has read 20.5k tokens of text from the folder `books`, then 10.2k tokens of conversations." in story
     assert "Of held-out questions it answers right, after rl: sums 75%." in story
@@ -148,7 +153,7 @@ def test_plots_are_not_blank(run_dir, name):
 
 def test_the_path_is_as_one_would_type_it(tmp_path, monkeypatch):
     begin(tmp_path / "runs" / "tiny")
-    finish(tmp_path / "runs" / "tiny", "sft", seconds=1)
+    finish(tmp_path / "runs" / "tiny", "sft", seconds=1, steps=1)
     monkeypatch.chdir(tmp_path)
     write_report(tmp_path / "runs" / "tiny")
     assert "jaxchat chat --run runs/tiny\n" in (tmp_path / "runs" / "tiny" / "report.md").read_text()
@@ -166,6 +171,26 @@ def test_what_a_run_lacks_is_left_out(tmp_path):
     assert "5 s on 2 CPU cores" in text
     assert "Talk to it" not in text and "What it says" not in text and "reward" not in text
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["bpb.png"]
+
+
+def test_a_skipped_stage_is_no_model_to_talk_to(tmp_path):
+    begin(tmp_path)
+    finish(tmp_path, "rl", seconds=0.0, skipped=True)
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| rl | skipped |" in text and "Talk to it" not in text
+
+
+def test_only_the_last_samples_of_a_stage_are_shown(tmp_path):
+    begin(tmp_path)
+    with Metrics(tmp_path, "pretrain", live=False) as metrics:
+        for step in (10, 20):
+            for prompt in ("One", "Two"):
+                metrics.sample(step, prompt, f" at {step}")
+    finish(tmp_path, "pretrain", seconds=1)
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "One at 20" in text and "Two at 20" in text and "at 10" not in text
 
 
 def test_a_run_that_has_only_begun(tmp_path):
