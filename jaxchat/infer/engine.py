@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -201,37 +201,45 @@ class _Writing:
     answer: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True, eq=False)
 class Engine:
-    """Generates for many prompts at once.
+    """Generates for many prompts at once. `dataclasses.replace(engine, params=...)` compiles nothing anew.
 
     Args:
       model_config: the model's.
-      params: its parameters; `engine.params = ...` replaces them without a new compilation.
+      params: its parameters; held in `dtype`, so that no step casts them.
       tokenizer: for the special tokens, the tool calls and their answers.
-      dtype: of the computation and the cache. Parameters are held in it once, not cast at each step.
+      dtype: of the computation and the cache.
 
     On a mesh the rows are shared out over its data and fsdp axes; with several processes each calls with the same
     prompts and gets all completions.
     """
 
-    def __init__(self, model_config: ModelConfig, params: Params, tokenizer: Tokenizer, *, dtype: Any):
-        self.config, self.tokenizer, self.dtype = model_config, tokenizer, jnp.dtype(dtype).name
-        self.params = params
-        self.stops = tuple(tokenizer.encode_special(name) for name in ("<|assistant_end|>", "<|bos|>"))
-        self._python_start, self._python_end = map(tokenizer.encode_special, ("<|python_start|>", "<|python_end|>"))
-        self._output_start, self._output_end = map(tokenizer.encode_special, ("<|output_start|>", "<|output_end|>"))
+    model_config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+    _: KW_ONLY
+    dtype: Any
 
-    @property
-    def params(self) -> Params:
-        """The parameters in the engine's dtype."""
-        return self._params
+    def __post_init__(self):
+        dtype = jnp.dtype(self.dtype).name
+        object.__setattr__(self, "dtype", dtype)
+        if any(leaf.dtype != dtype for leaf in jax.tree.leaves(self.params)):
+            object.__setattr__(self, "params", _cast(self.params, dtype))
 
-    @params.setter
-    def params(self, params: Params) -> None:
-        leaves = jax.tree.leaves(params)
-        self._params = params if all(leaf.dtype == self.dtype for leaf in leaves) else _cast(params, self.dtype)
-        sharding = leaves[0].sharding
-        self._mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    @functools.cached_property
+    def stops(self) -> tuple[int, ...]:
+        """The ids that end a row."""
+        return tuple(map(self.tokenizer.encode_special, ("<|assistant_end|>", "<|bos|>")))
+
+    @functools.cached_property
+    def _python_start(self) -> int:
+        return self.tokenizer.encode_special("<|python_start|>")
+
+    @functools.cached_property
+    def _mesh(self) -> Mesh | None:
+        sharding = jax.tree.leaves(self.params)[0].sharding
+        return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
     def generate(self, prompts: Sequence[Sequence[int]], **options) -> list[Completion]:
         """The completions of `prompts`, in their order. Options and errors are those of `stream`."""
@@ -272,7 +280,7 @@ class Engine:
         Raises:
           UserError: an empty prompt or one that fills the context, or an option out of its range.
         """
-        context = self.config.sequence_len
+        context, special = self.model_config.sequence_len, self.tokenizer.encode_special
         check(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         check(temperature >= 0, f"temperature is {temperature}; it must be 0 (greedy) or above")
         check(top_k is None or top_k >= 1, f"top_k is {top_k}; it must be at least 1, or None for the whole vocabulary")
@@ -286,7 +294,7 @@ class Engine:
         batch_of = {} if self._mesh is None else {"rows": BATCH_SPEC, "everywhere": P()}
         placed = {name: NamedSharding(self._mesh, spec) for name, spec in batch_of.items()}
         program = _Program(
-            self.config,
+            self.model_config,
             self.dtype,
             greedy=temperature == 0,
             top_k=None if temperature == 0 else top_k,
@@ -294,7 +302,9 @@ class Engine:
             everywhere=placed.get("everywhere"),
         )
         drawing = _Drawing(
-            np.float32(temperature), np.array(self.stops, np.int32), np.int32(self._python_end if tools else -1)
+            np.float32(temperature),
+            np.array(self.stops, np.int32),
+            np.int32(special("<|python_end|>") if tools else -1),
         )
         # Rows of like length go together, so that short prompts do not pay for long ones.
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
@@ -307,7 +317,7 @@ class Engine:
     def _stream_batch(
         self, program: _Program, drawing: _Drawing, seed: int, rows: list[_Writing], prompts: list[Sequence[int]]
     ) -> Iterator[Chunk]:
-        size, context = self._batch_size(len(rows)), self.config.sequence_len
+        size, context = self._batch_size(len(rows)), self.model_config.sequence_len
         longest = max(len(prompt) for prompt in prompts)
         furthest = max(len(prompt) + row.limit for prompt, row in zip(prompts, rows, strict=True))
         padded = np.zeros((size, min(bucket(longest, SHORTEST_PROMPT), context)), np.int32)
@@ -361,7 +371,7 @@ class Engine:
         if call is None:
             return []
         value = calculate(self.tokenizer.decode(call)) or ""
-        return [self._output_start, *self.tokenizer.encode(value), self._output_end]
+        return self.tokenizer.encode(value, "<|output_start|>", "<|output_end|>")
 
     def _answers(self, rows: list[_Writing], size: int) -> np.ndarray:
         """The paused rows' answers as `_decode` wants them; these rows run again."""
