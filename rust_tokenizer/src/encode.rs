@@ -200,3 +200,68 @@ fn concatenate(parts: Vec<Encoded>, texts: usize) -> Encoded {
     }
     Encoded { ids, offsets }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::LazyLock;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::count::PieceCounts;
+    use crate::split::DEFAULT_PATTERN;
+    use crate::train::learn;
+
+    const SAMPLE: &str =
+        "the cat sat on the mat; the other cat's hat was 1234 years old.\n\nEverything else, éclair.  ";
+
+    fn encoder(pattern: &str) -> Encoder {
+        let splitter = Splitter::new(pattern).unwrap();
+        let mut counts = PieceCounts::default();
+        counts.add_text(&splitter, SAMPLE).unwrap();
+        let tokens = learn(&counts, 290, || false).unwrap();
+        Encoder::new(splitter, Vocabulary::new(tokens).unwrap())
+    }
+
+    #[test]
+    fn threads_give_the_same_as_one() {
+        let encoder = encoder(DEFAULT_PATTERN);
+        let texts: Vec<String> = (0..400).map(|i| SAMPLE.repeat(i % 13) + &i.to_string()).collect();
+        let one = encoder.encode(&texts, Some(7), Some(9), NonZero::new(1)).unwrap();
+        assert_eq!(encoder.encode(&texts, Some(7), Some(9), NonZero::new(3)).unwrap(), one);
+        assert_eq!(one.offsets.len(), 401);
+        for (range, text) in one.offsets.windows(2).zip(&texts) {
+            let ids = &one.ids[range[0] as usize..range[1] as usize];
+            assert_eq!((ids[0], ids[ids.len() - 1]), (7, 9));
+            assert_eq!(decode(&encoder, &ids[1..ids.len() - 1]), text.as_bytes());
+        }
+    }
+
+    #[test]
+    fn no_text_and_empty_texts() {
+        let encoder = encoder(DEFAULT_PATTERN);
+        assert_eq!(encoder.encode::<&str>(&[], Some(1), None, None).unwrap().offsets, [0]);
+        assert_eq!(encoder.encode(&["", ""], None, None, None).unwrap(), Encoded { ids: vec![], offsets: vec![0; 3] });
+    }
+
+    fn decode(encoder: &Encoder, ids: &[u32]) -> Vec<u8> {
+        ids.iter().flat_map(|&id| encoder.vocabulary().tokens()[id as usize].iter().copied()).collect()
+    }
+
+    /// The default pattern, and the same one in a group that changes nothing, so that it takes the way of the regex.
+    static BOTH: LazyLock<(Encoder, Encoder)> =
+        LazyLock::new(|| (encoder(DEFAULT_PATTERN), encoder(&format!("(?:{DEFAULT_PATTERN})"))));
+
+    proptest! {
+        #[test]
+        fn round_trip_and_custom_pattern(text in "(\\PC|[ \\n'a-e0-9]){0,200}") {
+            let (scanner, regex) = &*BOTH;
+            // The second time from the cache.
+            for _ in 0..2 {
+                let encoded = scanner.encode(&[&text], None, None, None).unwrap();
+                prop_assert_eq!(decode(scanner, &encoded.ids), text.as_bytes());
+                prop_assert_eq!(regex.encode(&[&text], None, None, None).unwrap(), encoded);
+            }
+        }
+    }
+}

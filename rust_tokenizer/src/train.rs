@@ -135,7 +135,7 @@ pub fn learn(counts: &PieceCounts, size: usize, mut interrupted: impl FnMut() ->
     let mut tokens: Vec<Vec<u8>> = (0..=u8::MAX).map(|byte| vec![byte]).collect();
     let mut born = Vec::new();
     while tokens.len() < size {
-        if tokens.len() % 256 == 0 && interrupted() {
+        if tokens.len().is_multiple_of(256) && interrupted() {
             return Err(Error::Interrupted);
         }
         let Some((left, right, places)) = pairs.pop() else { break };
@@ -176,4 +176,91 @@ pub fn learn(counts: &PieceCounts, size: usize, mut interrupted: impl FnMut() ->
         }
     }
     Ok(tokens)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::split::{DEFAULT_PATTERN, Splitter};
+
+    fn learn_from(texts: &[&str], pattern: &str, size: usize) -> Vec<Vec<u8>> {
+        let splitter = Splitter::new(pattern).unwrap();
+        let mut counts = PieceCounts::default();
+        for text in texts {
+            counts.add_text(&splitter, text).unwrap();
+        }
+        learn(&counts, size, || false).unwrap()
+    }
+
+    /// All pairs counted again for each merge.
+    fn reference(texts: &[&str], pattern: &str, size: usize) -> Vec<Vec<u8>> {
+        let splitter = Splitter::new(pattern).unwrap();
+        let mut pieces: Vec<Vec<u32>> = Vec::new();
+        for text in texts {
+            splitter.split(text, |start, end| pieces.push(text[start..end].bytes().map(u32::from).collect())).unwrap();
+        }
+        let mut tokens: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
+        while tokens.len() < size {
+            let mut counts: BTreeMap<(u32, u32), u64> = BTreeMap::new();
+            for pair in pieces.iter().flat_map(|piece| piece.windows(2)) {
+                *counts.entry((pair[0], pair[1])).or_insert(0) += 1;
+            }
+            let Some((&(left, right), _)) = counts.iter().max_by_key(|&(&pair, &count)| (count, Reverse(pair))) else {
+                break;
+            };
+            let merged = tokens.len() as u32;
+            tokens.push([tokens[left as usize].clone(), tokens[right as usize].clone()].concat());
+            for piece in &mut pieces {
+                let mut at = 0;
+                while at + 1 < piece.len() {
+                    if piece[at] == left && piece[at + 1] == right {
+                        piece.splice(at..at + 2, [merged]);
+                    }
+                    at += 1;
+                }
+            }
+        }
+        tokens
+    }
+
+    #[test]
+    fn ties_go_to_the_lowest_pair() {
+        assert_eq!(learn_from(&["cd ab cd ab"], "[a-z]+", 258)[256..], [b"ab".to_vec(), b"cd".to_vec()]);
+    }
+
+    #[test]
+    fn ends_when_nothing_is_left() {
+        assert_eq!(learn_from(&["aaa"], "[a-z]+", 999).len(), 258);
+        assert_eq!(learn_from(&[""], "[a-z]+", 999).len(), 256);
+    }
+
+    #[test]
+    fn stops_when_interrupted() {
+        assert_eq!(learn(&PieceCounts::default(), 999, || true), Err(Error::Interrupted));
+    }
+
+    #[test]
+    fn a_long_piece_takes_no_quadratic_time() {
+        let mut state = 1u64;
+        let letters = std::iter::repeat_with(|| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            char::from(b'a' + (state >> 59) as u8 % 26)
+        });
+        let text: String = letters.take(300_000).collect();
+        assert_eq!(learn_from(&[&text], DEFAULT_PATTERN, 4096).len(), 4096);
+    }
+
+    proptest! {
+        #[test]
+        fn equals_the_reference(texts in prop::collection::vec("[abc \\né]{0,80}", 1..5), merges in 0usize..60) {
+            let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+            for pattern in [DEFAULT_PATTERN, "(?s).+"] {
+                prop_assert_eq!(learn_from(&texts, pattern, 256 + merges), reference(&texts, pattern, 256 + merges));
+            }
+        }
+    }
 }

@@ -161,3 +161,59 @@ impl Vocabulary {
 fn pair(left: u32, right: u32) -> u64 {
     u64::from(left) << 32 | u64::from(right)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The 256 bytes in reverse order, then some tokens.
+    fn vocabulary(extra: &[&str]) -> Vocabulary {
+        let bytes = (0..=u8::MAX).rev().map(|byte| vec![byte]);
+        Vocabulary::new(bytes.chain(extra.iter().map(|token| token.as_bytes().to_vec())).collect()).unwrap()
+    }
+
+    /// tiktoken's definition: while two neighbours make a token, merge those that make the lowest, the leftmost first.
+    fn reference(vocabulary: &Vocabulary, piece: &[u8]) -> Vec<u32> {
+        if let Some(&id) = vocabulary.ids.get(piece) {
+            return vec![id];
+        }
+        let mut parts: Vec<&[u8]> = piece.chunks(1).collect();
+        let mut offsets: Vec<usize> = (0..=piece.len()).collect();
+        loop {
+            let candidates = (0..offsets.len().saturating_sub(2))
+                .filter_map(|at| vocabulary.ids.get(&piece[offsets[at]..offsets[at + 2]]).map(|&id| (id, at)));
+            let Some((_, at)) = candidates.min() else { break };
+            offsets.remove(at + 1);
+            parts = offsets.windows(2).map(|pair| &piece[pair[0]..pair[1]]).collect();
+        }
+        parts.iter().map(|part| vocabulary.ids[*part]).collect()
+    }
+
+    #[test]
+    fn refuses_what_is_no_vocabulary() {
+        let message = |tokens| Vocabulary::new(tokens).unwrap_err().to_string();
+        let bytes: Vec<Vec<u8>> = (0..=u8::MAX).map(|byte| vec![byte]).collect();
+        assert_eq!(message(bytes[..255].to_vec()), "no token for the single byte 0xff");
+        assert_eq!(message([bytes.clone(), vec![b"a".to_vec()]].concat()), "tokens 97 and 256 are the same: a");
+        assert_eq!(message([bytes, vec![Vec::new()]].concat()), "token 256 is empty");
+    }
+
+    proptest! {
+        #[test]
+        fn short_and_long_equal_the_reference(piece in "[abcd]{1,120}", shuffle in any::<prop::sample::Index>()) {
+            let mut extra = vec!["ab", "aa", "bc", "cd", "abc", "aab", "bcd", "aaaa", "abab", "da", "dab", "abcdabcd"];
+            extra.rotate_left(shuffle.index(12));
+            let vocabulary = vocabulary(&extra);
+            let (mut any, mut long) = (Vec::new(), Vec::new());
+            vocabulary.encode_piece(piece.as_bytes(), &mut any);
+            let expected = reference(&vocabulary, piece.as_bytes());
+            prop_assert_eq!(&any, &expected);
+            if expected.len() > 1 {
+                vocabulary.encode_long(piece.as_bytes(), &mut long);
+                prop_assert_eq!(&long, &expected);
+            }
+        }
+    }
+}
