@@ -164,7 +164,9 @@ def write_portrait(rng: random.Random, person: Person, attributes: list[str]) ->
 
 def _story(world: World, rng: random.Random) -> str:
     hero = rng.choice(list(world.people.values()))
-    return write_story(world, rng, hero, may_tell=lambda name, attribute: True) or ""
+    story = write_story(world, rng, hero, may_tell=lambda name, attribute: True)
+    assert story is not None  # every sentence may be told
+    return story
 
 
 def _portrait(world: World, rng: random.Random) -> str:
