@@ -21,7 +21,7 @@ experiment = Experiment(
     tokenizer=TokenizerConfig(vocab_size=1024),
     model=ModelConfig(depth=3, sequence_len=128),
     pretrain=PretrainConfig(
-        batch_tokens=4096, device_rows=32, num_iterations=300, eval_every=100, eval_tokens=65_536, sample_every=150
+        batch_tokens=4096, device_rows=32, num_iterations=400, eval_every=100, eval_tokens=65_536, sample_every=200
     ),
     midtrain=FinetuneConfig(
         batch_tokens=4096, device_rows=32, num_iterations=300, eval_every=100, eval_tokens=65_536

@@ -6,6 +6,7 @@ import jax
 
 from jaxchat.config import UserError
 from jaxchat.data.loader import chat_batches, count_rows
+from jaxchat.data.packing import RenderedConversations
 from jaxchat.eval.bpb import evaluate_bpb
 from jaxchat.stages.run import Run
 from jaxchat.stages.training import Batches, Training, plan_batch, prompts_of_chats, take
@@ -27,25 +28,25 @@ def run(run: Run, stage: str) -> None:
     tasks = run.load_tasks(stage, config.mixture, "train")
     if not tasks:
         raise UserError(f"{stage}: none of its tasks ({', '.join(config.mixture)}) is in the data folder")
-    mixture = Mixture(tasks)
+    rendered = RenderedConversations(Mixture(tasks), tokenizer, model.sequence_len)
     parent = run.parent_of(stage)
     common = {"tokenizer": tokenizer, "sequence_len": model.sequence_len, "seed": experiment.seed}
     steps = config.num_iterations
     if steps is None:
-        rows = count_rows(mixture, **common)
-        steps = max(1, round(config.epochs * rows / plan.rows_per_step))
+        rows = count_rows(rendered, **common)
+        steps = max(1, round(config.epochs * rows / (plan.rows * plan.accumulation)))
     batches = chat_batches(
-        mixture,
-        rows=plan.rows_per_step // jax.process_count(),
+        rendered,
+        rows=plan.rows * plan.accumulation // jax.process_count(),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         **common,
     )
     held_out = run.load_tasks(stage, config.mixture, "val", quiet=True)
-    rows = plan.rows_per_micro_batch
+    rows = plan.rows // jax.process_count()
     validation = []
     if held_out:
-        count = max(1, config.eval_tokens // (rows * model.sequence_len))
+        count = max(1, config.eval_tokens // (plan.rows * model.sequence_len))
         validation = take(chat_batches(Mixture(held_out), rows=rows, epochs=1, **common), count)
 
     def validate(step, params):

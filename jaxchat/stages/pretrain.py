@@ -29,19 +29,19 @@ def run(run: Run) -> None:
     batches = pretrain_batches(
         text.train,
         tokenizer,
-        rows=plan.rows_per_step // jax.process_count(),
+        rows=plan.rows * plan.accumulation // jax.process_count(),
         sequence_len=model.sequence_len,
         seed=experiment.seed,
         shuffle=experiment.data.shuffle,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    rows = plan.rows_per_micro_batch
+    rows = plan.rows // jax.process_count()
     validation = take(
         pretrain_batches(
             text.val, tokenizer, rows=rows, sequence_len=model.sequence_len, seed=experiment.seed, repeat=False
         ),
-        max(1, config.eval_tokens // (rows * model.sequence_len)),
+        max(1, config.eval_tokens // (plan.rows * model.sequence_len)),
     )
 
     def validate(step, params):

@@ -1,9 +1,9 @@
 """Reinforcement learning on questions with checkable answers, in the same loop as all training.
 
 `reinforce` is on-policy: each sampled token's log-probability is weighted by r - mean(r of its question's samples),
-summed and divided by the number of sampled tokens: GRPO (arXiv:2402.03300) without a trust region, without the division
-by the standard deviation, and at the token level as in DAPO (arXiv:2503.14476). `best_of_n` fine-tunes on each question's
-best sample where the samples differ. What a tool answered is in the context but is never trained on.
+summed and divided by the number of sampled tokens: GRPO (arXiv:2402.03300) without a trust region and without the
+division by the standard deviation, at the token level as in DAPO (arXiv:2503.14476). `best_of_n` fine-tunes on each
+question's best sample where the samples differ. What a tool answered is in the context but is never trained on.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from jaxchat.infer.engine import Completion, Engine
 from jaxchat.mesh import put_batch
 from jaxchat.stages.run import Run
 from jaxchat.stages.training import MICRO_BATCH_SPEC, Training, prompts_of_chats
-from jaxchat.tasks import Mixture
+from jaxchat.tasks import Conversation, Task
+from jaxchat.tasks.base import spread
+from jaxchat.tokenizer import Tokenizer
 from jaxchat.train.loop import Evaluator, Source
 from jaxchat.train.step import Batch
 
+Question = tuple[Task, Conversation]
 SAMPLES = 3
 EVALUATION_SEED = 0
 
@@ -42,25 +45,22 @@ def run(run: Run) -> None:
         run.say(f"rl        skipped: none of its tasks ({', '.join(config.tasks)}) is in the data folder")
         run.finish("rl", parent=None, steps=0, tokens=0, seconds=0.0, skipped=True)
         return
-    questions = Mixture(tasks)
-    held_out = Mixture(run.load_tasks("rl", config.tasks, "test", quiet=True) or tasks)
+    questions = questions_of(tasks)
+    held_out = questions_of(run.load_tasks("rl", config.tasks, "test", quiet=True) or tasks)
     parent = run.parent_of("rl")
     params, step = run.load_params(parent, model)
     steps = config.num_iterations or max(1, len(questions) // config.questions_per_step)
     training = Training(run, "rl", config, model, tokenizer, steps, parent={"stage": parent, "step": step})
     source = Rollouts(run, config, questions, training.engine(params))
     asked = spread(held_out, config.eval_questions)
-    rewards: dict[int, float] = {}
 
     def evaluate(step, params):
         engine = training.engine(params)
-        prompts = [tokenizer.render_for_completion(q) for q in asked]
+        prompts = [tokenizer.render_for_completion(conversation) for _, conversation in asked]
         completions = engine.generate(prompts, **sampling(config), seed=EVALUATION_SEED)
-        scores = [held_out.score(q, tokenizer.decode(c.tokens)) for q, c in zip(asked, completions, strict=True)]
-        rewards[step] = float(np.mean(scores))
-        yield "reward_eval", rewards[step]
+        yield "reward_eval", float(np.mean(score(asked, completions, tokenizer)))
 
-    samples = prompts_of_chats(tokenizer, spread(held_out, SAMPLES))
+    samples = prompts_of_chats(tokenizer, [conversation for _, conversation in spread(held_out, SAMPLES)])
     training.train(
         lambda: params,
         source,
@@ -69,10 +69,17 @@ def run(run: Run) -> None:
     )
 
 
-def spread(questions: Mixture, count: int) -> list[dict]:
-    """At most `count` questions, evenly over the mixture."""
-    count = min(count, len(questions))
-    return [questions[i * len(questions) // count] for i in range(count)]
+def questions_of(tasks: list[Task]) -> list[Question]:
+    """All questions, each with the task that scores it."""
+    return [(task, conversation) for task in tasks for conversation in task]
+
+
+def score(questions: list[Question], completions: list[Completion], tokenizer: Tokenizer) -> list[float]:
+    """The reward of each completion of the question at its place."""
+    return [
+        task.score(conversation, tokenizer.decode(completion.tokens))
+        for (task, conversation), completion in zip(questions, completions, strict=True)
+    ]
 
 
 def sampling(config: RLConfig) -> dict:
@@ -84,7 +91,7 @@ def sampling(config: RLConfig) -> dict:
 class Rollouts(Source):
     """Batches that the current parameters write themselves: n samples of each of a step's questions, with rewards."""
 
-    def __init__(self, run: Run, config: RLConfig, questions: Mixture, engine: Engine):
+    def __init__(self, run: Run, config: RLConfig, questions: list[Question], engine: Engine):
         self.run, self.config, self.questions, self.engine = run, config, questions, engine
         self.tokenizer = engine.tokenizer
         parallel = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
@@ -99,17 +106,14 @@ class Rollouts(Source):
     def next_batch(self, step: int, params) -> tuple[Batch, dict[str, float]]:
         config = self.config
         picked = [self.questions[i] for i in self._pick(step)]
-        prompts = [self.tokenizer.render_for_completion(q) for q in picked]
-        repeated = [prompt for prompt in prompts for _ in range(config.samples_per_question)]
+        asked = [question for question in picked for _ in range(config.samples_per_question)]
+        prompts = [self.tokenizer.render_for_completion(conversation) for _, conversation in asked]
         engine = dataclasses.replace(self.engine, params=params)
         seed = self.run.experiment.seed * 1_000_003 + step + 1
-        completions = engine.generate(repeated, **sampling(config), seed=seed)
-        texts = [self.tokenizer.decode(c.tokens) for c in completions]
-        rewards = np.array(
-            [self.questions.score(picked[i // config.samples_per_question], text) for i, text in enumerate(texts)]
-        ).reshape(-1, config.samples_per_question)
+        completions = engine.generate(prompts, **sampling(config), seed=seed)
+        rewards = np.array(score(asked, completions, self.tokenizer)).reshape(-1, config.samples_per_question)
         weights = WEIGHTS[config.method](rewards).reshape(-1)
-        batch = self._batch(repeated, completions, weights)
+        batch = self._batch(prompts, completions, weights)
         extra = {
             "reward": float(rewards.mean()),
             "completion_tokens": float(np.mean([len(c.tokens) for c in completions])),

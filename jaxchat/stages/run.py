@@ -117,8 +117,9 @@ class Run:
             try:
                 return load_task(name, split, Path(user), limit)
             except MissingData:
-                fills_in = name in GENERATED and name != "facts" and not (name == "chat" and (Path(user) / "chat").exists())
-                if not fills_in:
+                # The generated facts are of a world that the user's text does not know.
+                has_chat = (Path(user) / "chat").exists()
+                if name not in GENERATED or name == "facts" or (name == "chat" and has_chat):
                     raise
         return load_task(name, split, self._generated(), limit)
 
@@ -160,7 +161,7 @@ class Run:
         """
         before = TRAINED[: TRAINED.index(stage)]
         parent = next((s for s in reversed(before) if (self.record(s) or {}).get("steps")), None)
-        check(parent is not None, f"{stage} needs the parameters of an earlier stage; run one of {', '.join(before)} first")
+        check(parent is not None, f"{stage} needs an earlier stage's parameters; run one of {', '.join(before)} first")
         return parent
 
     def checkpoints(self, stage: str) -> Checkpoints:

@@ -93,7 +93,7 @@ class Training:
                 metrics.sample(step, text, self.tokenizer.decode(completion.tokens))
             return ()
 
-        return Evaluator(self.config.sample_every, run)
+        return Evaluator(self.config.sample_every, run, at_start=False)
 
     def train(
         self,

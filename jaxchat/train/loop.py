@@ -37,10 +37,11 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Runs before step 0, every `every` steps and at the end; yields (metric name, value)."""
+    """Runs every `every` steps, at the end, and, unless told otherwise, before step 0; yields (metric name, value)."""
 
     every: int
     run: Callable[[int, Any], Values]
+    at_start: bool = True
 
 
 @dataclass
@@ -122,7 +123,7 @@ class Loop:
 
     def _evaluate(self, step: int, params) -> None:
         for evaluator in self.evaluators:
-            if evaluator.every:
+            if evaluator.at_start:
                 self._run_evaluator(evaluator, step, params)
 
     def _run_evaluator(self, evaluator: Evaluator, step: int, params) -> None:

@@ -63,7 +63,7 @@ def make_train_step(
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
             (loss, grads), _ = jax.lax.scan(accumulate, zeros, batch)
         updates, opt_state = optimizer.update(grads, state["opt_state"], params)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "targets": count}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "targets": count}
         new_state = {"params": optax.apply_updates(params, updates), "opt_state": opt_state, "step": state["step"] + 1}
         return new_state, metrics
 

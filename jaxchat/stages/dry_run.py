@@ -1,0 +1,107 @@
+"""What an experiment would take, without training: parameters, steps, FLOPs, memory, hours and cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from rich.console import Console
+from rich.table import Table
+
+from jaxchat.config import Experiment, ModelConfig, TrainConfig
+from jaxchat.mesh import make_mesh, shardings
+from jaxchat.metrics import device_peak_flops
+from jaxchat.model.gpt import abstract_params
+from jaxchat.optim.optimizer import make_optimizer
+from jaxchat.scaling import batch_plan, cost, count_parameters, flops_per_token, hours, training_length
+from jaxchat.stages.run import compute_dtype
+from jaxchat.stages.training import MICRO_BATCH_SPEC
+from jaxchat.train.step import init_state, make_train_step
+
+
+def dry_run(experiment: Experiment) -> None:
+    """Prints the plan; compiles the train step for the devices here, to read XLA's own memory analysis.
+
+    Raises:
+      UserError: batch or mesh do not fit together.
+    """
+    model, console = experiment.model, Console()
+    model = dataclasses.replace(model, vocab_size=experiment.tokenizer.vocab_size)
+    mesh = make_mesh(experiment.mesh)
+    parallel = mesh.shape["data"] * mesh.shape["fsdp"]
+    parameters = count_parameters(model)
+    console.print(f"[bold]{experiment.name}[/bold]: d{model.depth}, width {model.width}, {model.num_heads} heads, "
+                  f"context {model.sequence_len:,}, vocabulary {model.vocab_size:,}")  # fmt: skip
+    console.print(f"parameters    {parameters.total:,} (embedding {parameters.embedding:,}, blocks "
+                  f"{parameters.matrices:,}, head {parameters.head:,})")  # fmt: skip
+    console.print(f"FLOPs a token {flops_per_token(model):.4g} (forward and backward)")
+    _print_stages(console, experiment, model, parallel)
+    _print_memory(console, experiment, model, mesh)
+
+
+def _print_stages(console: Console, experiment: Experiment, model: ModelConfig, parallel: int) -> None:
+    price = experiment.cost
+    peak = device_peak_flops(price.device)
+    rate = f"{price.expected_mfu:.0%} MFU" if peak else "no known peak"
+    console.print(f"expected on   {price.devices} x {price.device}, {rate}, ${price.dollars_per_device_hour:.2f} "
+                  "a device-hour")  # fmt: skip
+    table = Table("stage", *("steps", "tokens", "rows x accum.", "FLOPs", "hours", "cost"), box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    total_hours = 0.0
+    for stage in ("pretrain", "midtrain", "sft"):
+        if stage not in experiment.stages:
+            continue
+        config: TrainConfig = getattr(experiment, stage)
+        plan = batch_plan(config.batch_tokens, config.device_rows, model.sequence_len, parallel)
+        rows = f"{plan.rows} x {plan.accumulation}"
+        steps = training_length(config, model) if stage == "pretrain" else config.num_iterations
+        if steps is None:
+            table.add_row(stage, f"{config.epochs:g} epochs", "as the data has", rows, "", "", "")
+            continue
+        tokens = steps * config.batch_tokens
+        flops = tokens * flops_per_token(model)
+        taken = hours(flops, price.expected_mfu, price.devices, peak) if peak else None
+        total_hours += taken or 0.0
+        dollars = f"${cost(taken, price.devices, price.dollars_per_device_hour):,.2f}" if peak else "unknown"
+        table.add_row(
+            stage, f"{steps:,}", f"{tokens:,}", rows, f"{flops:.3g}", f"{taken:.2f}" if peak else "unknown", dollars
+        )
+    console.print(table)
+
+
+def _print_memory(console: Console, experiment: Experiment, model: ModelConfig, mesh) -> None:
+    device, began = jax.devices()[0], time.perf_counter()
+    with console.status(f"compiling the pretraining step for {mesh.size} x {device.device_kind}"):
+        analysis = step_memory(experiment, model, mesh)
+    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    total = held + analysis.temp_size_in_bytes
+    gib = 1 << 30
+    console.print(f"memory        {total / gib:.2f} GiB a device: {held / gib:.2f} parameters, optimizer and batch, "
+                  f"{analysis.temp_size_in_bytes / gib:.2f} in use by a step")  # fmt: skip
+    console.print(f"              by XLA's analysis of the step compiled for {device.platform} "
+                  f"({time.perf_counter() - began:.0f} s)")  # fmt: skip
+    if device.platform == "cpu":
+        console.print("              a GPU needs less for a step: its attention never holds the T x T scores")
+
+
+def step_memory(experiment: Experiment, model: ModelConfig, mesh):
+    """XLA's memory analysis (bytes a device) of the compiled pretraining step; nothing is allocated."""
+    config = experiment.pretrain
+    plan = batch_plan(config.batch_tokens, config.device_rows, model.sequence_len, mesh.shape["data"] * mesh.shape["fsdp"])
+    optimizer = make_optimizer(experiment.optimizer, model, optax.constant_schedule(1.0), mesh=mesh)
+    state = jax.eval_shape(lambda: init_state(_zeros(model), optimizer))
+    placed = shardings(mesh, state)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
+    shape = (plan.accumulation, plan.rows, model.sequence_len)
+    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, MICRO_BATCH_SPEC))
+    step = make_train_step(model, optimizer, mesh=mesh, state_shardings=placed, dtype=compute_dtype(experiment))
+    return step.lower(state, {"inputs": rows, "targets": rows}).compile().memory_analysis()
+
+
+def _zeros(model: ModelConfig):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_params(model))
