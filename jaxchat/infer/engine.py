@@ -317,7 +317,7 @@ class Engine:
     def _stream_batch(
         self, program: _Program, drawing: _Drawing, seed: int, rows: list[_Writing], prompts: list[Sequence[int]]
     ) -> Iterator[Chunk]:
-        size, context = self._batch_size(len(rows)), self.model_config.sequence_len
+        size, context = self.batch_size(len(rows)), self.model_config.sequence_len
         longest = max(len(prompt) for prompt in prompts)
         furthest = max(len(prompt) + row.limit for prompt, row in zip(prompts, rows, strict=True))
         padded = np.zeros((size, min(bucket(longest, SHORTEST_PROMPT), context)), np.int32)
@@ -327,13 +327,13 @@ class Engine:
             lengths[i], limits[i], numbers[i] = len(prompt), row.limit, row.number
 
         cache_len = max(padded.shape[1], min(bucket(furthest, SHORTEST_CACHE), context))
-        arrays = [self._put(array) for array in (padded, lengths, limits, numbers)]
-        nothing = self._put(np.full((size, 1 + FORCED), -1, np.int32))
+        arrays = [self.put(array) for array in (padded, lengths, limits, numbers)]
+        nothing = self.put(np.full((size, 1 + FORCED), -1, np.int32))
         state, written = _prefill(program, cache_len, self.params, *arrays, np.uint32(seed % 2**32), drawing)
         while True:
             chunk = [event for step in np.asarray(written) for event in self._read(step.tolist(), rows, drawing)]
             waiting = any(row.status == PAUSED for row in rows)
-            answers = self._put(self._answers(rows, size)) if waiting else nothing
+            answers = self.put(self._answers(rows, size)) if waiting else nothing
             running = any(row.status == RUNNING for row in rows)
             if running:  # the device goes on while the caller looks at the chunk
                 state, written = _decode(program, self.params, state, answers, drawing)
@@ -341,12 +341,13 @@ class Engine:
             if not running:
                 return
 
-    def _batch_size(self, rows: int) -> int:
-        """A power of two, or the next multiple of the devices that rows are shared out over."""
+    def batch_size(self, rows: int) -> int:
+        """What so many rows are filled up to: a power of two, or the next multiple of the devices that share them."""
         shards = 1 if self._mesh is None else int(np.prod([self._mesh.shape[axis] for axis in BATCH_SPEC[0]]))
         return -(-bucket(rows, 1) // shards) * shards
 
-    def _put(self, array: np.ndarray) -> Array:
+    def put(self, array: np.ndarray) -> Array:
+        """The rows of `array` on the engine's devices."""
         return jax.device_put(array, None if self._mesh is None else NamedSharding(self._mesh, BATCH_SPEC))
 
     def _read(self, step: list[int], rows: list[_Writing], drawing: _Drawing) -> Iterator[tuple[int, int, bool]]:

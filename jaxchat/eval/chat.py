@@ -1,0 +1,112 @@
+"""Tasks asked of a chat model: completions that are scored, and multiple choice by one forward pass."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jaxchat.config import ModelConfig, check
+from jaxchat.infer.engine import SHORTEST_PROMPT, Engine, bucket
+from jaxchat.model.gpt import Params, hidden_states, logits
+from jaxchat.tasks.base import LETTERS, Conversation, Task, spread
+
+EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """The mean `score` in [0, 1] over `count` questions; a few (question, completion, score) to look at."""
+
+    name: str
+    score: float
+    count: int
+    examples: tuple[tuple[str, str, float], ...]
+
+
+def evaluate_task(
+    engine: Engine,
+    task: Task,
+    *,
+    limit: int | None = None,
+    max_new_tokens: int = 512,
+    batch_size: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> TaskResult:
+    """Asks the task's questions and scores the answers.
+
+    Generative tasks: a completion with tools, scored by the task. Multiple choice: the likeliest of the letters as the
+    next token. A question that fills the model's context gets no answer and scores 0.
+
+    Args:
+      limit: at most so many questions, evenly spread over the task.
+      batch_size: rows that go through the model at once.
+
+    Raises:
+      UserError: the task is empty.
+    """
+    questions = spread(task, limit)
+    check(len(questions) > 0, f"task {task.name} has no questions")
+    questions = [questions[i] for i in range(len(questions))]
+    prompts = [engine.tokenizer.render_for_completion(question) for question in questions]
+    answers = [""] * len(questions)
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < engine.model_config.sequence_len]
+    asked = [prompts[i] for i in fitting]
+    if task.kind == "multiple_choice":
+        given = choose(engine, asked, [questions[i]["letters"] for i in fitting], batch_size)
+    else:
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "max_batch": batch_size}
+        given = [engine.tokenizer.decode(completion.tokens) for completion in engine.generate(asked, **options)]
+    for i, answer in zip(fitting, given, strict=True):
+        answers[i] = answer
+    scores = [task.score(question, answer) for question, answer in zip(questions, answers, strict=True)]
+    few = [_example(*one) for one in zip(questions[:EXAMPLES], answers, scores, strict=False)]
+    return TaskResult(task.name, float(np.mean(scores)), len(scores), tuple(few))
+
+
+def _example(question: Conversation, answer: str, score: float) -> tuple[str, str, float]:
+    asked = next(m["content"] for m in reversed(question["messages"]) if m["role"] == "user")
+    return asked, answer, score
+
+
+def choose(engine: Engine, prompts: list[list[int]], letters: list[Sequence[str]], batch_size: int) -> list[str]:
+    """For each prompt the one of its letters that the model finds likeliest as the next token."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    chosen = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        size = engine.batch_size(len(rows))
+        longest = min(bucket(len(prompts[rows[-1]]), SHORTEST_PROMPT), engine.model_config.sequence_len)
+        tokens, lengths = np.zeros((size, longest), np.int32), np.ones(size, np.int32)
+        candidates = np.zeros((size, len(LETTERS)), np.int32)
+        for row, i in enumerate(rows):
+            tokens[row, : len(prompts[i])], lengths[row] = prompts[i], len(prompts[i])
+            ids = [engine.tokenizer.encode(letter)[0] for letter in letters[i]]  # each letter is a token
+            # Filled up with the first letter, which never wins over itself.
+            candidates[row] = ids + ids[:1] * (len(LETTERS) - len(ids))
+        arrays = map(engine.put, (tokens, lengths, candidates))
+        best = np.asarray(_likeliest(engine.model_config, engine.dtype, engine.params, *arrays))
+        for row, i in enumerate(rows):
+            chosen[i] = letters[i][best[row]]
+    return chosen
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _likeliest(
+    config: ModelConfig,
+    dtype: str,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    candidates: Int[Array, "B L"],
+) -> Int[Array, " B"]:
+    """Which of each row's candidates has the highest logit behind the row's last token; the first among equals."""
+    hidden = hidden_states(config, params, tokens, dtype)
+    scores = logits(config, params, hidden[jnp.arange(len(lengths)), lengths - 1])
+    return jnp.argmax(jnp.take_along_axis(scores, candidates, axis=1), axis=1)

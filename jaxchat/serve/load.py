@@ -1,0 +1,58 @@
+"""The model of a run, ready to be talked to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import NamedTuple
+
+from etils import epath
+
+from jaxchat.checkpoint import Checkpoints
+from jaxchat.config import Experiment, check, closest
+from jaxchat.infer.engine import Engine
+from jaxchat.model.gpt import Params, abstract_params
+from jaxchat.stages.run import TRAINED, compute_dtype, read_config
+from jaxchat.tokenizer import Tokenizer
+
+
+class LoadedModel(NamedTuple):
+    """`experiment.model` has the tokenizer's vocabulary; `params` lie on one device."""
+
+    experiment: Experiment
+    tokenizer: Tokenizer
+    params: Params
+    stage: str
+
+    def engine(self) -> Engine:
+        """An engine in the precision in which the run computes on this machine."""
+        return Engine(self.experiment.model, self.params, self.tokenizer, dtype=compute_dtype(self.experiment))
+
+
+def load_model(run_dir: epath.PathLike, stage: str | None = None) -> LoadedModel:
+    """What `stage` of a run ended with; by default its last finished stage that trains.
+
+    Raises:
+      UserError: no run there, no such stage, or a stage that is not finished; the message lists those that are.
+    """
+    directory = epath.Path(run_dir)
+    check(directory.is_dir(), f"there is no run directory {run_dir}; train one with launch.py --run-dir {run_dir}")
+    experiment = read_config(directory)
+    finished = [name for name in TRAINED if _steps(directory / name / "stage.json")]
+    there = f"finished: {', '.join(finished)}" if finished else "no stage that trains is finished there yet"
+    check(
+        stage is None or stage in TRAINED,
+        f"there is no stage {stage!r} with a model{closest(str(stage), TRAINED)}; in {run_dir} {there}",
+    )
+    check(bool(finished), f"{run_dir} has no model yet: {there}")
+    check(stage is None or stage in finished, f"stage {stage!r} of {run_dir} is not finished; {there}")
+    stage = stage or finished[-1]
+    tokenizer = Tokenizer.from_directory(directory / "tokenizer")
+    model = dataclasses.replace(experiment.model, vocab_size=tokenizer.vocab_size)
+    params = Checkpoints(directory / stage / "checkpoints").restore_params(abstract_params(model))
+    return LoadedModel(dataclasses.replace(experiment, model=model), tokenizer, params, stage)
+
+
+def _steps(record: epath.Path) -> int:
+    """How many steps a stage has trained; 0 if it is not finished, or had nothing to train on."""
+    return json.loads(record.read_text()).get("steps") or 0 if record.exists() else 0

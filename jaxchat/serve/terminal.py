@@ -1,0 +1,254 @@
+"""The chat in the terminal: a conversation kept in tokens, answers written out as they come."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import secrets
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from jaxchat.config import UserError, check
+from jaxchat.infer.engine import Engine
+from jaxchat.serve.load import load_model
+
+HELP = """\
+/clear   forget the conversation
+/quit    leave (or Ctrl-D)
+/help    this list
+Ctrl-C stops an answer."""
+# What a model writes shall not steer the terminal; line breaks and tabs may stay.
+_CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
+
+Styled = tuple[str, str]  # a piece of text, and rich's style for it
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and its answer as the model saw and wrote them, special tokens included."""
+
+    question: list[int]
+    answer: list[int]
+
+
+class Conversation:
+    """The turns so far; makes the prompts, and forgets the oldest turns when the context is full.
+
+    A base model (`base`) has no turns: it continues each text by itself.
+    """
+
+    def __init__(
+        self, engine: Engine, *, base: bool, temperature: float, top_k: int | None, seed: int, max_tokens: int
+    ):
+        self.engine, self.base, self.max_tokens = engine, base, max_tokens
+        self.sampling = {"temperature": temperature, "top_k": top_k}
+        self.seed = seed
+        self.turns: list[Turn] = []
+
+    def ask(self, text: str) -> tuple[int, Iterator[list[int]]]:
+        """How many turns were forgotten to make room, and the answer's tokens in chunks as they come.
+
+        The turn is kept when the chunks are used up or closed.
+
+        Raises:
+          UserError: the text alone leaves no room in the context.
+        """
+        tokenizer, context = self.engine.tokenizer, self.engine.model_config.sequence_len
+        bos = [tokenizer.bos_token_id]
+        if self.base:
+            question = tokenizer.encode(text)
+        else:
+            question = tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}]})[1:]
+        check(
+            len(bos) + len(question) < context,
+            f"this message has {len(question)} tokens, more than the model's context of {context}; shorten it",
+        )
+        room = min(self.max_tokens, context // 4)
+        forgotten = 0
+        while self.turns and len(self._prompt(bos, question)) + room > context:
+            del self.turns[0]
+            forgotten += 1
+        return forgotten, self._answer(self._prompt(bos, question), question)
+
+    def _prompt(self, bos: list[int], question: list[int]) -> list[int]:
+        return bos + [token for turn in self.turns for token in turn.question + turn.answer] + question
+
+    def _answer(self, prompt: list[int], question: list[int]) -> Iterator[list[int]]:
+        stream = self.engine.stream(
+            [prompt], max_new_tokens=self.max_tokens, **self.sampling, seed=self.seed, tools=not self.base
+        )
+        self.seed += 1
+        answer: list[int] = []
+        try:
+            for chunk in stream:
+                tokens = [token for _, token, _ in chunk if token not in self.engine.stops]
+                answer.extend(tokens)
+                yield tokens
+        finally:
+            if answer and not self.base:
+                end = self.engine.tokenizer.encode_special("<|assistant_end|>")
+                self.turns.append(Turn(question, [*answer, end]))
+
+
+class Writer:
+    """Turns tokens into text for a reader: whole characters only, tool calls as `⟨34 + 58 → 92⟩` in a quiet style."""
+
+    def __init__(self, engine: Engine):
+        self._tokenizer = engine.tokenizer
+        marks = {
+            "<|python_start|>": ("⟨", True),
+            "<|python_end|>": ("", True),
+            "<|output_start|>": (" → ", True),
+            "<|output_end|>": ("⟩", False),
+        }
+        self._marks = {self._tokenizer.encode_special(name): mark for name, mark in marks.items()}
+        self._special = set(range(self._tokenizer.encode_special("<|bos|>"), self._tokenizer.vocab_size))
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._in_call = False
+
+    def write(self, tokens: Iterable[int]) -> Iterator[Styled]:
+        """The text that these tokens complete."""
+        for token in tokens:
+            if token not in self._special:
+                yield self._styled(self._decoder.decode(self._tokenizer.id_to_bytes(token)))
+                continue
+            yield self._flush()
+            text, in_call = self._marks.get(token, ("", self._in_call))
+            yield text, "dim"
+            self._in_call = in_call
+
+    def close(self) -> Iterator[Styled]:
+        """What is still held back at the end of an answer."""
+        yield self._flush()
+        if self._in_call:
+            yield "⟩", "dim"
+
+    def _flush(self) -> Styled:
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return self._styled(text)
+
+    def _styled(self, text: str) -> Styled:
+        return text.translate(_CONTROLS), "dim" if self._in_call else ""
+
+
+class _Interrupt:
+    """While it is entered, Ctrl-C sets `pressed` instead of breaking into the middle of a computation; pressed again
+    it interrupts as usual."""
+
+    pressed = False
+
+    def __enter__(self):
+        self._before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, number, frame):
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+
+
+def chat(
+    run_dir: str,
+    stage: str | None,
+    prompt: str | None,
+    *,
+    temperature: float,
+    top_k: int | None,
+    seed: int | None,
+    max_tokens: int,
+) -> int:
+    """`jaxchat chat`: one answer if there is a `prompt`, else questions from standard input until its end.
+
+    Raises:
+      UserError: no such run or stage, or an option out of its range.
+    """
+    check(temperature >= 0, f"--temperature is {temperature}; it must be 0 (the likeliest token) or above")
+    check(top_k is None or top_k >= 1, f"--top-k is {top_k}; it must be at least 1")
+    check(max_tokens >= 1, f"--max-tokens is {max_tokens}; it must be at least 1")
+    check(prompt is None or bool(prompt.strip()), "the prompt is empty; say something")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    out, notes = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
+    with notes.status(f"loading {run_dir}"):
+        model = load_model(run_dir, stage)
+    base = model.stage == "pretrain"
+    conversation = Conversation(
+        model.engine(),
+        base=base,
+        temperature=temperature,
+        top_k=top_k,
+        seed=secrets.randbelow(2**31) if seed is None else seed,
+        max_tokens=max_tokens,
+    )
+    if prompt is not None:
+        return 130 if _reply(conversation, prompt, out, notes) else 0
+    if sys.stdin.isatty():
+        what = "a base model: it continues your text" if base else "/help lists the commands"
+        notes.print(f"{run_dir} · {model.stage} · {what}", style="dim", markup=False)
+    for line in _lines():
+        if not line.startswith("/"):
+            try:
+                _reply(conversation, line, out, notes)
+            except UserError as error:
+                notes.print(f"error: {error}", markup=False)
+        elif line in ("/quit", "/exit"):
+            break
+        elif line == "/clear":
+            conversation.turns.clear()
+            notes.print("forgotten", style="dim")
+        else:
+            notes.print(HELP if line == "/help" else f"no command {line}\n{HELP}", style="dim", markup=False)
+    return 0
+
+
+def _lines() -> Iterator[str]:
+    """Lines that say something, until Ctrl-D or the end of the input."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (gives input() line editing and a history)
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except EOFError:
+            if interactive:
+                print()
+            return
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print("\n(/quit or Ctrl-D leaves)")
+            continue
+        if line:
+            yield line
+
+
+def _reply(conversation: Conversation, text: str, out: Console, notes: Console) -> bool:
+    """Asks, and writes the answer as it comes; whether it was interrupted."""
+    forgotten, chunks = conversation.ask(text)
+    if forgotten:
+        notes.print(f"(context full: forgot the oldest turn{'s' * (forgotten > 1)})", style="dim")
+    writer = Writer(conversation.engine)
+    with _Interrupt() as interrupt, contextlib.closing(chunks):
+        for tokens in chunks:
+            _print(out, writer.write(tokens))
+            if interrupt.pressed:
+                break
+        _print(out, writer.close())
+    out.print(" (stopped)" if interrupt.pressed else "", style="dim", markup=False)
+    return interrupt.pressed
+
+
+def _print(out: Console, pieces: Iterable[Styled]) -> None:
+    for text, style in pieces:
+        if text:
+            out.print(text, style=style, end="", markup=False)
+    out.file.flush()
