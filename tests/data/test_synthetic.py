@@ -177,6 +177,9 @@ def test_a_quarter_of_the_facts_is_held_out():
         assert len(world.held_out) == 36
         assert collections.Counter(attribute for _, attribute in world.held_out) == dict.fromkeys(ATTRIBUTES, 6)
         assert max(collections.Counter(name for name, _ in world.held_out).values()) <= 2
+        for attribute in set(ATTRIBUTES) - {"friend"}:
+            shown = {p.facts[attribute] for name, p in world.people.items() if world.is_open(name, attribute)}
+            assert shown == {*VALUES[attribute]}
         for name, person in world.people.items():
             friend = person.facts["friend"]
             assert world.people[friend].facts["friend"] == name != friend

@@ -189,22 +189,23 @@ def build_world(seed: int) -> World:
     names = list(HE + SHE)
     rng.shuffle(names)  # neighbours in this order, two by two, are best friends
     facts: dict[str, dict[str, str]] = {name: {} for name in names}
-    for attribute, values in VALUES.items():
+    held_out = set()
+    for k, (attribute, values) in enumerate(VALUES.items()):
+        # Even starts and an even count keep both directions of a friendship on the same side.
+        hidden = {(4 * k + i) % len(names) for i in range(HELD_OUT_PEOPLE)}
+        held_out |= {(names[i], attribute) for i in hidden}
         if attribute == "friend":
             drawn = [names[i ^ 1] for i in range(len(names))]
         else:
             drawn = [values[i % len(values)] for i in range(len(names))]
-            rng.shuffle(drawn)
+            shown: set[str] = set()
+            while shown != set(values):  # somebody's question must be answered by each value: a new word is no answer
+                rng.shuffle(drawn)
+                shown = {value for i, value in enumerate(drawn) if i not in hidden}
         for name, value in zip(names, drawn, strict=True):
             facts[name][attribute] = value
     pronouns = {name: ("he", "his", "him") for name in HE} | {name: ("she", "her", "her") for name in SHE}
     people = {name: Person(name, *pronouns[name], facts[name]) for name in sorted(names)}
-    # Even starts and an even count keep both directions of a friendship on the same side.
-    held_out = {
-        (names[(4 * k + i) % len(names)], attribute)
-        for k, attribute in enumerate(ATTRIBUTES)
-        for i in range(HELD_OUT_PEOPLE)
-    }
     return World(people, frozenset(held_out))
 
 
