@@ -1,6 +1,6 @@
 """A small chatbot on a laptop: ten minutes on 2 CPU cores, no GPU, no download.
 
-    python launch.py --experiment=quickstart
+python launch.py --experiment=quickstart
 """
 
 from jaxchat.config import (
@@ -23,19 +23,33 @@ experiment = Experiment(
     pretrain=PretrainConfig(
         batch_tokens=4096, device_rows=32, num_iterations=400, eval_every=100, eval_tokens=65_536, sample_every=200
     ),
-    midtrain=FinetuneConfig(
-        batch_tokens=4096, device_rows=32, num_iterations=300, eval_every=100, eval_tokens=65_536
-    ),
+    midtrain=FinetuneConfig(batch_tokens=4096, device_rows=32, num_iterations=300, eval_every=100, eval_tokens=65_536),
     sft=FinetuneConfig(
-        batch_tokens=4096, device_rows=32, num_iterations=200, eval_every=100, eval_tokens=65_536,
-        lr_fraction=0.3, schedule=ScheduleConfig(decay_ratio=1.0),
+        batch_tokens=4096,
+        device_rows=32,
+        num_iterations=200,
+        eval_every=100,
+        eval_tokens=65_536,
+        lr_fraction=0.3,
+        schedule=ScheduleConfig(decay_ratio=1.0),
     ),  # fmt: skip
     rl=RLConfig(
-        tasks=("sums", "letters"), questions_per_step=16, samples_per_question=8, num_iterations=20,
-        max_new_tokens=48, lr_fraction=0.05, eval_questions=100, eval_every=10, device_rows=128, top_k=None,
+        tasks=("sums", "letters"),
+        questions_per_step=16,
+        samples_per_question=8,
+        num_iterations=20,
+        max_new_tokens=48,
+        lr_fraction=0.05,
+        eval_questions=100,
+        eval_every=10,
+        device_rows=128,
+        top_k=None,
     ),  # fmt: skip
     evaluate=EvaluateConfig(
-        tasks=("sums", "letters", "facts"), of=("pretrain", "midtrain", "sft", "rl"), limit=200, max_new_tokens=48,
+        tasks=("sums", "letters", "facts"),
+        of=("pretrain", "midtrain", "sft", "rl"),
+        limit=200,
+        max_new_tokens=48,
         batch_rows=128,
     ),  # fmt: skip
     cost=CostConfig(device="2 CPU cores", devices=1, dollars_per_device_hour=0.1),

@@ -92,7 +92,8 @@ def _print_memory(console: Console, experiment: Experiment, model: ModelConfig, 
 def step_memory(experiment: Experiment, model: ModelConfig, mesh):
     """XLA's memory analysis (bytes a device) of the compiled pretraining step; nothing is allocated."""
     config = experiment.pretrain
-    plan = batch_plan(config.batch_tokens, config.device_rows, model.sequence_len, mesh.shape["data"] * mesh.shape["fsdp"])
+    parallel = mesh.shape["data"] * mesh.shape["fsdp"]
+    plan = batch_plan(config.batch_tokens, config.device_rows, model.sequence_len, parallel)
     optimizer = make_optimizer(experiment.optimizer, model, optax.constant_schedule(1.0), mesh=mesh)
     state = jax.eval_shape(lambda: init_state(_zeros(model), optimizer))
     placed = shardings(mesh, state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import jax
+import jax.numpy as jnp
 
 from jaxchat.report import write_report
 from jaxchat.stages import evaluate, finetune, pretrain, rl, tokenizer
@@ -25,7 +26,9 @@ def run_stages(run: Run) -> None:
     """Runs the experiment's stages in `run`'s directory."""
     device = jax.devices()[0]
     shape = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
-    run.say(f"devices   {jax.device_count()} x {device.device_kind} ({shape}), computing in {run.dtype.__name__}")
+    run.say(
+        f"devices   {jax.device_count()} x {device.device_kind} ({shape}), computing in {jnp.dtype(run.dtype).name}"
+    )
     run.say(f"run       {run.directory}")
     for stage in run.experiment.stages:
         if stage != "report" and run.finished(stage):

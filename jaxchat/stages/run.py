@@ -1,10 +1,10 @@
 """A run: one directory, one experiment, and what its stages have left there.
 
-    runs/NAME/config.json        the experiment
-    runs/NAME/data/              the generated corpus, where the experiment uses one
-    runs/NAME/tokenizer/         the tokenizer
-    runs/NAME/STAGE/             checkpoints of a stage, and stage.json once it is finished
-    runs/NAME/metrics.jsonl      all metrics; report.md, report.json, plots/ at the end
+runs/NAME/config.json        the experiment
+runs/NAME/data/              the generated corpus, where the experiment uses one
+runs/NAME/tokenizer/         the tokenizer
+runs/NAME/STAGE/             checkpoints of a stage, and stage.json once it is finished
+runs/NAME/metrics.jsonl      all metrics; report.md, report.json, plots/ at the end
 """
 
 from __future__ import annotations
@@ -184,9 +184,7 @@ class Run:
 
     def metrics(self, stage: str, total_steps: int | None = None) -> Metrics:
         log = self.experiment.logging
-        return Metrics(
-            self.directory, stage, tensorboard=log.tensorboard, wandb=log.wandb, total_steps=total_steps
-        )
+        return Metrics(self.directory, stage, tensorboard=log.tensorboard, wandb=log.wandb, total_steps=total_steps)
 
 
 def compute_dtype(experiment: Experiment):

@@ -107,9 +107,7 @@ class Training:
         abstract = jax.eval_shape(lambda params: init_state(params, self.optimizer), jax.eval_shape(start))
         state_shardings = shardings(run.mesh, abstract)
         state = jax.jit(lambda params: init_state(params, self.optimizer), out_shardings=state_shardings)(start())
-        rates = learning_rates(
-            run.experiment.optimizer, self.model, self.schedule, lr_fraction=self.config.lr_fraction
-        )
+        rates = learning_rates(run.experiment.optimizer, self.model, self.schedule, lr_fraction=self.config.lr_fraction)
         with run.metrics(self.stage, self.num_steps) as metrics:
             loop = Loop(
                 step_fn=make_train_step(
