@@ -19,6 +19,23 @@ pub enum Kind {
     Newline,
 }
 
+/// The class of each byte that is a character; None for the bytes of longer ones. Most text needs no other table.
+const ASCII: [Option<Kind>; 256] = {
+    let mut table = [None; 256];
+    let mut byte = 0;
+    while byte < 0x80 {
+        table[byte as usize] = Some(match byte {
+            b'a'..=b'z' | b'A'..=b'Z' => Kind::Letter,
+            b'0'..=b'9' => Kind::Number,
+            b'\r' | b'\n' => Kind::Newline,
+            b'\t' | b' ' | 0x0B | 0x0C => Kind::Space,
+            _ => Kind::Other,
+        });
+        byte += 1;
+    }
+    table
+};
+
 /// The class of each code point. The ranges come from `regex-syntax`, the crate behind the regex engines, so that the
 /// scanner and the regex agree on every version of Unicode. 1.1 MB, of which text touches a few pages.
 static TABLE: LazyLock<Vec<Kind>> = LazyLock::new(|| {
@@ -60,8 +77,8 @@ impl Classes {
     #[inline(always)]
     pub fn next(self, text: &str, at: usize) -> Option<(Kind, usize)> {
         let byte = *text.as_bytes().get(at)?;
-        if byte < 0x80 {
-            return Some((self.0[usize::from(byte)], at + 1));
+        if let Some(kind) = ASCII[usize::from(byte)] {
+            return Some((kind, at + 1));
         }
         let character = text[at..].chars().next()?;
         Some((self.of(character), at + character.len_utf8()))
@@ -70,12 +87,15 @@ impl Classes {
     /// The end of the run of characters of class `kind` that starts at `at`.
     #[inline(always)]
     pub fn run(self, text: &str, mut at: usize, kind: Kind) -> usize {
-        while let Some((found, next)) = self.next(text, at) {
-            if found != kind {
-                break;
+        let bytes = text.as_bytes();
+        loop {
+            while bytes.get(at).is_some_and(|&byte| ASCII[usize::from(byte)] == Some(kind)) {
+                at += 1;
             }
-            at = next;
+            match self.next(text, at) {
+                Some((found, next)) if found == kind => at = next,
+                _ => return at,
+            }
         }
-        at
     }
 }

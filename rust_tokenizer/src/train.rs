@@ -1,31 +1,27 @@
 //! Byte-pair merges learnt from the counts of pieces.
+//!
+//! There is no map from pairs to their counts: every place of the text knows the pair that begins there, and the pairs
+//! that a merge creates all contain the new symbol, so that their other symbol names them while the merge lasts.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
-
-use rustc_hash::FxBuildHasher;
+use std::collections::BinaryHeap;
 
 use crate::count::PieceCounts;
 use crate::error::Error;
 
-/// Between two pieces in the arena: no pair contains it.
+/// Between two pieces in the arena; not a symbol.
 const BORDER: u32 = u32::MAX;
-/// The place of a symbol that has become the right half of another.
-const DEAD: u32 = u32::MAX - 1;
-
-/// A pair of neighbouring symbols: how often it occurs, and where it has ever begun. Places that no longer hold the
-/// pair stay in the list and are skipped when it is read.
-#[derive(Default)]
-struct Pair {
-    count: u64,
-    places: Vec<u32>,
-}
+/// The pair at a place where none begins; the index of a pair that does not exist.
+const NONE: u32 = u32::MAX;
+const BYTES: usize = 256;
 
 /// All distinct pieces, one after the other, a symbol at the place of its first byte.
 struct Arena {
     symbols: Vec<u32>,
     /// Where the symbol starts whose last byte is here.
     starts: Vec<u32>,
+    /// The pair that begins here.
+    pairs: Vec<u32>,
     /// The index in `weights` of the piece that a place belongs to.
     piece_of: Vec<u32>,
     /// How often each piece occurs.
@@ -36,12 +32,13 @@ impl Arena {
     fn new(counts: &PieceCounts) -> Result<Self, Error> {
         let mut size = 1usize;
         counts.for_each(|piece, _| size += piece.len() + 1);
-        if size >= DEAD as usize {
+        if size >= NONE as usize {
             return Err(Error::TooLarge);
         }
         let mut arena = Self {
             symbols: Vec::with_capacity(size),
             starts: (0..size as u32).collect(),
+            pairs: vec![NONE; size],
             piece_of: Vec::with_capacity(size),
             weights: Vec::with_capacity(counts.distinct()),
         };
@@ -60,64 +57,74 @@ impl Arena {
         self.symbols.push(BORDER);
         self.piece_of.push(index);
     }
+
+    fn weight(&self, place: usize) -> u64 {
+        self.weights[self.piece_of[place] as usize]
+    }
 }
 
-/// The pairs by their two symbols, and a heap of them by count.
+/// The index of a pair, and its two ids.
+type Born = (u32, (u32, u32));
+
+/// A pair in the heap: its count, its ids, its index.
+type Candidate = (u64, Reverse<(u32, u32)>, u32);
+
+/// Pairs of neighbouring symbols by index.
+#[derive(Default)]
 struct Pairs {
-    index: HashMap<u64, u32, FxBuildHasher>,
-    pairs: Vec<Pair>,
+    counts: Vec<u64>,
+    /// Where each has ever begun, in ascending order. Places that have since lost the pair are skipped when read.
+    places: Vec<Vec<u32>>,
     /// The highest count first, then the lowest pair of ids. A count here may be out of date, but never too low.
-    heap: BinaryHeap<(u64, Reverse<u64>, u32)>,
-}
-
-/// Orders like the pair of ids.
-fn key(left: u32, right: u32) -> u64 {
-    u64::from(left) << 32 | u64::from(right)
+    heap: BinaryHeap<Candidate>,
 }
 
 impl Pairs {
-    fn new(arena: &Arena) -> Self {
-        let mut pairs = Self { index: HashMap::default(), pairs: Vec::new(), heap: BinaryHeap::new() };
-        for (place, window) in arena.symbols.windows(2).enumerate() {
-            if window[0] != BORDER && window[1] != BORDER {
-                pairs.add(window[0], window[1], place as u32, arena.weights[arena.piece_of[place] as usize]);
+    /// The pairs of bytes.
+    fn new(arena: &mut Arena) -> Self {
+        let mut pairs = Self::default();
+        let mut table = vec![NONE; BYTES * BYTES];
+        let mut born = Vec::new();
+        for place in 1..arena.symbols.len() {
+            let (left, right) = (arena.symbols[place - 1], arena.symbols[place]);
+            if left != BORDER && right != BORDER {
+                let slot = &mut table[left as usize * BYTES + right as usize];
+                pairs.begin(arena, place - 1, slot, (left, right), &mut born);
             }
         }
-        for (&key, &index) in &pairs.index {
-            pairs.heap.push((pairs.pairs[index as usize].count, Reverse(key), index));
-        }
+        pairs.push_all(&mut born);
         pairs
     }
 
-    /// Counts one more place of a pair; true if the pair is new.
-    fn add(&mut self, left: u32, right: u32, place: u32, weight: u64) -> bool {
-        let next = self.pairs.len() as u32;
-        let index = *self.index.entry(key(left, right)).or_insert(next);
-        if index == next {
-            self.pairs.push(Pair::default());
+    /// Lets a pair begin at a place. `slot` holds its index; if it has none yet, it gets one and is noted in `born`.
+    fn begin(&mut self, arena: &mut Arena, place: usize, slot: &mut u32, ids: (u32, u32), born: &mut Vec<Born>) {
+        if *slot == NONE {
+            *slot = self.counts.len() as u32;
+            self.counts.push(0);
+            self.places.push(Vec::new());
+            born.push((*slot, ids));
         }
-        let pair = &mut self.pairs[index as usize];
-        pair.count += weight;
-        pair.places.push(place);
-        index == next
+        self.counts[*slot as usize] += arena.weight(place);
+        self.places[*slot as usize].push(place as u32);
+        arena.pairs[place] = *slot;
     }
 
-    fn remove(&mut self, left: u32, right: u32, weight: u64) {
-        if let Some(&index) = self.index.get(&key(left, right)) {
-            self.pairs[index as usize].count -= weight;
+    fn push_all(&mut self, born: &mut Vec<Born>) {
+        for (index, ids) in born.drain(..) {
+            self.heap.push((self.counts[index as usize], Reverse(ids), index));
         }
     }
 
-    /// The most frequent pair, ties to the lowest ids, and its places. None when no pair is left.
-    fn pop(&mut self) -> Option<(u32, u32, Vec<u32>)> {
-        while let Some((count, Reverse(key), index)) = self.heap.pop() {
-            let pair = &mut self.pairs[index as usize];
-            if pair.count == 0 {
-                pair.places = Vec::new();
-            } else if pair.count < count {
-                self.heap.push((pair.count, Reverse(key), index));
+    /// The most frequent pair, ties to the lowest ids. None when no pair is left.
+    fn pop(&mut self) -> Option<Born> {
+        while let Some((count, Reverse(ids), index)) = self.heap.pop() {
+            let current = self.counts[index as usize];
+            if current == 0 {
+                self.places[index as usize] = Vec::new();
+            } else if current < count {
+                self.heap.push((current, Reverse(ids), index));
             } else {
-                return Some(((key >> 32) as u32, key as u32, std::mem::take(&mut pair.places)));
+                return Some((index, ids));
             }
         }
         None
@@ -131,49 +138,51 @@ impl Pairs {
 /// `interrupted` is asked now and then; if it answers true, the training ends with `Error::Interrupted`.
 pub fn learn(counts: &PieceCounts, size: usize, mut interrupted: impl FnMut() -> bool) -> Result<Vec<Vec<u8>>, Error> {
     let mut arena = Arena::new(counts)?;
-    let mut pairs = Pairs::new(&arena);
+    let mut pairs = Pairs::new(&mut arena);
     let mut tokens: Vec<Vec<u8>> = (0..=u8::MAX).map(|byte| vec![byte]).collect();
+    // The indices of the pairs (symbol, new one) and (new one, symbol) while a merge lasts.
+    let (mut before, mut behind) = (vec![NONE; BYTES], vec![NONE; BYTES]);
     let mut born = Vec::new();
     while tokens.len() < size {
         if tokens.len().is_multiple_of(256) && interrupted() {
             return Err(Error::Interrupted);
         }
-        let Some((left, right, places)) = pairs.pop() else { break };
+        let Some((index, (left, right))) = pairs.pop() else { break };
         let merged = tokens.len() as u32;
         let (left_size, right_size) = (tokens[left as usize].len(), tokens[right as usize].len());
         tokens.push([&tokens[left as usize][..], &tokens[right as usize][..]].concat());
-        for place in places {
+        before.push(NONE);
+        behind.push(NONE);
+        for place in std::mem::take(&mut pairs.places[index as usize]) {
             let at = place as usize;
-            let second = at + left_size;
-            // In `aaa` the second place of `aa` is gone once the first is merged.
-            if arena.symbols[at] != left || arena.symbols[second] != right {
+            // In `aaa` the second `aa` is gone once the first is merged.
+            if arena.pairs[at] != index {
                 continue;
             }
+            let weight = arena.weight(at);
+            let second = at + left_size;
             let after = second + right_size;
-            let (previous_start, next) = (arena.starts[at - 1], arena.symbols[after]);
-            let previous = arena.symbols[previous_start as usize];
-            let weight = arena.weights[arena.piece_of[at] as usize];
-            pairs.remove(left, right, weight);
+            arena.symbols[at] = merged;
+            arena.starts[after - 1] = place;
+            arena.pairs[at] = NONE;
+            let start = arena.starts[at - 1] as usize;
+            let (previous, next) = (arena.symbols[start], arena.symbols[after]);
             if previous != BORDER {
-                pairs.remove(previous, left, weight);
-                if pairs.add(previous, merged, previous_start, weight) {
-                    born.push(key(previous, merged));
-                }
+                pairs.counts[arena.pairs[start] as usize] -= weight;
+                pairs.begin(&mut arena, start, &mut before[previous as usize], (previous, merged), &mut born);
             }
             if next != BORDER {
-                pairs.remove(right, next, weight);
-                if pairs.add(merged, next, place, weight) {
-                    born.push(key(merged, next));
-                }
+                pairs.counts[arena.pairs[second] as usize] -= weight;
+                pairs.begin(&mut arena, at, &mut behind[next as usize], (merged, next), &mut born);
             }
-            arena.symbols[at] = merged;
-            arena.symbols[second] = DEAD;
-            arena.starts[after - 1] = place;
+            arena.pairs[second] = NONE;
         }
-        for key in born.drain(..) {
-            let index = pairs.index[&key];
-            pairs.heap.push((pairs.pairs[index as usize].count, Reverse(key), index));
+        pairs.counts[index as usize] = 0;
+        for &(_, (left, right)) in &born {
+            before[left as usize] = NONE;
+            behind[right as usize] = NONE;
         }
+        pairs.push_all(&mut born);
     }
     Ok(tokens)
 }
