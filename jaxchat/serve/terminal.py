@@ -15,6 +15,7 @@ from rich.console import Console
 from jaxchat.config import UserError, check
 from jaxchat.infer.engine import Engine
 from jaxchat.serve.load import load_model
+from jaxchat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 HELP = """\
 /clear   forget the conversation
@@ -97,16 +98,16 @@ class Conversation:
 class Writer:
     """Turns tokens into text for a reader: whole characters only, tool calls as `⟨34 + 58 → 92⟩` in a quiet style."""
 
-    def __init__(self, engine: Engine):
-        self._tokenizer = engine.tokenizer
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
         marks = {
             "<|python_start|>": ("⟨", True),
             "<|python_end|>": ("", True),
             "<|output_start|>": (" → ", True),
             "<|output_end|>": ("⟩", False),
         }
-        self._marks = {self._tokenizer.encode_special(name): mark for name, mark in marks.items()}
-        self._special = set(range(self._tokenizer.encode_special("<|bos|>"), self._tokenizer.vocab_size))
+        self._marks = {tokenizer.encode_special(name): mark for name, mark in marks.items()}
+        self._special = set(map(tokenizer.encode_special, SPECIAL_TOKENS))
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._in_call = False
 
@@ -199,6 +200,8 @@ def chat(
                 _reply(conversation, line, out, notes)
             except UserError as error:
                 notes.print(f"error: {error}", markup=False)
+            except KeyboardInterrupt:  # pressed twice
+                notes.print()
         elif line in ("/quit", "/exit"):
             break
         elif line == "/clear":
@@ -233,17 +236,18 @@ def _lines() -> Iterator[str]:
 
 def _reply(conversation: Conversation, text: str, out: Console, notes: Console) -> bool:
     """Asks, and writes the answer as it comes; whether it was interrupted."""
-    forgotten, chunks = conversation.ask(text)
-    if forgotten:
-        notes.print(f"(context full: forgot the oldest turn{'s' * (forgotten > 1)})", style="dim")
-    writer = Writer(conversation.engine)
-    with _Interrupt() as interrupt, contextlib.closing(chunks):
-        for tokens in chunks:
-            _print(out, writer.write(tokens))
-            if interrupt.pressed:
-                break
+    writer = Writer(conversation.engine.tokenizer)
+    with _Interrupt() as interrupt:
+        forgotten, chunks = conversation.ask(text)
+        if forgotten:
+            notes.print(f"(context full: forgot the oldest turn{'s' * (forgotten > 1)})", style="dim")
+        with contextlib.closing(chunks):
+            for tokens in chunks:
+                _print(out, writer.write(tokens))
+                if interrupt.pressed:
+                    break
         _print(out, writer.close())
-    out.print(" (stopped)" if interrupt.pressed else "", style="dim", markup=False)
+        out.print(" (stopped)" if interrupt.pressed else "", style="dim", markup=False)
     return interrupt.pressed
 
 

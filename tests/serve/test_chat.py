@@ -1,0 +1,226 @@
+"""`jaxchat chat` as a user has it: a process, with pipes or with a terminal."""
+
+import codecs
+import contextlib
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxchat.serve.cli import main
+from jaxchat.serve.terminal import Writer
+from jaxchat.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+CHAT = ["-m", "jaxchat.serve.cli", "chat"]
+GREEDY = ["--temperature", "0", "--max-tokens", "40"]
+# The first terminal that the leader of a session opens becomes its controlling one, whose Ctrl-C it gets.
+IN_TERMINAL = """
+import os, sys
+os.open(os.ttyname(0), os.O_RDWR)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def environment(run_dir):
+    cache = str(Path(run_dir) / "compiled")
+    changes = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": cache, "TERM": "xterm"}
+    return {**os.environ, **changes}
+
+
+def chat(run_dir, *arguments, said=""):
+    return subprocess.run(
+        [sys.executable, *CHAT, "--run", run_dir, *arguments],
+        input=said,
+        capture_output=True,
+        text=True,
+        env=environment(run_dir),
+        timeout=200,
+    )
+
+
+class Terminal:
+    """The chat in a pseudo-terminal."""
+
+    def __init__(self, run_dir, *arguments):
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", IN_TERMINAL, *CHAT, "--run", run_dir, *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=environment(run_dir),
+            start_new_session=True,
+        )
+        os.close(slave)
+        self.decoder = codecs.getincrementaldecoder("utf-8")()
+        self.seen = ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        os.close(self.master)
+
+    def expect(self, text, seconds=150):
+        """Reads until `text` has come, colours left out; returns everything up to its end."""
+        deadline = time.monotonic() + seconds
+        while text not in self.seen:
+            ready = select.select([self.master], [], [], max(0, deadline - time.monotonic()))[0]
+            assert ready, f"{text!r} did not come, but {self.seen!r}"
+            self.seen += self.decoder.decode(os.read(self.master, 4096))
+            self.seen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.seen)
+        before, _, self.seen = self.seen.partition(text)
+        return before + text
+
+    def expect_end(self):
+        """The exit code, and what is left to read."""
+        code, rest = self.process.wait(timeout=60), self.seen
+        with contextlib.suppress(OSError):  # Linux says so at the end of a terminal
+            while data := os.read(self.master, 4096):
+                rest += self.decoder.decode(data)
+        return code, rest
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+
+def test_one_answer(run_dir):
+    done = chat(run_dir, *GREEDY, "-p", "What is 34 + 58?")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "⟨34 + 58 → 92⟩It is 92.\n", "")
+
+
+def test_a_piped_conversation_remembers_its_turns_until_it_is_cleared(run_dir):
+    said = "Hello?\nWhat is 34 + 58?\n\nAgain?\n/clear\nWhat is 34 + 58?\nAgain?\n/quit\nHello?\n"
+    done = chat(run_dir, "--stage", "sft", *GREEDY, said=said)
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [
+        "Grüße, 日本 🙂!",
+        "⟨34 + 58 → 92⟩It is 92.",
+        "You said Hello? first.",
+        "⟨34 + 58 → 92⟩It is 92.",
+        "Hello? was never asked.",
+    ]
+    assert done.stderr == "forgotten\n"
+
+
+def test_the_oldest_turns_make_room(run_dir):
+    said = "Hello?\n" * 6 + "so " * 200 + "\nHello?\n"
+    done = chat(run_dir, *GREEDY, said=said)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[0] == "Grüße, 日本 🙂!"
+    notes = done.stderr.splitlines()
+    assert "(context full: forgot the oldest turn)" in notes
+    assert any(re.fullmatch(r"error: this message has \d+ tokens, .* context of 128; shorten it", n) for n in notes)
+
+
+def test_a_base_model_continues_the_text(run_dir):
+    done = chat(run_dir, "--stage", "pretrain", *GREEDY, "-p", "Es war einmal")
+    assert done.returncode == 0
+    assert done.stdout.startswith(" ein Bär 🐻. Er ging in den Wald.")
+
+
+def test_a_terminal(run_dir):
+    with Terminal(run_dir, *GREEDY) as terminal:
+        terminal.expect("sft · /help lists the commands")
+        terminal.expect("> ")
+        terminal.type("\x03")
+        terminal.expect("(/quit or Ctrl-D leaves)")
+        terminal.type("/nonsense\n")
+        terminal.expect("no command /nonsense")
+        terminal.type("What is 34 + 58?\n")
+        terminal.expect("⟨34 + 58 → 92⟩It is 92.")
+        terminal.type("\x04")
+        code, rest = terminal.expect_end()
+        assert code == 0 and "Traceback" not in rest
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(run_dir):
+    with Terminal(run_dir, *GREEDY) as terminal:
+        terminal.expect("> ")
+        terminal.type("Hello?\n")
+        terminal.expect("Hello?\r\n")
+        terminal.type("\x03")  # while the engine compiles: the answer cannot have ended
+        answer = terminal.expect("(stopped)")
+        assert "Grüße, 日本 🙂!" not in answer
+        terminal.type("/clear\n")
+        terminal.expect("forgotten")
+        terminal.type("Hello?\n")
+        terminal.expect("Grüße, 日本 🙂!")
+        terminal.type("/quit\n")
+        code, rest = terminal.expect_end()
+        assert code == 0 and "Traceback" not in rest
+
+
+def test_ctrl_c_while_it_loads_ends_quietly(run_dir):
+    with Terminal(run_dir, "-p", "Hello?") as terminal:
+        terminal.expect("loading")
+        terminal.type("\x03")
+        code, rest = terminal.expect_end()
+        assert code == 130 and "Traceback" not in rest
+
+
+def test_the_writer_waits_for_whole_characters_and_marks_tool_calls(run_dir):
+    tokenizer = Tokenizer.from_directory(run_dir / "tokenizer")
+    writer = Writer(tokenizer)
+    pieces = ["".join(text for text, _ in writer.write([byte])) for byte in "a🙂é".encode()]
+    assert pieces == ["a", "", "", "", "🙂", "", "é"]
+    call = [tokenizer.encode_special("<|python_start|>"), *tokenizer.encode("1+1")]
+    output = tokenizer.encode("2", "<|output_start|>", "<|output_end|>")
+    tokens = [*call, tokenizer.encode_special("<|python_end|>"), *output, *b" two\xf0"]
+    styled = [*writer.write(tokens), *writer.close()]
+    assert "".join(text for text, _ in styled) == "⟨1+1 → 2⟩ two\ufffd"
+    assert "".join(text for text, style in styled if style == "dim") == "⟨1+1 → 2⟩"
+    # An answer that was stopped inside a call, and one that would steer the terminal.
+    assert "".join(text for text, _ in [*writer.write(call), *writer.close()]) == "⟨1+1⟩"
+    assert "".join(text for text, _ in Writer(tokenizer).write(b"\x1b[2J\x07\ta\nb\r")) == "[2J\ta\nb"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["chat"], "the following arguments are required: --run"),
+        (["talk"], "invalid choice"),
+        ([], "required"),
+        (["chat", "--run", "no/such/run"], "there is no run directory no/such/run"),
+        (["chat", "--run", "RUN", "--stage", "stf"], "there is no stage 'stf' with a model, did you mean 'sft'?"),
+        (["chat", "--run", "RUN", "--stage", "midtrain"], "'midtrain' of RUN is not finished; finished: pretrain, sft"),
+        (["chat", "--run", "RUN", "--stage", "rl"], "'rl' of RUN is not finished; finished: pretrain, sft"),
+        (["chat", "--run", "EMPTY"], "EMPTY is not a run: it has no config.json"),
+        (["chat", "--run", "RUN", "--temperature", "hot"], "invalid float value: 'hot'"),
+        (["chat", "--run", "RUN", "--temperature", "-1"], "--temperature is -1.0"),
+        (["chat", "--run", "RUN", "--top-k", "0"], "--top-k is 0"),
+        (["chat", "--run", "RUN", "--max-tokens", "0"], "--max-tokens is 0"),
+        (["chat", "--run", "RUN", "-p", " "], "the prompt is empty"),
+        (["chat", "--run", "RUN", "-p", "so " * 200], "this message has"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run_dir, tmp_path, capfd, arguments, message):
+    places = {"RUN": str(run_dir), "EMPTY": str(tmp_path)}
+    assert main([places.get(argument, argument) for argument in arguments]) == 2
+    said = capfd.readouterr()
+    line = said.err.replace(str(run_dir), "RUN").replace(str(tmp_path), "EMPTY")
+    assert said.out == "" and line.startswith("error: ") and line.count("\n") == 1
+    assert message in line
+
+
+def test_help_needs_no_jax():
+    code = """if True:
+        import sys
+        from jaxchat.serve.cli import main
+from jaxchat.serve.terminal import Writer
+from jaxchat.tokenizer import Tokenizer
+        try:
+            main(["chat", "--help"])
+        finally:
+            assert "jax" not in sys.modules
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Ctrl-C stops an answer" in done.stdout
