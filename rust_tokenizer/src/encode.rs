@@ -13,8 +13,10 @@ use crate::vocab::Vocabulary;
 const BYTES_A_THREAD: usize = 1 << 15;
 /// Texts are handed to threads in blocks of about this many bytes.
 const BLOCK: usize = 1 << 18;
-const CACHE_BITS: u32 = 16;
-const CACHED_IDS: usize = 4;
+/// 2^17 entries of 32 bytes, 4 MB a thread: English at 103 MB/s; 2^14: 82, 2^18: 110.
+const CACHE_BITS: u32 = 17;
+/// Three ids and their number fill an entry's 32 bytes.
+const CACHED_IDS: usize = 3;
 
 /// Ids of a few texts, one after the other; text i has `ids[offsets[i]..offsets[i + 1]]`.
 #[derive(Debug, Default, PartialEq, Eq)]
