@@ -156,6 +156,16 @@ class _Interrupt:
         self.pressed = True
 
 
+@contextlib.contextmanager
+def _ctrl_c_ends_all() -> Iterator[None]:
+    """For the time of loading: Orbax's threads wait for ever on one that was interrupted, and nothing can be lost."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def chat(
     run_dir: str,
     stage: str | None,
@@ -178,7 +188,9 @@ def chat(
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
     out, notes = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
-    with notes.status(f"loading {run_dir}"):
+    if notes.is_terminal:
+        notes.print(f"loading {run_dir}", style="dim", markup=False)
+    with _ctrl_c_ends_all():
         model = load_model(run_dir, stage)
     base = model.stage == "pretrain"
     conversation = Conversation(
