@@ -132,6 +132,7 @@ def test_text_without_a_break(tokenizer, text):
 def test_decoding_any_ids_equals_tiktokens(tokenizer, peer, ids):
     assert tokenizer.decode_bytes(ids) == peer.decode_bytes(ids)
     assert tokenizer.decode(ids) == peer.decode(ids)
+    assert tokenizer.decode(np.array(ids, np.int64)[::-1]) == peer.decode(ids[::-1])
     assert tokenizer.decode(np.array(ids, np.int32)) == tokenizer.decode(tuple(ids)) == peer.decode(ids)
 
 

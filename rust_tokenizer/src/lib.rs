@@ -4,6 +4,7 @@
 
 pub mod classes;
 pub mod count;
+pub mod decode;
 pub mod encode;
 pub mod error;
 #[cfg(feature = "python")]

@@ -10,6 +10,7 @@ use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyInt, PyIterator, PyList, PyString};
 
 use crate::count::{Batch, count_batches};
+use crate::decode::Decoder;
 use crate::encode;
 use crate::error::Error;
 use crate::split::{DEFAULT_PATTERN, Splitter};
@@ -98,7 +99,7 @@ enum Ids<'py> {
 #[pyclass(frozen, module = "jaxchat_tokenizer")]
 struct Encoder {
     core: encode::Encoder,
-    special: Vec<String>,
+    decoder: Decoder,
     /// One `int` an id: a list of ids then only counts references.
     ints: Vec<Py<PyInt>>,
 }
@@ -110,8 +111,10 @@ impl Encoder {
         let size = tokens.len() + special.len();
         let core =
             py.detach(|| Ok::<_, Error>(encode::Encoder::new(Splitter::new(pattern)?, Vocabulary::new(tokens)?)))?;
+        let tokens = core.vocabulary().tokens().iter().map(AsRef::as_ref);
+        let decoder = Decoder::new(tokens.chain(special.iter().map(String::as_bytes)));
         let ints = (0..size).map(|id| id.into_pyobject(py).map(Bound::unbind)).collect::<Result<_, _>>()?;
-        Ok(Self { core, special, ints })
+        Ok(Self { core, decoder, ints })
     }
 
     /// A list of ids for each text.
@@ -148,8 +151,11 @@ impl Encoder {
     /// The bytes of the tokens, one after the other.
     fn decode<'py>(&self, py: Python<'py>, ids: Ids<'py>) -> PyResult<Bound<'py, PyBytes>> {
         let bytes = match ids {
-            Ids::Array(array) => self.bytes_of(array.as_array().iter().copied()),
-            Ids::Sequence(ids) => self.bytes_of(ids.into_iter()),
+            Ids::Array(array) => match array.as_slice() {
+                Ok(ids) => self.decoder.decode(ids),
+                Err(_) => self.decoder.decode(&array.as_array().to_vec()),
+            },
+            Ids::Sequence(ids) => self.decoder.decode(&ids),
         }?;
         Ok(PyBytes::new(py, &bytes))
     }
@@ -162,24 +168,6 @@ impl Encoder {
     #[getter]
     fn pattern(&self) -> &str {
         self.core.pattern()
-    }
-}
-
-impl Encoder {
-    fn bytes_of(&self, ids: impl Iterator<Item = i64>) -> Result<Vec<u8>, Error> {
-        let tokens = self.core.vocabulary().tokens();
-        let mut bytes = Vec::with_capacity(ids.size_hint().0 * 4);
-        for id in ids {
-            let index = usize::try_from(id).unwrap_or(usize::MAX);
-            match tokens.get(index) {
-                Some(token) => bytes.extend_from_slice(token),
-                None => match self.special.get(index.wrapping_sub(tokens.len())) {
-                    Some(name) => bytes.extend_from_slice(name.as_bytes()),
-                    None => return Err(Error::Id { id, size: tokens.len() + self.special.len() }),
-                },
-            }
-        }
-        Ok(bytes)
     }
 }
 
