@@ -9,7 +9,7 @@ from typing import NamedTuple
 from etils import epath
 
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import Experiment, check, closest
+from jaxchat.config import Experiment, UserError, check, closest
 from jaxchat.infer.engine import Engine
 from jaxchat.model.gpt import Params, abstract_params
 from jaxchat.stages.run import TRAINED, compute_dtype, read_config
@@ -55,4 +55,7 @@ def load_model(run_dir: epath.PathLike, stage: str | None = None) -> LoadedModel
 
 def _steps(record: epath.Path) -> int:
     """How many steps a stage has trained; 0 if it is not finished, or had nothing to train on."""
-    return json.loads(record.read_text()).get("steps") or 0 if record.exists() else 0
+    try:
+        return json.loads(record.read_text()).get("steps") or 0 if record.exists() else 0
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise UserError(f"{record} is damaged ({error}); delete it and run the stage again") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import itertools
 import secrets
 import signal
 import sys
@@ -264,7 +265,6 @@ def _reply(conversation: Conversation, text: str, out: Console, notes: Console) 
 
 
 def _print(out: Console, pieces: Iterable[Styled]) -> None:
-    for text, style in pieces:
-        if text:
-            out.print(text, style=style, end="", markup=False)
+    for style, run in itertools.groupby((piece for piece in pieces if piece[0]), key=lambda piece: piece[1]):
+        out.print("".join(text for text, _ in run), style=style, end="", markup=False)
     out.file.flush()

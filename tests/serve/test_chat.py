@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +215,19 @@ def test_bad_input_is_one_line_and_exit_code_2(run_dir, tmp_path, capfd, argumen
     line = said.err.replace(str(run_dir), "RUN").replace(str(tmp_path), "EMPTY")
     assert said.out == "" and line.startswith("error: ") and line.count("\n") == 1
     assert message in line
+
+
+def test_a_damaged_record_or_checkpoint_is_named(run_dir, tmp_path, capfd):
+    shutil.copytree(run_dir, tmp_path / "run")
+    record = tmp_path / "run" / "sft" / "stage.json"
+    manifest = next((tmp_path / "run" / "sft").rglob("manifest.json"))
+    manifest.write_text("{")
+    assert main(["chat", "--run", str(tmp_path / "run"), "-p", "Hello?"]) == 2
+    assert f"checkpoint {manifest.parent} is damaged" in capfd.readouterr().err
+    record.write_text("{")
+    assert main(["chat", "--run", str(tmp_path / "run"), "-p", "Hello?"]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith(f"error: {record} is damaged") and said.count("\n") == 1
 
 
 def test_help_needs_no_jax():
