@@ -2,7 +2,8 @@
 
     python launch.py --experiment=d6 --data=DIR
 
-Hardware: one GPU of 16 GB or more. Expected, not measured: 8 minutes of pretraining on an H100, 0.7 billion tokens at 30 % MFU.
+Hardware: one GPU of 16 GB or more. Expected, not measured: 8 minutes of pretraining on an H100, for 0.7 billion tokens
+at 30 % MFU.
 """
 
 from jaxchat.config import (

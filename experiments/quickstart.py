@@ -17,40 +17,42 @@ from jaxchat.config import (
 )
 
 experiment = Experiment(
-    data=DataConfig(synthetic_documents=20_000, synthetic_conversations=20_000, shuffle=True),
+    data=DataConfig(synthetic_documents=40_000, synthetic_conversations=40_000, shuffle=True),
     tokenizer=TokenizerConfig(vocab_size=1024),
     model=ModelConfig(depth=3, sequence_len=128),
     pretrain=PretrainConfig(
         batch_tokens=4096, device_rows=32, num_iterations=400, eval_every=100, eval_tokens=65_536, sample_every=200
     ),
-    midtrain=FinetuneConfig(batch_tokens=4096, device_rows=32, num_iterations=300, eval_every=100, eval_tokens=65_536),
+    midtrain=FinetuneConfig(
+        batch_tokens=4096, device_rows=32, num_iterations=150, lr_fraction=0.5, eval_every=50, eval_tokens=65_536
+    ),
     sft=FinetuneConfig(
         batch_tokens=4096,
         device_rows=32,
-        num_iterations=200,
-        eval_every=100,
+        num_iterations=100,
+        eval_every=50,
         eval_tokens=65_536,
         lr_fraction=0.3,
         schedule=ScheduleConfig(decay_ratio=1.0),
     ),  # fmt: skip
     rl=RLConfig(
-        tasks=("sums", "letters"),
+        tasks=("long_sums", "letters"),
         questions_per_step=16,
         samples_per_question=8,
-        num_iterations=20,
-        max_new_tokens=48,
-        lr_fraction=0.05,
-        eval_questions=100,
+        num_iterations=30,
+        max_new_tokens=64,
+        lr_fraction=0.15,
+        eval_questions=200,
         eval_every=10,
         device_rows=128,
         top_k=None,
     ),  # fmt: skip
     evaluate=EvaluateConfig(
-        tasks=("sums", "letters", "facts"),
+        tasks=("sums", "letters", "facts", "long_sums"),
         of=("pretrain", "midtrain", "sft", "rl"),
         limit=200,
-        max_new_tokens=48,
-        batch_rows=128,
+        max_new_tokens=64,
+        batch_rows=200,
     ),  # fmt: skip
     cost=CostConfig(device="2 CPU cores", devices=1, dollars_per_device_hour=0.1),
 )

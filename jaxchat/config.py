@@ -209,7 +209,7 @@ class PretrainConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
-    """Midtraining and SFT. `mixture` names tasks, each `NAME` or `NAME:EXAMPLES`; `epochs` when no iterations are set."""
+    """Midtraining and SFT. `mixture` names tasks, each `NAME` or `NAME:EXAMPLES`; `epochs` if no iterations."""
 
     mixture: tuple[str, ...] = ("chat",)
     epochs: float = 1.0
@@ -317,7 +317,7 @@ def from_json(text: str, cls: type = Experiment) -> Any:
 def _build(cls: type, values: dict[str, Any]) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
-    check(not unknown, f"config has fields this version does not know: {', '.join(unknown)}; use the version that wrote it")
+    check(not unknown, f"config has unknown fields ({', '.join(unknown)}); use the version of jaxchat that wrote it")
     built = {}
     for name, value in values.items():
         nested = fields[name].default_factory

@@ -1,9 +1,9 @@
 """The GPT, built and split once with `flax.nnx`; from there on pure functions over a plain tree of fp32 arrays.
 
-    params = init_params(config, key)                          {"embed", "blocks", "head"}
-    hidden = hidden_states(config, params, tokens, dtype)      training: causal over the whole row
-    hidden, cache = cached_hidden(config, params, tokens, positions, cache, dtype)     the same model, with a KV cache
-    scores = logits(config, params, hidden)
+params = init_params(config, key)                          {"embed", "blocks", "head"}
+hidden = hidden_states(config, params, tokens, dtype)      training: causal over the whole row
+hidden, cache = cached_hidden(config, params, tokens, positions, cache, dtype)     the same model, with a KV cache
+scores = logits(config, params, hidden)
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def hidden_states(
 
 
 def init_cache(config: ModelConfig, batch: int, max_len: int, dtype=jnp.float32) -> list[LayerCache]:
-    """An empty KV cache: one {"k", "v"} a layer, so that a step updates each in place. Each `[batch, max_len, kv_heads, head_dim]`."""
+    """An empty KV cache, `[batch, max_len, kv_heads, head_dim]`: one {"k", "v"} a layer, each updated in place."""
     shape = (batch, max_len, config.kv_heads, config.head_dim)
     return [{"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for _ in range(config.depth)]
 

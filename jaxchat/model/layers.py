@@ -34,7 +34,7 @@ def apply_rope(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Arra
 class Linear(nnx.Module):
     """y = x W without bias; W is fp32 `[fan_in, fan_out]` and is used in x's dtype.
 
-    Initialised N(0, σ) with σ = min(1, √(fan_out/fan_in)) / √fan_in (spectral condition, arXiv:2310.17813), or with zeros.
+    Initialised N(0, σ) with σ = min(1, √(fan_out/fan_in)) / √fan_in (spectral condition, arXiv:2310.17813), or zeros.
     """
 
     def __init__(self, fan_in: int, fan_out: int, *, rngs: nnx.Rngs, zeros: bool = False):

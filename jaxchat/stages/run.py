@@ -22,13 +22,13 @@ from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import Experiment, MissingData, ModelConfig, UserError, check, from_json, to_json
 from jaxchat.data.synthetic import write_synthetic
 from jaxchat.mesh import make_mesh, shardings
-from jaxchat.metrics import Metrics, machine_info
+from jaxchat.metrics import Metrics, machine_info, peak_memory_bytes
 from jaxchat.model.gpt import Params, abstract_params
 from jaxchat.tasks import Task, load_task, parse_mixture
 from jaxchat.tokenizer import Tokenizer
 
 TRAINED = ("pretrain", "midtrain", "sft", "rl")  # the stages that leave parameters, in their order
-GENERATED = ("chat", "sums", "letters", "facts")  # the tasks of the generated corpus
+GENERATED = ("chat", "sums", "letters", "facts", "long_sums")  # the tasks of the generated corpus
 # What may differ between two starts of one run: it changes neither the numbers nor what is stored.
 FREE = ("stages", "logging", "cost", "mesh", "name")
 OF_A_STAGE = (*TRAINED, "evaluate")
@@ -149,6 +149,7 @@ class Run:
     def finish(self, stage: str, **facts) -> None:
         """Marks `stage` as finished; `facts` are `parent`, `steps`, `tokens`, `seconds`, `started`, `metrics`, ..."""
         record = {"stage": stage, **facts, "finished": time.time(), "machine": machine_info()}
+        record["peak_memory_bytes"] = peak_memory_bytes()
         directory = self.directory / stage
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "stage.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -131,6 +131,7 @@ class Training:
             steps=self.num_steps,
             tokens=loop.tokens,
             seconds=loop.seconds,
+            train_seconds=loop.train_seconds,
             started=began,
             **facts,
         )

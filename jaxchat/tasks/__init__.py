@@ -29,6 +29,7 @@ _LOADERS: dict[str, Callable[[Split, Path, int | None], Task]] = {
     "sums": partial(load_checkable, "sums"),
     "letters": partial(load_checkable, "letters"),
     "facts": partial(load_checkable, "facts"),
+    "long_sums": partial(load_checkable, "long_sums"),
 }
 TASKS = tuple(_LOADERS)
 _FILE_ENDS = (".jsonl", ".jsonl.gz")

@@ -62,12 +62,20 @@ class Loop:
     save_every: int = 0
     evaluators: tuple[Evaluator, ...] = ()
     meta: dict = field(default_factory=dict)
-    seconds: float = 0.0  # of training, over all sittings, without evaluation
+    train_seconds: float = 0.0  # of steps alone, over all sittings
     tokens: int = 0
+    _earlier: float = 0.0  # seconds of earlier sittings
+    _began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Of the stage, over all sittings: steps, compilation, evaluation, samples and checkpoints."""
+        return self._earlier + time.perf_counter() - self._began
 
     def save(self, state: State, step: int, position: dict) -> None:
         """Writes the state behind `step` steps, with the data position that belongs to it."""
-        meta = {**self.meta, "seconds": self.seconds, "tokens": self.tokens, "num_steps": self.num_steps}
+        spent = {"seconds": self.seconds, "train_seconds": self.train_seconds, "tokens": self.tokens}
+        meta = {**self.meta, **spent, "num_steps": self.num_steps}
         self.checkpoints.save(step, state, data=position, meta=meta)
 
     def train(self, state: State) -> State:
@@ -81,7 +89,7 @@ class Loop:
         if start is not None:
             state, data, meta = self.checkpoints.restore(jax.tree.map(_abstract, state), start)
             self.source.set_state(data)
-            self.seconds, self.tokens = meta["seconds"], meta["tokens"]
+            self._earlier, self.train_seconds, self.tokens = meta["seconds"], meta["train_seconds"], meta["tokens"]
             if start < self.num_steps:
                 self.metrics.note(f"resuming at step {start:,} of {self.num_steps:,}")
         start = start or 0
@@ -136,7 +144,7 @@ class Loop:
         result = {name: float(value) for name, value in jax.device_get(result).items()}
         now = time.perf_counter()
         elapsed = now - before
-        self.seconds += elapsed
+        self.train_seconds += elapsed
         self.tokens += batch_tokens
         if not np.isfinite(result["loss"]):
             good = self.checkpoints.latest_step()

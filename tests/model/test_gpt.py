@@ -120,7 +120,7 @@ def test_bf16_stays_near_fp32(random_params):
 
 @pytest.mark.parametrize(
     "fields, hint",
-    [({"depth": 5}, "nearest that do: 4 and 6"), ({"num_kv_heads": 5}, "6 heads"), ({"depth": 0}, "at least 1")]
+    [({"depth": 5}, "nearest that do: 4 and 6"), ({"num_kv_heads": 5}, "6 heads"), ({"depth": 0}, "at least 1")],
 )
 def test_impossible_shapes_are_refused(fields, hint):
     with pytest.raises(UserError, match=hint):

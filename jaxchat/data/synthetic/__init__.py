@@ -19,13 +19,14 @@ from jaxchat.config import check
 from jaxchat.data.synthetic.chats import write_conversation
 from jaxchat.data.synthetic.questions import (
     Split,
+    Sum,
     answer_letters,
     answer_sum,
     ask_letters,
     ask_sum,
-    draw_letter,
+    draw_counted,
+    draw_long_sum,
     draw_sum,
-    draw_word,
 )
 from jaxchat.data.synthetic.stories import write_document
 from jaxchat.data.synthetic.world import QUESTIONS, VALUES, World, ask, build_world, reserved_form, state
@@ -75,7 +76,7 @@ def write_synthetic(
         _write_jsonl(directory / "chat" / f"{name}.jsonl", (write_conversation(world, rng) for _ in range(count)))
         say(f"chat/{name}.jsonl: {count:,} conversations")
 
-    for name, make in (("sums", make_sums), ("letters", make_letters), ("facts", make_facts)):
+    for name, make in QUESTION_MAKERS.items():
         for side, split, count in (("train", "rl", RL_QUESTIONS), ("test", "test", TEST_QUESTIONS)):
             items = make(world, random.Random(f"{name} {side} {seed}"), split, count)
             _write_jsonl(directory / "eval" / name / f"{side}.jsonl", items)
@@ -96,19 +97,28 @@ def _item(source: str, question: str, content: Any, answer: str, others: list[st
 
 def make_sums(world: World, rng: random.Random, split: Split, count: int) -> list[dict[str, Any]]:
     """Distinct sums of one side of the split."""
-    drawn = {}
+    return _sums("sums", draw_sum, rng, split, count)
+
+
+def make_long_sums(world: World, rng: random.Random, split: Split, count: int) -> list[dict[str, Any]]:
+    """Distinct sums of longer numbers than any conversation has: what RL has left to teach."""
+    return _sums("long_sums", draw_long_sum, rng, split, count)
+
+
+def _sums(name: str, draw: Callable[[random.Random, Split], Sum], rng: random.Random, split: Split, count: int):
+    drawn: dict[str, Sum] = {}
     while len(drawn) < count:
-        total = draw_sum(rng, split)
+        total = draw(rng, split)
         drawn[total.expression] = total
-    return [_item("sums", ask_sum(t, rng), answer_sum(t, rng), str(t.value)) for t in drawn.values()]
+    return [_item(name, ask_sum(t, rng), answer_sum(t, rng), str(t.value)) for t in drawn.values()]
 
 
 def make_letters(world: World, rng: random.Random, split: Split, count: int) -> list[dict[str, Any]]:
-    """Distinct pairs of word and letter, the words of one side of the split."""
+    """Distinct pairs of word and letter, the words of one side of the split; the answers 0 to 3 are equally frequent,
+    so that no guess is right more often than one in four."""
     drawn = set()
     while len(drawn) < count:
-        word = draw_word(rng, split)
-        drawn.add((word, draw_letter(rng, word)))
+        drawn.add(draw_counted(rng, split, len(drawn) % 4))
     return [
         _item("letters", ask_letters(*pair, rng), answer_letters(*pair, rng), str(pair[0].count(pair[1])))
         for pair in sorted(drawn)
@@ -130,3 +140,6 @@ def make_facts(world: World, rng: random.Random, split: Split, count: int) -> li
             items.append(_item("facts", ask(person, attribute, form), answer, value, others))
     rng.shuffle(items)
     return items[:count]
+
+
+QUESTION_MAKERS = {"sums": make_sums, "letters": make_letters, "facts": make_facts, "long_sums": make_long_sums}

@@ -12,6 +12,7 @@ from jaxchat.data.synthetic.questions import (
     ask_spelling,
     ask_sum,
     draw_letter,
+    draw_long_sum,
     draw_sum,
     draw_word,
     spell,
@@ -20,6 +21,7 @@ from jaxchat.data.synthetic.questions import (
 from jaxchat.data.synthetic.stories import write_portrait, write_story
 from jaxchat.data.synthetic.world import ATTRIBUTES, FOLLOW_UPS, World, ask, state, training_forms
 
+LONG_SUM_SHARE = 0.05
 Message = dict[str, Any]
 
 SMALL_TALK = (
@@ -82,7 +84,7 @@ def fact_turns(world: World, rng: random.Random) -> list[Message]:
 
 
 def sum_turn(world: World, rng: random.Random) -> list[Message]:
-    total = draw_sum(rng, "train")
+    total = draw_long_sum(rng, "train") if rng.random() < LONG_SUM_SHARE else draw_sum(rng, "train")
     return _turn(ask_sum(total, rng), answer_sum(total, rng))
 
 

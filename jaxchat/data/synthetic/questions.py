@@ -95,6 +95,15 @@ def draw_sum(rng: random.Random, split: Split, *, operators: str = "+++--*3") ->
             return drawn
 
 
+def draw_long_sum(rng: random.Random, split: Split) -> Sum:
+    """A sum or difference of two numbers of four digits, rare in the conversations: something left for RL to teach."""
+    while True:
+        a, b = sorted((rng.randint(1000, 9999), rng.randint(1000, 9999)), reverse=True)
+        drawn = Sum((a, b), (rng.choice("+-"),))
+        if drawn.split == split:
+            return drawn
+
+
 def ask_sum(total: Sum, rng: random.Random) -> str:
     """A question: four in five show the expression itself."""
     kind = rng.random()
@@ -177,6 +186,15 @@ def draw_letter(rng: random.Random, word: str) -> str:
         return rng.choice("abcdefghijklmnopqrstuvwxyz")
     repeated = sorted(letter for letter in set(word) if word.count(letter) > 1)
     return rng.choice(repeated) if repeated and rng.random() < 0.6 else rng.choice(word)
+
+
+def draw_counted(rng: random.Random, split: Split, count: int) -> tuple[str, str]:
+    """A word and a letter that it has `count` times; 0 to 3."""
+    while True:
+        word = draw_word(rng, split)
+        letters = [letter for letter in "abcdefghijklmnopqrstuvwxyz" if word.count(letter) == count]
+        if letters:
+            return word, rng.choice(letters)
 
 
 def ask_letters(word: str, letter: str, rng: random.Random) -> str:
