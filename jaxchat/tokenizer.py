@@ -148,7 +148,8 @@ class Tokenizer:
 
     def encode_special(self, name: str) -> int:
         """The id of a special token such as `<|bos|>`."""
-        check(name in self._special, f"no special token {name!r}{closest(name, self._special)}")
+        if name not in self._special:  # rendering calls this for every message: no message is built in vain
+            raise UserError(f"no special token {name!r}{closest(name, self._special)}")
         return self._special[name]
 
     def encode(

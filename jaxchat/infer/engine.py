@@ -43,13 +43,18 @@ Chunk = list[tuple[int, int, bool]]
 class Completion:
     """What a row wrote after its prompt, without the token that stopped it.
 
-    `sampled[i]` is False where `tokens[i]` was forced in by a tool. `finished`: a stop token came; otherwise the row
-    ran out of tokens or of context.
+    `sampled[i]` is False where `tokens[i]` was forced in by a tool. `stop` is that token, or None for a row that ran
+    out of tokens or of context.
     """
 
     tokens: list[int]
     sampled: list[bool]
-    finished: bool
+    stop: int | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether a stop token came."""
+        return self.stop is not None
 
 
 class _Rows(NamedTuple):
@@ -251,8 +256,9 @@ class Engine:
                 sampled[row].append(own)
         completions = []
         for ids, own in zip(tokens, sampled, strict=True):
-            end = -1 if own[-1] and ids[-1] in self.stops else len(ids)
-            completions.append(Completion(ids[:end], own[:end], finished=end == -1))
+            stop = ids[-1] if own[-1] and ids[-1] in self.stops else None
+            end = len(ids) if stop is None else -1
+            completions.append(Completion(ids[:end], own[:end], stop))
         return completions
 
     def stream(

@@ -129,11 +129,10 @@ class Rollouts(Source):
 
     def _batch(self, prompts: list[list[int]], completions: list[Completion], weights: np.ndarray) -> dict:
         """Prompt + completion as rows `[accumulation, rows, T]`; only sampled tokens are targets."""
-        end = self.tokenizer.encode_special("<|assistant_end|>")
         rows = []
         for prompt, completion in zip(prompts, completions, strict=True):
             # The stop token is the model's own decision too.
-            stop = [end] if completion.finished else []
+            stop = [completion.stop] if completion.finished else []
             tokens = prompt + completion.tokens + stop
             rows.append((tokens, [False] * len(prompt) + completion.sampled + [True] * len(stop)))
         longest = max(len(tokens) for tokens, _ in rows) - 1

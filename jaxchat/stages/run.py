@@ -141,7 +141,10 @@ class Run:
     def record(self, stage: str) -> dict | None:
         """What `stage` wrote in its stage.json, None if it is not finished."""
         path = self.directory / stage / "stage.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is damaged ({error}); restore it, or remove it to finish {stage} again") from None
 
     def finished(self, stage: str) -> bool:
         return self.record(stage) is not None
