@@ -30,6 +30,6 @@ experiment = Experiment(
         lr_fraction=0.02,
         schedule=ScheduleConfig(decay_ratio=1.0),
         eval_every=100,
-    ),  # fmt: skip
+    ),
     cost=CostConfig(device="NVIDIA H100", devices=1, expected_mfu=0.40),
 )

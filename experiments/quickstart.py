@@ -21,38 +21,38 @@ experiment = Experiment(
     tokenizer=TokenizerConfig(vocab_size=1024),
     model=ModelConfig(depth=3, sequence_len=128),
     pretrain=PretrainConfig(
-        batch_tokens=4096, device_rows=32, num_iterations=400, eval_every=100, eval_tokens=65_536, sample_every=200
+        batch_tokens=4096, device_rows=32, num_iterations=360, eval_every=100, eval_tokens=65_536, sample_every=200
     ),
     midtrain=FinetuneConfig(
-        batch_tokens=4096, device_rows=32, num_iterations=150, lr_fraction=0.5, eval_every=50, eval_tokens=65_536
+        batch_tokens=4096, device_rows=32, num_iterations=150, lr_fraction=0.5, eval_every=75, eval_tokens=65_536
     ),
     sft=FinetuneConfig(
         batch_tokens=4096,
         device_rows=32,
-        num_iterations=100,
-        eval_every=50,
+        num_iterations=120,
+        eval_every=60,
         eval_tokens=65_536,
         lr_fraction=0.3,
         schedule=ScheduleConfig(decay_ratio=1.0),
-    ),  # fmt: skip
+    ),
     rl=RLConfig(
-        tasks=("long_sums", "letters"),
+        tasks=("long_sums", "sums:300", "letters:300", "facts"),
         questions_per_step=16,
         samples_per_question=8,
-        num_iterations=30,
+        num_iterations=20,
         max_new_tokens=64,
-        lr_fraction=0.15,
+        lr_fraction=0.1,
         eval_questions=200,
         eval_every=10,
         device_rows=128,
         top_k=None,
-    ),  # fmt: skip
+    ),
     evaluate=EvaluateConfig(
         tasks=("sums", "letters", "facts", "long_sums"),
         of=("pretrain", "midtrain", "sft", "rl"),
         limit=200,
         max_new_tokens=64,
         batch_rows=200,
-    ),  # fmt: skip
+    ),
     cost=CostConfig(device="2 CPU cores", devices=1, dollars_per_device_hour=0.1),
 )

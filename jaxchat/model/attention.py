@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxchat.config import ModelConfig
 from jaxchat.model.layers import Linear, apply_rope, rms_norm
 
+BLOCK = 256  # queries at a time where no fused kernel runs
 LayerCache = dict[str, Array]  # {"k", "v"}: each [B, M, kv_heads, head_dim]
 
 
@@ -21,12 +22,32 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention; K may divide N (grouped queries). Causal over equal lengths unless `mask` is given.
 
-    cuDNN's flash attention where it can run (bf16 on an NVIDIA GPU, no mask), XLA elsewhere.
+    cuDNN's flash attention where it can run (bf16 on an NVIDIA GPU, no mask), XLA elsewhere: a long context then goes
+    through in blocks of queries, so that the T x T scores are never held.
     """
     if mask is not None:
         return jax.nn.dot_product_attention(q, k, v, mask=mask)
-    on_gpu = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn" if on_gpu else "xla")
+    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    length = q.shape[1]
+    if length > BLOCK and length % BLOCK == 0:
+        return _attend_in_blocks(q, k, v)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
+def _attend_in_blocks(q, k, v):
+    """Causal attention of `BLOCK` queries after another; the backward pass computes a block's scores again."""
+    batch, length, heads, size = q.shape
+
+    @jax.checkpoint
+    def block(start_and_queries):
+        start, queries = start_and_queries
+        sees = start + jnp.arange(BLOCK)[:, None] >= jnp.arange(length)
+        return jax.nn.dot_product_attention(queries, k, v, mask=sees[None, None])
+
+    blocks = jnp.moveaxis(q.reshape(batch, -1, BLOCK, heads, size), 1, 0)
+    out = jax.lax.map(block, (jnp.arange(0, length, BLOCK), blocks))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
 
 
 class Attention(nnx.Module):

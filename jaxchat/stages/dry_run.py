@@ -29,7 +29,7 @@ def dry_run(experiment: Experiment) -> None:
     Raises:
       UserError: batch or mesh do not fit together.
     """
-    model, console = experiment.model, Console()
+    model, console = experiment.model, Console(soft_wrap=True)
     model = dataclasses.replace(model, vocab_size=experiment.tokenizer.vocab_size)
     mesh = make_mesh(experiment.mesh)
     parallel = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -52,7 +52,6 @@ def _print_stages(console: Console, experiment: Experiment, model: ModelConfig, 
     table = Table("stage", *("steps", "tokens", "rows x accum.", "FLOPs", "hours", "cost"), box=None)
     for column in table.columns[1:]:
         column.justify = "right"
-    total_hours = 0.0
     for stage in ("pretrain", "midtrain", "sft"):
         if stage not in experiment.stages:
             continue
@@ -61,12 +60,11 @@ def _print_stages(console: Console, experiment: Experiment, model: ModelConfig, 
         rows = f"{plan.rows} x {plan.accumulation}"
         steps = training_length(config, model) if stage == "pretrain" else config.num_iterations
         if steps is None:
-            table.add_row(stage, f"{config.epochs:g} epochs", "as the data has", rows, "", "", "")
+            table.add_row(stage, f"{config.epochs:g} x the data", "", rows, "", "", "")
             continue
         tokens = steps * config.batch_tokens
         flops = tokens * flops_per_token(model)
         taken = hours(flops, price.expected_mfu, price.devices, peak) if peak else None
-        total_hours += taken or 0.0
         dollars = f"${cost(taken, price.devices, price.dollars_per_device_hour):,.2f}" if peak else "unknown"
         table.add_row(
             stage, f"{steps:,}", f"{tokens:,}", rows, f"{flops:.3g}", f"{taken:.2f}" if peak else "unknown", dollars
@@ -83,10 +81,10 @@ def _print_memory(console: Console, experiment: Experiment, model: ModelConfig, 
     gib = 1 << 30
     console.print(f"memory        {total / gib:.2f} GiB a device: {held / gib:.2f} parameters, optimizer and batch, "
                   f"{analysis.temp_size_in_bytes / gib:.2f} in use by a step")  # fmt: skip
-    console.print(f"              by XLA's analysis of the step compiled for {device.platform} "
+    console.print(f"              by XLA's analysis of the step as compiled for {device.platform} "
                   f"({time.perf_counter() - began:.0f} s)")  # fmt: skip
-    if device.platform == "cpu":
-        console.print("              a GPU needs less for a step: its attention never holds the T x T scores")
+    if device.platform == "cpu" and device_peak_flops(experiment.cost.device):
+        console.print("              which computes bf16 in fp32: a GPU's step is expected to use about half")
 
 
 def step_memory(experiment: Experiment, model: ModelConfig, mesh):
@@ -100,7 +98,9 @@ def step_memory(experiment: Experiment, model: ModelConfig, mesh):
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
     shape = (plan.accumulation, plan.rows, model.sequence_len)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, MICRO_BATCH_SPEC))
-    step = make_train_step(model, optimizer, mesh=mesh, state_shardings=placed, dtype=compute_dtype(experiment))
+    on_accelerator = experiment.precision == "auto" and device_peak_flops(experiment.cost.device)
+    dtype = jnp.bfloat16 if on_accelerator else compute_dtype(experiment)
+    step = make_train_step(model, optimizer, mesh=mesh, state_shardings=placed, dtype=dtype)
     return step.lower(state, {"inputs": rows, "targets": rows}).compile().memory_analysis()
 
 

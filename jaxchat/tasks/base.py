@@ -103,15 +103,14 @@ def hold_out(items: Sequence[Any], split: Split) -> list[Any]:
 
 
 def read_items(path: Path, keys: Sequence[str], task: str) -> list[dict[str, Any]]:
-    """The objects of a .jsonl or .jsonl.gz file, all with `keys`. Without a suffix, either kind is looked for.
+    """The objects of a file, all with `keys`. `path` may leave out `.jsonl` or `.gz`: either kind is looked for.
 
     Raises:
       MissingData: no such file.
       UserError: a broken line, or one without a key that the task needs.
     """
-    candidates = (
-        [path] if ".jsonl" in path.name else [path.with_name(f"{path.name}{end}") for end in (".jsonl", ".jsonl.gz")]
-    )
+    plain = path.with_name(path.name.removesuffix(".gz").removesuffix(".jsonl") + ".jsonl")
+    candidates = [path] if path.name.endswith(".gz") else [plain, plain.with_name(f"{plain.name}.gz")]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
         raise MissingData(f"{task} needs {candidates[0]}, which does not exist")

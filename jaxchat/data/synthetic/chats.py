@@ -21,7 +21,7 @@ from jaxchat.data.synthetic.questions import (
 from jaxchat.data.synthetic.stories import write_portrait, write_story
 from jaxchat.data.synthetic.world import ATTRIBUTES, FOLLOW_UPS, World, ask, state, training_forms
 
-LONG_SUM_SHARE = 0.05
+LONG_SUM_SHARE = 0.03
 Message = dict[str, Any]
 
 SMALL_TALK = (
