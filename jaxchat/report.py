@@ -265,7 +265,7 @@ def _sample_text(stage: str, sample: dict[str, str]) -> str:
 
 def _tool_call(match: re.Match[str]) -> str:
     call, output = match.groups()
-    return f"[python: {call}{'' if output is None else f' → {output}'}]"
+    return f"[python: {call}{'' if output is None else f' → {output}'}] "
 
 
 def _road(report: dict[str, Any]) -> str:

@@ -129,7 +129,7 @@ def test_report_md_shows_samples_as_they_are(run_dir):
     text = (run_dir / "report.md").read_text()
     # The text itself has a fence of three, so the block around it needs four.
     assert "````text\nThe sea is *blue* and ```deep```.\n````" in text
-    assert "```text\n> What is 2+2?\n[python: 2+2 → 4]It is 4.\n```" in text
+    assert "```text\n> What is 2+2?\n[python: 2+2 → 4] It is 4.\n```" in text
 
 
 def test_report_md_shows_every_plot(run_dir):

@@ -105,7 +105,7 @@ class Writer:
             "<|python_start|>": ("⟨", True),
             "<|python_end|>": ("", True),
             "<|output_start|>": (" → ", True),
-            "<|output_end|>": ("⟩", False),
+            "<|output_end|>": ("⟩ ", False),
         }
         self._marks = {tokenizer.encode_special(name): mark for name, mark in marks.items()}
         self._special = set(map(tokenizer.encode_special, SPECIAL_TOKENS))

@@ -96,7 +96,7 @@ class Terminal:
 
 def test_one_answer(run_dir):
     done = chat(run_dir, *GREEDY, "-p", "What is 34 + 58?")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "⟨34 + 58 → 92⟩It is 92.\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "⟨34 + 58 → 92⟩ It is 92.\n", "")
 
 
 def test_a_piped_conversation_remembers_its_turns_until_it_is_cleared(run_dir):
@@ -105,9 +105,9 @@ def test_a_piped_conversation_remembers_its_turns_until_it_is_cleared(run_dir):
     assert done.returncode == 0
     assert done.stdout.splitlines() == [
         "Grüße, 日本 🙂!",
-        "⟨34 + 58 → 92⟩It is 92.",
+        "⟨34 + 58 → 92⟩ It is 92.",
         "You said Hello? first.",
-        "⟨34 + 58 → 92⟩It is 92.",
+        "⟨34 + 58 → 92⟩ It is 92.",
         "Hello? was never asked.",
     ]
     assert done.stderr == "forgotten\n"
@@ -138,7 +138,7 @@ def test_a_terminal(run_dir):
         terminal.type("/nonsense\n")
         terminal.expect("no command /nonsense")
         terminal.type("What is 34 + 58?\n")
-        terminal.expect("⟨34 + 58 → 92⟩It is 92.")
+        terminal.expect("⟨34 + 58 → 92⟩ It is 92.")
         terminal.expect("> ")
         terminal.type("\x04")
         code, rest = terminal.expect_end()
@@ -182,8 +182,8 @@ def test_the_writer_waits_for_whole_characters_and_marks_tool_calls(run_dir):
     output = tokenizer.encode("2", "<|output_start|>", "<|output_end|>")
     tokens = [*call, tokenizer.encode_special("<|python_end|>"), *output, *b" two\xf0"]
     styled = [*writer.write(tokens), *writer.close()]
-    assert "".join(text for text, _ in styled) == "⟨1+1 → 2⟩ two\ufffd"
-    assert "".join(text for text, style in styled if style == "dim") == "⟨1+1 → 2⟩"
+    assert "".join(text for text, _ in styled) == "⟨1+1 → 2⟩  two\ufffd"
+    assert "".join(text for text, style in styled if style == "dim") == "⟨1+1 → 2⟩ "
     # An answer that was stopped inside a call, and one that would steer the terminal.
     assert "".join(text for text, _ in [*writer.write(call), *writer.close()]) == "⟨1+1⟩"
     assert "".join(text for text, _ in Writer(tokenizer).write(b"\x1b[2J\x07\ta\nb\r")) == "[2J\ta\nb"
