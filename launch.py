@@ -19,6 +19,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -41,36 +42,48 @@ def main(argv: list[str] | None = None) -> int:
 
 def _launch(argv: list[str]) -> int:
     parser = _parser()
-    options, overrides = parser.parse_known_args(argv)
+    try:
+        options, overrides = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        takes = "takes no value" if "ignored" in error.message else "needs a value"
+        raise UserError(f"{error.argument_name} {takes}; see --help") from None
     if options.list:
         return _list()
     if options.help:
-        parser.print_help()
-        if options.experiment:
-            print(f"\noptions of {options.experiment} (a section, a dot, a field):\n")
-            tyro.cli(Experiment, default=load_experiment(options.experiment), args=["--help"])
-        return 0
+        return _help(parser, options.experiment)
     check(options.experiment is not None, f"name an experiment: --experiment={'|'.join(experiment_names())}")
     experiment = override(load_experiment(options.experiment), overrides)
     if options.stages is not None:
         experiment = dataclasses.replace(experiment, stages=tuple(options.stages.split(",")))
-    if options.data is not None:
-        path = os.path.abspath(options.data)
-        check(os.path.isdir(path), f"data folder {options.data} does not exist; give --data a folder with text")
-        experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, path=path))
+    folder = experiment.data.path if options.data is None else options.data
+    if folder is not None:
+        check(os.path.isdir(folder), f"data folder {folder!r} does not exist; give --data a folder with text")
+        data = dataclasses.replace(experiment.data, path=os.path.abspath(folder))
+        experiment = dataclasses.replace(experiment, data=data)
     _prepare_jax(experiment, options.dry_run)
+    from jaxchat.stages.pipeline import check_possible, run_stages
+    from jaxchat.stages.run import Run
+
+    check_possible(experiment)
     if options.dry_run:
         from jaxchat.stages.dry_run import dry_run
 
         dry_run(experiment)
         return 0
-    directory = Path(options.run_dir or f"runs/{experiment.name}")
+    directory = options.run_dir or f"runs/{experiment.name}"
     if options.fresh:
-        _set_aside(directory)
-    from jaxchat.stages.pipeline import run_stages
-    from jaxchat.stages.run import Run
+        _set_aside(Path(directory))
+    run_stages(Run(experiment, directory))
+    return 0
 
-    run_stages(Run(experiment, options.run_dir or directory))
+
+def _help(parser: argparse.ArgumentParser, name: str | None) -> int:
+    experiment = None if name is None else load_experiment(name)
+    parser.print_help()
+    if experiment is not None:
+        print(f"\noptions of {name} (a section, a dot, a field):\n", flush=True)
+        with contextlib.suppress(SystemExit):  # how tyro ends after its help
+            tyro.cli(Experiment, default=experiment, args=["--help"])
     return 0
 
 
@@ -103,40 +116,107 @@ def load_experiment(name: str) -> Experiment:
       UserError: there is no such file.
     """
     names = experiment_names()
-    check(name in names, f"unknown experiment {name!r}{closest(name, names)} There are: {', '.join(names)}")
+    hint = closest(name, names) or ";"
+    check(name in names, f"unknown experiment {name!r}{hint} there are: {', '.join(names)}")
     return dataclasses.replace(importlib.import_module(f"experiments.{name}").experiment, name=name)
 
 
 def override(experiment: Experiment, arguments: list[str]) -> Experiment:
     """`experiment` with the fields named in `arguments`, such as `--pretrain.num-iterations=100`.
 
+    A field that is a list takes its words with spaces or commas between them.
+
     Raises:
       UserError: an unknown field (with the closest one), a value of the wrong type, or one that is not possible.
     """
-    fields = _field_names(experiment)
-    for argument in arguments:
-        flag = argument.split("=")[0]
-        if re.match(r"--?[A-Za-z]", flag):
-            known = flag.startswith("--") and flag[2:].replace("_", "-").removeprefix("no-") in fields
-            known = known or flag.replace(".no-", ".").replace("_", "-")[2:] in fields
-            check(known, f"unknown option {flag}{closest(flag[2:], fields)} See --help --experiment={experiment.name}")
-    said = io.StringIO()
+    fields = _fields(type(experiment))
+    groups = _by_option(arguments, fields)
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return tyro.cli(Experiment, default=experiment, args=arguments)
-    except SystemExit:
-        # tyro draws a box: what it says, on one line.
-        words = " ".join(re.sub(r"[│╭╮╰╯─┃]+|\x1b\[[0-9;]*m", " ", said.getvalue()).split())
-        words = re.sub(r"^Parsing error |For full helptext.*$", "", words).strip()
-        raise UserError(f"{words or 'options not understood'}; see --help --experiment={experiment.name}") from None
+        return _parse(experiment, [word for group in groups for word in group])
+    except (SystemExit, UserError) as error:
+        # By itself, the option at fault fails in the same way.
+        for group in groups:
+            try:
+                _parse(experiment, group)
+            except SystemExit:
+                if isinstance(error, SystemExit):
+                    raise UserError(_explain(group, fields)) from None
+            except UserError as alone:
+                if str(alone) == str(error):
+                    raise UserError(f"{_written(group)}: {alone}") from None
+        raise UserError(str(error)) from None
 
 
-def _field_names(config, prefix: str = "") -> set[str]:
-    names = set()
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), prefix + field.name.replace("_", "-")
-        names |= _field_names(value, f"{name}.") if dataclasses.is_dataclass(value) else {name}
-    return names
+def _parse(experiment: Experiment, arguments: list[str]) -> Experiment:
+    """Raises SystemExit, silently, for what tyro does not understand, and UserError for impossible values."""
+    unread = io.StringIO()
+    with contextlib.redirect_stderr(unread), contextlib.redirect_stdout(unread):
+        return tyro.cli(Experiment, default=experiment, args=arguments)
+
+
+def _fields(config: type, prefix: str = "") -> dict[str, Any]:
+    """The type of each field, by its name on the command line."""
+    fields: dict[str, Any] = {}
+    for name, kind in get_type_hints(config).items():
+        path = prefix + name.replace("_", "-")
+        fields |= _fields(kind, f"{path}.") if dataclasses.is_dataclass(kind) else {path: kind}
+    return fields
+
+
+def _by_option(arguments: list[str], fields: dict[str, Any]) -> list[list[str]]:
+    """Each option with its values, as tyro wants them: `--rl.tasks=a,b` becomes `--rl.tasks a b`."""
+    groups: list[list[str]] = []
+    for argument in arguments:
+        if re.match(r"--?[A-Za-z]", argument) is None:
+            check(bool(groups), f"{argument!r} is not an option; options begin with --, see --help")
+            groups[-1].append(argument)
+            continue
+        flag, equals, value = argument.partition("=")
+        kind = fields.get(_field(flag, fields))
+        if kind is None:
+            options = [f"--{name}" for name in fields] + [o for a in _parser()._actions for o in a.option_strings]
+            hint = closest(flag, options) or ";"
+            raise UserError(f"unknown option {flag}{hint} see --help with --experiment=NAME for all")
+        many = equals and get_args(kind)[-1:] == (Ellipsis,)
+        groups.append([flag, *value.split(",")] if many else [argument])
+    return groups
+
+
+def _field(flag: str, fields: dict[str, Any]) -> str:
+    """The field of an option; `--data.no-shuffle` is one of `data.shuffle`."""
+    name = flag.removeprefix("--").replace("_", "-")
+    section, _, last = name.rpartition(".")
+    positive = f"{section}.{last.removeprefix('no-')}"
+    return positive if fields.get(positive) is bool else name
+
+
+def _written(group: list[str]) -> str:
+    return " ".join(group)
+
+
+def _explain(group: list[str], fields: dict[str, Any]) -> str:
+    """What an option takes, when it was given something else."""
+    flag = group[0].partition("=")[0]
+    name = _field(flag, fields)
+    if fields[name] is bool:
+        section, _, last = name.rpartition(".")
+        return f"{_written(group)}: write --{name} for yes, --{section}.no-{last} for no, without a value"
+    if group == [flag]:
+        return f"{flag} needs a value: {_describe(fields[name])}"
+    return f"{_written(group)}: the value must be {_describe(fields[name])}"
+
+
+def _describe(kind: Any) -> str:
+    """What may be written for a type, in words."""
+    words = {int: "a whole number", float: "a number", str: "text", type(None): "None"}
+    if kind in words:
+        return words[kind]
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(parts)}"
+    if get_origin(kind) is tuple:
+        return "words" if parts[-1] is Ellipsis else f"{len(parts)} numbers with spaces between them"
+    return " or ".join(map(_describe, parts))
 
 
 def _prepare_jax(experiment: Experiment, dry_run: bool) -> None:
@@ -158,9 +238,15 @@ def _list() -> int:
 
 
 def _set_aside(directory: Path) -> None:
-    """Renames an earlier run to the first free NAME.old-K."""
-    if not directory.exists():
+    """Renames an earlier run to the first free NAME.old-K.
+
+    Raises:
+      UserError: the directory is not a run.
+    """
+    directory = directory.absolute()
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
+    check((directory / "config.json").exists(), f"{directory} is not a run of jaxchat and stays; choose --run-dir")
     number = 1
     while (aside := directory.with_name(f"{directory.name}.old-{number}")).exists():
         number += 1

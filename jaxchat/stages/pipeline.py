@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
+from jaxchat.config import Experiment, UserError, check
+from jaxchat.mesh import make_mesh
 from jaxchat.report import write_report
+from jaxchat.scaling import batch_plan
 from jaxchat.stages import evaluate, finetune, pretrain, rl, tokenizer
-from jaxchat.stages.run import Run
+from jaxchat.stages.run import TRAINED, Run
+from jaxchat.tasks import parse_mixture
+from jaxchat.tokenizer import MIN_VOCAB
 
 RUNNERS = {
     "tokenizer": tokenizer.run,
@@ -20,6 +27,45 @@ RUNNERS = {
     "evaluate": evaluate.run,
     "report": lambda run: write_report(run.directory),
 }
+
+
+def check_possible(experiment: Experiment) -> None:
+    """Finds before the first stage what would stop a later one, hours into the run.
+
+    Raises:
+      UserError: a batch or mesh that does not divide, an unknown task, a stage without a model to evaluate, a
+        vocabulary or seed out of range.
+    """
+    check(0 <= experiment.seed < 1 << 31, f"seed is {experiment.seed}; it must lie between 0 and {(1 << 31) - 1}")
+    vocabulary = experiment.tokenizer.vocab_size
+    check(
+        vocabulary >= MIN_VOCAB,
+        f"tokenizer.vocab-size is {vocabulary}; it must be at least {MIN_VOCAB}: the bytes and the special tokens",
+    )
+    shape = make_mesh(experiment.mesh).shape
+    for stage in experiment.stages:
+        if stage in ("pretrain", "midtrain", "sft"):
+            config = getattr(experiment, stage)
+            with _told(stage):
+                parallel = shape["data"] * shape["fsdp"]
+                batch_plan(config.batch_tokens, config.device_rows, experiment.model.sequence_len, parallel)
+        if stage in ("midtrain", "sft"):
+            with _told(f"{stage}.mixture"):
+                parse_mixture(getattr(experiment, stage).mixture)
+        if stage in ("rl", "evaluate"):
+            with _told(f"{stage}.tasks"):
+                parse_mixture(getattr(experiment, stage).tasks)
+    for stage in experiment.evaluate.of:
+        check(stage in TRAINED, f"evaluate.of names {stage!r}; the stages with a model are {', '.join(TRAINED)}")
+
+
+@contextlib.contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Says which setting a UserError is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def run_stages(run: Run) -> None:

@@ -14,7 +14,7 @@ import math
 import jax
 import numpy as np
 
-from jaxchat.config import RLConfig, UserError
+from jaxchat.config import RLConfig, UserError, check
 from jaxchat.infer.engine import Completion, Engine
 from jaxchat.mesh import put_batch
 from jaxchat.stages.run import Run
@@ -45,8 +45,10 @@ def run(run: Run) -> None:
         run.say(f"rl        skipped: none of its tasks ({', '.join(config.tasks)}) is in the data folder")
         run.finish("rl", parent=None, steps=0, tokens=0, seconds=0.0, skipped=True)
         return
-    questions = questions_of(tasks)
-    held_out = questions_of(run.load_tasks("rl", config.tasks, "test", quiet=True) or tasks)
+    questions = questions_of(tasks, tokenizer, model.sequence_len)
+    check(bool(questions), f"rl: no question of its tasks fits into model.sequence-len {model.sequence_len}")
+    tests = run.load_tasks("rl", config.tasks, "test", quiet=True)
+    held_out = questions_of(tests, tokenizer, model.sequence_len) or questions
     parent = run.parent_of("rl")
     params, step = run.load_params(parent, model)
     steps = config.num_iterations or max(1, len(questions) // config.questions_per_step)
@@ -69,9 +71,10 @@ def run(run: Run) -> None:
     )
 
 
-def questions_of(tasks: list[Task]) -> list[Question]:
-    """All questions, each with the task that scores it."""
-    return [(task, conversation) for task in tasks for conversation in task]
+def questions_of(tasks: list[Task], tokenizer: Tokenizer, sequence_len: int) -> list[Question]:
+    """All questions that leave room for an answer, each with the task that scores it."""
+    questions = [(task, conversation) for task in tasks for conversation in task]
+    return [q for q in questions if len(tokenizer.render_for_completion(q[1])) < sequence_len]
 
 
 def score(questions: list[Question], completions: list[Completion], tokenizer: Tokenizer) -> list[float]:

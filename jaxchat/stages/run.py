@@ -31,7 +31,6 @@ TRAINED = ("pretrain", "midtrain", "sft", "rl")  # the stages that leave paramet
 GENERATED = ("chat", "sums", "letters", "facts", "long_sums")  # the tasks of the generated corpus
 # What may differ between two starts of one run: it changes neither the numbers nor what is stored.
 FREE = ("stages", "logging", "cost", "mesh", "name")
-OF_A_STAGE = (*TRAINED, "evaluate")
 
 
 class Run:
@@ -47,12 +46,15 @@ class Run:
         config = self.directory / "config.json"
         if config.exists():
             self._check_same(read_config(self.directory))
-        elif self.directory.exists() and any(self.directory.iterdir()):
+        elif self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
             raise UserError(f"{self.directory} is not empty and not a run of jaxchat; choose another --run-dir")
         self.mesh = make_mesh(experiment.mesh)
         self.dtype = compute_dtype(experiment)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        config.write_text(to_json(experiment))
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _write(config, to_json(experiment))
+        except OSError as error:
+            raise UserError(f"{self.directory} cannot be made ({error.strerror}); choose another --run-dir") from None
 
     def _check_same(self, before: Experiment) -> None:
         old, new = dataclasses.asdict(before), dataclasses.asdict(self.experiment)
@@ -62,13 +64,22 @@ class Run:
             "choose another --run-dir, or --fresh to begin anew",
         )
         for section, value in new.items():
-            begun = section not in OF_A_STAGE or (self.directory / section).exists()
-            if section not in FREE and begun and value != old[section]:
+            if value != old[section] and self._binds(section):
                 name, was, now = _first_difference(section, old[section], value)
                 raise UserError(
                     f"{self.directory} was begun with {name} {was}, not {now}; "
                     "choose another --run-dir, or --fresh to begin anew"
                 )
+
+    def _binds(self, section: str) -> bool:
+        """Whether something in the directory was made with this section of the config."""
+        there = [name for name in ("data", "tokenizer", *TRAINED, "evaluate") if (self.directory / name).exists()]
+        if section in (*TRAINED, "evaluate", "tokenizer"):
+            return section in there
+        if section in FREE:
+            return False
+        # The text and the seed of what was generated; the model and its optimizer from the first training on.
+        return bool(there) if section in ("data", "seed") else any(stage in TRAINED for stage in there)
 
     # --- data and tokenizer -------------------------------------------------------------------------------------
 
@@ -141,10 +152,14 @@ class Run:
     def record(self, stage: str) -> dict | None:
         """What `stage` wrote in its stage.json, None if it is not finished."""
         path = self.directory / stage / "stage.json"
+        if not path.exists():
+            return None
         try:
-            return json.loads(path.read_text()) if path.exists() else None
-        except json.JSONDecodeError as error:
+            record = json.loads(path.read_text())
+        except ValueError as error:
             raise UserError(f"{path} is damaged ({error}); restore it, or remove it to finish {stage} again") from None
+        check(isinstance(record, dict), f"{path} is damaged; restore it, or remove it to finish {stage} again")
+        return record
 
     def finished(self, stage: str) -> bool:
         return self.record(stage) is not None
@@ -155,7 +170,7 @@ class Run:
         record["peak_memory_bytes"] = peak_memory_bytes()
         directory = self.directory / stage
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "stage.json").write_text(json.dumps(record, indent=2) + "\n")
+        _write(directory / "stage.json", json.dumps(record, indent=2) + "\n")
 
     def parent_of(self, stage: str) -> str:
         """The last finished stage before `stage` that left parameters.
@@ -208,8 +223,15 @@ def read_config(directory: epath.PathLike) -> Experiment:
     check(path.exists(), f"{directory} is not a run: it has no config.json")
     try:
         return from_json(path.read_text())
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); restore it, or --fresh to begin anew") from None
+
+
+def _write(path: epath.Path, text: str) -> None:
+    """Replaces a file as a whole: whoever is killed here leaves the old one or the new one."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def _first_difference(name: str, old, new) -> tuple[str, object, object]:

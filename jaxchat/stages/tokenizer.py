@@ -26,7 +26,8 @@ def run(run: Run) -> None:
         tokenizer = Tokenizer.from_directory(config.path)
         check(
             tokenizer.vocab_size == config.vocab_size,
-            f"the tokenizer in {config.path} has {tokenizer.vocab_size} tokens; set --tokenizer.vocab-size to that",
+            f"the tokenizer in {config.path} has {tokenizer.vocab_size} tokens, not {config.vocab_size}; "
+            f"add --tokenizer.vocab-size={tokenizer.vocab_size}",
         )
     else:
         text = find_text(run.text_dir, run.experiment.data.val_shard)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import UserError
+from jaxchat.config import UserError, check
 from jaxchat.metrics import Metrics, device_peak_flops
 from jaxchat.train.step import Batch, State
 
@@ -88,33 +88,39 @@ class Loop:
         start = self.checkpoints.latest_step()
         if start is not None:
             state, data, meta = self.checkpoints.restore(jax.tree.map(_abstract, state), start)
+            check(
+                meta["num_steps"] == self.num_steps,
+                f"{self.checkpoints.directory} is of {meta['num_steps']} steps, not {self.num_steps}: the data or the "
+                "settings have changed; use the old ones, or --fresh to begin anew",
+            )
             self.source.set_state(data)
             self._earlier, self.train_seconds, self.tokens = meta["seconds"], meta["train_seconds"], meta["tokens"]
             if start < self.num_steps:
                 self.metrics.note(f"resuming at step {start:,} of {self.num_steps:,}")
         start = start or 0
-        if start >= self.num_steps:
-            return state
-        # `state`, `step` and `position` belong together, except while `moving` from one step to the next.
+        # `state`, `step` and `position` belong together, except while `moving` from one step to the next. What
+        # `pending` holds is dispatched and not yet logged.
         step, position, moving = start, self.source.get_state(), False
+        pending, before = [], time.perf_counter()
         try:
-            if start == 0:
-                self._evaluate(0, state["params"])
-            pending, before = None, time.perf_counter()
+            if start in (0, self.num_steps):  # the latter: stopped after the last step, before the evaluation
+                for evaluator in self.evaluators:
+                    if start or evaluator.at_start:
+                        self._run_evaluator(evaluator, start, state["params"])
+            before = time.perf_counter()
             while step < self.num_steps:
                 batch, extra = self.source.next_batch(step, state["params"])
                 moving = True
                 state, result = self.step_fn(state, batch)
+                pending.append((step, batch["inputs"].size, result, extra))
                 step, position, moving = step + 1, self.source.get_state(), False
-                if pending is not None:
-                    before = self._log(*pending, before)
-                pending = (step - 1, batch["inputs"].size, result, extra)
                 done = step == self.num_steps
                 save = done or (self.save_every and step % self.save_every == 0)
                 due = [e for e in self.evaluators if done or (e.every and step % e.every == 0)]
+                while len(pending) > (0 if save or due else 1):
+                    before = self._log(*pending[0], before)
+                    pending.pop(0)
                 if save or due:
-                    before = self._log(*pending, before)
-                    pending = None
                     if save:  # first save, then evaluate: a failing evaluation loses nothing
                         self.save(state, step, position)
                     for evaluator in due:
@@ -122,17 +128,14 @@ class Loop:
                     before = time.perf_counter()
         except KeyboardInterrupt:
             if not moving and step > start:
+                for dispatched in pending:
+                    before = self._log(*dispatched, before)
                 self.metrics.note(f"interrupted: saving step {step:,}; the same command goes on from here")
                 self.save(state, step, position)
                 self.checkpoints.wait()
             raise
         self.checkpoints.wait()
         return state
-
-    def _evaluate(self, step: int, params) -> None:
-        for evaluator in self.evaluators:
-            if evaluator.at_start:
-                self._run_evaluator(evaluator, step, params)
 
     def _run_evaluator(self, evaluator: Evaluator, step: int, params) -> None:
         values = dict(evaluator.run(step, params))
@@ -144,17 +147,17 @@ class Loop:
         result = {name: float(value) for name, value in jax.device_get(result).items()}
         now = time.perf_counter()
         elapsed = now - before
-        self.train_seconds += elapsed
-        self.tokens += batch_tokens
-        if not np.isfinite(result["loss"]):
-            good = self.checkpoints.latest_step()
-            where = "no checkpoint was written yet" if good is None else f"the checkpoint of step {good} is good"
-            raise UserError(f"loss is {result['loss']} at step {step}: lower the learning rates; {where}")
+        bad = next((name for name in ("loss", "grad_norm") if not np.isfinite(result[name])), None)
+        if bad is not None:
+            folder = self.checkpoints.directory.parent
+            raise UserError(
+                f"{bad} is {result[bad]} at step {step}: move {folder} away and start again with a lower lr-fraction"
+            )
         values = {
             "loss": result["loss"],
             "grad_norm": result["grad_norm"],
             **self.schedule_values(step),
-            "tokens": self.tokens,
+            "tokens": self.tokens + batch_tokens,
             "tokens_per_second": batch_tokens / elapsed,
             "step_seconds": elapsed,
             **extra,
@@ -163,6 +166,9 @@ class Loop:
         if peak:
             values["mfu"] = batch_tokens / elapsed * self.flops_per_token / (peak * jax.device_count())
         self.metrics.log(step, **values)
+        # Last: an interruption above leaves the step unlogged as a whole, and it is logged again.
+        self.train_seconds += elapsed
+        self.tokens += batch_tokens
         self.metrics.live(step + 1, **values)
         return now
 
