@@ -259,7 +259,6 @@ class EvaluateConfig:
 class LoggingConfig:
     tensorboard: bool = False
     wandb: bool = False
-    log_every: int = 1
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -121,7 +122,7 @@ class Training:
                 flops_per_token=flops_per_token(self.model),
                 save_every=self.config.save_every,
                 evaluators=evaluators(metrics),
-                meta={"stage": self.stage, "parent": self.parent},
+                meta={"stage": self.stage, "parent": self.parent, "config": dataclasses.asdict(run.experiment)},
             )
             loop.train(state)
             loop.checkpoints.close()
