@@ -162,10 +162,14 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`path` is a folder of the user's (`--data`); None generates the synthetic corpus inside the run directory."""
+    """`path` is a folder of the user's (`--data`). Without one, `generate` lets the project make up the text.
+
+    Conversations are made up too where the user's folder has none; the sizes are those of what is made up.
+    """
 
     path: str | None = None
     val_shard: str | None = None
+    generate: bool = False
     synthetic_documents: int = 40_000
     synthetic_conversations: int = 40_000
     shuffle: bool = False

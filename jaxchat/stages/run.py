@@ -42,6 +42,10 @@ class Run:
         Raises:
           UserError: the directory holds something else, or a run of other settings.
         """
+        check(
+            experiment.data.path is not None or experiment.data.generate,
+            f"{experiment.name} trains on your text: give it a folder with --data=DIR",
+        )
         self.experiment, self.directory, self.say = experiment, epath.Path(directory), say
         config = self.directory / "config.json"
         if config.exists():
