@@ -133,11 +133,11 @@ def small_talk_turn(rng: random.Random, talk: tuple) -> list[Message]:
 
 # Kind of turn, its share, and the source that a conversation of only this kind names.
 KINDS = (
-    (fact_turn, 0.30, "facts"),
+    (fact_turn, 0.24, "facts"),
     (fact_turns, 0.07, "facts"),
     (sum_turn, 0.22, "sums"),
     (word_problem_turn, 0.03, "sums"),
-    (letter_turn, 0.22, "letters"),
+    (letter_turn, 0.28, "letters"),
     (spelling_turn, 0.04, "spelling"),
     (story_turn, 0.07, "stories"),
     (portrait_turn, 0.05, "facts"),
