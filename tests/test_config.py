@@ -1,0 +1,132 @@
+"""Settings: what is refused, and that they survive as JSON."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import launch
+from jaxchat.config import (
+    STAGES,
+    EvaluateConfig,
+    Experiment,
+    FinetuneConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    RLConfig,
+    ScheduleConfig,
+    TokenizerConfig,
+    UserError,
+    closest,
+    from_json,
+    to_json,
+)
+
+
+@given(st.integers(1, 128))
+def test_model_sizes_follow_from_depth(depth):
+    try:
+        model = ModelConfig(depth=depth)
+    except UserError as error:
+        near = [int(word) for word in str(error).rpartition(": ")[2].split(" and ")]
+        assert depth not in near
+        for other in near:
+            assert ModelConfig(depth=other).depth == other
+        # None between them fits.
+        for between in range(max([d for d in near if d < depth], default=0) + 1, max(near)):
+            with pytest.raises(UserError):
+                ModelConfig(depth=between)
+        return
+    assert model.width == 64 * depth == model.num_heads * model.head_dim
+    assert model.head_dim % 2 == 0  # rotary pairs
+    assert model.head_dim <= 128 and model.kv_heads == model.num_heads
+
+
+def test_known_models():
+    """The numbers of the published runs: d20 is 1280 wide with 10 heads, d32 2048 with 16."""
+    assert (ModelConfig(depth=20).width, ModelConfig(depth=20).num_heads) == (1280, 10)
+    assert (ModelConfig(depth=32).width, ModelConfig(depth=32).num_heads) == (2048, 16)
+    assert ModelConfig(vocab_size=300).padded_vocab_size == 384
+    assert ModelConfig(vocab_size=384).padded_vocab_size == 384
+
+
+@pytest.mark.parametrize(
+    "build, words",
+    [
+        (lambda: ModelConfig(depth=0), "model.depth is 0"),
+        (lambda: ModelConfig(sequence_len=1), "model.sequence-len is 1"),
+        (lambda: ModelConfig(depth=12, num_kv_heads=4), "must divide the 6 heads of depth 12"),
+        (lambda: ModelConfig(depth=12, num_kv_heads=0), "model.num-kv-heads is 0"),
+        (lambda: MeshConfig(fsdp=0), "mesh.fsdp and mesh.tensor"),
+        (lambda: MeshConfig(data=-2), "mesh.data"),
+        (lambda: OptimizerConfig(matrix_lr=0.0), "optimizer.matrix-lr must be above 0"),
+        (lambda: ScheduleConfig(warmup_ratio=0.6, decay_ratio=0.6), "sum to at most 1"),
+        (lambda: ScheduleConfig(final_fraction=1.5), "schedule.final-fraction"),
+        (lambda: TokenizerConfig(max_chars=0), "tokenizer.max-chars"),
+        (lambda: PretrainConfig(batch_tokens=0), "batch-tokens and device-rows"),
+        (lambda: PretrainConfig(num_iterations=0), "num-iterations is 0"),
+        (lambda: PretrainConfig(lr_fraction=0.0), "lr-fraction"),
+        (lambda: FinetuneConfig(mixture=()), "mixture is empty"),
+        (lambda: FinetuneConfig(epochs=0), "epochs"),
+        (lambda: FinetuneConfig(num_iterations=-1), "num-iterations is -1"),
+        (lambda: RLConfig(samples_per_question=1), "at least 2"),
+        (lambda: RLConfig(questions_per_step=0), "rl.questions-per-step"),
+        (lambda: RLConfig(temperature=0.0), "rl.temperature"),
+        (lambda: Experiment(stages=("sft", "pretrain")), "stages must be in order"),
+        (lambda: Experiment(stages=("sft", "sft")), "each once"),
+        (lambda: Experiment(stages=("sfd",)), "unknown stage 'sfd', did you mean 'sft'?"),
+    ],
+)
+def test_impossible_settings(build, words):
+    with pytest.raises(UserError) as refused:
+        build()
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", launch.experiment_names())
+def test_experiments_survive_as_json(name):
+    experiment = launch.load_experiment(name)
+    assert from_json(to_json(experiment)) == experiment
+
+
+@given(
+    st.sets(st.sampled_from(STAGES)),
+    st.integers(0, 2**31 - 1),
+    st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)),
+    st.one_of(st.none(), st.text()),
+    st.lists(st.text(min_size=1), min_size=1, max_size=3),
+)
+def test_any_experiment_survives_as_json(stages, seed, coefficients, path, mixture):
+    experiment = Experiment(
+        stages=tuple(stage for stage in STAGES if stage in stages),
+        seed=seed,
+        tokenizer=TokenizerConfig(path=path),
+        optimizer=OptimizerConfig(newton_schulz_coefficients=coefficients),
+        sft=FinetuneConfig(mixture=tuple(mixture)),
+        evaluate=EvaluateConfig(of=()),
+    )
+    assert from_json(to_json(experiment)) == experiment
+
+
+def test_json_of_another_version():
+    values = json.loads(to_json(Experiment(name="x")))
+    del values["rl"]["temperature"]  # an older version did not know it: today's default
+    assert from_json(json.dumps(values)) == Experiment(name="x")
+    values["rl"]["charm"] = 1
+    with pytest.raises(UserError, match=r"unknown fields \(charm\); use the version of jaxchat that wrote it"):
+        from_json(json.dumps(values))
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Experiment().seed = 3
+
+
+def test_closest():
+    assert closest("d13", ["d12", "speedrun"]) == ", did you mean 'd12'?"
+    assert closest("zebra", ["d12", "speedrun"]) == ""
