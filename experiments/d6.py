@@ -6,31 +6,6 @@ Hardware: one GPU of 16 GB or more. Expected, not measured: 8 minutes of pretrai
 at 30 % MFU.
 """
 
-from jaxchat.config import (
-    CostConfig,
-    Experiment,
-    FinetuneConfig,
-    ModelConfig,
-    PretrainConfig,
-    ScheduleConfig,
-)
+from experiments import on_text
 
-experiment = Experiment(
-    model=ModelConfig(depth=6),
-    pretrain=PretrainConfig(batch_tokens=262_144, device_rows=32, eval_every=250, sample_every=1000),
-    midtrain=FinetuneConfig(
-        mixture=("chat", "smoltalk", "mmlu", "gsm8k", "spelling:20000"),
-        batch_tokens=131_072,
-        device_rows=32,
-        eval_every=150,
-    ),
-    sft=FinetuneConfig(
-        mixture=("chat", "smoltalk:10000", "arc_easy", "arc_challenge", "gsm8k", "spelling:300"),
-        batch_tokens=16_384,
-        device_rows=8,
-        lr_fraction=0.02,
-        schedule=ScheduleConfig(decay_ratio=1.0),
-        eval_every=100,
-    ),
-    cost=CostConfig(device="NVIDIA H100", devices=1, expected_mfu=0.30),
-)
+experiment = on_text(6, devices=1, mfu=0.30, pretrain_tokens=262_144)
