@@ -74,7 +74,20 @@ def _launch(argv: list[str]) -> int:
     if options.fresh:
         _set_aside(Path(directory))
     run_stages(Run(experiment, directory))
+    if experiment.stages[-1] == "report":
+        return _talk(directory)
     return 0
+
+
+def _talk(directory: str) -> int:
+    """The finished chatbot: its report, and a prompt to talk to it where somebody is there to type."""
+    print(f"\nreport:     {directory}/report.md\ntalk to it: jaxchat chat --run {directory}")
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return 0
+    from jaxchat.serve.cli import main as chat
+
+    print()
+    return chat(["chat", "--run", directory])
 
 
 def _help(parser: argparse.ArgumentParser, name: str | None) -> int:
