@@ -129,8 +129,8 @@ def load_experiment(name: str) -> Experiment:
       UserError: there is no such file.
     """
     names = experiment_names()
-    hint = closest(name, names) or ";"
-    check(name in names, f"unknown experiment {name!r}{hint} there are: {', '.join(names)}")
+    hint = closest(name, names)
+    check(name in names, f"unknown experiment {name!r}{hint} There are: {', '.join(names)}")
     return dataclasses.replace(importlib.import_module(f"experiments.{name}").experiment, name=name)
 
 
@@ -188,8 +188,8 @@ def _by_option(arguments: list[str], fields: dict[str, Any]) -> list[list[str]]:
         kind = fields.get(_field(flag, fields))
         if kind is None:
             options = [f"--{name}" for name in fields] + [o for a in _parser()._actions for o in a.option_strings]
-            hint = closest(flag, options) or ";"
-            raise UserError(f"unknown option {flag}{hint} see --help with --experiment=NAME for all")
+            hint = closest(flag, options)
+            raise UserError(f"unknown option {flag}{hint} See --help with --experiment=NAME for all")
         many = equals and get_args(kind)[-1:] == (Ellipsis,)
         groups.append([flag, *value.split(",")] if many else [argument])
     return groups

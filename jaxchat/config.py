@@ -32,9 +32,9 @@ def check(condition: bool, message: str) -> None:
 
 
 def closest(name: str, candidates) -> str:
-    """A hint such as `, did you mean 'd12'?`, or the empty string when nothing is near `name`."""
+    """How a message about an unknown name goes on: `, did you mean 'd12'?`, or a full stop if nothing is near."""
     near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
-    return f", did you mean {near[0]!r}?" if near else ""
+    return f", did you mean {near[0]!r}?" if near else "."
 
 
 @dataclass(frozen=True)
@@ -257,6 +257,13 @@ class EvaluateConfig:
     limit: int | None = None
     batch_rows: int = 64
     max_new_tokens: int = 512
+
+    def __post_init__(self):
+        check(self.limit is None or self.limit >= 1, f"evaluate.limit is {self.limit}; it must be at least 1")
+        check(
+            self.batch_rows >= 1 and self.max_new_tokens >= 1,
+            "evaluate.batch-rows and evaluate.max-new-tokens must be at least 1",
+        )
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class TestProcess:
         "": "name an experiment: --experiment=d12|d32|d6|",
         "quickstart": "name an experiment",
         "--experiment": "--experiment needs a value",
-        "--experiment=": "unknown experiment ''; there are: d12, d32",
+        "--experiment=": "unknown experiment ''. There are: d12, d32",
         "--experiment=quickstar": "unknown experiment 'quickstar', did you mean 'quickstart'?",
         "--help --experiment=speed": "did you mean 'speedrun'?",
         "--experiment=d12 --fresh=yes": "--fresh takes no value",

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxchat.mesh import shardings
@@ -33,7 +34,7 @@ def newton_schulz(
     stack: Float[Array, "L m n"],
     steps: int,
     coefficients: tuple[float, float, float],
-    dtype: jnp.dtype = jnp.bfloat16,
+    dtype: DTypeLike = jnp.bfloat16,
 ) -> Float[Array, "L m n"]:
     """Moves the singular values of each matrix towards 1 and keeps its singular vectors.
 
@@ -58,7 +59,7 @@ def scale_by_muon(
     *,
     steps: int,
     coefficients: tuple[float, float, float],
-    dtype: jnp.dtype = jnp.bfloat16,
+    dtype: DTypeLike = jnp.bfloat16,
     mesh: Mesh | None = None,
 ) -> optax.GradientTransformation:
     """Muon's update before learning rate and sign, for trees of matrices [fan_in, fan_out].

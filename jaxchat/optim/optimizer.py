@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from jaxchat.config import ModelConfig, OptimizerConfig
 from jaxchat.optim.muon import scale_by_muon
@@ -44,7 +45,7 @@ def make_optimizer(
     *,
     lr_fraction: float = 1.0,
     mesh: Mesh | None = None,
-    newton_schulz_dtype: jnp.dtype = jnp.bfloat16,
+    newton_schulz_dtype: DTypeLike = jnp.bfloat16,
 ) -> optax.GradientTransformation:
     """Clips the gradient's global norm, then updates each group by its own method, all rates times `schedule(count)`.
 

@@ -42,7 +42,7 @@ def load_model(run_dir: epath.PathLike, stage: str | None = None) -> LoadedModel
     there = f"finished: {', '.join(finished)}" if finished else "no stage that trains is finished there yet"
     check(
         stage is None or stage in TRAINED,
-        f"there is no stage {stage!r} with a model{closest(str(stage), TRAINED)}; in {run_dir} {there}",
+        f"there is no stage {stage!r} with a model{closest(str(stage), TRAINED)} In {run_dir} {there}",
     )
     check(bool(finished), f"{run_dir} has no model yet: {there}")
     check(stage is None or stage in finished, f"stage {stage!r} of {run_dir} is not finished; {there}")

@@ -27,6 +27,8 @@ from jaxchat.train.step import Batch, init_state, make_train_step
 
 MICRO_BATCH_SPEC = PartitionSpec(None, *BATCH_SPEC)  # [accumulation, rows, T]
 SAMPLE_TOKENS = 96
+PROMPT_TOKENS = 12
+Prompt = tuple[str, list[int]]  # as it is shown, and as the model gets it
 
 
 def plan_batch(run: Run, stage: str, config: TrainConfig) -> BatchPlan:
@@ -83,8 +85,12 @@ class Training:
     def engine(self, params) -> Engine:
         return Engine(self.model, params, self.tokenizer, dtype=self.run.dtype)
 
-    def sampler(self, metrics: Metrics, prompts: list[tuple[str, list[int]]]) -> Evaluator:
-        """Writes what the model makes of a few prompts, greedily, every `sample_every` steps and at the end."""
+    def sampler(self, metrics: Metrics, prompts: list[Prompt]) -> Evaluator:
+        """Writes what the model makes of a few prompts, greedily, every `sample_every` steps and at the end.
+
+        A prompt that fills the context is left out: there is no room for an answer.
+        """
+        prompts = [(text, ids) for text, ids in prompts if len(ids) < self.model.sequence_len]
 
         def run(step: int, params):
             completions = self.engine(params).generate(
@@ -143,13 +149,17 @@ def take(iterator: Iterator[dict[str, np.ndarray]], count: int) -> list[dict[str
     return list(itertools.islice(iterator, count))
 
 
-def prompts_of_texts(tokenizer: Tokenizer, texts: list[str], words: int = 6) -> list[tuple[str, list[int]]]:
+def prompts_of_texts(tokenizer: Tokenizer, texts: list[str]) -> list[Prompt]:
     """The beginnings of a few documents, as prompts for a base model."""
-    beginnings = [" ".join(text.split()[:words]) for text in texts]
-    return [(text, tokenizer.encode(text, prepend=tokenizer.bos_token_id)) for text in beginnings]
+    beginnings = [tokenizer.encode(text)[:PROMPT_TOKENS] for text in texts]
+    return [(tokenizer.decode(ids), [tokenizer.bos_token_id, *ids]) for ids in beginnings]
 
 
-def prompts_of_chats(tokenizer: Tokenizer, conversations: list[dict]) -> list[tuple[str, list[int]]]:
+def prompts_of_chats(tokenizer: Tokenizer, conversations: list[dict]) -> list[Prompt]:
     """The first questions of a few conversations."""
-    firsts = [{"messages": c["messages"][:2]} for c in conversations]
-    return [(str(c["messages"][0]["content"]), tokenizer.render_for_completion(c)) for c in firsts]
+    prompts = []
+    for messages in (conversation["messages"] for conversation in conversations):
+        first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+        opening = {"messages": messages[: first + 1]}
+        prompts.append((str(messages[first]["content"]), tokenizer.render_for_completion(opening)))
+    return prompts
