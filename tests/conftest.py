@@ -1,5 +1,5 @@
-"""Every test runs on the CPU as four virtual devices, so that sharded code is real, and with the annotated shapes and
-types of `jaxchat` checked at each call."""
+"""Every test runs on the CPU as four virtual devices, so that sharded code is real, and with the shapes and types of
+all functions on arrays checked at each call."""
 
 import os
 
@@ -8,5 +8,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
+import tests.typechecker  # noqa: E402, F401  (the hook finds it by its name)
+
 jax.config.update("jax_num_cpu_devices", 4)
-install_import_hook("jaxchat", "beartype.beartype")
+ON_ARRAYS = ("model", "optim", "train", "infer", "eval")
+install_import_hook([f"jaxchat.{package}" for package in ON_ARRAYS], "tests.typechecker.check")

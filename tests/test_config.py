@@ -129,4 +129,4 @@ def test_settings_cannot_be_changed():
 
 def test_closest():
     assert closest("d13", ["d12", "speedrun"]) == ", did you mean 'd12'?"
-    assert closest("zebra", ["d12", "speedrun"]) == ""
+    assert closest("zebra", ["d12", "speedrun"]) == "."

@@ -64,7 +64,7 @@ def refused(capsys, arguments):
     {
         "--pretrain.num-iteration=5": "unknown option --pretrain.num-iteration, did you mean '--pretrain.num-iteration",
         "--dryrun": "unknown option --dryrun, did you mean '--dry-run'?",
-        "--zzz=1": "unknown option --zzz; see --help",
+        "--zzz=1": "unknown option --zzz. See --help",
         "-seed=3": "unknown option -seed, did you mean '--seed'?",
         "--pretrain=3": "unknown option --pretrain",
         # ill-typed

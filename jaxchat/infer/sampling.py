@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 
 def sample(
-    logits: Float[Array, "B V"], keys: PRNGKeyArray, temperature: float | Array, top_k: int | None = None
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], temperature: float | Array, top_k: int | None = None
 ) -> Int[Array, " B"]:
     """One id a row, drawn from softmax(logits / temperature) over the `top_k` highest logits (all when None).
 

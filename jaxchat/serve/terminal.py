@@ -50,9 +50,10 @@ class Conversation:
         self.sampling = {"temperature": temperature, "top_k": top_k}
         self.seed = seed
         self.turns: list[Turn] = []
+        self.forgets = False  # whether the context has ever been full
 
-    def ask(self, text: str) -> tuple[int, Iterator[list[int]]]:
-        """How many turns were forgotten to make room, and the answer's tokens in chunks as they come.
+    def ask(self, text: str) -> tuple[bool, Iterator[list[int]]]:
+        """Whether turns were forgotten for the first time to make room, and the answer's tokens as they come.
 
         The turn is kept when the chunks are used up or closed.
 
@@ -70,11 +71,11 @@ class Conversation:
             f"this message has {len(question)} tokens, more than the model's context of {context}; shorten it",
         )
         room = min(self.max_tokens, context // 4)
-        forgotten = 0
+        first, turns = not self.forgets, len(self.turns)
         while self.turns and len(self._prompt(bos, question)) + room > context:
             del self.turns[0]
-            forgotten += 1
-        return forgotten, self._answer(self._prompt(bos, question), question)
+        self.forgets |= len(self.turns) < turns
+        return first and self.forgets, self._answer(self._prompt(bos, question), question)
 
     def _prompt(self, bos: list[int], question: list[int]) -> list[int]:
         return bos + [token for turn in self.turns for token in turn.question + turn.answer] + question
@@ -251,9 +252,9 @@ def _reply(conversation: Conversation, text: str, out: Console, notes: Console) 
     """Asks, and writes the answer as it comes; whether it was interrupted."""
     writer = Writer(conversation.engine.tokenizer)
     with _Interrupt() as interrupt:
-        forgotten, chunks = conversation.ask(text)
-        if forgotten:
-            notes.print(f"(context full: forgot the oldest turn{'s' * (forgotten > 1)})", style="dim")
+        forgets, chunks = conversation.ask(text)
+        if forgets:
+            notes.print("(the context is full: from here on the oldest turns are forgotten)", style="dim")
         with contextlib.closing(chunks):
             for tokens in chunks:
                 _print(out, writer.write(tokens))

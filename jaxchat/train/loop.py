@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from jaxchat.train.step import Batch, State
 Values = Iterable[tuple[str, Any]]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where batches come from. Supervised sources ignore the parameters; RL samples with them."""
 

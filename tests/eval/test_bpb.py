@@ -37,7 +37,9 @@ def batches():
 def by_definition(params, batches):
     nats = size = 0.0
     for batch in batches:
-        scores = np.asarray(logits(CONFIG, params, hidden_states(CONFIG, params, batch["inputs"])), np.float64)
+        scores = np.asarray(
+            logits(CONFIG, params, hidden_states(CONFIG, params, jnp.asarray(batch["inputs"]))), np.float64
+        )
         for row, targets in zip(scores, batch["targets"], strict=True):
             for score, target in zip(row, targets, strict=True):
                 if target >= 0 and TOKEN_BYTES[target] > 0:

@@ -119,7 +119,7 @@ def test_the_oldest_turns_make_room(run_dir):
     assert done.returncode == 0
     assert done.stdout.splitlines()[0] == "Grüße, 日本 🙂!"
     notes = done.stderr.splitlines()
-    assert "(context full: forgot the oldest turn)" in notes
+    assert "(the context is full: from here on the oldest turns are forgotten)" in notes
     assert any(re.fullmatch(r"error: this message has \d+ tokens, .* context of 128; shorten it", n) for n in notes)
 
 
