@@ -17,6 +17,7 @@ import importlib
 import io
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -81,7 +82,9 @@ def _launch(argv: list[str]) -> int:
 
 def _talk(directory: str) -> int:
     """The finished chatbot: its report, and a prompt to talk to it where somebody is there to type."""
-    print(f"\nreport:     {directory}/report.md\ntalk to it: jaxchat chat --run {directory}")
+    # Without an activated environment the command is beside this Python.
+    command = "jaxchat" if shutil.which("jaxchat") else os.path.relpath(Path(sys.executable).with_name("jaxchat"))
+    print(f"\nreport:     {directory}/report.md\ntalk to it: {command} chat --run {directory}")
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return 0
     from jaxchat.serve.cli import main as chat
