@@ -65,18 +65,25 @@ class BatchPlan:
 def batch_plan(batch_tokens: int, device_rows: int, sequence_len: int, data_parallel: int) -> BatchPlan:
     """Splits `batch_tokens` over `data_parallel` devices (data times fsdp) of `device_rows` rows at a time.
 
+    A batch with fewer rows for each device than that goes through at once.
+
     Raises:
       UserError: it does not divide; names the nearest batches and, where there are any, device rows that do.
     """
+    row_tokens = sequence_len * data_parallel  # of one row on every device
+    device_total, rest_of_rows = divmod(batch_tokens, row_tokens)
+    if rest_of_rows == 0 and 0 < device_total < device_rows:
+        return BatchPlan(device_rows=device_total, rows=device_total * data_parallel, accumulation=1)
     rows = device_rows * data_parallel
     micro_tokens = rows * sequence_len
     accumulation, rest = divmod(batch_tokens, micro_tokens)
     if rest == 0 and accumulation > 0:
         return BatchPlan(device_rows=device_rows, rows=rows, accumulation=accumulation)
-    batches = [n * micro_tokens for n in (accumulation, accumulation + 1) if n > 0]
+    unit = micro_tokens if batch_tokens > micro_tokens else row_tokens
+    below = batch_tokens // unit * unit
+    batches = [tokens for tokens in (below, below + unit) if tokens > 0]
     remedies = [f"batch-tokens {_either(batches)}"]
-    device_total, rest = divmod(batch_tokens, sequence_len * data_parallel)
-    if rest == 0 and device_total > 0:
+    if rest_of_rows == 0 and device_total > 0:
         divisors = [d for d in range(1, device_total + 1) if device_total % d == 0]
         below = [d for d in divisors if d < device_rows][-1:]
         above = [d for d in divisors if d > device_rows][:1]

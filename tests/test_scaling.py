@@ -54,12 +54,17 @@ def test_batch_plan_of_the_speedrun_on_eight_devices_and_on_one():
     assert batch_plan(524_288, 32, 2048, 1) == BatchPlan(device_rows=32, rows=32, accumulation=8)
 
 
+def test_a_small_batch_takes_fewer_rows_a_device():
+    assert batch_plan(4096, 32, 128, 1) == BatchPlan(device_rows=32, rows=32, accumulation=1)
+    assert batch_plan(4096, 32, 128, 8) == BatchPlan(device_rows=4, rows=32, accumulation=1)
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
         ((500_000, 32, 2048, 1), "nearest that work: batch-tokens 458752 or 524288"),
         ((524_288, 24, 2048, 1), "batch-tokens 491520 or 540672, or device-rows 16 or 32"),
-        ((1024, 4, 512, 1), "batch-tokens 2048, or device-rows 2"),
+        ((1100, 4, 512, 1), "nearest that work: batch-tokens 1024 or 1536"),
         ((100, 1, 512, 2), "nearest that work: batch-tokens 1024"),
     ],
 )
@@ -91,12 +96,13 @@ def test_plans_are_exact_and_suggestions_work(batch, device_rows, sequence_len, 
 
 @given(batch=st.integers(1, 1 << 16), device_rows=st.integers(1, 64))
 def test_no_nearer_batch_would_do(batch, device_rows):
-    assume(batch % (device_rows * 128))
+    fits = [n * 128 for n in range(1, device_rows)] + [n * device_rows * 128 for n in range(1, 1 << 10)]
+    assume(batch not in fits)
     with pytest.raises(UserError) as error:
         batch_plan(batch, device_rows, 64, 2)
     batches = re.search(r"work: batch-tokens ([\d or]+)", str(error.value)).group(1)
     nearest = min(abs(int(n) - batch) for n in batches.split(" or "))
-    assert nearest == min(abs(n * device_rows * 128 - batch) for n in range(1, 1 << 10))
+    assert nearest == min(abs(n - batch) for n in fits)
 
 
 def test_hours_and_cost():

@@ -98,7 +98,8 @@ class Rollouts(Source):
         self.run, self.config, self.questions, self.engine = run, config, questions, engine
         self.tokenizer = engine.tokenizer
         parallel = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-        self.micro_rows = config.device_rows * parallel
+        rollouts = config.questions_per_step * config.samples_per_question
+        self.micro_rows = min(config.device_rows, math.ceil(rollouts / parallel)) * parallel
 
     def get_state(self) -> dict:
         return {}  # a step's questions and random numbers follow from its number alone
