@@ -31,10 +31,10 @@ EVALUATION_SEED = 0
 
 
 def run(run: Run) -> None:
-    """Trains the parent's parameters on the rewards of their own samples.
+    """Trains the parent's parameters on the rewards of their own samples; skipped where the data has none of the tasks.
 
     Raises:
-      UserError: none of the tasks is in the data; more than one process.
+      UserError: no question fits the context; more than one process.
     """
     if jax.process_count() > 1:
         raise UserError("rl samples on one host only; run the stage 'rl' on one")
@@ -48,7 +48,10 @@ def run(run: Run) -> None:
     questions = questions_of(tasks, tokenizer, model.sequence_len)
     check(bool(questions), f"rl: no question of its tasks fits into model.sequence-len {model.sequence_len}")
     tests = run.load_tasks("rl", config.tasks, "test", quiet=True)
-    held_out = questions_of(tests, tokenizer, model.sequence_len) or questions
+    held_out = questions_of(tests, tokenizer, model.sequence_len)
+    if not held_out:
+        run.say("rl        its tasks have no test questions: reward_eval is of questions that are trained on")
+        held_out = questions
     parent = run.parent_of("rl")
     params, step = run.load_params(parent, model)
     steps = config.num_iterations or max(1, len(questions) // config.questions_per_step)
