@@ -1,10 +1,36 @@
 //! Ids back to bytes.
 
+use std::num::NonZero;
+
 use crate::error::Error;
+
+/// Most tokens are shorter. Copying always as many bytes takes fewer instructions than copying just enough.
+const WINDOW: usize = 16;
+/// Below this many ids a thread is not worth its start.
+const IDS_A_THREAD: usize = 1 << 16;
+
+/// An integer type that ids come in.
+pub trait Id: Copy + Sync {
+    /// The id as a number that holds all of them, the bad ones included.
+    fn number(self) -> i64;
+}
+
+impl Id for i64 {
+    fn number(self) -> i64 {
+        self
+    }
+}
+
+impl Id for u32 {
+    fn number(self) -> i64 {
+        self.into()
+    }
+}
 
 /// The bytes of all tokens in one allocation, so that the frequent ones share the processor's cache.
 #[derive(Debug)]
 pub struct Decoder {
+    /// `WINDOW` bytes follow the last token.
     bytes: Vec<u8>,
     /// Token i is `bytes[ends[i]..ends[i + 1]]`.
     ends: Vec<usize>,
@@ -17,33 +43,111 @@ impl Decoder {
             decoder.bytes.extend_from_slice(token);
             decoder.ends.push(decoder.bytes.len());
         }
+        decoder.bytes.extend_from_slice(&[0; WINDOW]);
         decoder
     }
 
-    /// The bytes of the tokens, one after the other.
-    pub fn decode(&self, ids: &[i64]) -> Result<Vec<u8>, Error> {
-        // English has about four bytes a token.
-        let mut out = Vec::with_capacity(ids.len() * 5);
-        for &id in ids {
-            let token = usize::try_from(id).ok().and_then(|id| self.ends.get(id..id.checked_add(2)?));
-            let Some(&[start, end]) = token else { return Err(Error::Id { id, size: self.ends.len() - 1 }) };
-            out.extend_from_slice(&self.bytes[start..end]);
+    #[inline(always)]
+    fn range<I: Id>(&self, id: I) -> Option<(usize, usize)> {
+        match self.ends.get(usize::try_from(id.number()).ok()?..)? {
+            [start, end, ..] => Some((*start, *end)),
+            _ => None,
         }
+    }
+
+    /// The number of bytes that the tokens have together.
+    pub fn size<I: Id>(&self, ids: &[I]) -> Result<usize, Error> {
+        ids.iter().try_fold(0, |sum, &id| match self.range(id) {
+            Some((start, end)) => Ok(sum + end - start),
+            None => Err(Error::Id { id: id.number(), size: self.ends.len() - 1 }),
+        })
+    }
+
+    /// The bytes of the tokens, one after the other. `threads`: as many as the machine has cores if not given; fewer
+    /// are used when there are few ids.
+    pub fn decode<I: Id>(&self, ids: &[I], threads: Option<NonZero<usize>>) -> Result<Vec<u8>, Error> {
+        let cores = || std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN);
+        let most = ids.len() / IDS_A_THREAD;
+        let threads = if most < 2 { 1 } else { threads.unwrap_or_else(cores).get().min(most) };
+        let parts: Vec<&[I]> = ids.chunks(ids.len().div_ceil(threads).max(1)).collect();
+        let sizes: Result<Vec<usize>, Error> = in_parallel(parts.iter().map(|part| || self.size(part))).collect();
+        let sizes = sizes?;
+        let mut out = vec![0; sizes.iter().sum()];
+        let mut rest = &mut out[..];
+        let jobs = parts.iter().zip(sizes).map(|(part, size)| {
+            let (slot, behind) = std::mem::take(&mut rest).split_at_mut(size);
+            rest = behind;
+            || self.write(part, slot)
+        });
+        in_parallel(jobs).for_each(drop);
         Ok(out)
     }
+
+    /// Writes the bytes of good ids to `out`, which has the room for exactly these.
+    fn write<I: Id>(&self, ids: &[I], out: &mut [u8]) {
+        let mut at = 0;
+        for (start, end) in ids.iter().filter_map(|&id| self.range(id)) {
+            let size = end - start;
+            // What is too much is overwritten by the next token.
+            match (out.get_mut(at..at + WINDOW), self.bytes.get(start..start + WINDOW)) {
+                (Some(slot), Some(window)) if size <= WINDOW => slot.copy_from_slice(window),
+                _ => out[at..at + size].copy_from_slice(&self.bytes[start..end]),
+            }
+            at += size;
+        }
+    }
+}
+
+/// The results of all jobs, each run by a thread of its own, the first by the calling one.
+fn in_parallel<R: Send>(mut jobs: impl Iterator<Item = impl FnOnce() -> R + Send>) -> impl Iterator<Item = R> {
+    std::thread::scope(|scope| {
+        let first = jobs.next();
+        let others: Vec<_> = jobs.map(|job| scope.spawn(job)).collect();
+        let first = first.map(|job| job());
+        let others =
+            others.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        first.into_iter().chain(others).collect::<Vec<R>>().into_iter()
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    const LONG: &[u8] = b"a token of more bytes than one window has";
+
+    fn decoder() -> Decoder {
+        Decoder::new([&b"a"[..], b"bcd", b"\xff", b"sixteen bytes !!", LONG].into_iter())
+    }
 
     #[test]
     fn ids_in_and_out_of_range() {
-        let decoder = Decoder::new([&b"a"[..], b"bcd", b"\xff"].into_iter());
-        assert_eq!(decoder.decode(&[1, 0, 2, 1]).unwrap(), b"bcda\xffbcd");
-        assert_eq!(decoder.decode(&[]).unwrap(), b"");
-        for id in [3, -1, i64::MAX, i64::MIN] {
-            assert_eq!(decoder.decode(&[0, id]), Err(Error::Id { id, size: 3 }));
+        assert_eq!(decoder().decode(&[1i64, 0, 2, 1], None).unwrap(), b"bcda\xffbcd");
+        assert_eq!(decoder().decode(&[0i64; 0], None).unwrap(), b"");
+        for id in [5, -1, i64::MAX, i64::MIN] {
+            assert_eq!(decoder().decode(&[0, id], None), Err(Error::Id { id, size: 5 }));
+        }
+        assert_eq!(decoder().decode(&[u32::MAX], None), Err(Error::Id { id: u32::MAX.into(), size: 5 }));
+    }
+
+    #[test]
+    fn threads_give_the_same_as_one() {
+        let ids: Vec<u32> = (0..5 * IDS_A_THREAD as u32 + 7).map(|i| i.wrapping_mul(2_654_435_761) % 5).collect();
+        let one = decoder().decode(&ids, NonZero::new(1)).unwrap();
+        assert_eq!(decoder().decode(&ids, NonZero::new(3)).unwrap(), one);
+        let bad = [&ids[..], &[9]].concat();
+        assert_eq!(decoder().decode(&bad, NonZero::new(3)), Err(Error::Id { id: 9, size: 5 }));
+    }
+
+    proptest! {
+        #[test]
+        fn equals_plain_concatenation(ids in prop::collection::vec(0u32..5, 0..50)) {
+            let tokens = [&b"a"[..], b"bcd", b"\xff", b"sixteen bytes !!", LONG];
+            let expected: Vec<u8> = ids.iter().flat_map(|&id| tokens[id as usize].iter().copied()).collect();
+            prop_assert_eq!(decoder().size(&ids).unwrap(), expected.len());
+            prop_assert_eq!(decoder().decode(&ids, None).unwrap(), expected);
         }
     }
 }

@@ -4,8 +4,8 @@ use std::num::NonZero;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::count::{INLINE, inline_key};
 use crate::error::Error;
+use crate::key::{INLINE, inline_key};
 use crate::split::Splitter;
 use crate::vocab::Vocabulary;
 
@@ -221,7 +221,7 @@ mod tests {
         let splitter = Splitter::new(pattern).unwrap();
         let mut counts = PieceCounts::default();
         counts.add_text(&splitter, SAMPLE).unwrap();
-        let tokens = learn(&counts, 290, || false).unwrap();
+        let tokens = learn(&counts, 290, |_| false).unwrap();
         Encoder::new(splitter, Vocabulary::new(tokens).unwrap())
     }
 

@@ -7,6 +7,8 @@ pub mod count;
 pub mod decode;
 pub mod encode;
 pub mod error;
+pub mod files;
+pub mod key;
 #[cfg(feature = "python")]
 mod py;
 pub mod split;

@@ -1,8 +1,11 @@
 //! The Python binding: conversions, the interpreter lock, signals and exceptions; nothing of the algorithms.
 
+use std::borrow::Cow;
 use std::num::NonZero;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
-use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
+use numpy::{Element, IntoPyArray, PyArray1, PyReadonlyArray1};
 use pyo3::create_exception;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -13,12 +16,15 @@ use crate::count::{Batch, count_batches};
 use crate::decode::Decoder;
 use crate::encode;
 use crate::error::Error;
+use crate::files::Texts;
 use crate::split::{DEFAULT_PATTERN, Splitter};
 use crate::train::learn;
 use crate::vocab::Vocabulary;
 
 /// Texts are pulled from the iterator in batches of about this many bytes.
 const BATCH: usize = 1 << 20;
+/// How often a training says how far it is.
+const REPORT: Duration = Duration::from_millis(100);
 
 create_exception!(jaxchat_tokenizer, TokenizerError, PyValueError);
 
@@ -48,39 +54,111 @@ fn threads_of(threads: Option<usize>) -> NonZero<usize> {
         .unwrap_or_else(|| std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN))
 }
 
+/// Tells Python how far a training is, and hears from it that it is to stop.
+struct Reporter<'a> {
+    progress: Option<&'a Py<PyAny>>,
+    last: Instant,
+}
+
+impl Reporter<'_> {
+    /// Looks for signals such as Ctrl-C, and calls `progress(phase, done)`, if there is one, now and then. An exception
+    /// that it raises ends the training.
+    fn report(&mut self, py: Python<'_>, phase: &str, done: u64) -> PyResult<()> {
+        py.check_signals()?;
+        if let Some(progress) = self.progress
+            && self.last.elapsed() >= REPORT
+        {
+            progress.call1(py, (phase, done))?;
+            self.last = Instant::now();
+        }
+        Ok(())
+    }
+}
+
+/// Counts the pieces of all batches, then learns from them.
+fn learn_from(
+    splitter: &Splitter,
+    size: usize,
+    threads: Option<usize>,
+    progress: Option<&Py<PyAny>>,
+    mut next: impl FnMut(&mut Reporter) -> PyResult<Option<Batch>>,
+) -> PyResult<Vec<Vec<u8>>> {
+    let mut reporter = Reporter { progress, last: Instant::now() };
+    let counts = count_batches(splitter, threads_of(threads), || next(&mut reporter))?;
+    let mut stop = None;
+    let tokens = learn(&counts, size, |done| {
+        stop = Python::attach(|py| reporter.report(py, "merge", done as u64)).err();
+        stop.is_some()
+    });
+    match stop {
+        Some(error) => Err(error),
+        None => Ok(tokens?),
+    }
+}
+
 /// Learns at most `size` tokens from an iterable of `str` and returns them as a list of `bytes`; the index is the id.
+///
+/// `progress(phase, done)` is called now and then: with "count" and the characters read, then with "merge" and the
+/// number of tokens.
 #[pyfunction]
-#[pyo3(signature = (texts, size, pattern, threads=None))]
+#[pyo3(signature = (texts, size, pattern, threads=None, progress=None))]
 fn train<'py>(
     py: Python<'py>,
     texts: &Bound<'py, PyAny>,
     size: usize,
     pattern: &str,
     threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
 ) -> PyResult<Vec<Bound<'py, PyBytes>>> {
     let splitter = Splitter::new(pattern)?;
     let iterator: Py<PyIterator> = texts.try_iter()?.unbind();
+    let mut characters = 0;
     let tokens = py.detach(|| {
-        let counts = count_batches(&splitter, threads_of(threads), || Python::attach(|py| pull(iterator.bind(py))))?;
-        let mut signal = None;
-        let tokens = learn(&counts, size, || {
-            signal = Python::attach(|py| py.check_signals()).err();
-            signal.is_some()
-        });
-        match signal {
-            Some(error) => Err(error),
-            None => tokens.map_err(PyErr::from),
-        }
+        learn_from(&splitter, size, threads, progress.as_ref(), |reporter| {
+            Python::attach(|py| {
+                reporter.report(py, "count", characters)?;
+                pull(iterator.bind(py), &mut characters)
+            })
+        })
     })?;
-    Ok(tokens.iter().map(|token| PyBytes::new(py, token)).collect())
+    Ok(list_of_bytes(py, &tokens))
+}
+
+/// `train` on the texts of files, which Python never sees: parquet with a column `text`, or plain text. Returns the
+/// tokens, and the number of characters read: at most `max_chars` and the rest of one text.
+#[pyfunction]
+#[pyo3(signature = (paths, size, pattern, max_chars=None, threads=None, progress=None))]
+fn train_files<'py>(
+    py: Python<'py>,
+    paths: Vec<PathBuf>,
+    size: usize,
+    pattern: &str,
+    max_chars: Option<u64>,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<(Vec<Bound<'py, PyBytes>>, u64)> {
+    let splitter = Splitter::new(pattern)?;
+    let mut texts = Texts::new(paths, max_chars);
+    let tokens = py.detach(|| {
+        learn_from(&splitter, size, threads, progress.as_ref(), |reporter| {
+            Python::attach(|py| reporter.report(py, "count", texts.characters()))?;
+            Ok(texts.next_batch()?)
+        })
+    })?;
+    Ok((list_of_bytes(py, &tokens), texts.characters()))
+}
+
+fn list_of_bytes<'py, T: AsRef<[u8]>>(py: Python<'py>, tokens: &[T]) -> Vec<Bound<'py, PyBytes>> {
+    tokens.iter().map(|token| PyBytes::new(py, token.as_ref())).collect()
 }
 
 /// The next batch of texts; None at the end.
-fn pull(iterator: &Bound<'_, PyIterator>) -> PyResult<Option<Batch>> {
-    iterator.py().check_signals()?;
+fn pull(iterator: &Bound<'_, PyIterator>, characters: &mut u64) -> PyResult<Option<Batch>> {
     let mut batch = Batch::default();
     for text in iterator.clone() {
-        batch.push(&text_of(text?.cast_into::<PyString>()?)?);
+        let text = text?.cast_into::<PyString>()?;
+        *characters += text.len()? as u64;
+        batch.push(&text_of(text)?);
         if batch.bytes() >= BATCH {
             break;
         }
@@ -88,11 +166,71 @@ fn pull(iterator: &Bound<'_, PyIterator>) -> PyResult<Option<Batch>> {
     Ok(Some(batch).filter(|batch| !batch.is_empty()))
 }
 
-/// Ids from Python: an array of int64, or a sequence of int.
+/// Ids from Python.
 #[derive(FromPyObject)]
 enum Ids<'py> {
-    Array(PyReadonlyArray1<'py, i64>),
+    List(Bound<'py, PyList>),
+    Unsigned(PyReadonlyArray1<'py, u32>),
+    Signed(PyReadonlyArray1<'py, i64>),
     Sequence(Vec<i64>),
+}
+
+/// Ids, out of the hands of Python as far as that needs no copy.
+enum Plain<'a> {
+    Unsigned(Cow<'a, [u32]>),
+    Signed(Cow<'a, [i64]>),
+}
+
+impl Ids<'_> {
+    fn plain(&self) -> PyResult<Plain<'_>> {
+        Ok(match self {
+            Self::List(list) => {
+                Plain::Signed(list.iter().map(|id| id.extract()).collect::<PyResult<Vec<i64>>>()?.into())
+            }
+            Self::Unsigned(array) => Plain::Unsigned(slice_of(array)),
+            Self::Signed(array) => Plain::Signed(slice_of(array)),
+            Self::Sequence(ids) => Plain::Signed(ids.into()),
+        })
+    }
+}
+
+fn slice_of<'a, T: Element + Clone>(array: &'a PyReadonlyArray1<'_, T>) -> Cow<'a, [T]> {
+    match array.as_slice() {
+        Ok(slice) => slice.into(),
+        // Every other element of something, say.
+        Err(_) => array.as_array().to_vec().into(),
+    }
+}
+
+impl Plain<'_> {
+    fn decode(&self, decoder: &Decoder, threads: Option<usize>) -> Result<Vec<u8>, Error> {
+        let threads = threads.and_then(NonZero::new);
+        match self {
+            Self::Unsigned(ids) => decoder.decode(ids, threads),
+            Self::Signed(ids) => decoder.decode(ids, threads),
+        }
+    }
+
+    /// The bytes of the tokens up to each of the offsets, which are in ascending order.
+    fn ends(&self, decoder: &Decoder, offsets: &[usize]) -> Result<Vec<usize>, Error> {
+        let mut at = 0;
+        let size = |range: std::ops::Range<usize>| match self {
+            Self::Unsigned(ids) => decoder.size(&ids[range]),
+            Self::Signed(ids) => decoder.size(&ids[range]),
+        };
+        let ends = std::iter::once(&0).chain(offsets).zip(offsets).map(|(&start, &end)| {
+            at += size(start..end)?;
+            Ok(at)
+        });
+        ends.collect()
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::Unsigned(ids) => ids.len(),
+            Self::Signed(ids) => ids.len(),
+        }
+    }
 }
 
 /// Encodes and decodes with a vocabulary of `tokens`, whose indices are their ids, and `special` tokens behind them.
@@ -106,11 +244,28 @@ struct Encoder {
 
 #[pymethods]
 impl Encoder {
+    /// Without `merges`, any two tokens whose bytes make a third may merge, the lowest id first: tiktoken's rule. With
+    /// them, exactly those pairs of ids, in this order: Hugging Face's rule, with its `ignore_merges` as `whole_pieces`.
+    /// `keep_gaps` makes pieces of text that the pattern does not match, which is dropped otherwise.
     #[new]
-    fn new(py: Python<'_>, tokens: Vec<Vec<u8>>, special: Vec<String>, pattern: &str) -> PyResult<Self> {
+    #[pyo3(signature = (tokens, special, pattern, merges=None, whole_pieces=true, keep_gaps=false))]
+    fn new(
+        py: Python<'_>,
+        tokens: Vec<Vec<u8>>,
+        special: Vec<String>,
+        pattern: &str,
+        merges: Option<Vec<(u32, u32)>>,
+        whole_pieces: bool,
+        keep_gaps: bool,
+    ) -> PyResult<Self> {
         let size = tokens.len() + special.len();
-        let core =
-            py.detach(|| Ok::<_, Error>(encode::Encoder::new(Splitter::new(pattern)?, Vocabulary::new(tokens)?)))?;
+        let core = py.detach(|| {
+            let vocabulary = match merges {
+                None => Vocabulary::new(tokens)?,
+                Some(merges) => Vocabulary::with_merges(tokens, &merges, whole_pieces)?,
+            };
+            Ok::<_, Error>(encode::Encoder::new(Splitter::new(pattern)?.keep_gaps(keep_gaps), vocabulary))
+        })?;
         let tokens = core.vocabulary().tokens().iter().map(AsRef::as_ref);
         let decoder = Decoder::new(tokens.chain(special.iter().map(String::as_bytes)));
         let ints = (0..size).map(|id| id.into_pyobject(py).map(Bound::unbind)).collect::<Result<_, _>>()?;
@@ -150,19 +305,47 @@ impl Encoder {
 
     /// The bytes of the tokens, one after the other.
     fn decode<'py>(&self, py: Python<'py>, ids: Ids<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        let bytes = match ids {
-            Ids::Array(array) => match array.as_slice() {
-                Ok(ids) => self.decoder.decode(ids),
-                Err(_) => self.decoder.decode(&array.as_array().to_vec()),
-            },
-            Ids::Sequence(ids) => self.decoder.decode(&ids),
-        }?;
+        let ids = ids.plain()?;
+        let bytes = py.detach(|| ids.decode(&self.decoder, None))?;
         Ok(PyBytes::new(py, &bytes))
+    }
+
+    /// The text of the tokens. Bytes that are not UTF-8 become U+FFFD.
+    #[pyo3(signature = (ids, threads=None))]
+    fn decode_text<'py>(
+        &self,
+        py: Python<'py>,
+        ids: Ids<'py>,
+        threads: Option<usize>,
+    ) -> PyResult<Bound<'py, PyString>> {
+        let ids = ids.plain()?;
+        let bytes = py.detach(|| ids.decode(&self.decoder, threads))?;
+        Ok(PyString::new(py, &String::from_utf8_lossy(&bytes)))
+    }
+
+    /// The text of each range `ids[offsets[i]:offsets[i + 1]]`: the inverse of `encode_to_numpy`.
+    #[pyo3(signature = (ids, offsets, threads=None))]
+    fn decode_batch<'py>(
+        &self,
+        py: Python<'py>,
+        ids: Ids<'py>,
+        offsets: Vec<usize>,
+        threads: Option<usize>,
+    ) -> PyResult<Vec<Bound<'py, PyString>>> {
+        let ids = ids.plain()?;
+        if !offsets.is_sorted() || offsets.last().is_some_and(|&last| last > ids.len()) {
+            let size = ids.len();
+            return Err(TokenizerError::new_err(format!("offsets must ascend and end at {size}, the number of ids")));
+        }
+        let (bytes, ends) =
+            py.detach(|| Ok::<_, Error>((ids.decode(&self.decoder, threads)?, ids.ends(&self.decoder, &offsets)?)))?;
+        let texts = ends.windows(2).map(|pair| String::from_utf8_lossy(&bytes[pair[0]..pair[1]]));
+        Ok(texts.map(|text| PyString::new(py, &text)).collect())
     }
 
     /// The bytes of each token that is not special, in the order of ids.
     fn tokens<'py>(&self, py: Python<'py>) -> Vec<Bound<'py, PyBytes>> {
-        self.core.vocabulary().tokens().iter().map(|token| PyBytes::new(py, token)).collect()
+        list_of_bytes(py, self.core.vocabulary().tokens())
     }
 
     #[getter]
@@ -176,5 +359,6 @@ fn jaxchat_tokenizer(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("DEFAULT_PATTERN", DEFAULT_PATTERN)?;
     module.add("TokenizerError", module.py().get_type::<TokenizerError>())?;
     module.add_class::<Encoder>()?;
-    module.add_function(wrap_pyfunction!(train, module)?)
+    module.add_function(wrap_pyfunction!(train, module)?)?;
+    module.add_function(wrap_pyfunction!(train_files, module)?)
 }

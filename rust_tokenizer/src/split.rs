@@ -15,12 +15,18 @@ pub struct Splitter {
     pattern: String,
     /// None for the default pattern, which a scanner by hand splits 12 times as fast as the regex.
     regex: Option<Regex>,
+    keep_gaps: bool,
 }
 
 impl Splitter {
     pub fn new(pattern: &str) -> Result<Self, Error> {
         let regex = if pattern == DEFAULT_PATTERN { None } else { Some(compile(pattern)?) };
-        Ok(Self { pattern: pattern.to_owned(), regex })
+        Ok(Self { pattern: pattern.to_owned(), regex, keep_gaps: false })
+    }
+
+    /// Makes pieces of the text that a custom pattern does not match, as Hugging Face's `Isolated` split does.
+    pub fn keep_gaps(self, keep_gaps: bool) -> Self {
+        Self { keep_gaps, ..self }
     }
 
     pub fn pattern(&self) -> &str {
@@ -28,7 +34,7 @@ impl Splitter {
     }
 
     /// Calls `piece(start, end)` with the bytes of each piece in turn. Text that a custom pattern does not match is
-    /// left out, as it is by tiktoken; the default pattern matches everything.
+    /// left out, as it is by tiktoken, unless `keep_gaps` says otherwise; the default pattern matches everything.
     pub fn split(&self, text: &str, mut piece: impl FnMut(usize, usize)) -> Result<(), Error> {
         match &self.regex {
             None => {
@@ -41,11 +47,19 @@ impl Splitter {
                 }
             }
             Some(regex) => {
+                let mut done = 0;
                 for found in regex.find_iter(text) {
                     let found = found.map_err(|error| Error::Split(error.to_string()))?;
+                    if self.keep_gaps && done < found.start() {
+                        piece(done, found.start());
+                    }
                     if !found.as_str().is_empty() {
                         piece(found.start(), found.end());
                     }
+                    done = found.end();
+                }
+                if self.keep_gaps && done < text.len() {
+                    piece(done, text.len());
                 }
             }
         }

@@ -135,8 +135,13 @@ impl Pairs {
 /// they were made. Each step merges the pair of neighbours that occurs most often, ties to the lowest (left id, right
 /// id), from left to right in every piece. Gives fewer tokens when no pair is left to merge.
 ///
-/// `interrupted` is asked now and then; if it answers true, the training ends with `Error::Interrupted`.
-pub fn learn(counts: &PieceCounts, size: usize, mut interrupted: impl FnMut() -> bool) -> Result<Vec<Vec<u8>>, Error> {
+/// `interrupted` is told now and then how many tokens there are; if it answers true, the training ends with
+/// `Error::Interrupted`.
+pub fn learn(
+    counts: &PieceCounts,
+    size: usize,
+    mut interrupted: impl FnMut(usize) -> bool,
+) -> Result<Vec<Vec<u8>>, Error> {
     let mut arena = Arena::new(counts)?;
     let mut pairs = Pairs::new(&mut arena);
     let mut tokens: Vec<Vec<u8>> = (0..=u8::MAX).map(|byte| vec![byte]).collect();
@@ -144,7 +149,7 @@ pub fn learn(counts: &PieceCounts, size: usize, mut interrupted: impl FnMut() ->
     let (mut before, mut behind) = (vec![NONE; BYTES], vec![NONE; BYTES]);
     let mut born = Vec::new();
     while tokens.len() < size {
-        if tokens.len().is_multiple_of(256) && interrupted() {
+        if tokens.len().is_multiple_of(256) && interrupted(tokens.len()) {
             return Err(Error::Interrupted);
         }
         let Some((index, (left, right))) = pairs.pop() else { break };
@@ -202,7 +207,7 @@ mod tests {
         for text in texts {
             counts.add_text(&splitter, text).unwrap();
         }
-        learn(&counts, size, || false).unwrap()
+        learn(&counts, size, |_| false).unwrap()
     }
 
     /// All pairs counted again for each merge.
@@ -249,7 +254,7 @@ mod tests {
 
     #[test]
     fn stops_when_interrupted() {
-        assert_eq!(learn(&PieceCounts::default(), 999, || true), Err(Error::Interrupted));
+        assert_eq!(learn(&PieceCounts::default(), 999, |_| true), Err(Error::Interrupted));
     }
 
     #[test]

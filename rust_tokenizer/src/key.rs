@@ -1,0 +1,22 @@
+//! Short pieces as numbers.
+
+/// The longest piece that is kept inside its key.
+pub const INLINE: usize = 15;
+
+/// A piece of at most `INLINE` bytes and its length in one number: equal pieces, equal keys.
+/// `text[start..end]` is the piece; the bytes behind it are read and masked off, which is faster than a copy of
+/// unknown length.
+#[inline(always)]
+pub fn inline_key(text: &[u8], start: usize, end: usize) -> u128 {
+    let length = end - start;
+    debug_assert!(length <= INLINE);
+    let raw = match text.get(start..start + 16).and_then(|window| <[u8; 16]>::try_from(window).ok()) {
+        Some(window) => u128::from_le_bytes(window) & ((1 << (8 * length)) - 1),
+        None => {
+            let mut window = [0; 16];
+            window[..length].copy_from_slice(&text[start..end]);
+            u128::from_le_bytes(window)
+        }
+    };
+    raw | (length as u128) << 120
+}
