@@ -157,7 +157,7 @@ class TestWholeRun:
 
     def test_a_bad_first_try_binds_nothing(self, finished, tmp_path):
         too_large = start(tmp_path / "run", "--tokenizer.vocab-size=90000", "--stages=tokenizer")
-        assert "a vocabulary of 90000 is more than this text supports" in refusal(too_large)
+        assert "a vocabulary of 90000 is too large: this text supports " in refusal(too_large)
         code, _, err = start(tmp_path / "run", "--model.depth=2", "--stages=tokenizer")
         assert code == 0, err
         code, _, err = start(tmp_path / "run", "--stages=tokenizer")  # no model has been trained yet

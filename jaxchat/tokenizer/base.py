@@ -1,0 +1,176 @@
+"""What every tokenizer is, whichever library encodes: its special tokens, its interface, rendering and saving."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+from etils import epath
+
+from jaxchat.config import NUM_BYTES, UserError, check, closest
+from jaxchat.tokenizer.conversation import checked_messages, render
+
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+FILE_NAME = "tokenizer.json"
+MIN_VOCAB = NUM_BYTES + len(SPECIAL_TOKENS)
+
+
+class BaseTokenizer(ABC):
+    """Text to ids and back. `special_tokens` are the names and ids of the special tokens: `SPECIAL_TOKENS`, and those
+    that a vocabulary from elsewhere brought along.
+
+    Encoding treats text that spells a special token as plain text; only `prepend`, `append`, `encode_special` and the
+    two `render_` methods write special tokens.
+    """
+
+    special_tokens: dict[str, int]
+
+    # --- what the backends do -----------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def from_file(cls, path: epath.PathLike) -> Self:
+        """Reads a tokenizer file. Raises `UserError` when it is missing, damaged or not for this backend."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """The number of ids, special tokens included."""
+
+    @abstractmethod
+    def tokens(self) -> list[bytes]:
+        """The bytes of every token in the order of ids; special tokens are spelled out."""
+
+    @abstractmethod
+    def encode_to_numpy(
+        self, texts: list[str], prepend: int | str | None = None, num_threads: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Flat ids, uint32[N], and offsets, int64[len(texts) + 1]: text i has `ids[offsets[i]:offsets[i + 1]]`."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of ids. Bytes that are not UTF-8 become U+FFFD; special tokens are spelled out. Raises `UserError` when
+        an id is out of range."""
+
+    @abstractmethod
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """The exact bytes of ids: part of a character may stand at either end."""
+
+    @abstractmethod
+    def decode_batch(self, ids: np.ndarray, offsets: np.ndarray) -> list[str]:
+        """The texts of flat ids and offsets: the inverse of `encode_to_numpy`."""
+
+    @abstractmethod
+    def to_json(self) -> str:
+        """The text of a `tokenizer.json` that Hugging Face's `tokenizers` reads with the same ids."""
+
+    @abstractmethod
+    def _encode(
+        self, texts: list[str], prepend: int | None, append: int | None, num_threads: int | None
+    ) -> list[list[int]]: ...
+
+    # --- what they share ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_directory(cls, directory: epath.PathLike) -> Self:
+        """Reads what `save` has written. Raises `UserError` when the file is missing or damaged."""
+        return cls.from_file(epath.Path(directory) / FILE_NAME)
+
+    def save(self, directory: epath.PathLike) -> None:
+        """Writes `tokenizer.json` into a directory, which is made if it is missing."""
+        directory = epath.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / FILE_NAME).write_text(self.to_json(), encoding="utf-8")
+
+    @property
+    def bos_token_id(self) -> int:
+        return self.special_tokens["<|bos|>"]
+
+    def encode_special(self, name: str) -> int:
+        """The id of a special token such as `<|bos|>`."""
+        if name not in self.special_tokens:  # rendering calls this for every message: no message is built in vain
+            raise UserError(f"no special token {name!r}{closest(name, self.special_tokens)}")
+        return self.special_tokens[name]
+
+    def encode(
+        self,
+        text: str | list[str],
+        prepend: int | str | None = None,
+        append: int | str | None = None,
+        num_threads: int | None = None,
+    ) -> list[int] | list[list[int]]:
+        """Ids of a text, or of each of a list of texts. `prepend` and `append` are ids or names of special tokens, put
+        around each text. Lone surrogates count as U+FFFD."""
+        texts = [text] if isinstance(text, str) else text
+        ids = self._encode(texts, self._id(prepend), self._id(append), num_threads)
+        return ids[0] if isinstance(text, str) else ids
+
+    def id_to_bytes(self, token: int) -> bytes:
+        return self.decode_bytes([token])
+
+    def token_bytes(self) -> np.ndarray:
+        """int32[vocab_size]: the bytes of text that each token stands for; 0 for special tokens."""
+        sizes = np.array([len(token) for token in self.tokens()], np.int32)
+        sizes[list(self.special_tokens.values())] = 0
+        return sizes
+
+    def _id(self, token: int | str | None) -> int | None:
+        if isinstance(token, str):
+            return self.encode_special(token)
+        check(token is None or 0 <= token < self.vocab_size, out_of_range(token, self.vocab_size))
+        return token
+
+    def render_conversation(
+        self, conversation: Mapping[str, Any], max_tokens: int = 2048
+    ) -> tuple[list[int], list[int]]:
+        """The ids of a conversation, cut to `max_tokens`, and a mask of the same length: 1 for what the model learns to
+        write (its text, its tool calls, its `<|assistant_end|>`), 0 for the rest, the output of tools included.
+
+        `conversation["messages"]`: an optional system message, which is joined to the first of the user; then user and
+        assistant in turn. A message has a `role` and a `content`; the assistant's may be a list of parts, each with a
+        `type` (text, python, python_output) and a `text`. Raises `ValueError` for anything else."""
+        ids, mask = render(self, checked_messages(conversation))
+        return ids[:max_tokens], mask[:max_tokens]
+
+    def render_for_completion(self, conversation: Mapping[str, Any]) -> list[int]:
+        """The ids of a conversation up to the assistant's next message: the last message is left out if it is the
+        assistant's, and `<|assistant_start|>` follows. Raises `ValueError` as `render_conversation` does."""
+        messages = checked_messages(conversation)
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        return [*render(self, messages)[0], self.encode_special("<|assistant_start|>")]
+
+
+def out_of_range(token: int | None, size: int) -> str:
+    return f"token id {token} is out of range: this tokenizer has ids 0 to {size - 1}"
+
+
+def check_size(vocab_size: int) -> None:
+    """Raises `UserError` for a vocabulary that has no room for the bytes and the special tokens."""
+    check(
+        vocab_size >= MIN_VOCAB,
+        f"the vocabulary size is {vocab_size}; it must be at least {MIN_VOCAB}: "
+        f"{NUM_BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens",
+    )
+
+
+def check_learnt(tokens: int, vocab_size: int) -> None:
+    """Raises `UserError` when training has found fewer `tokens`, bytes included and special ones not, than asked."""
+    supported = tokens + len(SPECIAL_TOKENS)
+    check(
+        supported == vocab_size,
+        f"a vocabulary of {vocab_size} is too large: this text supports {tokens - NUM_BYTES} merges, so at most "
+        f"{supported} tokens; give more text or a smaller vocabulary",
+    )

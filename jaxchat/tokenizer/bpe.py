@@ -1,0 +1,226 @@
+"""Byte-pair encoding by the Rust extension. The algorithms are in `rust_tokenizer/`.
+
+Ids are those of `tiktoken` for the same ranks and those of Hugging Face's `tokenizers` for the same `tokenizer.json`;
+merges are those of `rustbpe` for the same text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Self
+
+import jaxchat_tokenizer as rust
+import numpy as np
+from etils import epath
+
+from jaxchat.config import UserError, check, closest
+from jaxchat.tokenizer.base import SPECIAL_TOKENS, BaseTokenizer, check_learnt, check_size
+from jaxchat.tokenizer.formats import (
+    Unsupported,
+    Vocabulary,
+    from_json,
+    from_ranks,
+    parse,
+    parse_ranks,
+    to_json,
+    with_chat_tokens,
+)
+from jaxchat.tokenizer.patterns import SPLIT_PATTERN, TIKTOKEN_PATTERNS
+
+if TYPE_CHECKING:
+    import tiktoken
+
+# Called now and then with what is being done, "count" or "merge", and how many characters or tokens are done.
+Progress = Callable[[str, int], None]
+
+
+class Tokenizer(BaseTokenizer):
+    """A vocabulary of bytes. Ids of tokens come first, in the order in which they were learnt; then special tokens.
+
+    Encoding releases the interpreter lock and uses all cores for many texts.
+    """
+
+    def __init__(self, tokens: Sequence[bytes], pattern: str = SPLIT_PATTERN):
+        """`tokens[id]` are the bytes of a token, among them every single byte; a token is merged before those behind
+        it. Raises `UserError` when they do not make a vocabulary or the pattern does not compile."""
+        self._set(Vocabulary(list(tokens), with_chat_tokens({}, len(tokens)), pattern))
+
+    @classmethod
+    def from_vocabulary(cls, vocabulary: Vocabulary) -> Self:
+        """A tokenizer with other rules or special tokens than those of one that was trained here."""
+        self = cls.__new__(cls)
+        self._set(vocabulary)
+        return self
+
+    def _set(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary, self.special_tokens = vocabulary, vocabulary.special
+        behind = [name for name, id in vocabulary.special.items() if id >= len(vocabulary.tokens)]
+        with _user_errors():
+            self._rust = rust.Encoder(
+                vocabulary.tokens,
+                behind,
+                vocabulary.pattern,
+                merges=vocabulary.merges,
+                whole_pieces=vocabulary.whole_pieces,
+                keep_gaps=vocabulary.keep_gaps,
+            )
+
+    # --- where one comes from -----------------------------------------------------------------------------------
+
+    @classmethod
+    def train_from_iterator(
+        cls, texts: Iterable[str], vocab_size: int, *, pattern: str = SPLIT_PATTERN, progress: Progress | None = None
+    ) -> Self:
+        """Learns `vocab_size` tokens, the special ones included, from texts that are read once.
+
+        Every step merges the most frequent pair of neighbours within the pieces of `pattern`, ties to the lowest
+        (left id, right id). Memory grows with the distinct pieces. Raises `UserError` when `vocab_size` is below 265 or
+        above what the texts support."""
+        check_size(vocab_size)
+        with _user_errors():
+            tokens = rust.train(texts, vocab_size - len(SPECIAL_TOKENS), pattern)
+        check_learnt(len(tokens), vocab_size)
+        return cls(tokens, pattern)
+
+    @classmethod
+    def from_mergeable_ranks(cls, ranks: Mapping[bytes, int], pattern: str = SPLIT_PATTERN) -> Self:
+        """A tokenizer from tiktoken's ranks, which must be 0, 1, 2, ... without gaps."""
+        tokens = sorted(ranks, key=ranks.__getitem__)
+        for expected, token in enumerate(tokens):
+            check(
+                ranks[token] == expected,
+                f"mergeable ranks must be 0 to {len(tokens) - 1}, each once; found {ranks[token]} at {expected}",
+            )
+        return cls(tokens, pattern)
+
+    @classmethod
+    def from_tiktoken(cls, encoding: tiktoken.Encoding | str | os.PathLike, pattern: str | None = None) -> Self:
+        """A tokenizer from a `tiktoken.Encoding`, whose special tokens keep their ids, or from a `.tiktoken` file.
+
+        A file's pattern is the published one for its name (`cl100k_base.tiktoken`), or `pattern`. Raises `UserError`
+        when it has another name, is damaged, or its ranks leave gaps that cannot be filled."""
+        if not isinstance(encoding, str | os.PathLike):
+            vocabulary = from_ranks(encoding._mergeable_ranks, encoding._special_tokens, pattern or encoding._pat_str)
+            return cls.from_vocabulary(vocabulary)
+        path = _existing(encoding)
+        pattern = pattern or TIKTOKEN_PATTERNS.get(path.stem)
+        check(
+            pattern is not None,
+            f"which split pattern does {path} have? Pass pattern=, or give the file the name of a known encoding"
+            f"{closest(path.stem, TIKTOKEN_PATTERNS)}",
+        )
+        with _about(path):
+            return cls.from_vocabulary(from_ranks(parse_ranks(path.read_bytes().splitlines()), {}, pattern))
+
+    @classmethod
+    def from_file(cls, path: epath.PathLike) -> Self:
+        """Reads a `tokenizer.json`: what `save` has written, or a byte-level BPE of someone else's. Special tokens of a
+        foreign file keep their ids; those of `SPECIAL_TOKENS` that it lacks are appended.
+
+        Raises `UserError` when the file is missing or damaged, or not exactly reproducible here."""
+        path = _existing(path)
+        with _about(path):
+            return cls.from_text(path.read_text(encoding="utf-8"))
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """The tokenizer of a `tokenizer.json`'s text. Raises `Unsupported`, or other errors when it is damaged."""
+        vocabulary = from_json(parse(text))
+        return cls.from_vocabulary(vocabulary)
+
+    # --- what it is ---------------------------------------------------------------------------------------------
+
+    @property
+    def pattern(self) -> str:
+        return self._vocabulary.pattern
+
+    @property
+    def vocab_size(self) -> int:
+        return max(len(self._vocabulary.tokens), max(self.special_tokens.values()) + 1)
+
+    @property
+    def mergeable_ranks(self) -> dict[bytes, int]:
+        """tiktoken's form of the vocabulary: bytes of a token to its id, without the special tokens."""
+        special = set(self.special_tokens.values())
+        return {token: id for id, token in enumerate(self._vocabulary.tokens) if id not in special}
+
+    def tokens(self) -> list[bytes]:
+        size = len(self._vocabulary.tokens)
+        return self._vocabulary.tokens + [name.encode() for name, id in self.special_tokens.items() if id >= size]
+
+    def to_tiktoken(self) -> tiktoken.Encoding:
+        """The same tokenizer in `tiktoken`, which must be installed.
+
+        Raises `UserError` when its rules are not tiktoken's: a foreign `tokenizer.json` that lists its merges."""
+        import tiktoken
+
+        check(
+            self._vocabulary.merges is None and not self._vocabulary.keep_gaps,
+            "tiktoken has no rule for the merges of this vocabulary or for text that its pattern does not match",
+        )
+        return tiktoken.Encoding(
+            "jaxchat",
+            pat_str=self.pattern,
+            mergeable_ranks=self.mergeable_ranks,
+            special_tokens=dict(self.special_tokens),
+        )
+
+    def to_json(self) -> str:
+        return to_json(self._vocabulary)
+
+    def __reduce__(self):
+        return Tokenizer.from_vocabulary, (self._vocabulary,)
+
+    # --- text to ids and back -----------------------------------------------------------------------------------
+
+    def _encode(self, texts, prepend, append, num_threads):
+        with _user_errors():
+            return self._rust.encode(texts, prepend, append, num_threads)
+
+    def encode_to_numpy(
+        self, texts: list[str], prepend: int | str | None = None, num_threads: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        with _user_errors():
+            return self._rust.encode_to_numpy(texts, self._id(prepend), num_threads)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        with _user_errors():
+            return self._rust.decode_text(ids if isinstance(ids, list) else np.asarray(ids))
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        with _user_errors():
+            return self._rust.decode(ids if isinstance(ids, list) else np.asarray(ids))
+
+    def decode_batch(self, ids: np.ndarray, offsets: np.ndarray) -> list[str]:
+        with _user_errors():
+            return self._rust.decode_batch(np.asarray(ids), np.asarray(offsets, np.int64))
+
+
+@contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
+    """Errors of the Rust side are errors of its input."""
+    try:
+        yield
+    except rust.TokenizerError as error:
+        raise UserError(str(error)) from error
+
+
+def _existing(path: epath.PathLike) -> epath.Path:
+    path = epath.Path(path)
+    check(path.is_file(), f"no tokenizer at {path}; train one with the tokenizer stage")
+    return path
+
+
+@contextlib.contextmanager
+def _about(path: epath.Path) -> Iterator[None]:
+    """Says which file an error is about."""
+    try:
+        yield
+    except Unsupported as error:
+        raise Unsupported(f"{path} needs the Hugging Face backend: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path} is no vocabulary for jaxchat: {error}") from error
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} is damaged or no tokenizer ({type(error).__name__}: {error})") from error
