@@ -1,0 +1,112 @@
+"""Seconds and memory of contenders, side by side; shared by the benchmarks."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+class Failed(Exception):
+    """Work in a process of its own did not end well; the message says how."""
+
+
+def have(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """What the figures depend on: processor, cores, versions."""
+    processor = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            names = (line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+            processor = next(names, processor)
+    versions = {package: importlib.metadata.version(package) for package in packages if have(package)}
+    return {"processor": processor, "cores": os.cpu_count(), "python": platform.python_version()} | versions
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Progress, apart from the tables."""
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def medians(title: str, contenders: Mapping[str, Callable[[], object]], runs: int) -> dict[str, float]:
+    """Median seconds of each; one run of all, then the next, so that a busy moment hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in range(runs):
+        say(f"{title}, run {run + 1} of {runs}:", end="")
+        for name, work in contenders.items():
+            start = time.perf_counter()
+            result = work()
+            seconds[name].append(time.perf_counter() - start)
+            del result  # its memory is given back outside of the timing
+            say(f"  {name} {seconds[name][-1]:.3f} s", end="")
+        say("")
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def alone(
+    work: Callable, *arguments, timeout: float | None = None, environment: Mapping[str, str] | None = None
+) -> tuple[Any, int]:
+    """The result of `work(*arguments)` in a fresh process with these variables set, and its peak memory in bytes.
+
+    Raises:
+      Failed: it raised (Rust's panics too), died, or was not done after `timeout` seconds; it is stopped then.
+    """
+    # Started from a small server process: a child of this one would begin with the peak memory of this one.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(theirs, dict(environment or {}), work, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(timeout):
+            raise Failed(f"not done after {timeout:.0f} s")
+        result, peak = ours.recv()
+    except EOFError:
+        raise Failed("died") from None
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(result, Failed):
+        raise result
+    return result, peak
+
+
+def _work(pipe, environment: dict[str, str], work: Callable, arguments: tuple) -> None:
+    os.environ.update(environment)
+    try:
+        result = work(*arguments)
+    except BaseException as error:  # noqa: B036 (a panic is no Exception)
+        result = Failed("panics" if "Panic" in type(error).__name__ else f"{type(error).__name__}: {error}")
+    unit = 1 if sys.platform == "darwin" else 1024
+    pipe.send((result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Prints a Markdown table: the first column is text, the others are numbers."""
+    print(f"\n| {' | '.join(head)} |\n| --- |{' ---: |' * (len(head) - 1)}")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |")
+    sys.stdout.flush()
+
+
+def contest(title: str, seconds: Mapping[str, float], megabytes: float, ours: str = "jaxchat") -> dict[str, Any]:
+    """Prints the seconds of contenders with their speed, and how many times as long as each of ours they took."""
+    bases = [name for name in seconds if name.startswith(ours)]
+    rows = [
+        [name, f"{median:.3f}", f"{megabytes / median:.1f}", *(f"{median / seconds[base]:.2f}" for base in bases)]
+        for name, median in seconds.items()
+    ]
+    table([f"{title}, {megabytes:.3g} MB", "seconds", "MB/s", *(f"time / {base}" for base in bases)], rows)
+    return {name: {"seconds": median, "megabytes": megabytes} for name, median in seconds.items()}
