@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -25,6 +25,10 @@ SPECIAL_TOKENS = (
 )
 FILE_NAME = "tokenizer.json"
 MIN_VOCAB = NUM_BYTES + len(SPECIAL_TOKENS)
+
+# Training calls it now and then: with "count" and the characters read, then with "merge" and the number of tokens. What
+# it raises ends the training.
+Progress = Callable[[str, int], None]
 
 
 class BaseTokenizer(ABC):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Self
 
 import jaxchat_tokenizer as rust
@@ -16,10 +16,11 @@ import numpy as np
 from etils import epath
 
 from jaxchat.config import UserError, check, closest
-from jaxchat.tokenizer.base import SPECIAL_TOKENS, BaseTokenizer, check_learnt, check_size
+from jaxchat.tokenizer.base import SPECIAL_TOKENS, BaseTokenizer, Progress, check_learnt, check_size
 from jaxchat.tokenizer.formats import (
-    Unsupported,
     Vocabulary,
+    about,
+    existing,
     from_json,
     from_ranks,
     parse,
@@ -31,9 +32,6 @@ from jaxchat.tokenizer.patterns import SPLIT_PATTERN, TIKTOKEN_PATTERNS
 
 if TYPE_CHECKING:
     import tiktoken
-
-# Called now and then with what is being done, "count" or "merge", and how many characters or tokens are done.
-Progress = Callable[[str, int], None]
 
 
 class Tokenizer(BaseTokenizer):
@@ -80,9 +78,30 @@ class Tokenizer(BaseTokenizer):
         above what the texts support."""
         check_size(vocab_size)
         with _user_errors():
-            tokens = rust.train(texts, vocab_size - len(SPECIAL_TOKENS), pattern)
+            tokens = rust.train(texts, vocab_size - len(SPECIAL_TOKENS), pattern, progress=progress)
         check_learnt(len(tokens), vocab_size)
         return cls(tokens, pattern)
+
+    @classmethod
+    def train_from_files(
+        cls,
+        paths: Iterable[str | os.PathLike],
+        vocab_size: int,
+        *,
+        pattern: str = SPLIT_PATTERN,
+        max_chars: int | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[Self, int]:
+        """The same from files, which Rust reads by itself: parquet with a column `text`, or plain text.
+
+        Also returns the number of characters read: texts up to the one that reaches `max_chars`."""
+        check_size(vocab_size)
+        paths = [os.fspath(path) for path in paths]
+        with _user_errors():
+            size = vocab_size - len(SPECIAL_TOKENS)
+            tokens, characters = rust.train_files(paths, size, pattern, max_chars, progress=progress)
+        check_learnt(len(tokens), vocab_size)
+        return cls(tokens, pattern), characters
 
     @classmethod
     def from_mergeable_ranks(cls, ranks: Mapping[bytes, int], pattern: str = SPLIT_PATTERN) -> Self:
@@ -104,14 +123,14 @@ class Tokenizer(BaseTokenizer):
         if not isinstance(encoding, str | os.PathLike):
             vocabulary = from_ranks(encoding._mergeable_ranks, encoding._special_tokens, pattern or encoding._pat_str)
             return cls.from_vocabulary(vocabulary)
-        path = _existing(encoding)
+        path = existing(encoding)
         pattern = pattern or TIKTOKEN_PATTERNS.get(path.stem)
         check(
             pattern is not None,
             f"which split pattern does {path} have? Pass pattern=, or give the file the name of a known encoding"
             f"{closest(path.stem, TIKTOKEN_PATTERNS)}",
         )
-        with _about(path):
+        with about(path):
             return cls.from_vocabulary(from_ranks(parse_ranks(path.read_bytes().splitlines()), {}, pattern))
 
     @classmethod
@@ -120,13 +139,14 @@ class Tokenizer(BaseTokenizer):
         foreign file keep their ids; those of `SPECIAL_TOKENS` that it lacks are appended.
 
         Raises `UserError` when the file is missing or damaged, or not exactly reproducible here."""
-        path = _existing(path)
-        with _about(path):
+        path = existing(path)
+        with about(path):
             return cls.from_text(path.read_text(encoding="utf-8"))
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """The tokenizer of a `tokenizer.json`'s text. Raises `Unsupported`, or other errors when it is damaged."""
+        """The tokenizer of a `tokenizer.json`'s text. Raises `Unsupported` when it is not exactly
+        reproducible here, and what `from_json` raises when it is damaged."""
         vocabulary = from_json(parse(text))
         return cls.from_vocabulary(vocabulary)
 
@@ -205,22 +225,3 @@ def _user_errors() -> Iterator[None]:
         yield
     except rust.TokenizerError as error:
         raise UserError(str(error)) from error
-
-
-def _existing(path: epath.PathLike) -> epath.Path:
-    path = epath.Path(path)
-    check(path.is_file(), f"no tokenizer at {path}; train one with the tokenizer stage")
-    return path
-
-
-@contextlib.contextmanager
-def _about(path: epath.Path) -> Iterator[None]:
-    """Says which file an error is about."""
-    try:
-        yield
-    except Unsupported as error:
-        raise Unsupported(f"{path} needs the Hugging Face backend: {error}") from error
-    except UserError as error:
-        raise UserError(f"{path} is no vocabulary for jaxchat: {error}") from error
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} is damaged or no tokenizer ({type(error).__name__}: {error})") from error

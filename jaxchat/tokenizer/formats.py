@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from etils import epath
 
 from jaxchat.config import NUM_BYTES, UserError, check
 from jaxchat.tokenizer.base import SPECIAL_TOKENS
@@ -44,6 +47,25 @@ def with_chat_tokens(special: Mapping[str, int], behind: int) -> dict[str, int]:
     following = max(behind, max(special.values(), default=0) + 1)
     missing = [name for name in SPECIAL_TOKENS if name not in special]
     return special | {name: following + i for i, name in enumerate(missing)}
+
+
+def existing(path: epath.PathLike) -> epath.Path:
+    path = epath.Path(path)
+    check(path.is_file(), f"no tokenizer at {path}; train one with the tokenizer stage")
+    return path
+
+
+@contextlib.contextmanager
+def about(path: epath.Path) -> Iterator[None]:
+    """Says which file an error is about."""
+    try:
+        yield
+    except Unsupported as error:
+        raise Unsupported(f"{path} needs the Hugging Face backend: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path} is no vocabulary for jaxchat: {error}") from error
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} is damaged or no tokenizer ({type(error).__name__}: {error})") from error
 
 
 # --- tokenizer.json -------------------------------------------------------------------------------------------------
