@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="jaxchat", description="Talk to a model that jaxchat has trained.")
+    parser = _Parser(prog="jaxchat", description="Talk to a model that jaxchat has trained; compare tokenizers.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     chat = commands.add_parser(
         "chat",
@@ -49,6 +49,20 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--seed", type=int, help="repeats a conversation exactly; fresh if not given")
     chat.add_argument("--max-tokens", type=int, default=256, help="the longest answer")
     chat.set_defaults(command=_chat)
+    tokenizer = commands.add_parser("tokenizer", help="how well a tokenizer compresses, against others")
+    tokenizer_commands = tokenizer.add_subparsers(metavar="COMMAND", required=True)
+    evaluate = tokenizer_commands.add_parser(
+        "eval",
+        help="bytes per token on several kinds of text",
+        description="Bytes per token on news, code, math, other scripts, and the training text; more are better. "
+        "PATH and FILE: a run directory, a folder with a tokenizer.json, or a .json or .tiktoken file.",
+    )
+    evaluate.add_argument("path", metavar="PATH", help="the tokenizer")
+    evaluate.add_argument("--against", nargs="+", default=[], metavar="FILE", help="others to compare it with")
+    evaluate.add_argument("--text", metavar="TEXT", help="a folder or file of text; a run's own text if not given")
+    evaluate.add_argument("--pattern", metavar="REGEX", help="the split pattern of .tiktoken files of unknown names")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.set_defaults(command=_evaluate_tokenizer)
     return parser
 
 
@@ -58,6 +72,13 @@ def _chat(arguments: argparse.Namespace) -> int:
 
     options = {name: getattr(arguments, name) for name in ("temperature", "top_k", "seed", "max_tokens")}
     return chat(arguments.run, arguments.stage, arguments.prompt, **options)
+
+
+def _evaluate_tokenizer(arguments: argparse.Namespace) -> int:
+    from jaxchat.serve.tokenizer_eval import evaluate
+
+    options = {"pattern": arguments.pattern, "as_json": arguments.json}
+    return evaluate(arguments.path, arguments.against, arguments.text, **options)
 
 
 if __name__ == "__main__":
