@@ -150,11 +150,13 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """`max_chars` bounds the training text; `path` brings an already trained tokenizer instead."""
+    """`max_chars` bounds the training text, `backend` trains on it. `path` brings an already trained tokenizer instead:
+    a `tokenizer.json`, a folder that has one, or a `.tiktoken` file."""
 
     vocab_size: int = 32768
     max_chars: int = 2_000_000_000
     path: str | None = None
+    backend: Literal["rust", "huggingface"] = "rust"
 
     def __post_init__(self):
         check(self.max_chars > 0, "tokenizer.max-chars must be above 0")

@@ -29,7 +29,7 @@ from jaxchat.infer.sampling import sample
 from jaxchat.infer.tools import calculate
 from jaxchat.mesh import BATCH_SPEC
 from jaxchat.model.gpt import Params, cached_hidden, init_cache, logits
-from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer import BaseTokenizer
 
 DECODE_STEPS = 8
 FORCED = 64  # the longest tool answer in tokens: the calculator's 51 characters and two special tokens fit
@@ -222,7 +222,7 @@ class Engine:
 
     model_config: ModelConfig
     params: Params
-    tokenizer: Tokenizer
+    tokenizer: BaseTokenizer
     _: KW_ONLY
     dtype: Any
 

@@ -13,14 +13,14 @@ from jaxchat.config import Experiment, UserError, check, closest
 from jaxchat.infer.engine import Engine
 from jaxchat.model.gpt import Params, abstract_params
 from jaxchat.stages.run import TRAINED, compute_dtype, read_config
-from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
 
 
 class LoadedModel(NamedTuple):
     """`experiment.model` has the tokenizer's vocabulary; `params` lie on one device."""
 
     experiment: Experiment
-    tokenizer: Tokenizer
+    tokenizer: BaseTokenizer
     params: Params
     stage: str
 
@@ -47,7 +47,7 @@ def load_model(run_dir: epath.PathLike, stage: str | None = None) -> LoadedModel
     check(bool(finished), f"{run_dir} has no model yet: {there}")
     check(stage is None or stage in finished, f"stage {stage!r} of {run_dir} is not finished; {there}")
     stage = stage or finished[-1]
-    tokenizer = Tokenizer.from_directory(directory / "tokenizer")
+    tokenizer = load_tokenizer(directory / "tokenizer")
     model = dataclasses.replace(experiment.model, vocab_size=tokenizer.vocab_size)
     params = Checkpoints(directory / stage / "checkpoints").restore_params(abstract_params(model))
     return LoadedModel(dataclasses.replace(experiment, model=model), tokenizer, params, stage)

@@ -16,7 +16,7 @@ from rich.console import Console
 from jaxchat.config import UserError, check
 from jaxchat.infer.engine import Engine
 from jaxchat.serve.load import load_model
-from jaxchat.tokenizer import SPECIAL_TOKENS, Tokenizer
+from jaxchat.tokenizer import BaseTokenizer
 
 HELP = """\
 /clear   forget the conversation
@@ -100,7 +100,7 @@ class Conversation:
 class Writer:
     """Turns tokens into text for a reader: whole characters only, tool calls as `⟨34 + 58 → 92⟩` in a quiet style."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: BaseTokenizer):
         self._tokenizer = tokenizer
         marks = {
             "<|python_start|>": ("⟨", True),
@@ -109,7 +109,7 @@ class Writer:
             "<|output_end|>": ("⟩ ", False),
         }
         self._marks = {tokenizer.encode_special(name): mark for name, mark in marks.items()}
-        self._special = set(map(tokenizer.encode_special, SPECIAL_TOKENS))
+        self._special = set(tokenizer.special_tokens.values())
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._in_call = False
 

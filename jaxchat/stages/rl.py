@@ -21,7 +21,7 @@ from jaxchat.stages.run import Run
 from jaxchat.stages.training import MICRO_BATCH_SPEC, Training, prompts_of_chats
 from jaxchat.tasks import Conversation, Task
 from jaxchat.tasks.base import spread
-from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.loop import Evaluator, Source
 from jaxchat.train.step import Batch
 
@@ -74,13 +74,13 @@ def run(run: Run) -> None:
     )
 
 
-def questions_of(tasks: list[Task], tokenizer: Tokenizer, sequence_len: int) -> list[Question]:
+def questions_of(tasks: list[Task], tokenizer: BaseTokenizer, sequence_len: int) -> list[Question]:
     """All questions that leave room for an answer, each with the task that scores it."""
     questions = [(task, conversation) for task in tasks for conversation in task]
     return [q for q in questions if len(tokenizer.render_for_completion(q[1])) < sequence_len]
 
 
-def score(questions: list[Question], completions: list[Completion], tokenizer: Tokenizer) -> list[float]:
+def score(questions: list[Question], completions: list[Completion], tokenizer: BaseTokenizer) -> list[float]:
     """The reward of each completion of the question at its place."""
     return [
         task.score(conversation, tokenizer.decode(completion.tokens))

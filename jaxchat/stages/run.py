@@ -25,7 +25,7 @@ from jaxchat.mesh import make_mesh, shardings
 from jaxchat.metrics import Metrics, machine_info, peak_memory_bytes
 from jaxchat.model.gpt import Params, abstract_params
 from jaxchat.tasks import Task, load_task, parse_mixture
-from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
 
 TRAINED = ("pretrain", "midtrain", "sft", "rl")  # the stages that leave parameters, in their order
 GENERATED = ("chat", "sums", "letters", "facts", "long_sums")  # the tasks of the generated corpus
@@ -138,16 +138,16 @@ class Run:
                     raise
         return load_task(name, split, self._generated(), limit)
 
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> BaseTokenizer:
         """The run's tokenizer.
 
         Raises:
           UserError: the tokenizer stage has not run.
         """
         check(self.finished("tokenizer"), f"{self.directory} has no tokenizer yet; run the stage 'tokenizer' first")
-        return Tokenizer.from_directory(self.directory / "tokenizer")
+        return load_tokenizer(self.directory / "tokenizer")
 
-    def model_config(self, tokenizer: Tokenizer) -> ModelConfig:
+    def model_config(self, tokenizer: BaseTokenizer) -> ModelConfig:
         """The experiment's model with the tokenizer's vocabulary."""
         return dataclasses.replace(self.experiment.model, vocab_size=tokenizer.vocab_size)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from jaxchat.config import check
-from jaxchat.data.shards import find_text, iterate_texts
+from jaxchat.config import TokenizerConfig, check
+from jaxchat.data.shards import TextSide, find_text, iterate_texts, text_bytes
+from jaxchat.live import format_count, format_duration
 from jaxchat.stages.run import Run
-from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer import BaseTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 SAY_SECONDS = 5.0
 
@@ -17,13 +18,13 @@ def run(run: Run) -> None:
     """Leaves `tokenizer/` in the run directory.
 
     Raises:
-      UserError: the vocabulary is larger than the text supports, or smaller than bytes and special tokens.
+      UserError: the vocabulary is larger than the text supports, or smaller than bytes and special tokens; the
+        tokenizer that the user brings is missing, damaged, or has another size than the experiment says.
     """
     config, began = run.experiment.tokenizer, time.time()
-    directory = run.directory / "tokenizer"
     seen = 0
     if config.path is not None:
-        tokenizer = Tokenizer.from_directory(config.path)
+        tokenizer = load_tokenizer(config.path)
         check(
             tokenizer.vocab_size == config.vocab_size,
             f"the tokenizer in {config.path} has {tokenizer.vocab_size} tokens, not {config.vocab_size}; "
@@ -32,10 +33,8 @@ def run(run: Run) -> None:
     else:
         text = find_text(run.text_dir, run.experiment.data.val_shard)
         run.say(f"tokenizer training {config.vocab_size:,} tokens on {run.text_dir}")
-        counted = Limited(iterate_texts(text.train), config.max_chars, run.say)
-        tokenizer = Tokenizer.train_from_iterator(counted, config.vocab_size)
-        seen = counted.chars
-    tokenizer.save(directory)
+        tokenizer, seen = train(config, text.train, run.say)
+    tokenizer.save(run.directory / "tokenizer")
     held_out = list(Limited(iterate_texts(find_text(run.text_dir, run.experiment.data.val_shard).val), 1_000_000))
     ids, _ = tokenizer.encode_to_numpy(held_out)
     bytes_per_token = sum(len(text.encode()) for text in held_out) / max(1, len(ids))
@@ -50,19 +49,55 @@ def run(run: Run) -> None:
     )
 
 
-class Limited:
-    """Texts until `max_chars` characters are through; says now and then how far it is."""
+def train(config: TokenizerConfig, side: TextSide, say: Callable[[str], None]) -> tuple[BaseTokenizer, int]:
+    """A tokenizer trained on one side of the text, and how many characters it has seen.
 
-    def __init__(self, texts: Iterable[str], max_chars: int, say=None):
-        self.texts, self.max_chars, self.say, self.chars = texts, max_chars, say, 0
+    Parquet is read by the trainer itself, where it needs no documents left out; the result is the same."""
+    progress = Progress(say, min(config.max_chars, text_bytes(side)), config.vocab_size)
+    if config.backend == "rust" and side.format == "parquet" and side.hold_out is None:
+        tokenizer = Tokenizer.train_from_files(
+            side.files, config.vocab_size, max_chars=config.max_chars, progress=progress
+        )
+        return tokenizer, progress.characters
+    texts = Limited(iterate_texts(side), config.max_chars)
+    backend = Tokenizer if config.backend == "rust" else HuggingFaceTokenizer
+    return backend.train_from_iterator(texts, config.vocab_size, progress=progress), texts.chars
+
+
+class Progress:
+    """Says every few seconds how far a training is, and how long it will take at this rate."""
+
+    def __init__(self, say: Callable[[str], None], characters: int, tokens: int):
+        """`characters`: about as many as there are to read."""
+        self.characters = 0
+        self._say, self._totals = say, {"count": characters, "merge": tokens}
+        self._phase, self._began, self._first, self._said = "", 0.0, 0, time.monotonic()
+
+    def __call__(self, phase: str, done: int) -> None:
+        if phase in ("count", "read"):
+            self.characters = done
+        now, total = time.monotonic(), self._totals.get(phase)
+        if phase != self._phase:
+            self._phase, self._began, self._first = phase, now, done
+        if total is None or now - self._said < SAY_SECONDS or done <= self._first:
+            return
+        self._said = now
+        left = (now - self._began) / (done - self._first) * max(0, total - done)
+        what = f"{format_count(done)} of about {format_count(total)} characters read"
+        if phase == "merge":
+            what = f"{done:,} of {total:,} tokens learnt"
+        self._say(f"tokenizer {what}, {format_duration(left)} left")
+
+
+class Limited:
+    """Texts until `max_chars` characters are through."""
+
+    def __init__(self, texts: Iterable[str], max_chars: int):
+        self.texts, self.max_chars, self.chars = texts, max_chars, 0
 
     def __iter__(self) -> Iterator[str]:
-        said = time.monotonic()
         for text in self.texts:
             yield text
             self.chars += len(text)
             if self.chars >= self.max_chars:
                 return
-            if self.say and time.monotonic() - said > SAY_SECONDS:
-                said = time.monotonic()
-                self.say(f"tokenizer {self.chars / 1e6:,.0f} M characters read, at most {self.max_chars / 1e6:,.0f} M")

@@ -21,7 +21,7 @@ from jaxchat.optim.optimizer import learning_rates, make_optimizer
 from jaxchat.optim.schedules import multiplier
 from jaxchat.scaling import BatchPlan, batch_plan, flops_per_token
 from jaxchat.stages.run import Run
-from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.loop import Evaluator, Loop, Source
 from jaxchat.train.step import Batch, init_state, make_train_step
 
@@ -66,7 +66,7 @@ class Training:
     stage: str
     config: TrainConfig
     model: ModelConfig
-    tokenizer: Tokenizer
+    tokenizer: BaseTokenizer
     num_steps: int
     parent: dict | None = None
 
@@ -149,13 +149,13 @@ def take(iterator: Iterator[dict[str, np.ndarray]], count: int) -> list[dict[str
     return list(itertools.islice(iterator, count))
 
 
-def prompts_of_texts(tokenizer: Tokenizer, texts: list[str]) -> list[Prompt]:
+def prompts_of_texts(tokenizer: BaseTokenizer, texts: list[str]) -> list[Prompt]:
     """The beginnings of a few documents, as prompts for a base model."""
     beginnings = [tokenizer.encode(text)[:PROMPT_TOKENS] for text in texts]
     return [(tokenizer.decode(ids), [tokenizer.bos_token_id, *ids]) for ids in beginnings]
 
 
-def prompts_of_chats(tokenizer: Tokenizer, conversations: list[dict]) -> list[Prompt]:
+def prompts_of_chats(tokenizer: BaseTokenizer, conversations: list[dict]) -> list[Prompt]:
     """The first questions of a few conversations."""
     prompts = []
     for messages in (conversation["messages"] for conversation in conversations):

@@ -91,17 +91,19 @@ class Tokenizer(BaseTokenizer):
         pattern: str = SPLIT_PATTERN,
         max_chars: int | None = None,
         progress: Progress | None = None,
-    ) -> tuple[Self, int]:
-        """The same from files, which Rust reads by itself: parquet with a column `text`, or plain text.
-
-        Also returns the number of characters read: texts up to the one that reaches `max_chars`."""
+    ) -> Self:
+        """The same from files, which Rust reads by itself: parquet with a column `text`, or plain text. They are read
+        up to the text that reaches `max_chars`. `progress` hears at the end, with "read", how many characters that
+        were."""
         check_size(vocab_size)
         paths = [os.fspath(path) for path in paths]
         with _user_errors():
             size = vocab_size - len(SPECIAL_TOKENS)
             tokens, characters = rust.train_files(paths, size, pattern, max_chars, progress=progress)
         check_learnt(len(tokens), vocab_size)
-        return cls(tokens, pattern), characters
+        if progress is not None:
+            progress("read", characters)
+        return cls(tokens, pattern)
 
     @classmethod
     def from_mergeable_ranks(cls, ranks: Mapping[bytes, int], pattern: str = SPLIT_PATTERN) -> Self:
