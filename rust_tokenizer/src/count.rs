@@ -8,56 +8,159 @@ use std::sync::{Mutex, mpsc};
 use rustc_hash::FxBuildHasher;
 
 use crate::error::Error;
-use crate::key::{INLINE, inline_key};
+use crate::key::{INLINE, inline_key, slot};
 use crate::split::Splitter;
+
+/// 2^14 entries of 32 bytes are half of a usual second-level cache.
+const FRONT_BITS: u32 = 14;
+const BLOCK: usize = 64;
 
 /// How often each distinct piece occurs. Memory grows with the distinct pieces, not with the text.
 #[derive(Debug, Default)]
 pub struct PieceCounts {
-    short: HashMap<u128, u64, FxBuildHasher>,
+    short: ShortCounts,
     long: HashMap<Box<[u8]>, u64, FxBuildHasher>,
 }
 
 impl PieceCounts {
-    /// Splits a text and counts its pieces.
-    pub fn add_text(&mut self, splitter: &Splitter, text: &str) -> Result<(), Error> {
-        let bytes = text.as_bytes();
-        splitter.split(text, |start, end| {
-            if end - start <= INLINE {
-                *self.short.entry(inline_key(bytes, start, end)).or_insert(0) += 1;
-            } else {
-                let piece = &bytes[start..end];
-                match self.long.get_mut(piece) {
-                    Some(count) => *count += 1,
-                    None => _ = self.long.insert(piece.into(), 1),
-                }
-            }
-        })
+    fn add_long(&mut self, piece: &[u8], count: u64) {
+        match self.long.get_mut(piece) {
+            Some(sum) => *sum += count,
+            None => _ = self.long.insert(piece.into(), count),
+        }
     }
 
     /// Adds the counts of another table, which another thread filled.
     pub fn merge(&mut self, other: Self) {
-        for (key, count) in other.short {
-            *self.short.entry(key).or_insert(0) += count;
-        }
-        for (piece, count) in other.long {
-            *self.long.entry(piece).or_insert(0) += count;
-        }
+        other.short.iter().for_each(|(key, count)| self.short.add(key, count));
+        other.long.into_iter().for_each(|(piece, count)| self.add_long(&piece, count));
     }
 
     pub fn distinct(&self) -> usize {
-        self.short.len() + self.long.len()
+        self.short.filled + self.long.len()
     }
 
     /// Calls `visit(piece, count)` for each distinct piece, in no particular order.
     pub fn for_each(&self, mut visit: impl FnMut(&[u8], u64)) {
-        for (key, &count) in &self.short {
+        for (key, count) in self.short.iter() {
             let bytes = key.to_le_bytes();
             visit(&bytes[..usize::from(bytes[INLINE])], count);
         }
         for (piece, &count) in &self.long {
             visit(piece, count);
         }
+    }
+}
+
+/// Counts by key: open addressing, at most half full, so that nearly every look-up is one access to memory.
+#[derive(Debug)]
+struct ShortCounts {
+    /// Key and count; an empty place has the key 0, which no piece has.
+    entries: Vec<(u128, u64)>,
+    bits: u32,
+    filled: usize,
+}
+
+impl Default for ShortCounts {
+    fn default() -> Self {
+        Self::with_bits(10)
+    }
+}
+
+impl ShortCounts {
+    fn with_bits(bits: u32) -> Self {
+        Self { entries: vec![(0, 0); 1 << bits], bits, filled: 0 }
+    }
+
+    #[inline(always)]
+    fn add(&mut self, key: u128, count: u64) {
+        let mut at = slot(key, self.bits);
+        loop {
+            let entry = &mut self.entries[at];
+            if entry.0 == key {
+                entry.1 += count;
+                return;
+            }
+            if entry.0 == 0 {
+                break;
+            }
+            at = (at + 1) & (self.entries.len() - 1);
+        }
+        self.insert(at, key, count);
+    }
+
+    #[cold]
+    fn insert(&mut self, at: usize, key: u128, count: u64) {
+        self.entries[at] = (key, count);
+        self.filled += 1;
+        if 2 * self.filled > self.entries.len() {
+            let old = std::mem::replace(self, Self::with_bits(self.bits + 1));
+            old.iter().for_each(|(key, count)| self.add(key, count));
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (u128, u64)> {
+        self.entries.iter().copied().filter(|&(key, _)| key != 0)
+    }
+}
+
+/// Counts the pieces of texts. In front of the table is a small one, in which a new piece takes the place of an old one,
+/// whose count then goes to the table: most pieces of a text are one of a few thousand.
+#[derive(Debug)]
+pub struct Counter {
+    front: Vec<(u128, u64)>,
+    counts: PieceCounts,
+}
+
+impl Default for Counter {
+    fn default() -> Self {
+        Self { front: vec![(0, 0); 1 << FRONT_BITS], counts: PieceCounts::default() }
+    }
+}
+
+impl Counter {
+    /// Splits a text and counts its pieces.
+    pub fn add_text(&mut self, splitter: &Splitter, text: &str) -> Result<(), Error> {
+        let bytes = text.as_bytes();
+        // Keys are counted in blocks, so that the look-ups of a block overlap and none waits for the scanner.
+        let mut keys = [0; BLOCK];
+        let mut number = 0;
+        splitter.split(text, |start, end| {
+            if end - start <= INLINE {
+                keys[number] = inline_key(bytes, start, end);
+                number += 1;
+                if number == BLOCK {
+                    self.add_keys(&keys);
+                    number = 0;
+                }
+            } else {
+                self.counts.add_long(&bytes[start..end], 1);
+            }
+        })?;
+        self.add_keys(&keys[..number]);
+        Ok(())
+    }
+
+    fn add_keys(&mut self, keys: &[u128]) {
+        for &key in keys {
+            let recent = &mut self.front[slot(key, FRONT_BITS)];
+            if recent.0 == key {
+                recent.1 += 1;
+            } else {
+                let (old, count) = std::mem::replace(recent, (key, 1));
+                if count > 0 {
+                    self.counts.short.add(old, count);
+                }
+            }
+        }
+    }
+
+    /// The counts of all texts.
+    pub fn finish(mut self) -> PieceCounts {
+        for (key, count) in self.front.into_iter().filter(|&(_, count)| count > 0) {
+            self.counts.short.add(key, count);
+        }
+        self.counts
     }
 }
 
@@ -99,17 +202,17 @@ pub fn count_batches<E: From<Error>>(
     let (sender, receiver) = mpsc::sync_channel::<Batch>(2 * threads.get());
     let receiver = Mutex::new(receiver);
     let count = || {
-        let mut counts = PieceCounts::default();
+        let mut counter = Counter::default();
         // The lock is held while waiting for a batch, and free while counting it.
         while let Some(batch) = receiver.lock().ok().and_then(|receiver| receiver.recv().ok()) {
             for text in batch.texts() {
-                if let Err(error) = counts.add_text(splitter, text) {
+                if let Err(error) = counter.add_text(splitter, text) {
                     failed.store(true, Ordering::Relaxed);
                     return Err(error);
                 }
             }
         }
-        Ok(counts)
+        Ok(counter.finish())
     };
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads.get()).map(|_| scope.spawn(count)).collect();
@@ -151,7 +254,7 @@ mod tests {
         fn counts_equal_a_plain_map(texts in prop::collection::vec("[ab \\néz\\u{0}]{0,60}", 0..6)) {
             let splitter = Splitter::new(DEFAULT_PATTERN).unwrap();
             let mut expected: HashMap<Vec<u8>, u64> = HashMap::new();
-            let (mut left, mut right) = (PieceCounts::default(), PieceCounts::default());
+            let (mut left, mut right) = (Counter::default(), Counter::default());
             for (index, text) in texts.iter().enumerate() {
                 let side = if index % 2 == 0 { &mut left } else { &mut right };
                 side.add_text(&splitter, text).unwrap();
@@ -159,7 +262,9 @@ mod tests {
                     .split(text, |start, end| *expected.entry(text.as_bytes()[start..end].to_vec()).or_insert(0) += 1)
                     .unwrap();
             }
-            left.merge(right);
+
+            let mut left = left.finish();
+            left.merge(right.finish());
             let mut found: HashMap<Vec<u8>, u64> = HashMap::new();
             left.for_each(|piece, count| assert_eq!(found.insert(piece.to_vec(), count), None));
             prop_assert_eq!(left.distinct(), found.len());

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::error::Error;
-use crate::key::{INLINE, inline_key};
+use crate::key::{INLINE, inline_key, slot};
 use crate::split::Splitter;
 use crate::vocab::Vocabulary;
 
@@ -40,11 +40,6 @@ struct Entry {
 impl Cache {
     fn new() -> Self {
         Self(vec![Entry { key: 0, count: 0, ids: [0; CACHED_IDS] }; 1 << CACHE_BITS])
-    }
-
-    fn slot(key: u128) -> usize {
-        let folded = (key as u64 ^ (key >> 64) as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        (folded >> (64 - CACHE_BITS)) as usize
     }
 }
 
@@ -150,7 +145,7 @@ impl Encoder {
                 return;
             }
             let key = inline_key(bytes, start, end);
-            let entry = &mut cache.0[Cache::slot(key)];
+            let entry = &mut cache.0[slot(key, CACHE_BITS)];
             if entry.key == key {
                 match entry.count {
                     1 => out.push(entry.ids[0]),
@@ -210,7 +205,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::count::PieceCounts;
+    use crate::count::Counter;
     use crate::split::DEFAULT_PATTERN;
     use crate::train::learn;
 
@@ -219,9 +214,9 @@ mod tests {
 
     fn encoder(pattern: &str) -> Encoder {
         let splitter = Splitter::new(pattern).unwrap();
-        let mut counts = PieceCounts::default();
+        let mut counts = Counter::default();
         counts.add_text(&splitter, SAMPLE).unwrap();
-        let tokens = learn(&counts, 290, |_| false).unwrap();
+        let tokens = learn(&counts.finish(), 290, |_| false).unwrap();
         Encoder::new(splitter, Vocabulary::new(tokens).unwrap())
     }
 

@@ -20,3 +20,10 @@ pub fn inline_key(text: &[u8], start: usize, end: usize) -> u128 {
     };
     raw | (length as u128) << 120
 }
+
+/// The place of a key in a table of `2^bits` entries.
+#[inline(always)]
+pub fn slot(key: u128, bits: u32) -> usize {
+    let folded = (key as u64 ^ (key >> 64) as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    (folded >> (64 - bits)) as usize
+}

@@ -11,6 +11,7 @@ pub mod files;
 pub mod key;
 #[cfg(feature = "python")]
 mod py;
+pub mod scan;
 pub mod split;
 pub mod train;
 pub mod vocab;

@@ -2,8 +2,8 @@
 
 use fancy_regex::Regex;
 
-use crate::classes::{Classes, Kind};
 use crate::error::Error;
+use crate::scan::scan;
 
 /// GPT-4's pattern with numbers in groups of at most two, so that a small vocabulary is not spent on numbers.
 pub const DEFAULT_PATTERN: &str =
@@ -37,15 +37,7 @@ impl Splitter {
     /// left out, as it is by tiktoken, unless `keep_gaps` says otherwise; the default pattern matches everything.
     pub fn split(&self, text: &str, mut piece: impl FnMut(usize, usize)) -> Result<(), Error> {
         match &self.regex {
-            None => {
-                let classes = Classes::load();
-                let mut start = 0;
-                while start < text.len() {
-                    let end = next_piece(classes, text, start);
-                    piece(start, end);
-                    start = end;
-                }
-            }
+            None => scan(text, piece),
             Some(regex) => {
                 let mut done = 0;
                 for found in regex.find_iter(text) {
@@ -69,68 +61,6 @@ impl Splitter {
 
 pub(crate) fn compile(pattern: &str) -> Result<Regex, Error> {
     Regex::new(pattern).map_err(|error| Error::Pattern(error.to_string()))
-}
-
-/// The end of the piece that starts at `start`, which must lie before the end of the text.
-/// The branches are the alternatives of `DEFAULT_PATTERN` in their order.
-#[inline]
-fn next_piece(classes: Classes, text: &str, start: usize) -> usize {
-    let Some((kind, next)) = classes.next(text, start) else { return text.len() };
-    match kind {
-        Kind::Letter => classes.run(text, next, Kind::Letter),
-        Kind::Number => match classes.next(text, next) {
-            Some((Kind::Number, end)) => end,
-            _ => next,
-        },
-        Kind::Newline => whitespace(classes, text, start),
-        Kind::Other => match contraction(text, start) {
-            Some(end) => end,
-            None => match classes.next(text, next) {
-                Some((Kind::Letter, after)) => classes.run(text, after, Kind::Letter),
-                _ => punctuation(classes, text, next),
-            },
-        },
-        Kind::Space => match classes.next(text, next) {
-            Some((Kind::Letter, after)) => classes.run(text, after, Kind::Letter),
-            Some((Kind::Other, after)) if text.as_bytes()[start] == b' ' => punctuation(classes, text, after),
-            _ => whitespace(classes, text, start),
-        },
-    }
-}
-
-/// `[^\s\p{L}\p{N}]*[\r\n]*`
-fn punctuation(classes: Classes, text: &str, at: usize) -> usize {
-    let end = classes.run(text, at, Kind::Other);
-    classes.run(text, end, Kind::Newline)
-}
-
-/// `'(?i:[sdmt]|ll|ve|re)`. Ignoring case, `s` is also U+017F, the long s.
-fn contraction(text: &str, start: usize) -> Option<usize> {
-    let rest = text.as_bytes()[start..].strip_prefix(b"'")?;
-    let length = match rest {
-        [b's' | b'S' | b'd' | b'D' | b'm' | b'M' | b't' | b'T', ..] => 1,
-        [b'l' | b'L', b'l' | b'L', ..] | [b'v' | b'V' | b'r' | b'R', b'e' | b'E', ..] | [0xC5, 0xBF, ..] => 2,
-        _ => return None,
-    };
-    Some(start + 1 + length)
-}
-
-/// `\s*[\r\n]|\s+(?!\S)|\s+`: up to the last line break of the run; without one, all but the last character, which
-/// belongs to what follows; all of it at the end of the text or if there is one character only.
-fn whitespace(classes: Classes, text: &str, start: usize) -> usize {
-    let (mut end, mut last, mut line_end) = (start, start, None);
-    while let Some((kind @ (Kind::Space | Kind::Newline), next)) = classes.next(text, end) {
-        last = end;
-        end = next;
-        if kind == Kind::Newline {
-            line_end = Some(next);
-        }
-    }
-    match line_end {
-        Some(line_end) => line_end,
-        None if end == text.len() || last == start => end,
-        None => last,
-    }
 }
 
 #[cfg(test)]

@@ -1,10 +1,12 @@
 //! Byte-pair merges learnt from the counts of pieces.
 //!
 //! There is no map from pairs to their counts: every place of the text knows the pair that begins there, and the pairs
-//! that a merge creates all contain the new symbol, so that their other symbol names them while the merge lasts.
+//! that a merge creates all contain the new symbol, so that their other symbol names them while the merge lasts. No
+//! later merge creates them again: the places of a pair are all known when the merge that bore it is done.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::binary_heap::PeekMut;
+use std::collections::{BinaryHeap, HashMap};
 
 use crate::count::PieceCounts;
 use crate::error::Error;
@@ -13,19 +15,28 @@ use crate::error::Error;
 const BORDER: u32 = u32::MAX;
 /// The pair at a place where none begins; the index of a pair that does not exist.
 const NONE: u32 = u32::MAX;
+/// The weight of a place whose piece occurs more often than 32 bits can tell.
+const HEAVY: u32 = u32::MAX;
 const BYTES: usize = 256;
+/// Places that are looked at together.
+const BLOCK: usize = 256;
 
-/// All distinct pieces, one after the other, a symbol at the place of its first byte.
+/// A byte of a piece. What a merge looks at lies together: it mostly waits for memory.
+#[derive(Clone, Copy)]
+struct Place {
+    /// The symbol that starts or ends with this byte. Meaningless inside of a symbol.
+    symbol: u32,
+    /// The pair of symbols of which the first starts here.
+    pair: u32,
+    /// How often the piece occurs.
+    weight: u32,
+}
+
+/// All distinct pieces, one after the other.
 struct Arena {
-    symbols: Vec<u32>,
-    /// Where the symbol starts whose last byte is here.
-    starts: Vec<u32>,
-    /// The pair that begins here.
-    pairs: Vec<u32>,
-    /// The index in `weights` of the piece that a place belongs to.
-    piece_of: Vec<u32>,
-    /// How often each piece occurs.
-    weights: Vec<u64>,
+    places: Vec<Place>,
+    /// The weights of the places that are `HEAVY`.
+    heavy: HashMap<u32, u64>,
 }
 
 impl Arena {
@@ -35,36 +46,28 @@ impl Arena {
         if size >= NONE as usize {
             return Err(Error::TooLarge);
         }
-        let mut arena = Self {
-            symbols: Vec::with_capacity(size),
-            starts: (0..size as u32).collect(),
-            pairs: vec![NONE; size],
-            piece_of: Vec::with_capacity(size),
-            weights: Vec::with_capacity(counts.distinct()),
-        };
-        arena.push_border(0);
+        let border = Place { symbol: BORDER, pair: NONE, weight: 0 };
+        let mut arena = Self { places: Vec::with_capacity(size), heavy: HashMap::new() };
+        arena.places.push(border);
         counts.for_each(|piece, count| {
-            let index = arena.weights.len() as u32;
-            arena.weights.push(count);
-            arena.symbols.extend(piece.iter().map(|&byte| u32::from(byte)));
-            arena.piece_of.resize(arena.symbols.len(), index);
-            arena.push_border(index);
+            let weight = u32::try_from(count).unwrap_or(HEAVY);
+            if weight == HEAVY {
+                let start = arena.places.len();
+                arena.heavy.extend((start..start + piece.len()).map(|place| (place as u32, count)));
+            }
+            arena.places.extend(piece.iter().map(|&byte| Place { symbol: byte.into(), pair: NONE, weight }));
+            arena.places.push(border);
         });
         Ok(arena)
     }
 
-    fn push_border(&mut self, index: u32) {
-        self.symbols.push(BORDER);
-        self.piece_of.push(index);
-    }
-
     fn weight(&self, place: usize) -> u64 {
-        self.weights[self.piece_of[place] as usize]
+        match self.places[place].weight {
+            HEAVY => self.heavy[&(place as u32)],
+            weight => weight.into(),
+        }
     }
 }
-
-/// The index of a pair, and its two ids.
-type Born = (u32, (u32, u32));
 
 /// A pair in the heap: its count, its ids, its index.
 type Candidate = (u64, Reverse<(u32, u32)>, u32);
@@ -73,10 +76,17 @@ type Candidate = (u64, Reverse<(u32, u32)>, u32);
 #[derive(Default)]
 struct Pairs {
     counts: Vec<u64>,
-    /// Where each has ever begun, in ascending order. Places that have since lost the pair are skipped when read.
-    places: Vec<Vec<u32>>,
+    /// Where the places of each end in `places`; they start where those of the one before it end.
+    ends: Vec<usize>,
+    /// Where each pair has ever begun, in ascending order. Places that have since lost the pair are skipped when read.
+    places: Vec<u32>,
     /// The highest count first, then the lowest pair of ids. A count here may be out of date, but never too low.
     heap: BinaryHeap<Candidate>,
+    /// The ids of the pairs that the present merge bears, which have the highest indices; the number of their places;
+    /// and those places, each with the index of its pair.
+    born: Vec<(u32, u32)>,
+    sizes: Vec<usize>,
+    begun: Vec<(u32, u32)>,
 }
 
 impl Pairs {
@@ -84,50 +94,75 @@ impl Pairs {
     fn new(arena: &mut Arena) -> Self {
         let mut pairs = Self::default();
         let mut table = vec![NONE; BYTES * BYTES];
-        let mut born = Vec::new();
-        for place in 1..arena.symbols.len() {
-            let (left, right) = (arena.symbols[place - 1], arena.symbols[place]);
+        for place in 1..arena.places.len() {
+            let (left, right) = (arena.places[place - 1].symbol, arena.places[place].symbol);
             if left != BORDER && right != BORDER {
                 let slot = &mut table[left as usize * BYTES + right as usize];
-                pairs.begin(arena, place - 1, slot, (left, right), &mut born);
+                pairs.begin(arena, place - 1, arena.weight(place - 1), slot, (left, right));
             }
         }
-        pairs.push_all(&mut born);
+        pairs.close();
         pairs
     }
 
-    /// Lets a pair begin at a place. `slot` holds its index; if it has none yet, it gets one and is noted in `born`.
-    fn begin(&mut self, arena: &mut Arena, place: usize, slot: &mut u32, ids: (u32, u32), born: &mut Vec<Born>) {
+    /// Lets a pair begin at a place. `slot` holds its index; if it has none yet, it gets one.
+    #[inline(always)]
+    fn begin(&mut self, arena: &mut Arena, place: usize, weight: u64, slot: &mut u32, ids: (u32, u32)) {
         if *slot == NONE {
             *slot = self.counts.len() as u32;
             self.counts.push(0);
-            self.places.push(Vec::new());
-            born.push((*slot, ids));
+            self.born.push(ids);
+            self.sizes.push(0);
         }
-        self.counts[*slot as usize] += arena.weight(place);
-        self.places[*slot as usize].push(place as u32);
-        arena.pairs[place] = *slot;
+        let first = self.counts.len() - self.born.len();
+        self.counts[*slot as usize] += weight;
+        self.sizes[*slot as usize - first] += 1;
+        self.begun.push((*slot, place as u32));
+        arena.places[place].pair = *slot;
     }
 
-    fn push_all(&mut self, born: &mut Vec<Born>) {
-        for (index, ids) in born.drain(..) {
-            self.heap.push((self.counts[index as usize], Reverse(ids), index));
+    /// Ends a merge: files the places of the pairs that it bore, and makes them candidates.
+    fn close(&mut self) {
+        let first = self.counts.len() - self.born.len();
+        let mut end = self.places.len();
+        self.places.resize(end + self.begun.len(), 0);
+        for (index, (ids, size)) in self.born.drain(..).zip(&mut self.sizes).enumerate() {
+            self.heap.push((self.counts[first + index], Reverse(ids), (first + index) as u32));
+            // From here on, where the next place of this pair is filed.
+            let start = end;
+            end += *size;
+            *size = start;
         }
+        for (index, place) in self.begun.drain(..) {
+            let next = &mut self.sizes[index as usize - first];
+            self.places[*next] = place;
+            *next += 1;
+        }
+        self.ends.append(&mut self.sizes);
     }
 
-    /// The most frequent pair, ties to the lowest ids. None when no pair is left.
-    fn pop(&mut self) -> Option<Born> {
-        while let Some((count, Reverse(ids), index)) = self.heap.pop() {
+    /// The most frequent pair, ties to the lowest ids, and its index. None when no pair is left.
+    fn pop(&mut self) -> Option<((u32, u32), u32)> {
+        while let Some(mut top) = self.heap.peek_mut() {
+            let (count, Reverse(ids), index) = *top;
             let current = self.counts[index as usize];
             if current == 0 {
-                self.places[index as usize] = Vec::new();
+                PeekMut::pop(top);
             } else if current < count {
-                self.heap.push((current, Reverse(ids), index));
+                top.0 = current;
             } else {
-                return Some((index, ids));
+                PeekMut::pop(top);
+                return Some((ids, index));
             }
         }
         None
+    }
+
+    /// Where the places of a pair lie in `places`.
+    fn range(&self, index: u32) -> std::ops::Range<usize> {
+        let index = index as usize;
+        let start = if index == 0 { 0 } else { self.ends[index - 1] };
+        start..self.ends[index]
     }
 }
 
@@ -145,49 +180,63 @@ pub fn learn(
     let mut arena = Arena::new(counts)?;
     let mut pairs = Pairs::new(&mut arena);
     let mut tokens: Vec<Vec<u8>> = (0..=u8::MAX).map(|byte| vec![byte]).collect();
+    let mut sizes = vec![1; BYTES];
     // The indices of the pairs (symbol, new one) and (new one, symbol) while a merge lasts.
     let (mut before, mut behind) = (vec![NONE; BYTES], vec![NONE; BYTES]);
-    let mut born = Vec::new();
     while tokens.len() < size {
         if tokens.len().is_multiple_of(256) && interrupted(tokens.len()) {
             return Err(Error::Interrupted);
         }
-        let Some((index, (left, right))) = pairs.pop() else { break };
+        let Some(((left, right), index)) = pairs.pop() else { break };
         let merged = tokens.len() as u32;
-        let (left_size, right_size) = (tokens[left as usize].len(), tokens[right as usize].len());
+        let (left_size, right_size) = (sizes[left as usize], sizes[right as usize]);
         tokens.push([&tokens[left as usize][..], &tokens[right as usize][..]].concat());
+        sizes.push(left_size + right_size);
         before.push(NONE);
         behind.push(NONE);
-        for place in std::mem::take(&mut pairs.places[index as usize]) {
-            let at = place as usize;
-            // In `aaa` the second `aa` is gone once the first is merged.
-            if arena.pairs[at] != index {
-                continue;
+        let mut rest = pairs.range(index);
+        while !rest.is_empty() {
+            // A block of places is first looked at, without a branch, so that many accesses to memory are under way at
+            // once; those that have lost the pair are dropped.
+            let block = rest.start..rest.end.min(rest.start + BLOCK);
+            rest.start = block.end;
+            let mut present = [0; BLOCK];
+            let mut number = 0;
+            for &place in &pairs.places[block] {
+                present[number] = place;
+                number += usize::from(arena.places[place as usize].pair == index);
             }
-            let weight = arena.weight(at);
-            let second = at + left_size;
-            let after = second + right_size;
-            arena.symbols[at] = merged;
-            arena.starts[after - 1] = place;
-            arena.pairs[at] = NONE;
-            let start = arena.starts[at - 1] as usize;
-            let (previous, next) = (arena.symbols[start], arena.symbols[after]);
-            if previous != BORDER {
-                pairs.counts[arena.pairs[start] as usize] -= weight;
-                pairs.begin(&mut arena, start, &mut before[previous as usize], (previous, merged), &mut born);
+            for &at in &present[..number] {
+                let at = at as usize;
+                // In `aaa` the second `aa` is gone once the first is merged.
+                if arena.places[at].pair != index {
+                    continue;
+                }
+                let weight = arena.weight(at);
+                let second = at + left_size;
+                let after = second + right_size;
+                let (previous, next) = (arena.places[at - 1].symbol, arena.places[after].symbol);
+                arena.places[at].symbol = merged;
+                arena.places[at].pair = NONE;
+                arena.places[after - 1].symbol = merged;
+                if previous != BORDER {
+                    let start = at - sizes[previous as usize];
+                    pairs.counts[arena.places[start].pair as usize] -= weight;
+                    pairs.begin(&mut arena, start, weight, &mut before[previous as usize], (previous, merged));
+                }
+                if next != BORDER {
+                    pairs.counts[arena.places[second].pair as usize] -= weight;
+                    pairs.begin(&mut arena, at, weight, &mut behind[next as usize], (merged, next));
+                }
+                arena.places[second].pair = NONE;
             }
-            if next != BORDER {
-                pairs.counts[arena.pairs[second] as usize] -= weight;
-                pairs.begin(&mut arena, at, &mut behind[next as usize], (merged, next), &mut born);
-            }
-            arena.pairs[second] = NONE;
         }
         pairs.counts[index as usize] = 0;
-        for &(_, (left, right)) in &born {
+        for &(left, right) in &pairs.born {
             before[left as usize] = NONE;
             behind[right as usize] = NONE;
         }
-        pairs.push_all(&mut born);
+        pairs.close();
     }
     Ok(tokens)
 }
@@ -199,15 +248,16 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::count::Counter;
     use crate::split::{DEFAULT_PATTERN, Splitter};
 
     fn learn_from(texts: &[&str], pattern: &str, size: usize) -> Vec<Vec<u8>> {
         let splitter = Splitter::new(pattern).unwrap();
-        let mut counts = PieceCounts::default();
+        let mut counts = Counter::default();
         for text in texts {
             counts.add_text(&splitter, text).unwrap();
         }
-        learn(&counts, size, |_| false).unwrap()
+        learn(&counts.finish(), size, |_| false).unwrap()
     }
 
     /// All pairs counted again for each merge.
