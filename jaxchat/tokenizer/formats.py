@@ -134,7 +134,9 @@ def from_json(data: dict[str, Any]) -> Vocabulary:
         names = [token["content"] for token in data["added_tokens"]]
         if vocabulary.whole_pieces and names == list(SPECIAL_TOKENS):  # as jaxchat wrote it before there were seals
             vocabulary = Vocabulary(vocabulary.tokens, vocabulary.special, vocabulary.pattern)
-            if data != _to_dict(vocabulary):
+            if data != _to_dict(vocabulary) or list(data["model"]["vocab"].values()) != [
+                *range(len(vocabulary.tokens))
+            ]:
                 raise ValueError("its parts do not fit together")
         return vocabulary
     special = {token["content"]: token["id"] for token in data["added_tokens"]}
@@ -191,7 +193,7 @@ def _from_foreign(data: dict[str, Any]) -> Vocabulary:
     _supported(model.get("type", "BPE") == "BPE" and "merges" in model, f"its model is {model.get('type')}, not BPE")
     # What BPE does with unknown characters (unk_token, byte_fallback) does not matter: there are none among bytes.
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        _supported(not model.get(name), f"its model has a {name.replace('_', ' ')}")
+        _supported(not model.get(name), f"its model sets {name}")
     _supported(data.get("normalizer") is None, f"it normalizes text ({_type(data.get('normalizer'))})")
     _supported(_type(data.get("decoder")) in (None, "ByteLevel"), f"its decoder is {_type(data.get('decoder'))}")
     pattern, keep_gaps = _split_of(data.get("pre_tokenizer"))
@@ -222,6 +224,7 @@ def _from_foreign(data: dict[str, Any]) -> Vocabulary:
     _supported(strange is None, f"its vocabulary is not of bytes: {strange!r}")
     missing = sorted({bytes([byte]) for byte in range(NUM_BYTES)} - {*tokens})
     _supported(not missing, f"its vocabulary has no token for {len(missing)} of the 256 bytes")
+    special = with_chat_tokens(special, len(tokens))
     return Vocabulary(tokens, special, pattern, merges, whole_pieces, keep_gaps)
 
 
@@ -260,6 +263,8 @@ def _merges(model: dict[str, Any], size: int | None = None) -> list[tuple[int, i
     """The pairs of ids in the order of their ranks. `size`: ids from there on are special tokens."""
     vocab, pairs = model["vocab"], {}
     for merge in model["merges"]:
+        if isinstance(merge, str) and merge.startswith("#version"):  # the first line of older files of merges
+            continue
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         for name in (left, right, left + right):
             if name not in vocab:
