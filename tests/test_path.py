@@ -13,9 +13,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import STAGES
 from jaxchat.metrics import read_metrics
+from jaxchat.serve.load import load_model
 from jaxchat.stages import rl
 from jaxchat.stages.training import Batches
-from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from tests.tiny import ARGUMENTS, STEPS, copy, record, refusal, start, start_process, values
 
 
@@ -321,3 +322,23 @@ class TestOwnText:
         assert "no tokenizer at" in refusal(
             start(tmp_path / "other", f"--tokenizer.path={tmp_path}", "--stages=tokenizer")
         )
+
+    def test_a_foreign_tokenizer_with_special_tokens_of_its_own(self, finished, tmp_path):
+        """Only Hugging Face normalizes text. The model's vocabulary is the tokenizer's, all special tokens included."""
+        own = Tokenizer.train_from_iterator(STORIES, 300)
+        data = json.loads(own.to_json())
+        del data["model"]["jaxchat"]
+        data["normalizer"] = {"type": "NFC"}
+        data["added_tokens"].append({**data["added_tokens"][0], "id": 300, "content": "<|endoftext|>"})
+        path = tmp_path / "foreign.json"
+        path.write_text(json.dumps(data))
+        arguments = [f"--tokenizer.path={path}", "--tokenizer.vocab-size=301"]
+        code, _, err = start(tmp_path / "run", *arguments, "--stages=tokenizer,pretrain")
+        assert code == 0, err
+        tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
+        assert isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.vocab_size == 301
+        assert tokenizer.encode("u\u0308") == own.encode("ü")
+        model = load_model(tmp_path / "run")
+        assert model.experiment.model.vocab_size == 301
+        (completion,) = model.engine().generate([tokenizer.encode("Once", "<|bos|>")], max_new_tokens=4)
+        assert len(completion.tokens) <= 4 and all(token < 301 for token in completion.tokens)

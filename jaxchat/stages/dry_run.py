@@ -19,6 +19,7 @@ from jaxchat.model.gpt import abstract_params
 from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.scaling import batch_plan, cost, count_parameters, flops_per_token, hours, training_length
 from jaxchat.stages.run import compute_dtype
+from jaxchat.stages.tokenizer import load_brought
 from jaxchat.stages.training import MICRO_BATCH_SPEC
 from jaxchat.train.step import init_state, make_train_step
 
@@ -27,8 +28,10 @@ def dry_run(experiment: Experiment) -> None:
     """Prints the plan; compiles the train step for the devices here, to read XLA's own memory analysis.
 
     Raises:
-      UserError: batch or mesh do not fit together.
+      UserError: batch or mesh do not fit together; a tokenizer is brought along that has another size.
     """
+    if experiment.tokenizer.path is not None:
+        load_brought(experiment.tokenizer)
     model, console = experiment.model, Console(soft_wrap=True)
     model = dataclasses.replace(model, vocab_size=experiment.tokenizer.vocab_size)
     mesh = make_mesh(experiment.mesh)

@@ -24,12 +24,7 @@ def run(run: Run) -> None:
     config, began = run.experiment.tokenizer, time.time()
     seen = 0
     if config.path is not None:
-        tokenizer = load_tokenizer(config.path)
-        check(
-            tokenizer.vocab_size == config.vocab_size,
-            f"the tokenizer in {config.path} has {tokenizer.vocab_size} tokens, not {config.vocab_size}; "
-            f"add --tokenizer.vocab-size={tokenizer.vocab_size}",
-        )
+        tokenizer = load_brought(config)
     else:
         text = find_text(run.text_dir, run.experiment.data.val_shard)
         run.say(f"tokenizer training {config.vocab_size:,} tokens on {run.text_dir}")
@@ -47,6 +42,17 @@ def run(run: Run) -> None:
         started=began,
         metrics={"vocab_size": tokenizer.vocab_size, "characters": seen, "bytes_per_token": bytes_per_token},
     )
+
+
+def load_brought(config: TokenizerConfig) -> BaseTokenizer:
+    """The tokenizer that the user brings, which has the size of the experiment's vocabulary."""
+    tokenizer = load_tokenizer(config.path)
+    check(
+        tokenizer.vocab_size == config.vocab_size,
+        f"the tokenizer in {config.path} has {tokenizer.vocab_size} tokens, not {config.vocab_size}; "
+        f"add --tokenizer.vocab-size={tokenizer.vocab_size}",
+    )
+    return tokenizer
 
 
 def train(config: TokenizerConfig, side: TextSide, say: Callable[[str], None]) -> tuple[BaseTokenizer, int]:
