@@ -130,21 +130,31 @@ def from_json(data: dict[str, Any]) -> Vocabulary:
     `AttributeError` for a damaged one."""
     facts = data["model"].get("jaxchat", {})
     if "pattern" not in facts:
-        vocabulary = _from_foreign(data)
-        names = [token["content"] for token in data["added_tokens"]]
-        if vocabulary.whole_pieces and names == list(SPECIAL_TOKENS):  # as jaxchat wrote it before there were seals
-            vocabulary = Vocabulary(vocabulary.tokens, vocabulary.special, vocabulary.pattern)
-            if data != _to_dict(vocabulary) or list(data["model"]["vocab"].values()) != [
-                *range(len(vocabulary.tokens))
-            ]:
-                raise ValueError("its parts do not fit together")
-        return vocabulary
+        return _from_unsealed(data) if _was_ours(data) else _from_foreign(data)
     special = {token["content"]: token["id"] for token in data["added_tokens"]}
     names = sorted(data["model"]["vocab"], key=data["model"]["vocab"].__getitem__)
     tokens = [name.encode() if name in special else bytes_of(name) for name in names]
     merges = None if facts["merges"] == "any" else _merges(data["model"])
     whole_pieces = data["model"]["ignore_merges"]
     return Vocabulary(tokens, special, facts["pattern"], merges, whole_pieces, facts["keep_gaps"])
+
+
+def _was_ours(data: dict[str, Any]) -> bool:
+    """Whether jaxchat wrote the file before there were seals. Hugging Face always lists `dropout`, too."""
+    ours = any(token["content"] in SPECIAL_TOKENS for token in data.get("added_tokens") or [])
+    return ours and data["model"].keys() == {"type", "ignore_merges", "vocab", "merges"}
+
+
+def _from_unsealed(data: dict[str, Any]) -> Vocabulary:
+    try:
+        foreign = _from_foreign(data)
+    except Unsupported as error:
+        raise ValueError(str(error)) from None
+    vocabulary = Vocabulary(foreign.tokens, foreign.special, foreign.pattern)
+    ranks = list(data["model"]["vocab"].values())
+    if data != _to_dict(vocabulary) or ranks != list(range(len(ranks))):
+        raise ValueError("its parts do not fit together")
+    return vocabulary
 
 
 def _to_dict(vocabulary: Vocabulary) -> dict[str, Any]:
