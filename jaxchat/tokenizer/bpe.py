@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Self
 
 import jaxchat_tokenizer as rust
@@ -208,16 +208,28 @@ class Tokenizer(BaseTokenizer):
             return self._rust.encode_to_numpy(texts, self._id(prepend), num_threads)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        with _user_errors():
-            return self._rust.decode_text(ids if isinstance(ids, list) else np.asarray(ids))
+        return self._decode(self._rust.decode_text, ids)
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        with _user_errors():
-            return self._rust.decode(ids if isinstance(ids, list) else np.asarray(ids))
+        return self._decode(self._rust.decode, ids)
 
     def decode_batch(self, ids: np.ndarray, offsets: np.ndarray) -> list[str]:
-        with _user_errors():
-            return self._rust.decode_batch(np.asarray(ids), np.asarray(offsets, np.int64))
+        return self._decode(self._rust.decode_batch, ids, np.asarray(offsets, np.int64))
+
+    def _decode(self, decode: Callable, ids: Sequence[int] | np.ndarray, *more):
+        try:
+            with _user_errors():
+                return decode(_plain(ids), *more)
+        except OverflowError:  # no number of 64 bits
+            raise UserError(f"a token id is out of range: this tokenizer has ids 0 to {self.vocab_size - 1}") from None
+
+
+def _plain(ids: Sequence[int] | np.ndarray) -> list[int] | np.ndarray:
+    """Ids in a form that Rust takes without a copy: a list, or an array of int64 or uint32."""
+    if isinstance(ids, list):
+        return ids
+    ids = np.asarray(ids)
+    return ids if ids.dtype == np.uint32 else ids.astype(np.int64, copy=False)
 
 
 @contextlib.contextmanager

@@ -134,7 +134,10 @@ def test_decoding_any_ids_equals_tiktokens(tokenizer, peer, ids):
     assert tokenizer.decode_bytes(ids) == peer.decode_bytes(ids)
     assert tokenizer.decode(ids) == peer.decode(ids)
     assert tokenizer.decode(np.array(ids, np.int64)[::-1]) == peer.decode(ids[::-1])
-    assert tokenizer.decode(np.array(ids, np.int32)) == tokenizer.decode(tuple(ids)) == peer.decode(ids)
+    assert tokenizer.decode(()) == tokenizer.decode(np.array([])) == ""
+    for kind in (np.int32, np.uint32, np.uint16):
+        assert tokenizer.decode(np.array(ids, kind)) == peer.decode(ids)
+    assert tokenizer.decode(tuple(ids)) == peer.decode(ids)
 
 
 @given(st.lists(st.lists(st.integers(0, 899), max_size=9), max_size=9))
@@ -212,11 +215,13 @@ def test_bad_vocabularies(tokenizer):
 
 
 def test_bad_ids(tokenizer):
-    for ids in ([900], [-1], [2**40], np.array([900])):
+    for ids in ([900], [-1], [2**40], np.array([900]), np.array([900], np.int16), np.array([900], np.uint32)):
         with pytest.raises(
             UserError, match=r"token id (900|-1|\d{13}) is out of range: this tokenizer has ids 0 to 899"
         ):
             tokenizer.decode(ids)
+    with pytest.raises(UserError, match="a token id is out of range: this tokenizer has ids 0 to 899"):
+        tokenizer.decode([2**70])
     with pytest.raises(UserError, match="token id 900 is out of range"):
         tokenizer.encode("a", prepend=900)
     with pytest.raises(UserError, match=r"no special token '<\|bas\|>', did you mean '<\|bos\|>'"):
