@@ -97,6 +97,8 @@ class Tokenizer(BaseTokenizer):
         were."""
         check_size(vocab_size)
         paths = [os.fspath(path) for path in paths]
+        for path in paths:
+            check(path.endswith((".parquet", ".txt")), f"{path} is neither .parquet nor .txt; train from an iterator")
         with _user_errors():
             size = vocab_size - len(SPECIAL_TOKENS)
             tokens, characters = rust.train_files(paths, size, pattern, max_chars, progress=progress)

@@ -70,6 +70,12 @@ def test_files_that_cannot_be_read(shards, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_other_kinds_of_files_are_not_taken_for_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}')
+    with pytest.raises(UserError, match=r"a.jsonl is neither .parquet nor .txt"):
+        Tokenizer.train_from_files([tmp_path / "a.jsonl"], 265)
+
+
 def test_training_tells_how_far_it_is():
     calls: list[tuple[str, int]] = []
     texts = corpus(9, 30_000) * 10
