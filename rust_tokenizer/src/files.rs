@@ -30,7 +30,7 @@ pub struct Texts {
 }
 
 enum Open {
-    Parquet { path: PathBuf, file: Box<SerializedFileReader<File>>, group: usize, rows: Option<Rows> },
+    Parquet { path: PathBuf, file: SerializedFileReader<File>, group: usize, rows: Option<Box<Rows>> },
     Plain { path: PathBuf, file: File, offset: usize, rest: Vec<u8> },
 }
 
@@ -81,7 +81,7 @@ impl Open {
         let file = File::open(&path).map_err(|error| fail(&path, &error))?;
         if path.extension().is_some_and(|suffix| suffix == "parquet") {
             let file = SerializedFileReader::new(file).map_err(|error| fail(&path, &error))?;
-            Ok(Self::Parquet { path, file: Box::new(file), group: 0, rows: None })
+            Ok(Self::Parquet { path, file, group: 0, rows: None })
         } else {
             Ok(Self::Plain { path, file, offset: 0, rest: Vec::new() })
         }
@@ -96,7 +96,7 @@ impl Open {
                         return Ok(false);
                     }
                     let reader = file.get_row_group(*group).map_err(|error| fail(path, &error))?;
-                    *rows = Some(Rows::new(path, reader.as_ref())?);
+                    *rows = Some(Box::new(Rows::new(path, reader.as_ref())?));
                     *group += 1;
                     return Ok(true);
                 };

@@ -10,18 +10,25 @@ use crate::key::{INLINE, inline_key};
 
 /// No merge, no neighbour.
 const NONE: u32 = u32::MAX;
-/// Up to this many bytes, looking at all pairs again for each merge is faster than a heap.
+/// Up to this many bytes, looking at all pairs again for each merge is faster than a heap. Windows of longer pieces have
+/// this size too: 40 is the best for words without spaces between them, 32 for random letters.
 const SHORT: usize = 40;
+/// The last fifth of a window is judged again in the next one: what its end has changed is rarely more than a few tokens.
+const MARGIN: usize = 5;
 
 /// Tokens with ids 0, 1, 2, ... and the merges that lead to them.
 #[derive(Debug)]
 pub struct Vocabulary {
     tokens: Vec<Box<[u8]>>,
+    /// Their lengths, which long pieces ask for more often than for the bytes.
+    sizes: Vec<u32>,
     ids: Ids,
     /// Whether a piece that is a token becomes that token, even if no merges lead to it.
     whole_pieces: bool,
     /// The id of each byte.
     bytes: [u32; 256],
+    /// The ranks of the merges of two bytes, the left one in the high half: every piece begins with those.
+    byte_ranks: Vec<u32>,
     /// Two ids, the left one in the high half, to the rank of their merge. The lowest rank is merged first.
     ranks: HashMap<u64, u32, FxBuildHasher>,
     /// The id that the merge of each rank makes.
@@ -66,7 +73,7 @@ impl Vocabulary {
             }
         }
         vocabulary.made = (0..vocabulary.tokens.len() as u32).collect();
-        Ok(vocabulary)
+        Ok(vocabulary.with_byte_ranks())
     }
 
     /// Hugging Face's rule: exactly these pairs of ids merge, the first of them first. `whole_pieces` is what
@@ -87,7 +94,13 @@ impl Vocabulary {
             vocabulary.ranks.insert(pair(left, right), rank as u32);
             vocabulary.made.push(id);
         }
-        Ok(vocabulary)
+        Ok(vocabulary.with_byte_ranks())
+    }
+
+    fn with_byte_ranks(mut self) -> Self {
+        let pairs = self.bytes.iter().flat_map(|&left| self.bytes.iter().map(move |&right| (left, right)));
+        self.byte_ranks = pairs.map(|(left, right)| self.rank(left, right)).collect();
+        self
     }
 
     fn without_merges(tokens: Vec<Vec<u8>>, whole_pieces: bool) -> Result<Self, Error> {
@@ -104,13 +117,23 @@ impl Vocabulary {
                 )));
             }
         }
+        let sizes = tokens.iter().map(|token| token.len() as u32).collect();
         let mut bytes = [0; 256];
         for byte in 0..=u8::MAX {
             bytes[usize::from(byte)] = ids
                 .get(&[byte])
                 .ok_or_else(|| Error::Vocabulary(format!("no token for the single byte 0x{byte:02x}")))?;
         }
-        Ok(Self { tokens, ids, whole_pieces, bytes, ranks: HashMap::default(), made: Vec::new() })
+        Ok(Self {
+            tokens,
+            sizes,
+            ids,
+            whole_pieces,
+            bytes,
+            byte_ranks: Vec::new(),
+            ranks: HashMap::default(),
+            made: Vec::new(),
+        })
     }
 
     pub fn len(&self) -> usize {
@@ -126,13 +149,13 @@ impl Vocabulary {
     }
 
     /// Appends the ids of a piece: its own if it is a token, else its bytes, merged lowest rank first, ties from the
-    /// left. Time n log n in the bytes of the piece.
+    /// left. The time grows with the bytes of the piece.
     pub fn encode_piece(&self, piece: &[u8], out: &mut Vec<u32>) {
         let whole = if self.whole_pieces { self.ids.get(piece) } else { None };
         if let Some(id) = whole {
             out.push(id);
         } else if piece.len() <= SHORT {
-            self.encode_short(piece, out);
+            self.merge_short(piece, out);
         } else {
             self.encode_long(piece, out);
         }
@@ -143,20 +166,24 @@ impl Vocabulary {
         self.ranks.get(&pair(left, right)).copied().unwrap_or(NONE)
     }
 
-    fn encode_short(&self, piece: &[u8], out: &mut Vec<u32>) {
-        let mut ids = [0u32; SHORT];
-        // Of the merge of the symbol with its right neighbour.
-        let mut ranks = [NONE; SHORT];
+    fn byte_rank(&self, left: u8, right: u8) -> u32 {
+        self.byte_ranks[usize::from(left) << 8 | usize::from(right)]
+    }
+
+    /// For at most `SHORT` bytes. Looks at all pairs again for each merge.
+    fn merge_short(&self, piece: &[u8], out: &mut Vec<u32>) {
+        // A symbol's id in the low half; the rank of its merge with the one behind it in the high half.
+        let mut symbols = [0; SHORT];
+        let symbol = |id: u32, rank: u32| u64::from(rank) << 32 | u64::from(id);
         let mut length = piece.len();
-        for (id, &byte) in ids.iter_mut().zip(piece) {
-            *id = self.bytes[usize::from(byte)];
-        }
-        for at in 1..length {
-            ranks[at - 1] = self.rank(ids[at - 1], ids[at]);
+        for at in 0..length {
+            let rank = piece.get(at + 1).map_or(NONE, |&next| self.byte_rank(piece[at], next));
+            symbols[at] = symbol(self.bytes[usize::from(piece[at])], rank);
         }
         loop {
             let (mut at, mut best) = (0, NONE);
-            for (index, &rank) in ranks[..length].iter().enumerate() {
+            for (index, &symbol) in symbols[..length].iter().enumerate() {
+                let rank = (symbol >> 32) as u32;
                 if rank < best {
                     (at, best) = (index, rank);
                 }
@@ -164,27 +191,91 @@ impl Vocabulary {
             if best == NONE {
                 break;
             }
-            ids[at] = self.made[best as usize];
-            ids.copy_within(at + 2..length, at + 1);
-            ranks.copy_within(at + 1..length, at);
+            let id = self.made[best as usize];
+            symbols.copy_within(at + 2..length, at + 1);
             length -= 1;
-            ranks[at] = if at + 1 < length { self.rank(ids[at], ids[at + 1]) } else { NONE };
+            symbols[at] = symbol(id, if at + 1 < length { self.rank(id, symbols[at + 1] as u32) } else { NONE });
             if at > 0 {
-                ranks[at - 1] = self.rank(ids[at - 1], ids[at]);
+                let before = symbols[at - 1] as u32;
+                symbols[at - 1] = symbol(before, self.rank(before, id));
             }
         }
-        out.extend_from_slice(&ids[..length]);
+        out.extend(symbols[..length].iter().map(|&symbol| symbol as u32));
+    }
+
+    /// The ids of a long piece, from windows of it, so that the time does not grow faster than the piece.
+    ///
+    /// A sequence of tokens is the encoding of its bytes if each two neighbours in it are the encoding of theirs: as
+    /// long as no merge has crossed a border between tokens, the merges within two neighbours happen in the order in
+    /// which they would happen without the rest, and none of those crosses the border between the two. Neighbours in
+    /// the encoding of a window are of that kind. So two windows may follow each other if the second begins with a
+    /// token that the first has at this place too.
+    fn encode_long(&self, piece: &[u8], out: &mut Vec<u32>) {
+        let first = out.len();
+        let mut at = 0;
+        let mut size = SHORT;
+        // Windows since the size has changed, and after how many good ones a smaller one is tried.
+        let (mut since, mut patience) = (0, 1);
+        // The token that the last window has at `at`.
+        let mut expected = None;
+        let mut window: &[u8] = &[];
+        let mut ids = Vec::new();
+        loop {
+            let is_last = at + size >= piece.len();
+            let next = &piece[at..piece.len().min(at + size)];
+            // A piece of this length is often a run of the same character.
+            if next != window {
+                window = next;
+                ids.clear();
+                if next.len() <= SHORT {
+                    self.merge_short(next, &mut ids)
+                } else {
+                    self.merge_with_heap(next, &mut ids)
+                }
+            }
+            if expected.is_some_and(|token| ids[0] != token) {
+                // The end of the last window was too near. Its last token is up for judgement again, with more behind.
+                // A smaller window that fails at once was tried too early.
+                patience = if since <= 2 { 2 * patience } else { 1 };
+                (size, since) = (2 * size, 0);
+                expected = if out.len() > first { out.pop() } else { None };
+                at -= expected.map_or(0, |token| self.sizes[token as usize] as usize);
+                continue;
+            }
+            if is_last {
+                out.append(&mut ids);
+                return;
+            }
+            let (mut kept, mut end) = (0, 0);
+            while kept + 1 < ids.len() {
+                let longer = end + self.sizes[ids[kept] as usize] as usize;
+                if longer > size - size / MARGIN {
+                    break;
+                }
+                (kept, end) = (kept + 1, longer);
+            }
+            out.extend_from_slice(&ids[..kept]);
+            at += end;
+            expected = Some(ids[kept]);
+            since += 1;
+            if kept == 0 {
+                patience = if since <= 2 { 2 * patience } else { 1 };
+                (size, since) = (2 * size, 0);
+            } else if size > SHORT && since >= patience {
+                (size, since) = (size / 2, 0);
+            }
+        }
     }
 
     /// A heap of possible merges over a linked list of symbols. A symbol is named by the place of its first byte.
-    fn encode_long(&self, piece: &[u8], out: &mut Vec<u32>) {
+    fn merge_with_heap(&self, piece: &[u8], out: &mut Vec<u32>) {
         let size = piece.len();
         let mut ids: Vec<u32> = piece.iter().map(|&byte| self.bytes[usize::from(byte)]).collect();
         let mut next: Vec<usize> = (1..=size).collect();
         let mut previous: Vec<usize> = (0..size).map(|at| at.wrapping_sub(1)).collect();
         let mut heap: BinaryHeap<Reverse<(u32, usize)>> = BinaryHeap::with_capacity(size);
         for at in 1..size {
-            let rank = self.rank(ids[at - 1], ids[at]);
+            let rank = self.byte_rank(piece[at - 1], piece[at]);
             if rank != NONE {
                 heap.push(Reverse((rank, at - 1)));
             }
@@ -271,9 +362,27 @@ mod tests {
             let expected = reference(&vocabulary, piece.as_bytes());
             prop_assert_eq!(&any, &expected);
             if expected.len() > 1 {
-                vocabulary.encode_long(piece.as_bytes(), &mut long);
+                vocabulary.merge_with_heap(piece.as_bytes(), &mut long);
                 prop_assert_eq!(&long, &expected);
             }
+        }
+
+        /// Few letters and long tokens: what stands at one end of a window changes the tokens far away from it.
+        #[test]
+        fn windows_equal_the_reference(
+            extra in prop::collection::btree_set("[ab]{2,5}|a{2,70}|(ab){2,30}|[abc]{2,12}", 0..40),
+            ranks in any::<prop::sample::Index>(),
+            parts in prop::collection::vec(("[abc]{1,30}|ab?|a", 1usize..40), 1..12),
+        ) {
+            let mut extra: Vec<&str> = extra.iter().map(String::as_str).collect();
+            let first = ranks.index(extra.len().max(1));
+            extra.rotate_left(first);
+            let vocabulary = vocabulary(&extra);
+            let piece: String = parts.iter().map(|(part, times)| part.repeat(*times)).collect();
+            let (mut windows, mut heap) = (Vec::new(), Vec::new());
+            vocabulary.encode_long(piece.as_bytes(), &mut windows);
+            vocabulary.merge_with_heap(piece.as_bytes(), &mut heap);
+            prop_assert_eq!(windows, heap);
         }
     }
 }
