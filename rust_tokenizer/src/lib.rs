@@ -5,6 +5,7 @@
 pub mod classes;
 pub mod count;
 pub mod decode;
+pub mod dfa;
 pub mod encode;
 pub mod error;
 pub mod files;

@@ -2,6 +2,7 @@
 
 use fancy_regex::Regex;
 
+use crate::dfa::Dfa;
 use crate::error::Error;
 use crate::scan::scan;
 
@@ -13,15 +14,32 @@ pub const DEFAULT_PATTERN: &str =
 #[derive(Debug)]
 pub struct Splitter {
     pattern: String,
-    /// None for the default pattern, which a scanner by hand splits 12 times as fast as the regex.
-    regex: Option<Regex>,
+    engine: Engine,
     keep_gaps: bool,
+}
+
+/// What finds the pieces; the fastest that the pattern allows. All of them find the same.
+#[derive(Debug)]
+enum Engine {
+    /// The default pattern by hand.
+    Scanner,
+    /// The regex finds the next match where the automaton has none.
+    Dfa(Box<Dfa>, Regex),
+    Regex(Regex),
 }
 
 impl Splitter {
     pub fn new(pattern: &str) -> Result<Self, Error> {
-        let regex = if pattern == DEFAULT_PATTERN { None } else { Some(compile(pattern)?) };
-        Ok(Self { pattern: pattern.to_owned(), regex, keep_gaps: false })
+        let engine = if pattern == DEFAULT_PATTERN {
+            Engine::Scanner
+        } else {
+            let regex = compile(pattern)?;
+            match Dfa::new(pattern) {
+                Some(dfa) => Engine::Dfa(Box::new(dfa), regex),
+                None => Engine::Regex(regex),
+            }
+        };
+        Ok(Self { pattern: pattern.to_owned(), engine, keep_gaps: false })
     }
 
     /// Makes pieces of the text that a custom pattern does not match, as Hugging Face's `Isolated` split does.
@@ -36,27 +54,49 @@ impl Splitter {
     /// Calls `piece(start, end)` with the bytes of each piece in turn. Text that a custom pattern does not match is
     /// left out, as it is by tiktoken, unless `keep_gaps` says otherwise; the default pattern matches everything.
     pub fn split(&self, text: &str, mut piece: impl FnMut(usize, usize)) -> Result<(), Error> {
-        match &self.regex {
-            None => scan(text, piece),
-            Some(regex) => {
+        match &self.engine {
+            Engine::Scanner => scan(text, piece),
+            Engine::Dfa(dfa, regex) => {
+                let mut done = 0;
+                while done < text.len() {
+                    let (start, end) = match dfa.match_at(text, done) {
+                        Some(end) => (done, end),
+                        None => match regex.find_from_pos(text, done).map_err(split_error)? {
+                            Some(found) => (found.start(), found.end()),
+                            None => break,
+                        },
+                    };
+                    self.gap(done, start, &mut piece);
+                    piece(start, end);
+                    done = end;
+                }
+                self.gap(done, text.len(), &mut piece);
+            }
+            Engine::Regex(regex) => {
                 let mut done = 0;
                 for found in regex.find_iter(text) {
-                    let found = found.map_err(|error| Error::Split(error.to_string()))?;
-                    if self.keep_gaps && done < found.start() {
-                        piece(done, found.start());
-                    }
+                    let found = found.map_err(split_error)?;
+                    self.gap(done, found.start(), &mut piece);
                     if !found.as_str().is_empty() {
                         piece(found.start(), found.end());
                     }
                     done = found.end();
                 }
-                if self.keep_gaps && done < text.len() {
-                    piece(done, text.len());
-                }
+                self.gap(done, text.len(), &mut piece);
             }
         }
         Ok(())
     }
+
+    fn gap(&self, start: usize, end: usize, piece: &mut impl FnMut(usize, usize)) {
+        if self.keep_gaps && start < end {
+            piece(start, end);
+        }
+    }
+}
+
+fn split_error(error: fancy_regex::Error) -> Error {
+    Error::Split(error.to_string())
 }
 
 pub(crate) fn compile(pattern: &str) -> Result<Regex, Error> {
@@ -70,6 +110,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::dfa::tests::all as patterns;
 
     fn pieces(splitter: &Splitter, text: &str) -> Vec<String> {
         let mut out = Vec::new();
@@ -77,10 +118,24 @@ mod tests {
         out
     }
 
-    static REGEX: LazyLock<Regex> = LazyLock::new(|| compile(DEFAULT_PATTERN).unwrap());
+    /// The engines that a pattern allows, fastest first, the regex engine last.
+    fn engines(pattern: &str) -> Vec<Splitter> {
+        let with = |engine| Splitter { pattern: pattern.to_owned(), engine, keep_gaps: false };
+        let regex = || compile(pattern).unwrap();
+        let scanner = (pattern == DEFAULT_PATTERN).then_some(Engine::Scanner);
+        let dfa = Dfa::new(pattern).map(|dfa| Engine::Dfa(Box::new(dfa), regex()));
+        scanner.into_iter().chain(dfa).chain([Engine::Regex(regex())]).map(with).collect()
+    }
 
-    fn regex_pieces(text: &str) -> Vec<String> {
-        REGEX.find_iter(text).map(|found| found.unwrap().as_str().to_owned()).collect()
+    static DEFAULT: LazyLock<Vec<Splitter>> = LazyLock::new(|| engines(DEFAULT_PATTERN));
+    static ALL: LazyLock<Vec<Vec<Splitter>>> = LazyLock::new(|| patterns().map(engines).collect());
+
+    fn check(engines: &[Splitter], text: &str) {
+        let (regex, others) = engines.split_last().unwrap();
+        let expected = pieces(regex, text);
+        for other in others {
+            assert_eq!(pieces(other, text), expected, "{} on {text:?}", other.pattern);
+        }
     }
 
     #[test]
@@ -95,12 +150,11 @@ mod tests {
 
     #[test]
     fn every_character_alone_and_between_others() {
-        let splitter = Splitter::new(DEFAULT_PATTERN).unwrap();
         for character in '\0'..=char::MAX {
             // All of the first planes, a sample of the rest, which is empty for the most part.
             if (character as u32) < 0x3400 || (character as u32).is_multiple_of(61) {
                 let text = format!("a{character}1'{character} {character}\n {character}");
-                assert_eq!(pieces(&splitter, &text), regex_pieces(&text), "{:x}", character as u32);
+                check(&DEFAULT, &text);
             }
         }
     }
@@ -111,17 +165,39 @@ mod tests {
         assert!(matches!(Splitter::new("(a"), Err(Error::Pattern(_))));
     }
 
+    #[test]
+    fn gaps_are_kept_on_demand() {
+        for splitter in engines("[a-z]+") {
+            assert_eq!(pieces(&splitter, "1ab2 3cd4"), ["ab", "cd"]);
+            assert_eq!(pieces(&splitter.keep_gaps(true), "1ab2 3cd4"), ["1", "ab", "2 3", "cd", "4"]);
+        }
+    }
+
+    const HARD: &str = "[ '\\t\\r\\n/\u{a0}\u{2028}aSsLlVvEeRrTſK1٣½.$é\u{301}中😀]{0,40}";
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
 
         #[test]
-        fn scanner_equals_regex_on_any_text(text in "\\PC*") {
-            prop_assert_eq!(pieces(&Splitter::new(DEFAULT_PATTERN).unwrap(), &text), regex_pieces(&text));
+        fn default_pattern_on_any_text(text in "\\PC*") {
+            check(&DEFAULT, &text);
         }
 
         #[test]
-        fn scanner_equals_regex_on_hard_text(text in "[ '\\t\\r\\n\\u{a0}\\u{2028}aSsLlVvEeRrTſK1٣½.$é\\u{301}中😀]{0,40}") {
-            prop_assert_eq!(pieces(&Splitter::new(DEFAULT_PATTERN).unwrap(), &text), regex_pieces(&text));
+        fn default_pattern_on_hard_text(text in HARD) {
+            check(&DEFAULT, &text);
+        }
+
+        #[test]
+        fn words_and_their_ends(words in prop::collection::vec(" ?[a-zA-Zé']{0,20}[ .é\n]?", 0..8)) {
+            check(&DEFAULT, &words.concat());
+        }
+
+        #[test]
+        fn all_patterns_on_hard_text(text in HARD) {
+            for engines in ALL.iter() {
+                check(engines, &text);
+            }
         }
     }
 }
