@@ -9,11 +9,9 @@ import jax
 from jaxchat.data.loader import pretrain_batches
 from jaxchat.data.shards import find_text, iterate_texts
 from jaxchat.eval.bpb import evaluate_bpb
-from jaxchat.mesh import shardings
-from jaxchat.model.gpt import abstract_params, init_params
 from jaxchat.scaling import training_length
 from jaxchat.stages.run import Run
-from jaxchat.stages.training import Batches, Training, plan_batch, prompts_of_texts, take
+from jaxchat.stages.training import Batches, Training, fresh_params, plan_batch, prompts_of_texts, take
 from jaxchat.train.loop import Evaluator
 
 SAMPLES = 2
@@ -47,13 +45,9 @@ def run(run: Run) -> None:
     def validate(step, params):
         yield "bpb", evaluate_bpb(params, model, validation, tokenizer.token_bytes(), dtype=run.dtype, mesh=run.mesh)
 
-    def start():
-        init = jax.jit(init_params, static_argnums=0, out_shardings=shardings(run.mesh, abstract_params(model)))
-        return init(model, jax.random.key(experiment.seed))
-
     prompts = prompts_of_texts(tokenizer, list(itertools.islice(iterate_texts(text.val), SAMPLES)))
     training.train(
-        start,
+        lambda: fresh_params(run, model),
         Batches(run, plan, batches),
         lambda metrics: (Evaluator(config.eval_every, validate), training.sampler(metrics, prompts)),
     )

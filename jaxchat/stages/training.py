@@ -17,17 +17,19 @@ from jaxchat.config import ModelConfig, TrainConfig
 from jaxchat.infer.engine import Engine
 from jaxchat.mesh import BATCH_SPEC, put_batch, shardings
 from jaxchat.metrics import Metrics
+from jaxchat.model.gpt import Params, abstract_params, init_params
 from jaxchat.optim.optimizer import learning_rates, make_optimizer
 from jaxchat.optim.schedules import multiplier
 from jaxchat.scaling import BatchPlan, batch_plan, flops_per_token
 from jaxchat.stages.run import Run
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.loop import Evaluator, Loop, Source
-from jaxchat.train.step import Batch, init_state, make_train_step
+from jaxchat.train.step import Batch, State, init_state, make_train_step
 
 MICRO_BATCH_SPEC = PartitionSpec(None, *BATCH_SPEC)  # [accumulation, rows, T]
 SAMPLE_TOKENS = 96
 PROMPT_TOKENS = 12
+StepFunction = Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
 Prompt = tuple[str, list[int]]  # as it is shown, and as the model gets it
 
 
@@ -102,6 +104,16 @@ class Training:
 
         return Evaluator(self.config.sample_every, run, at_start=False)
 
+    def prepare(self, start: Callable[[], Any]) -> tuple[State, StepFunction]:
+        """The state of step 0 where it belongs on the mesh, and the jitted step that trains it."""
+        abstract = jax.eval_shape(lambda params: init_state(params, self.optimizer), jax.eval_shape(start))
+        placed = shardings(self.run.mesh, abstract)
+        state = jax.jit(lambda params: init_state(params, self.optimizer), out_shardings=placed)(start())
+        step = make_train_step(
+            self.model, self.optimizer, mesh=self.run.mesh, state_shardings=placed, dtype=self.run.dtype
+        )
+        return state, step
+
     def train(
         self,
         start: Callable[[], Any],
@@ -111,15 +123,11 @@ class Training:
     ) -> None:
         """Runs the loop to its end and writes stage.json; `start` gives the parameters of step 0."""
         run, began = self.run, time.time()
-        abstract = jax.eval_shape(lambda params: init_state(params, self.optimizer), jax.eval_shape(start))
-        state_shardings = shardings(run.mesh, abstract)
-        state = jax.jit(lambda params: init_state(params, self.optimizer), out_shardings=state_shardings)(start())
+        state, step_fn = self.prepare(start)
         rates = learning_rates(run.experiment.optimizer, self.model, self.schedule, lr_fraction=self.config.lr_fraction)
         with run.metrics(self.stage, self.num_steps) as metrics:
             loop = Loop(
-                step_fn=make_train_step(
-                    self.model, self.optimizer, mesh=run.mesh, state_shardings=state_shardings, dtype=run.dtype
-                ),
+                step_fn=step_fn,
                 source=source,
                 num_steps=self.num_steps,
                 metrics=metrics,
@@ -142,6 +150,20 @@ class Training:
             started=began,
             **facts,
         )
+
+
+def fresh_params(run: Run, model: ModelConfig) -> Params:
+    """New parameters by the experiment's seed, made where they belong on the mesh."""
+    init = jax.jit(init_params, static_argnums=0, out_shardings=shardings(run.mesh, abstract_params(model)))
+    return init(model, jax.random.key(run.experiment.seed))
+
+
+def random_rows(model: ModelConfig, rows: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
+    """Batches as a loader gives them, of tokens drawn evenly: for measuring, where no text is wanted."""
+    draw = np.random.default_rng(seed)
+    while True:
+        tokens = draw.integers(0, model.vocab_size, (rows, model.sequence_len + 1), np.int32)
+        yield {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
 
 
 def take(iterator: Iterator[dict[str, np.ndarray]], count: int) -> list[dict[str, np.ndarray]]:
