@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -52,15 +53,9 @@ def _launch(argv: list[str]) -> int:
         return _list()
     if options.help:
         return _help(parser, options.experiment)
-    check(options.experiment is not None, f"name an experiment: --experiment={'|'.join(experiment_names())}")
-    experiment = override(load_experiment(options.experiment), overrides)
+    experiment = configure(options.experiment, overrides, options.data, option_strings(parser))
     if options.stages is not None:
         experiment = dataclasses.replace(experiment, stages=tuple(options.stages.split(",")))
-    folder = experiment.data.path if options.data is None else options.data
-    if folder is not None:
-        check(os.path.isdir(folder), f"data folder {folder!r} does not exist; give --data a folder with text")
-        data = dataclasses.replace(experiment.data, path=os.path.abspath(folder))
-        experiment = dataclasses.replace(experiment, data=data)
     _prepare_jax(experiment, options.dry_run)
     from jaxchat.stages.pipeline import check_possible, run_stages
     from jaxchat.stages.run import Run
@@ -120,6 +115,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def option_strings(parser: argparse.ArgumentParser) -> list[str]:
+    """What a parser's options are called, for the hints about misspelt ones."""
+    return [name for action in parser._actions for name in action.option_strings]
+
+
+def configure(name: str | None, overrides: list[str], data: str | None, options: Sequence[str]) -> Experiment:
+    """Experiment `name` with the user's overrides and folder of text; `options` are the command's own, for hints.
+
+    Raises:
+      UserError: no name, an unknown one, a folder that is not there, or as `override`.
+    """
+    check(name is not None, f"name an experiment: --experiment={'|'.join(experiment_names())}")
+    experiment = override(load_experiment(name), overrides, options)
+    folder = experiment.data.path if data is None else data
+    if folder is None:
+        return experiment
+    check(os.path.isdir(folder), f"data folder {folder!r} does not exist; give --data a folder with text")
+    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, path=os.path.abspath(folder)))
+
+
 def experiment_names() -> list[str]:
     """The files of experiments/, by name."""
     return sorted(path.stem for path in EXPERIMENTS.glob("*.py") if path.stem != "__init__")
@@ -137,16 +152,17 @@ def load_experiment(name: str) -> Experiment:
     return dataclasses.replace(importlib.import_module(f"experiments.{name}").experiment, name=name)
 
 
-def override(experiment: Experiment, arguments: list[str]) -> Experiment:
+def override(experiment: Experiment, arguments: list[str], options: Sequence[str] = ()) -> Experiment:
     """`experiment` with the fields named in `arguments`, such as `--pretrain.num-iterations=100`.
 
-    A field that is a list takes its words with spaces or commas between them.
+    A field that is a list takes its words with spaces or commas between them. The hint about an unknown option looks
+    among the fields and `options`.
 
     Raises:
       UserError: an unknown field (with the closest one), a value of the wrong type, or one that is not possible.
     """
     fields = _fields(type(experiment))
-    groups = _by_option(arguments, fields)
+    groups = _by_option(arguments, fields, options)
     try:
         return _parse(experiment, [word for group in groups for word in group])
     except (SystemExit, UserError) as error:
@@ -179,7 +195,7 @@ def _fields(config: type, prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def _by_option(arguments: list[str], fields: dict[str, Any]) -> list[list[str]]:
+def _by_option(arguments: list[str], fields: dict[str, Any], options: Sequence[str]) -> list[list[str]]:
     """Each option with its values, as tyro wants them: `--rl.tasks=a,b` becomes `--rl.tasks a b`."""
     groups: list[list[str]] = []
     for argument in arguments:
@@ -190,8 +206,7 @@ def _by_option(arguments: list[str], fields: dict[str, Any]) -> list[list[str]]:
         flag, equals, value = argument.partition("=")
         kind = fields.get(_field(flag, fields))
         if kind is None:
-            options = [f"--{name}" for name in fields] + [o for a in _parser()._actions for o in a.option_strings]
-            hint = closest(flag, options)
+            hint = closest(flag, [*(f"--{name}" for name in fields), *options])
             raise UserError(f"unknown option {flag}{hint} See --help with --experiment=NAME for all")
         many = equals and get_args(kind)[-1:] == (Ellipsis,)
         groups.append([flag, *value.split(",")] if many else [argument])
