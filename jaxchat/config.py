@@ -42,10 +42,14 @@ class ModelConfig:
     """The one dial is `depth`: the width is 64 a layer, heads are about 128 wide.
 
     `vocab_size` is the tokenizer's; the model pads it to a multiple of 128 inside.
+
+    `window_pattern` says how far back each layer's attention reaches: S a quarter of the context, L all of it. The
+    letters are repeated over the layers; the last layer reaches all of it, whatever its letter.
     """
 
     depth: int = 12
     sequence_len: int = 2048
+    window_pattern: str = "L"
     vocab_size: int = 32768
     num_kv_heads: int | None = None
     rope_base: float = 10_000.0
@@ -64,6 +68,12 @@ class ModelConfig:
             kv >= 1 and self.num_heads % kv == 0,
             f"model.num-kv-heads is {kv}; it must divide the {self.num_heads} heads of depth {self.depth}",
         )
+        check(
+            bool(self.window_pattern) and set(self.window_pattern) <= set("SLsl"),
+            f"model.window-pattern is {self.window_pattern!r}; write a letter a layer, S for a quarter of the context "
+            "and L for all of it, repeated over the layers: such as SSSL",
+        )
+        object.__setattr__(self, "window_pattern", self.window_pattern.upper())  # one model, one spelling
 
     @property
     def width(self) -> int:
@@ -80,6 +90,12 @@ class ModelConfig:
     @property
     def kv_heads(self) -> int:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """For each layer, the number of tokens before itself that a token sees; None for all of them."""
+        letters = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth - 1)] + ["L"]
+        return tuple(self.sequence_len // 4 if letter == "S" else None for letter in letters)
 
     @property
     def padded_vocab_size(self) -> int:

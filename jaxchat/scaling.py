@@ -28,15 +28,27 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     return ParameterCount(embedding=table, matrices=model.depth * (attention + mlp), head=table)
 
 
+def attended_keys(length: int, window: int | None) -> int:
+    """Pairs of a token and one that it attends to, in a row of `length` tokens: itself and, of those before it, all or
+    the last `window`."""
+    width = length if window is None else min(length, window + 1)
+    return width * (width + 1) // 2 + (length - width) * width  # the first tokens have fewer before them
+
+
 def flops_per_token(model: ModelConfig) -> int:
     """FLOPs that training needs for a token of a full sequence, forward and backward.
 
-    6 for each parameter that is multiplied (2 forward, 4 backward; the embedding is looked up), and 12 * layers *
-    heads * head_dim * sequence_len for attention's two products, without the half that causality saves: Chowdhery et
-    al., "PaLM" (2022), appendix B. nanochat estimates alike, so that an MFU compares with its.
+    6 for each parameter that is multiplied (2 forward, 4 backward; the embedding is looked up), and for attention's
+    two products 12 * heads * head_dim for each key that a token sees. A layer without a window counts `sequence_len`
+    keys, as if it saw the future too: Chowdhery et al., "PaLM" (2022), appendix B. nanochat estimates alike, so that an
+    MFU compares with its. A window is counted in the same way, w tokens to both sides: what the two kinds of layers
+    count is then in proportion to what their causal masks hold. (nanochat counts w for a layer with a window: less.)
     """
     parameters = count_parameters(model)
-    attention = 12 * model.depth * model.num_heads * model.head_dim * model.sequence_len
+    length = model.sequence_len
+    # Both sides of the diagonal, which itself counts once.
+    pairs = sum(2 * attended_keys(length, window) - length for window in model.windows)
+    attention = 12 * model.num_heads * model.head_dim * pairs // length
     return 6 * (parameters.total - parameters.embedding) + attention
 
 

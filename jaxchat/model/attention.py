@@ -1,11 +1,14 @@
-"""Causal self-attention: one module and one entry point, with a KV cache or without."""
+"""Causal self-attention: one module and one entry point, with a KV cache or without, over all of the past or a window."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from jaxchat.config import ModelConfig
 from jaxchat.model.layers import Linear, apply_rope, rms_norm
@@ -14,36 +17,67 @@ BLOCK = 256  # queries at a time where no fused kernel runs
 LayerCache = dict[str, Array]  # {"k", "v"}: each [B, M, kv_heads, head_dim]
 
 
+def attention_kernel(dtype: DTypeLike, head_dim: int) -> Literal["cudnn", "xla"]:
+    """What computes attention over whole rows in this process: cuDNN's flash attention where it can run, else XLA.
+
+    It wants an NVIDIA GPU of the Ampere generation or later, bf16 or fp16, and heads of a multiple of 8.
+    """
+    device = jax.devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return "xla"
+    runs = float(device.compute_capability) >= 8.0 and head_dim % 8 == 0
+    return "cudnn" if runs and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) else "xla"
+
+
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B 1 T S"] | None = None,
+    *,
+    positions: Int[Array, "B T"] | None = None,
+    window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Scaled dot-product attention; K may divide N (grouped queries). Causal over equal lengths unless `mask` is given.
+    """Scaled dot-product attention; K may divide N (grouped queries).
 
-    cuDNN's flash attention where it can run (bf16 on an NVIDIA GPU, no mask), XLA elsewhere: a long context then goes
-    through in blocks of queries, so that the T x T scores are never held.
+    Causal: a token sees itself and the tokens before it, or, with a `window`, the `window` tokens before it. Without
+    `positions`, T equals S and row index is position. With them, they are the queries', and k and v are the slots of a
+    cache, where slot is position.
+
+    Whole rows go through `attention_kernel`. Where that is XLA, a long context goes through in blocks of queries, so
+    that the T x T scores are never held, and a block only meets the keys that its window reaches.
     """
-    if mask is not None:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask)
-    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    if positions is not None:
+        slots, own = jnp.arange(k.shape[1]), positions[:, None, :, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=_sees(own, slots, window))
     length = q.shape[1]
-    if length > BLOCK and length % BLOCK == 0:
-        return _attend_in_blocks(q, k, v)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    if window is not None and window >= length - 1:
+        window = None
+    kernel = attention_kernel(q.dtype, q.shape[-1])
+    if kernel == "xla" and length > BLOCK and length % BLOCK == 0:
+        return _attend_in_blocks(q, k, v, window)
+    # `is_causal` together with the window: cuDNN would see the future without it.
+    local = None if window is None else (window, 0)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation=kernel)
 
 
-def _attend_in_blocks(q, k, v):
+def _sees(query: Array, key: Array, window: int | None) -> Array:
+    """Whether the token at position `query` attends to the one at `key`."""
+    past = key <= query
+    return past if window is None else past & (key >= query - window)
+
+
+def _attend_in_blocks(q, k, v, window: int | None):
     """Causal attention of `BLOCK` queries after another; the backward pass computes a block's scores again."""
     batch, length, heads, size = q.shape
+    reach = length if window is None else min(length, window + BLOCK)  # keys that a block can see
 
     @jax.checkpoint
     def block(start_and_queries):
         start, queries = start_and_queries
-        sees = start + jnp.arange(BLOCK)[:, None] >= jnp.arange(length)
-        return jax.nn.dot_product_attention(queries, k, v, mask=sees[None, None])
+        first = jnp.maximum(start + BLOCK - reach, 0)
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, first, reach, axis=1) for x in (k, v))
+        sees = _sees(start + jnp.arange(BLOCK)[:, None], first + jnp.arange(reach), window)
+        return jax.nn.dot_product_attention(queries, keys, values, mask=sees[None, None])
 
     blocks = jnp.moveaxis(q.reshape(batch, -1, BLOCK, heads, size), 1, 0)
     out = jax.lax.map(block, (jnp.arange(0, length, BLOCK), blocks))
@@ -51,9 +85,13 @@ def _attend_in_blocks(q, k, v):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention, RoPE and then RMSNorm on q and k; the output projection starts at zero."""
+    """Multi-head attention, RoPE and then RMSNorm on q and k; the output projection starts at zero.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    `window`: how many tokens before itself a token sees, None for all.
+    """
+
+    def __init__(self, config: ModelConfig, window: int | None, *, rngs: nnx.Rngs):
+        self.window = window
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_dim
         width, kv_width = config.width, config.kv_heads * config.head_dim
         self.q = Linear(width, width, rngs=rngs)
@@ -69,14 +107,14 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Without a cache: causal over x. With one: x's keys and values are written at `positions`, and each token
-        attends to every cached position up to its own. Returns the output and the new cache."""
+        attends to the cached positions up to its own. Returns the output and the new cache."""
         batch, length, _ = x.shape
         q = self.q(x).reshape(batch, length, self.heads, self.head_dim)
         k = self.k(x).reshape(batch, length, self.kv_heads, self.head_dim)
         v = self.v(x).reshape(batch, length, self.kv_heads, self.head_dim)
         q, k = rms_norm(apply_rope(q, *rope)), rms_norm(apply_rope(k, *rope))
         if cache is None:
-            out = attend(q, k, v)
+            out = attend(q, k, v, window=self.window)
         else:
             rows = jnp.arange(batch)[:, None]
             # Positions past the cache's end are dropped: a finished row may run on there without harm.
@@ -84,6 +122,5 @@ class Attention(nnx.Module):
                 "k": cache["k"].at[rows, positions].set(k, mode="drop"),
                 "v": cache["v"].at[rows, positions].set(v, mode="drop"),
             }
-            slots = jnp.arange(cache["k"].shape[1])
-            out = attend(q, cache["k"], cache["v"], mask=slots <= positions[:, None, :, None])
+            out = attend(q, cache["k"], cache["v"], positions=positions, window=self.window)
         return self.o(out.reshape(batch, length, -1)), cache

@@ -25,10 +25,10 @@ NEVER = -1e30  # the logit of a vocabulary id that exists only as padding
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block: attention, then the MLP."""
+    """Pre-norm residual block: attention, all of it or over a window, then the MLP."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.attn = Attention(config, rngs=rngs)
+    def __init__(self, config: ModelConfig, window: int | None, *, rngs: nnx.Rngs):
+        self.attn = Attention(config, window, rngs=rngs)
         self.mlp = MLP(config.width, rngs=rngs)
 
     def __call__(self, x, rope, positions, cache=None):
@@ -43,7 +43,7 @@ class GPT(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embed = Embedding(config.padded_vocab_size, config.width, rngs=rngs)
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
+        self.blocks = nnx.List([Block(config, window, rngs=rngs) for window in config.windows])
         self.head = Linear(config.width, config.padded_vocab_size, rngs=rngs, zeros=True)
 
     def __call__(self, tokens, positions, caches, dtype):
@@ -59,7 +59,8 @@ class GPT(nnx.Module):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_block(graph, weights, x, rope, positions, cache):
-    """All blocks have one graph and equal shapes, so that an inner jit traces and lowers one block, not `depth`."""
+    """Blocks of one window have one graph and equal shapes, so that an inner jit traces and lowers one of them, not
+    `depth`."""
     return nnx.merge(graph, weights)(x, rope, positions, cache)
 
 

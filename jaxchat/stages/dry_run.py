@@ -42,8 +42,18 @@ def dry_run(experiment: Experiment) -> None:
     console.print(f"parameters    {parameters.total:,} (embedding {parameters.embedding:,}, blocks "
                   f"{parameters.matrices:,}, head {parameters.head:,})")  # fmt: skip
     console.print(f"FLOPs a token {flops_per_token(model):.4g} (forward and backward)")
+    _print_windows(console, model)
     _print_stages(console, experiment, model, parallel)
     _print_memory(console, experiment, model, mesh)
+
+
+def _print_windows(console: Console, model: ModelConfig) -> None:
+    windows = [window for window in model.windows if window is not None]
+    if windows:
+        full = flops_per_token(dataclasses.replace(model, window_pattern="L"))
+        console.print(f"windows       {model.window_pattern}: {len(windows)} of {model.depth} layers see "
+                      f"{windows[0]:,} tokens back; {1 - flops_per_token(model) / full:.1%} fewer FLOPs than with full "
+                      "attention in all")  # fmt: skip
 
 
 def _print_stages(console: Console, experiment: Experiment, model: ModelConfig, parallel: int) -> None:

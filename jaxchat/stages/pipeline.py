@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxchat.config import Experiment, UserError, check
 from jaxchat.mesh import make_mesh
+from jaxchat.model.attention import attention_kernel
 from jaxchat.report import write_report
 from jaxchat.scaling import batch_plan
 from jaxchat.stages import evaluate, finetune, pretrain, rl, tokenizer
@@ -72,8 +73,10 @@ def run_stages(run: Run) -> None:
     """Runs the experiment's stages in `run`'s directory."""
     device = jax.devices()[0]
     shape = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+    kernel = attention_kernel(run.dtype, run.experiment.model.head_dim)
     run.say(
-        f"devices   {jax.device_count()} x {device.device_kind} ({shape}), computing in {jnp.dtype(run.dtype).name}"
+        f"devices   {jax.device_count()} x {device.device_kind} ({shape}), computing in {jnp.dtype(run.dtype).name}, "
+        f"attention by {kernel}"
     )
     run.say(f"run       {run.directory}")
     for stage in run.experiment.stages:
