@@ -177,6 +177,12 @@ impl Batch {
         self.ends.push(self.text.len());
     }
 
+    /// Makes room for other texts in the same allocation.
+    fn clear(&mut self) {
+        self.text.clear();
+        self.ends.clear();
+    }
+
     pub fn bytes(&self) -> usize {
         self.text.len()
     }
@@ -191,36 +197,46 @@ impl Batch {
     }
 }
 
-/// Counts the pieces of all batches that `next` gives until it gives none. `next` runs on the calling thread while
+/// Counts the pieces of all batches that `next` fills until it leaves one empty. `next` runs on the calling thread while
 /// `threads` others count, each into a table of its own; at most two batches a thread wait.
 pub fn count_batches<E: From<Error>>(
     splitter: &Splitter,
     threads: NonZero<usize>,
-    mut next: impl FnMut() -> Result<Option<Batch>, E>,
+    mut next: impl FnMut(&mut Batch) -> Result<(), E>,
 ) -> Result<PieceCounts, E> {
     let failed = AtomicBool::new(false);
     let (sender, receiver) = mpsc::sync_channel::<Batch>(2 * threads.get());
     let receiver = Mutex::new(receiver);
-    let count = || {
+    // Fresh memory costs more than the copy of a text into it.
+    let (used_sender, used) = mpsc::channel::<Batch>();
+    let count = |used: mpsc::Sender<Batch>| {
         let mut counter = Counter::default();
         // The lock is held while waiting for a batch, and free while counting it.
-        while let Some(batch) = receiver.lock().ok().and_then(|receiver| receiver.recv().ok()) {
+        while let Some(mut batch) = receiver.lock().ok().and_then(|receiver| receiver.recv().ok()) {
             for text in batch.texts() {
                 if let Err(error) = counter.add_text(splitter, text) {
                     failed.store(true, Ordering::Relaxed);
                     return Err(error);
                 }
             }
+            batch.clear();
+            // Nobody wants it if no more batches come.
+            _ = used.send(batch);
         }
         Ok(counter.finish())
     };
     std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads.get()).map(|_| scope.spawn(count)).collect();
+        let worker = |_| {
+            let used = used_sender.clone();
+            scope.spawn(|| count(used))
+        };
+        let workers: Vec<_> = (0..threads.get()).map(worker).collect();
         let mut feed = || {
             while !failed.load(Ordering::Relaxed) {
-                let Some(batch) = next()? else { break };
+                let mut batch = used.try_recv().unwrap_or_default();
+                next(&mut batch)?;
                 // Nobody receives only if all workers have failed, which they report themselves.
-                if sender.send(batch).is_err() {
+                if batch.is_empty() || sender.send(batch).is_err() {
                     break;
                 }
             }

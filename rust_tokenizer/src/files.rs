@@ -52,9 +52,8 @@ impl Texts {
         self.characters
     }
 
-    /// The next texts; None at the end.
-    pub fn next_batch(&mut self) -> Result<Option<Batch>, Error> {
-        let mut batch = Batch::default();
+    /// Adds the next texts to a batch; none at the end.
+    pub fn fill(&mut self, batch: &mut Batch) -> Result<(), Error> {
         while batch.bytes() < BATCH && self.characters < self.limit {
             if self.open.is_none() {
                 let Some(path) = self.waiting.pop() else { break };
@@ -72,7 +71,7 @@ impl Texts {
                 }
             }
         }
-        Ok(Some(batch).filter(|batch| !batch.is_empty()))
+        Ok(())
     }
 }
 

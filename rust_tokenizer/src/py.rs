@@ -81,10 +81,10 @@ fn learn_from(
     size: usize,
     threads: Option<usize>,
     progress: Option<&Py<PyAny>>,
-    mut next: impl FnMut(&mut Reporter) -> PyResult<Option<Batch>>,
+    mut next: impl FnMut(&mut Reporter, &mut Batch) -> PyResult<()>,
 ) -> PyResult<Vec<Vec<u8>>> {
     let mut reporter = Reporter { progress, last: Instant::now() };
-    let counts = count_batches(splitter, threads_of(threads), || next(&mut reporter))?;
+    let counts = count_batches(splitter, threads_of(threads), |batch| next(&mut reporter, batch))?;
     let mut stop = None;
     let tokens = learn(&counts, size, |done| {
         stop = Python::attach(|py| reporter.report(py, "merge", done as u64)).err();
@@ -114,10 +114,10 @@ fn train<'py>(
     let iterator: Py<PyIterator> = texts.try_iter()?.unbind();
     let mut characters = 0;
     let tokens = py.detach(|| {
-        learn_from(&splitter, size, threads, progress.as_ref(), |reporter| {
+        learn_from(&splitter, size, threads, progress.as_ref(), |reporter, batch| {
             Python::attach(|py| {
                 reporter.report(py, "count", characters)?;
-                pull(iterator.bind(py), &mut characters)
+                pull(iterator.bind(py), batch, &mut characters)
             })
         })
     })?;
@@ -140,9 +140,9 @@ fn train_files<'py>(
     let splitter = Splitter::new(pattern)?;
     let mut texts = Texts::new(paths, max_chars);
     let tokens = py.detach(|| {
-        learn_from(&splitter, size, threads, progress.as_ref(), |reporter| {
+        learn_from(&splitter, size, threads, progress.as_ref(), |reporter, batch| {
             Python::attach(|py| reporter.report(py, "count", texts.characters()))?;
-            Ok(texts.next_batch()?)
+            Ok(texts.fill(batch)?)
         })
     })?;
     Ok((list_of_bytes(py, &tokens), texts.characters()))
@@ -152,9 +152,8 @@ fn list_of_bytes<'py, T: AsRef<[u8]>>(py: Python<'py>, tokens: &[T]) -> Vec<Boun
     tokens.iter().map(|token| PyBytes::new(py, token.as_ref())).collect()
 }
 
-/// The next batch of texts; None at the end.
-fn pull(iterator: &Bound<'_, PyIterator>, characters: &mut u64) -> PyResult<Option<Batch>> {
-    let mut batch = Batch::default();
+/// Adds the next texts to a batch; none at the end.
+fn pull(iterator: &Bound<'_, PyIterator>, batch: &mut Batch, characters: &mut u64) -> PyResult<()> {
     for text in iterator.clone() {
         let text = text?.cast_into::<PyString>()?;
         *characters += text.len()? as u64;
@@ -163,7 +162,7 @@ fn pull(iterator: &Bound<'_, PyIterator>, characters: &mut u64) -> PyResult<Opti
             break;
         }
     }
-    Ok(Some(batch).filter(|batch| !batch.is_empty()))
+    Ok(())
 }
 
 /// Ids from Python.

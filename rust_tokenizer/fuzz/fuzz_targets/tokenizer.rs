@@ -1,0 +1,147 @@
+//! Trains, encodes and decodes whatever the fuzzer thinks of, and compares with the plainest way to do the same.
+//!
+//!     cargo install cargo-fuzz
+//!     cargo fuzz run --sanitizer none tokenizer -- -max_total_time=600
+//!
+//! `--sanitizer none` is for a stable compiler; there is no `unsafe` for a sanitizer to look at.
+
+#![no_main]
+
+use std::collections::HashMap;
+use std::num::NonZero;
+use std::sync::LazyLock;
+
+use arbitrary::Arbitrary;
+use jaxchat_tokenizer::count::Counter;
+use jaxchat_tokenizer::decode::Decoder;
+use jaxchat_tokenizer::dfa::Dfa;
+use jaxchat_tokenizer::encode::Encoder;
+use jaxchat_tokenizer::split::{DEFAULT_PATTERN, Splitter};
+use jaxchat_tokenizer::train::learn;
+use jaxchat_tokenizer::vocab::Vocabulary;
+use libfuzzer_sys::fuzz_target;
+
+#[derive(Arbitrary, Debug)]
+struct Input {
+    texts: Vec<String>,
+    /// How often each text is written down in a row: long pieces from few bytes.
+    times: u8,
+    pattern: u8,
+    merges: u8,
+    /// Exchanges the ranks of tokens, so that the vocabulary is none that training gives.
+    swaps: Vec<(u8, u8)>,
+    keep_gaps: bool,
+    custom: String,
+}
+
+/// Each pattern with a splitter that may use any engine, and one that must use the regex engine: a group around it all
+/// changes nothing but is nothing for an automaton when a look-ahead is inside.
+static PATTERNS: LazyLock<Vec<(Splitter, Splitter)>> = LazyLock::new(|| {
+    let patterns = [
+        DEFAULT_PATTERN,
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+        r"[\p{L}\p{M}]+|\p{N}|\s+(?!\S)",
+        r"(?s:.)+(?!(?s:.))",
+    ];
+    let splitter = |pattern: &str| Splitter::new(pattern).expect("it compiles");
+    patterns.iter().map(|pattern| (splitter(pattern), splitter(&format!("(?:{pattern})")))).collect()
+});
+
+fn pieces(splitter: &Splitter, text: &str) -> Vec<(usize, usize)> {
+    let mut pieces = Vec::new();
+    splitter.split(text, |start, end| pieces.push((start, end))).expect("no backtracking of note");
+    pieces
+}
+
+/// All pairs counted again for each merge.
+fn plain_training(pieces: &[&str], size: usize) -> Vec<Vec<u8>> {
+    let mut words: Vec<Vec<u32>> = pieces.iter().map(|piece| piece.bytes().map(u32::from).collect()).collect();
+    let mut tokens: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
+    while tokens.len() < size {
+        let mut counts: HashMap<(u32, u32), u64> = HashMap::new();
+        words.iter().flat_map(|word| word.windows(2)).for_each(|pair| *counts.entry((pair[0], pair[1])).or_default() += 1);
+        let best = counts.into_iter().max_by_key(|&(pair, count)| (count, std::cmp::Reverse(pair)));
+        let Some(((left, right), _)) = best else { break };
+        for word in &mut words {
+            let mut at = 0;
+            while at + 1 < word.len() {
+                if (word[at], word[at + 1]) == (left, right) {
+                    word.splice(at..at + 2, [tokens.len() as u32]);
+                }
+                at += 1;
+            }
+        }
+        tokens.push([&tokens[left as usize][..], &tokens[right as usize]].concat());
+    }
+    tokens
+}
+
+/// tiktoken's definition: the two neighbours that make the lowest token, the leftmost first, until none do.
+fn plain_encoding(ids: &HashMap<&[u8], u32>, piece: &[u8]) -> Vec<u32> {
+    if let Some(&id) = ids.get(piece) {
+        return vec![id];
+    }
+    let mut ends: Vec<usize> = (0..=piece.len()).collect();
+    while let Some((_, at)) = (1..ends.len() - 1)
+        .filter_map(|at| ids.get(&piece[ends[at - 1]..ends[at + 1]]).map(|&id| (id, at)))
+        .min()
+    {
+        ends.remove(at);
+    }
+    ends.windows(2).map(|pair| ids[&piece[pair[0]..pair[1]]]).collect()
+}
+
+fuzz_target!(|input: Input| {
+    // Any pattern is compiled or refused.
+    if let Ok(custom) = Splitter::new(&input.custom) {
+        _ = Dfa::new(&input.custom);
+        for text in &input.texts {
+            _ = custom.keep_gaps(true).split(text, |_, _| {});
+            break;
+        }
+    }
+
+    let (fast, regex) = &PATTERNS[usize::from(input.pattern) % PATTERNS.len()];
+    let texts: Vec<String> = input.texts.iter().map(|text| text.repeat(1 + usize::from(input.times) % 16)).collect();
+    if texts.iter().map(String::len).sum::<usize>() > 2000 {
+        return;
+    }
+    let mut counter = Counter::default();
+    let mut all_pieces = Vec::new();
+    for text in &texts {
+        let expected = pieces(regex, text);
+        assert_eq!(pieces(fast, text), expected, "{text:?}");
+        counter.add_text(fast, text).expect("it was split before");
+        all_pieces.extend(expected.into_iter().map(|(start, end)| &text[start..end]));
+    }
+    let size = 256 + usize::from(input.merges) % 64;
+    let mut tokens = learn(&counter.finish(), size, |_| false).expect("it is small");
+    assert_eq!(tokens, plain_training(&all_pieces, size));
+
+    for &(left, right) in &input.swaps {
+        let count = tokens.len();
+        tokens.swap(usize::from(left) % count, count - 1 - usize::from(right) % count);
+    }
+    let ids: HashMap<&[u8], u32> = tokens.iter().enumerate().map(|(id, token)| (&token[..], id as u32)).collect();
+    let splitter = Splitter::new(fast.pattern()).expect("it compiles").keep_gaps(input.keep_gaps);
+    let encoder = Encoder::new(splitter, Vocabulary::new(tokens.clone()).expect("only the order has changed"));
+    let decoder = Decoder::new(tokens.iter().map(Vec::as_slice));
+    for threads in [1, 2] {
+        let encoded = encoder.encode(&texts, None, None, NonZero::new(threads)).expect("it was split before");
+        for (range, text) in encoded.offsets.windows(2).zip(&texts) {
+            let found = &encoded.ids[range[0] as usize..range[1] as usize];
+            let kept = pieces(regex, text);
+            if !input.keep_gaps {
+                let expected: Vec<u32> =
+                    kept.iter().flat_map(|&(start, end)| plain_encoding(&ids, &text.as_bytes()[start..end])).collect();
+                assert_eq!(found, expected);
+            }
+            let decoded = decoder.decode(found, None).expect("they are in range");
+            if input.keep_gaps {
+                assert_eq!(decoded, text.as_bytes());
+            } else {
+                assert_eq!(decoded, kept.iter().map(|&(start, end)| &text[start..end]).collect::<String>().as_bytes());
+            }
+        }
+    }
+});
