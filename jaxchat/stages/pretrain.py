@@ -7,11 +7,12 @@ import itertools
 import jax
 
 from jaxchat.data.loader import pretrain_batches
-from jaxchat.data.shards import find_text, iterate_texts
+from jaxchat.data.shards import TextSplit, find_text, iterate_texts
 from jaxchat.eval.bpb import evaluate_bpb
 from jaxchat.scaling import training_length
 from jaxchat.stages.run import Run
 from jaxchat.stages.training import Batches, Training, fresh_params, plan_batch, prompts_of_texts, take
+from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.loop import Evaluator
 
 SAMPLES = 2
@@ -24,16 +25,7 @@ def run(run: Run) -> None:
     plan = plan_batch(run, "pretrain", config)
     text = find_text(run.text_dir, experiment.data.val_shard)
     training = Training(run, "pretrain", config, model, tokenizer, training_length(config, model))
-    batches = pretrain_batches(
-        text.train,
-        tokenizer,
-        rows=plan.rows * plan.accumulation // jax.process_count(),
-        sequence_len=model.sequence_len,
-        seed=experiment.seed,
-        shuffle=experiment.data.shuffle,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    batches = training_batches(run, tokenizer, text)
     rows = plan.rows // jax.process_count()
     validation = take(
         pretrain_batches(
@@ -48,6 +40,23 @@ def run(run: Run) -> None:
     prompts = prompts_of_texts(tokenizer, list(itertools.islice(iterate_texts(text.val), SAMPLES)))
     training.train(
         lambda: fresh_params(run, model),
-        Batches(run, plan, batches),
+        batches,
         lambda metrics: (Evaluator(config.eval_every, validate), training.sampler(metrics, prompts)),
     )
+
+
+def training_batches(run: Run, tokenizer: BaseTokenizer, text: TextSplit) -> Batches:
+    """The batches that pretraining sees, from the first."""
+    experiment = run.experiment
+    plan = plan_batch(run, "pretrain", experiment.pretrain)
+    batches = pretrain_batches(
+        text.train,
+        tokenizer,
+        rows=plan.rows * plan.accumulation // jax.process_count(),
+        sequence_len=experiment.model.sequence_len,
+        seed=experiment.seed,
+        shuffle=experiment.data.shuffle,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return Batches(run, plan, batches)
