@@ -35,6 +35,8 @@ from jaxchat.config import Experiment, ModelConfig, UserError, check
 WARM_UP = 3
 TOKENIZER_CHARS = 100_000_000
 PRECISIONS = {"bf16": "bfloat16", "fp32": "float32"}
+# JAX keeps a quarter of the GPU free unless told otherwise.
+MEMORY = {name: os.environ.get(name, "0.92") for name in ["XLA_PYTHON_CLIENT_MEM_FRACTION"]}
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -189,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     for depth, work in zip(options.depth, works, strict=True):
         say(f"d{depth}: measuring")
         try:
-            figures, _ = alone(measure, work)
+            figures, _ = alone(measure, work, environment=MEMORY)
         except Failed as failure:
             figures = {"error": " ".join(str(failure).split())}
         record = {
