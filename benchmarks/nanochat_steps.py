@@ -45,6 +45,9 @@ def measure(options: argparse.Namespace) -> dict:
     common.compute_init(device.type)
     began = time.perf_counter()
     model = build_model(options, device)
+    flops = model.estimate_flops()  # before fp8: it does not know that kind of matrix
+    if options.fp8:
+        to_fp8(model, options.checkout)
     plain, model = model, torch.compile(model, dynamic=False)
     optimizers, groups = build_optimizers(plain)
     recipe = (options.checkout / "scripts" / "base_train.py").read_text()
@@ -98,7 +101,7 @@ def measure(options: argparse.Namespace) -> dict:
         "tokens_per_second": tokens / statistics.median(times),
         "tokens_per_second_mean": tokens * len(times) / sum(times),
         "step_ms": 1000 * statistics.median(times),
-        "flops_per_token": plain.estimate_flops(),
+        "flops_per_token": flops,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "seconds_to_first_step": first_step,
         "first_loss": first_loss,
@@ -112,7 +115,7 @@ def measure(options: argparse.Namespace) -> dict:
 
 
 def build_model(options: argparse.Namespace, device):
-    """The checkout's GPT of this depth: 64 wide a layer, heads of 128; fp8 where it can."""
+    """The checkout's GPT of this depth: 64 wide a layer, heads of 128."""
     import torch
     from nanochat.gpt import GPT, GPTConfig
 
@@ -129,19 +132,22 @@ def build_model(options: argparse.Namespace, device):
         model = GPT(GPTConfig(**settings, n_embd=width, n_head=heads, n_kv_head=heads))
     model.to_empty(device=device)
     model.init_weights()
-    if options.fp8:
-        try:
-            from nanochat.fp8 import Float8LinearConfig, convert_to_float8_training
-        except ImportError:
-            sys.exit(f"{options.checkout} has no nanochat/fp8.py; leave --fp8 out")
-
-        def fits(module, name: str) -> bool:
-            sizes = (module.in_features, module.out_features)
-            return min(sizes) >= LEAST_FP8 and all(size % 16 == 0 for size in sizes)
-
-        recipe = Float8LinearConfig.from_recipe_name("tensorwise")
-        convert_to_float8_training(model, config=recipe, module_filter_fn=fits)
     return model
+
+
+def to_fp8(model, checkout: Path) -> None:
+    """Puts the matrices that base_train.py would put there into fp8."""
+    try:
+        from nanochat.fp8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError:
+        sys.exit(f"{checkout} has no nanochat/fp8.py; leave --fp8 out")
+
+    def fits(module, name: str) -> bool:
+        sizes = (module.in_features, module.out_features)
+        return min(sizes) >= LEAST_FP8 and all(size % 16 == 0 for size in sizes)
+
+    recipe = Float8LinearConfig.from_recipe_name("tensorwise")
+    convert_to_float8_training(model, config=recipe, module_filter_fn=fits)
 
 
 def build_optimizers(model):

@@ -30,6 +30,7 @@ from timing import Failed, alone, say, table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import launch
 from jaxchat.config import Experiment, ModelConfig, UserError, check
 
 WARM_UP = 3
@@ -73,18 +74,20 @@ def measure(work: Work) -> dict[str, Any]:
 def _measure(work: Work, directory: str) -> dict[str, Any]:
     import jax
 
+    from jaxchat.mesh import make_mesh
     from jaxchat.metrics import device_peak_flops, machine_info, peak_memory_bytes
-    from jaxchat.scaling import BatchPlan, count_parameters, flops_per_token
+    from jaxchat.scaling import count_parameters, flops_per_token
     from jaxchat.stages.run import Run
-    from jaxchat.stages.training import Batches, Training, fresh_params
+    from jaxchat.stages.training import Training, fresh_params
 
-    run = Run(work.experiment, Path(directory) / "run", say=say)
-    rows = work.rows * run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    plan = BatchPlan(device_rows=work.rows, rows=rows, accumulation=work.accumulation)
-    model, iterator = _rows(run, rows * work.accumulation)
-    source = Batches(run, plan, iterator)
+    experiment = work.experiment
+    mesh = make_mesh(experiment.mesh).shape
+    tokens = work.accumulation * work.rows * mesh["data"] * mesh["fsdp"] * experiment.model.sequence_len
+    pretrain = dataclasses.replace(experiment.pretrain, batch_tokens=tokens, device_rows=work.rows)
+    run = Run(dataclasses.replace(experiment, pretrain=pretrain), Path(directory) / "run", say=say)
+    model, source = _model_and_batches(run)
     total = 1 + WARM_UP + work.steps * work.windows
-    training = Training(run, "pretrain", work.experiment.pretrain, model, None, total)
+    training = Training(run, "pretrain", pretrain, model, None, total)
     seconds = {"init": time.perf_counter()}
     state, step = training.prepare(lambda: fresh_params(run, model))
     batch, _ = source.next_batch(0, state["params"])
@@ -110,7 +113,6 @@ def _measure(work: Work, directory: str) -> dict[str, Any]:
         state, window, metrics = _window(step, state, source, work.steps)
         times += window
         windows.append(sum(window) / len(window))
-    tokens = batch["inputs"].size
     median, mean = statistics.median(times), sum(times) / len(times)
     machine = machine_info()
     peak = device_peak_flops(machine["device_kind"])
@@ -118,7 +120,7 @@ def _measure(work: Work, directory: str) -> dict[str, Any]:
     held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     flops = flops_per_token(model)
     return {
-        "mesh": dict(run.mesh.shape),
+        "mesh": dict(mesh),
         "parameters": count_parameters(model).total,
         "flops_per_token": flops,
         "tokens_per_step": tokens,
@@ -137,23 +139,21 @@ def _measure(work: Work, directory: str) -> dict[str, Any]:
     }
 
 
-def _rows(run, rows: int):
-    """The model, and an endless iterator of `rows` rows: random ones, or the loader's with the text's own tokenizer."""
-    from jaxchat.data.loader import pretrain_batches
+def _model_and_batches(run):
+    """The model, and a source of random batches, or of the loader's with a tokenizer trained on the text or brought."""
     from jaxchat.data.shards import find_text
     from jaxchat.stages import tokenizer as tokenizer_stage
-    from jaxchat.stages.training import random_rows
+    from jaxchat.stages.pretrain import training_batches
+    from jaxchat.stages.training import random_batches
 
     experiment = run.experiment
     if experiment.data.path is None:
         model = dataclasses.replace(experiment.model, vocab_size=experiment.tokenizer.vocab_size)
-        return model, random_rows(model, rows, experiment.seed)
+        return model, random_batches(run, model)
     tokenizer_stage.run(run)
     tokenizer = run.tokenizer()
-    model = run.model_config(tokenizer)
     text = find_text(run.text_dir, experiment.data.val_shard)
-    options = {"sequence_len": model.sequence_len, "seed": experiment.seed, "shuffle": experiment.data.shuffle}
-    return model, pretrain_batches(text.train, tokenizer, rows=rows, **options)
+    return run.model_config(tokenizer), training_batches(run, tokenizer, text)
 
 
 def _window(step, state, source, count: int):
@@ -180,9 +180,11 @@ def _window(step, state, source, count: int):
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; 2 if nothing could be measured."""
-    options, overrides = _parser().parse_known_args(argv)
+    parser = _parser()
+    options, overrides = parser.parse_known_args(argv)
     try:
-        works = [_work(options, overrides, depth) for depth in options.depth]
+        names = launch.option_strings(parser)
+        works = [_work(options, overrides, depth, names) for depth in options.depth]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -227,10 +229,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _work(options: argparse.Namespace, overrides: list[str], depth: int) -> Work:
+def _work(options: argparse.Namespace, overrides: list[str], depth: int, names: list[str]) -> Work:
     """Raises UserError for what no experiment may be."""
-    import launch
-
     for name in ("rows", "accumulation", "steps", "windows"):
         check(getattr(options, name) >= 1, f"--{name} must be at least 1")
     random = options.data == "random"
@@ -244,7 +244,8 @@ def _work(options: argparse.Namespace, overrides: list[str], depth: int) -> Work
         data=dataclasses.replace(base.data, path=None if random else os.path.abspath(options.data), generate=random),
         tokenizer=dataclasses.replace(base.tokenizer, vocab_size=options.vocab_size, max_chars=TOKENIZER_CHARS),
     )
-    return Work(launch.override(base, overrides), options.rows, options.accumulation, options.steps, options.windows)
+    experiment = launch.override(base, overrides, names)
+    return Work(experiment, options.rows, options.accumulation, options.steps, options.windows)
 
 
 def _speed(figures: dict[str, Any]) -> str:

@@ -158,12 +158,17 @@ def fresh_params(run: Run, model: ModelConfig) -> Params:
     return init(model, jax.random.key(run.experiment.seed))
 
 
-def random_rows(model: ModelConfig, rows: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches as a loader gives them, of tokens drawn evenly: for measuring, where no text is wanted."""
-    draw = np.random.default_rng(seed)
-    while True:
-        tokens = draw.integers(0, model.vocab_size, (rows, model.sequence_len + 1), np.int32)
-        yield {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+def random_batches(run: Run, model: ModelConfig) -> Batches:
+    """Pretraining's batches, but of tokens drawn evenly: for measuring, where no text is wanted."""
+    plan, draw = plan_batch(run, "pretrain", run.experiment.pretrain), np.random.default_rng(run.experiment.seed)
+    shape = (plan.rows * plan.accumulation // jax.process_count(), model.sequence_len + 1)
+
+    def rows():
+        while True:
+            tokens = draw.integers(0, model.vocab_size, shape, np.int32)
+            yield {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+
+    return Batches(run, plan, rows())
 
 
 def take(iterator: Iterator[dict[str, np.ndarray]], count: int) -> list[dict[str, np.ndarray]]:
