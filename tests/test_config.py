@@ -59,6 +59,8 @@ def test_known_models():
     [
         (lambda: ModelConfig(depth=0), "model.depth is 0"),
         (lambda: ModelConfig(sequence_len=1), "model.sequence-len is 1"),
+        (lambda: ModelConfig(window_pattern="SXL"), "model.window-pattern is 'SXL'; write a letter a layer, S for"),
+        (lambda: ModelConfig(window_pattern=""), "model.window-pattern is ''"),
         (lambda: ModelConfig(depth=12, num_kv_heads=4), "must divide the 6 heads of depth 12"),
         (lambda: ModelConfig(depth=12, num_kv_heads=0), "model.num-kv-heads is 0"),
         (lambda: MeshConfig(fsdp=0), "mesh.fsdp and mesh.tensor"),
@@ -115,7 +117,7 @@ def test_any_experiment_survives_as_json(stages, seed, coefficients, path, mixtu
 
 def test_json_of_another_version():
     values = json.loads(to_json(Experiment(name="x")))
-    del values["rl"]["temperature"]  # an older version did not know it: today's default
+    del values["rl"]["temperature"], values["model"]["window_pattern"]  # an older version did not know them: defaults
     assert from_json(json.dumps(values)) == Experiment(name="x")
     values["rl"]["charm"] = 1
     with pytest.raises(UserError, match=r"unknown fields \(charm\); use the version of jaxchat that wrote it"):

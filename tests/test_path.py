@@ -107,6 +107,7 @@ class TestWholeRun:
         before = {name: (finished / name).read_bytes() for name in files}
         code, out, err = start(finished)
         assert code == 0, err
+        assert "(data 4, fsdp 1, tensor 1), computing in float32, attention by xla" in out.splitlines()[0]
         assert [line.split()[0] for line in out.splitlines() if line.endswith("skipped")] == list(STAGES[:-1])
         assert {name: (finished / name).read_bytes() for name in files} == before
 
@@ -115,6 +116,7 @@ class TestWholeRun:
         assert "'quickstart', not 'd6'" in refusal(start(finished, "--name=d6"))
         for option, named in {
             "--model.depth=2": "model.depth 1, not 2",
+            "--model.window-pattern=SL": "model.window-pattern L, not SL",
             "--seed=7": "seed 42, not 7",
             "--pretrain.schedule.decay=cosine": "pretrain.schedule.decay linear, not cosine",
             "--optimizer.matrix-lr=0.5": "optimizer.matrix-lr 0.02, not 0.5",
@@ -125,6 +127,15 @@ class TestWholeRun:
             message = refusal(start(finished, option))
             assert named in message and "--fresh" in message
         assert (finished / "config.json").read_bytes() == before
+
+    def test_a_model_is_loaded_with_the_windows_of_its_run(self, finished, tmp_path):
+        run = copy(finished, tmp_path / "run", "pretrain")
+        config = json.loads((run / "config.json").read_text())
+        assert config["model"]["window_pattern"] == "L"
+        for written, read in (({"window_pattern": "SL"}, "SL"), ({}, "L")):  # the latter: an older version's run
+            model = {name: value for name, value in config["model"].items() if name != "window_pattern"} | written
+            (run / "config.json").write_text(json.dumps({**config, "model": model}))
+            assert load_model(run).engine().model_config.window_pattern == read
 
     def test_damaged_records_are_named(self, finished, tmp_path):
         run = copy(finished, tmp_path / "run", "pretrain")

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from jaxchat.config import ModelConfig, PretrainConfig, UserError
 from jaxchat.model.gpt import abstract_params
-from jaxchat.scaling import BatchPlan, batch_plan, cost, count_parameters, flops_per_token, hours, training_length
+from jaxchat.scaling import (
+    BatchPlan,
+    attended_keys,
+    batch_plan,
+    cost,
+    count_parameters,
+    flops_per_token,
+    hours,
+    training_length,
+)
 
 D20 = ModelConfig(depth=20, vocab_size=65536)
 
@@ -39,6 +48,26 @@ def test_counts_what_the_model_has(model):
 def test_flops_grow_with_the_sequence_by_attention_alone():
     short, long = ModelConfig(depth=12, sequence_len=1024), ModelConfig(depth=12, sequence_len=2048)
     assert flops_per_token(long) - flops_per_token(short) == 12 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize(
+    "length, window", [(16, None), (16, 0), (16, 4), (16, 14), (16, 15), (16, 40), (2, 0), (37, 9)]
+)
+def test_attended_keys_are_those_of_the_mask(length, window):
+    mask = [[k <= q and (window is None or q - k <= window) for k in range(length)] for q in range(length)]
+    assert attended_keys(length, window) == sum(map(sum, mask))
+
+
+@pytest.mark.parametrize("pattern", ["L", "S", "SL", "SSSL", "LLS"])
+def test_attentions_flops_are_those_of_the_masks_of_all_layers(pattern):
+    """As in the published numbers, whose T keys a token count the future: both halves of each layer's band."""
+    model = ModelConfig(depth=6, sequence_len=64, window_pattern=pattern)
+    letters = (pattern * 6)[:5] + "L"
+    reach = {"S": 16, "L": 64}
+    pairs = sum(abs(q - k) <= reach[letter] for letter in letters for q in range(64) for k in range(64))
+    counted = count_parameters(model)
+    attention = flops_per_token(model) - 6 * (counted.matrices + counted.head)
+    assert attention == 12 * 384 * pairs // 64
 
 
 def test_horizon_is_iterations_then_flops_then_tokens():

@@ -1,4 +1,4 @@
-"""Causal self-attention: one module and one entry point, with a KV cache or without, over all of the past or a window."""
+"""Causal self-attention over all of the past or a window, with a KV cache or without: one module, one entry point."""
 
 from __future__ import annotations
 

@@ -54,6 +54,19 @@ def test_greedy_decoding_is_the_training_forwards_argmax_for_mixed_lengths(confi
     assert len({tuple(c.tokens) for c in completions}) == len(prompts)
 
 
+def test_windows_decode_as_they_train(config, random_params, tokenizer, engine, prompts):
+    """The same parameters see a quarter of the context, 24 tokens, in their first layer."""
+    config = dataclasses.replace(config, window_pattern="SL")
+    windowed = Engine(config, random_params, tokenizer, dtype=jnp.float32)
+    options = {"max_new_tokens": 30, "temperature": 0, "tools": False}
+    chosen = [prompts[i] for i in (2, 4, 6)]  # shorter and longer than the window
+    completions = windowed.generate(chosen, **options)
+    for prompt, completion in zip(chosen, completions, strict=True):
+        expected = greedy_by_training_forward(config, random_params, prompt, windowed.stops, 30)
+        assert completion.tokens == (expected[:-1] if completion.finished else expected)
+    assert completions != engine.generate(chosen, **options)
+
+
 def test_a_row_is_the_same_alone_in_company_and_in_any_split(engine, prompts):
     options = {"max_new_tokens": 20, "temperature": 1.0, "seed": 5}
     together = engine.generate(prompts, **options)

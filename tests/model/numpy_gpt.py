@@ -24,7 +24,19 @@ def rotate(x, base):
     return out
 
 
-def attention(weights, x, config: ModelConfig):
+def unseen(layer, length, config: ModelConfig):
+    """[T, T]: whether the token of a row may not attend to that of a column."""
+    letters = config.window_pattern * config.depth
+    short = letters[layer] == "S" and layer != config.depth - 1
+    hidden = np.zeros((length, length), bool)
+    for query in range(length):
+        for key in range(length):
+            future, too_far = key > query, short and query - key > config.sequence_len // 4
+            hidden[query, key] = future or too_far
+    return hidden
+
+
+def attention(weights, x, layer, config: ModelConfig):
     size, group = config.head_dim, config.num_heads // config.kv_heads
     q, k, v = (x @ weights[name]["kernel"] for name in "qkv")
     outputs = []
@@ -34,7 +46,7 @@ def attention(weights, x, config: ModelConfig):
         query = norm(rotate(q[:, mine], config.rope_base))
         key = norm(rotate(k[:, theirs], config.rope_base))
         scores = query @ key.T / np.sqrt(size)
-        scores[np.triu_indices(len(x), k=1)] = -np.inf
+        scores[unseen(layer, len(x), config)] = -np.inf
         probabilities = np.exp(scores - scores.max(-1, keepdims=True))
         probabilities /= probabilities.sum(-1, keepdims=True)
         outputs.append(probabilities @ v[:, theirs])
@@ -46,7 +58,7 @@ def logits(config: ModelConfig, params, tokens):
     x = norm(params["embed"]["embedding"][tokens])
     for layer in range(config.depth):
         block = params["blocks"][str(layer)]
-        x = x + attention(block["attn"], norm(x), config)
+        x = x + attention(block["attn"], norm(x), layer, config)
         hidden = np.maximum(norm(x) @ block["mlp"]["up"]["kernel"], 0) ** 2
         x = x + hidden @ block["mlp"]["down"]["kernel"]
     scores = norm(x) @ params["head"]["kernel"]

@@ -5,6 +5,7 @@ import pytest
 
 from jaxchat.config import ModelConfig, UserError
 from jaxchat.model.gpt import (
+    Block,
     abstract_params,
     cached_hidden,
     hidden_states,
@@ -14,26 +15,31 @@ from jaxchat.model.gpt import (
 )
 from tests.model import numpy_gpt
 
-# Depth 4 has two heads, depth 6 three: grouped and multi-query attention beside the plain one.
+# Depth 4 has two heads, depth 6 three: grouped and multi-query attention beside the plain one. Windows are of 3.
 CONFIGS = [
     ModelConfig(depth=2, sequence_len=32, vocab_size=200),
     ModelConfig(depth=4, sequence_len=32, vocab_size=130, num_kv_heads=1),
     ModelConfig(depth=8, sequence_len=32, vocab_size=128, num_kv_heads=2),
+    *(ModelConfig(depth=6, sequence_len=12, vocab_size=128, window_pattern=w) for w in ("S", "SL", "SSSL")),
 ]
+
+
+def name(config):
+    return f"d{config.depth}-kv{config.kv_heads}-{config.window_pattern}"
 
 
 def tokens_of(config, batch, length, seed=7):
     return jax.random.randint(jax.random.key(seed), (batch, length), 0, config.vocab_size)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"d{c.depth}-kv{c.kv_heads}")
+@pytest.mark.parametrize("config", CONFIGS, ids=name)
 def test_training_forward_cached_forward_and_numpy_agree(config, random_params):
     params, tokens = random_params(config), tokens_of(config, 2, 11)
     trained = logits(config, params, hidden_states(config, params, tokens))
 
-    prompt, cache = cached_hidden(config, params, tokens[:, :6], jnp.zeros(2, int), init_cache(config, 2, 16))
+    prompt, cache = cached_hidden(config, params, tokens[:, :2], jnp.zeros(2, int), init_cache(config, 2, 16))
     parts = [prompt]
-    for i in range(6, 11):
+    for i in range(2, 11):
         hidden, cache = cached_hidden(config, params, tokens[:, i : i + 1], jnp.full(2, i), cache)
         parts.append(hidden)
     cached = logits(config, params, jnp.concatenate(parts, axis=1))
@@ -45,8 +51,8 @@ def test_training_forward_cached_forward_and_numpy_agree(config, random_params):
     np.testing.assert_allclose(cached[..., real], reference, atol=1e-5, rtol=1e-5)
 
 
-def test_a_right_padded_prompt_decodes_like_the_bare_one(random_params):
-    config = CONFIGS[0]
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=name)
+def test_a_right_padded_prompt_decodes_like_the_bare_one(config, random_params):
     params, tokens = random_params(config), tokens_of(config, 2, 9)
     lengths = jnp.array([3, 5])
     padded = jnp.where(jnp.arange(8) < lengths[:, None], tokens[:, :8], 99)
@@ -59,7 +65,7 @@ def test_a_right_padded_prompt_decodes_like_the_bare_one(random_params):
         np.testing.assert_allclose(hidden[row, 0], bare[0, -1], atol=1e-5)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"d{c.depth}-kv{c.kv_heads}")
+@pytest.mark.parametrize("config", CONFIGS, ids=name)
 def test_logits_do_not_see_the_future(config, random_params):
     params, tokens = random_params(config), tokens_of(config, 1, 12)
 
@@ -71,6 +77,52 @@ def test_logits_do_not_see_the_future(config, random_params):
         changed = forward(tokens.at[0, t + 1].add(1) % config.vocab_size)
         np.testing.assert_array_equal(before[: t + 1], changed[: t + 1])
         assert not np.array_equal(before[t + 1], changed[t + 1])
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["rows", "cache"])
+def test_a_token_at_the_windows_edge_is_seen_and_the_next_one_is_not(cached, random_params):
+    """Only the first layer, of a window of 4, tells positions of each other: the last one's output matrix is zero."""
+    config = ModelConfig(depth=2, sequence_len=16, vocab_size=200, window_pattern="SL")
+    params, tokens = random_params(config), tokens_of(config, 1, 16)
+    params["blocks"]["1"]["attn"]["o"]["kernel"] *= 0
+
+    def forward(tokens):
+        if not cached:
+            return hidden_states(config, params, tokens)[0]
+        return cached_hidden(config, params, tokens, jnp.zeros(1, int), init_cache(config, 1, 16))[0][0]
+
+    changed = forward(tokens.at[0, 5].add(1) % config.vocab_size) != forward(tokens)
+    assert np.flatnonzero(changed.any(-1)).tolist() == [5, 6, 7, 8, 9]
+
+
+def test_windows_repeat_over_the_layers_and_the_last_is_full():
+    def windows(pattern, depth=6):
+        return ModelConfig(depth=depth, sequence_len=2048, window_pattern=pattern).windows
+
+    assert windows("L") == (None,) * 6
+    assert windows("S") == (512,) * 5 + (None,)
+    assert windows("SL") == (512, None) * 3
+    assert windows("SSSL") == windows("sssl") == (512, 512, 512, None, 512, None)
+    assert windows("SSSLSLLL", 4) == (512, 512, 512, None) and windows("S", 1) == (None,)
+    assert ModelConfig(window_pattern="sL") == ModelConfig(window_pattern="SL")
+
+
+@pytest.mark.parametrize("pattern, length", [("L", 13), ("SSSL", 14)])  # lengths that no other test has traced
+def test_a_block_is_traced_and_lowered_once_for_each_window(pattern, length, monkeypatch):
+    config = ModelConfig(depth=8, sequence_len=16, vocab_size=128, window_pattern=pattern)
+    traced, call = [], Block.__call__
+
+    def counted(block, *arguments):
+        traced.append(block.attn.window)
+        return call(block, *arguments)
+
+    monkeypatch.setattr(Block, "__call__", counted)
+    forward = jax.jit(lambda params, tokens: hidden_states(config, params, tokens))
+    tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
+    lowered = forward.lower(abstract_params(config), tokens).as_text()
+    jax.eval_shape(jax.grad(lambda *a: forward(*a).sum()), abstract_params(config), tokens)
+    assert sorted(traced, key=str) == sorted(set(config.windows), key=str)
+    assert lowered.count("func.func private @_run_block") == len(set(config.windows))
 
 
 def test_gradients_of_a_position_reach_only_the_past(random_params):

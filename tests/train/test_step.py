@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 
 from jaxchat.config import MeshConfig, ModelConfig, OptimizerConfig
 from jaxchat.mesh import BATCH_SPEC, make_mesh, put_batch, shardings
+from jaxchat.model import attention
 from jaxchat.model.gpt import init_params
 from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.train.step import init_state, make_train_step
@@ -21,15 +24,15 @@ def batches(count, accumulation=1, rows=4, length=16, seed=0):
         yield {"inputs": tokens[..., :-1], "targets": targets}
 
 
-def losses(mesh_config, devices, steps=4, accumulation=1):
+def losses(mesh_config, devices, steps=4, accumulation=1, config=CONFIG):
     mesh = make_mesh(mesh_config, jax.devices()[:devices])
     optimizer = make_optimizer(
-        OptimizerConfig(), CONFIG, optax.constant_schedule(1.0), mesh=mesh, newton_schulz_dtype=jnp.float32
+        OptimizerConfig(), config, optax.constant_schedule(1.0), mesh=mesh, newton_schulz_dtype=jnp.float32
     )
-    state = init_state(init_params(CONFIG, jax.random.key(0)), optimizer)
+    state = init_state(init_params(config, jax.random.key(0)), optimizer)
     placed = shardings(mesh, state)
     state = jax.device_put(state, placed)
-    step = make_train_step(CONFIG, optimizer, mesh=mesh, state_shardings=placed)
+    step = make_train_step(config, optimizer, mesh=mesh, state_shardings=placed)
     seen = []
     for batch in batches(steps, rows=4):
         batch = {k: v.reshape(accumulation, -1, v.shape[-1]) for k, v in batch.items()}
@@ -58,6 +61,15 @@ def one_device():
 )
 def test_any_mesh_gives_the_losses_of_one_device(mesh, devices, one_device):
     np.testing.assert_allclose(losses(mesh, devices), one_device, rtol=1e-5, atol=1e-5)
+
+
+def test_any_mesh_gives_the_losses_of_one_device_with_windows(one_device, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 4)  # the window of 4 goes through in blocks
+    windows = dataclasses.replace(CONFIG, window_pattern="SL")
+    expected = losses(MeshConfig(), 1, config=windows)
+    assert np.abs(expected - one_device).max() > 1e-3
+    spread = losses(MeshConfig(fsdp=2, tensor=2), 4, config=windows)
+    np.testing.assert_allclose(spread, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_accumulation_gives_the_losses_of_one_large_batch(one_device):
