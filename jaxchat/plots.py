@@ -1,4 +1,4 @@
-"""The report's plots, as PNG: one look, steps on x, what was measured as a thin line or points, its trend in front.
+"""All plots, as PNG: one look, what was measured as a thin line or points, its trend in front.
 
 A `Curve` is the steps of a metric (rising) and its values; `curves` gathers them by stage and metric name. What there
 is not enough of is not drawn: a curve needs two points.
@@ -7,13 +7,14 @@ is not enough of is not drawn: a curve needs two points.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from jaxchat.config import STAGES
@@ -23,6 +24,7 @@ Curves = dict[str, dict[str, Curve]]
 
 # Okabe and Ito, "Color universal design" (2008): told apart with every kind of colour vision.
 _COLOURS = {"pretrain": "#0072B2", "midtrain": "#E69F00", "sft": "#009E73", "rl": "#CC79A7"}
+_SUGGESTED = "#D55E00"
 _GREY = "#555555"
 _LEARNING_RATES = {"lr_matrix": "matrices (Muon)", "lr_embedding": "embedding (Adam)", "lr_head": "head (Adam)"}
 _STYLE = {
@@ -94,6 +96,52 @@ def all_plots(records: list[dict[str, Any]], scores: dict[str, dict[str, float]]
             "evaluation.png": _evaluation(scores),
         }
         return {name: _png(figure) for name, figure in figures.items() if figure is not None}
+
+
+class RangeCurve(NamedTuple):
+    """A learning-rate range test: `losses` (nats a token) and `smoothed` at the first of `rates`, which rise."""
+
+    group: str
+    rates: np.ndarray
+    losses: Sequence[float]
+    smoothed: np.ndarray
+    configured: float
+    suggested: float | None
+
+
+def lr_range_plot(tests: list[RangeCurve]) -> bytes:
+    """A panel a group, its rate on x; all have one loss axis, which ends a little above the untrained model's."""
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
+        figure = Figure(figsize=({1: 7.0, 2: 9.0}.get(len(tests), 12.0), 4.2), layout="constrained")
+        panels = figure.subplots(1, len(tests), sharey=True, squeeze=False)[0]
+        lines = {}
+        for axes, test in zip(panels, tests, strict=True):
+            lines |= _draw_range(axes, test)
+        panels[0].set_ylabel("training loss (nats per token)")
+        values = np.concatenate([test.losses for test in tests])
+        # A test from too high a rate on only rises; its rise is cut off, and the others are seen.
+        low, high = values.min(initial=np.inf), max((test.losses[0] for test in tests if len(test.losses)), default=1.0)
+        if low < np.inf:
+            margin = 0.08 * (high - low) or 0.1
+            panels[0].set_ylim(low - margin, high + margin)
+        figure.legend(lines.values(), lines.keys(), loc="outside upper left", ncols=len(lines))
+        return _png(figure)
+
+
+def _draw_range(axes: Axes, test: RangeCurve) -> dict[str, Line2D]:
+    """Returns what was drawn, by its name."""
+    rates, colour = test.rates[: len(test.losses)], _COLOURS["pretrain"]
+    lines = {}
+    (lines["measured"],) = axes.plot(rates, test.losses, color=colour, linewidth=0.7, alpha=0.35)
+    (lines["smoothed"],) = axes.plot(rates, test.smoothed, color=colour, linewidth=2)
+    lines["configured"] = axes.axvline(test.configured, color=_GREY, linewidth=1.2, linestyle=(0, (4, 3)))
+    if test.suggested is not None:
+        lines["suggested"] = axes.axvline(test.suggested, color=_SUGGESTED, linewidth=2, zorder=1)
+    axes.set_xscale("log")
+    axes.set_xlim(test.rates[0], test.rates[-1])
+    axes.set_xlabel(f"learning rate (optimizer.{test.group}-lr)")
+    _titles(axes, test.group, "no suggestion" if test.suggested is None else f"suggested {test.suggested:g}")
+    return lines
 
 
 def _png(figure: Figure) -> bytes:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from jaxchat.config import UserError
 
@@ -18,7 +20,12 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `jaxchat ...` and returns its exit code: 0, 2 for bad input, 130 when it was interrupted."""
     try:
-        arguments = _parser().parse_args(argv)
+        parser = _parser()
+        arguments, rest = parser.parse_known_args(argv)
+        if "overrides" in arguments:
+            arguments.overrides = rest
+        elif rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return arguments.command(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -33,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="jaxchat", description="Talk to a model that jaxchat has trained; compare tokenizers.")
+    parser = _Parser(prog="jaxchat", description="Talk to a model that jaxchat has trained; compare tokenizers; find "
+                     "learning rates; profile training.")  # fmt: skip
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     chat = commands.add_parser(
         "chat",
@@ -63,11 +71,60 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--pattern", metavar="REGEX", help="the split pattern of .tiktoken files of unknown names")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(command=_evaluate_tokenizer)
+    _add_lr_range(commands)
+    _add_profile(commands)
     return parser
 
 
-def _chat(arguments: argparse.Namespace) -> int:
+def _add_lr_range(commands) -> None:
+    lr_range = commands.add_parser(
+        "lr-range",
+        help="learning-rate range test: a suggested rate for each parameter group",
+        description="Raises the learning rate of one parameter group after the other, each time from a fresh model, "
+        "until the loss suffers, and suggests a rate for each. Leaves lr_range.png and lr_range.json in the run's "
+        "directory, and nothing there is changed.",
+        epilog="Fields of the experiment are overridden as for launch.py, such as --model.depth=6; all of them: "
+        "python launch.py --experiment=NAME --help",
+        allow_abbrev=False,
+    )
+    add = lr_range.add_argument
+    add("--experiment", metavar="NAME", help="one of experiments/")
+    add("--run-dir", metavar="DIR", help="where the run lives (default runs/NAME)")
+    add("--data", metavar="DIR", help="your text, as for launch.py")
+    add("--steps", type=int, default=200, metavar="N", help="optimizer steps a group (default 200)")
+    add("--min", type=float, metavar="RATE", help="the first rate (default: the configured one / 1000)")
+    add("--max", type=float, metavar="RATE", help="the last rate (default: the configured one x 1000)")
+    add("--group", choices=("matrix", "embedding", "head", "all"), default="all", help="which to test (default all)")
+    options = [name for action in lr_range._actions for name in action.option_strings]
+    lr_range.set_defaults(command=_lr_range, overrides=(), options=options)
+
+
+def _add_profile(commands) -> None:
+    profile = commands.add_parser(
+        "profile",
+        help="where a training step's time goes",
+        description="Runs a few pretraining steps of an experiment on random tokens under the profiler. Prints the "
+        "time of each part of the model, of communication, copies and idleness, and the longest kernels; keeps the "
+        "trace.",
+        epilog="Fields of the experiment are overridden as for launch.py, such as --model.depth=6. On a GPU, command "
+        "buffers are off while profiling: kernels inside do not say which instruction they run.",
+        allow_abbrev=False,
+    )
+    add = profile.add_argument
+    add("--experiment", metavar="NAME", help="one of experiments/")
+    add("--steps", type=int, default=5, metavar="N", help="optimizer steps in the trace (default 5)")
+    add("--trace", metavar="DIR", help="where the trace is kept (default runs/profiles/NAME)")
+    options = [name for action in profile._actions for name in action.option_strings]
+    profile.set_defaults(command=_profile, overrides=(), options=options)
+
+
+def _keep_compiled_programs() -> None:
+    """For the next start; to be called before JAX is imported."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jaxchat/compiled"))
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    _keep_compiled_programs()
     from jaxchat.serve.terminal import chat  # imports JAX: --help and bad arguments need not wait for it
 
     options = {name: getattr(arguments, name) for name in ("temperature", "top_k", "seed", "max_tokens")}
@@ -79,6 +136,47 @@ def _evaluate_tokenizer(arguments: argparse.Namespace) -> int:
 
     options = {"pattern": arguments.pattern, "as_json": arguments.json}
     return evaluate(arguments.path, arguments.against, arguments.text, **options)
+
+
+def _lr_range(arguments: argparse.Namespace) -> int:
+    launch = _launcher()
+    experiment = launch.configure(arguments.experiment, arguments.overrides, arguments.data, arguments.options)
+    _keep_compiled_programs()
+    from jaxchat.stages.lr_range import GROUPS, run
+    from jaxchat.stages.pipeline import check_possible
+    from jaxchat.stages.run import Run
+
+    check_possible(experiment)
+    opened = Run(experiment, arguments.run_dir or f"runs/{experiment.name}", keep_config=True)
+    groups = GROUPS if arguments.group == "all" else (arguments.group,)
+    run(opened, arguments.steps, arguments.min, arguments.max, groups)
+    return 0
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    launch = _launcher()
+    experiment = launch.configure(arguments.experiment, arguments.overrides, None, arguments.options)
+    _keep_compiled_programs()
+    # The user's own flags stand behind, where they win.
+    os.environ["XLA_FLAGS"] = f"--xla_gpu_enable_command_buffer= {os.environ.get('XLA_FLAGS', '')}"
+    from jaxchat.stages.profile import profile
+
+    directory = Path(arguments.trace or f"runs/profiles/{experiment.name}")
+    profile(experiment, steps=arguments.steps, directory=directory)
+    return 0
+
+
+def _launcher():
+    """The module launch.py, which is not installed: the experiments beside it are files for the user to change.
+
+    Raises:
+      UserError: the working directory is not a checkout, nor is this package part of one.
+    """
+    for folder in (Path(__file__).parents[2], Path.cwd()):
+        if all((folder / name).exists() for name in ("launch.py", "experiments", "jaxchat")):
+            sys.path.insert(0, str(folder))
+            return importlib.import_module("launch")
+    raise UserError("the experiments are not here; start this in the folder that has launch.py and experiments/")
 
 
 if __name__ == "__main__":

@@ -36,8 +36,11 @@ FREE = ("stages", "logging", "cost", "mesh", "name")
 class Run:
     """An opened run directory. `say` prints a line for the user."""
 
-    def __init__(self, experiment: Experiment, directory: epath.PathLike, *, say=print):
+    def __init__(self, experiment: Experiment, directory: epath.PathLike, *, say=print, keep_config: bool = False):
         """Creates the directory, or checks that it belongs to `experiment`.
+
+        With `keep_config` an earlier config.json stays as it is, unless the run has yet to make its tokenizer: for what
+        looks at a run and is not one of its stages.
 
         Raises:
           UserError: the directory holds something else, or a run of other settings.
@@ -56,7 +59,8 @@ class Run:
         self.dtype = compute_dtype(experiment)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            _write(config, to_json(experiment))
+            if not (keep_config and self.finished("tokenizer")):
+                _write(config, to_json(experiment))
         except OSError as error:
             raise UserError(f"{self.directory} cannot be made ({error.strerror}); choose another --run-dir") from None
 
