@@ -1,7 +1,6 @@
 """A trace is read rightly: made-up kernels of a GPU, and a real trace of this CPU."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxchat.config import Experiment, ModelConfig, PretrainConfig, TokenizerConfig, UserError
-from jaxchat.stages.profile import profile, table
+from jaxchat.stages.profile import table
 from jaxchat.stages.trace import (
     COMMUNICATION,
     COPIES,
@@ -159,22 +157,3 @@ def test_scopes_in_a_real_trace(tmp_path):
     assert got.parts["optimizer"].count >= 2 and got.parts["attention"].count >= 4
     assert got.parts["head and loss"].count >= 2 * 128
     assert 0 <= got.idle < got.span
-
-
-def test_profile_of_a_model(tmp_path, capsys):
-    experiment = Experiment(
-        name="small",
-        tokenizer=TokenizerConfig(vocab_size=300),
-        model=ModelConfig(depth=1, sequence_len=32),
-        pretrain=PretrainConfig(batch_tokens=256, device_rows=1),
-    )
-    profile(experiment, steps=2, directory=tmp_path)
-    out = capsys.readouterr().out
-    assert f"small: 2 steps of 256 tokens on {jax.device_count()} x cpu" in out
-    shares = {part: float(share) for part, share in re.findall(r"^\| ([^|`]+) \| [-\d.]+ \| ([-\d.]+)% \|", out, re.M)}
-    assert shares.pop("**a step**") == 100 and sum(shares.values()) == pytest.approx(100, abs=1)
-    assert shares[MATMULS] > 0 and shares["idle"] >= 0
-    assert out.count("\n| `") == 10, "the longest kernels"
-    assert next(tmp_path.glob("plugins/profile/*/*.trace.json.gz")).parent.name in out
-    with pytest.raises(UserError, match="--steps is 0"):
-        profile(experiment, steps=0, directory=tmp_path)
