@@ -116,8 +116,8 @@ def _measure(work: Work, directory: str) -> dict[str, Any]:
     median, mean = statistics.median(times), sum(times) / len(times)
     machine = machine_info()
     peak = device_peak_flops(machine["device_kind"])
-    analysis = compiled.memory_analysis()
-    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    memory = compiled.memory_analysis()
+    held = memory and memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     flops = flops_per_token(model)
     return {
         "mesh": dict(mesh),
@@ -130,7 +130,7 @@ def _measure(work: Work, directory: str) -> dict[str, Any]:
         "window_step_ms": [1000 * window for window in windows],
         "mfu": tokens / median * flops / (peak * machine["device_count"]) if peak else None,
         "peak_memory_bytes": peak_memory_bytes(),
-        "compiled_memory_bytes": held + analysis.temp_size_in_bytes,
+        "compiled_memory_bytes": memory and held + memory.temp_size_in_bytes,
         **parts,
         "compilations_while_measuring": len(compilations),
         "first_loss": first_loss,

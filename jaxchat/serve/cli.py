@@ -156,7 +156,6 @@ def _lr_range(arguments: argparse.Namespace) -> int:
 def _profile(arguments: argparse.Namespace) -> int:
     launch = _launcher()
     experiment = launch.configure(arguments.experiment, arguments.overrides, None, arguments.options)
-    _keep_compiled_programs()
     # The user's own flags stand behind, where they win.
     os.environ["XLA_FLAGS"] = f"--xla_gpu_enable_command_buffer= {os.environ.get('XLA_FLAGS', '')}"
     from jaxchat.stages.profile import profile

@@ -215,9 +215,12 @@ def read_trace(file: Path, program: Program) -> list[list[Kernel]]:
             streams = streams or [line for line in lines if line.name == "XLA Ops"]
             devices.append([_kernel(event) for line in streams for event in line.events])
     if not any(devices):
-        hosts = (plane for plane in planes if plane.name.startswith("/host:CPU"))
-        events = (_kernel(event) for plane in hosts for line in plane.lines for event in line.events)
-        devices = [[kernel for kernel in events if _ran_on_cpu(kernel, program)]]
+        by_number: dict[int, list[Kernel]] = defaultdict(list)
+        for plane in (plane for plane in planes if plane.name.startswith("/host:CPU")):
+            for event in (event for line in plane.lines for event in line.events):
+                if _ran_on_cpu(kernel := _kernel(event), program):
+                    by_number[dict(event.stats).get("device_ordinal", 0)].append(kernel)
+        devices = list(by_number.values())
     return [device for device in devices if device]
 
 
