@@ -1,5 +1,7 @@
 //! Splitting text into pieces. Merges never cross the border between two pieces.
 
+use std::sync::Arc;
+
 use fancy_regex::Regex;
 
 use crate::dfa::Dfa;
@@ -10,11 +12,11 @@ use crate::scan::scan;
 pub const DEFAULT_PATTERN: &str =
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
 
-/// Cuts text into pieces by a pattern.
-#[derive(Debug)]
+/// Cuts text into pieces by a pattern. A clone shares the compiled pattern.
+#[derive(Clone, Debug)]
 pub struct Splitter {
     pattern: String,
-    engine: Engine,
+    engine: Arc<Engine>,
     keep_gaps: bool,
 }
 
@@ -39,7 +41,7 @@ impl Splitter {
                 None => Engine::Regex(regex),
             }
         };
-        Ok(Self { pattern: pattern.to_owned(), engine, keep_gaps: false })
+        Ok(Self { pattern: pattern.to_owned(), engine: Arc::new(engine), keep_gaps: false })
     }
 
     /// Makes pieces of the text that a custom pattern does not match, as Hugging Face's `Isolated` split does.
@@ -54,7 +56,7 @@ impl Splitter {
     /// Calls `piece(start, end)` with the bytes of each piece in turn. Text that a custom pattern does not match is
     /// left out, as it is by tiktoken, unless `keep_gaps` says otherwise; the default pattern matches everything.
     pub fn split(&self, text: &str, mut piece: impl FnMut(usize, usize)) -> Result<(), Error> {
-        match &self.engine {
+        match &*self.engine {
             Engine::Scanner => scan(text, piece),
             Engine::Dfa(dfa, regex) => {
                 let mut done = 0;
@@ -120,7 +122,7 @@ mod tests {
 
     /// The engines that a pattern allows, fastest first, the regex engine last.
     fn engines(pattern: &str) -> Vec<Splitter> {
-        let with = |engine| Splitter { pattern: pattern.to_owned(), engine, keep_gaps: false };
+        let with = |engine| Splitter { pattern: pattern.to_owned(), engine: Arc::new(engine), keep_gaps: false };
         let regex = || compile(pattern).unwrap();
         let scanner = (pattern == DEFAULT_PATTERN).then_some(Engine::Scanner);
         let dfa = Dfa::new(pattern).map(|dfa| Engine::Dfa(Box::new(dfa), regex()));
