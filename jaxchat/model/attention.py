@@ -29,6 +29,7 @@ def attention_kernel(dtype: DTypeLike, head_dim: int) -> Literal["cudnn", "xla"]
     return "cudnn" if runs and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) else "xla"
 
 
+@jax.named_scope("attention")
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],

@@ -10,12 +10,14 @@ from jaxtyping import Array, Float, Int
 NORM_EPS = 1e-6
 
 
+@jax.named_scope("norm")
 def rms_norm(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """x / rms(x) over the last axis, computed in fp32; no learned scale (Zhang & Sennrich 2019, arXiv:1910.07467)."""
     wide = x.astype(jnp.float32)
     return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + NORM_EPS)).astype(x.dtype)
 
 
+@jax.named_scope("rope")
 def rope_tables(positions: Int[Array, "B T"], head_dim: int, base: float) -> tuple[Array, Array]:
     """Cosines and sines, each fp32 `[B, T, 1, head_dim/2]`, of position · base^(-2i/head_dim) (arXiv:2104.09864)."""
     frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
@@ -23,6 +25,7 @@ def rope_tables(positions: Int[Array, "B T"], head_dim: int, base: float) -> tup
     return jnp.cos(angles), jnp.sin(angles)
 
 
+@jax.named_scope("rope")
 def apply_rope(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Array, "B T N H"]:
     """Rotates the pairs (x[i], x[i + H/2]) by the tables' angles, in nanochat's direction (second half into the first
     with a plus), so that weights trained there can be used here."""
@@ -51,6 +54,7 @@ class Embedding(nnx.Module):
     def __init__(self, count: int, width: int, *, rngs: nnx.Rngs):
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (count, width), jnp.float32))
 
+    @jax.named_scope("embed")
     def __call__(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
         return self.embedding[...].astype(dtype)[tokens]
 
@@ -62,5 +66,6 @@ class MLP(nnx.Module):
         self.up = Linear(width, 4 * width, rngs=rngs)
         self.down = Linear(4 * width, width, rngs=rngs, zeros=True)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(jnp.square(jax.nn.relu(self.up(x))))

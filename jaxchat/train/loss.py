@@ -92,6 +92,7 @@ def _loss_and_grads(hidden, head, targets, weights, shape: Shape, axes: tuple[st
     return loss, _join(hidden_grads), head_grad
 
 
+@jax.named_scope("loss")
 def _sharded_loss_and_grads(hidden, head, targets, weights, shape: Shape):
     """Each device works on its own rows against the whole head; one sum over devices at the end."""
     if shape.mesh is None or shape.mesh.size == 1:
@@ -126,6 +127,7 @@ def _forward(hidden, head, targets, weights, shape):
     return loss, (hidden_grad, head_grad)
 
 
+@jax.named_scope("loss")
 def _backward(shape, grads, cotangent):
     hidden_grad, head_grad = grads
     return (hidden_grad * cotangent.astype(hidden_grad.dtype), head_grad * cotangent, None, None)
@@ -134,6 +136,7 @@ def _backward(shape, grads, cotangent):
 cross_entropy_sum.defvjp(_forward, _backward)
 
 
+@jax.named_scope("loss")
 def token_nll(
     hidden: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"], shape: Shape
 ) -> Float[Array, "B T"]:

@@ -62,9 +62,11 @@ def make_train_step(
 
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
             (loss, grads), _ = jax.lax.scan(accumulate, zeros, batch)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "targets": count}
-        new_state = {"params": optax.apply_updates(params, updates), "opt_state": opt_state, "step": state["step"] + 1}
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+            grad_norm, params = optax.tree.norm(grads), optax.apply_updates(params, updates)
+        metrics = {"loss": loss, "grad_norm": grad_norm, "targets": count}
+        new_state = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
         return new_state, metrics
 
     out_shardings = None if state_shardings is None else (state_shardings, None)
