@@ -63,24 +63,27 @@ impl Decoder {
         })
     }
 
-    /// The bytes of the tokens, one after the other. `threads`: as many as the machine has cores if not given; fewer
-    /// are used when there are few ids.
+    /// The bytes of the tokens, one after the other.
     pub fn decode<I: Id>(&self, ids: &[I], threads: Option<NonZero<usize>>) -> Result<Vec<u8>, Error> {
+        let decoding = self.prepare(ids, threads)?;
+        let mut out = vec![0; decoding.size()];
+        decoding.write(&mut out);
+        Ok(out)
+    }
+
+    /// Looks at all ids, so that memory for exactly their bytes can be had. `threads`: as many as the machine has cores
+    /// if not given; fewer are used when there are few ids.
+    pub fn prepare<'a, I: Id>(
+        &'a self,
+        ids: &'a [I],
+        threads: Option<NonZero<usize>>,
+    ) -> Result<Decoding<'a, I>, Error> {
         let cores = || std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN);
         let most = ids.len() / IDS_A_THREAD;
         let threads = if most < 2 { 1 } else { threads.unwrap_or_else(cores).get().min(most) };
         let parts: Vec<&[I]> = ids.chunks(ids.len().div_ceil(threads).max(1)).collect();
         let sizes: Result<Vec<usize>, Error> = in_parallel(parts.iter().map(|part| || self.size(part))).collect();
-        let sizes = sizes?;
-        let mut out = vec![0; sizes.iter().sum()];
-        let mut rest = &mut out[..];
-        let jobs = parts.iter().zip(sizes).map(|(part, size)| {
-            let (slot, behind) = std::mem::take(&mut rest).split_at_mut(size);
-            rest = behind;
-            || self.write(part, slot)
-        });
-        in_parallel(jobs).for_each(drop);
-        Ok(out)
+        Ok(Decoding { decoder: self, parts, sizes: sizes? })
     }
 
     /// Writes the bytes of good ids to `out`, which has the room for exactly these.
@@ -95,6 +98,30 @@ impl Decoder {
             }
             at += size;
         }
+    }
+}
+
+/// Ids that are known to be good, one part a thread, and how many bytes each part has.
+pub struct Decoding<'a, I> {
+    decoder: &'a Decoder,
+    parts: Vec<&'a [I]>,
+    sizes: Vec<usize>,
+}
+
+impl<I: Id> Decoding<'_, I> {
+    /// The bytes of all tokens.
+    pub fn size(&self) -> usize {
+        self.sizes.iter().sum()
+    }
+
+    /// Writes them to `out`, which has room for exactly these.
+    pub fn write(&self, mut out: &mut [u8]) {
+        let jobs = self.parts.iter().zip(&self.sizes).map(|(part, &size)| {
+            let (slot, behind) = std::mem::take(&mut out).split_at_mut(size);
+            out = behind;
+            || self.decoder.write(part, slot)
+        });
+        in_parallel(jobs).for_each(drop);
     }
 }
 

@@ -13,7 +13,7 @@ use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyInt, PyIterator, PyList, PyString};
 
 use crate::count::{Batch, count_batches};
-use crate::decode::Decoder;
+use crate::decode::{Decoder, Id};
 use crate::encode;
 use crate::error::Error;
 use crate::files::Texts;
@@ -210,6 +210,31 @@ impl Plain<'_> {
         }
     }
 
+    /// The same in memory of Python's, which saves a copy.
+    fn decode_to_python<'py>(
+        &self,
+        py: Python<'py>,
+        decoder: &Decoder,
+        threads: Option<usize>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        fn fill<'py, I: Id + Send>(
+            py: Python<'py>,
+            decoder: &Decoder,
+            ids: &[I],
+            threads: Option<usize>,
+        ) -> PyResult<Bound<'py, PyBytes>> {
+            let decoding = py.detach(|| decoder.prepare(ids, threads.and_then(NonZero::new)))?;
+            PyBytes::new_with(py, decoding.size(), |out| {
+                py.detach(|| decoding.write(out));
+                Ok(())
+            })
+        }
+        match self {
+            Self::Unsigned(ids) => fill(py, decoder, ids, threads),
+            Self::Signed(ids) => fill(py, decoder, ids, threads),
+        }
+    }
+
     /// The bytes of the tokens up to each of the offsets, which are in ascending order.
     fn ends(&self, decoder: &Decoder, offsets: &[usize]) -> Result<Vec<usize>, Error> {
         let mut at = 0;
@@ -304,9 +329,7 @@ impl Encoder {
 
     /// The bytes of the tokens, one after the other.
     fn decode<'py>(&self, py: Python<'py>, ids: Ids<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        let ids = ids.plain()?;
-        let bytes = py.detach(|| ids.decode(&self.decoder, None))?;
-        Ok(PyBytes::new(py, &bytes))
+        ids.plain()?.decode_to_python(py, &self.decoder, None)
     }
 
     /// The text of the tokens. Bytes that are not UTF-8 become U+FFFD.
@@ -317,9 +340,8 @@ impl Encoder {
         ids: Ids<'py>,
         threads: Option<usize>,
     ) -> PyResult<Bound<'py, PyString>> {
-        let ids = ids.plain()?;
-        let bytes = py.detach(|| ids.decode(&self.decoder, threads))?;
-        Ok(PyString::new(py, &String::from_utf8_lossy(&bytes)))
+        let bytes = ids.plain()?.decode_to_python(py, &self.decoder, threads)?;
+        PyString::from_encoded_object(&bytes, Some(c"utf-8"), Some(c"replace"))
     }
 
     /// The text of each range `ids[offsets[i]:offsets[i + 1]]`: the inverse of `encode_to_numpy`.
