@@ -56,8 +56,8 @@ class Embedding(nnx.Module):
 
     @jax.named_scope("embed")
     def __call__(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
-        # The rows are cast, not the table: their gradients then add up in fp32. In bf16 the frequent tokens of real text,
-        # which all go to the same few rows, cost an eighth of a step (and precision).
+        # The rows are cast, not the table: their gradients then add up in fp32. In bf16 the frequent tokens of real
+        # text, which all go to the same few rows, cost a tenth of a step (and precision).
         return self.embedding[...][tokens].astype(dtype)
 
 
