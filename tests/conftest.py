@@ -2,6 +2,7 @@
 all functions on arrays checked at each call."""
 
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -9,6 +10,10 @@ import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 import tests.typechecker  # noqa: E402, F401  (the hook finds it by its name)
+
+# A shell without job control starts background commands deaf to Ctrl-C, and their children with them: the tests that
+# press it would wait in vain.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_num_cpu_devices", 4)
 ON_ARRAYS = ("model", "optim", "train", "infer", "eval")
