@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxchat.config import UserError
@@ -95,8 +95,7 @@ def _add_lr_range(commands) -> None:
     add("--min", type=float, metavar="RATE", help="the first rate (default: the configured one / 1000)")
     add("--max", type=float, metavar="RATE", help="the last rate (default: the configured one x 1000)")
     add("--group", choices=("matrix", "embedding", "head", "all"), default="all", help="which to test (default all)")
-    options = [name for action in lr_range._actions for name in action.option_strings]
-    lr_range.set_defaults(command=_lr_range, overrides=(), options=options)
+    _with_overrides(lr_range, _lr_range)
 
 
 def _add_profile(commands) -> None:
@@ -114,8 +113,13 @@ def _add_profile(commands) -> None:
     add("--experiment", metavar="NAME", help="one of experiments/")
     add("--steps", type=int, default=5, metavar="N", help="optimizer steps in the trace (default 5)")
     add("--trace", metavar="DIR", help="where the trace is kept (default runs/profiles/NAME)")
-    options = [name for action in profile._actions for name in action.option_strings]
-    profile.set_defaults(command=_profile, overrides=(), options=options)
+    _with_overrides(profile, _profile)
+
+
+def _with_overrides(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int]) -> None:
+    """Lets fields of an experiment follow the parser's own options, whose names are for hints about misspelt ones."""
+    options = [name for action in parser._actions for name in action.option_strings]
+    parser.set_defaults(command=command, overrides=(), options=options)
 
 
 def _keep_compiled_programs() -> None:

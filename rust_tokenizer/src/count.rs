@@ -14,6 +14,8 @@ use crate::split::Splitter;
 /// 2^14 entries of 32 bytes are half of a usual second-level cache.
 const FRONT_BITS: u32 = 14;
 const BLOCK: usize = 64;
+/// The bytes of a full batch.
+pub const FULL: usize = 1 << 20;
 
 /// How often each distinct piece occurs. Memory grows with the distinct pieces, not with the text.
 #[derive(Debug, Default)]
@@ -183,8 +185,9 @@ impl Batch {
         self.ends.clear();
     }
 
-    pub fn bytes(&self) -> usize {
-        self.text.len()
+    /// Whether it has enough to be worth a thread's while, and yet is in the processor's cache when it is counted.
+    pub fn is_full(&self) -> bool {
+        self.text.len() >= FULL
     }
 
     pub fn is_empty(&self) -> bool {
@@ -278,7 +281,6 @@ mod tests {
                     .split(text, |start, end| *expected.entry(text.as_bytes()[start..end].to_vec()).or_insert(0) += 1)
                     .unwrap();
             }
-
             let mut left = left.finish();
             left.merge(right.finish());
             let mut found: HashMap<Vec<u8>, u64> = HashMap::new();

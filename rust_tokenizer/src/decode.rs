@@ -2,6 +2,7 @@
 
 use std::num::NonZero;
 
+use crate::cores::threads_or_all;
 use crate::error::Error;
 
 /// Most tokens are shorter. Copying always as many bytes takes fewer instructions than copying just enough.
@@ -78,9 +79,8 @@ impl Decoder {
         ids: &'a [I],
         threads: Option<NonZero<usize>>,
     ) -> Result<Decoding<'a, I>, Error> {
-        let cores = || std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN);
         let most = ids.len() / IDS_A_THREAD;
-        let threads = if most < 2 { 1 } else { threads.unwrap_or_else(cores).get().min(most) };
+        let threads = if most < 2 { 1 } else { threads_or_all(threads).get().min(most) };
         let parts: Vec<&[I]> = ids.chunks(ids.len().div_ceil(threads).max(1)).collect();
         let sizes: Result<Vec<usize>, Error> = in_parallel(parts.iter().map(|part| || self.size(part))).collect();
         Ok(Decoding { decoder: self, parts, sizes: sizes? })

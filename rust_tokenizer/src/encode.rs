@@ -4,6 +4,7 @@ use std::num::NonZero;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::cores::threads_or_all;
 use crate::error::Error;
 use crate::key::{INLINE, inline_key, slot};
 use crate::split::Splitter;
@@ -60,10 +61,6 @@ impl Encoder {
         &self.vocabulary
     }
 
-    pub fn pattern(&self) -> &str {
-        self.splitter.pattern()
-    }
-
     /// The ids of each text, in order, each text behind `prepend` and before `append` if given. `threads`: as many as
     /// the machine has cores if not given; fewer are used when there is little text.
     pub fn encode<T: AsRef<str> + Sync>(
@@ -74,8 +71,7 @@ impl Encoder {
         threads: Option<NonZero<usize>>,
     ) -> Result<Encoded, Error> {
         let bytes: usize = texts.iter().map(|text| text.as_ref().len()).sum();
-        let cores = || std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN);
-        let threads = threads.unwrap_or_else(cores).get().min(bytes / BYTES_A_THREAD);
+        let threads = threads_or_all(threads).get().min(bytes / BYTES_A_THREAD);
         let encode_block = |block: &[T], cache: &mut Cache| {
             let mut encoded = Encoded::default();
             for text in block {

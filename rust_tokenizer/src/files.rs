@@ -8,19 +8,17 @@ use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::reader::{FileReader, RowGroupReader, SerializedFileReader};
 
-use crate::count::Batch;
+use crate::count::{Batch, FULL};
 use crate::error::Error;
 
 /// The column of parquet files that holds the texts.
 const COLUMN: &str = "text";
-/// A batch has about this many bytes: some text that is still in the processor's cache when it is counted.
-const BATCH: usize = 1 << 20;
 /// Documents of parquet that are read at once: a page is unpacked as a whole anyway.
 const RECORDS: usize = 64;
 
 /// The texts of `.parquet` files (column `text`; rows without a value are skipped) and of plain text files, in order.
 /// A row is a text; a plain file is cut, where a line break is followed by something visible, into texts of about
-/// `BATCH` bytes, which the default pattern would cut there too.
+/// `FULL` bytes, which the default pattern would cut there too.
 pub struct Texts {
     /// Last file first.
     waiting: Vec<PathBuf>,
@@ -54,7 +52,7 @@ impl Texts {
 
     /// Adds the next texts to a batch; none at the end.
     pub fn fill(&mut self, batch: &mut Batch) -> Result<(), Error> {
-        while batch.bytes() < BATCH && self.characters < self.limit {
+        while !batch.is_full() && self.characters < self.limit {
             if self.open.is_none() {
                 let Some(path) = self.waiting.pop() else { break };
                 self.open = Some(Open::new(path)?);
@@ -106,16 +104,16 @@ impl Open {
             }
             Self::Plain { path, file, offset, rest } => {
                 let old = rest.len();
-                rest.resize(old + BATCH, 0);
+                rest.resize(old + FULL, 0);
                 let size = read_fully(file, &mut rest[old..]).map_err(|error| fail(path, &error))?;
                 rest.truncate(old + size);
-                let end = if size < BATCH { rest.len() } else { last_border(rest, old) };
+                let end = if size < FULL { rest.len() } else { last_border(rest, old) };
                 let text = std::str::from_utf8(&rest[..end])
                     .map_err(|error| fail(path, &format!("byte {} is not UTF-8", *offset + error.valid_up_to())))?;
                 take(text);
                 *offset += end;
                 rest.drain(..end);
-                Ok(size == BATCH)
+                Ok(size == FULL)
             }
         }
     }

@@ -3,6 +3,7 @@
 //! The core is pure Rust. `py.rs`, behind the feature `python`, is the binding.
 
 pub mod classes;
+pub mod cores;
 pub mod count;
 pub mod decode;
 pub mod dfa;

@@ -12,6 +12,7 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyInt, PyIterator, PyList, PyString};
 
+use crate::cores::threads_or_all;
 use crate::count::{Batch, count_batches};
 use crate::decode::{Decoder, Id};
 use crate::encode;
@@ -21,8 +22,6 @@ use crate::split::{DEFAULT_PATTERN, Splitter};
 use crate::train::learn;
 use crate::vocab::Vocabulary;
 
-/// Texts are pulled from the iterator in batches of about this many bytes.
-const BATCH: usize = 1 << 20;
 /// How often a training says how far it is.
 const REPORT: Duration = Duration::from_millis(100);
 
@@ -46,12 +45,6 @@ fn text_of(text: Bound<'_, PyString>) -> PyResult<PyBackedStr> {
 
 fn texts_of(texts: Vec<Bound<'_, PyString>>) -> PyResult<Vec<PyBackedStr>> {
     texts.into_iter().map(text_of).collect()
-}
-
-fn threads_of(threads: Option<usize>) -> NonZero<usize> {
-    threads
-        .and_then(NonZero::new)
-        .unwrap_or_else(|| std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN))
 }
 
 /// Tells Python how far a training is, and hears from it that it is to stop.
@@ -84,7 +77,8 @@ fn learn_from(
     mut next: impl FnMut(&mut Reporter, &mut Batch) -> PyResult<()>,
 ) -> PyResult<Vec<Vec<u8>>> {
     let mut reporter = Reporter { progress, last: Instant::now() };
-    let counts = count_batches(splitter, threads_of(threads), |batch| next(&mut reporter, batch))?;
+    let counts =
+        count_batches(splitter, threads_or_all(threads.and_then(NonZero::new)), |batch| next(&mut reporter, batch))?;
     let mut stop = None;
     let tokens = learn(&counts, size, |done| {
         stop = Python::attach(|py| reporter.report(py, "merge", done as u64)).err();
@@ -148,8 +142,8 @@ fn train_files<'py>(
     Ok((list_of_bytes(py, &tokens), texts.characters()))
 }
 
-fn list_of_bytes<'py, T: AsRef<[u8]>>(py: Python<'py>, tokens: &[T]) -> Vec<Bound<'py, PyBytes>> {
-    tokens.iter().map(|token| PyBytes::new(py, token.as_ref())).collect()
+fn list_of_bytes<'py>(py: Python<'py>, tokens: &[Vec<u8>]) -> Vec<Bound<'py, PyBytes>> {
+    tokens.iter().map(|token| PyBytes::new(py, token)).collect()
 }
 
 /// Adds the next texts to a batch; none at the end.
@@ -158,7 +152,7 @@ fn pull(iterator: &Bound<'_, PyIterator>, batch: &mut Batch, characters: &mut u6
         let text = text?.cast_into::<PyString>()?;
         *characters += text.len()? as u64;
         batch.push(&text_of(text)?);
-        if batch.bytes() >= BATCH {
+        if batch.is_full() {
             break;
         }
     }
@@ -362,16 +356,6 @@ impl Encoder {
             py.detach(|| Ok::<_, Error>((ids.decode(&self.decoder, threads)?, ids.ends(&self.decoder, &offsets)?)))?;
         let texts = ends.windows(2).map(|pair| String::from_utf8_lossy(&bytes[pair[0]..pair[1]]));
         Ok(texts.map(|text| PyString::new(py, &text)).collect())
-    }
-
-    /// The bytes of each token that is not special, in the order of ids.
-    fn tokens<'py>(&self, py: Python<'py>) -> Vec<Bound<'py, PyBytes>> {
-        list_of_bytes(py, self.core.vocabulary().tokens())
-    }
-
-    #[getter]
-    fn pattern(&self) -> &str {
-        self.core.pattern()
     }
 }
 
