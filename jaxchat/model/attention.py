@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -113,9 +114,10 @@ class Attention(nnx.Module):
         q = self.q(x).reshape(batch, length, self.heads, self.head_dim)
         k = self.k(x).reshape(batch, length, self.kv_heads, self.head_dim)
         v = self.v(x).reshape(batch, length, self.kv_heads, self.head_dim)
+        q, k, v = checkpoint_name((q, k, v), "qkv")
         q, k = rms_norm(apply_rope(q, *rope)), rms_norm(apply_rope(k, *rope))
         if cache is None:
-            out = attend(q, k, v, window=self.window)
+            out = checkpoint_name(attend(q, k, v, window=self.window), "attention")
         else:
             rows = jnp.arange(batch)[:, None]
             # Positions past the cache's end are dropped: a finished row may run on there without harm.

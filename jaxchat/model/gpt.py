@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxchat.config import ModelConfig
@@ -22,6 +23,9 @@ from jaxchat.model.layers import MLP, Embedding, Linear, rms_norm, rope_tables
 
 Params = dict[str, Any]
 NEVER = -1e30  # the logit of a vocabulary id that exists only as padding
+# What each block keeps for the backward pass, beside its input, where memory is short; the rest is computed again. By
+# the names that `checkpoint_name` gives. What cuDNN's attention returns is always kept: it takes long and is small.
+KEPT = {"mlp": ("qkv", "attention", "residual"), "full": ("attention",)}
 
 
 class Block(nnx.Module):
@@ -33,7 +37,7 @@ class Block(nnx.Module):
 
     def __call__(self, x, rope, positions, cache=None):
         update, cache = self.attn(rms_norm(x), rope, positions, cache)
-        x = x + update
+        x = checkpoint_name(x + update, "residual")
         return x + self.mlp(rms_norm(x)), cache
 
 
@@ -46,22 +50,34 @@ class GPT(nnx.Module):
         self.blocks = nnx.List([Block(config, window, rngs=rngs) for window in config.windows])
         self.head = Linear(config.width, config.padded_vocab_size, rngs=rngs, zeros=True)
 
-    def __call__(self, tokens, positions, caches, dtype):
+    def __call__(self, tokens, positions, caches, dtype, remat="none"):
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_base)
         x = rms_norm(self.embed(tokens, dtype))
         new_caches = []
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             graph, weights = nnx.split(block)
-            x, cache = _run_block(graph, weights, x, rope, positions, cache)
+            x, cache = _run_block(graph, remat, weights, x, rope, positions, cache)
             new_caches.append(cache)
         return rms_norm(x), new_caches
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run_block(graph, weights, x, rope, positions, cache):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_block(graph, remat, weights, x, rope, positions, cache):
     """Blocks of one window have one graph and equal shapes, so that an inner jit traces and lowers one of them, not
     `depth`."""
-    return nnx.merge(graph, weights)(x, rope, positions, cache)
+
+    def run(weights, x, rope, positions, cache):
+        return nnx.merge(graph, weights)(x, rope, positions, cache)
+
+    if remat != "none":
+        named = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
+        run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_from_both_policies(_is_cudnn_attention, named))
+    return run(weights, x, rope, positions, cache)
+
+
+def _is_cudnn_attention(primitive, *_, **__) -> bool:
+    # By the primitive, since its statistics for the backward pass never come out to where they could be named.
+    return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def _name_blocks(tree: Params) -> Params:
@@ -92,11 +108,15 @@ def init_params(config: ModelConfig, key: PRNGKeyArray) -> Params:
 
 
 def hidden_states(
-    config: ModelConfig, params: Params, tokens: Int[Array, "B T"], dtype=jnp.float32
+    config: ModelConfig, params: Params, tokens: Int[Array, "B T"], dtype=jnp.float32, remat: str = "none"
 ) -> Float[Array, "B T D"]:
-    """Causal forward over whole rows, computed in `dtype`; row position i is sequence position i."""
+    """Causal forward over whole rows, computed in `dtype`; row position i is sequence position i.
+
+    `remat`: what the backward pass computes again instead of keeping it: "none", "mlp" (norms and the MLP), or "full"
+    (the block but its attention). The result is the same.
+    """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return _bind(config, params)(tokens, positions, None, dtype)[0]
+    return _bind(config, params)(tokens, positions, None, dtype, remat)[0]
 
 
 def init_cache(config: ModelConfig, batch: int, max_len: int, dtype=jnp.float32) -> list[LayerCache]:
