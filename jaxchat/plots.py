@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -23,9 +24,9 @@ Curve = tuple[np.ndarray, np.ndarray]
 Curves = dict[str, dict[str, Curve]]
 
 # Okabe and Ito, "Color universal design" (2008): told apart with every kind of colour vision.
-_COLOURS = {"pretrain": "#0072B2", "midtrain": "#E69F00", "sft": "#009E73", "rl": "#CC79A7"}
+COLOURS = {"pretrain": "#0072B2", "midtrain": "#E69F00", "sft": "#009E73", "rl": "#CC79A7"}
 _SUGGESTED = "#D55E00"
-_GREY = "#555555"
+GREY = "#555555"
 _LEARNING_RATES = {"lr_matrix": "matrices (Muon)", "lr_embedding": "embedding (Adam)", "lr_head": "head (Adam)"}
 _STYLE = {
     "font.size": 10,
@@ -35,20 +36,31 @@ _STYLE = {
     "axes.titlepad": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
-    "axes.labelcolor": _GREY,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
     "grid.color": "#e6e6e6",
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
     "legend.frameon": False,
     "figure.facecolor": "white",
     "figure.constrained_layout.w_pad": 0.12,
     "figure.constrained_layout.h_pad": 0.12,
     "savefig.dpi": 160,
 }
+
+
+def style() -> AbstractContextManager[None]:
+    """The project's look, and nothing of the user's matplotlibrc, for what is drawn and written inside."""
+    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE})
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def curves(records: list[dict[str, Any]]) -> Curves:
@@ -87,7 +99,7 @@ def smoothed(values: np.ndarray, *, steep_start: bool = False) -> np.ndarray:
 def all_plots(records: list[dict[str, Any]], scores: dict[str, dict[str, float]]) -> dict[str, bytes]:
     """File name to PNG of every plot there is something for. `scores`: stage to task to share answered right."""
     by_stage = curves(records)
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
+    with style():
         figures = {
             "loss.png": _panels(by_stage, "loss", "training loss (nats per token)", _draw_trend),
             "bpb.png": _panels(by_stage, "bpb", "validation bits per byte", _draw_points),
@@ -95,7 +107,7 @@ def all_plots(records: list[dict[str, Any]], scores: dict[str, dict[str, float]]
             "reward.png": _reward(by_stage.get("rl", {})),
             "evaluation.png": _evaluation(scores),
         }
-        return {name: _png(figure) for name, figure in figures.items() if figure is not None}
+        return {name: png(figure) for name, figure in figures.items() if figure is not None}
 
 
 class RangeCurve(NamedTuple):
@@ -111,7 +123,7 @@ class RangeCurve(NamedTuple):
 
 def lr_range_plot(tests: list[RangeCurve]) -> bytes:
     """A panel a group, its rate on x; all have one loss axis, which ends a little above the untrained model's."""
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
+    with style():
         figure = Figure(figsize=({1: 7.0, 2: 9.0}.get(len(tests), 12.0), 4.2), layout="constrained")
         panels = figure.subplots(1, len(tests), sharey=True, squeeze=False)[0]
         lines = {}
@@ -125,16 +137,16 @@ def lr_range_plot(tests: list[RangeCurve]) -> bytes:
             margin = 0.08 * (high - low) or 0.1
             panels[0].set_ylim(low - margin, high + margin)
         figure.legend(lines.values(), lines.keys(), loc="outside upper left", ncols=len(lines))
-        return _png(figure)
+        return png(figure)
 
 
 def _draw_range(axes: Axes, test: RangeCurve) -> dict[str, Line2D]:
     """Returns what was drawn, by its name."""
-    rates, colour = test.rates[: len(test.losses)], _COLOURS["pretrain"]
+    rates, colour = test.rates[: len(test.losses)], COLOURS["pretrain"]
     lines = {}
     (lines["measured"],) = axes.plot(rates, test.losses, color=colour, linewidth=0.7, alpha=0.35)
     (lines["smoothed"],) = axes.plot(rates, test.smoothed, color=colour, linewidth=2)
-    lines["configured"] = axes.axvline(test.configured, color=_GREY, linewidth=1.2, linestyle=(0, (4, 3)))
+    lines["configured"] = axes.axvline(test.configured, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)))
     if test.suggested is not None:
         lines["suggested"] = axes.axvline(test.suggested, color=_SUGGESTED, linewidth=2, zorder=1)
     axes.set_xscale("log")
@@ -142,12 +154,6 @@ def _draw_range(axes: Axes, test: RangeCurve) -> dict[str, Line2D]:
     axes.set_xlabel(f"learning rate (optimizer.{test.group}-lr)")
     _titles(axes, test.group, "no suggestion" if test.suggested is None else f"suggested {test.suggested:g}")
     return lines
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def _stages_with(by_stage: Curves, name: str) -> list[str]:
@@ -189,20 +195,20 @@ def _draw_trend(axes: Axes, stage: str, curve: Curve, label: str | None = None) 
     """Draws what was measured and its trend; returns the trend's last value."""
     steps, values = curve
     trend = smoothed(values, steep_start=stage == "pretrain")
-    axes.plot(steps, values, color=_COLOURS.get(stage, _GREY), linewidth=0.7, alpha=0.35)
-    axes.plot(steps, trend, color=_COLOURS.get(stage, _GREY), linewidth=2, label=label)
+    axes.plot(steps, values, color=COLOURS.get(stage, GREY), linewidth=0.7, alpha=0.35)
+    axes.plot(steps, trend, color=COLOURS.get(stage, GREY), linewidth=2, label=label)
     return trend[-1]
 
 
 def _draw_points(axes: Axes, stage: str, curve: Curve) -> float:
     """Returns the last value."""
-    axes.plot(*curve, color=_COLOURS.get(stage, _GREY), linewidth=1.5, marker="o", markersize=4)
+    axes.plot(*curve, color=COLOURS.get(stage, GREY), linewidth=1.5, marker="o", markersize=4)
     return curve[1][-1]
 
 
 def _titles(axes: Axes, stage: str, result: str) -> None:
     axes.set_title(stage)
-    axes.set_title(result, loc="right", fontsize=10, fontweight="normal", color=_GREY)
+    axes.set_title(result, loc="right", fontsize=10, fontweight="normal", color=GREY)
 
 
 def _settled_limits(axes: Axes, values: np.ndarray) -> None:
@@ -223,7 +229,7 @@ def _learning_rates(by_stage: Curves) -> Figure | None:
     for row, name in zip(grid, names, strict=True):
         for axes, stage in zip(row, stages, strict=True):
             if name in by_stage[stage]:
-                axes.plot(*by_stage[stage][name], color=_COLOURS.get(stage, _GREY), linewidth=2)
+                axes.plot(*by_stage[stage][name], color=COLOURS.get(stage, GREY), linewidth=2)
         row[0].set_ylabel(_LEARNING_RATES[name])
         row[0].set_ylim(bottom=0)
     for axes, stage in zip(grid[0], stages, strict=True):
@@ -231,7 +237,7 @@ def _learning_rates(by_stage: Curves) -> Figure | None:
     for axes in grid[-1]:
         _steps_axis(axes)
     figure.align_ylabels()
-    figure.suptitle("learning rate", x=0.01, ha="left", fontsize=10, color=_GREY)
+    figure.suptitle("learning rate", x=0.01, ha="left", fontsize=10, color=GREY)
     return figure
 
 
@@ -266,7 +272,7 @@ def _evaluation(scores: dict[str, dict[str, float]]) -> Figure | None:
         placed = [(t, scores[stage][task]) for t, task in enumerate(tasks) if task in scores[stage]]
         x = [t + (i - (len(stages) - 1) / 2) * width for t, _ in placed]
         y = [100 * score for _, score in placed]
-        bars = axes.bar(x, y, 0.92 * width, color=_COLOURS.get(stage, _GREY), label=stage)
+        bars = axes.bar(x, y, 0.92 * width, color=COLOURS.get(stage, GREY), label=stage)
         axes.bar_label(bars, fmt=lambda y: f"{y:.0f}" if y >= 9.95 else f"{y:.1f}", padding=2, fontsize=9)
     axes.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks], color="black")
     axes.tick_params(axis="x", length=0)
