@@ -1,14 +1,16 @@
 """How fast is training, from the batch on the host to the updated weights?
 
     python benchmarks/train.py --depth 6 12 20 --rows 32
+    python benchmarks/train.py --depth 20 --devices 1 2 4
     python benchmarks/train.py --depth 12 --data DIR --json results.json
+    python benchmarks/train.py --depth 12 20 --cold
     python benchmarks/train.py --depth 20 --precision fp32 --mesh.fsdp 2 --accumulation 4 --model.num-kv-heads=2
 
-The step, its optimizer, its donated state on the mesh and the way of a batch to the devices are pretraining's own
-(`jaxchat/stages/training.py`). As in the training loop, a step is dispatched before the metrics of the last one are
-read. After a warm-up come several windows of steps, at whose ends the device is waited for; the table has the median
-over all their steps. Each depth runs in a process of its own, so that memory is its own too, and one that does not fit
-is a line in the table. Other fields of an experiment may follow, as for launch.py. Compilation is from nothing unless
+As in the training loop, a step is dispatched before the metrics of the last one are read. After a warm-up come several
+windows of steps, at whose ends the device is waited for; the table has the median over all their steps. On text from
+the loader, each window is followed by one of the same batches kept ready: the difference is what the loader costs. Each
+line is measured in a process of its own, so that memory is its own too, and one that does not fit is a line in the
+table. Other fields of an experiment may follow, as for launch.py. Compilation is from nothing unless
 JAX_COMPILATION_CACHE_DIR is set.
 """
 
@@ -16,9 +18,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -30,152 +32,16 @@ from timing import Failed, alone, say, table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from jaxchat_steps import Work, measure
+
 import launch
 from jaxchat.config import Experiment, ModelConfig, UserError, check
 
-WARM_UP = 3
 TOKENIZER_CHARS = 100_000_000
 PRECISIONS = {"bf16": "bfloat16", "fp32": "float32"}
 # JAX keeps a quarter of the GPU free unless told otherwise.
 MEMORY = {name: os.environ.get(name, "0.92") for name in ["XLA_PYTHON_CLIENT_MEM_FRACTION"]}
-COMPILED = "/jax/core/compile/backend_compile_duration"
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """One line of the table; `experiment.data.path` is None for random tokens."""
-
-    experiment: Experiment
-    rows: int
-    accumulation: int
-    steps: int
-    windows: int
-
-
-# --- in a process of its own ------------------------------------------------------------------------------------------
-
-
-def measure(work: Work) -> dict[str, Any]:
-    """The figures of one model, or `{"error": one line}` if it is refused or does not fit."""
-    import jax
-
-    try:
-        with tempfile.TemporaryDirectory() as directory:
-            return _measure(work, directory)
-    except UserError as error:
-        return {"error": str(error)}
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        text = str(error)
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
-            return {"error": f"out of memory: {' '.join(text.split())[:160]}"}
-        raise
-
-
-def _measure(work: Work, directory: str) -> dict[str, Any]:
-    import jax
-
-    from jaxchat.mesh import make_mesh
-    from jaxchat.metrics import device_peak_flops, machine_info, peak_memory_bytes
-    from jaxchat.scaling import count_parameters, flops_per_token
-    from jaxchat.stages.run import Run
-    from jaxchat.stages.training import Training, fresh_params
-
-    experiment = work.experiment
-    mesh = make_mesh(experiment.mesh).shape
-    tokens = work.accumulation * work.rows * mesh["data"] * mesh["fsdp"] * experiment.model.sequence_len
-    pretrain = dataclasses.replace(experiment.pretrain, batch_tokens=tokens, device_rows=work.rows)
-    run = Run(dataclasses.replace(experiment, pretrain=pretrain), Path(directory) / "run", say=say)
-    model, source = _model_and_batches(run)
-    total = 1 + WARM_UP + work.steps * work.windows
-    training = Training(run, "pretrain", pretrain, model, None, total)
-    seconds = {"init": time.perf_counter()}
-    state, step = training.prepare(lambda: fresh_params(run, model))
-    batch, _ = source.next_batch(0, state["params"])
-    jax.block_until_ready((state, batch))
-    seconds["trace"] = time.perf_counter()
-    lowered = step.lower(state, batch)
-    seconds["compile"] = time.perf_counter()
-    compiled = lowered.compile()
-    seconds["first_step"] = time.perf_counter()
-    state, metrics = step(state, batch)
-    first_loss = float(metrics["loss"])
-    seconds["end"] = time.perf_counter()
-    names = list(seconds)
-    parts = {f"{a}_seconds": seconds[b] - seconds[a] for a, b in zip(names, names[1:], strict=False)}
-
-    state, _, _ = _window(step, state, source, WARM_UP)
-    compilations = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, duration, **_: compilations.append(event) if event == COMPILED else None
-    )
-    times, windows = [], []
-    for _ in range(work.windows):
-        state, window, metrics = _window(step, state, source, work.steps)
-        times += window
-        windows.append(sum(window) / len(window))
-    median, mean = statistics.median(times), sum(times) / len(times)
-    machine = machine_info()
-    peak = device_peak_flops(machine["device_kind"])
-    memory = compiled.memory_analysis()
-    held = memory and memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    flops = flops_per_token(model)
-    return {
-        "mesh": dict(mesh),
-        "parameters": count_parameters(model).total,
-        "flops_per_token": flops,
-        "tokens_per_step": tokens,
-        "tokens_per_second": tokens / median,
-        "tokens_per_second_mean": tokens / mean,
-        "step_ms": 1000 * median,
-        "window_step_ms": [1000 * window for window in windows],
-        "mfu": tokens / median * flops / (peak * machine["device_count"]) if peak else None,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "compiled_memory_bytes": memory and held + memory.temp_size_in_bytes,
-        **parts,
-        "compilations_while_measuring": len(compilations),
-        "first_loss": first_loss,
-        "last_loss": float(metrics["loss"]),
-        "machine": machine,
-    }
-
-
-def _model_and_batches(run):
-    """The model, and a source of random batches, or of the loader's with a tokenizer trained on the text or brought."""
-    from jaxchat.data.shards import find_text
-    from jaxchat.stages import tokenizer as tokenizer_stage
-    from jaxchat.stages.pretrain import training_batches
-    from jaxchat.stages.training import random_batches
-
-    experiment = run.experiment
-    if experiment.data.path is None:
-        model = dataclasses.replace(experiment.model, vocab_size=experiment.tokenizer.vocab_size)
-        return model, random_batches(run, model)
-    tokenizer_stage.run(run)
-    tokenizer = run.tokenizer()
-    text = find_text(run.text_dir, experiment.data.val_shard)
-    return run.model_config(tokenizer), training_batches(run, tokenizer, text)
-
-
-def _window(step, state, source, count: int):
-    """Runs `count` steps as the training loop does; returns the state, the seconds of each, and the last metrics."""
-    import jax
-
-    times, waiting = [], []
-    before = time.perf_counter()
-    for index in range(count + 1):
-        if index < count:
-            batch, _ = source.next_batch(index, state["params"])
-            state, metrics = step(state, batch)
-            waiting.append(metrics)
-        if len(waiting) > 1 or index == count:
-            metrics = jax.device_get(waiting.pop(0))
-            now = time.perf_counter()
-            times.append(now - before)
-            before = now
-    return state, times, metrics
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
+GIB = 1 << 30
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -183,28 +49,25 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     options, overrides = parser.parse_known_args(argv)
     try:
-        names = launch.option_strings(parser)
-        works = [_work(options, overrides, depth, names) for depth in options.depth]
+        works = _works(options, overrides, launch.option_strings(parser))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     file = open(options.json, "w") if options.json else None
     records = []
-    for depth, work in zip(options.depth, works, strict=True):
-        say(f"d{depth}: measuring")
-        try:
-            figures, _ = alone(measure, work, environment=MEMORY)
-        except Failed as failure:
-            figures = {"error": " ".join(str(failure).split())}
+    for work in works:
+        depth = work.experiment.model.depth
+        name = f"d{depth}" + (f" on {_count(work.devices)}" if work.devices else "")
+        say(f"{name}: measuring")
         record = {
-            **{"depth": depth, "rows": work.rows, "accumulation": work.accumulation},
+            **{"depth": depth, "devices": work.devices, "rows": work.rows, "accumulation": work.accumulation},
             **{"sequence_len": options.sequence_len, "vocab_size": options.vocab_size},
-            **{"precision": options.precision, "data": options.data, "steps": work.steps, "windows": work.windows},
+            **{"precision": options.precision, "data": options.data},
             **{"overrides": overrides, "date": date.today().isoformat()},
-            **figures,
+            **_figures(work, options.cold),
         }
         records.append(record)
-        say(f"d{depth}: {figures.get('error') or _speed(figures)}")
+        say(f"{name}: {record.get('error') or _speed(record)}")
         if file:
             print(json.dumps(record), file=file, flush=True)
     _print(records)
@@ -217,22 +80,46 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--depth", type=int, nargs="+", default=[12], help="one or more, a line each (default 12)")
-    add("--rows", type=int, default=32, help="rows that a device takes at once (default 32)")
+    add("--devices", type=int, nargs="+", metavar="N", help="the first N alone, a line each (default: all there are)")
+    add("--rows", type=int, nargs="+", default=[32], help="that a device takes at once, or a depth each (default 32)")
+    add("--fit", action="store_true", help="fewer rows, more micro-batches where memory is short")
     add("--sequence-len", type=int, default=2048, help="tokens of a row (default 2048)")
     add("--vocab-size", type=int, default=32768, help="(default 32768)")
     add("--accumulation", type=int, default=1, help="micro-batches a step (default 1)")
     add("--precision", default="bf16", help="bf16, fp32, or what an experiment's precision may be (default bf16)")
     add("--data", default="random", metavar="random|DIR", help="random tokens, or text through the loader")
+    add("--cold", action="store_true", help="first, up to its first step, with nothing compiled; then from the cache")
     add("--steps", type=int, default=20, help="of a window (default 20)")
+    add("--seconds", type=float, default=6.0, help="after which a window has fewer steps (default 6)")
     add("--windows", type=int, default=3, help="(default 3)")
     add("--json", metavar="FILE", help="one object a line for all figures")
     return parser
 
 
-def _work(options: argparse.Namespace, overrides: list[str], depth: int, names: list[str]) -> Work:
-    """Raises UserError for what no experiment may be."""
-    for name in ("rows", "accumulation", "steps", "windows"):
+def _works(options: argparse.Namespace, overrides: list[str], names: list[str]) -> list[Work]:
+    """Every depth on every number of devices. Raises UserError for what no experiment may be."""
+    for name in ("accumulation", "steps", "windows"):
         check(getattr(options, name) >= 1, f"--{name} must be at least 1")
+    check(min(options.rows) >= 1, "--rows must be at least 1")
+    check(options.devices is None or min(options.devices) >= 1, "--devices must be at least 1")
+    check(options.seconds > 0, "--seconds must be above 0")
+    depths = len(options.depth)
+    check(
+        len(options.rows) in (1, depths),
+        f"--rows has {len(options.rows)} numbers for {depths} depths; give one for all, or one each",
+    )
+    rows = options.rows * depths if len(options.rows) == 1 else options.rows
+    experiments = [_experiment(options, overrides, depth, names) for depth in options.depth]
+    shared = (options.accumulation, options.steps, options.windows, options.seconds, options.fit)
+    return [
+        Work(experiment, devices, rows, *shared)
+        for (experiment, rows), devices in itertools.product(
+            zip(experiments, rows, strict=True), options.devices or [None]
+        )
+    ]
+
+
+def _experiment(options: argparse.Namespace, overrides: list[str], depth: int, names: list[str]) -> Experiment:
     random = options.data == "random"
     check(random or os.path.isdir(options.data), f"data folder {options.data!r} does not exist; give a folder of text")
     precision = PRECISIONS.get(options.precision, options.precision)
@@ -244,42 +131,100 @@ def _work(options: argparse.Namespace, overrides: list[str], depth: int, names: 
         data=dataclasses.replace(base.data, path=None if random else os.path.abspath(options.data), generate=random),
         tokenizer=dataclasses.replace(base.tokenizer, vocab_size=options.vocab_size, max_chars=TOKENIZER_CHARS),
     )
-    experiment = launch.override(base, overrides, names)
-    return Work(experiment, options.rows, options.accumulation, options.steps, options.windows)
+    return launch.override(base, overrides, names)
 
 
-def _speed(figures: dict[str, Any]) -> str:
-    mfu = f", {figures['mfu']:.1%} MFU" if figures["mfu"] else ""
-    return f"{figures['tokens_per_second']:,.0f} tokens/s{mfu}"
+def _figures(work: Work, cold: bool) -> dict[str, Any]:
+    """What a fresh process measures; with `cold` there are two, and `cold` has the figures of the first."""
+    if not cold:
+        return _alone(work, {})
+    with tempfile.TemporaryDirectory() as cache:
+        work = dataclasses.replace(work, cached=True)
+        first = _alone(dataclasses.replace(work, only_first=True), {"JAX_COMPILATION_CACHE_DIR": cache})
+        if "error" in first:
+            return first
+        seconds = {name: value for name, value in first.items() if "seconds" in name or "compilations" in name}
+        return {**_alone(work, {"JAX_COMPILATION_CACHE_DIR": cache}), "cold": seconds}
+
+
+def _alone(work: Work, environment: dict[str, str]) -> dict[str, Any]:
+    environment = MEMORY | environment
+    if work.devices:
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        first = given[: work.devices] if given[0] else map(str, range(work.devices))
+        environment |= {"CUDA_VISIBLE_DEVICES": ",".join(first), "JAX_NUM_CPU_DEVICES": str(work.devices)}
+    try:
+        return alone(measure, work, time.time(), environment=environment)[0]
+    except Failed as failure:
+        return {"error": " ".join(str(failure).split())}
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def _count(devices: int) -> str:
+    return f"{devices} device{'s' if devices > 1 else ''}"
+
+
+def _speed(record: dict[str, Any]) -> str:
+    mfu = f", {record['mfu']:.1%} MFU" if record["mfu"] else ""
+    return f"{record['tokens_per_second']:,.0f} tokens/s{mfu}"
 
 
 def _print(records: list[dict[str, Any]]) -> None:
-    head = ["model", "tokens/s", "mean", "ms a step", "MFU", "GiB", "trace + compile, s", "loss, first", "last"]
+    head = ["model", "devices", "rows", "tokens/s", "ms a step", "MFU", "GiB", "GiB of state", "trace + compile, s"]
+    head += ["first step after, s", "loss, first", "last"]
     measured = [record for record in records if "error" not in record]
     if measured:
-        machine = measured[0]["machine"]
-        mesh = " x ".join(f"{size} {axis}" for axis, size in measured[0]["mesh"].items() if size > 1) or "1 device"
-        print(f"\n{machine['device_count']} x {machine['device_kind']} ({mesh}), jax {machine['jax']}; "
-              f"{records[0]['rows']} rows of {records[0]['sequence_len']:,} a device, accumulation "
-              f"{records[0]['accumulation']}, {records[0]['precision']}, data {records[0]['data']}")  # fmt: skip
-    table(head, [_line(record) for record in records])
+        first = measured[0]
+        machine = first["machine"]
+        print(f"\n{machine['device_kind']}, jax {machine['jax']}; rows of {first['sequence_len']:,} a device and "
+              f"micro-batches, {first['precision']}, data {first['data']}")  # fmt: skip
+    table(head, [_line(record, len(head)) for record in records])
+    for line in _beneath(measured):
+        print(f"\n{line}")
 
 
-def _line(record: dict[str, Any]) -> list[str]:
+def _line(record: dict[str, Any], columns: int) -> list[str]:
     name = f"d{record['depth']}"
     if "error" in record:
-        return [name, record["error"], *[""] * 7]
+        cells = [name, str(record["devices"] or ""), record["error"]]
+        return cells + [""] * (columns - len(cells))
+    mesh = " x ".join(f"{size} {axis}" for axis, size in record["mesh"].items() if size > 1)
     return [
         name,
+        mesh or "1",
+        f"{record['rows']} x {record['accumulation']}",
         f"{record['tokens_per_second']:,.0f}",
-        f"{record['tokens_per_second_mean']:,.0f}",
         f"{record['step_ms']:.2f}",
         f"{record['mfu']:.1%}" if record["mfu"] else "?",
-        f"{record['peak_memory_bytes'] / (1 << 30):.1f}",
+        f"{record['peak_memory_bytes'] / GIB:.1f}",
+        f"{record['state_bytes_per_device'] / GIB:.2f}",
         f"{record['trace_seconds']:.1f} + {record['compile_seconds']:.1f}",
+        f"{record['first_step_seconds_from_start']:.1f}",
         f"{record['first_loss']:.3f}",
         f"{record['last_loss']:.3f}",
     ]
+
+
+def _beneath(measured: list[dict[str, Any]]) -> list[str]:
+    """What lines say together: more devices against the fewest, the loader's cost, the first step of a cold start."""
+    lines = []
+    for depth in dict.fromkeys(record["depth"] for record in measured):
+        same = sorted((record for record in measured if record["depth"] == depth), key=lambda record: record["devices"])
+        few, *more = same
+        times = [f"{r['devices']} {r['tokens_per_second'] / few['tokens_per_second']:.3f} times" for r in more]
+        if times:
+            lines.append(f"d{depth}: {_count(few['devices'])}, and {', '.join(times)} that speed")
+        for record in same:
+            name = f"d{depth} on {_count(record['devices'])}"
+            if "loader_cost_percent" in record:
+                ready = f"{record['ready_tokens_per_second']:,.0f} tokens/s with the batches ready"
+                lines.append(f"{name}: {ready}; the loader makes a step {record['loader_cost_percent']:+.2f} % longer")
+            if "cold" in record:
+                cold, warm = (r["first_step_seconds_from_start"] for r in (record["cold"], record))
+                lines.append(f"{name}: first step {cold:.1f} s after the start, {warm:.1f} s from the cache")
+    return lines
 
 
 if __name__ == "__main__":
