@@ -1,12 +1,13 @@
 """How fast is training against nanochat, on this machine, now?
 
     git clone https://github.com/karpathy/nanochat
-    python benchmarks/against_nanochat.py --checkout nanochat --python nanochat/.venv/bin/python --depth 12 --rows 32
+    python benchmarks/against_nanochat.py --checkout nanochat --python nanochat/.venv/bin/python --depth 12 20
 
 The same work (depth, rows, context, vocabulary, random tokens, the optimizer step included) in processes of their own,
 jaxchat and nanochat in turn, round by round, one at a time on one GPU. Both attend to the full context unless
 --window-pattern says otherwise: nanochat's own default has sliding windows, which are slow without FlashAttention-3.
-Checkouts from October 2025 on work.
+With --fp8 each trains as it does by itself: nanochat puts the head into fp8 too, jaxchat leaves it in bf16. Checkouts
+from October 2025 on work.
 """
 
 from __future__ import annotations
@@ -30,23 +31,36 @@ from jaxchat.config import UserError, check
 from jaxchat.metrics import device_peak_flops
 
 HERE = Path(__file__).parent
-WORK = ("depth", "rows", "sequence_len", "vocab_size", "accumulation", "steps")
+WORK = ("rows", "sequence_len", "vocab_size", "accumulation", "steps")
+LONG = 3600  # seconds: no window of ours is cut short
+GIB = 1 << 30
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table; 2 if one of the two cannot do the work."""
+    """Prints the table; 2 if one of the two cannot do the work of a depth."""
     options = _parser().parse_args(argv)
     try:
-        rounds = _measure(options)
+        _check(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    summary = _summary(rounds)
-    _print(options, rounds, summary)
-    if options.json:
-        settings = {**vars(options), "date": date.today().isoformat()}
-        Path(options.json).write_text(json.dumps({"settings": settings, **summary, "rounds": rounds}, indent=2) + "\n")
-    return 0
+    file = open(options.json, "w") if options.json else None
+    settings = {**vars(options), "date": date.today().isoformat()}
+    contests = []
+    with tempfile.TemporaryDirectory() as directory:
+        for depth in options.depth:
+            contest: dict[str, Any] = {**settings, "depth": depth}
+            try:
+                rounds = _rounds(options, depth, Path(directory))
+                contest |= {**_summary(rounds), "rounds": rounds}
+            except UserError as error:
+                say(f"d{depth}: {error}")
+                contest["error"] = str(error)
+            contests.append(contest)
+            if file:
+                print(json.dumps(contest), file=file, flush=True)
+    _print(options, contests)
+    return 2 if any("error" in contest for contest in contests) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,21 +70,21 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkout", required=True, metavar="DIR", help="a nanochat checkout")
     add("--python", default=sys.executable, metavar="FILE", help="a Python with torch (default: this one)")
-    add("--depth", type=int, default=12, help="(default 12)")
+    add("--depth", type=int, nargs="+", default=[12], help="one or more (default 12)")
     add("--rows", type=int, default=32, help="(default 32)")
     add("--sequence-len", type=int, default=2048, help="(default 2048)")
     add("--vocab-size", type=int, default=32768, help="(default 32768)")
     add("--accumulation", type=int, default=1, help="micro-batches a step (default 1)")
     add("--steps", type=int, default=20, help="measured in a round, after a warm-up (default 20)")
-    add("--rounds", type=int, default=3, help="(default 3)")
+    add("--rounds", type=int, default=2, help="of each depth (default 2)")
     add("--window-pattern", default="L", help="of both: L full context, S a quarter of it (default L)")
     add("--fp8", action="store_true", help="both train in fp8")
-    add("--json", metavar="FILE", help="all figures")
+    add("--json", metavar="FILE", help="one object a depth for all figures")
     return parser
 
 
-def _measure(options: argparse.Namespace) -> list[dict[str, dict[str, Any]]]:
-    """One entry a round, the figures of both by name."""
+def _check(options: argparse.Namespace) -> None:
+    """Raises UserError for what cannot be measured at any depth."""
     checkout = Path(options.checkout).absolute()
     check(
         (checkout / "nanochat" / "gpt.py").exists() and (checkout / "scripts" / "base_train.py").exists(),
@@ -78,27 +92,34 @@ def _measure(options: argparse.Namespace) -> list[dict[str, dict[str, Any]]]:
         "name its folder",
     )
     check(options.rounds >= 1 and options.steps >= 1, "--rounds and --steps must be at least 1")
-    work = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in WORK]
+
+
+def _rounds(options: argparse.Namespace, depth: int, directory: Path) -> list[dict[str, dict[str, Any]]]:
+    """One entry a round, the figures of both by name.
+
+    Raises:
+      UserError: one of the two fails.
+    """
+    result = directory / "result.json"
+    work = [f"--depth={depth}", *(f"--{name.replace('_', '-')}={getattr(options, name)}" for name in WORK)]
+    work.append(f"--json={result}")
+    ours = [sys.executable, str(HERE / "train.py"), *work, "--windows=1", f"--seconds={LONG}", "--devices=1"]
+    ours += ["--precision=fp8"] if options.fp8 else []
+    ours += [] if options.window_pattern == "L" else [f"--model.window-pattern={options.window_pattern}"]
+    theirs = [options.python, str(HERE / "nanochat_steps.py"), str(Path(options.checkout).absolute()), *work]
+    theirs += [f"--window-pattern={options.window_pattern}", *(["--fp8"] if options.fp8 else [])]
+    # Later rounds need not compile again; base_train.py sets the allocator.
+    caches = {"JAX_COMPILATION_CACHE_DIR": f"{directory}/jax", "TORCHINDUCTOR_CACHE_DIR": f"{directory}/inductor"}
+    allocator = {name: "expandable_segments:True" for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")}
+    environment = {**caches, **allocator, "NANOCHAT_BASE_DIR": f"{directory}/nanochat", **os.environ}
     rounds = []
-    with tempfile.TemporaryDirectory() as directory:
-        result = Path(directory) / "result.json"
-        ours = [sys.executable, str(HERE / "train.py"), *work, "--windows=1", "--mesh.data=1", f"--json={result}"]
-        ours += ["--precision=fp8"] if options.fp8 else []
-        ours += [] if options.window_pattern == "L" else [f"--model.window-pattern={options.window_pattern}"]
-        theirs = [options.python, str(HERE / "nanochat_steps.py"), str(checkout), *work, f"--json={result}"]
-        theirs += [f"--window-pattern={options.window_pattern}", *(["--fp8"] if options.fp8 else [])]
-        # Later rounds need not compile again; base_train.py sets the allocator.
-        caches = {"JAX_COMPILATION_CACHE_DIR": f"{directory}/jax", "TORCHINDUCTOR_CACHE_DIR": f"{directory}/inductor"}
-        allocator = {name: "expandable_segments:True" for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")}
-        one = {"CUDA_VISIBLE_DEVICES": "0", "NANOCHAT_BASE_DIR": f"{directory}/nanochat"}
-        environment = {**caches, **allocator, **one, **os.environ}
-        for number in range(options.rounds):
-            figures = {}
-            for name, command in (("jaxchat", ours), ("nanochat", theirs)):
-                figures[name] = _run(name, command, environment, result)
-                speed = figures[name]["tokens_per_second"]
-                say(f"round {number + 1} of {options.rounds}: {name} {speed:,.0f} tokens/s")
-            rounds.append(figures)
+    for number in range(options.rounds):
+        figures = {}
+        for name, command in (("jaxchat", ours), ("nanochat", theirs)):
+            figures[name] = _run(name, command, environment, result)
+            speed, memory = figures[name]["tokens_per_second"], _gib(figures[name])
+            say(f"d{depth}, round {number + 1} of {options.rounds}: {name} {speed:,.0f} tokens/s, {memory} GiB")
+        rounds.append(figures)
     return rounds
 
 
@@ -130,29 +151,45 @@ def _summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     return {"tokens_per_second": medians, "ratio": medians["jaxchat"] / medians["nanochat"], "round_ratios": ratios}
 
 
-def _print(options: argparse.Namespace, rounds: list[dict[str, dict[str, Any]]], summary: dict[str, Any]) -> None:
-    ours, theirs = rounds[-1]["jaxchat"], rounds[-1]["nanochat"]
-    precision = "fp8" if options.fp8 else "bf16"
-    print(f"\n{theirs['device']}, d{options.depth}, {options.rows} rows of {options.sequence_len:,}, accumulation "
-          f"{options.accumulation}, {precision}, windows {options.window_pattern}; jax {ours['machine']['jax']}, "
-          f"torch {theirs['torch']} with {theirs['attention']}; medians of {options.rounds} rounds")  # fmt: skip
-    peak = device_peak_flops(ours["machine"]["device_kind"])
-    rows = []
-    for name, last in (("jaxchat", ours), ("nanochat", theirs)):
-        speed = summary["tokens_per_second"][name]
-        memory = last["peak_memory_bytes"]
-        rows.append([
-            name,
-            f"{speed:,.0f}",
-            f"{1000 * options.accumulation * options.rows * options.sequence_len / speed:.2f}",
-            f"{speed * last['flops_per_token'] / peak:.1%}" if peak else "?",
-            f"{memory / (1 << 30):.1f}" if memory else "?",
-            f"{last['first_loss']:.3f}",
-            f"{last['last_loss']:.3f}",
-        ])  # fmt: skip
-    table(["", "tokens/s", "ms a step", "MFU, by its own FLOPs", "GiB", "loss, first", "last"], rows)
-    spread = f"{min(summary['round_ratios']):.3f} to {max(summary['round_ratios']):.3f}"
-    print(f"\njaxchat / nanochat: {summary['ratio']:.3f} (rounds {spread})")
+def _print(options: argparse.Namespace, contests: list[dict[str, Any]]) -> None:
+    rows, measured = [], [contest for contest in contests if "error" not in contest]
+    if measured:
+        ours, theirs = (measured[0]["rounds"][-1][name] for name in ("jaxchat", "nanochat"))
+        print(f"\n{theirs['device']}, {options.rows} rows of {options.sequence_len:,}, accumulation "
+              f"{options.accumulation}, {'fp8' if options.fp8 else 'bf16'}, windows {options.window_pattern}; jax "
+              f"{ours['machine']['jax']}, torch {theirs['torch']} with {theirs['attention']}; medians of "
+              f"{options.rounds} rounds")  # fmt: skip
+    head = ["", "tokens/s", "ms a step", "MFU, by its own FLOPs", "GiB", "loss, first", "last", "jaxchat / nanochat"]
+    for contest in contests:
+        if "error" in contest:
+            rows.append([f"d{contest['depth']}", contest["error"], *[""] * 6])
+            continue
+        rows += [_line(contest, name) for name in ("jaxchat", "nanochat")]
+        # The whole ratio, and how far the rounds lie apart.
+        low, high = min(contest["round_ratios"]), max(contest["round_ratios"])
+        rows[-2][-1] = f"{contest['ratio']:.3f}"
+        rows[-1][-1] = f"rounds {low:.3f} to {high:.3f}" if len(contest["rounds"]) > 1 else ""
+    table(head, rows)
+
+
+def _line(contest: dict[str, Any], name: str) -> list[str]:
+    last, speed = contest["rounds"][-1][name], contest["tokens_per_second"][name]
+    peak = device_peak_flops(contest["rounds"][-1]["jaxchat"]["machine"]["device_kind"])
+    return [
+        f"d{contest['depth']} {name}",
+        f"{speed:,.0f}",
+        f"{1000 * contest['accumulation'] * contest['rows'] * contest['sequence_len'] / speed:.2f}",
+        f"{speed * last['flops_per_token'] / peak:.1%}" if peak else "?",
+        _gib(last),
+        f"{last['first_loss']:.3f}",
+        f"{last['last_loss']:.3f}",
+        "",
+    ]
+
+
+def _gib(figures: dict[str, Any]) -> str:
+    memory = figures["peak_memory_bytes"]
+    return f"{memory / GIB:.1f}" if memory else "?"
 
 
 if __name__ == "__main__":

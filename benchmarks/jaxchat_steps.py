@@ -24,7 +24,8 @@ from jaxchat.config import Experiment, UserError, check
 
 WARM_UP = 3
 LEAST = 3  # steps of a window, however long they take
-COMPILED = "/jax/core/compile/backend_compile_duration"
+COMPILED = "/jax/core/compile/backend_compile_duration"  # also when it came from the cache
+FROM_CACHE = "/jax/compilation_cache/cache_hits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,8 @@ def _measure(work: Work, began: float, directory: str) -> dict[str, Any]:
     from jaxchat.stages.training import Batches, Training, fresh_params
 
     compilations: list[float] = []
+    hits: list[str] = []
+    jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event == FROM_CACHE else None)
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, duration, **_: compilations.append(duration) if event == COMPILED else None
     )
@@ -119,6 +122,7 @@ def _measure(work: Work, began: float, directory: str) -> dict[str, Any]:
         **{f"{a}_seconds": times[b] - times[a] for a, b in zip(names, names[1:], strict=False)},
         "first_step_seconds_from_start": times["end"] - began,
         "compilations_until_then": len(compilations),
+        "of_them_from_the_cache": len(hits),
         "compiling_seconds_until_then": sum(compilations),
         "rows": work.rows,
         "accumulation": work.accumulation,

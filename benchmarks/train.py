@@ -143,8 +143,7 @@ def _figures(work: Work, cold: bool) -> dict[str, Any]:
         first = _alone(dataclasses.replace(work, only_first=True), {"JAX_COMPILATION_CACHE_DIR": cache})
         if "error" in first:
             return first
-        seconds = {name: value for name, value in first.items() if "seconds" in name or "compilations" in name}
-        return {**_alone(work, {"JAX_COMPILATION_CACHE_DIR": cache}), "cold": seconds}
+        return {**_alone(work, {"JAX_COMPILATION_CACHE_DIR": cache}), "cold": first}
 
 
 def _alone(work: Work, environment: dict[str, str]) -> dict[str, Any]:
