@@ -302,12 +302,18 @@ class CostConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything a run needs; `stages` in the order in which they run."""
+    """Everything a run needs; `stages` in the order in which they run.
+
+    `remat` is what a training step computes twice to save memory: nothing ("none"), the norms and the MLPs ("mlp", about
+    a ninth more matrix products), or all of a block but its attention ("full", two ninths); "auto" is the first of them
+    whose step fits into the device's memory.
+    """
 
     name: str = ""
     stages: tuple[str, ...] = STAGES
     seed: int = 42
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: Literal["auto", "none", "mlp", "full"] = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

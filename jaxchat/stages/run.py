@@ -30,7 +30,7 @@ from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
 TRAINED = ("pretrain", "midtrain", "sft", "rl")  # the stages that leave parameters, in their order
 GENERATED = ("chat", "sums", "letters", "facts", "long_sums")  # the tasks of the generated corpus
 # What may differ between two starts of one run: it changes neither the numbers nor what is stored.
-FREE = ("stages", "logging", "cost", "mesh", "name")
+FREE = ("stages", "logging", "cost", "mesh", "remat", "name")
 
 
 class Run:
