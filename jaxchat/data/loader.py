@@ -54,20 +54,32 @@ def pretrain_batches(
 
     Returns:
       A grain iterator of `{"inputs": int32[rows, sequence_len], "targets": int32[rows, sequence_len]}`, targets -1
-      where there is nothing to train on. `get_state()` has the keys epoch, block, document, token, blocks.
+      where there is nothing to train on. `get_state()` has the keys epoch, block, document, token, blocks (None
+      while files are on their way).
 
     Raises:
       UserError: files that cannot be read (see `TextBlocks`), too little text for one row, a state of other text.
     """
     blocks = TextBlocks(side)
-    check(len(blocks) > 0, f"{side.files[0]} has no documents")
+    check(blocks.count != 0, f"{side.files[0]} has no documents")
     order = _Epochs(blocks, seed if shuffle else None)
     name = f"{side.files[0]}" if len(side.files) == 1 else f"the text in {side.files[0].parent}"
+
+    def documents(epoch: int, index: int) -> list[str] | None:
+        # A shuffled order has to know all blocks; in their own order they are read as their files arrive.
+        there = index < len(blocks) if shuffle else blocks.reaches(index)
+        return order.at(epoch, index) if there else None
 
     def open_iterator() -> grain.DatasetIterator:
         epochs, minimum = (None, sequence_len + 1) if repeat else (1, 2)
         stream = TokenStream(
-            order, len(blocks), tokenizer, epochs=epochs, minimum=minimum, name=name, num_threads=num_threads
+            documents,
+            lambda: blocks.count,
+            tokenizer,
+            epochs=epochs,
+            minimum=minimum,
+            name=name,
+            num_threads=num_threads,
         )
         return _TextIterator(stream, rows, process_index, process_count, sequence_len, tokenizer.bos_token_id)
 
@@ -145,7 +157,9 @@ class _Epochs:
         self._permutation = np.empty(0, np.int64)
 
     def __call__(self, position: int) -> Any:
-        epoch, index = divmod(position, len(self._items))
+        return self.at(*divmod(position, len(self._items)))
+
+    def at(self, epoch: int, index: int) -> Any:
         if self._seed is not None:
             if epoch != self._epoch:
                 bits = np.random.Philox(key=(self._seed, epoch)).random_raw(len(self._items))

@@ -34,8 +34,8 @@ class TokenStream:
     """The tokens of documents, one after the other, each document beginning with `<|bos|>`; epoch follows epoch.
 
     Args:
-      blocks: the documents of the block at a position; position `epoch * blocks_per_epoch + i` is an epoch's i-th.
-      blocks_per_epoch: blocks in an epoch.
+      blocks: the documents of an epoch's i-th block, by epoch and i; None behind the last.
+      count: blocks in an epoch, or None as long as that is not known: only the state needs it.
       tokenizer: has `encode_to_numpy` and `bos_token_id`.
       epochs: the stream ends after so many; None for never.
       minimum: tokens an epoch must have at least, or the stream could go round for ever without filling a row.
@@ -45,8 +45,8 @@ class TokenStream:
 
     def __init__(
         self,
-        blocks: Callable[[int], list[str]],
-        blocks_per_epoch: int,
+        blocks: Callable[[int, int], list[str] | None],
+        count: Callable[[], int | None],
         tokenizer: Any,
         *,
         epochs: int | None,
@@ -55,7 +55,7 @@ class TokenStream:
         num_threads: int | None = None,
     ):
         self._blocks = blocks
-        self._blocks_per_epoch = blocks_per_epoch
+        self._count = count
         self._tokenizer = tokenizer
         self._epochs = epochs
         self._minimum = minimum
@@ -64,7 +64,7 @@ class TokenStream:
         self._seek(0, 0, 0, 0)
 
     @property
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, int | None]:
         """Where the next token stands: epoch, block in the epoch, document in the block, token in the document."""
         if not self._chunks:
             epoch, block, document, token = self._epoch, self._block, self._document, 0
@@ -73,12 +73,15 @@ class TokenStream:
             within = int(np.searchsorted(chunk.offsets, self._used, side="right")) - 1
             epoch, block, document = chunk.epoch, chunk.block, chunk.document + within
             token = self._used - int(chunk.offsets[within])
-        return {"epoch": epoch, "block": block, "document": document, "token": token, "blocks": self._blocks_per_epoch}
+        return {"epoch": epoch, "block": block, "document": document, "token": token, "blocks": self._count()}
 
     @state.setter
-    def state(self, state: dict[str, int]) -> None:
-        now, then = self._blocks_per_epoch, state["blocks"]
-        check(now == then, f"{self._name} has changed: {now} blocks now, {then} when the state was saved")
+    def state(self, state: dict[str, int | None]) -> None:
+        now, then = self._count(), state["blocks"]
+        check(
+            None in (now, then) or now == then,
+            f"{self._name} has changed: {now} blocks now, {then} when the state was saved",
+        )
         self._seek(state["epoch"], state["block"], state["document"], state["token"])
 
     def _seek(self, epoch: int, block: int, document: int, token: int) -> None:
@@ -116,14 +119,15 @@ class TokenStream:
         """Tokenises the next documents; False when there are none left."""
         while self._epochs is None or self._epoch < self._epochs:
             if self._documents is None:
-                self._documents = self._blocks(self._epoch * self._blocks_per_epoch + self._block)
+                self._documents = self._blocks(self._epoch, self._block)
+            if self._documents is None:
+                self._check_epoch()
+                self._epoch, self._block, self._document, self._epoch_tokens = self._epoch + 1, 0, 0, 0
+                continue
             if self._document < len(self._documents):
                 self._tokenize(self._documents)
                 return True
             self._documents, self._document, self._block = None, 0, self._block + 1
-            if self._block == self._blocks_per_epoch:
-                self._check_epoch()
-                self._epoch, self._block, self._epoch_tokens = self._epoch + 1, 0, 0
         return False
 
     def _check_epoch(self) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxchat.config import UserError, check, closest
+from jaxchat.data.manifest import FILE_NAME, pinned_shard
 
 Format = Literal["parquet", "jsonl", "txt"]
 SUFFIXES: dict[Format, tuple[str, ...]] = {"parquet": (".parquet",), "jsonl": (".jsonl", ".jsonl.gz"), "txt": (".txt",)}
@@ -31,12 +33,20 @@ class TextSide:
 
     A folder of one file has no file to spare for validation: then both sides read it, the documents whose CRC-32 is a
     multiple of `hold_out` are for validation, and `held_out` says which of the two this side is.
+
+    The files of a parquet side may still be on their way: then `wait` returns when the one it is given is there.
     """
 
     files: tuple[Path, ...]
     format: Format
     hold_out: int | None = None
     held_out: bool = False
+    wait: Callable[[Path], None] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all files are there."""
+        return self.wait is None or all(path.is_file() for path in self.files)
 
     def keeps(self, text: str) -> bool:
         """Whether the document is on this side."""
@@ -53,12 +63,12 @@ def find_text(data_dir: Path | str, val_shard: str | None = None) -> TextSplit:
     """Finds the text of a folder, or of `pretrain/` inside it, and splits it.
 
     Files in order of their names; the last one is for validation, or the one that `val_shard` names (with or without
-    its suffix). If there is only one, about every 50th document is. Text files beside parquet or jsonl are taken for
-    notes and left alone.
+    its suffix), or the one that the folder's manifest pins, which is never trained on. If there is only one, about every
+    50th document is. Text files beside parquet or jsonl are taken for notes and left alone.
 
     Raises:
       UserError: no such folder, no text in it, both parquet and jsonl, a parquet file that is none or has no column
-        `text`, a `val_shard` that is not there, a single document.
+        `text`, a `val_shard` or pinned shard that is not there, a single document, a damaged manifest.
     """
     folder = Path(data_dir)
     check(folder.exists(), f"data folder {folder} does not exist")
@@ -78,6 +88,9 @@ def find_text(data_dir: Path | str, val_shard: str | None = None) -> TextSplit:
         for path in files:
             _open_parquet(path)
 
+    pinned = pinned_shard(folder)
+    if pinned is not None:
+        return _keep_out(pinned, val_shard, files, kind)
     if len(files) == 1:
         check(val_shard in (None, *_short_names(files[0])), _no_such_shard(val_shard, folder, files))
         return _hold_out(files, kind)
@@ -85,6 +98,17 @@ def find_text(data_dir: Path | str, val_shard: str | None = None) -> TextSplit:
     if val is None:
         raise UserError(_no_such_shard(val_shard, folder, files))
     return TextSplit(TextSide(tuple(path for path in files if path != val), kind), TextSide((val,), kind))
+
+
+def _keep_out(pinned: Path, val_shard: str | None, files: tuple[Path, ...], kind: Format) -> TextSplit:
+    """Validation by the pinned file, or the one named; neither of them is trained on."""
+    check(pinned in files, f"{pinned}, the validation shard by {FILE_NAME}, is missing; 'jaxchat data get' fetches it")
+    val = pinned if val_shard is None else next((path for path in files if val_shard in _short_names(path)), None)
+    if val is None:
+        raise UserError(_no_such_shard(val_shard, pinned.parent, files))
+    train = tuple(path for path in files if path not in (val, pinned))
+    check(bool(train), f"{pinned.parent} holds no text for training beside {val.name}; 'jaxchat data get' fetches more")
+    return TextSplit(TextSide(train, kind), TextSide((val,), kind))
 
 
 def _short_names(path: Path) -> tuple[str, str]:
@@ -111,9 +135,10 @@ def iterate_texts(side: TextSide) -> Iterator[str]:
 
 def text_bytes(side: TextSide) -> int:
     """About how many bytes of text the files of a side hold, for saying how far a reader is. A gzip file counts four
-    times."""
+    times, a file that is on its way as much as another."""
+    there = [path for path in side.files if side.wait is None or path.is_file()]
     total = 0
-    for path in side.files:
+    for path in there:
         if side.format == "parquet":
             metadata = _open_parquet(path).metadata
             groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
@@ -121,14 +146,16 @@ def text_bytes(side: TextSide) -> int:
             total += sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "text")
         else:
             total += path.stat().st_size * (4 if path.suffix == ".gz" else 1)
-    return total
+    return total * len(side.files) // max(1, len(there))
 
 
 class TextBlocks(Sequence[list[str]]):
     """The blocks of a side as a random-access data source: element i is the list of block i's documents.
 
     A block is a row group of parquet, about 4 MiB of jsonl or txt, or a whole `.jsonl.gz`. It is read when asked for.
-    Documents without any text are left out, so that a block may be empty.
+    Documents without any text are left out, so that a block may be empty. Where files are on their way, reading a block
+    waits for its file and those before it, and the length for all of them; whatever the order in which they come, the
+    blocks are the same.
 
     Raises (when built or when a block is read):
       UserError: a file that cannot be read, a broken line (`FILE:LINE: ...`), a line or file without text.
@@ -136,16 +163,45 @@ class TextBlocks(Sequence[list[str]]):
 
     def __init__(self, side: TextSide):
         self._side = side
-        self._readers = _list_blocks(side)
+        self._lock = threading.Lock()
+        self._listed = 0  # files whose blocks are known
+        self._readers: list[Callable[[], Sequence[str | None]]] = []
+        if side.wait is None:
+            self._readers, self._listed = _list_blocks(side), len(side.files)
 
     def __len__(self) -> int:
+        while self._listed < len(self._side.files):
+            self._list_next()
         return len(self._readers)
 
     def __getitem__(self, index: int) -> list[str]:
+        if not self.reaches(index):
+            raise IndexError(f"block {index} of {len(self)}")
         return [text for text in self._readers[index]() if text and self._side.keeps(text)]
 
+    def reaches(self, index: int) -> bool:
+        """Whether there is a block `index`."""
+        while (index < 0 or index >= len(self._readers)) and self._listed < len(self._side.files):
+            self._list_next()
+        return -len(self._readers) <= index < len(self._readers)
+
+    @property
+    def count(self) -> int | None:
+        """How many blocks there are; None as long as a file is on its way."""
+        return len(self) if self._listed == len(self._side.files) or self._side.complete else None
+
+    def _list_next(self) -> None:
+        at = self._listed
+        path = self._side.files[at]
+        self._side.wait(path)
+        readers = _list_blocks(replace(self._side, files=(path,), wait=None))
+        with self._lock:
+            if self._listed == at:  # and no other thread was faster
+                self._readers += readers
+                self._listed += 1
+
     def __repr__(self) -> str:
-        return f"TextBlocks({self._side.files[0].parent}, {len(self)} blocks)"
+        return f"TextBlocks({self._side.files[0].parent}, {len(self._side.files)} files)"
 
 
 def _list_blocks(side: TextSide) -> list[Callable[[], Sequence[str | None]]]:

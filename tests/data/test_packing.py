@@ -25,8 +25,10 @@ def tokens_of(blocks: list[list[str]]) -> list[int]:
 
 
 def stream(blocks: list[list[str]], *, epochs: int | None, minimum: int = 0) -> TokenStream:
-    repeated = blocks * (epochs or 200)
-    return TokenStream(repeated.__getitem__, len(blocks), TOKENIZER, epochs=epochs, minimum=minimum, name="the text")
+    def block(epoch: int, index: int) -> list[str] | None:
+        return blocks[index] if index < len(blocks) else None
+
+    return TokenStream(block, lambda: len(blocks), TOKENIZER, epochs=epochs, minimum=minimum, name="the text")
 
 
 @settings(max_examples=60, deadline=None)
