@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxchat.config import ModelConfig
-from jaxchat.model.layers import Linear, apply_rope, rms_norm
+from jaxchat.model.layers import Linear, rope_norm
 
 BLOCK = 256  # queries at a time where no fused kernel runs
 LayerCache = dict[str, Array]  # {"k", "v"}: each [B, M, kv_heads, head_dim]
@@ -105,17 +105,20 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rope: tuple[Array, Array],
-        positions: Int[Array, "B T"],
+        positions: Int[Array, "#B T"],
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Without a cache: causal over x. With one: x's keys and values are written at `positions`, and each token
-        attends to the cached positions up to its own. Returns the output and the new cache."""
+        """Returns the output and the new cache.
+
+        Without a cache: causal over x, one row of positions for all. With one: x's keys and values are written at
+        `positions`, and each token attends to the cached positions up to its own.
+        """
         batch, length, _ = x.shape
         q = self.q(x).reshape(batch, length, self.heads, self.head_dim)
         k = self.k(x).reshape(batch, length, self.kv_heads, self.head_dim)
         v = self.v(x).reshape(batch, length, self.kv_heads, self.head_dim)
         q, k, v = checkpoint_name((q, k, v), "qkv")
-        q, k = rms_norm(apply_rope(q, *rope)), rms_norm(apply_rope(k, *rope))
+        q, k = rope_norm(q, *rope), rope_norm(k, *rope)
         if cache is None:
             out = checkpoint_name(attend(q, k, v, window=self.window), "attention")
         else:

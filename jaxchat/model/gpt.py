@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxchat.config import ModelConfig
 from jaxchat.model.attention import Attention, LayerCache
-from jaxchat.model.layers import MLP, Embedding, Linear, rms_norm, rope_tables
+from jaxchat.model.layers import MLP, Embedding, Linear, norm_branch, rms_norm, rope_tables
 
 Params = dict[str, Any]
 NEVER = -1e30  # the logit of a vocabulary id that exists only as padding
@@ -36,9 +36,10 @@ class Block(nnx.Module):
         self.mlp = MLP(config.width, rngs=rngs)
 
     def __call__(self, x, rope, positions, cache=None):
-        update, cache = self.attn(rms_norm(x), rope, positions, cache)
-        x = checkpoint_name(x + update, "residual")
-        return x + self.mlp(rms_norm(x)), cache
+        x, normed = norm_branch(x)
+        update, cache = self.attn(normed, rope, positions, cache)
+        x, normed = norm_branch(checkpoint_name(x + update, "residual"))
+        return x + self.mlp(normed), cache
 
 
 class GPT(nnx.Module):
@@ -115,7 +116,7 @@ def hidden_states(
     `remat`: what the backward pass computes again instead of keeping it: "none", "mlp" (norms and the MLP), or "full"
     (the block but its attention). The result is the same.
     """
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    positions = jnp.arange(tokens.shape[1])[None]  # of all rows
     return _bind(config, params)(tokens, positions, None, dtype, remat)[0]
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-NORM_EPS = 1e-6
+from jaxchat.model import kernels
+from jaxchat.model.kernels import NORM_EPS
 
 
 @jax.named_scope("norm")
@@ -15,6 +16,12 @@ def rms_norm(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """x / rms(x) over the last axis, computed in fp32; no learned scale (Zhang & Sennrich 2019, arXiv:1910.07467)."""
     wide = x.astype(jnp.float32)
     return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + NORM_EPS)).astype(x.dtype)
+
+
+@jax.named_scope("norm")
+def norm_branch(x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """The residual stream x and its norm, in one pass each way where the kernels run."""
+    return kernels.norm_branch(x) if kernels.fused(x.dtype) else (x, rms_norm(x))
 
 
 @jax.named_scope("rope")
@@ -32,6 +39,34 @@ def apply_rope(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Arra
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
     return rotated.astype(x.dtype)
+
+
+@jax.named_scope("rope")
+def rope_norm(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Array, "B T N H"]:
+    """RoPE, then RMSNorm of each head; tables of one row (`[1, T, 1, H/2]`) go through the kernels where they run."""
+    if len(cos) == 1 and kernels.fused(x.dtype):
+        return kernels.rope_norm(x, cos[0, :, 0], sin[0, :, 0])
+    return rms_norm(apply_rope(x, cos, sin))
+
+
+@jax.custom_vjp
+def relu_squared(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """ReLU² (So et al. 2021, arXiv:2109.08668). Its gradient 2 relu(x) = 2 √(relu²) comes from the result, which the
+    next matrix product keeps anyway: x, the widest array of a block, does not stay in memory."""
+    return jnp.square(jax.nn.relu(x))
+
+
+def _relu_squared_forward(x):
+    y = relu_squared(x)
+    return y, y
+
+
+@jax.named_scope("mlp")
+def _relu_squared_backward(y, grad):
+    return ((2.0 * jnp.sqrt(y.astype(jnp.float32)) * grad.astype(jnp.float32)).astype(grad.dtype),)
+
+
+relu_squared.defvjp(_relu_squared_forward, _relu_squared_backward)
 
 
 class Linear(nnx.Module):
@@ -62,7 +97,7 @@ class Embedding(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """width → 4·width → ReLU² (arXiv:2109.08668) → width; the way out starts at zero."""
+    """width → 4·width → ReLU² → width; the way out starts at zero."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.up = Linear(width, 4 * width, rngs=rngs)
@@ -70,4 +105,4 @@ class MLP(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(jnp.square(jax.nn.relu(self.up(x))))
+        return self.down(relu_squared(self.up(x)))

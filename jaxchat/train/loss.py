@@ -1,4 +1,4 @@
-"""Cross-entropy of softcapped logits, a chunk of positions at a time: whole-batch logits never exist in fp32.
+"""Cross-entropy of softcapped logits, a chunk of positions at a time: whole-batch logits never exist.
 
 The training loss forms its gradient in the forward pass (a `custom_vjp`), so that the logits' matrix product is done
 once and not again in the backward pass: three products instead of four, at the memory of one chunk.
@@ -15,9 +15,11 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxchat.config import ModelConfig
+from jaxchat.model import kernels
 from jaxchat.model.gpt import NEVER, softcap
 
-CHUNK_BYTES = 1 << 30  # fp32 logits held at a time, on one device
+CHUNK_BYTES = 1 << 30  # logits held at a time, on one device
+FUSED_CAP = 60.0  # the kernel takes no maximum off: e^60 times any vocabulary is finite in fp32
 BATCH_AXES = ("data", "fsdp")
 
 
@@ -33,9 +35,9 @@ class Shape(NamedTuple):
         return cls(config.vocab_size, config.logit_cap, mesh)
 
 
-def _chunks(batch: int, length: int, vocab: int) -> int:
-    """The smallest divisor of `length` that keeps a chunk's fp32 logits within `CHUNK_BYTES`."""
-    wanted = -(-4 * batch * length * vocab // CHUNK_BYTES)
+def _chunks(batch: int, length: int, vocab: int, itemsize: int = 4) -> int:
+    """The smallest divisor of `length` that keeps a chunk's logits, `itemsize` bytes each, within `CHUNK_BYTES`."""
+    wanted = -(-itemsize * batch * length * vocab // CHUNK_BYTES)
     return next(n for n in range(min(wanted, length), length + 1) if length % n == 0)
 
 
@@ -72,19 +74,33 @@ def _chunk_loss(head, shape: Shape, head_grad, chunk):
     # d(cap · tanh(s / cap))/ds = 1 - tanh²; a padded id's softmax is exactly zero, so its column gets no gradient.
     slope = 1.0 - jnp.square(capped / shape.logit_cap)
     grad = (jnp.exp(capped - log_sum[..., None]) - hit) * jnp.where(capped > NEVER, slope, 0.0) * weights[..., None]
-    grad = grad.astype(hidden.dtype)
-    hidden_grad = grad @ head.T
+    return _from_scores_grad(head, head_grad, hidden, jnp.sum(nll * weights), grad.astype(hidden.dtype))
+
+
+def _fused_chunk_loss(head, shape: Shape, head_grad, chunk):
+    """As `_chunk_loss`, from logits in the model's dtype to their gradient in one kernel, in place."""
+    hidden, targets, weights = chunk
+    scores = (hidden @ head).reshape(-1, head.shape[1])
+    weights = weights.reshape(-1)
+    nll, grad = kernels.cross_entropy_rows(scores, targets.reshape(-1), weights, shape.vocab_size, shape.logit_cap)
+    grad = grad.reshape(*targets.shape, -1)
+    return _from_scores_grad(head, head_grad, hidden, jnp.sum(nll * weights), grad)
+
+
+def _from_scores_grad(head, head_grad, hidden, loss, grad):
     head_grad += jnp.einsum("btd,btv->dv", hidden, grad, preferred_element_type=jnp.float32)
-    return head_grad, (jnp.sum(nll * weights), hidden_grad)
+    return head_grad, (loss, grad @ head.T)
 
 
 def _loss_and_grads(hidden, head, targets, weights, shape: Shape, axes: tuple[str, ...] = ()):
-    chunks = _chunks(*targets.shape, head.shape[1])
+    fused = kernels.fused(hidden.dtype) and shape.logit_cap <= FUSED_CAP
+    chunk_loss = _fused_chunk_loss if fused else _chunk_loss
+    chunks = _chunks(*targets.shape, head.shape[1], hidden.dtype.itemsize if fused else 4)
     head = head.astype(hidden.dtype)
     parts = (_split(hidden, chunks), _split(targets, chunks), _split(weights, chunks))
     start = jnp.zeros(head.shape, jnp.float32)
     head_grad, (losses, hidden_grads) = jax.lax.scan(
-        lambda carry, chunk: _chunk_loss(head, shape, carry, chunk), start, parts
+        lambda carry, chunk: chunk_loss(head, shape, carry, chunk), start, parts
     )
     loss = jnp.sum(losses)
     if axes:
