@@ -8,20 +8,19 @@ import time
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 from rich.console import Console
 from rich.table import Table
 
 from jaxchat.config import Experiment, ModelConfig, TrainConfig
-from jaxchat.mesh import make_mesh, shardings
+from jaxchat.mesh import make_mesh
 from jaxchat.metrics import device_peak_flops
 from jaxchat.model.gpt import abstract_params
 from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.scaling import batch_plan, cost, count_parameters, flops_per_token, hours, training_length
+from jaxchat.stages.memory import GIB, Fit, fit_step, plan_step, usable_memory
 from jaxchat.stages.run import compute_dtype
 from jaxchat.stages.tokenizer import load_brought
-from jaxchat.stages.training import MICRO_BATCH_SPEC
-from jaxchat.train.step import init_state, make_train_step
+from jaxchat.stages.training import abstract_batch
 
 
 def dry_run(experiment: Experiment) -> None:
@@ -88,34 +87,31 @@ def _print_stages(console: Console, experiment: Experiment, model: ModelConfig, 
 def _print_memory(console: Console, experiment: Experiment, model: ModelConfig, mesh) -> None:
     device, began = jax.devices()[0], time.perf_counter()
     with console.status(f"compiling the pretraining step for {mesh.size} x {device.device_kind}"):
-        analysis = step_memory(experiment, model, mesh)
-    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    total = held + analysis.temp_size_in_bytes
-    gib = 1 << 30
-    console.print(f"memory        {total / gib:.2f} GiB a device: {held / gib:.2f} parameters, optimizer and batch, "
-                  f"{analysis.temp_size_in_bytes / gib:.2f} in use by a step")  # fmt: skip
+        fit = fit_pretraining(experiment, model, mesh, usable_memory())
+    memory = fit.memory
+    console.print(f"memory        {memory.total / GIB:.2f} GiB a device: {memory.held / GIB:.2f} parameters, optimizer "
+                  f"and batch, {memory.used / GIB:.2f} in use by a step")  # fmt: skip
     console.print(f"              by XLA's analysis of the step as compiled for {device.platform} "
                   f"({time.perf_counter() - began:.0f} s)")  # fmt: skip
+    if fit.limit is None:
+        console.print(f"remat         {fit.remat}; how much memory a device has is not known here")
+    else:
+        console.print(f"              {fit}")
+    if not fit.fits:
+        console.print(f"[yellow]warning[/yellow]: {fit.too_large('pretrain', experiment.pretrain.device_rows)}")
     if device.platform == "cpu" and device_peak_flops(experiment.cost.device):
         console.print("              which computes bf16 in fp32: a GPU's step is expected to use about half")
 
 
-def step_memory(experiment: Experiment, model: ModelConfig, mesh):
-    """XLA's memory analysis (bytes a device) of the compiled pretraining step; nothing is allocated."""
+def fit_pretraining(experiment: Experiment, model: ModelConfig, mesh, limit: int | None) -> Fit:
+    """The pretraining step as a run would compile it where a step may take `limit` bytes; nothing is allocated."""
     config = experiment.pretrain
     parallel = mesh.shape["data"] * mesh.shape["fsdp"]
     plan = batch_plan(config.batch_tokens, config.device_rows, model.sequence_len, parallel)
-    optimizer = make_optimizer(experiment.optimizer, model, optax.constant_schedule(1.0), mesh=mesh)
-    state = jax.eval_shape(lambda: init_state(_zeros(model), optimizer))
-    placed = shardings(mesh, state)
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
-    shape = (plan.accumulation, plan.rows, model.sequence_len)
-    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, MICRO_BATCH_SPEC))
     on_accelerator = experiment.precision == "auto" and device_peak_flops(experiment.cost.device)
     dtype = jnp.bfloat16 if on_accelerator else compute_dtype(experiment)
-    step = make_train_step(model, optimizer, mesh=mesh, state_shardings=placed, dtype=dtype)
-    return step.lower(state, {"inputs": rows, "targets": rows}).compile().memory_analysis()
-
-
-def _zeros(model: ModelConfig):
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_params(model))
+    optimizer = make_optimizer(
+        experiment.optimizer, model, optax.constant_schedule(1.0), mesh=mesh, newton_schulz_dtype=dtype
+    )
+    state, make_step = plan_step(model, optimizer, abstract_params(model), mesh=mesh, dtype=dtype)
+    return fit_step(make_step, experiment.remat, limit, state, abstract_batch(mesh, plan, model.sequence_len))
