@@ -132,8 +132,11 @@ class Download:
         Raises:
           UserError: other text is in the folder; offline.
         """
-        pieces = [piece for request in self._requests for piece in self._pieces(request)]
-        recorded = {piece: self._recorded(piece) for piece in pieces}
+        for request in self._requests:
+            if request.is_text:
+                self._check_text(request.dataset)
+        pieces = [piece for request in self._requests for piece in pieces_of(request)]
+        recorded = {piece: recorded_files(piece, self._manifest) for piece in pieces}
         names = [name for found in recorded.values() for name in found]
         wrong = {name: "is missing or cut short" for name in names if not self._manifest.has(name)}
         if self._check_bytes and names:
@@ -152,17 +155,6 @@ class Download:
             )
         return missing
 
-    def _pieces(self, request: Request) -> list[Piece]:
-        dataset, content = request.dataset, request.dataset.content
-        if isinstance(content, Shards):
-            self._check_text(dataset)
-            # The validation shard first: nothing can begin without it.
-            return [Piece(dataset, content.name(index), content, content.shard_bytes, (content.path(index),))
-                    for index in (content.last, *range(request.shards))]  # fmt: skip
-        if isinstance(content, Archive):
-            return [Piece(dataset, content.name, content, dataset.size)]
-        return [Piece(dataset, table.name, table, dataset.size // len(content)) for table in content]
-
     def _check_text(self, dataset: Dataset) -> None:
         """One text a folder: shards of several would bear the same names."""
         texts = [name for name, source in self._manifest.datasets.items() if source.validation]
@@ -170,15 +162,8 @@ class Download:
         another = f"choose another folder for {dataset.name}"
         check(not others, f"{self.folder / 'pretrain'} holds {', '.join(others)}; {another}")
         shards = {dataset.content.name(index) for index in range(dataset.content.last + 1)}
-        own = [name for name in own_text(self.folder, self._manifest) if name not in shards]
+        own = [name for name in own_text(self.folder) if name not in shards]
         check(not own, f"{self.folder} holds text of your own, such as {own[0] if own else ''}; {another}")
-
-    def _recorded(self, piece: Piece) -> list[str]:
-        """The recorded files that a piece became."""
-        files = self._manifest.files
-        if isinstance(piece.content, Archive):
-            return [name for name in files if name.startswith(f"{piece.name}/")]
-        return [piece.name] if piece.name in files else []
 
     def _plan(self, missing: list[Piece]) -> list[Piece]:
         """The same pieces with their sources, of the revision that the folder began with."""
@@ -309,7 +294,7 @@ class Download:
 
     def _check_own(self, piece: Piece) -> None:
         path = self.folder / piece.name
-        ours = self._recorded(piece) or not path.exists()
+        ours = recorded_files(piece, self._manifest) or not path.exists()
         check(bool(ours), f"{path} is not from here and stays as it is; move it away, or choose another folder")
 
     def _settle(self, piece: Piece, remotes: list[Remote], parts: list[Path], made: Path) -> None:
@@ -343,7 +328,32 @@ class Download:
             self._manifest.write()
 
 
-def own_text(folder: Path, manifest: Manifest) -> list[str]:
+def pieces_of(request: Request) -> list[Piece]:
+    """What a request comes to."""
+    dataset, content = request.dataset, request.dataset.content
+    if isinstance(content, Shards):
+        # The validation shard first: nothing can begin without it.
+        return [Piece(dataset, content.name(index), content, content.shard_bytes, (content.path(index),))
+                for index in (content.last, *range(request.shards))]  # fmt: skip
+    if isinstance(content, Archive):
+        return [Piece(dataset, content.name, content, dataset.size)]
+    return [Piece(dataset, table.name, table, dataset.size // len(content)) for table in content]
+
+
+def recorded_files(piece: Piece, manifest: Manifest) -> list[str]:
+    """The files that a piece became, by the manifest."""
+    if isinstance(piece.content, Archive):
+        return [name for name in manifest.files if name.startswith(f"{piece.name}/")]
+    return [piece.name] if piece.name in manifest.files else []
+
+
+def is_whole(piece: Piece, manifest: Manifest) -> bool:
+    """Whether all files of a piece are there with their sizes."""
+    files = recorded_files(piece, manifest)
+    return bool(files) and all(manifest.has(name) for name in files)
+
+
+def own_text(folder: Path) -> list[str]:
     """The files of pretraining text in a data folder that were not downloaded by this program."""
     place = folder / "pretrain" if (folder / "pretrain").is_dir() else folder
     ends = tuple(end for kind in SUFFIXES.values() for end in kind)
@@ -352,4 +362,6 @@ def own_text(folder: Path, manifest: Manifest) -> list[str]:
     except OSError:
         return []
     names = [str((place / name).relative_to(folder)) for name in names if name.endswith(ends)]
+    # Read after the folder: a file is recorded before it is put there, which another process may be doing.
+    manifest = Manifest.read(folder) if names else None
     return [name for name in names if name not in manifest.files]

@@ -78,10 +78,8 @@ class TokenStream:
     @state.setter
     def state(self, state: dict[str, int | None]) -> None:
         now, then = self._count(), state["blocks"]
-        check(
-            None in (now, then) or now == then,
-            f"{self._name} has changed: {now} blocks now, {then} when the state was saved",
-        )
+        same = None in (now, then) or now == then
+        check(same, f"{self._name} has changed: {now} blocks now, {then} when the state was saved")
         self._seek(state["epoch"], state["block"], state["document"], state["token"])
 
     def _seek(self, epoch: int, block: int, document: int, token: int) -> None:

@@ -63,8 +63,8 @@ def find_text(data_dir: Path | str, val_shard: str | None = None) -> TextSplit:
     """Finds the text of a folder, or of `pretrain/` inside it, and splits it.
 
     Files in order of their names; the last one is for validation, or the one that `val_shard` names (with or without
-    its suffix), or the one that the folder's manifest pins, which is never trained on. If there is only one, about every
-    50th document is. Text files beside parquet or jsonl are taken for notes and left alone.
+    its suffix), or the one that the folder's manifest pins, which is never trained on. If there is only one, about
+    every 50th document is. Text files beside parquet or jsonl are taken for notes and left alone.
 
     Raises:
       UserError: no such folder, no text in it, both parquet and jsonl, a parquet file that is none or has no column
