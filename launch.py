@@ -18,28 +18,72 @@ import io
 import os
 import re
 import shutil
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
+from jaxchat.cluster import PREEMPTED, Preempted, find_cluster
 from jaxchat.config import STAGES, Experiment, UserError, check, closest
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 after bad input, 130 after Ctrl-C."""
+    """Returns the exit code: 0, 2 after bad input, 75 after SIGTERM, 76 after the loss of a process, 130 after Ctrl-C.
+
+    Of several processes, one that ends otherwise than by 0 takes the others with it.
+    """
     try:
-        return _launch(sys.argv[1:] if argv is None else argv)
+        with _sigterm_raises():
+            return _launch(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        code, message = 2, f"error: {error}"
+    except Preempted as stopped:
+        code, message = PREEMPTED, str(stopped)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        code, message = 130, "stopped; the same command goes on from here"
+    except Exception as error:
+        if not _several():
+            raise
+        traceback.print_exc()
+        code, message = 1, f"error: {type(error).__name__}: {error}"
+        _distributed().await_verdict()
+    if _several():
+        _distributed().leave(code, message)
+    print(message, file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM ends the program in its own way; the training loop has another, which saves first."""
+
+    def stop(number, frame):
+        raise Preempted("stopped by SIGTERM; the same command goes on from here")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _distributed() -> ModuleType:
+    return importlib.import_module("jaxchat.distributed")
+
+
+def _several() -> bool:
+    return "jaxchat.distributed" in sys.modules and _distributed().active()
 
 
 def _launch(argv: list[str]) -> int:
@@ -57,6 +101,9 @@ def _launch(argv: list[str]) -> int:
     if options.stages is not None:
         experiment = dataclasses.replace(experiment, stages=tuple(options.stages.split(",")))
     _prepare_jax(experiment, options.dry_run)
+    if not options.dry_run:
+        cluster = find_cluster(os.environ, options.coordinator, options.num_processes, options.process_id)
+        _distributed().start(cluster)
     from jaxchat.stages.pipeline import check_possible, run_stages
     from jaxchat.stages.run import Run
 
@@ -68,8 +115,11 @@ def _launch(argv: list[str]) -> int:
         return 0
     directory = options.run_dir or f"runs/{experiment.name}"
     if options.fresh:
-        _set_aside(Path(directory))
+        _distributed().agreed(lambda: _set_aside(Path(directory)))
     run_stages(Run(experiment, directory))
+    if _several():
+        _distributed().finish()
+        return 0
     if experiment.stages[-1] == "report":
         return _talk(directory)
     return 0
@@ -112,6 +162,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", metavar="DIR", help="your text (parquet, jsonl or txt), or a folder with pretrain/, chat/ and eval/")
     add("--dry-run", action="store_true", help="parameters, steps, FLOPs, memory, hours and cost, without training")
     add("--fresh", action="store_true", help="begin anew; an earlier run is moved aside, not deleted")
+    several = "of several processes, where no launcher says it (deploy/): "
+    add("--coordinator", metavar="HOST:PORT", help=f"{several}where process 0 is, and a free port there")
+    add("--num-processes", metavar="N", type=int, help=f"{several}how many; 1 to train alone")
+    add("--process-id", metavar="I", type=int, help=f"{several}which of them this one is, from 0")
     return parser
 
 

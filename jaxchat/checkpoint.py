@@ -2,6 +2,9 @@
 
 A step's folder holds the items `params`, `training` (the rest of the state), `data` (where the input stands) and
 `meta`, and `manifest.json` with the size and CRC-32 of each file. It counts only when all of that is written.
+
+Several processes save and restore together, each its own part of the arrays, into one shared directory. Process 0
+decides which steps are there, writes the manifest and deletes; each checks the files that it reads its share of.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxchat.config import UserError, check
+from jaxchat.distributed import agreed, exchange
 
 MANIFEST = "manifest.json"
 PARAMS, TRAINING, DATA, META = "params", "training", "data", "meta"
@@ -63,6 +67,9 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps whose checkpoints are complete, ascending, after waiting for the one being written."""
         self.wait()
+        return agreed(self._complete)
+
+    def _complete(self) -> list[int]:
         if not self.directory.exists():
             return []
         return sorted(
@@ -129,7 +136,7 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             )
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = _Manager(self.directory, options=options)
         return self._manager
 
     def _write_manifest(self) -> None:
@@ -173,6 +180,11 @@ class Checkpoints:
                 f"checkpoint {self._folder(step)} is of other settings: {name} is {there} there and {here} here; "
                 "use the settings that it was saved with",
             )
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        return False  # the loop decides when a process that must end saves for the last time
 
 
 def _named_leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
@@ -238,15 +250,21 @@ def _size_and_crc(path: epath.Path) -> list[int]:
 
 def _damage(folder: epath.Path, items: tuple[str, ...]) -> str | None:
     """What is wrong with the items' files in a step's folder, by its manifest; None when they are as written."""
+    return next(filter(None, exchange(_own_damage(folder, items) or "")), None)
+
+
+def _own_damage(folder: epath.Path, items: tuple[str, ...]) -> str | None:
+    """The same for this process's share of the files."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         listed = {name: tuple(entry) for name, entry in manifest.items() if name.split("/")[0] in items}
     except (OSError, ValueError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or unreadable"
-    missing = next((name for name in listed if not (folder / name).exists()), None)
+    names = list(listed)[jax.process_index() :: jax.process_count()]
+    missing = next((name for name in names if not (folder / name).exists()), None)
     if missing is not None:
         return f"{missing} is missing"
     with ThreadPoolExecutor(4) as pool:
-        found = pool.map(lambda name: tuple(_size_and_crc(folder / name)), listed)
-    changed = next((name for name, entry in zip(listed, found, strict=True) if entry != listed[name]), None)
+        found = pool.map(lambda name: tuple(_size_and_crc(folder / name)), names)
+    changed = next((name for name, entry in zip(names, found, strict=True) if entry != listed[name]), None)
     return None if changed is None else f"{changed} is not what was written"

@@ -182,15 +182,24 @@ class TokenizerConfig:
 class DataConfig:
     """`path` is a folder of the user's (`--data`). Without one, `generate` lets the project make up the text.
 
+    `download` names the data sets of `jaxchat data list` that the folder is to have, pretraining text as NAME:SHARDS;
+    what is missing is fetched while training goes on. Text of the user's own in the folder is used instead.
+
     Conversations are made up too where the user's folder has none; the sizes are those of what is made up.
     """
 
     path: str | None = None
+    download: tuple[str, ...] = ()
     val_shard: str | None = None
     generate: bool = False
     synthetic_documents: int = 40_000
     synthetic_conversations: int = 40_000
     shuffle: bool = False
+
+    @property
+    def folder(self) -> str | None:
+        """Where the data is, or is downloaded to; None where it is made up."""
+        return "data" if self.path is None and self.download else self.path
 
 
 @dataclass(frozen=True)
@@ -304,7 +313,7 @@ class CostConfig:
 class Experiment:
     """Everything a run needs; `stages` in the order in which they run.
 
-    `remat` is what a training step computes twice to save memory: nothing ("none"), the norms and the MLPs ("mlp", about
+    `remat` is what a training step computes twice to save memory: nothing ("none"), the norms and the MLPs ("mlp",
     a ninth more matrix products), or all of a block but its attention ("full", two ninths); "auto" is the first of them
     whose step fits into the device's memory.
     """

@@ -74,6 +74,30 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map_with_path(place, tree)
 
 
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of a batch's rows this process holds, of how many: (0, 1) for a single process.
+
+    Processes between which only `tensor` is split hold the same part.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    places = NamedSharding(mesh, BATCH_SPEC).devices_indices_map((shards,))
+    held: dict[int, set[int]] = {}
+    for device, (part,) in places.items():
+        held.setdefault(device.process_index, set()).update(range(shards)[part])
+    parts = sorted({tuple(sorted(part)) for part in held.values()})
+    check(
+        sum(map(len, parts)) == shards,
+        f"mesh.tensor {mesh.shape['tensor']} does not fit the devices of a process: their parts of a batch overlap; "
+        "choose one that divides their number, or is a multiple of it",
+    )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
 def put_batch(mesh: Mesh, rows: np.ndarray, spec: P = BATCH_SPEC) -> jax.Array:
     """The global array laid out by `spec`, of which this process holds the part `rows`."""
     return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), rows)
+
+
+def put_whole(mesh: Mesh, array: np.ndarray, spec: P = BATCH_SPEC) -> jax.Array:
+    """The global array laid out by `spec`, which every process has as a whole."""
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda part: array[part])

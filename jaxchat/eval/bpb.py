@@ -9,11 +9,11 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxchat.config import ModelConfig
-from jaxchat.mesh import BATCH_SPEC
+from jaxchat.mesh import put_batch
 from jaxchat.model.gpt import Params, hidden_states
 from jaxchat.train.loss import Shape, token_nll
 
@@ -30,14 +30,15 @@ def evaluate_bpb(
     """Summed nats of the targets / (ln 2 · their summed bytes), over all batches.
 
     Args:
-      batches: `inputs` and `targets`, int32[rows, T]; each process gives the same ones. Negative targets are left out.
+      batches: `inputs` and `targets`, int32[rows, T]; each process gives its part of the rows, see `batch_share`.
+        Negative targets are left out.
       token_bytes: bytes of each token of the vocabulary; where it is 0 (special tokens) neither nats nor bytes count.
       mesh: rows are shared out over its data and fsdp axes, which must divide them.
 
     Returns NaN when there is no byte to predict.
     """
-    place = None if mesh is None else NamedSharding(mesh, BATCH_SPEC)
-    token_bytes = jnp.asarray(token_bytes)
+    put = jax.device_put if mesh is None else functools.partial(put_batch, mesh)
+    token_bytes = np.asarray(token_bytes)
     sums = [
         _sums(
             config,
@@ -45,7 +46,8 @@ def evaluate_bpb(
             mesh,
             params,
             token_bytes,
-            *jax.device_put((b["inputs"], b["targets"]), place),
+            put(b["inputs"]),
+            put(b["targets"]),
         )
         for b in batches
     ]

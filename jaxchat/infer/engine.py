@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from jaxchat.config import ModelConfig, check
 from jaxchat.infer.sampling import sample
 from jaxchat.infer.tools import calculate
-from jaxchat.mesh import BATCH_SPEC
+from jaxchat.mesh import BATCH_SPEC, put_whole
 from jaxchat.model.gpt import Params, cached_hidden, init_cache, logits
 from jaxchat.tokenizer import BaseTokenizer
 
@@ -354,7 +354,7 @@ class Engine:
 
     def put(self, array: np.ndarray) -> Array:
         """The rows of `array` on the engine's devices."""
-        return jax.device_put(array, None if self._mesh is None else NamedSharding(self._mesh, BATCH_SPEC))
+        return jax.device_put(array) if self._mesh is None else put_whole(self._mesh, array)
 
     def _read(self, step: list[int], rows: list[_Writing], drawing: _Drawing) -> Iterator[tuple[int, int, bool]]:
         """One step's tokens; follows what the device decided for each row."""

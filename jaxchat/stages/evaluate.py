@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from jaxchat.distributed import agreed
 from jaxchat.eval.chat import evaluate_task
 from jaxchat.infer.engine import Engine
 from jaxchat.metrics import read_metrics
@@ -15,7 +16,8 @@ def run(run: Run) -> None:
     config, tokenizer, began = run.experiment.evaluate, run.tokenizer(), time.time()
     model = run.model_config(tokenizer)
     tasks = run.load_tasks("evaluate", config.tasks, "test")
-    scored = {(line["of"], name) for line in read_metrics(run.directory) if "of" in line for name in line}
+    lines = agreed(lambda: [line for line in read_metrics(run.directory) if "of" in line])
+    scored = {(line["of"], name) for line in lines for name in line}
     with run.metrics("evaluate", len(tasks) * len(config.of)) as metrics:
         for stage in config.of:
             if not (run.record(stage) or {}).get("steps"):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import jax
-
 from jaxchat.config import UserError
 from jaxchat.data.loader import chat_batches, count_rows
 from jaxchat.data.packing import RenderedConversations
 from jaxchat.eval.bpb import evaluate_bpb
+from jaxchat.mesh import batch_share
 from jaxchat.stages.run import Run
 from jaxchat.stages.training import Batches, Training, plan_batch, prompts_of_chats, take
 from jaxchat.tasks import Mixture
@@ -35,19 +34,14 @@ def run(run: Run, stage: str) -> None:
     if steps is None:
         rows = count_rows(rendered, **common)
         steps = max(1, round(config.epochs * rows / (plan.rows * plan.accumulation)))
-    batches = chat_batches(
-        rendered,
-        rows=plan.rows * plan.accumulation // jax.process_count(),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        **common,
-    )
+    index, count = batch_share(run.mesh)
+    part = {"process_index": index, "process_count": count}
+    batches = chat_batches(rendered, rows=plan.rows * plan.accumulation // count, **part, **common)
     held_out = run.load_tasks(stage, config.mixture, "val", quiet=True)
-    rows = plan.rows // jax.process_count()
     validation = []
     if held_out:
-        count = max(1, config.eval_tokens // (plan.rows * model.sequence_len))
-        validation = take(chat_batches(Mixture(held_out), rows=rows, epochs=1, **common), count)
+        source = chat_batches(Mixture(held_out), rows=plan.rows // count, epochs=1, **part, **common)
+        validation = take(source, max(1, config.eval_tokens // (plan.rows * model.sequence_len)))
 
     def validate(step, params):
         if validation:

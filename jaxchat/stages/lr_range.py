@@ -234,7 +234,8 @@ def _prepare(run: Run, steps: int):
     constant = dataclasses.replace(experiment.pretrain, schedule=ScheduleConfig(warmup_ratio=0.0, decay_ratio=0.0))
     training = Training(run, "pretrain", constant, model, tokens, steps)
     training.optimizer = optimizer = with_factors(training.optimizer, steps)
-    state, step_fn = training.prepare(lambda: fresh_params(run, model))
+    batches = training_batches(run, tokens, find_text(run.text_dir, experiment.data.val_shard))
+    state, step_fn = training.fitted(lambda: fresh_params(run, model), batches)
     placed = jax.tree.map(lambda x: x.sharding, state)
     del state  # the step takes its state's memory, so that each test has to begin with one of its own
     init = jax.jit(lambda params: init_state(params, optimizer), out_shardings=placed)
@@ -244,7 +245,7 @@ def _prepare(run: Run, steps: int):
         table = jax.device_put(table.astype(np.float32), placed["opt_state"].table)
         return {**state, "opt_state": state["opt_state"]._replace(table=table)}
 
-    return fresh_state, step_fn, training_batches(run, tokens, find_text(run.text_dir, experiment.data.val_shard))
+    return fresh_state, step_fn, batches
 
 
 def _table(test: RangeTest) -> np.ndarray:

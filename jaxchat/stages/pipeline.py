@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxchat.config import Experiment, UserError, check
-from jaxchat.mesh import make_mesh
+from jaxchat.distributed import agreed
+from jaxchat.mesh import batch_share, make_mesh
 from jaxchat.model.attention import attention_kernel
 from jaxchat.report import write_report
 from jaxchat.scaling import batch_plan
@@ -26,7 +27,7 @@ RUNNERS = {
     "sft": lambda run: finetune.run(run, "sft"),
     "rl": rl.run,
     "evaluate": evaluate.run,
-    "report": lambda run: write_report(run.directory),
+    "report": lambda run: agreed(lambda: write_report(run.directory)),
 }
 
 
@@ -43,7 +44,9 @@ def check_possible(experiment: Experiment) -> None:
         vocabulary >= MIN_VOCAB,
         f"tokenizer.vocab-size is {vocabulary}; it must be at least {MIN_VOCAB}: the bytes and the special tokens",
     )
-    shape = make_mesh(experiment.mesh).shape
+    mesh = make_mesh(experiment.mesh)
+    batch_share(mesh)
+    shape = mesh.shape
     for stage in experiment.stages:
         if stage in ("pretrain", "midtrain", "sft"):
             config = getattr(experiment, stage)
@@ -74,9 +77,10 @@ def run_stages(run: Run) -> None:
     device = jax.devices()[0]
     shape = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     kernel = attention_kernel(run.dtype, run.experiment.model.head_dim)
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     run.say(
-        f"devices   {jax.device_count()} x {device.device_kind} ({shape}), computing in {jnp.dtype(run.dtype).name}, "
-        f"attention by {kernel}"
+        f"devices   {jax.device_count()} x {device.device_kind}{processes} ({shape}), "
+        f"computing in {jnp.dtype(run.dtype).name}, attention by {kernel}"
     )
     run.say(f"run       {run.directory}")
     for stage in run.experiment.stages:

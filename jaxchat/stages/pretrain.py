@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 
-import jax
-
 from jaxchat.data.loader import pretrain_batches
 from jaxchat.data.shards import TextSplit, find_text, iterate_texts
 from jaxchat.eval.bpb import evaluate_bpb
+from jaxchat.mesh import batch_share
 from jaxchat.scaling import training_length
 from jaxchat.stages.run import Run
 from jaxchat.stages.training import Batches, Training, fresh_params, plan_batch, prompts_of_texts, take
@@ -26,10 +25,17 @@ def run(run: Run) -> None:
     text = find_text(run.text_dir, experiment.data.val_shard)
     training = Training(run, "pretrain", config, model, tokenizer, training_length(config, model))
     batches = training_batches(run, tokenizer, text)
-    rows = plan.rows // jax.process_count()
+    index, count = batch_share(run.mesh)
     validation = take(
         pretrain_batches(
-            text.val, tokenizer, rows=rows, sequence_len=model.sequence_len, seed=experiment.seed, repeat=False
+            text.val,
+            tokenizer,
+            rows=plan.rows // count,
+            sequence_len=model.sequence_len,
+            seed=experiment.seed,
+            repeat=False,
+            process_index=index,
+            process_count=count,
         ),
         max(1, config.eval_tokens // (plan.rows * model.sequence_len)),
     )
@@ -49,14 +55,15 @@ def training_batches(run: Run, tokenizer: BaseTokenizer, text: TextSplit) -> Bat
     """The batches that pretraining sees, from the first."""
     experiment = run.experiment
     plan = plan_batch(run, "pretrain", experiment.pretrain)
+    index, count = batch_share(run.mesh)
     batches = pretrain_batches(
         text.train,
         tokenizer,
-        rows=plan.rows * plan.accumulation // jax.process_count(),
+        rows=plan.rows * plan.accumulation // count,
         sequence_len=experiment.model.sequence_len,
         seed=experiment.seed,
         shuffle=experiment.data.shuffle,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
     )
     return Batches(run, plan, batches)

@@ -30,10 +30,10 @@ def profile(experiment: Experiment, *, steps: int, directory: Path) -> None:
         run = Run(dataclasses.replace(experiment, data=data), Path(folder) / "run")
         model = dataclasses.replace(experiment.model, vocab_size=experiment.tokenizer.vocab_size)
         training = Training(run, "pretrain", experiment.pretrain, model, None, WARM_UP + steps)
-        state, step = training.prepare(lambda: fresh_params(run, model))
         source = random_batches(run, model)
+        state, step = training.fitted(lambda: fresh_params(run, model), source)
         batch, _ = source.next_batch(0, state["params"])
-        compiled = step.lower(state, batch).compile()
+        compiled = step.fit(state, batch).compiled
 
         def train(state, count: int):
             for _ in range(count):

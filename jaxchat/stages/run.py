@@ -5,6 +5,8 @@ runs/NAME/data/              the generated corpus, where the experiment uses one
 runs/NAME/tokenizer/         the tokenizer
 runs/NAME/STAGE/             checkpoints of a stage, and stage.json once it is finished
 runs/NAME/metrics.jsonl      all metrics; report.md, report.json, plots/ at the end
+
+Of several processes, which must share the directory, process 0 alone writes (but for the checkpoints) and prints.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from etils import epath
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import Experiment, MissingData, ModelConfig, UserError, check, from_json, to_json
 from jaxchat.data.synthetic import write_synthetic
+from jaxchat.distributed import agreed
 from jaxchat.mesh import make_mesh, shardings
 from jaxchat.metrics import Metrics, machine_info, peak_memory_bytes
 from jaxchat.model.gpt import Params, abstract_params
@@ -49,18 +52,22 @@ class Run:
             experiment.data.path is not None or experiment.data.generate,
             f"{experiment.name} trains on your text: give it a folder with --data=DIR",
         )
-        self.experiment, self.directory, self.say = experiment, epath.Path(directory), say
+        self.experiment, self.directory = experiment, epath.Path(directory)
+        self.say = say if jax.process_index() == 0 else lambda line: None
+        self.mesh = make_mesh(experiment.mesh)
+        self.dtype = compute_dtype(experiment)
+        agreed(lambda: self._open(keep_config))
+
+    def _open(self, keep_config: bool) -> None:
         config = self.directory / "config.json"
         if config.exists():
             self._check_same(read_config(self.directory))
         elif self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
             raise UserError(f"{self.directory} is not empty and not a run of jaxchat; choose another --run-dir")
-        self.mesh = make_mesh(experiment.mesh)
-        self.dtype = compute_dtype(experiment)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            if not (keep_config and self.finished("tokenizer")):
-                _write(config, to_json(experiment))
+            if not (keep_config and self._read_record("tokenizer") is not None):
+                _write(config, to_json(self.experiment))
         except OSError as error:
             raise UserError(f"{self.directory} cannot be made ({error.strerror}); choose another --run-dir") from None
 
@@ -103,19 +110,23 @@ class Run:
 
     def _generated(self) -> Path:
         """The generated corpus, written once; a folder left unfinished is written again."""
-        directory, data = Path(self.directory / "data"), self.experiment.data
-        if not (directory / "complete").exists():
-            started = time.perf_counter()
-            self.say(f"data      generating the synthetic corpus in {directory}")
-            write_synthetic(
-                directory,
-                seed=self.experiment.seed,
-                documents=data.synthetic_documents,
-                conversations=data.synthetic_conversations,
-            )
-            (directory / "complete").touch()
-            self.say(f"data      done in {time.perf_counter() - started:.0f} s")
+        directory = Path(self.directory / "data")
+        agreed(lambda: self._generate(directory))
         return directory
+
+    def _generate(self, directory: Path) -> None:
+        if (directory / "complete").exists():
+            return
+        data, started = self.experiment.data, time.perf_counter()
+        self.say(f"data      generating the synthetic corpus in {directory}")
+        write_synthetic(
+            directory,
+            seed=self.experiment.seed,
+            documents=data.synthetic_documents,
+            conversations=data.synthetic_conversations,
+        )
+        (directory / "complete").touch()
+        self.say(f"data      done in {time.perf_counter() - started:.0f} s")
 
     def load_tasks(self, stage: str, mixture: tuple[str, ...], split: str, *, quiet: bool = False) -> list[Task]:
         """The tasks of `mixture` that the data has. The user's folder comes first; what the project generates itself
@@ -159,6 +170,9 @@ class Run:
 
     def record(self, stage: str) -> dict | None:
         """What `stage` wrote in its stage.json, None if it is not finished."""
+        return agreed(lambda: self._read_record(stage))
+
+    def _read_record(self, stage: str) -> dict | None:
         path = self.directory / stage / "stage.json"
         if not path.exists():
             return None
@@ -176,6 +190,9 @@ class Run:
         """Marks `stage` as finished; `facts` are `parent`, `steps`, `tokens`, `seconds`, `started`, `metrics`, ..."""
         record = {"stage": stage, **facts, "finished": time.time(), "machine": machine_info()}
         record["peak_memory_bytes"] = peak_memory_bytes()
+        agreed(lambda: self._write_record(stage, record))
+
+    def _write_record(self, stage: str, record: dict) -> None:
         directory = self.directory / stage
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory / "stage.json", json.dumps(record, indent=2) + "\n")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from jaxchat.config import TokenizerConfig, check
 from jaxchat.data.shards import TextSide, find_text, iterate_texts, text_bytes
+from jaxchat.distributed import agreed
 from jaxchat.live import format_count, format_duration
 from jaxchat.stages.run import Run
 from jaxchat.tokenizer import BaseTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
@@ -21,27 +23,27 @@ def run(run: Run) -> None:
       UserError: the vocabulary is larger than the text supports, or smaller than bytes and special tokens; the
         tokenizer that the user brings is missing, damaged, or has another size than the experiment says.
     """
-    config, began = run.experiment.tokenizer, time.time()
-    seen = 0
+    began, folder = time.time(), run.text_dir
+    metrics = agreed(lambda: _make(run, folder))
+    seconds = time.time() - began
+    run.say(f"tokenizer done in {seconds:.1f} s: {metrics['bytes_per_token']:.2f} bytes a token on validation text")
+    run.finish("tokenizer", parent=None, seconds=seconds, started=began, metrics=metrics)
+
+
+def _make(run: Run, folder: Path) -> dict:
+    """Saves the tokenizer; facts about it."""
+    config, seen = run.experiment.tokenizer, 0
+    text = find_text(folder, run.experiment.data.val_shard)
     if config.path is not None:
         tokenizer = load_brought(config)
     else:
-        text = find_text(run.text_dir, run.experiment.data.val_shard)
-        run.say(f"tokenizer training {config.vocab_size:,} tokens on {run.text_dir}")
+        run.say(f"tokenizer training {config.vocab_size:,} tokens on {folder}")
         tokenizer, seen = train(config, text.train, run.say)
     tokenizer.save(run.directory / "tokenizer")
-    held_out = list(Limited(iterate_texts(find_text(run.text_dir, run.experiment.data.val_shard).val), 1_000_000))
+    held_out = list(Limited(iterate_texts(text.val), 1_000_000))
     ids, _ = tokenizer.encode_to_numpy(held_out)
     bytes_per_token = sum(len(text.encode()) for text in held_out) / max(1, len(ids))
-    seconds = time.time() - began
-    run.say(f"tokenizer done in {seconds:.1f} s: {bytes_per_token:.2f} bytes a token on validation text")
-    run.finish(
-        "tokenizer",
-        parent=None,
-        seconds=seconds,
-        started=began,
-        metrics={"vocab_size": tokenizer.vocab_size, "characters": seen, "bytes_per_token": bytes_per_token},
-    )
+    return {"vocab_size": tokenizer.vocab_size, "characters": seen, "bytes_per_token": bytes_per_token}
 
 
 def load_brought(config: TokenizerConfig) -> BaseTokenizer:

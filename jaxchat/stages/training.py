@@ -11,20 +11,21 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxchat.config import ModelConfig, TrainConfig
+from jaxchat.config import ModelConfig, TrainConfig, check
 from jaxchat.infer.engine import Engine
-from jaxchat.mesh import BATCH_SPEC, put_batch, shardings
+from jaxchat.mesh import BATCH_SPEC, batch_share, put_batch, shardings
 from jaxchat.metrics import Metrics
 from jaxchat.model.gpt import Params, abstract_params, init_params
 from jaxchat.optim.optimizer import learning_rates, make_optimizer
 from jaxchat.optim.schedules import multiplier
 from jaxchat.scaling import BatchPlan, batch_plan, flops_per_token
+from jaxchat.stages.memory import Fit, FittedStep, MakeStep, plan_step, usable_memory
 from jaxchat.stages.run import Run
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.loop import Evaluator, Loop, Source
-from jaxchat.train.step import Batch, State, init_state, make_train_step
+from jaxchat.train.step import Batch, State, init_state
 
 MICRO_BATCH_SPEC = PartitionSpec(None, *BATCH_SPEC)  # [accumulation, rows, T]
 SAMPLE_TOKENS = 96
@@ -39,6 +40,14 @@ def plan_batch(run: Run, stage: str, config: TrainConfig) -> BatchPlan:
     return batch_plan(config.batch_tokens, config.device_rows, run.experiment.model.sequence_len, parallel)
 
 
+def abstract_batch(mesh: Mesh, plan: BatchPlan, sequence_len: int) -> Batch:
+    """A supervised step's batch as ShapeDtypeStructs with their places on the mesh."""
+    rows = jax.ShapeDtypeStruct(
+        (plan.accumulation, plan.rows, sequence_len), np.int32, sharding=NamedSharding(mesh, MICRO_BATCH_SPEC)
+    )
+    return {"inputs": rows, "targets": rows}
+
+
 class Batches(Source):
     """A loader's batches on the mesh, as `[accumulation, rows, T]`."""
 
@@ -50,8 +59,14 @@ class Batches(Source):
         return {name: self._put(array) for name, array in rows.items()}, {}
 
     def _put(self, array: np.ndarray) -> jax.Array:
-        parts = array.reshape(self.plan.accumulation, -1, array.shape[-1])
+        # Rows that follow one another go to different micro-batches: so each micro-batch is the same whatever number of
+        # processes has read a part of it.
+        parts = array.reshape(-1, self.plan.accumulation, array.shape[-1]).swapaxes(0, 1)
         return put_batch(self.run.mesh, parts, MICRO_BATCH_SPEC)
+
+    def abstract(self) -> Batch:
+        """What `next_batch` gives, as ShapeDtypeStructs."""
+        return abstract_batch(self.run.mesh, self.plan, self.run.experiment.model.sequence_len)
 
     def get_state(self) -> dict:
         return self.iterator.get_state()
@@ -83,6 +98,7 @@ class Training:
             mesh=run.mesh,
             newton_schulz_dtype=run.dtype,
         )
+        self.startup: dict[str, float] = {}  # seconds of tracing and compiling the step
 
     def engine(self, params) -> Engine:
         return Engine(self.model, params, self.tokenizer, dtype=self.run.dtype)
@@ -105,14 +121,44 @@ class Training:
         return Evaluator(self.config.sample_every, run, at_start=False)
 
     def prepare(self, start: Callable[[], Any]) -> tuple[State, StepFunction]:
-        """The state of step 0 where it belongs on the mesh, and the jitted step that trains it."""
-        abstract = jax.eval_shape(lambda params: init_state(params, self.optimizer), jax.eval_shape(start))
-        placed = shardings(self.run.mesh, abstract)
-        state = jax.jit(lambda params: init_state(params, self.optimizer), out_shardings=placed)(start())
-        step = make_train_step(
-            self.model, self.optimizer, mesh=self.run.mesh, state_shardings=placed, dtype=self.run.dtype
+        """The state of step 0 where it belongs on the mesh, and the jitted step that trains it; nothing is recomputed
+        where that is left to `fitted`."""
+        abstract, make_step = self._planned(start)
+        remat = self.run.experiment.remat
+        return self._begin(start, abstract), make_step("none" if remat == "auto" else remat)
+
+    def fitted(self, start: Callable[[], Any], source: Source) -> tuple[State, FittedStep]:
+        """The state of step 0, and the step that fits into memory; compiled before anything is there to take memory,
+        where the source knows its batches beforehand.
+
+        Raises:
+          UserError: none fits.
+        """
+        abstract, make_step = self._planned(start)
+        step = FittedStep(make_step, self.run.experiment.remat, usable_memory(), self._accept)
+        if isinstance(source, Batches):
+            step.fit(abstract, source.abstract())
+        return self._begin(start, abstract), step
+
+    def _planned(self, start: Callable[[], Any]) -> tuple[State, MakeStep]:
+        params = jax.eval_shape(start)
+        return plan_step(self.model, self.optimizer, params, mesh=self.run.mesh, dtype=self.run.dtype)
+
+    def _begin(self, start: Callable[[], Any], abstract: State) -> State:
+        # What `start` gives is taken over, not copied: else a stage would hold its parent's parameters to its end.
+        placed = jax.tree.map(lambda x: x.sharding, abstract)
+        return jax.jit(lambda params: init_state(params, self.optimizer), out_shardings=placed, donate_argnums=0)(
+            start()
         )
-        return state, step
+
+    def _accept(self, fit: Fit) -> None:
+        """Says what was chosen, where there was a choice; an explicit setting is obeyed, whether it fits or not."""
+        for name, spent in fit.seconds.items():
+            self.startup[name] = self.startup.get(name, 0.0) + spent
+        if self.run.experiment.remat != "auto" or fit.limit is None:
+            return
+        check(fit.fits, fit.too_large(self.stage, self.config.device_rows))
+        self.run.say(f"{self.stage:<9} {fit}")
 
     def train(
         self,
@@ -122,8 +168,8 @@ class Training:
         **facts,
     ) -> None:
         """Runs the loop to its end and writes stage.json; `start` gives the parameters of step 0."""
-        run, began = self.run, time.time()
-        state, step_fn = self.prepare(start)
+        run, began, clock = self.run, time.time(), time.perf_counter()
+        state, step_fn = self.fitted(start, source)
         rates = learning_rates(run.experiment.optimizer, self.model, self.schedule, lr_fraction=self.config.lr_fraction)
         with run.metrics(self.stage, self.num_steps) as metrics:
             loop = Loop(
@@ -136,6 +182,8 @@ class Training:
                 flops_per_token=flops_per_token(self.model),
                 save_every=self.config.save_every,
                 evaluators=evaluators(metrics),
+                startup=self.startup,
+                began=clock,
                 meta={"stage": self.stage, "parent": self.parent, "config": dataclasses.asdict(run.experiment)},
             )
             loop.train(state)
@@ -161,7 +209,7 @@ def fresh_params(run: Run, model: ModelConfig) -> Params:
 def random_batches(run: Run, model: ModelConfig) -> Batches:
     """Pretraining's batches, but of tokens drawn evenly: for measuring, where no text is wanted."""
     plan, draw = plan_batch(run, "pretrain", run.experiment.pretrain), np.random.default_rng(run.experiment.seed)
-    shape = (plan.rows * plan.accumulation // jax.process_count(), model.sequence_len + 1)
+    shape = (plan.rows * plan.accumulation // batch_share(run.mesh)[1], model.sequence_len + 1)
 
     def rows():
         while True:

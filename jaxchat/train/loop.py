@@ -63,15 +63,17 @@ class Loop:
     save_every: int = 0
     evaluators: tuple[Evaluator, ...] = ()
     meta: dict = field(default_factory=dict)
+    began: float = field(default_factory=time.perf_counter)  # the stage, in this sitting
+    startup: dict[str, float] = field(default_factory=dict)  # what the first step had to wait for, in seconds
     train_seconds: float = 0.0  # of steps alone, over all sittings
     tokens: int = 0
     _earlier: float = 0.0  # seconds of earlier sittings
-    _began: float = field(default_factory=time.perf_counter)
+    _started: bool = False
 
     @property
     def seconds(self) -> float:
         """Of the stage, over all sittings: steps, compilation, evaluation, samples and checkpoints."""
-        return self._earlier + time.perf_counter() - self._began
+        return self._earlier + time.perf_counter() - self.began
 
     def save(self, state: State, step: int, position: dict) -> None:
         """Writes the state behind `step` steps, with the data position that belongs to it."""
@@ -88,7 +90,9 @@ class Loop:
         """
         start = self.checkpoints.latest_step()
         if start is not None:
-            state, data, meta = self.checkpoints.restore(jax.tree.map(_abstract, state), start)
+            abstract = jax.tree.map(_abstract, state)
+            jax.tree.map(lambda x: x.delete(), state)  # the caller may keep it, and the memory is for the restored one
+            state, data, meta = self.checkpoints.restore(abstract, start)
             check(
                 meta["num_steps"] == self.num_steps,
                 f"{self.checkpoints.directory} is of {meta['num_steps']} steps, not {self.num_steps}: the data or the "
@@ -105,9 +109,11 @@ class Loop:
         pending, before = [], time.perf_counter()
         try:
             if start in (0, self.num_steps):  # the latter: stopped after the last step, before the evaluation
+                evaluating = time.perf_counter()
                 for evaluator in self.evaluators:
                     if start or evaluator.at_start:
                         self._run_evaluator(evaluator, start, state["params"])
+                self.startup["evaluation"] = time.perf_counter() - evaluating
             before = time.perf_counter()
             while step < self.num_steps:
                 batch, extra = self.source.next_batch(step, state["params"])
@@ -170,6 +176,10 @@ class Loop:
         # Last: an interruption above leaves the step unlogged as a whole, and it is logged again.
         self.train_seconds += elapsed
         self.tokens += batch_tokens
+        if not self._started:
+            self._started = True
+            parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.startup.items())
+            self.metrics.note(f"first step after {now - self.began:.1f} s{': ' if parts else ''}{parts}")
         self.metrics.live(step + 1, **values)
         return now
 
