@@ -113,20 +113,26 @@ class Attention(nnx.Module):
         Without a cache: causal over x, one row of positions for all. With one: x's keys and values are written at
         `positions`, and each token attends to the cached positions up to its own.
         """
-        batch, length, _ = x.shape
-        q = self.q(x).reshape(batch, length, self.heads, self.head_dim)
-        k = self.k(x).reshape(batch, length, self.kv_heads, self.head_dim)
-        v = self.v(x).reshape(batch, length, self.kv_heads, self.head_dim)
-        q, k, v = checkpoint_name((q, k, v), "qkv")
-        q, k = rope_norm(q, *rope), rope_norm(k, *rope)
+        q, k, v = checkpoint_name((self.q(x), self.k(x), self.v(x)), "qkv")
         if cache is None:
-            out = checkpoint_name(attend(q, k, v, window=self.window), "attention")
-        else:
-            rows = jnp.arange(batch)[:, None]
-            # Positions past the cache's end are dropped: a finished row may run on there without harm.
-            cache = {
-                "k": cache["k"].at[rows, positions].set(k, mode="drop"),
-                "v": cache["v"].at[rows, positions].set(v, mode="drop"),
-            }
-            out = attend(q, cache["k"], cache["v"], positions=positions, window=self.window)
-        return self.o(out.reshape(batch, length, -1)), cache
+            return self.o(self.mix(q, k, v, rope)), None
+        q, k, v = self._heads(q, k, v, rope)
+        rows = jnp.arange(len(x))[:, None]
+        # Positions past the cache's end are dropped: a finished row may run on there without harm.
+        cache = {
+            "k": cache["k"].at[rows, positions].set(k, mode="drop"),
+            "v": cache["v"].at[rows, positions].set(v, mode="drop"),
+        }
+        out = attend(q, cache["k"], cache["v"], positions=positions, window=self.window)
+        return self.o(out.reshape(x.shape)), cache
+
+    def mix(
+        self, q: Float[Array, "B T D"], k: Float[Array, "B T M"], v: Float[Array, "B T M"], rope: tuple[Array, Array]
+    ) -> Float[Array, "B T D"]:
+        """What attention over whole rows makes of queries, keys and values, before the output projection."""
+        out = attend(*self._heads(q, k, v, rope), window=self.window)
+        return checkpoint_name(out, "attention").reshape(q.shape)
+
+    def _heads(self, q, k, v, rope):
+        q, k, v = (x.reshape(*x.shape[:2], -1, self.head_dim) for x in (q, k, v))
+        return rope_norm(q, *rope), rope_norm(k, *rope), v

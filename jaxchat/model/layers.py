@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxchat.model import kernels
+from jaxchat.model.gpu import fused
 from jaxchat.model.kernels import NORM_EPS
 
 
@@ -21,7 +22,7 @@ def rms_norm(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
 @jax.named_scope("norm")
 def norm_branch(x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
     """The residual stream x and its norm, in one pass each way where the kernels run."""
-    return kernels.norm_branch(x) if kernels.fused(x.dtype) else (x, rms_norm(x))
+    return kernels.norm_branch(x) if fused(x.dtype) else (x, rms_norm(x))
 
 
 @jax.named_scope("rope")
@@ -44,7 +45,7 @@ def apply_rope(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Arra
 @jax.named_scope("rope")
 def rope_norm(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Array, "B T N H"]:
     """RoPE, then RMSNorm of each head; tables of one row (`[1, T, 1, H/2]`) go through the kernels where they run."""
-    if len(cos) == 1 and kernels.fused(x.dtype):
+    if len(cos) == 1 and fused(x.dtype):
         return kernels.rope_norm(x, cos[0, :, 0], sin[0, :, 0])
     return rms_norm(apply_rope(x, cos, sin))
 

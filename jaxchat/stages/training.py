@@ -22,7 +22,7 @@ from jaxchat.optim.optimizer import learning_rates, make_optimizer
 from jaxchat.optim.schedules import multiplier
 from jaxchat.scaling import BatchPlan, batch_plan, flops_per_token
 from jaxchat.stages.memory import Fit, FittedStep, MakeStep, plan_step, usable_memory
-from jaxchat.stages.run import Run
+from jaxchat.stages.run import Run, trains_in_fp8
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.loop import Evaluator, Loop, Source
 from jaxchat.train.step import Batch, State, init_state
@@ -98,6 +98,7 @@ class Training:
             mesh=run.mesh,
             newton_schulz_dtype=run.dtype,
         )
+        self.in_fp8 = trains_in_fp8(run.experiment)
         self.startup: dict[str, float] = {}  # seconds of tracing and compiling the step
 
     def engine(self, params) -> Engine:
@@ -142,7 +143,9 @@ class Training:
 
     def _planned(self, start: Callable[[], Any]) -> tuple[State, MakeStep]:
         params = jax.eval_shape(start)
-        return plan_step(self.model, self.optimizer, params, mesh=self.run.mesh, dtype=self.run.dtype)
+        return plan_step(
+            self.model, self.optimizer, params, mesh=self.run.mesh, dtype=self.run.dtype, in_fp8=self.in_fp8
+        )
 
     def _begin(self, start: Callable[[], Any], abstract: State) -> State:
         # What `start` gives is taken over, not copied: else a stage would hold its parent's parameters to its end.
