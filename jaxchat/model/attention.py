@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxchat.config import ModelConfig
-from jaxchat.model.layers import Linear, rope_norm
+from jaxchat.model.layers import Linear, products, rope_norm
 
 BLOCK = 256  # queries at a time where no fused kernel runs
 LayerCache = dict[str, Array]  # {"k", "v"}: each [B, M, kv_heads, head_dim]
@@ -113,9 +113,9 @@ class Attention(nnx.Module):
         Without a cache: causal over x, one row of positions for all. With one: x's keys and values are written at
         `positions`, and each token attends to the cached positions up to its own.
         """
-        q, k, v = checkpoint_name((self.q(x), self.k(x), self.v(x)), "qkv")
+        q, k, v = checkpoint_name(products(x, *(part.kernel[...] for part in (self.q, self.k, self.v))), "qkv")
         if cache is None:
-            return self.o(self.mix(q, k, v, rope)), None
+            return self.o(self.mix(*self._heads(q, k, v, rope))), None
         q, k, v = self._heads(q, k, v, rope)
         rows = jnp.arange(len(x))[:, None]
         # Positions past the cache's end are dropped: a finished row may run on there without harm.
@@ -127,11 +127,11 @@ class Attention(nnx.Module):
         return self.o(out.reshape(x.shape)), cache
 
     def mix(
-        self, q: Float[Array, "B T D"], k: Float[Array, "B T M"], v: Float[Array, "B T M"], rope: tuple[Array, Array]
+        self, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
     ) -> Float[Array, "B T D"]:
         """What attention over whole rows makes of queries, keys and values, before the output projection."""
-        out = attend(*self._heads(q, k, v, rope), window=self.window)
-        return checkpoint_name(out, "attention").reshape(q.shape)
+        out = checkpoint_name(attend(q, k, v, window=self.window), "attention")
+        return out.reshape(*out.shape[:2], -1)
 
     def _heads(self, q, k, v, rope):
         q, k, v = (x.reshape(*x.shape[:2], -1, self.head_dim) for x in (q, k, v))

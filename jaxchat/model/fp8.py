@@ -1,13 +1,14 @@
 """The blocks' matrix products in fp8, for Hopper and later: e4m3 forward, e5m2 gradients by e4m3 backward.
 
 Every tensor has one scale, a power of two that brings its largest magnitude near the end of its format. To find that
-magnitude costs a pass over the tensor, so it is looked for only in the gradients that come from outside. For the rest a
-bound does, since fp8 is a floating-point format (18 binades in e4m3, 32 in e5m2) and what lies some binades lower keeps
+magnitude costs a pass over the tensor, so it is looked for only in what attention's backward pass returns. For the rest
+a bound does: fp8 is a floating-point format (18 binades in e4m3, 32 in e5m2), and what lies some binades lower keeps
 its precision:
 
 - a norm's result of width D is at most √D, and a product of it with W at most √D · the largest norm of W's columns;
 - ReLU² of that at most its square, and attention's output, a weighted mean of values, at most the largest value;
-- a product of a gradient G with W at most the largest norm of G's rows · that of W's columns.
+- a product of a gradient G with W at most the largest norm of G's rows · that of W's columns;
+- no element of a matrix is larger than the row or column that it is in is long.
 
 The tensor cores of Hopper want both operands of an fp8 product with the summed dimension innermost. A weight's gradient
 sums over tokens, so the kernels write each tensor twice, as [tokens, width] and as [width, tokens], in one pass that
@@ -18,6 +19,7 @@ its scale and a residual that is added.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -29,11 +31,11 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from jaxchat.model.gpu import capability, fitting, launch, load, partitioned, store
-from jaxchat.model.kernels import NORM_EPS, norm_gradient
+from jaxchat.model.kernels import NORM_EPS, norm_gradient, rope_norm_and_scale, rope_norm_gradient
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 MULTIPLE = 16  # of which the dimensions of an fp8 product are
-TILE = 128  # rows and columns of a program
+TILE = (64, 256)  # rows and columns of a program
 SMALLEST = 1e-30  # a magnitude to scale by where all is zero
 FIRST = np.int32(0)  # the index of a scalar, with the dtype and shape that Pallas wants
 
@@ -54,7 +56,7 @@ def _scale(largest: Array, dtype) -> Array:
 
 
 def _largest(x: Array) -> Array:
-    return jnp.max(jnp.max(jnp.abs(x), -1)).astype(jnp.float32)  # in the order of `_longest`, to be found in one pass
+    return jnp.max(jnp.abs(x)).astype(jnp.float32)
 
 
 def _longest(x: Array, axis: int) -> Array:
@@ -87,8 +89,9 @@ class Weight(NamedTuple):
     inverse: Array
 
     @classmethod
-    def of(cls, kernel: Float[Array, "I O"]) -> Weight:
-        scale = _scale(_largest(kernel), E4M3)
+    def of(cls, kernel: Float[Array, "I O"], longest: Array) -> Weight:
+        """`longest`: the largest norm of its columns, or of its rows; no magnitude is larger."""
+        scale = _scale(longest, E4M3)
         small = (kernel * scale).astype(E4M3)
         return cls(small, small.T, 1.0 / scale)
 
@@ -102,7 +105,7 @@ def _tile(count: int, width: int):
 
 
 def _tile_shape(count: int, width: int) -> tuple[int, int]:
-    return fitting(count, TILE), min(TILE, pl.next_power_of_2(width))
+    return fitting(count, TILE[0]), min(TILE[1], pl.next_power_of_2(width))
 
 
 def _inside(columns: Array, width: int) -> Array | None:
@@ -175,8 +178,7 @@ def _quantized(quantize: Callable, largest: Array, dtype, *arrays: Array) -> Act
 def _norm(x):
     shape = x.shape
     count, width = shape[0] * shape[1], shape[2]
-    wide = _tile_shape(count, width)[1]
-    high = fitting(count, TILE // 2)  # more programs than with whole tiles: each has all the columns
+    high, wide = fitting(count, TILE[0] // 2), _tile_shape(count, width)[1]  # a program has all the columns
 
     def kernel(x_ref, rows_ref, columns_ref, scale_ref):
         rows = pl.program_id(0) * high + jnp.arange(high)
@@ -291,28 +293,45 @@ def _add_norm_gradient(normed: Activation, scale: Array, grad: Array, grad_x: Ar
 
 @jax.custom_vjp
 def norm_qkv(
-    x: Float[Array, "B T D"], q: Float[Array, "D N"], k: Float[Array, "D M"], v: Float[Array, "D M"]
+    x: Float[Array, "B T D"],
+    q: Float[Array, "D N"],
+    k: Float[Array, "D M"],
+    v: Float[Array, "D M"],
+    cos: Float[Array, "T R"],
+    sin: Float[Array, "T R"],
 ) -> tuple[Array, Array, Array, Array]:
-    """(x, n @ q, n @ k, n @ v) with n = rms_norm(x): the residual stream, and what branches off it."""
-    return _norm_qkv_forward(x, q, k, v)[0]
+    """(x, rope_norm(n @ q), rope_norm(n @ k), n @ v) with n = rms_norm(x): the residual stream, and the heads
+    [B, T, _, 2R] that branch off it."""
+    return _norm_qkv_forward(x, q, k, v, cos, sin)[0]
 
 
-def _norm_qkv_forward(x, q, k, v):
+def _norm_qkv_forward(x, q, k, v, cos, sin):
     normed, scale = _normed(x)
-    parts = [_forward(normed, Weight.of(kernel)) for kernel in (q, k, v)]
+    longest = [_longest(kernel, 0) for kernel in (q, k, v)]
+    products = (_forward(normed, Weight.of(*pair)) for pair in zip((q, k, v), longest, strict=True))
+    q_heads, k_heads, v_heads = (y.reshape(*y.shape[:2], -1, 2 * cos.shape[1]) for y in products)
+    with jax.named_scope("rope"):
+        (q_heads, q_scale), (k_heads, k_scale) = (rope_norm_and_scale(y, cos, sin) for y in (q_heads, k_heads))
     # One product with all three on the way back, which adds up in the tensor cores and not in memory.
-    return (x, *parts), (normed, scale, Weight.of(jnp.concatenate([q, k, v], axis=1)))
+    joint = Weight.of(jnp.concatenate([q, k, v], axis=1), functools.reduce(jnp.maximum, longest))
+    return (x, q_heads, k_heads, v_heads), (normed, scale, joint, (q_heads, q_scale), (k_heads, k_scale), (cos, sin))
 
 
 @jax.named_scope("qkv")
 def _norm_qkv_backward(kept, grads):
-    normed, scale, weight = kept
-    grad_x, *parts = grads
-    q_width, k_width, _ = (part.shape[-1] for part in parts)
-    grad_scale = _scale(functools.reduce(jnp.maximum, map(_largest, parts)), E5M2)
+    normed, scale, weight, q, k, rope = kept
+    grad_x, q_grad, k_grad, v_grad = grads
+    with jax.named_scope("rope"):
+        (q_grad, q_largest), (k_grad, k_largest) = (
+            rope_norm_gradient(*heads, *rope, grad) for heads, grad in ((q, q_grad), (k, k_grad))
+        )
+    parts = [y.reshape(*y.shape[:2], -1) for y in (q_grad, k_grad, v_grad)]
+    largest = functools.reduce(jnp.maximum, map(_largest, (q_largest, k_largest, v_grad)))
+    grad_scale = _scale(largest, E5M2)
     grad = Activation(*_side_by_side(len(parts))(*parts, grad_scale), 1.0 / grad_scale)
-    kernel_grads = jnp.split(_weight_gradient(normed, grad), (q_width, q_width + k_width), axis=1)
-    return _add_norm_gradient(normed, scale, _input_gradient(grad, weight), grad_x), *kernel_grads
+    ends = list(itertools.accumulate(part.shape[-1] for part in parts[:-1]))
+    kernel_grads = jnp.split(_weight_gradient(normed, grad), ends, axis=1)
+    return _add_norm_gradient(normed, scale, _input_gradient(grad, weight), grad_x), *kernel_grads, None, None
 
 
 norm_qkv.defvjp(_norm_qkv_forward, _norm_qkv_backward)
@@ -327,13 +346,13 @@ def add_product(
 
 
 def _add_product_forward(x, out, kernel, bound):
-    small, weight = _quantized(_quantize[E4M3], bound, E4M3, out), Weight.of(kernel)
+    small, weight = _quantized(_quantize[E4M3], bound, E4M3, out), Weight.of(kernel, _longest(kernel, 0))
     return _forward(small, weight) + x, (small, weight)
 
 
 def _add_product_backward(kept, grad_x):
     out, weight = kept
-    grad = _quantized(_quantize[E5M2], _largest(grad_x), E5M2, grad_x)
+    grad = _quantized(_quantize[E5M2], _longest(grad_x, -1), E5M2, grad_x)
     return grad_x, _input_gradient(grad, weight), _weight_gradient(out, grad), None
 
 
@@ -349,18 +368,20 @@ def add_mlp(x: Float[Array, "B T D"], up: Float[Array, "D F"], down: Float[Array
 @jax.named_scope("mlp")
 def _add_mlp_forward(x, up, down):
     normed, scale = _normed(x)
-    into, out_of, bound = Weight.of(up), Weight.of(down), product_bound(up)
+    bound, longest_row = product_bound(up), _longest(down, 1)
+    into, out_of = Weight.of(up, _longest(up, 0)), Weight.of(down, longest_row)
     hidden = _forward(normed, into)
     active = _quantized(_relu_squared, bound * bound, E4M3, hidden)
-    return _forward(active, out_of) + x, (normed, scale, hidden, active, into, out_of, bound, _longest(down, 1))
+    return _forward(active, out_of) + x, (normed, scale, hidden, active, into, out_of, bound, longest_row)
 
 
 @jax.named_scope("mlp")
 def _add_mlp_backward(kept, grad_x):
     normed, scale, hidden, active, into, out_of, bound, longest_row = kept
-    grad = _quantized(_quantize[E5M2], _largest(grad_x), E5M2, grad_x)
+    longest = _longest(grad_x, -1)  # and so no magnitude is larger
+    grad = _quantized(_quantize[E5M2], longest, E5M2, grad_x)
     grad_active = _input_gradient(grad, out_of)
-    grad_bound = 2.0 * bound * _longest(grad_x, -1) * longest_row
+    grad_bound = 2.0 * bound * longest * longest_row
     grad_hidden = _quantized(_relu_squared_gradient, grad_bound, E5M2, grad_active, hidden)
     grad_in = _add_norm_gradient(normed, scale, _input_gradient(grad_hidden, into), grad_x)
     return grad_in, _weight_gradient(normed, grad_hidden), _weight_gradient(active, grad)

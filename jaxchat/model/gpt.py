@@ -47,8 +47,8 @@ class Block(nnx.Module):
 
     def _in_fp8(self, x, rope):
         q, k, v, o = (getattr(self.attn, name).kernel[...] for name in "qkvo")
-        x, *qkv = fp8.norm_qkv(x, q, k, v)
-        out = self.attn.mix(*checkpoint_name(qkv, "qkv"), rope)
+        x, *qkv = fp8.norm_qkv(x, q, k, v, *(table[0, :, 0] for table in rope))
+        out = self.attn.mix(*checkpoint_name(qkv, "qkv"))
         x = checkpoint_name(fp8.add_product(x, out, o, fp8.product_bound(v)), "residual")
         return fp8.add_mlp(x, self.mlp.up.kernel[...], self.mlp.down.kernel[...])
 
@@ -114,7 +114,7 @@ def abstract_params(config: ModelConfig) -> Params:
 
 
 def init_params(config: ModelConfig, key: PRNGKeyArray) -> Params:
-    """Fresh fp32 parameters; kernels are `[in, out]`. Jit it with `out_shardings` to make them in place on a mesh."""
+    """Fresh fp32 parameters on the default device; kernels are `[in, out]`."""
     _, state = nnx.split(GPT(config, rngs=nnx.Rngs(params=key)))
     return _name_blocks(nnx.to_pure_dict(state))
 

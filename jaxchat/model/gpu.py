@@ -58,7 +58,7 @@ def store(ref, index, value, mask=None) -> None:
 
 def fitting(count: int, most: int) -> int:
     """The largest power of 2, at most `most`, that divides `count`."""
-    return min(most, count & -count)
+    return min(1 << most.bit_length() - 1, count & -count)
 
 
 def partitioned(rule: str, whole: tuple[str, ...] = ()) -> Callable:

@@ -17,7 +17,7 @@ from jaxchat.config import ModelConfig, TrainConfig, check
 from jaxchat.infer.engine import Engine
 from jaxchat.mesh import BATCH_SPEC, batch_share, put_batch, shardings
 from jaxchat.metrics import Metrics
-from jaxchat.model.gpt import Params, abstract_params, init_params
+from jaxchat.model.gpt import Params, init_params
 from jaxchat.optim.optimizer import learning_rates, make_optimizer
 from jaxchat.optim.schedules import multiplier
 from jaxchat.scaling import BatchPlan, batch_plan, flops_per_token
@@ -204,9 +204,9 @@ class Training:
 
 
 def fresh_params(run: Run, model: ModelConfig) -> Params:
-    """New parameters by the experiment's seed, made where they belong on the mesh."""
-    init = jax.jit(init_params, static_argnums=0, out_shardings=shardings(run.mesh, abstract_params(model)))
-    return init(model, jax.random.key(run.experiment.seed))
+    """New parameters by the experiment's seed, where they belong on the mesh."""
+    params = init_params(model, jax.random.key(run.experiment.seed))
+    return jax.device_put(params, shardings(run.mesh, params))
 
 
 def random_batches(run: Run, model: ModelConfig) -> Batches:

@@ -14,7 +14,7 @@ from jaxchat.config import Experiment, MeshConfig, ModelConfig, UserError
 from jaxchat.mesh import make_mesh
 from jaxchat.model import fp8, gpu
 from jaxchat.model.gpt import hidden_states, init_params
-from jaxchat.model.layers import rms_norm
+from jaxchat.model.layers import apply_rope, rms_norm, rope_tables
 from jaxchat.stages.run import trains_in_fp8
 
 
@@ -87,12 +87,17 @@ def test_the_norm(width):
 
 def test_queries_keys_and_values():
     x = draw(2, 16, 96).astype(jnp.bfloat16)
-    kernels = [0.1 * draw(96, width, seed=width) for width in (96, 32, 48)]
+    kernels = [0.1 * draw(96, width, seed=width) for width in (96, 48, 48)]
+    rope = rope_tables(jnp.arange(16)[None], 48, 10_000.0)
+
+    def small(x, *kernels):
+        return fp8.norm_qkv(x, *kernels, *(table[0, :, 0] for table in rope))
 
     def plain(x, *kernels):
-        return x, *(rms_norm(x) @ kernel for kernel in kernels)
+        q, k, v = ((rms_norm(x) @ kernel).reshape(2, 16, -1, 48) for kernel in kernels)
+        return x, rms_norm(apply_rope(q, *rope)), rms_norm(apply_rope(k, *rope)), v
 
-    assert_close(fp8.norm_qkv, plain, x, *kernels)
+    assert_close(small, plain, x, *kernels)
 
 
 def test_the_product_that_is_added():

@@ -52,7 +52,7 @@ def test_a_row_of_zeros_has_a_finite_norm_and_gradient():
     assert_same(value_and_grads(kernels.norm_branch, x), value_and_grads(lambda x: (x, layers.rms_norm(x)), x))
 
 
-@pytest.mark.parametrize("heads, size", [(1, 64), (3, 128)])
+@pytest.mark.parametrize("heads, size", [(1, 64), (3, 128), (2, 96)])
 def test_rope_and_the_norm_of_each_head(heads, size):
     x = draw(2, 8, heads, size)
     cos, sin = layers.rope_tables(jnp.arange(8)[None], size, 10_000.0)
