@@ -1,7 +1,8 @@
 """Runs an experiment: trains a chatbot from nothing, stage by stage.
 
     python launch.py --experiment=quickstart
-    python launch.py --experiment=d12 --data=DIR --pretrain.num-iterations=200
+    python launch.py --experiment=d12 --pretrain.num-iterations=200
+    python launch.py --experiment=d12 --data=DIR
     python launch.py --list
 
 A run lives in runs/NAME. Started again, the command skips finished stages and resumes the unfinished one.
@@ -159,7 +160,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--experiment", metavar="NAME", help="one of experiments/")
     add("--stages", metavar="A,B", help=f"only these of: {','.join(STAGES)}")
     add("--run-dir", metavar="DIR", help="where the run lives (default runs/NAME)")
-    add("--data", metavar="DIR", help="your text (parquet, jsonl or txt), or a folder with pretrain/, chat/ and eval/")
+    add(
+        "--data",
+        metavar="DIR",
+        help="your text (parquet, jsonl or txt), or a folder with pretrain/, chat/ and eval/; "
+        "one without text is where the experiment's data sets are downloaded to (default data/)",
+    )
     add("--dry-run", action="store_true", help="parameters, steps, FLOPs, memory, hours and cost, without training")
     add("--fresh", action="store_true", help="begin anew; an earlier run is moved aside, not deleted")
     several = "of several processes, where no launcher says it (deploy/): "
@@ -186,7 +192,13 @@ def configure(name: str | None, overrides: list[str], data: str | None, options:
     if folder is None:
         return experiment
     check(os.path.isdir(folder), f"data folder {folder!r} does not exist; give --data a folder with text")
-    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, path=os.path.abspath(folder)))
+    settings = {"path": os.path.abspath(folder)}
+    if experiment.data.download and not any(word.startswith("--data.download") for word in overrides):
+        from jaxchat.data.download import own_text  # slow to import
+
+        if own_text(Path(folder)):
+            settings["download"] = ()  # who brings text of their own gets what they bring, and nothing else
+    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, **settings))
 
 
 def experiment_names() -> list[str]:

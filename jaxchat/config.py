@@ -183,7 +183,8 @@ class DataConfig:
     """`path` is a folder of the user's (`--data`). Without one, `generate` lets the project make up the text.
 
     `download` names the data sets of `jaxchat data list` that the folder is to have, pretraining text as NAME:SHARDS;
-    what is missing is fetched while training goes on. Text of the user's own in the folder is used instead.
+    what is missing is fetched while training goes on, to `data` without a `path`. Text of the user's own in the folder
+    is used instead.
 
     Conversations are made up too where the user's folder has none; the sizes are those of what is made up.
     """

@@ -22,6 +22,9 @@ from etils import epath
 
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import Experiment, MissingData, ModelConfig, UserError, check, from_json, to_json
+from jaxchat.data.arrivals import Arrivals
+from jaxchat.data.catalogue import parse_requests
+from jaxchat.data.shards import TextSplit, find_text
 from jaxchat.data.synthetic import write_synthetic
 from jaxchat.distributed import agreed
 from jaxchat.mesh import make_mesh, shardings
@@ -48,8 +51,9 @@ class Run:
         Raises:
           UserError: the directory holds something else, or a run of other settings.
         """
+        data = experiment.data
         check(
-            experiment.data.path is not None or experiment.data.generate,
+            data.folder is not None or data.generate,
             f"{experiment.name} trains on your text: give it a folder with --data=DIR",
         )
         self.experiment, self.directory = experiment, epath.Path(directory)
@@ -57,6 +61,8 @@ class Run:
         self.mesh = make_mesh(experiment.mesh)
         self.dtype = compute_dtype(experiment)
         agreed(lambda: self._open(keep_config))
+        requests = parse_requests(data.download)
+        self._arrivals = Arrivals(Path(data.folder), requests, self.say) if requests else None
 
     def _open(self, keep_config: bool) -> None:
         config = self.directory / "config.json"
@@ -101,12 +107,21 @@ class Run:
     @property
     def text_dir(self) -> Path:
         """The folder of the pretraining text: the user's `pretrain/`, the user's folder, or the generated one."""
-        user = self.experiment.data.path
+        user = self.experiment.data.folder
         if user is None:
             return self._generated() / "pretrain"
         path = Path(user)
         check(path.is_dir(), f"data folder {user} does not exist; give --data a folder with text")
         return path / "pretrain" if (path / "pretrain").is_dir() else path
+
+    def text(self) -> TextSplit:
+        """The pretraining text; files that are still to be downloaded are waited for when they are read.
+
+        Raises:
+          UserError: as `find_text`; the download cannot begin.
+        """
+        val_shard = self.experiment.data.val_shard
+        return find_text(self.text_dir, val_shard) if self._arrivals is None else self._arrivals.text(val_shard)
 
     def _generated(self) -> Path:
         """The generated corpus, written once; a folder left unfinished is written again."""
@@ -130,7 +145,10 @@ class Run:
 
     def load_tasks(self, stage: str, mixture: tuple[str, ...], split: str, *, quiet: bool = False) -> list[Task]:
         """The tasks of `mixture` that the data has. The user's folder comes first; what the project generates itself
-        fills in for a folder without conversations. A task found nowhere is left out, and the user is told."""
+        fills in for a folder without conversations. A task found nowhere is left out, and the user is told. What is
+        still to be downloaded is waited for."""
+        if self._arrivals is not None:
+            self._arrivals.wait_for_tasks()
         tasks, missing = [], []
         for name, limit in parse_mixture(mixture):
             try:
@@ -142,7 +160,7 @@ class Run:
         return tasks
 
     def _load_task(self, name: str, split: str, limit: int | None) -> Task:
-        user = self.experiment.data.path
+        user = self.experiment.data.folder
         if user is not None:
             try:
                 return load_task(name, split, Path(user), limit)
