@@ -11,7 +11,7 @@ from huggingface_hub import is_offline_mode
 
 from jaxchat.config import UserError, check
 from jaxchat.data.catalogue import Request, Shards
-from jaxchat.data.download import Download, is_whole, own_text, pieces_of
+from jaxchat.data.download import Download, is_whole, local_folder, own_text, pieces_of
 from jaxchat.data.hub import Stopped
 from jaxchat.data.manifest import Manifest
 from jaxchat.data.shards import TextSide, TextSplit, find_text
@@ -36,14 +36,14 @@ class Arrivals:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | str,
         requests: Sequence[Request],
         say: Callable[[str], None] = print,
         *,
         patience: int | None = None,
         backoff: float = 1.0,
     ):
-        self.folder, self._say = Path(folder), say
+        self.folder, self._say = local_folder(folder), say
         self._text = next((request for request in requests if request.is_text), None)
         self._other = self._text is not None and self._has_other_text()
         self._wanted = [request for request in requests if not self._is_there_already(request)]

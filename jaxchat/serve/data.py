@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -38,7 +37,7 @@ def _get(arguments: argparse.Namespace) -> int:
     from jaxchat.data.download import Download
 
     requests = parse_requests(arguments.names, arguments.shards)
-    folder, progress = Path(arguments.folder), _Bar() if sys.stderr.isatty() else _Lines()
+    folder, progress = arguments.folder, _Bar() if sys.stderr.isatty() else _Lines()
     download = Download(folder, requests, say=progress.say, check_bytes=arguments.check)
     began = time.monotonic()
     with progress:

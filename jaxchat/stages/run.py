@@ -54,7 +54,8 @@ class Run:
         data = experiment.data
         check(
             data.folder is not None or data.generate,
-            f"{experiment.name} trains on your text: give it a folder with --data=DIR",
+            f"{experiment.name} trains on your text: give it a folder with --data=DIR, "
+            "or name data sets with --data.download",
         )
         self.experiment, self.directory = experiment, epath.Path(directory)
         self.say = say if jax.process_index() == 0 else lambda line: None
@@ -62,7 +63,7 @@ class Run:
         self.dtype = compute_dtype(experiment)
         agreed(lambda: self._open(keep_config))
         requests = parse_requests(data.download)
-        self._arrivals = Arrivals(Path(data.folder), requests, self.say) if requests else None
+        self._arrivals = Arrivals(data.folder, requests, self.say) if requests else None
 
     def _open(self, keep_config: bool) -> None:
         config = self.directory / "config.json"

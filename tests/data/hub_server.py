@@ -44,6 +44,7 @@ class HubServer(ThreadingHTTPServer):
         self.faults: dict[str, deque[Fault]] = defaultdict(deque)  # by the end of the path: for the bytes of a file,
         self.early: dict[str, deque[Fault]] = defaultdict(deque)  # and for what is asked before them
         self.asked: list[tuple[str, str, str | None]] = []  # method, path, range
+        self.tokens: list[tuple[str, str]] = []  # method and path of what came with a token
         self.gate = threading.Event()  # while not set, the bytes of files named in `held` are not sent
         self.held: set[str] = set()
         self.seconds_per_piece = 0.0
@@ -77,6 +78,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self):
         path = unquote(urlsplit(self.path).path)
+        if "Authorization" in self.headers:
+            self.server.tokens.append((self.command, path))
         if api := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/(\w+))?", path):
             return self._listing(path, api[1], api[2])
         if file := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/(\w+)/(.+)", path):
