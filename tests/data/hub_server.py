@@ -7,6 +7,7 @@ ranges work. Everything else is what huggingface_hub asks for before it.
 import hashlib
 import io
 import json
+import random
 import re
 import threading
 import time
@@ -172,3 +173,16 @@ def parquet(columns: dict, **options) -> bytes:
     file = io.BytesIO()
     pq.write_table(pa.table(columns), file, **options)
     return file.getvalue()
+
+
+TEXT = "fineweb-edu"
+REPO, LAST = "karpathy/fineweb-edu-100b-shuffle", "shard_01822.parquet"
+WORDS = random.Random(0).choices(["the", "cat", "sat", "on", "a", "mat"], k=200_000)
+
+
+def shard(number: int) -> bytes:
+    texts = [f"{number} {i} " + " ".join(WORDS[i * 40 : i * 40 + 200]) for i in range(400)]
+    return parquet({"text": texts}, row_group_size=100, compression=None, use_dictionary=False)
+
+
+SHARDS = {f"shard_{i:05d}.parquet": shard(i) for i in range(3)} | {LAST: shard(1822)}

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -27,31 +26,9 @@ from jaxchat.data.manifest import Manifest
 from jaxchat.data.shards import find_text
 from jaxchat.serve.cli import main
 from jaxchat.tasks import load_task
-from tests.data.hub_server import Fault, HubServer, parquet
+from tests.data.hub_server import LAST, REPO, SHARDS, TEXT, Fault, parquet
 
 ROOT = Path(__file__).parents[2]
-TEXT = "fineweb-edu"
-REPO, LAST = "karpathy/fineweb-edu-100b-shuffle", "shard_01822.parquet"
-WORDS = random.Random(0).choices(["the", "cat", "sat", "on", "a", "mat"], k=200_000)
-
-
-def shard(number: int) -> bytes:
-    texts = [f"{number} {i} " + " ".join(WORDS[i * 40 : i * 40 + 200]) for i in range(400)]
-    return parquet({"text": texts}, row_group_size=100, compression=None, use_dictionary=False)
-
-
-SHARDS = {f"shard_{i:05d}.parquet": shard(i) for i in range(3)} | {LAST: shard(1822)}
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with HubServer() as running:
-        running.repos[REPO] = dict(SHARDS)
-        monkeypatch.setenv("HF_ENDPOINT", running.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        yield running
-        running.gate.set()
-        running.shutdown()
 
 
 def get(folder, *entries, said=None, **options):
