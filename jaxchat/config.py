@@ -186,6 +186,11 @@ class DataConfig:
     what is missing is fetched while training goes on, to `data` without a `path`. Text of the user's own in the folder
     is used instead.
 
+    `packing` is how documents become rows for pretraining: whole ones that fit together, each row beginning with
+    `<|bos|>`, or all laid end to end and cut. With `mask_borders`, no token is predicted from the document before its
+    own: `<|bos|>` is no target. `on_bad` says what becomes of text that is damaged or too long: the run is refused with
+    a line that names it, or it is named, counted and left out.
+
     Conversations are made up too where the user's folder has none; the sizes are those of what is made up.
     """
 
@@ -196,6 +201,9 @@ class DataConfig:
     synthetic_documents: int = 40_000
     synthetic_conversations: int = 40_000
     shuffle: bool = False
+    packing: Literal["best-fit", "concat"] = "best-fit"
+    mask_borders: bool = False
+    on_bad: Literal["refuse", "skip"] = "refuse"
 
     @property
     def folder(self) -> str | None:

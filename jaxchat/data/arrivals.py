@@ -14,6 +14,7 @@ from jaxchat.data.catalogue import Request, Shards
 from jaxchat.data.download import Download, is_whole, local_folder, own_text, pieces_of
 from jaxchat.data.hub import Stopped
 from jaxchat.data.manifest import Manifest
+from jaxchat.data.reading import OnBad
 from jaxchat.data.shards import TextSide, TextSplit, find_text
 from jaxchat.live import format_duration
 
@@ -70,16 +71,16 @@ class Arrivals:
         there = any((self.folder / piece.name).exists() for piece in pieces_of(request))
         return there and not Manifest.read(self.folder).of(request.dataset.name)
 
-    def text(self, val_shard: str | None = None) -> TextSplit:
+    def text(self, val_shard: str | None = None, *, on_bad: OnBad = "refuse") -> TextSplit:
         """The text to train on, exactly the shards that are asked for; those that are not there yet are waited for
-        when they are read.
+        when they are read. What of them is bad is refused or skipped.
 
         Raises:
           UserError: as `find_text`, for text that is not fetched; a `val_shard` that is not among the shards.
         """
         self._start()
         if self._text is None or self._other:
-            return find_text(self.folder, val_shard)
+            return find_text(self.folder, val_shard, on_bad=on_bad, tell=self._tell)
         content: Shards = self._text.dataset.content
         pinned = self.folder / content.validation
         train = [self.folder / content.name(index) for index in range(self._text.shards)]
@@ -88,7 +89,8 @@ class Arrivals:
             val = next((path for path in (pinned, *train) if val_shard in (path.name, path.stem)), None)
             check(val is not None, f"validation shard {val_shard!r} is not among those of {self._text.dataset.name}")
         sides = (tuple(path for path in train if path != val), (val,))
-        return TextSplit(*(TextSide(files, "parquet", wait=self.wait) for files in sides))
+        common = {"format": "parquet", "wait": self.wait, "on_bad": on_bad, "tell": self._tell}
+        return TextSplit(*(TextSide(files, **common) for files in sides))
 
     def wait(self, path: Path) -> None:
         """Returns when a file is there.

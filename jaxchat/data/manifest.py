@@ -125,11 +125,21 @@ def pinned_shard(text_folder: Path) -> Path | None:
     Raises:
       UserError: a damaged manifest.
     """
-    for folder in (text_folder, text_folder.parent) if text_folder.name == "pretrain" else (text_folder,):
-        for source in Manifest.read(folder).datasets.values():
-            if source.validation is not None and (path := folder / source.validation).parent == text_folder:
-                return path
-    return None
+    pinned = (m.folder / source.validation for m in _manifests(text_folder) for source in m.datasets.values()
+              if source.validation is not None)  # fmt: skip
+    return next((path for path in pinned if path.parent == text_folder), None)
+
+
+def recorded_shards(text_folder: Path) -> list[Path]:
+    """The files of text that a manifest says are in a folder, which is as for `pinned_shard`."""
+    paths = (m.folder / name for m in _manifests(text_folder) for name, record in m.files.items()
+             if m.datasets[record.dataset].validation is not None)  # fmt: skip
+    return [path for path in paths if path.parent == text_folder]
+
+
+def _manifests(text_folder: Path) -> list[Manifest]:
+    folders = (text_folder, text_folder.parent) if text_folder.name == "pretrain" else (text_folder,)
+    return [Manifest.read(folder) for folder in folders]
 
 
 def file_sha256(path: Path) -> str:

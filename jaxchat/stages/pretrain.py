@@ -63,6 +63,8 @@ def training_batches(run: Run, tokenizer: BaseTokenizer, text: TextSplit) -> Bat
         sequence_len=experiment.model.sequence_len,
         seed=experiment.seed,
         shuffle=experiment.data.shuffle,
+        packing=experiment.data.packing,
+        mask_borders=experiment.data.mask_borders,
         process_index=index,
         process_count=count,
     )

@@ -80,6 +80,8 @@ class Run:
 
     def _check_same(self, before: Experiment) -> None:
         old, new = dataclasses.asdict(before), dataclasses.asdict(self.experiment)
+        # A run that bad text has stopped may go on without it: what it has read is the same.
+        old["data"]["on_bad"] = new["data"]["on_bad"]
         check(
             before.name == self.experiment.name,
             f"{self.directory} is a run of experiment {before.name!r}, not {self.experiment.name!r}; "
@@ -121,8 +123,12 @@ class Run:
         Raises:
           UserError: as `find_text`; the download cannot begin.
         """
-        val_shard = self.experiment.data.val_shard
-        return find_text(self.text_dir, val_shard) if self._arrivals is None else self._arrivals.text(val_shard)
+        data = self.experiment.data
+        if self._arrivals is not None:
+            return self._arrivals.text(data.val_shard, on_bad=data.on_bad)
+        return find_text(
+            self.text_dir, data.val_shard, on_bad=data.on_bad, tell=lambda line: self.say(f"data      {line}")
+        )
 
     def _generated(self) -> Path:
         """The generated corpus, written once; a folder left unfinished is written again."""

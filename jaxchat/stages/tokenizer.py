@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from jaxchat.config import TokenizerConfig, check
+from jaxchat.config import TokenizerConfig, UserError, check
 from jaxchat.data.shards import TextSide, TextSplit, iterate_texts, text_bytes
 from jaxchat.distributed import agreed
 from jaxchat.live import format_count, format_duration
@@ -58,13 +59,17 @@ def load_brought(config: TokenizerConfig) -> BaseTokenizer:
 def train(config: TokenizerConfig, side: TextSide, say: Callable[[str], None]) -> tuple[BaseTokenizer, int]:
     """A tokenizer trained on one side of the text, and how many characters it has seen.
 
-    Parquet that is there is read by the trainer itself, where it needs no documents left out; the result is the same.
-    """
+    Parquet that is there is read by the trainer itself, where no documents are left out; the result is the same."""
     progress = Progress(say, min(config.max_chars, text_bytes(side)), config.vocab_size)
-    if config.backend == "rust" and side.format == "parquet" and side.hold_out is None and side.complete:
-        tokenizer = Tokenizer.train_from_files(
-            side.files, config.vocab_size, max_chars=config.max_chars, progress=progress
-        )
+    whole = side.complete and side.hold_out is None and side.on_bad == "refuse"
+    if config.backend == "rust" and side.format == "parquet" and whole:
+        try:
+            tokenizer = Tokenizer.train_from_files(
+                side.files, config.vocab_size, max_chars=config.max_chars, progress=progress
+            )
+        except UserError:
+            collections.deque(Limited(iterate_texts(side), config.max_chars), maxlen=0)  # says more, if text is damaged
+            raise
         return tokenizer, progress.characters
     texts = Limited(iterate_texts(side), config.max_chars)
     backend = Tokenizer if config.backend == "rust" else HuggingFaceTokenizer
