@@ -47,8 +47,8 @@ class BestFitRows:
     @property
     def state(self) -> dict[str, Any]:
         """Where the window begins, as the stream says it, and how many rows of it are taken; what was left out and what
-        was packed up to there, with all of the window once a row of it is taken: `rows`, `targets` in them, `documents`,
-        and how many of these were `cut`. `left_out_before` is without the window."""
+        was packed up to there, with all of the window once a row of it is taken: `rows`, `targets` in them,
+        `documents`, and how many of these were `cut`. `left_out_before` is without the window."""
         place, taken = self._start or self._stream.state, self._row > 0
         packed = self._after if taken else self._before
         left_out = {"left_out_before": place["left_out"], "left_out": self._left_out if taken else place["left_out"]}
