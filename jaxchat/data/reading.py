@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxchat.config import UserError, check
+from jaxchat.storage import AnyPath, to_path
 
 OnBad = Literal["refuse", "skip"]
 
@@ -76,7 +77,7 @@ class Unreadable(UserError):
         self.kind = kind
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
+def open_parquet(path: AnyPath) -> pq.ParquetFile:
     """A parquet file with a column `text` of strings.
 
     Raises:
@@ -84,7 +85,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
       UserError: it has other columns.
     """
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(_source(path))
     except FileNotFoundError:
         raise Unreadable("missing_files", f"{path} is missing") from None
     except (pa.ArrowException, OSError) as error:
@@ -97,11 +98,16 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     return file
 
 
-def read_row_group(path: Path, metadata: pq.FileMetaData, group: int, findings: Findings) -> list[str | None]:
+def _source(path: AnyPath) -> Path | BinaryIO:
+    """What pyarrow can read: it has a storage of its own for this machine only."""
+    return path if isinstance(path, Path) else path.open("rb")
+
+
+def read_row_group(path: AnyPath, metadata: pq.FileMetaData, group: int, findings: Findings) -> list[str | None]:
     """The documents of a row group."""
     where = f"{path}: row group {group}"
     try:
-        file = pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True)
+        file = pq.ParquetFile(_source(path), metadata=metadata, page_checksum_verification=True)
         column = file.read_row_group(group, columns=["text"]).column("text")
     except FileNotFoundError:
         findings.bad("missing_files", f"{path} is missing")
@@ -130,7 +136,7 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _read_block(path: Path, start: int, delimiter: bytes) -> tuple[bytes, int]:
+def _read_block(path: AnyPath, start: int, delimiter: bytes) -> tuple[bytes, int]:
     """The whole records of the block at byte `start`, and where they begin.
 
     A record belongs to the block in which the delimiter before it begins, so that each is read once, whatever its
@@ -155,7 +161,7 @@ def _after_delimiter(file: BinaryIO, offset: int, delimiter: bytes) -> int:
     return file.seek(0, 2)
 
 
-def read_json_block(path: Path, start: int, findings: Findings) -> list[str | None]:
+def read_json_block(path: AnyPath, start: int, findings: Findings) -> list[str | None]:
     """The texts of the lines that begin in the `BLOCK_BYTES` from `start`."""
     try:
         data, begin = _read_block(path, start, b"\n")
@@ -166,18 +172,18 @@ def read_json_block(path: Path, start: int, findings: Findings) -> list[str | No
     return _parse_texts(path, data, lambda: _count_lines(path, begin), findings)
 
 
-def _count_lines(path: Path, end: int) -> int:
+def _count_lines(path: AnyPath, end: int) -> int:
     with path.open("rb") as file:
         return sum(file.read(min(1 << 20, end - at)).count(b"\n") for at in range(0, end, 1 << 20))
 
 
-def read_json_gzip(path: Path, findings: Findings) -> list[str | None]:
+def read_json_gzip(path: AnyPath, findings: Findings) -> list[str | None]:
     """The texts of the lines of a whole gzip file."""
     data = _try_read(path, findings)
     return [] if data is None else _parse_texts(path, data, lambda: 0, findings)
 
 
-def _parse_texts(path: Path, data: bytes, lines_before: Callable[[], int], findings: Findings) -> list[str | None]:
+def _parse_texts(path: AnyPath, data: bytes, lines_before: Callable[[], int], findings: Findings) -> list[str | None]:
     texts: list[str | None] = []
     for number, line in enumerate(data.split(b"\n"), start=1):
         if not line.strip():
@@ -193,7 +199,7 @@ def _parse_texts(path: Path, data: bytes, lines_before: Callable[[], int], findi
     return texts
 
 
-def read_pieces(path: Path, start: int, findings: Findings) -> list[str | None]:
+def read_pieces(path: AnyPath, start: int, findings: Findings) -> list[str | None]:
     """The documents of a long text's block, cut at blank lines."""
     try:
         data, begin = _read_block(path, start, b"\n\n")
@@ -215,7 +221,7 @@ def read_pieces(path: Path, start: int, findings: Findings) -> list[str | None]:
     return pieces
 
 
-def _paragraphs(path: Path, data: bytes, begin: int, findings: Findings) -> list[str]:
+def _paragraphs(path: AnyPath, data: bytes, begin: int, findings: Findings) -> list[str]:
     try:
         return _plain(data).split("\n\n")
     except UnicodeDecodeError:
@@ -227,7 +233,7 @@ def _paragraphs(path: Path, data: bytes, begin: int, findings: Findings) -> list
         return [text for text in texts if text is not None]
 
 
-def read_files(paths: tuple[Path, ...], findings: Findings) -> list[str | None]:
+def read_files(paths: tuple[AnyPath, ...], findings: Findings) -> list[str | None]:
     """Small text files, each a document."""
     texts = []
     for path in paths:
@@ -238,7 +244,7 @@ def read_files(paths: tuple[Path, ...], findings: Findings) -> list[str | None]:
     return texts
 
 
-def _decode(path: Path, data: bytes, begin: int, findings: Findings) -> str | None:
+def _decode(path: AnyPath, data: bytes, begin: int, findings: Findings) -> str | None:
     """None for what is no text; `begin` is where in the file it is."""
     try:
         return _plain(data)
@@ -252,7 +258,7 @@ def _plain(data: bytes) -> str:
     return data.decode("utf-8-sig").replace("\r\n", "\n")
 
 
-def _try_read(path: Path, findings: Findings) -> bytes | None:
+def _try_read(path: AnyPath, findings: Findings) -> bytes | None:
     try:
         return _read_bytes(path)
     except Unreadable as error:
@@ -260,27 +266,27 @@ def _try_read(path: Path, findings: Findings) -> bytes | None:
         return None
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: AnyPath) -> bytes:
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, error) from None
 
 
-def _unreadable(path: Path, error: Exception) -> Unreadable:
+def _unreadable(path: AnyPath, error: Exception) -> Unreadable:
     if isinstance(error, FileNotFoundError):
         return Unreadable("missing_files", f"{path} cannot be read: it is missing")
     return Unreadable("unreadable_blocks", f"{path} cannot be read: {first_line(error)}")
 
 
-def read_jsonl(path: Path) -> list[dict]:
+def read_jsonl(path: AnyPath) -> list[dict]:
     """Reads one JSON object a line from a plain or gzip-compressed (`.gz`) file; blank lines are skipped.
 
     Raises:
       UserError: the file cannot be read, or a line is not a JSON object (`FILE:LINE: ...`).
     """
     objects = []
-    for number, line in enumerate(_read_bytes(Path(path)).split(b"\n"), start=1):
+    for number, line in enumerate(_read_bytes(to_path(path)).split(b"\n"), start=1):
         if line.strip():
             try:
                 objects.append(_parse_object(line))

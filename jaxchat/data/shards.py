@@ -7,13 +7,13 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 from jaxchat.config import UserError, check, closest
 from jaxchat.data import reading
 from jaxchat.data.manifest import FILE_NAME, pinned_shard, recorded_shards
 from jaxchat.data.reading import Findings, OnBad, Unreadable, open_parquet
+from jaxchat.storage import AnyPath, is_folder, size_of, to_path
 
 Format = Literal["parquet", "jsonl", "txt"]
 SUFFIXES: dict[Format, tuple[str, ...]] = {"parquet": (".parquet",), "jsonl": (".jsonl", ".jsonl.gz"), "txt": (".txt",)}
@@ -36,11 +36,11 @@ class TextSide:
     `on_bad` says what becomes of text that is damaged, and `tell` is told of each that is left out.
     """
 
-    files: tuple[Path, ...]
+    files: tuple[AnyPath, ...]
     format: Format
     hold_out: int | None = None
     held_out: bool = False
-    wait: Callable[[Path], None] | None = field(default=None, compare=False, repr=False)
+    wait: Callable[[AnyPath], None] | None = field(default=None, compare=False, repr=False)
     on_bad: OnBad = "refuse"
     tell: Callable[[str], None] = field(default=print, compare=False, repr=False)
 
@@ -61,7 +61,7 @@ class TextSplit:
 
 
 def find_text(
-    data_dir: Path | str,
+    data_dir: AnyPath | str,
     val_shard: str | None = None,
     *,
     on_bad: OnBad = "refuse",
@@ -81,8 +81,8 @@ def find_text(
         `val_shard` or pinned shard that is not there, a single document, a damaged manifest; unless they are to be
         skipped, a parquet file that is none, and a shard of the manifest that is missing.
     """
-    folder = Path(data_dir)
-    check(folder.exists(), f"data folder {folder} does not exist")
+    folder = to_path(data_dir)
+    check(is_folder(folder) or folder.exists(), f"data folder {folder} does not exist")
     check(folder.is_dir(), f"{folder} is not a folder")
     folder = folder / "pretrain" if (folder / "pretrain").is_dir() else folder
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -119,7 +119,7 @@ def find_text(
     return TextSplit(split(train), split((val,)))
 
 
-def _check_parquet(path: Path, on_bad: OnBad) -> None:
+def _check_parquet(path: AnyPath, on_bad: OnBad) -> None:
     try:
         open_parquet(path)
     except Unreadable as error:
@@ -127,11 +127,11 @@ def _check_parquet(path: Path, on_bad: OnBad) -> None:
         check(on_bad == "skip", f"{error}{fetches}; --data.on-bad=skip leaves a file for training out")
 
 
-def _short_names(path: Path) -> tuple[str, str]:
+def _short_names(path: AnyPath) -> tuple[str, str]:
     return path.name, path.name.split(".", 1)[0]
 
 
-def _no_such_shard(val_shard: str | None, folder: Path, files: tuple[Path, ...]) -> str:
+def _no_such_shard(val_shard: str | None, folder: AnyPath, files: tuple[AnyPath, ...]) -> str:
     return f"validation shard {val_shard!r} is not in {folder}{closest(str(val_shard), [path.name for path in files])}"
 
 
@@ -165,7 +165,7 @@ def text_bytes(side: TextSide) -> int:
             columns = (group.column(index) for group in groups for index in range(group.num_columns))
             total += sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "text")
         else:
-            total += path.stat().st_size * (4 if path.suffix == ".gz" else 1)
+            total += size_of(path) * (4 if path.suffix == ".gz" else 1)
     return total * len(side.files) // max(1, len(there))
 
 
@@ -253,13 +253,13 @@ class TextBlocks(Sequence[Block]):
 
 def _list_blocks(side: TextSide) -> list[_Reader]:
     readers: list[_Reader] = []
-    small: list[Path] = []
+    small: list[AnyPath] = []
     small_bytes = 0
     for path in side.files:
         if side.format == "parquet":
             readers += _list_row_groups(path, side.on_bad)
             continue
-        size = path.stat().st_size
+        size = size_of(path)
         if path.suffix == ".gz":
             readers.append((f"{path}", partial(reading.read_json_gzip, path)))
         elif side.format == "jsonl" or size > LONG_TEXT_BYTES:
@@ -275,7 +275,7 @@ def _list_blocks(side: TextSide) -> list[_Reader]:
     return readers
 
 
-def _list_row_groups(path: Path, on_bad: OnBad) -> list[_Reader]:
+def _list_row_groups(path: AnyPath, on_bad: OnBad) -> list[_Reader]:
     try:
         metadata = open_parquet(path).metadata
     except Unreadable as error:

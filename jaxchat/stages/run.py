@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from jaxchat.distributed import agreed
 from jaxchat.mesh import make_mesh, shardings
 from jaxchat.metrics import Metrics, machine_info, peak_memory_bytes
 from jaxchat.model.gpt import Params, abstract_params
+from jaxchat.storage import AnyPath, is_folder, to_path
 from jaxchat.tasks import Task, load_task, parse_mixture
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
 
@@ -57,7 +57,7 @@ class Run:
             f"{experiment.name} trains on your text: give it a folder with --data=DIR, "
             "or name data sets with --data.download",
         )
-        self.experiment, self.directory = experiment, epath.Path(directory)
+        self.experiment, self.directory = experiment, epath.Path(to_path(directory))
         self.say = say if jax.process_index() == 0 else lambda line: None
         self.mesh = make_mesh(experiment.mesh)
         self.dtype = compute_dtype(experiment)
@@ -108,13 +108,13 @@ class Run:
     # --- data and tokenizer -------------------------------------------------------------------------------------
 
     @property
-    def text_dir(self) -> Path:
+    def text_dir(self) -> AnyPath:
         """The folder of the pretraining text: the user's `pretrain/`, the user's folder, or the generated one."""
         user = self.experiment.data.folder
         if user is None:
             return self._generated() / "pretrain"
-        path = Path(user)
-        check(path.is_dir(), f"data folder {user} does not exist; give --data a folder with text")
+        path = to_path(user)
+        check(is_folder(path), f"data folder {user} does not exist; give --data a folder with text")
         return path / "pretrain" if (path / "pretrain").is_dir() else path
 
     def text(self) -> TextSplit:
@@ -130,13 +130,13 @@ class Run:
             self.text_dir, data.val_shard, on_bad=data.on_bad, tell=lambda line: self.say(f"data      {line}")
         )
 
-    def _generated(self) -> Path:
+    def _generated(self) -> AnyPath:
         """The generated corpus, written once; a folder left unfinished is written again."""
-        directory = Path(self.directory / "data")
+        directory = to_path(self.directory / "data")
         agreed(lambda: self._generate(directory))
         return directory
 
-    def _generate(self, directory: Path) -> None:
+    def _generate(self, directory: AnyPath) -> None:
         if (directory / "complete").exists():
             return
         data, started = self.experiment.data, time.perf_counter()
@@ -170,10 +170,10 @@ class Run:
         user = self.experiment.data.folder
         if user is not None:
             try:
-                return load_task(name, split, Path(user), limit)
+                return load_task(name, split, user, limit)
             except MissingData:
                 # The generated facts are of a world that the user's text does not know.
-                has_chat = (Path(user) / "chat").exists()
+                has_chat = (to_path(user) / "chat").exists()
                 if name not in GENERATED or name == "facts" or (name == "chat" and has_chat):
                     raise
         return load_task(name, split, self._generated(), limit)

@@ -11,6 +11,7 @@ from jaxchat.data.shards import TextSide, TextSplit, iterate_texts, text_bytes
 from jaxchat.distributed import agreed
 from jaxchat.live import format_count, format_duration
 from jaxchat.stages.run import Run
+from jaxchat.storage import is_remote
 from jaxchat.tokenizer import BaseTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 SAY_SECONDS = 5.0
@@ -59,9 +60,10 @@ def load_brought(config: TokenizerConfig) -> BaseTokenizer:
 def train(config: TokenizerConfig, side: TextSide, say: Callable[[str], None]) -> tuple[BaseTokenizer, int]:
     """A tokenizer trained on one side of the text, and how many characters it has seen.
 
-    Parquet that is there is read by the trainer itself, where no documents are left out; the result is the same."""
+    Parquet that is on this machine is read by the trainer itself, where no documents are left out; the result is the
+    same."""
     progress = Progress(say, min(config.max_chars, text_bytes(side)), config.vocab_size)
-    whole = side.complete and side.hold_out is None and side.on_bad == "refuse"
+    whole = side.complete and side.hold_out is None and side.on_bad == "refuse" and not is_remote(side.files[0])
     if config.backend == "rust" and side.format == "parquet" and whole:
         try:
             tokenizer = Tokenizer.train_from_files(
