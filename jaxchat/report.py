@@ -308,8 +308,8 @@ def describe_data(entry: dict[str, Any]) -> str:
     if packing := entry.get("packing"):
         parts.append(f"rows {packing['utilisation']:.1%} full")
         if packing.get("documents"):
-            longer = packing["cut"] / packing["documents"]
-            parts.append(f"0 tokens cropped, {longer:.1%} of documents longer than a row and cut into pieces")
+            cut = packing["cut"] / packing["documents"]
+            parts.append(f"0 tokens cropped, {cut:.1%} of documents cut into pieces")
     if left_out := entry.get("left_out"):
         counts = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in sorted(left_out.items()))
         parts.append(f"left out of the text: {counts}")

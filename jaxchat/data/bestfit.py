@@ -1,8 +1,9 @@
-"""Rows of whole documents for pretraining, each beginning with `<|bos|>`: best-fit decreasing, window by window.
+"""Rows of whole documents for pretraining, each beginning with `<|bos|>`: best fit, window by window.
 
-A window is some hundred rows' worth of consecutive documents, which are placed by themselves: the longest first, each
-into the fullest row that has room for it (Johnson 1973; for pretraining Ding et al. 2024, arXiv:2404.10830). Nothing is
-thrown away: a document longer than a row goes on in further pieces, each of which begins with `<|bos|>` again.
+A window is some hundred rows' worth of consecutive documents, which are placed by themselves: a row takes the longest
+that is left, then always the longest that still fits (for pretraining Ding et al. 2024, arXiv:2404.10830). Nothing is
+thrown away: a document that is longer than a row, or has to be cut to fill one, goes on in further pieces, each of
+which begins with `<|bos|>` again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jaxchat.config import check
 from jaxchat.data.packing import IGNORE, Chunk, TokenStream
 
 WINDOW_ROWS = 512  # the last row of a window is half empty on average: 0.1 %
+GAP = 32  # what would leave more than this part of a row empty is filled by cutting a document
 EPOCH_ROWS = 64  # a window of so many rows ends with its epoch rather than reach into the next
 _FACTS = ("rows", "targets", "documents", "cut")
 
@@ -84,16 +86,13 @@ class BestFitRows:
         begins = np.cumsum([0, *(len(chunk.ids) for chunk in chunks[:-1])])
         starts = np.concatenate([chunk.offsets[:-1] + at for chunk, at in zip(chunks, begins, strict=True)])
         ends = np.append(starts[1:], len(ids))
-        pieces = _cut(starts, ends, self._row_len)
-        lengths = [end - start + (not whole) for start, end, whole in pieces]
-        plan = best_fit(lengths, self._row_len)
+        plan = best_fit(list(zip(starts.tolist(), ends.tolist(), strict=True)), self._row_len)
         head = chunks[0]
         order = _shuffled(len(plan), self._seed, head)
         self._window = np.full((len(plan), self._row_len), IGNORE, np.int32)
         for row, number in zip(self._window, order.tolist(), strict=True):
             at = 0
-            for piece in plan[number]:
-                start, end, whole = pieces[piece]
+            for start, end, whole in plan[number]:
                 if not whole:
                     row[at] = self._bos
                     at += 1
@@ -101,8 +100,10 @@ class BestFitRows:
                 at += end - start
         self._left_out = chunks[-1].after
         self._start = head.state_at(0) | {"blocks": self._stream.state["blocks"]}
-        cut = int(np.count_nonzero(ends - starts > self._row_len))
-        facts = len(plan), sum(lengths) - len(plan), len(starts), cut
+        tokens = int(np.count_nonzero(self._window != IGNORE))
+        continued = {end for row in plan for _, end, _ in row} - set(ends.tolist())
+        cut = len(set(np.searchsorted(starts, list(continued), side="left").tolist()))
+        facts = len(plan), tokens - len(plan), len(starts), cut
         self._after = self._before + Counter(dict(zip(_FACTS, facts, strict=True)))
         return True
 
@@ -122,33 +123,43 @@ class BestFitRows:
         return chunks
 
 
-def _cut(starts: np.ndarray, ends: np.ndarray, row_len: int) -> list[tuple[int, int, bool]]:
-    """Where the pieces of documents start and end, and whether one is the first of its document: the others still need
-    a `<|bos|>`."""
-    pieces = []
-    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        stop = min(end, start + row_len)
-        pieces.append((start, stop, True))
-        pieces += [(at, min(end, at + row_len - 1), False) for at in range(stop, end, row_len - 1)]
-    return pieces
+Piece = tuple[int, int, bool]  # where it starts and ends, and whether its document begins with it
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which items share a row of `capacity`: best-fit decreasing; items as indices into `lengths`."""
-    rows: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # of the rows that have any, and the row, the smallest first
-    for item in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        length = lengths[item]
-        at = bisect.bisect_left(rooms, (length, 0))
-        if at == len(rooms):
-            room, row = capacity, len(rows)
-            rows.append([])
-        else:
-            room, row = rooms.pop(at)
-        rows[row].append(item)
-        if room > length:
-            bisect.insort(rooms, (room - length, row))
+def best_fit(documents: Sequence[tuple[int, int]], row_len: int) -> list[list[Piece]]:
+    """The pieces of each row, for documents that start and end there; all but the first of a document need a token
+    more, for `<|bos|>`."""
+    waiting = sorted(_by_length(piece) for start, end in documents for piece in _split(start, end, row_len))
+    rows: list[list[Piece]] = []
+    while waiting:
+        row: list[Piece] = []
+        room = row_len
+        while waiting and room:
+            at = bisect.bisect_right(waiting, (room + 1,)) - 1
+            if at < 0 and room <= max(2, row_len // GAP):
+                break
+            length, start, end, whole = waiting.pop(max(at, 0))
+            if at < 0:
+                # None fits: the shortest is cut, so that what is left of it is short, and fits elsewhere.
+                stop = start + room - (not whole)
+                bisect.insort(waiting, _by_length((stop, end, False)))
+                length, end = room, stop
+            row.append((start, end, whole))
+            room -= length
+        rows.append(row)
     return rows
+
+
+def _by_length(piece: Piece) -> tuple[int, int, int, bool]:
+    start, end, whole = piece
+    return end - start + (not whole), start, end, whole
+
+
+def _split(start: int, end: int, row_len: int) -> list[Piece]:
+    """The fewest pieces that fit into rows."""
+    stop = min(end, start + row_len)
+    rest = [(at, min(end, at + row_len - 1), False) for at in range(stop, end, row_len - 1)]
+    return [(start, stop, True), *rest]
 
 
 def _shuffled(count: int, seed: int, head: Chunk) -> np.ndarray:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -156,23 +157,35 @@ def test_best_fit_trains_on_every_token_once_and_begins_every_row_with_bos(tmp_p
             assert row[1:] == targets[:length]
             starts = [i for i, token in enumerate(row) if token == BOS]
             found += [tuple(row[a + 1 : b]) for a, b in zip(starts, [*starts[1:], len(row)], strict=True)]
-    expected = []
-    for text in texts:
-        ids = TOKENIZER.encode(text)
-        expected += [tuple(ids[at : at + 16]) for at in range(0, len(ids), 16)]
-    assert sorted(filter(None, found)) == sorted(expected)
+    documents = [TOKENIZER.encode(text) for text in texts]
+    assert Counter(token for piece in found for token in piece) == Counter(token for ids in documents for token in ids)
+    spelled = [f",{','.join(map(str, ids))}," for ids in documents]
+    assert all(any(f",{','.join(map(str, piece))}," in ids for ids in spelled) for piece in found if piece)
 
 
-def test_best_fit_cuts_only_what_is_longer_than_a_row_and_says_how_much(side):
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=60), row_len=st.integers(4, 200))
+def test_best_fit_places_every_part_of_a_document_once_and_leaves_little_room(lengths, row_len):
+    ends = np.cumsum(lengths).tolist()
+    documents = list(zip([0, *ends[:-1]], ends, strict=True))
+    rows = bestfit.best_fit(documents, row_len)
+    used = [sum(end - start + (not whole) for start, end, whole in row) for row in rows]
+    assert max(used) <= row_len and min(used[:-1], default=row_len) >= row_len - max(2, row_len // bestfit.GAP)
+    pieces = sorted(piece for row in rows for piece in row)
+    assert all(start < end for start, end, _ in pieces)
+    assert [start for start, _, _ in pieces] == [0, *(end for _, end, _ in pieces[:-1])] and pieces[-1][1] == ends[-1]
+    assert [start for start, _, whole in pieces if whole] == [start for start, _ in documents]
+
+
+def test_best_fit_cuts_few_documents_and_says_how_many(side):
     iterator = best_fit_batches(side, repeat=False, sequence_len=40)
     rows = sum(int((batch["targets"] >= 0).any(axis=1).sum()) for batch in iterator)
     packed = iterator.get_state()["packed"]
-    assert (packed["documents"], packed["cut"], packed["rows"]) == (18, 0, rows)
-    assert packed["targets"] == len(tokens_of(side)) - rows
-    iterator = best_fit_batches(side, repeat=False)
-    list(iterator)
-    lengths = [1 + len(TOKENIZER.encode(text)) for text in iterate_texts(side)]
-    assert iterator.get_state()["packed"]["cut"] == sum(length > 17 for length in lengths) > 0
+    assert (packed["documents"], packed["rows"]) == (18, rows) and 0 < packed["cut"] <= rows
+    pieces = packed["targets"] + rows - len(tokens_of(side))  # a <|bos|> more each
+    assert packed["cut"] <= pieces <= rows
+    whole = best_fit_batches(side, repeat=False, sequence_len=5000)
+    assert len(list(whole)) == 1 and whole.get_state()["packed"]["cut"] == 0
 
 
 def test_borders_are_no_targets_if_wanted(side):
