@@ -71,7 +71,8 @@ class _Lines:
         now, done, total = time.monotonic(), download.bytes_done, download.bytes_total
         if self._first is None:
             self._first, self._said = (now, done), now
-        if not total or now - self._said < PLAIN_SECONDS:
+        too_early = now - self._said < PLAIN_SECONDS or now == self._first[0]
+        if not total or too_early or download.pieces_done == download.pieces_total:
             return
         self._said = now
         rate = (done - self._first[1]) / (now - self._first[0])

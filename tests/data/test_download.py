@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from jaxchat.data.download import Download
 from jaxchat.data.hub import Stopped
 from jaxchat.data.manifest import Manifest
 from jaxchat.data.shards import find_text
+from jaxchat.serve import data
 from jaxchat.serve.cli import main
 from jaxchat.tasks import load_task
 from tests.data.hub_server import LAST, REPO, SHARDS, TEXT, Fault, parquet
@@ -429,6 +431,17 @@ def test_bad_arguments(arguments, expected, capsys):
     assert main(["data", "get", *arguments.split()]) == 2
     err = capsys.readouterr().err
     assert expected in err and len(err.splitlines()) == 1
+
+
+def test_where_nobody_watches_lines_say_how_far_it_is(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "PLAIN_SECONDS", 0.0)
+    server.seconds_per_piece = 0.02
+    assert main(["data", "get", TEXT, "--shards", "1", "--folder", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"^0.00\d+ of about 0.00\d+ GB, file \d of 2, \d+.\d MB/s, \ds left$", err, re.MULTILINE)
+    assert out.startswith(f"{tmp_path} has all of {TEXT} now: 0.00")
+    assert main(["data", "get", TEXT, "--shards", "1", "--folder", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path} has all of {TEXT} already\n"
 
 
 def test_the_list_has_them_all(capsys):
