@@ -64,7 +64,7 @@ def training_batches(run: Run, tokenizer: BaseTokenizer, text: TextSplit) -> Bat
         seed=experiment.seed,
         shuffle=experiment.data.shuffle,
         packing=experiment.data.packing,
-        mask_borders=experiment.data.mask_borders,
+        mask_borders=experiment.data.mask_borders in ("loss", "both"),
         process_index=index,
         process_count=count,
     )

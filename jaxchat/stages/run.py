@@ -188,8 +188,10 @@ class Run:
         return load_tokenizer(self.directory / "tokenizer")
 
     def model_config(self, tokenizer: BaseTokenizer) -> ModelConfig:
-        """The experiment's model with the tokenizer's vocabulary."""
-        return dataclasses.replace(self.experiment.model, vocab_size=tokenizer.vocab_size)
+        """The experiment's model with the tokenizer's vocabulary, and with the token that begins a document where
+        attention is to stop there."""
+        border = tokenizer.bos_token_id if self.experiment.data.mask_borders in ("attention", "both") else None
+        return dataclasses.replace(self.experiment.model, vocab_size=tokenizer.vocab_size, border_token=border)
 
     # --- stages -------------------------------------------------------------------------------------------------
 
