@@ -149,6 +149,7 @@ def test_an_experiment_downloads_what_it_names(server, tmp_path, monkeypatch):
     folder = tmp_path / "data"
     folder.mkdir()
     arguments = ["--stages=tokenizer,pretrain", f"--data={folder}", f"--data.download={TEXT}:2"]
+    arguments.append("--data.packing=best-fit")
     code, out, err = start(tmp_path / "run", *arguments)
     assert code == 0, err
     assert "came with the wrong bytes" in out and "429" in out

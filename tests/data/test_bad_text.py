@@ -237,6 +237,7 @@ def test_the_count_is_of_the_text_read_once_and_survives_a_resume(bad_folder, pa
 
 def test_a_run_refuses_and_then_goes_on_without_it(bad_folder, tmp_path):
     arguments = [f"--data={bad_folder}", "--stages=tokenizer,pretrain,report", "--data.mask-borders=both"]
+    arguments.append("--data.packing=best-fit")
     assert "0.parquet: row group 3 cannot be read" in refusal(start(tmp_path / "run", *arguments))
     code, out, err = start(tmp_path / "run", *arguments, "--data.on-bad=skip")
     assert code == 0, err

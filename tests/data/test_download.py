@@ -1,10 +1,12 @@
 """Downloads by the real client from a server that fails in every way: what arrives is whole, or it is not there."""
 
+import contextlib
 import errno
 import hashlib
 import io
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -12,6 +14,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -200,6 +203,43 @@ def test_a_token_is_for_the_hub_alone(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     get(tmp_path, f"{TEXT}:1")
     assert server.tokens and not [path for _, path in server.tokens if path.startswith("/cdn/")]
+
+
+FAULTS = {
+    "breaks off": lambda draw: Fault(first=draw.randrange(300_000)),
+    "wrong bytes": lambda draw: Fault(wrong=True),
+    "no range": lambda draw: Fault(whole=True),
+    "429": lambda draw: Fault(status=429, headers={"Retry-After": "0"}),
+    "503": lambda draw: Fault(status=503),
+    "stopped": None,  # the download is, and begins again
+}
+
+
+def download_through_faults(server, folder: Path, seed: int) -> Counter:
+    """Downloads four files through a few faults, at random; how many of each kind there were."""
+    draw, injected, waiting = random.Random(seed), Counter(), {}
+    for name in (f"/{name}" for name in SHARDS):
+        kinds = draw.sample(list(FAULTS) * 2, k=4)  # wrong bytes three times would be refused
+        server.faults[name].extend(FAULTS[kind](draw) for kind in kinds if FAULTS[kind])
+        server.early[name].extend(Fault(status=draw.choice([429, 503])) for _ in range(draw.randrange(2)))
+        injected.update(kinds)
+        waiting[name] = [kind for kind in kinds if FAULTS[kind]]
+    server.seconds_per_piece = 0.001
+    for _ in range(injected["stopped"]):
+        download = Download(folder, parse_requests([f"{TEXT}:3"]), say=lambda line: None, backoff=0.001)
+        limit = draw.randrange(1, 400_000)
+        with contextlib.suppress(Stopped):
+            download.run(lambda d, limit=limit: d.bytes_done > limit and d.stop(), every=0.005)
+    get(folder, f"{TEXT}:3", backoff=0.001, patience=30)
+    assert_whole(folder, *SHARDS)
+    for name, kinds in waiting.items():
+        injected.subtract(kinds[len(kinds) - len(server.faults[name]) :])  # the file was whole before their turn
+    return injected
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_happens_in_whatever_order_all_is_there_in_the_end(server, tmp_path, seed):
+    assert download_through_faults(server, tmp_path, seed).total() > 4
 
 
 def test_stopping_and_going_on(server, tmp_path):
