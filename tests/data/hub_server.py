@@ -19,6 +19,9 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jaxchat.data.catalogue import parse_requests
+from jaxchat.data.download import Download
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -186,3 +189,11 @@ def shard(number: int) -> bytes:
 
 
 SHARDS = {f"shard_{i:05d}.parquet": shard(i) for i in range(3)} | {LAST: shard(1822)}
+
+
+def get(folder, *entries, said=None, **options):
+    """Downloads, and returns the finished Download."""
+    say = (lambda line: None) if said is None else said.append
+    download = Download(folder, parse_requests(entries), say=say, **{"backoff": 0.01, "patience": 3} | options)
+    download.run()
+    return download
