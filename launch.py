@@ -323,6 +323,9 @@ def _prepare_jax(experiment: Experiment, dry_run: bool) -> None:
     """Compiled programs are kept between runs; a dry run on a CPU pretends to have the experiment's devices."""
     import jax
 
+    from jaxchat.mesh import set_xla_flags
+
+    set_xla_flags()
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jaxchat/compiled"))
     jax.config.update("jax_compilation_cache_dir", cache)
     if dry_run and experiment.cost.devices > 1 and jax.config.jax_num_cpu_devices <= 1:

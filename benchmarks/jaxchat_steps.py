@@ -61,6 +61,9 @@ def measure(work: Work, began: float) -> dict[str, Any]:
     """
     import jax
 
+    from jaxchat.mesh import set_xla_flags
+
+    set_xla_flags()
     if work.cached:
         launch._prepare_jax(work.experiment, dry_run=False)
     while True:

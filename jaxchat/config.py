@@ -327,6 +327,8 @@ class CostConfig:
 class Experiment:
     """Everything a run needs; `stages` in the order in which they run.
 
+    `precision` is what training computes in: "fp8" is bf16 but for the blocks' matrix products, on Hopper and later.
+
     `remat` is what a training step computes twice to save memory: nothing ("none"), the norms and the MLPs ("mlp",
     a ninth more matrix products), or all of a block but its attention ("full", two ninths); "auto" is the first of them
     whose step fits into the device's memory.
@@ -335,7 +337,7 @@ class Experiment:
     name: str = ""
     stages: tuple[str, ...] = STAGES
     seed: int = 42
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
     remat: Literal["auto", "none", "mlp", "full"] = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxchat.config import ModelConfig
-from jaxchat.model.layers import Linear, rope_norm
+from jaxchat.model.layers import Linear, products, rope_norm
 
 BLOCK = 256  # queries at a time where no fused kernel runs
 LayerCache = dict[str, Array]  # {"k", "v"}: each [B, M, kv_heads, head_dim]
@@ -124,23 +124,33 @@ class Attention(nnx.Module):
         """Returns the output and the new cache.
 
         Without a cache: causal over x, one row of positions for all, and each token's document if it is not to see
-        others. With one: x's keys and values are written at
-        `positions`, and each token attends to the cached positions up to its own.
+        others. With one: x's keys and values are written at `positions`, and each token attends to the cached positions
+        up to its own.
         """
-        batch, length, _ = x.shape
-        q = self.q(x).reshape(batch, length, self.heads, self.head_dim)
-        k = self.k(x).reshape(batch, length, self.kv_heads, self.head_dim)
-        v = self.v(x).reshape(batch, length, self.kv_heads, self.head_dim)
-        q, k, v = checkpoint_name((q, k, v), "qkv")
-        q, k = rope_norm(q, *rope), rope_norm(k, *rope)
+        q, k, v = checkpoint_name(products(x, *(part.kernel[...] for part in (self.q, self.k, self.v))), "qkv")
         if cache is None:
-            out = checkpoint_name(attend(q, k, v, window=self.window, documents=documents), "attention")
-        else:
-            rows = jnp.arange(batch)[:, None]
-            # Positions past the cache's end are dropped: a finished row may run on there without harm.
-            cache = {
-                "k": cache["k"].at[rows, positions].set(k, mode="drop"),
-                "v": cache["v"].at[rows, positions].set(v, mode="drop"),
-            }
-            out = attend(q, cache["k"], cache["v"], positions=positions, window=self.window)
-        return self.o(out.reshape(batch, length, -1)), cache
+            return self.o(self.mix(*self._heads(q, k, v, rope), documents)), None
+        q, k, v = self._heads(q, k, v, rope)
+        rows = jnp.arange(len(x))[:, None]
+        # Positions past the cache's end are dropped: a finished row may run on there without harm.
+        cache = {
+            "k": cache["k"].at[rows, positions].set(k, mode="drop"),
+            "v": cache["v"].at[rows, positions].set(v, mode="drop"),
+        }
+        out = attend(q, cache["k"], cache["v"], positions=positions, window=self.window)
+        return self.o(out.reshape(x.shape)), cache
+
+    def mix(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        documents: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What attention over whole rows makes of queries, keys and values, before the output projection."""
+        out = checkpoint_name(attend(q, k, v, window=self.window, documents=documents), "attention")
+        return out.reshape(*out.shape[:2], -1)
+
+    def _heads(self, q, k, v, rope):
+        q, k, v = (x.reshape(*x.shape[:2], -1, self.head_dim) for x in (q, k, v))
+        return rope_norm(q, *rope), rope_norm(k, *rope), v

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxchat.config import ModelConfig
+from jaxchat.model import fp8
 from jaxchat.model.attention import Attention, LayerCache
 from jaxchat.model.layers import MLP, Embedding, Linear, norm_branch, rms_norm, rope_tables
 
@@ -35,11 +36,21 @@ class Block(nnx.Module):
         self.attn = Attention(config, window, rngs=rngs)
         self.mlp = MLP(config.width, rngs=rngs)
 
-    def __call__(self, x, rope, positions, cache=None, documents=None):
+    def __call__(self, x, rope, positions, cache=None, in_fp8=False, documents=None):
+        """The residual stream behind the block, and the new cache; `in_fp8`, without a cache, by products in fp8."""
+        if in_fp8:
+            return self._in_fp8(x, rope, documents), None
         x, normed = norm_branch(x)
         update, cache = self.attn(normed, rope, positions, cache, documents)
         x, normed = norm_branch(checkpoint_name(x + update, "residual"))
         return x + self.mlp(normed), cache
+
+    def _in_fp8(self, x, rope, documents):
+        q, k, v, o = (getattr(self.attn, name).kernel[...] for name in "qkvo")
+        x, *qkv = fp8.norm_qkv(x, q, k, v, *(table[0, :, 0] for table in rope))
+        out = self.attn.mix(*checkpoint_name(qkv, "qkv"), documents)
+        x = checkpoint_name(fp8.add_product(x, out, o, fp8.product_bound(v)), "residual")
+        return fp8.add_mlp(x, self.mlp.up.kernel[...], self.mlp.down.kernel[...])
 
 
 class GPT(nnx.Module):
@@ -51,7 +62,7 @@ class GPT(nnx.Module):
         self.blocks = nnx.List([Block(config, window, rngs=rngs) for window in config.windows])
         self.head = Linear(config.width, config.padded_vocab_size, rngs=rngs, zeros=True)
 
-    def __call__(self, tokens, positions, caches, dtype, remat="none"):
+    def __call__(self, tokens, positions, caches, dtype, remat="none", in_fp8=False):
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_base)
         x = rms_norm(self.embed(tokens, dtype))
         border, documents = self.config.border_token, None
@@ -60,18 +71,18 @@ class GPT(nnx.Module):
         new_caches = []
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             graph, weights = nnx.split(block)
-            x, cache = _run_block(graph, remat, weights, x, rope, positions, cache, documents)
+            x, cache = _run_block(graph, remat, in_fp8, weights, x, rope, positions, cache, documents)
             new_caches.append(cache)
         return rms_norm(x), new_caches
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_block(graph, remat, weights, x, rope, positions, cache, documents):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run_block(graph, remat, in_fp8, weights, x, rope, positions, cache, documents):
     """Blocks of one window have one graph and equal shapes, so that an inner jit traces and lowers one of them, not
     `depth`."""
 
     def run(weights, x, rope, positions, cache, documents):
-        return nnx.merge(graph, weights)(x, rope, positions, cache, documents)
+        return nnx.merge(graph, weights)(x, rope, positions, cache, in_fp8, documents)
 
     if remat != "none":
         named = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
@@ -106,21 +117,27 @@ def abstract_params(config: ModelConfig) -> Params:
 
 
 def init_params(config: ModelConfig, key: PRNGKeyArray) -> Params:
-    """Fresh fp32 parameters; kernels are `[in, out]`. Jit it with `out_shardings` to make them in place on a mesh."""
+    """Fresh fp32 parameters on the default device; kernels are `[in, out]`."""
     _, state = nnx.split(GPT(config, rngs=nnx.Rngs(params=key)))
     return _name_blocks(nnx.to_pure_dict(state))
 
 
 def hidden_states(
-    config: ModelConfig, params: Params, tokens: Int[Array, "B T"], dtype=jnp.float32, remat: str = "none"
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    dtype=jnp.float32,
+    remat: str = "none",
+    in_fp8: bool = False,
 ) -> Float[Array, "B T D"]:
     """Causal forward over whole rows, computed in `dtype`; row position i is sequence position i.
 
     `remat`: what the backward pass computes again instead of keeping it: "none", "mlp" (norms and the MLP), or "full"
     (the block but its attention). The result is the same.
+    `in_fp8`: the blocks' matrix products are computed as `model/fp8.py` says, the rest in bf16, which `dtype` must be.
     """
     positions = jnp.arange(tokens.shape[1])[None]  # of all rows
-    return _bind(config, params)(tokens, positions, None, dtype, remat)[0]
+    return _bind(config, params)(tokens, positions, None, dtype, remat, in_fp8)[0]
 
 
 def init_cache(config: ModelConfig, batch: int, max_len: int, dtype=jnp.float32) -> list[LayerCache]:

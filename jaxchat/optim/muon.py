@@ -42,16 +42,17 @@ def newton_schulz(
     result's too. The quintic of the source leaves singular values between about 0.7 and 1.2; a zero matrix stays zero.
     """
     a, b, c = coefficients
-    # The matrix products below are m x m: the short side is the cheap one.
-    transposed = stack.shape[1] > stack.shape[2]
-    x = jnp.matrix_transpose(stack) if transposed else stack
-    x = x.astype(jnp.float32)
+    tall = stack.shape[1] > stack.shape[2]
+    x = stack.astype(jnp.float32)
     # The iteration converges where no singular value is above 1, and none is above the Frobenius norm.
     x = (x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + NORM_EPS)).astype(dtype)
     for _ in range(steps):
-        gram = x @ jnp.matrix_transpose(x)
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return jnp.matrix_transpose(x) if transposed else x
+        # Of the two Gram matrices, X X^T and X^T X, the smaller one makes the same step and is the cheaper.
+        gram = jnp.matrix_transpose(x) @ x if tall else x @ jnp.matrix_transpose(x)
+        # With a in the diagonal, for a X needs no pass over X of its own.
+        step = a * jnp.eye(gram.shape[1], dtype=dtype) + b * gram + c * (gram @ gram)
+        x = x @ step if tall else step @ x
+    return x
 
 
 def scale_by_muon(
@@ -91,28 +92,21 @@ def scale_by_muon(
 
 
 def _orthogonalize_stacks(matrices, orthogonalize, dtype, specs=None):
-    """Stacks the leaves of a shape or its transpose, calls `orthogonalize(stack)`, and takes the result apart again.
+    """Stacks the leaves of a shape, calls `orthogonalize(stack)`, and takes the result apart again.
 
-    With `specs`, a PartitionSpec a leaf, the leaves of a group are also partitioned alike, and the call is
+    With `specs`, a PartitionSpec a leaf, the leaves of a stack are also partitioned alike, and the call is
     `orthogonalize(stack, spec)`.
     """
     leaves, treedef = jax.tree.flatten(matrices)
     groups = defaultdict(list)
     for index, leaf in enumerate(leaves):
-        sides = list(zip(leaf.shape, map(str, specs[index]) if specs else ("", ""), strict=True))
-        # The polar factor of the transpose is the transpose of the polar factor: W [m, n] and W' [n, m] share a stack.
-        groups[tuple(sorted(sides))].append((index, sides[0] > sides[1]))
+        groups[leaf.shape, specs[index] if specs else None].append(index)
     results = [None] * len(leaves)
-    for members in groups.values():
-        stack = jnp.stack([leaves[i].T.astype(dtype) if flip else leaves[i].astype(dtype) for i, flip in members])
-        if specs is None:
-            stack = orthogonalize(stack)
-        else:
-            index, flip = members[0]
-            spec = specs[index]
-            stack = orthogonalize(stack, PartitionSpec(*reversed(spec)) if flip else spec)
-        for row, (index, flip) in enumerate(members):
-            results[index] = stack[row].T if flip else stack[row]
+    for (_, spec), members in groups.items():
+        stack = jnp.stack([leaves[index].astype(dtype) for index in members])
+        stack = orthogonalize(stack) if spec is None else orthogonalize(stack, spec)
+        for row, index in enumerate(members):
+            results[index] = stack[row]
     return jax.tree.unflatten(treedef, results)
 
 

@@ -162,10 +162,10 @@ def _lr_range(arguments: argparse.Namespace) -> int:
 def _profile(arguments: argparse.Namespace) -> int:
     launch = _launcher()
     experiment = launch.configure(arguments.experiment, arguments.overrides, None, arguments.options)
-    # The user's own flags stand behind, where they win.
-    os.environ["XLA_FLAGS"] = f"--xla_gpu_enable_command_buffer= {os.environ.get('XLA_FLAGS', '')}"
+    from jaxchat.mesh import set_xla_flags
     from jaxchat.stages.profile import profile
 
+    set_xla_flags("--xla_gpu_enable_command_buffer=")  # in command buffers the profiler does not see kernels
     directory = Path(arguments.trace or f"runs/profiles/{experiment.name}")
     profile(experiment, steps=arguments.steps, directory=directory)
     return 0

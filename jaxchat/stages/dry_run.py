@@ -20,7 +20,7 @@ from jaxchat.model.gpt import abstract_params
 from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.scaling import batch_plan, cost, count_parameters, flops_per_token, hours, training_length
 from jaxchat.stages.memory import GIB, Fit, fit_step, plan_step, usable_memory
-from jaxchat.stages.run import compute_dtype
+from jaxchat.stages.run import compute_dtype, trains_in_fp8
 from jaxchat.stages.tokenizer import load_brought
 from jaxchat.stages.training import abstract_batch
 
@@ -119,10 +119,12 @@ def fit_pretraining(experiment: Experiment, model: ModelConfig, mesh, limit: int
     config = experiment.pretrain
     parallel = mesh.shape["data"] * mesh.shape["fsdp"]
     plan = batch_plan(config.batch_tokens, config.device_rows, model.sequence_len, parallel)
-    on_accelerator = experiment.precision == "auto" and device_peak_flops(experiment.cost.device)
+    on_accelerator = experiment.precision in ("auto", "fp8") and device_peak_flops(experiment.cost.device)
     dtype = jnp.bfloat16 if on_accelerator else compute_dtype(experiment)
     optimizer = make_optimizer(
         experiment.optimizer, model, optax.constant_schedule(1.0), mesh=mesh, newton_schulz_dtype=dtype
     )
-    state, make_step = plan_step(model, optimizer, abstract_params(model), mesh=mesh, dtype=dtype)
+    state, make_step = plan_step(
+        model, optimizer, abstract_params(model), mesh=mesh, dtype=dtype, in_fp8=trains_in_fp8(experiment)
+    )
     return fit_step(make_step, experiment.remat, limit, state, abstract_batch(mesh, plan, model.sequence_len))

@@ -84,7 +84,13 @@ class Fit:
 
 
 def plan_step(
-    config: ModelConfig, optimizer: optax.GradientTransformation, params: Params, *, mesh: Mesh, dtype
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    *,
+    mesh: Mesh,
+    dtype,
+    in_fp8: bool = False,
 ) -> tuple[State, MakeStep]:
     """The state for `params` (arrays or ShapeDtypeStructs) as ShapeDtypeStructs with their places on the mesh, and what
     makes its jitted step."""
@@ -92,7 +98,9 @@ def plan_step(
     placed = shardings(mesh, state)
 
     def make_step(remat: str):
-        return make_train_step(config, optimizer, mesh=mesh, state_shardings=placed, dtype=dtype, remat=remat)
+        return make_train_step(
+            config, optimizer, mesh=mesh, state_shardings=placed, dtype=dtype, remat=remat, in_fp8=in_fp8
+        )
 
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed), make_step
 

@@ -17,7 +17,7 @@ from jaxchat.model.attention import attention_kernel
 from jaxchat.report import write_report
 from jaxchat.scaling import batch_plan
 from jaxchat.stages import evaluate, finetune, pretrain, rl, tokenizer
-from jaxchat.stages.run import TRAINED, Run
+from jaxchat.stages.run import TRAINED, Run, trains_in_fp8
 from jaxchat.tasks import parse_mixture
 from jaxchat.tokenizer import MIN_VOCAB
 
@@ -50,6 +50,8 @@ def check_possible(experiment: Experiment) -> None:
     mesh = make_mesh(experiment.mesh)
     batch_share(mesh)
     shape = mesh.shape
+    if not set(TRAINED).isdisjoint(experiment.stages):
+        trains_in_fp8(experiment)
     for stage in experiment.stages:
         if stage in ("pretrain", "midtrain", "sft"):
             config = getattr(experiment, stage)

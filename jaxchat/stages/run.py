@@ -28,6 +28,7 @@ from jaxchat.data.synthetic import write_synthetic
 from jaxchat.distributed import agreed
 from jaxchat.mesh import make_mesh, shardings
 from jaxchat.metrics import Metrics, machine_info, peak_memory_bytes
+from jaxchat.model import fp8
 from jaxchat.model.gpt import Params, abstract_params
 from jaxchat.storage import AnyPath, is_folder, to_path
 from jaxchat.tasks import Task, load_task, parse_mixture
@@ -259,10 +260,33 @@ class Run:
 
 
 def compute_dtype(experiment: Experiment):
-    """bf16 on GPU and TPU, fp32 on a CPU, unless the experiment says."""
-    if experiment.precision == "auto":
+    """bf16 on GPU and TPU, fp32 on a CPU, unless the experiment says; what fp8 leaves to it too."""
+    if experiment.precision in ("auto", "fp8"):
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return jnp.dtype(experiment.precision)
+
+
+def trains_in_fp8(experiment: Experiment) -> bool:
+    """Whether training computes the blocks' matrix products in fp8.
+
+    Raises:
+      UserError: it should, and this process's devices or the model's shape do not allow it.
+    """
+    if experiment.precision != "fp8":
+        return False
+    model, device = experiment.model, jax.devices()[0]
+    check(
+        fp8.supported(),
+        f"precision fp8 needs an NVIDIA GPU of the Hopper generation or later, not {device.device_kind}; "
+        "leave --precision out",
+    )
+    kv_width = model.kv_heads * model.head_dim
+    check(
+        kv_width % fp8.MULTIPLE == 0,
+        f"precision fp8 needs keys of a multiple of {fp8.MULTIPLE} dimensions, not {kv_width}; choose another "
+        "model.num-kv-heads, or leave --precision out",
+    )
+    return True
 
 
 def read_config(directory: epath.PathLike) -> Experiment:

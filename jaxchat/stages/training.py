@@ -17,13 +17,13 @@ from jaxchat.config import ModelConfig, TrainConfig, check
 from jaxchat.infer.engine import Engine
 from jaxchat.mesh import BATCH_SPEC, batch_share, put_batch, shardings
 from jaxchat.metrics import Metrics
-from jaxchat.model.gpt import Params, abstract_params, init_params
+from jaxchat.model.gpt import Params, init_params
 from jaxchat.optim.optimizer import learning_rates, make_optimizer
 from jaxchat.optim.schedules import multiplier
 from jaxchat.report import describe_data
 from jaxchat.scaling import BatchPlan, batch_plan, flops_per_token
 from jaxchat.stages.memory import Fit, FittedStep, MakeStep, plan_step, usable_memory
-from jaxchat.stages.run import Run
+from jaxchat.stages.run import Run, trains_in_fp8
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.loop import Evaluator, Loop, Source
 from jaxchat.train.step import Batch, State, init_state
@@ -99,6 +99,7 @@ class Training:
             mesh=run.mesh,
             newton_schulz_dtype=run.dtype,
         )
+        self.in_fp8 = trains_in_fp8(run.experiment)
         self.startup: dict[str, float] = {}  # seconds of tracing and compiling the step
 
     def engine(self, params) -> Engine:
@@ -143,7 +144,9 @@ class Training:
 
     def _planned(self, start: Callable[[], Any]) -> tuple[State, MakeStep]:
         params = jax.eval_shape(start)
-        return plan_step(self.model, self.optimizer, params, mesh=self.run.mesh, dtype=self.run.dtype)
+        return plan_step(
+            self.model, self.optimizer, params, mesh=self.run.mesh, dtype=self.run.dtype, in_fp8=self.in_fp8
+        )
 
     def _begin(self, start: Callable[[], Any], abstract: State) -> State:
         # What `start` gives is taken over, not copied: else a stage would hold its parent's parameters to its end.
@@ -213,9 +216,9 @@ class Training:
 
 
 def fresh_params(run: Run, model: ModelConfig) -> Params:
-    """New parameters by the experiment's seed, made where they belong on the mesh."""
-    init = jax.jit(init_params, static_argnums=0, out_shardings=shardings(run.mesh, abstract_params(model)))
-    return init(model, jax.random.key(run.experiment.seed))
+    """New parameters by the experiment's seed, where they belong on the mesh."""
+    params = init_params(model, jax.random.key(run.experiment.seed))
+    return jax.device_put(params, shardings(run.mesh, params))
 
 
 def random_batches(run: Run, model: ModelConfig) -> Batches:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxchat.config import ModelConfig
 from jaxchat.model import kernels
 from jaxchat.model.gpt import NEVER, softcap
+from jaxchat.model.gpu import fused as kernels_run
 
 CHUNK_BYTES = 1 << 30  # logits held at a time, on one device
 FUSED_CAP = 60.0  # the kernel takes no maximum off: e^60 times any vocabulary is finite in fp32
@@ -93,7 +94,7 @@ def _from_scores_grad(head, head_grad, hidden, loss, grad):
 
 
 def _loss_and_grads(hidden, head, targets, weights, shape: Shape, axes: tuple[str, ...] = ()):
-    fused = kernels.fused(hidden.dtype) and shape.logit_cap <= FUSED_CAP
+    fused = kernels_run(hidden.dtype) and shape.logit_cap <= FUSED_CAP
     chunk_loss = _fused_chunk_loss if fused else _chunk_loss
     chunks = _chunks(*targets.shape, head.shape[1], hidden.dtype.itemsize if fused else 4)
     head = head.astype(hidden.dtype)

@@ -31,11 +31,12 @@ def make_train_step(
     state_shardings: Any = None,
     dtype=jnp.float32,
     remat: str = "none",
+    in_fp8: bool = False,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """The jitted step `(state, batch) -> (state, metrics)`; the state's buffers are donated.
 
     `state_shardings` (a tree like the state's) pins where the new state lies; else the compiler may move it, and the
-    second step would compile again. `remat` is as in `hidden_states`.
+    second step would compile again. `remat` and `in_fp8` are as in `hidden_states`.
 
     The loss is Σ weight · nll over the batch's real targets (those not negative) divided by their count in the whole
     batch, over all micro-batches and devices: never a mean of means. Without targets it is 0 and the gradient with it.
@@ -45,7 +46,7 @@ def make_train_step(
     shape = Shape.of(config, mesh)
 
     def micro_loss(params, batch, scale):
-        hidden = hidden_states(config, params, batch["inputs"], dtype, remat)
+        hidden = hidden_states(config, params, batch["inputs"], dtype, remat, in_fp8)
         weights = batch.get("weights", jnp.ones(batch["targets"].shape, jnp.float32))
         return scale * cross_entropy_sum(hidden, params["head"]["kernel"], batch["targets"], weights, shape)
 

@@ -1,0 +1,83 @@
+"""What the kernels for NVIDIA GPUs share (Pallas, by Triton): where they run, how they are started, how a mesh splits
+them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.pallas import triton
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+INTERPRET = False  # tests run the kernels on the CPU
+
+
+def capability() -> float:
+    """The compute capability of this process's GPU, such as 9.0 for Hopper; 0 where it is none of NVIDIA's."""
+    device = jax.devices()[0]
+    nvidia = device.platform == "gpu" and "cuda" in device.client.platform_version
+    return float(device.compute_capability) if nvidia else 0.0
+
+
+def fused(dtype: DTypeLike) -> bool:
+    """Whether the kernels compute arrays of `dtype` in this process: an NVIDIA GPU (Ampere or later) and bf16."""
+    return INTERPRET or (capability() >= 8.0 and jnp.dtype(dtype) == jnp.bfloat16)
+
+
+def launch(
+    kernel: Callable, grid: tuple[int, ...], out: Any, *, warps: int, aliases: Mapping[int, int] | None = None
+) -> Callable:
+    """The kernel over a grid of programs; operands and results are flat. `aliases`: an operand's number to that of
+    the result in its place."""
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        out_shape=out,
+        input_output_aliases=dict(aliases or {}),
+        interpret=INTERPRET,
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
+    )
+
+
+def load(ref, index, mask=None) -> Array:
+    """Elements in fp32, 0 where the mask is false."""
+    return triton.load(ref.at[index], mask=mask, other=None if mask is None else 0.0).astype(jnp.float32)
+
+
+def store(ref, index, value, mask=None) -> None:
+    """Elements in the dtype of `ref`, where the mask is true."""
+    triton.store(ref.at[index], value.astype(ref.dtype), mask=mask)
+
+
+def fitting(count: int, most: int) -> int:
+    """The largest power of 2, at most `most`, that divides `count`."""
+    return min(1 << most.bit_length() - 1, count & -count)
+
+
+def partitioned(rule: str, whole: tuple[str, ...] = ()) -> Callable:
+    """Makes each device run the decorated function on its part of the arrays, which `rule` describes as einsum would:
+    split as the first operand is, but along the axes of `whole`, which the function needs in one piece."""
+    operands, results = ([dims.split() for dims in side.split(",")] for side in rule.split("->"))
+
+    def wrap(call):
+        def partition(mesh, args, outs):
+            spec = args[0].sharding.spec
+            split = dict(zip(operands[0], (*spec, *[None] * (len(operands[0]) - len(spec))), strict=True))
+            split |= dict.fromkeys(whole)
+            into, out_of = (
+                tuple(NamedSharding(mesh, P(*map(split.get, dims))) for dims in side) for side in (operands, results)
+            )
+            return mesh, call, out_of if len(out_of) > 1 else out_of[0], into
+
+        wrapped = custom_partitioning(call)
+        wrapped.def_partition(partition=partition, sharding_rule=rule, need_replication_factors=whole)
+        return wrapped
+
+    return wrap
