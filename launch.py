@@ -193,7 +193,7 @@ def configure(name: str | None, overrides: list[str], data: str | None, options:
         return experiment
     from jaxchat.storage import is_folder, is_remote, to_path  # slow to import, as what follows
 
-    there = is_folder(to_path(folder))
+    there = folder != "" and is_folder(to_path(folder))
     check(there, f"data folder {folder!r} does not exist; give --data a folder with text")
     settings = {"path": folder if is_remote(folder) else os.path.abspath(folder)}
     if experiment.data.download and not any(word.startswith("--data.download") for word in overrides):
