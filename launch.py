@@ -1,7 +1,8 @@
 """Runs an experiment: trains a chatbot from nothing, stage by stage.
 
     python launch.py --experiment=quickstart
-    python launch.py --experiment=d12 --data=DIR --pretrain.num-iterations=200
+    python launch.py --experiment=d12 --pretrain.num-iterations=200
+    python launch.py --experiment=d12 --data=DIR
     python launch.py --list
 
 A run lives in runs/NAME. Started again, the command skips finished stages and resumes the unfinished one.
@@ -115,7 +116,7 @@ def _launch(argv: list[str]) -> int:
         return 0
     directory = options.run_dir or f"runs/{experiment.name}"
     if options.fresh:
-        _distributed().agreed(lambda: _set_aside(Path(directory)))
+        _distributed().agreed(lambda: _set_aside(directory))
     run_stages(Run(experiment, directory))
     if _several():
         _distributed().finish()
@@ -159,7 +160,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--experiment", metavar="NAME", help="one of experiments/")
     add("--stages", metavar="A,B", help=f"only these of: {','.join(STAGES)}")
     add("--run-dir", metavar="DIR", help="where the run lives (default runs/NAME)")
-    add("--data", metavar="DIR", help="your text (parquet, jsonl or txt), or a folder with pretrain/, chat/ and eval/")
+    add(
+        "--data",
+        metavar="DIR",
+        help="your text (parquet, jsonl or txt), or a folder with pretrain/, chat/ and eval/; "
+        "one without text is where the experiment's data sets are downloaded to (default data/)",
+    )
     add("--dry-run", action="store_true", help="parameters, steps, FLOPs, memory, hours and cost, without training")
     add("--fresh", action="store_true", help="begin anew; an earlier run is moved aside, not deleted")
     several = "of several processes, where no launcher says it (deploy/): "
@@ -185,8 +191,17 @@ def configure(name: str | None, overrides: list[str], data: str | None, options:
     folder = experiment.data.path if data is None else data
     if folder is None:
         return experiment
-    check(os.path.isdir(folder), f"data folder {folder!r} does not exist; give --data a folder with text")
-    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, path=os.path.abspath(folder)))
+    from jaxchat.storage import is_folder, is_remote, to_path  # slow to import, as what follows
+
+    there = folder != "" and is_folder(to_path(folder))
+    check(there, f"data folder {folder!r} does not exist; give --data a folder with text")
+    settings = {"path": folder if is_remote(folder) else os.path.abspath(folder)}
+    if experiment.data.download and not any(word.startswith("--data.download") for word in overrides):
+        from jaxchat.data.download import own_text
+
+        if is_remote(folder) or own_text(Path(folder)):
+            settings["download"] = ()  # who brings text of their own gets what they bring, and nothing else
+    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, **settings))
 
 
 def experiment_names() -> list[str]:
@@ -325,13 +340,14 @@ def _list() -> int:
     return 0
 
 
-def _set_aside(directory: Path) -> None:
+def _set_aside(name: str) -> None:
     """Renames an earlier run to the first free NAME.old-K.
 
     Raises:
       UserError: the directory is not a run.
     """
-    directory = directory.absolute()
+    check("://" not in name, f"--fresh moves aside what is on this machine, not {name}; choose another --run-dir")
+    directory = Path(name).absolute()
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     check((directory / "config.json").exists(), f"{directory} is not a run of jaxchat and stays; choose --run-dir")

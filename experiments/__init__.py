@@ -2,6 +2,7 @@
 
 from jaxchat.config import (
     CostConfig,
+    DataConfig,
     Experiment,
     FinetuneConfig,
     ModelConfig,
@@ -16,6 +17,7 @@ def on_text(
     *,
     devices: int,
     mfu: float,
+    shards: int,
     device_rows: int = 32,
     vocab_size: int = 32_768,
     pretrain_tokens: int = 524_288,
@@ -27,11 +29,13 @@ def on_text(
 
     Args:
       devices, mfu: what the dry run expects to run on: so many H100s, used to this fraction.
+      shards: of FineWeb-Edu, each about 53 million tokens, where the user brings no text.
       device_rows: rows of 2,048 tokens that a device takes at once; as many as its memory holds.
       pretrain_tokens, midtrain_tokens: tokens of an optimizer step.
       sft_rows: rows that a device takes at once in SFT, whose step is 16,384 tokens.
     """
     return Experiment(
+        data=DataConfig(download=(f"fineweb-edu:{shards}", "smoltalk", "mmlu", "arc", "gsm8k", "humaneval")),
         tokenizer=TokenizerConfig(vocab_size=vocab_size),
         model=ModelConfig(depth=depth),
         pretrain=PretrainConfig(batch_tokens=pretrain_tokens, device_rows=device_rows),

@@ -1,12 +1,13 @@
-"""A GPT of 12 layers, about the size of GPT-2 small, on your text: one GPU.
+"""A GPT of 12 layers, about the size of GPT-2 small: one GPU.
 
-    python launch.py --experiment=d12 --data=DIR
+    python launch.py --experiment=d12                # downloads its data
+    python launch.py --experiment=d12 --data=DIR     # your text
 
 Hardware: one H100 or H200. Expected, not measured: 1.7 hours for 2.7 billion tokens at 40 % MFU.
 Measured on one H200 (benchmarks/RESULTS.md): 471,000 tokens/s, 42 % MFU, 24.6 GiB; 1.316 validation bits per byte on
-150 MB of English after --pretrain.num-iterations=200 --pretrain.batch-tokens=131072.
+150 MB of English after --pretrain.num-iterations=200 --pretrain.batch-tokens=131072 --data.packing=concat.
 """
 
 from experiments import on_text
 
-experiment = on_text(12, devices=1, mfu=0.40)
+experiment = on_text(12, devices=1, shards=60, mfu=0.40)

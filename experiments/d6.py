@@ -1,6 +1,7 @@
-"""A GPT of 6 layers on your text: one small GPU, minutes to an hour.
+"""A GPT of 6 layers: one small GPU, minutes to an hour.
 
-    python launch.py --experiment=d6 --data=DIR
+    python launch.py --experiment=d6                # downloads its data
+    python launch.py --experiment=d6 --data=DIR     # your text
 
 Hardware: one GPU of 16 GB or more. Expected, not measured: 8 minutes of pretraining on an H100, for 0.7 billion tokens
 at 30 % MFU.
@@ -8,4 +9,4 @@ at 30 % MFU.
 
 from experiments import on_text
 
-experiment = on_text(6, devices=1, mfu=0.30, pretrain_tokens=262_144)
+experiment = on_text(6, devices=1, shards=16, mfu=0.30, pretrain_tokens=262_144)

@@ -17,7 +17,9 @@ from jaxchat.config import (
 )
 
 experiment = Experiment(
-    data=DataConfig(generate=True, synthetic_documents=40_000, synthetic_conversations=40_000, shuffle=True),
+    data=DataConfig(
+        generate=True, synthetic_documents=40_000, synthetic_conversations=40_000, shuffle=True, packing="concat"
+    ),
     tokenizer=TokenizerConfig(vocab_size=1024),
     model=ModelConfig(depth=3, sequence_len=128),
     pretrain=PretrainConfig(

@@ -45,6 +45,9 @@ class ModelConfig:
 
     `window_pattern` says how far back each layer's attention reaches: S a quarter of the context, L all of it. The
     letters are repeated over the layers; the last layer reaches all of it, whatever its letter.
+
+    With a `border_token`, which a run sets by `data.mask_borders`, attention over whole rows does not reach behind the
+    last such token.
     """
 
     depth: int = 12
@@ -54,6 +57,7 @@ class ModelConfig:
     num_kv_heads: int | None = None
     rope_base: float = 10_000.0
     logit_cap: float = 15.0
+    border_token: int | None = None
 
     def __post_init__(self):
         check(self.depth >= 1, f"model.depth is {self.depth}; it must be at least 1")
@@ -183,7 +187,14 @@ class DataConfig:
     """`path` is a folder of the user's (`--data`). Without one, `generate` lets the project make up the text.
 
     `download` names the data sets of `jaxchat data list` that the folder is to have, pretraining text as NAME:SHARDS;
-    what is missing is fetched while training goes on. Text of the user's own in the folder is used instead.
+    what is missing is fetched while training goes on, to `data` without a `path`. Text of the user's own in the folder
+    is used instead.
+
+    `packing` is how documents become rows for pretraining: whole ones that fit together, each row beginning with
+    `<|bos|>`, or all laid end to end and cut. `mask_borders` is what respects the borders of documents in a row: the
+    "loss" (`<|bos|>` is no target), the "attention" (a token sees its own document only), or "both". `on_bad` says what
+    becomes of text that is damaged or too long: the run is refused with a line that names it, or it is named, counted
+    and left out.
 
     Conversations are made up too where the user's folder has none; the sizes are those of what is made up.
     """
@@ -195,6 +206,9 @@ class DataConfig:
     synthetic_documents: int = 40_000
     synthetic_conversations: int = 40_000
     shuffle: bool = False
+    packing: Literal["best-fit", "concat"] = "best-fit"
+    mask_borders: Literal["none", "loss", "attention", "both"] = "none"
+    on_bad: Literal["refuse", "skip"] = "refuse"
 
     @property
     def folder(self) -> str | None:

@@ -185,8 +185,10 @@ def _story(report: dict[str, Any]) -> str:
     depth = config["model"]["depth"]
     size = f"{format_count(report['parameters'])} parameters ({depth} layers, {64 * depth} wide)"
     sentences = [f"A chatbot trained from nothing: {size}."]
-    path = config["data"]["path"]
+    path, sets = config["data"]["path"], config["data"]["download"]
     source = f"text from the folder `{Path(path).name}`" if path else "stories of a small world that jaxchat made up"
+    if sets:
+        source = f"text ({sets[0].partition(':')[0]})"
     read = stages.get("pretrain", {}).get("tokens")
     heard = sum(stages.get(stage, {}).get("tokens") or 0 for stage in ("midtrain", "sft"))
     if read:
@@ -295,7 +297,23 @@ def _road(report: dict[str, Any]) -> str:
     note = f"\n\nCost at ${price:,.2f} per device-hour." if report["cost"] else ""
     missing = [s for s in report["config"]["stages"] if s not in stages and s != "report"]
     unfinished = f"\n\nNot finished: {', '.join(missing)}." if missing else ""
-    return f"## How it got there\n\n{table}{note}{unfinished}"
+    lines = [f"- {stage}: {line}." for stage, entry in stages.items() if (line := describe_data(entry))]
+    data = "\n\nIts data:\n\n" + "\n".join(lines) if lines else ""
+    return f"## How it got there\n\n{table}{note}{unfinished}{data}"
+
+
+def describe_data(entry: dict[str, Any]) -> str:
+    """What a stage's record says about its rows, and about what was left out of its text."""
+    parts = []
+    if packing := entry.get("packing"):
+        parts.append(f"rows {packing['utilisation']:.1%} full")
+        if packing.get("documents"):
+            cut = packing["cut"] / packing["documents"]
+            parts.append(f"0 tokens cropped, {cut:.1%} of documents cut into pieces")
+    if left_out := entry.get("left_out"):
+        counts = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in sorted(left_out.items()))
+        parts.append(f"left out of the text: {counts}")
+    return "; ".join(parts)
 
 
 def _settings(report: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ import os
 import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"  # the tests of downloads have a server of their own
 
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402

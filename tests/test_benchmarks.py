@@ -5,8 +5,11 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -53,3 +56,21 @@ def test_tokenizer(tmp_path):
     assert data["encoding"]["1"]["tiktoken"]["megabytes"] == pytest.approx(0.132)
     assert isinstance(data["unbroken"]["random letters"]["tiktoken"], float)
     assert "| tiktoken |" in done.stdout and "run 2 of 2" in done.stderr
+
+
+def test_data(tmp_path):
+    texts = [f"{i} some words, some more words, and 12 others. " * (1 + i % 40) for i in range(300)]
+    for number in range(3):
+        pq.write_table(pa.table({"text": texts}), tmp_path / f"{number}.parquet", row_group_size=64)
+    options = "--vocab-size 300 --rows 2 --sequence-len 128 --batches 20 --rounds 1".split()
+    command = [sys.executable, "benchmarks/data.py", tmp_path, *options]
+    run = partial(subprocess.run, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = run([*command, "--json", tmp_path / "all.json"])
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "all.json").read_text())["1"]
+    assert list(found) == ["jaxchat, best-fit", "jaxchat, concat"]
+    assert all(figures["tokens"] == 20 * 2 * 128 and figures["cropped"] == 0 for figures in found.values())
+    assert 0.95 < found["jaxchat, best-fit"]["utilisation"] <= found["jaxchat, concat"]["utilisation"] == 1
+    assert "| jaxchat, best-fit | 1 |" in done.stdout
+    done = run([*command, "--checkout", tmp_path])
+    assert done.returncode == 2 and "is not a nanochat checkout" in done.stderr.splitlines()[-1]

@@ -11,9 +11,10 @@ from huggingface_hub import is_offline_mode
 
 from jaxchat.config import UserError, check
 from jaxchat.data.catalogue import Request, Shards
-from jaxchat.data.download import Download, is_whole, own_text, pieces_of
+from jaxchat.data.download import Download, is_whole, local_folder, own_text, pieces_of
 from jaxchat.data.hub import Stopped
 from jaxchat.data.manifest import Manifest
+from jaxchat.data.reading import OnBad
 from jaxchat.data.shards import TextSide, TextSplit, find_text
 from jaxchat.live import format_duration
 
@@ -36,14 +37,14 @@ class Arrivals:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | str,
         requests: Sequence[Request],
         say: Callable[[str], None] = print,
         *,
         patience: int | None = None,
         backoff: float = 1.0,
     ):
-        self.folder, self._say = Path(folder), say
+        self.folder, self._say = local_folder(folder), say
         self._text = next((request for request in requests if request.is_text), None)
         self._other = self._text is not None and self._has_other_text()
         self._wanted = [request for request in requests if not self._is_there_already(request)]
@@ -70,16 +71,16 @@ class Arrivals:
         there = any((self.folder / piece.name).exists() for piece in pieces_of(request))
         return there and not Manifest.read(self.folder).of(request.dataset.name)
 
-    def text(self, val_shard: str | None = None) -> TextSplit:
+    def text(self, val_shard: str | None = None, *, on_bad: OnBad = "refuse") -> TextSplit:
         """The text to train on, exactly the shards that are asked for; those that are not there yet are waited for
-        when they are read.
+        when they are read. What of them is bad is refused or skipped.
 
         Raises:
           UserError: as `find_text`, for text that is not fetched; a `val_shard` that is not among the shards.
         """
         self._start()
         if self._text is None or self._other:
-            return find_text(self.folder, val_shard)
+            return find_text(self.folder, val_shard, on_bad=on_bad, tell=self._tell)
         content: Shards = self._text.dataset.content
         pinned = self.folder / content.validation
         train = [self.folder / content.name(index) for index in range(self._text.shards)]
@@ -88,7 +89,8 @@ class Arrivals:
             val = next((path for path in (pinned, *train) if val_shard in (path.name, path.stem)), None)
             check(val is not None, f"validation shard {val_shard!r} is not among those of {self._text.dataset.name}")
         sides = (tuple(path for path in train if path != val), (val,))
-        return TextSplit(*(TextSide(files, "parquet", wait=self.wait) for files in sides))
+        common = {"format": "parquet", "wait": self.wait, "on_bad": on_bad, "tell": self._tell}
+        return TextSplit(*(TextSide(files, **common) for files in sides))
 
     def wait(self, path: Path) -> None:
         """Returns when a file is there.

@@ -57,7 +57,7 @@ class Download:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | str,
         requests: Sequence[Request],
         *,
         say: Callable[[str], None] = print,
@@ -65,8 +65,7 @@ class Download:
         patience: int | None = PATIENCE,
         backoff: float = 1.0,
     ):
-        check("://" not in str(folder), f"{folder} is not a local folder; download to one, and copy it from there")
-        self.folder, self._requests, self._say, self._check_bytes = Path(folder), requests, say, check_bytes
+        self.folder, self._requests, self._say, self._check_bytes = local_folder(folder), requests, say, check_bytes
         self._stop = threading.Event()
         self._hub = Hub(say, self._stop, patience=patience, backoff=backoff)
         self._changed = threading.Condition()
@@ -326,6 +325,16 @@ class Download:
             for name, (path, digest) in files.items():
                 self._manifest.files[name] = Record(piece.dataset.name, path.stat().st_size, digest, made_of)
             self._manifest.write()
+
+
+def local_folder(folder: Path | str) -> Path:
+    """Where downloads can go.
+
+    Raises:
+      UserError: storage that has no local paths.
+    """
+    check("://" not in str(folder), f"{folder} is not a local folder; download to one, and copy it from there")
+    return Path(folder)
 
 
 def pieces_of(request: Request) -> list[Piece]:

@@ -10,20 +10,30 @@ from __future__ import annotations
 
 import atexit
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import grain.python as grain
 import numpy as np
 from grain.experimental import ThreadPrefetchDatasetIterator
 
 from jaxchat.config import check
-from jaxchat.data.packing import BestFitPacker, RenderedConversations, TokenStream, cut_rows, pack_conversations
-from jaxchat.data.shards import TextBlocks, TextSide
+from jaxchat.data.bestfit import BestFitRows
+from jaxchat.data.packing import (
+    IGNORE,
+    BestFitPacker,
+    CutRows,
+    RenderedConversations,
+    TokenStream,
+    pack_conversations,
+)
+from jaxchat.data.shards import Block, TextBlocks, TextSide
 
 PREFETCHED_BATCHES = 2
 
 Batch = dict[str, np.ndarray]
+Packing = Literal["best-fit", "concat"]
 
 
 def pretrain_batches(
@@ -35,11 +45,13 @@ def pretrain_batches(
     seed: int,
     shuffle: bool = False,
     repeat: bool = True,
+    packing: Packing = "concat",
+    mask_borders: bool = False,
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int | None = None,
 ) -> grain.DatasetIterator:
-    """Batches of documents that begin with `<|bos|>`, laid end to end and cut to rows.
+    """Batches of documents that begin with `<|bos|>`.
 
     Args:
       side: the text, as `find_text` gives it.
@@ -49,13 +61,16 @@ def pretrain_batches(
       seed: of the shuffle.
       shuffle: reads the blocks of each epoch in an order of its own; otherwise they come in the order of the files.
       repeat: starts again at the end of the text, without a seam. Otherwise the last batch is filled up with targets
-        of -1, and every token but the first has been a target once.
+        of -1, and every token has been a target once, but for those that begin a row of best fit, or the text.
+      packing: "concat" lays documents end to end and cuts them to rows, "best-fit" is `BestFitRows`.
+      mask_borders: `<|bos|>` is no target, and so nothing is predicted across the border of two documents.
       num_threads: the tokenizer's; None for its default.
 
     Returns:
       A grain iterator of `{"inputs": int32[rows, sequence_len], "targets": int32[rows, sequence_len]}`, targets -1
       where there is nothing to train on. `get_state()` has the keys epoch, block, document, token, blocks (None
-      while files are on their way).
+      while files are on their way), left_out (how much of the first epoch was bad, by kind, see `Findings`), packed
+      (`rows` and `targets` so far, and more with best fit), and row with best fit.
 
     Raises:
       UserError: files that cannot be read (see `TextBlocks`), too little text for one row, a state of other text.
@@ -65,7 +80,7 @@ def pretrain_batches(
     order = _Epochs(blocks, seed if shuffle else None)
     name = f"{side.files[0]}" if len(side.files) == 1 else f"the text in {side.files[0].parent}"
 
-    def documents(epoch: int, index: int) -> list[str] | None:
+    def documents(epoch: int, index: int) -> Block | None:
         # A shuffled order has to know all blocks; in their own order they are read as their files arrive.
         there = index < len(blocks) if shuffle else blocks.reaches(index)
         return order.at(epoch, index) if there else None
@@ -81,7 +96,10 @@ def pretrain_batches(
             name=name,
             num_threads=num_threads,
         )
-        return _TextIterator(stream, rows, process_index, process_count, sequence_len, tokenizer.bos_token_id)
+        bos = tokenizer.bos_token_id
+        fit = packing == "best-fit"
+        source = BestFitRows(stream, sequence_len + 1, bos, seed) if fit else CutRows(stream, sequence_len)
+        return _TextIterator(source, rows, process_index, process_count, sequence_len, bos, mask_borders)
 
     return iter(_Prefetched(open_iterator))
 
@@ -105,7 +123,7 @@ def chat_batches(
 
     Returns:
       As `pretrain_batches`; targets are -1 where the mask is 0 and in the padding. `get_state()` has the keys epoch,
-      taken, waiting, conversations.
+      taken, waiting, conversations, packed (`rows` so far, and `targets` in them, trained on or not).
 
     Raises:
       UserError: no conversations, one that cannot be rendered, a state of other conversations.
@@ -170,29 +188,39 @@ class _Epochs:
 
 class _TextIterator(grain.DatasetIterator):
     def __init__(
-        self, stream: TokenStream, rows: int, process_index: int, process_count: int, sequence_len: int, filler: int
+        self,
+        source: BestFitRows | CutRows,
+        rows: int,
+        process_index: int,
+        process_count: int,
+        sequence_len: int,
+        bos: int,
+        mask_borders: bool,
     ):
         super().__init__()
-        self._stream = stream
-        self._rows = rows
-        self._sequence_len = sequence_len
-        self._filler = filler
-        self._size = rows * process_count * sequence_len
-        self._first = process_index * rows * sequence_len
+        self._source = source
+        self._global_rows = rows * process_count
+        self._mine = slice(process_index * rows, (process_index + 1) * rows)
+        self._shape = rows, sequence_len + 1
+        self._bos, self._mask_borders = bos, mask_borders
 
     def __next__(self) -> Batch:
-        tokens = self._stream.peek(self._size + 1)
-        if len(tokens) < 2:
+        taken = self._source.take(self._global_rows)
+        if not len(taken):
             raise StopIteration
-        self._stream.skip(len(tokens) - 1)
-        inputs, targets = cut_rows(tokens[self._first :], self._rows, self._sequence_len, self._filler)
-        return {"inputs": inputs, "targets": targets}
+        mine = taken[self._mine]
+        if len(mine) < self._shape[0]:
+            mine = np.concatenate([mine, np.full((self._shape[0] - len(mine), self._shape[1]), IGNORE, np.int32)])
+        inputs, targets = mine[:, :-1], mine[:, 1:]
+        if self._mask_borders:
+            targets = np.where(targets == self._bos, IGNORE, targets)
+        return {"inputs": np.where(inputs == IGNORE, self._bos, inputs), "targets": np.ascontiguousarray(targets)}
 
     def get_state(self) -> dict[str, Any]:
-        return self._stream.state
+        return self._source.state
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._stream.state = state
+        self._source.state = state
 
 
 class _ChatIterator(grain.DatasetIterator):
@@ -205,20 +233,24 @@ class _ChatIterator(grain.DatasetIterator):
         self._rows = rows
         self._global_rows = rows * process_count
         self._first = process_index * rows
+        self._packed = Counter(rows=0, targets=0)
 
     def __next__(self) -> Batch:
         plan = [row for _ in range(self._global_rows) if (row := self._packer.next_row()) is not None]
         if not plan:
             raise StopIteration
+        tokens = sum(self._rendered.length(conversation) for row in plan for conversation in row)
+        self._packed.update(rows=len(plan), targets=tokens - len(plan))
         mine = plan[self._first : self._first + self._rows]
         inputs, targets = pack_conversations(mine, self._rendered, self._rows)
         return {"inputs": inputs, "targets": targets}
 
     def get_state(self) -> dict[str, Any]:
-        return self._packer.state
+        return {**self._packer.state, "packed": dict(self._packed)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._packer.state = state
+        self._packed = Counter(state.get("packed", {}))
 
 
 class _Prefetched(grain.IterDataset):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxchat.config import UserError, check
+from jaxchat.storage import AnyPath
 
 FILE_NAME = "manifest.json"
 VERSION = 1
@@ -46,12 +47,12 @@ class Record:
 class Manifest:
     """What a data folder has; the keys of `files` are paths inside it, with slashes."""
 
-    folder: Path
+    folder: AnyPath
     datasets: dict[str, Source] = field(default_factory=dict)
     files: dict[str, Record] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: AnyPath) -> Manifest:
         """The folder's manifest, an empty one if it has none.
 
         Raises:
@@ -117,7 +118,7 @@ class Manifest:
             return f"cannot be read ({error.strerror})"
 
 
-def pinned_shard(text_folder: Path) -> Path | None:
+def pinned_shard(text_folder: AnyPath) -> AnyPath | None:
     """The validation shard that a manifest pins for the text in a folder; None where none does.
 
     The folder is a data folder, or its `pretrain/`.
@@ -125,11 +126,21 @@ def pinned_shard(text_folder: Path) -> Path | None:
     Raises:
       UserError: a damaged manifest.
     """
-    for folder in (text_folder, text_folder.parent) if text_folder.name == "pretrain" else (text_folder,):
-        for source in Manifest.read(folder).datasets.values():
-            if source.validation is not None and (path := folder / source.validation).parent == text_folder:
-                return path
-    return None
+    pinned = (m.folder / source.validation for m in _manifests(text_folder) for source in m.datasets.values()
+              if source.validation is not None)  # fmt: skip
+    return next((path for path in pinned if path.parent == text_folder), None)
+
+
+def recorded_shards(text_folder: AnyPath) -> list[AnyPath]:
+    """The files of text that a manifest says are in a folder, which is as for `pinned_shard`."""
+    paths = (m.folder / name for m in _manifests(text_folder) for name, record in m.files.items()
+             if m.datasets[record.dataset].validation is not None)  # fmt: skip
+    return [path for path in paths if path.parent == text_folder]
+
+
+def _manifests(text_folder: AnyPath) -> list[Manifest]:
+    folders = (text_folder, text_folder.parent) if text_folder.name == "pretrain" else (text_folder,)
+    return [Manifest.read(folder) for folder in folders]
 
 
 def file_sha256(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from jaxchat.config import UserError, check
+from jaxchat.data.shards import Block
 
 IGNORE = -1  # the target of a position that is not trained on
 CHUNK_CHARS = 1 << 20  # tokenised at once: enough for the tokenizer's threads, little enough for memory
@@ -20,21 +21,31 @@ CACHED_TOKENS = 1 << 25  # rendered conversations kept in memory: 5 bytes a toke
 
 
 @dataclass
-class _Chunk:
-    """Tokens of consecutive documents of one block; `offsets` are where the documents begin, and the end."""
+class Chunk:
+    """Tokens of consecutive documents of one block; `offsets` are where the documents begin, and the end. `before` and
+    `after` are what had been left out of the first epoch before this block, and with it."""
 
     epoch: int
     block: int
     document: int
     ids: Int32[np.ndarray, " N"]
     offsets: np.ndarray
+    before: dict[str, int]
+    after: dict[str, int]
+
+    def state_at(self, token: int) -> dict[str, Any]:
+        """Where its `token`th token stands, as `TokenStream.state` says it."""
+        within = int(np.searchsorted(self.offsets, token, side="right")) - 1
+        place = {"epoch": self.epoch, "block": self.block, "document": self.document + within}
+        begins = (self.document, token) == (0, 0)
+        return {**place, "token": token - int(self.offsets[within]), "left_out": self.before if begins else self.after}
 
 
 class TokenStream:
     """The tokens of documents, one after the other, each document beginning with `<|bos|>`; epoch follows epoch.
 
     Args:
-      blocks: the documents of an epoch's i-th block, by epoch and i; None behind the last.
+      blocks: an epoch's i-th block, by epoch and i; None behind the last.
       count: blocks in an epoch, or None as long as that is not known: only the state needs it.
       tokenizer: has `encode_to_numpy` and `bos_token_id`.
       epochs: the stream ends after so many; None for never.
@@ -45,7 +56,7 @@ class TokenStream:
 
     def __init__(
         self,
-        blocks: Callable[[int, int], list[str] | None],
+        blocks: Callable[[int, int], Block | None],
         count: Callable[[], int | None],
         tokenizer: Any,
         *,
@@ -61,32 +72,33 @@ class TokenStream:
         self._minimum = minimum
         self._name = name
         self._num_threads = num_threads
-        self._seek(0, 0, 0, 0)
+        self._seek(0, 0, 0, 0, {})
 
     @property
-    def state(self) -> dict[str, int | None]:
-        """Where the next token stands: epoch, block in the epoch, document in the block, token in the document."""
-        if not self._chunks:
-            epoch, block, document, token = self._epoch, self._block, self._document, 0
+    def state(self) -> dict[str, Any]:
+        """Where the next token stands: epoch, block in the epoch, document in the block, token in the document; and how
+        much was left out of the first epoch up to there, by kind."""
+        if self._chunks:
+            place = self._chunks[0].state_at(self._used)
         else:
-            chunk = self._chunks[0]
-            within = int(np.searchsorted(chunk.offsets, self._used, side="right")) - 1
-            epoch, block, document = chunk.epoch, chunk.block, chunk.document + within
-            token = self._used - int(chunk.offsets[within])
-        return {"epoch": epoch, "block": block, "document": document, "token": token, "blocks": self._count()}
+            place = {"epoch": self._epoch, "block": self._block, "document": self._document, "token": 0}
+            place["left_out"] = dict(self._left_out)
+        return place | {"blocks": self._count()}
 
     @state.setter
-    def state(self, state: dict[str, int | None]) -> None:
+    def state(self, state: dict[str, Any]) -> None:
         now, then = self._count(), state["blocks"]
         same = None in (now, then) or now == then
         check(same, f"{self._name} has changed: {now} blocks now, {then} when the state was saved")
-        self._seek(state["epoch"], state["block"], state["document"], state["token"])
+        self._seek(state["epoch"], state["block"], state["document"], state["token"], state.get("left_out", {}))
 
-    def _seek(self, epoch: int, block: int, document: int, token: int) -> None:
+    def _seek(self, epoch: int, block: int, document: int, token: int, left_out: dict[str, int]) -> None:
         self._epoch, self._block, self._document = epoch, block, document
-        self._documents: list[str] | None = None
+        self._documents: Block | None = None
         self._epoch_tokens: int | None = 0 if (block, document) == (0, 0) else None  # None: not seen from its beginning
-        self._chunks: deque[_Chunk] = deque()
+        self._left_out = self._before = Counter(left_out)
+        self._counted = (document, token) != (0, 0)  # whether what the block leaves out is counted already
+        self._chunks: deque[Chunk] = deque()
         self._used = 0
         self._available = 0
         if token:
@@ -118,6 +130,7 @@ class TokenStream:
         while self._epochs is None or self._epoch < self._epochs:
             if self._documents is None:
                 self._documents = self._blocks(self._epoch, self._block)
+                self._count_left_out()
             if self._documents is None:
                 self._check_epoch()
                 self._epoch, self._block, self._document, self._epoch_tokens = self._epoch + 1, 0, 0, 0
@@ -127,6 +140,20 @@ class TokenStream:
                 return True
             self._documents, self._document, self._block = None, 0, self._block + 1
         return False
+
+    def next_chunk(self) -> Chunk | None:
+        """The documents that come next, taken from the stream, which nobody has peeked at; None behind the last."""
+        if not self._chunks and not self._read_chunk():
+            return None
+        chunk = self._chunks.popleft()
+        self._available -= len(chunk.ids)
+        return chunk
+
+    def _count_left_out(self) -> None:
+        self._before = self._left_out
+        if self._documents is not None and self._epoch == 0 and not self._counted:
+            self._left_out = self._left_out + Counter(self._documents.left_out)
+        self._counted = False
 
     def _check_epoch(self) -> None:
         found = self._epoch_tokens
@@ -143,28 +170,54 @@ class TokenStream:
         ids, offsets = self._tokenizer.encode_to_numpy(
             documents[start:stop], prepend=self._tokenizer.bos_token_id, num_threads=self._num_threads
         )
-        self._chunks.append(_Chunk(self._epoch, self._block, start, ids.astype(np.int32), offsets))
+        left_out = dict(self._before), dict(self._left_out)
+        self._chunks.append(Chunk(self._epoch, self._block, start, ids.astype(np.int32), offsets, *left_out))
         self._available += len(ids)
         self._document = stop
         if self._epoch_tokens is not None:
             self._epoch_tokens += len(ids)
 
 
-def cut_rows(
-    tokens: Int32[np.ndarray, " N"], rows: int, sequence_len: int, filler: int
-) -> tuple[Int32[np.ndarray, "rows T"], Int32[np.ndarray, "rows T"]]:
-    """Rows of inputs and targets from up to `rows * sequence_len + 1` consecutive tokens.
+class CutRows:
+    """Rows of a stream's tokens laid end to end, as `cut_rows` makes them."""
 
-    A row's last target is the next row's first input, so that every token but the first is a target once. What the
-    tokens do not reach is filled with `filler` (inputs) and -1 (targets).
+    def __init__(self, stream: TokenStream, sequence_len: int):
+        self._stream, self._sequence_len = stream, sequence_len
+        self._packed = Counter(rows=0, targets=0)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """As `TokenStream.state`, and what was packed: `rows`, and `targets` in them."""
+        return {**self._stream.state, "packed": dict(self._packed)}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        check(
+            "row" not in state,
+            "the state was saved by rows that are packed otherwise; go on with --data.packing=best-fit",
+        )
+        self._stream.state = state
+        self._packed = Counter(state.get("packed", {}))
+
+    def take(self, count: int) -> Int32[np.ndarray, "rows T+1"]:
+        """The next rows, fewer only when the stream ends."""
+        tokens = self._stream.peek(count * self._sequence_len + 1)
+        targets = max(0, len(tokens) - 1)
+        self._stream.skip(targets)
+        rows = cut_rows(tokens, -(-targets // self._sequence_len), self._sequence_len)
+        self._packed.update(rows=len(rows), targets=targets)
+        return rows
+
+
+def cut_rows(tokens: Int32[np.ndarray, " N"], rows: int, sequence_len: int) -> Int32[np.ndarray, "rows T+1"]:
+    """Rows of one token more than they have targets, from up to `rows * sequence_len + 1` consecutive tokens.
+
+    A row ends with the token that the next one begins with, so that every token but the first is a target once. What
+    the tokens do not reach is -1.
     """
-    size = rows * sequence_len
-    inputs = np.full(size, filler, np.int32)
-    targets = np.full(size, IGNORE, np.int32)
-    count = max(0, min(len(tokens) - 1, size))
-    inputs[:count] = tokens[:count]
-    targets[:count] = tokens[1 : count + 1]
-    return inputs.reshape(rows, sequence_len), targets.reshape(rows, sequence_len)
+    padded = np.full(rows * sequence_len + 1, IGNORE, np.int32)
+    padded[: len(tokens)] = tokens[: len(padded)]
+    return padded[np.arange(rows)[:, None] * sequence_len + np.arange(sequence_len + 1)]
 
 
 class RenderedConversations:

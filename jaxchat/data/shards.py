@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import BinaryIO, Literal
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Literal
 
 from jaxchat.config import UserError, check, closest
-from jaxchat.data.manifest import FILE_NAME, pinned_shard
+from jaxchat.data import reading
+from jaxchat.data.manifest import FILE_NAME, pinned_shard, recorded_shards
+from jaxchat.data.reading import Findings, OnBad, Unreadable, open_parquet
+from jaxchat.storage import AnyPath, is_folder, size_of, to_path
 
 Format = Literal["parquet", "jsonl", "txt"]
 SUFFIXES: dict[Format, tuple[str, ...]] = {"parquet": (".parquet",), "jsonl": (".jsonl", ".jsonl.gz"), "txt": (".txt",)}
 
-BLOCK_BYTES = 4 << 20  # of jsonl or txt in a block: some thousand documents, read and parsed in about 50 ms
 LONG_TEXT_BYTES = 100_000  # a longer txt file is a book or a corpus rather than one document
-PIECE_CHARS = 16_000  # and is cut at blank lines into documents of about this length
+_GET = "'jaxchat data get'"
+NAMED = 20  # of what is left out, so many are named, the rest is only counted
 HOLD_OUT = (50, 25, 12, 6, 3, 2)  # one file alone: one document in so many is for validation; the first that works
 
 
@@ -35,13 +32,17 @@ class TextSide:
     multiple of `hold_out` are for validation, and `held_out` says which of the two this side is.
 
     The files of a parquet side may still be on their way: then `wait` returns when the one it is given is there.
+
+    `on_bad` says what becomes of text that is damaged, and `tell` is told of each that is left out.
     """
 
-    files: tuple[Path, ...]
+    files: tuple[AnyPath, ...]
     format: Format
     hold_out: int | None = None
     held_out: bool = False
-    wait: Callable[[Path], None] | None = field(default=None, compare=False, repr=False)
+    wait: Callable[[AnyPath], None] | None = field(default=None, compare=False, repr=False)
+    on_bad: OnBad = "refuse"
+    tell: Callable[[str], None] = field(default=print, compare=False, repr=False)
 
     @property
     def complete(self) -> bool:
@@ -59,19 +60,29 @@ class TextSplit:
     val: TextSide
 
 
-def find_text(data_dir: Path | str, val_shard: str | None = None) -> TextSplit:
+def find_text(
+    data_dir: AnyPath | str,
+    val_shard: str | None = None,
+    *,
+    on_bad: OnBad = "refuse",
+    tell: Callable[[str], None] = print,
+) -> TextSplit:
     """Finds the text of a folder, or of `pretrain/` inside it, and splits it.
 
     Files in order of their names; the last one is for validation, or the one that `val_shard` names (with or without
     its suffix), or the one that the folder's manifest pins, which is never trained on. If there is only one, about
     every 50th document is. Text files beside parquet or jsonl are taken for notes and left alone.
 
+    Args:
+      on_bad, tell: as `TextSide`.
+
     Raises:
-      UserError: no such folder, no text in it, both parquet and jsonl, a parquet file that is none or has no column
-        `text`, a `val_shard` or pinned shard that is not there, a single document, a damaged manifest.
+      UserError: no such folder, no text in it, both parquet and jsonl, a parquet file without a column `text`, a
+        `val_shard` or pinned shard that is not there, a single document, a damaged manifest; unless they are to be
+        skipped, a parquet file that is none, and a shard of the manifest that is missing.
     """
-    folder = Path(data_dir)
-    check(folder.exists(), f"data folder {folder} does not exist")
+    folder = to_path(data_dir)
+    check(is_folder(folder) or folder.exists(), f"data folder {folder} does not exist")
     check(folder.is_dir(), f"{folder} is not a folder")
     folder = folder / "pretrain" if (folder / "pretrain").is_dir() else folder
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -84,47 +95,53 @@ def find_text(data_dir: Path | str, val_shard: str | None = None) -> TextSplit:
     check(not (found["parquet"] and found["jsonl"]), both)
     kind = next(kind for kind in SUFFIXES if found[kind])
     files = found[kind]
-    if kind == "parquet":
-        for path in files:
-            _open_parquet(path)
-
+    split = partial(TextSide, format=kind, on_bad=on_bad, tell=tell)
     pinned = pinned_shard(folder)
     if pinned is not None:
-        return _keep_out(pinned, val_shard, files, kind)
+        check(pinned in files, f"{pinned}, the validation shard by {FILE_NAME}, is missing; {_GET} fetches it")
+        files = tuple(sorted({*files, *recorded_shards(folder)}))
+    if kind == "parquet":
+        for path in files:
+            _check_parquet(path, on_bad)
     if len(files) == 1:
         check(val_shard in (None, *_short_names(files[0])), _no_such_shard(val_shard, folder, files))
-        return _hold_out(files, kind)
-    val = files[-1] if val_shard is None else next((path for path in files if val_shard in _short_names(path)), None)
-    if val is None:
-        raise UserError(_no_such_shard(val_shard, folder, files))
-    return TextSplit(TextSide(tuple(path for path in files if path != val), kind), TextSide((val,), kind))
-
-
-def _keep_out(pinned: Path, val_shard: str | None, files: tuple[Path, ...], kind: Format) -> TextSplit:
-    """Validation by the pinned file, or the one named; neither of them is trained on."""
-    check(pinned in files, f"{pinned}, the validation shard by {FILE_NAME}, is missing; 'jaxchat data get' fetches it")
-    val = pinned if val_shard is None else next((path for path in files if val_shard in _short_names(path)), None)
-    if val is None:
-        raise UserError(_no_such_shard(val_shard, pinned.parent, files))
+        check(pinned is None, f"{folder} holds no text for training beside {files[0].name}; {_GET} fetches more")
+        return _hold_out(split(files))
+    # The pinned shard is not trained on, even if another one is for validation.
+    val = files[-1] if pinned is None else pinned
+    if val_shard is not None:
+        val = next((path for path in files if val_shard in _short_names(path)), None)
+        check(val is not None, _no_such_shard(val_shard, folder, files))
+    if kind == "parquet":
+        _check_parquet(val, "refuse")
     train = tuple(path for path in files if path not in (val, pinned))
-    check(bool(train), f"{pinned.parent} holds no text for training beside {val.name}; 'jaxchat data get' fetches more")
-    return TextSplit(TextSide(train, kind), TextSide((val,), kind))
+    check(bool(train), f"{folder} holds no text for training beside {val.name}; {_GET} fetches more")
+    return TextSplit(split(train), split((val,)))
 
 
-def _short_names(path: Path) -> tuple[str, str]:
+def _check_parquet(path: AnyPath, on_bad: OnBad) -> None:
+    try:
+        open_parquet(path)
+    except Unreadable as error:
+        fetches = f"; {_GET} fetches it" if error.kind == "missing_files" else ""
+        check(on_bad == "skip", f"{error}{fetches}; --data.on-bad=skip leaves a file for training out")
+
+
+def _short_names(path: AnyPath) -> tuple[str, str]:
     return path.name, path.name.split(".", 1)[0]
 
 
-def _no_such_shard(val_shard: str | None, folder: Path, files: tuple[Path, ...]) -> str:
+def _no_such_shard(val_shard: str | None, folder: AnyPath, files: tuple[AnyPath, ...]) -> str:
     return f"validation shard {val_shard!r} is not in {folder}{closest(str(val_shard), [path.name for path in files])}"
 
 
-def _hold_out(files: tuple[Path, ...], kind: Format) -> TextSplit:
+def _hold_out(side: TextSide) -> TextSplit:
     for modulus in HOLD_OUT:
-        split = TextSplit(TextSide(files, kind, modulus), TextSide(files, kind, modulus, held_out=True))
-        if all(next(iterate_texts(side), None) is not None for side in (split.train, split.val)):
+        split = TextSplit(replace(side, hold_out=modulus), replace(side, hold_out=modulus, held_out=True))
+        quiet = (replace(half, tell=lambda line: None) for half in (split.train, split.val))
+        if all(next(iterate_texts(half), None) is not None for half in quiet):
             return split
-    raise UserError(f"{files[0]} holds too few documents to keep one for validation; add a second file")
+    raise UserError(f"{side.files[0]} holds too few documents to keep one for validation; add a second file")
 
 
 def iterate_texts(side: TextSide) -> Iterator[str]:
@@ -140,16 +157,31 @@ def text_bytes(side: TextSide) -> int:
     total = 0
     for path in there:
         if side.format == "parquet":
-            metadata = _open_parquet(path).metadata
+            try:
+                metadata = open_parquet(path).metadata
+            except Unreadable:
+                continue  # it is told of when it is read
             groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
             columns = (group.column(index) for group in groups for index in range(group.num_columns))
             total += sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "text")
         else:
-            total += path.stat().st_size * (4 if path.suffix == ".gz" else 1)
+            total += size_of(path) * (4 if path.suffix == ".gz" else 1)
     return total * len(side.files) // max(1, len(there))
 
 
-class TextBlocks(Sequence[list[str]]):
+# Where the documents are, in words, and what reads them.
+_Reader = tuple[str, Callable[[Findings], list[str | None]]]
+
+
+class Block(list[str]):
+    """The documents of a block, and how many were left out of it, by kind (see `Findings`)."""
+
+    def __init__(self, texts: Sequence[str] = (), left_out: Mapping[str, int] | None = None):
+        super().__init__(texts)
+        self.left_out = dict(left_out or {})
+
+
+class TextBlocks(Sequence[Block]):
     """The blocks of a side as a random-access data source: element i is the list of block i's documents.
 
     A block is a row group of parquet, about 4 MiB of jsonl or txt, or a whole `.jsonl.gz`. It is read when asked for.
@@ -157,15 +189,17 @@ class TextBlocks(Sequence[list[str]]):
     waits for its file and those before it, and the length for all of them; whatever the order in which they come, the
     blocks are the same.
 
-    Raises (when built or when a block is read):
-      UserError: a file that cannot be read, a broken line (`FILE:LINE: ...`), a line or file without text.
+    Raises (when built or when a block is read), unless bad text is to be skipped:
+      UserError: a file that cannot be read, a broken line (`FILE:LINE: ...`), a line or file without text, a document
+        of more than `LONGEST_CHARS` characters, or that is no UTF-8.
     """
 
     def __init__(self, side: TextSide):
         self._side = side
         self._lock = threading.Lock()
+        self._told: set[str] = set()
         self._listed = 0  # files whose blocks are known
-        self._readers: list[Callable[[], Sequence[str | None]]] = []
+        self._readers: list[_Reader] = []
         if side.wait is None:
             self._readers, self._listed = _list_blocks(side), len(side.files)
 
@@ -174,10 +208,23 @@ class TextBlocks(Sequence[list[str]]):
             self._list_next()
         return len(self._readers)
 
-    def __getitem__(self, index: int) -> list[str]:
+    def __getitem__(self, index: int) -> Block:
         if not self.reaches(index):
             raise IndexError(f"block {index} of {len(self)}")
-        return [text for text in self._readers[index]() if text and self._side.keeps(text)]
+        findings = Findings(self._side.on_bad, self._tell)
+        where, read = self._readers[index]
+        texts = findings.keep(read(findings), where)
+        return Block([text for text in texts if self._side.keeps(text)], findings.left_out)
+
+    def _tell(self, line: str) -> None:
+        """Tells of each once, however often its block is read."""
+        with self._lock:
+            new = line not in self._told and len(self._told) < NAMED
+            if new:
+                self._told.add(line)
+                more = "; further ones are counted only" if len(self._told) == NAMED else ""
+        if new:
+            self._side.tell(line + more)
 
     def reaches(self, index: int) -> bool:
         """Whether there is a block `index`."""
@@ -204,172 +251,44 @@ class TextBlocks(Sequence[list[str]]):
         return f"TextBlocks({self._side.files[0].parent}, {len(self._side.files)} files)"
 
 
-def _list_blocks(side: TextSide) -> list[Callable[[], Sequence[str | None]]]:
-    readers: list[Callable[[], Sequence[str | None]]] = []
-    small: list[Path] = []
+def _list_blocks(side: TextSide) -> list[_Reader]:
+    readers: list[_Reader] = []
+    small: list[AnyPath] = []
     small_bytes = 0
     for path in side.files:
         if side.format == "parquet":
-            metadata = _open_parquet(path).metadata
-            readers += [partial(_read_row_group, path, metadata, group) for group in range(metadata.num_row_groups)]
+            readers += _list_row_groups(path, side.on_bad)
             continue
-        size = path.stat().st_size
+        size = size_of(path)
         if path.suffix == ".gz":
-            readers.append(partial(_read_gzip_texts, path))
+            readers.append((f"{path}", partial(reading.read_json_gzip, path)))
         elif side.format == "jsonl" or size > LONG_TEXT_BYTES:
-            read = _read_json_texts if side.format == "jsonl" else _read_pieces
-            readers += [partial(read, path, start) for start in range(0, size, BLOCK_BYTES)]
+            read = reading.read_json_block if side.format == "jsonl" else reading.read_pieces
+            readers += [(f"{path}", partial(read, path, start)) for start in range(0, size, reading.BLOCK_BYTES)]
         else:
-            if small_bytes + size > BLOCK_BYTES:
-                readers.append(partial(_read_files, tuple(small)))
+            if small_bytes + size > reading.BLOCK_BYTES:
+                readers.append((f"{small[0]} to {small[-1].name}", partial(reading.read_files, tuple(small))))
                 small, small_bytes = [], 0
             small, small_bytes = [*small, path], small_bytes + size
     if small:
-        readers.append(partial(_read_files, tuple(small)))
+        readers.append((f"{small[0]} to {small[-1].name}", partial(reading.read_files, tuple(small))))
     return readers
 
 
-def _open_parquet(path: Path) -> pq.ParquetFile:
+def _list_row_groups(path: AnyPath, on_bad: OnBad) -> list[_Reader]:
     try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a parquet file: {_first_line(error)}") from None
-    columns = file.schema_arrow
-    check("text" in columns.names, f"{path} has no column 'text'; its columns are: {', '.join(columns.names)}")
-    kind = columns.field("text").type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    check(is_text, f"{path}: column 'text' holds {kind}, not strings")
-    return file
+        metadata = open_parquet(path).metadata
+    except Unreadable as error:
+        if on_bad == "refuse":
+            raise
+        # A block of its own, so that it is counted in its place.
+        return [(f"{path}", partial(_tell_unreadable, error))]
+    return [
+        (f"{path}: row group {group}", partial(reading.read_row_group, path, metadata, group))
+        for group in range(metadata.num_row_groups)
+    ]
 
 
-def _read_row_group(path: Path, metadata: pq.FileMetaData, group: int) -> list[str | None]:
-    try:
-        table = pq.ParquetFile(path, metadata=metadata).read_row_group(group, columns=["text"])
-        return table.column("text").to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: row group {group} cannot be read: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _read_block(path: Path, start: int, delimiter: bytes) -> tuple[bytes, int]:
-    """The whole records of the block at byte `start`, and where they begin.
-
-    A record belongs to the block in which the delimiter before it begins, so that each is read once, whatever its
-    length, and no index of the file is needed.
-    """
-    with path.open("rb") as file:
-        begin = 0 if start == 0 else _after_delimiter(file, start, delimiter)
-        end = _after_delimiter(file, start + BLOCK_BYTES, delimiter)
-        file.seek(begin)
-        return file.read(end - begin), begin
-
-
-def _after_delimiter(file: BinaryIO, offset: int, delimiter: bytes) -> int:
-    """The position after the first delimiter that begins at or after `offset`; the file's size if there is none."""
-    file.seek(offset)
-    tail = b""
-    while piece := file.read(1 << 16):
-        at = (tail + piece).find(delimiter)
-        if at >= 0:
-            return file.tell() - len(tail) - len(piece) + at + len(delimiter)
-        tail = (tail + piece)[-len(delimiter) + 1 :] if len(delimiter) > 1 else b""
-    return file.seek(0, 2)
-
-
-def _read_json_texts(path: Path, start: int) -> list[str]:
-    data, begin = _read_block(path, start, b"\n")
-    return _parse_texts(path, data, lambda: _count_lines(path, begin))
-
-
-def _count_lines(path: Path, end: int) -> int:
-    with path.open("rb") as file:
-        return sum(file.read(min(1 << 20, end - at)).count(b"\n") for at in range(0, end, 1 << 20))
-
-
-def _read_gzip_texts(path: Path) -> list[str]:
-    return _parse_texts(path, _read_bytes(path), lambda: 0)
-
-
-def _parse_texts(path: Path, data: bytes, lines_before: Callable[[], int]) -> list[str]:
-    texts = []
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = _parse_object(line)
-            if not isinstance(value.get("text"), str):
-                raise ValueError(f"no string field 'text'; the fields are: {', '.join(value) or 'none'}")
-        except ValueError as error:
-            raise UserError(f"{path}:{lines_before() + number}: {error}") from None
-        texts.append(value["text"])
-    return texts
-
-
-def _read_pieces(path: Path, start: int) -> list[str]:
-    """The documents of a long text's block, cut at blank lines."""
-    data, begin = _read_block(path, start, b"\n\n")
-    pieces: list[str] = []
-    open_piece: list[str] = []
-    length = 0
-    for paragraph in _decode(path, data, begin).split("\n\n"):
-        open_piece.append(paragraph)
-        length += len(paragraph)
-        if length >= PIECE_CHARS:
-            pieces.append("\n\n".join(open_piece))
-            open_piece, length = [], 0
-    if length:
-        pieces.append("\n\n".join(open_piece))
-    return pieces
-
-
-def _read_files(paths: tuple[Path, ...]) -> list[str]:
-    return [_decode(path, _read_bytes(path), 0) for path in paths]
-
-
-def _decode(path: Path, data: bytes, begin: int) -> str:
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {begin + error.start}); convert or remove it") from None
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {_first_line(error)}") from None
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """Reads one JSON object a line from a plain or gzip-compressed (`.gz`) file; blank lines are skipped.
-
-    Raises:
-      UserError: the file cannot be read, or a line is not a JSON object (`FILE:LINE: ...`).
-    """
-    objects = []
-    for number, line in enumerate(_read_bytes(Path(path)).split(b"\n"), start=1):
-        if line.strip():
-            try:
-                objects.append(_parse_object(line))
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: {error}") from None
-    return objects
-
-
-def _parse_object(line: bytes) -> dict:
-    """One JSON object. Raises ValueError for anything else, and for text that UTF-8 cannot hold."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"broken JSON ({_first_line(error)}); fix or remove the line") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"not a JSON object but a {type(value).__name__}; write one object a line")
-    if b"\\u" in line:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError(r"half a surrogate pair (\ud800 to \udfff) is no text; fix or remove the line") from None
-    return value
+def _tell_unreadable(error: Unreadable, findings: Findings) -> list[str | None]:
+    findings.bad(error.kind, str(error))
+    return []

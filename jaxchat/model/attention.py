@@ -38,12 +38,15 @@ def attend(
     *,
     positions: Int[Array, "B T"] | None = None,
     window: int | None = None,
+    documents: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention; K may divide N (grouped queries).
 
     Causal: a token sees itself and the tokens before it, or, with a `window`, the `window` tokens before it. Without
     `positions`, T equals S and row index is position. With them, they are the queries', and k and v are the slots of a
     cache, where slot is position.
+
+    With `documents`, the number of each token's document in its row, a token sees its own document only; whole rows.
 
     Whole rows go through `attention_kernel`. Where that is XLA, a long context goes through in blocks of queries, so
     that the T x T scores are never held, and a block only meets the keys that its window reaches.
@@ -56,10 +59,14 @@ def attend(
         window = None
     kernel = attention_kernel(q.dtype, q.shape[-1])
     if kernel == "xla" and length > BLOCK and length % BLOCK == 0:
-        return _attend_in_blocks(q, k, v, window)
+        return _attend_in_blocks(q, k, v, window, documents)
     # `is_causal` together with the window: cuDNN would see the future without it.
     local = None if window is None else (window, 0)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation=kernel)
+    # For cuDNN the mask becomes a bias of T x T: it has no other way for borders that differ from row to row.
+    mask = None if documents is None else (documents[:, :, None] == documents[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=True, local_window_size=local, implementation=kernel
+    )
 
 
 def _sees(query: Array, key: Array, window: int | None) -> Array:
@@ -68,7 +75,7 @@ def _sees(query: Array, key: Array, window: int | None) -> Array:
     return past if window is None else past & (key >= query - window)
 
 
-def _attend_in_blocks(q, k, v, window: int | None):
+def _attend_in_blocks(q, k, v, window: int | None, documents: Array | None):
     """Causal attention of `BLOCK` queries after another; the backward pass computes a block's scores again."""
     batch, length, heads, size = q.shape
     reach = length if window is None else min(length, window + BLOCK)  # keys that a block can see
@@ -79,7 +86,12 @@ def _attend_in_blocks(q, k, v, window: int | None):
         first = jnp.maximum(start + BLOCK - reach, 0)
         keys, values = (jax.lax.dynamic_slice_in_dim(x, first, reach, axis=1) for x in (k, v))
         sees = _sees(start + jnp.arange(BLOCK)[:, None], first + jnp.arange(reach), window)
-        return jax.nn.dot_product_attention(queries, keys, values, mask=sees[None, None])
+        sees = sees[None, None]
+        if documents is not None:
+            own = jax.lax.dynamic_slice_in_dim(documents, start, BLOCK, axis=1)
+            others = jax.lax.dynamic_slice_in_dim(documents, first, reach, axis=1)
+            sees = sees & (own[:, :, None] == others[:, None, :])[:, None]
+        return jax.nn.dot_product_attention(queries, keys, values, mask=sees)
 
     blocks = jnp.moveaxis(q.reshape(batch, -1, BLOCK, heads, size), 1, 0)
     out = jax.lax.map(block, (jnp.arange(0, length, BLOCK), blocks))
@@ -107,15 +119,17 @@ class Attention(nnx.Module):
         rope: tuple[Array, Array],
         positions: Int[Array, "#B T"],
         cache: LayerCache | None = None,
+        documents: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Returns the output and the new cache.
 
-        Without a cache: causal over x, one row of positions for all. With one: x's keys and values are written at
-        `positions`, and each token attends to the cached positions up to its own.
+        Without a cache: causal over x, one row of positions for all, and each token's document if it is not to see
+        others. With one: x's keys and values are written at `positions`, and each token attends to the cached positions
+        up to its own.
         """
         q, k, v = checkpoint_name(products(x, *(part.kernel[...] for part in (self.q, self.k, self.v))), "qkv")
         if cache is None:
-            return self.o(self.mix(*self._heads(q, k, v, rope))), None
+            return self.o(self.mix(*self._heads(q, k, v, rope), documents)), None
         q, k, v = self._heads(q, k, v, rope)
         rows = jnp.arange(len(x))[:, None]
         # Positions past the cache's end are dropped: a finished row may run on there without harm.
@@ -127,10 +141,14 @@ class Attention(nnx.Module):
         return self.o(out.reshape(x.shape)), cache
 
     def mix(
-        self, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        documents: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """What attention over whole rows makes of queries, keys and values, before the output projection."""
-        out = checkpoint_name(attend(q, k, v, window=self.window), "attention")
+        out = checkpoint_name(attend(q, k, v, window=self.window, documents=documents), "attention")
         return out.reshape(*out.shape[:2], -1)
 
     def _heads(self, q, k, v, rope):

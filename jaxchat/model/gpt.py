@@ -36,19 +36,19 @@ class Block(nnx.Module):
         self.attn = Attention(config, window, rngs=rngs)
         self.mlp = MLP(config.width, rngs=rngs)
 
-    def __call__(self, x, rope, positions, cache=None, in_fp8=False):
+    def __call__(self, x, rope, positions, cache=None, in_fp8=False, documents=None):
         """The residual stream behind the block, and the new cache; `in_fp8`, without a cache, by products in fp8."""
         if in_fp8:
-            return self._in_fp8(x, rope), None
+            return self._in_fp8(x, rope, documents), None
         x, normed = norm_branch(x)
-        update, cache = self.attn(normed, rope, positions, cache)
+        update, cache = self.attn(normed, rope, positions, cache, documents)
         x, normed = norm_branch(checkpoint_name(x + update, "residual"))
         return x + self.mlp(normed), cache
 
-    def _in_fp8(self, x, rope):
+    def _in_fp8(self, x, rope, documents):
         q, k, v, o = (getattr(self.attn, name).kernel[...] for name in "qkvo")
         x, *qkv = fp8.norm_qkv(x, q, k, v, *(table[0, :, 0] for table in rope))
-        out = self.attn.mix(*checkpoint_name(qkv, "qkv"))
+        out = self.attn.mix(*checkpoint_name(qkv, "qkv"), documents)
         x = checkpoint_name(fp8.add_product(x, out, o, fp8.product_bound(v)), "residual")
         return fp8.add_mlp(x, self.mlp.up.kernel[...], self.mlp.down.kernel[...])
 
@@ -65,26 +65,29 @@ class GPT(nnx.Module):
     def __call__(self, tokens, positions, caches, dtype, remat="none", in_fp8=False):
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_base)
         x = rms_norm(self.embed(tokens, dtype))
+        border, documents = self.config.border_token, None
+        if border is not None and caches is None:
+            documents = jnp.cumsum(tokens == border, axis=1)
         new_caches = []
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             graph, weights = nnx.split(block)
-            x, cache = _run_block(graph, remat, in_fp8, weights, x, rope, positions, cache)
+            x, cache = _run_block(graph, remat, in_fp8, weights, x, rope, positions, cache, documents)
             new_caches.append(cache)
         return rms_norm(x), new_caches
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run_block(graph, remat, in_fp8, weights, x, rope, positions, cache):
+def _run_block(graph, remat, in_fp8, weights, x, rope, positions, cache, documents):
     """Blocks of one window have one graph and equal shapes, so that an inner jit traces and lowers one of them, not
     `depth`."""
 
-    def run(weights, x, rope, positions, cache):
-        return nnx.merge(graph, weights)(x, rope, positions, cache, in_fp8)
+    def run(weights, x, rope, positions, cache, documents):
+        return nnx.merge(graph, weights)(x, rope, positions, cache, in_fp8, documents)
 
     if remat != "none":
         named = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
         run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_from_both_policies(_is_cudnn_attention, named))
-    return run(weights, x, rope, positions, cache)
+    return run(weights, x, rope, positions, cache, documents)
 
 
 def _is_cudnn_attention(primitive, *_, **__) -> bool:

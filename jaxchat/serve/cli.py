@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxchat.config import UserError
+from jaxchat.serve.data import add_data
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="jaxchat", description="Talk to a model that jaxchat has trained; compare tokenizers; find "
-                     "learning rates; profile training.")  # fmt: skip
+    parser = _Parser(prog="jaxchat", description="Talk to a model that jaxchat has trained; compare tokenizers; "
+                     "download data; find learning rates; profile training.")  # fmt: skip
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     chat = commands.add_parser(
         "chat",
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--pattern", metavar="REGEX", help="the split pattern of .tiktoken files of unknown names")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(command=_evaluate_tokenizer)
+    add_data(commands)
     _add_lr_range(commands)
     _add_profile(commands)
     return parser

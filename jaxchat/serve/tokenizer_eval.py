@@ -66,7 +66,7 @@ def _run_texts(path: str) -> dict[str, list[str]]:
 
     data = read_config(path).data
     try:
-        return _split_texts(Path(path) / "data" if data.path is None else Path(data.path), data.val_shard)
+        return _split_texts(Path(data.folder or Path(path) / "data"), data.val_shard)
     except UserError as error:
         print(f"the run's own text is left out ({error}); --text names another", file=sys.stderr)
         return {}

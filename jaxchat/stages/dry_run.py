@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxchat.config import Experiment, ModelConfig, TrainConfig
+from jaxchat.data.catalogue import parse_requests
+from jaxchat.data.download import pieces_of
 from jaxchat.mesh import make_mesh
 from jaxchat.metrics import device_peak_flops
 from jaxchat.model.gpt import abstract_params
@@ -42,6 +44,7 @@ def dry_run(experiment: Experiment) -> None:
                   f"{parameters.matrices:,}, head {parameters.head:,})")  # fmt: skip
     console.print(f"FLOPs a token {flops_per_token(model):.4g} (forward and backward)")
     _print_windows(console, model)
+    _print_data(console, experiment)
     _print_stages(console, experiment, model, parallel)
     _print_memory(console, experiment, model, mesh)
 
@@ -53,6 +56,14 @@ def _print_windows(console: Console, model: ModelConfig) -> None:
         console.print(f"windows       {model.window_pattern}: {len(windows)} of {model.depth} layers see "
                       f"{windows[0]:,} tokens back; {1 - flops_per_token(model) / full:.1%} fewer FLOPs than with full "
                       "attention in all")  # fmt: skip
+
+
+def _print_data(console: Console, experiment: Experiment) -> None:
+    requests = parse_requests(experiment.data.download)
+    if requests:
+        size = sum(piece.size for request in requests for piece in pieces_of(request))
+        console.print(f"downloads     {', '.join(experiment.data.download)}: about {size / 1e9:.1f} GB to "
+                      f"{experiment.data.folder}, less what is there", highlight=False)  # fmt: skip
 
 
 def _print_stages(console: Console, experiment: Experiment, model: ModelConfig, parallel: int) -> None:

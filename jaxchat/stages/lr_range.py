@@ -23,7 +23,6 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxchat.config import ScheduleConfig, check
-from jaxchat.data.shards import find_text
 from jaxchat.live import LiveLine
 from jaxchat.optim.optimizer import LABELS, labels
 from jaxchat.plots import RangeCurve, lr_range_plot
@@ -234,7 +233,7 @@ def _prepare(run: Run, steps: int):
     constant = dataclasses.replace(experiment.pretrain, schedule=ScheduleConfig(warmup_ratio=0.0, decay_ratio=0.0))
     training = Training(run, "pretrain", constant, model, tokens, steps)
     training.optimizer = optimizer = with_factors(training.optimizer, steps)
-    batches = training_batches(run, tokens, find_text(run.text_dir, experiment.data.val_shard))
+    batches = training_batches(run, tokens, run.text())
     state, step_fn = training.fitted(lambda: fresh_params(run, model), batches)
     placed = jax.tree.map(lambda x: x.sharding, state)
     del state  # the step takes its state's memory, so that each test has to begin with one of its own

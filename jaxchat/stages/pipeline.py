@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxchat.config import Experiment, UserError, check
+from jaxchat.data.catalogue import parse_requests
 from jaxchat.distributed import agreed
 from jaxchat.mesh import batch_share, make_mesh
 from jaxchat.model.attention import attention_kernel
@@ -36,7 +37,7 @@ def check_possible(experiment: Experiment) -> None:
 
     Raises:
       UserError: a batch or mesh that does not divide, an unknown task, a stage without a model to evaluate, a
-        vocabulary or seed out of range.
+        vocabulary or seed out of range, an unknown data set.
     """
     check(0 <= experiment.seed < 1 << 31, f"seed is {experiment.seed}; it must lie between 0 and {(1 << 31) - 1}")
     vocabulary = experiment.tokenizer.vocab_size
@@ -44,6 +45,8 @@ def check_possible(experiment: Experiment) -> None:
         vocabulary >= MIN_VOCAB,
         f"tokenizer.vocab-size is {vocabulary}; it must be at least {MIN_VOCAB}: the bytes and the special tokens",
     )
+    with _told("data.download"):
+        parse_requests(experiment.data.download)
     mesh = make_mesh(experiment.mesh)
     batch_share(mesh)
     shape = mesh.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 from jaxchat.data.loader import pretrain_batches
-from jaxchat.data.shards import TextSplit, find_text, iterate_texts
+from jaxchat.data.shards import TextSplit, iterate_texts
 from jaxchat.eval.bpb import evaluate_bpb
 from jaxchat.mesh import batch_share
 from jaxchat.scaling import training_length
@@ -22,7 +22,7 @@ def run(run: Run) -> None:
     experiment, tokenizer = run.experiment, run.tokenizer()
     config, model = experiment.pretrain, run.model_config(tokenizer)
     plan = plan_batch(run, "pretrain", config)
-    text = find_text(run.text_dir, experiment.data.val_shard)
+    text = run.text()
     training = Training(run, "pretrain", config, model, tokenizer, training_length(config, model))
     batches = training_batches(run, tokenizer, text)
     index, count = batch_share(run.mesh)
@@ -63,6 +63,8 @@ def training_batches(run: Run, tokenizer: BaseTokenizer, text: TextSplit) -> Bat
         sequence_len=experiment.model.sequence_len,
         seed=experiment.seed,
         shuffle=experiment.data.shuffle,
+        packing=experiment.data.packing,
+        mask_borders=experiment.data.mask_borders in ("loss", "both"),
         process_index=index,
         process_count=count,
     )

@@ -25,7 +25,7 @@ def profile(experiment: Experiment, *, steps: int, directory: Path) -> None:
       UserError: the experiment's batch or mesh do not fit the devices; the trace shows no kernels.
     """
     check(steps >= 1, f"--steps is {steps}; it must be at least 1")
-    data = dataclasses.replace(experiment.data, path=None, generate=True)  # never written: the tokens are random
+    data = dataclasses.replace(experiment.data, path=None, download=(), generate=True)  # never read: tokens are random
     with tempfile.TemporaryDirectory() as folder:
         run = Run(dataclasses.replace(experiment, data=data), Path(folder) / "run")
         model = dataclasses.replace(experiment.model, vocab_size=experiment.tokenizer.vocab_size)

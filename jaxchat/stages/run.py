@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +21,16 @@ from etils import epath
 
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import Experiment, MissingData, ModelConfig, UserError, check, from_json, to_json
+from jaxchat.data.arrivals import Arrivals
+from jaxchat.data.catalogue import parse_requests
+from jaxchat.data.shards import TextSplit, find_text
 from jaxchat.data.synthetic import write_synthetic
 from jaxchat.distributed import agreed
 from jaxchat.mesh import make_mesh, shardings
 from jaxchat.metrics import Metrics, machine_info, peak_memory_bytes
 from jaxchat.model import fp8
 from jaxchat.model.gpt import Params, abstract_params
+from jaxchat.storage import AnyPath, is_folder, to_path
 from jaxchat.tasks import Task, load_task, parse_mixture
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
 
@@ -49,15 +52,19 @@ class Run:
         Raises:
           UserError: the directory holds something else, or a run of other settings.
         """
+        data = experiment.data
         check(
-            experiment.data.path is not None or experiment.data.generate,
-            f"{experiment.name} trains on your text: give it a folder with --data=DIR",
+            data.folder is not None or data.generate,
+            f"{experiment.name} trains on your text: give it a folder with --data=DIR, "
+            "or name data sets with --data.download",
         )
-        self.experiment, self.directory = experiment, epath.Path(directory)
+        self.experiment, self.directory = experiment, epath.Path(to_path(directory))
         self.say = say if jax.process_index() == 0 else lambda line: None
         self.mesh = make_mesh(experiment.mesh)
         self.dtype = compute_dtype(experiment)
         agreed(lambda: self._open(keep_config))
+        requests = parse_requests(data.download)
+        self._arrivals = Arrivals(data.folder, requests, self.say) if requests else None
 
     def _open(self, keep_config: bool) -> None:
         config = self.directory / "config.json"
@@ -74,6 +81,8 @@ class Run:
 
     def _check_same(self, before: Experiment) -> None:
         old, new = dataclasses.asdict(before), dataclasses.asdict(self.experiment)
+        # A run that bad text has stopped may go on without it: what it has read is the same.
+        old["data"]["on_bad"] = new["data"]["on_bad"]
         check(
             before.name == self.experiment.name,
             f"{self.directory} is a run of experiment {before.name!r}, not {self.experiment.name!r}; "
@@ -100,22 +109,35 @@ class Run:
     # --- data and tokenizer -------------------------------------------------------------------------------------
 
     @property
-    def text_dir(self) -> Path:
+    def text_dir(self) -> AnyPath:
         """The folder of the pretraining text: the user's `pretrain/`, the user's folder, or the generated one."""
-        user = self.experiment.data.path
+        user = self.experiment.data.folder
         if user is None:
             return self._generated() / "pretrain"
-        path = Path(user)
-        check(path.is_dir(), f"data folder {user} does not exist; give --data a folder with text")
+        path = to_path(user)
+        check(is_folder(path), f"data folder {user} does not exist; give --data a folder with text")
         return path / "pretrain" if (path / "pretrain").is_dir() else path
 
-    def _generated(self) -> Path:
+    def text(self) -> TextSplit:
+        """The pretraining text; files that are still to be downloaded are waited for when they are read.
+
+        Raises:
+          UserError: as `find_text`; the download cannot begin.
+        """
+        data = self.experiment.data
+        if self._arrivals is not None:
+            return self._arrivals.text(data.val_shard, on_bad=data.on_bad)
+        return find_text(
+            self.text_dir, data.val_shard, on_bad=data.on_bad, tell=lambda line: self.say(f"data      {line}")
+        )
+
+    def _generated(self) -> AnyPath:
         """The generated corpus, written once; a folder left unfinished is written again."""
-        directory = Path(self.directory / "data")
+        directory = to_path(self.directory / "data")
         agreed(lambda: self._generate(directory))
         return directory
 
-    def _generate(self, directory: Path) -> None:
+    def _generate(self, directory: AnyPath) -> None:
         if (directory / "complete").exists():
             return
         data, started = self.experiment.data, time.perf_counter()
@@ -131,7 +153,10 @@ class Run:
 
     def load_tasks(self, stage: str, mixture: tuple[str, ...], split: str, *, quiet: bool = False) -> list[Task]:
         """The tasks of `mixture` that the data has. The user's folder comes first; what the project generates itself
-        fills in for a folder without conversations. A task found nowhere is left out, and the user is told."""
+        fills in for a folder without conversations. A task found nowhere is left out, and the user is told. What is
+        still to be downloaded is waited for."""
+        if self._arrivals is not None:
+            self._arrivals.wait_for_tasks()
         tasks, missing = [], []
         for name, limit in parse_mixture(mixture):
             try:
@@ -143,13 +168,13 @@ class Run:
         return tasks
 
     def _load_task(self, name: str, split: str, limit: int | None) -> Task:
-        user = self.experiment.data.path
+        user = self.experiment.data.folder
         if user is not None:
             try:
-                return load_task(name, split, Path(user), limit)
+                return load_task(name, split, user, limit)
             except MissingData:
                 # The generated facts are of a world that the user's text does not know.
-                has_chat = (Path(user) / "chat").exists()
+                has_chat = (to_path(user) / "chat").exists()
                 if name not in GENERATED or name == "facts" or (name == "chat" and has_chat):
                     raise
         return load_task(name, split, self._generated(), limit)
@@ -164,8 +189,10 @@ class Run:
         return load_tokenizer(self.directory / "tokenizer")
 
     def model_config(self, tokenizer: BaseTokenizer) -> ModelConfig:
-        """The experiment's model with the tokenizer's vocabulary."""
-        return dataclasses.replace(self.experiment.model, vocab_size=tokenizer.vocab_size)
+        """The experiment's model with the tokenizer's vocabulary, and with the token that begins a document where
+        attention is to stop there."""
+        border = tokenizer.bos_token_id if self.experiment.data.mask_borders in ("attention", "both") else None
+        return dataclasses.replace(self.experiment.model, vocab_size=tokenizer.vocab_size, border_token=border)
 
     # --- stages -------------------------------------------------------------------------------------------------
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
-from jaxchat.config import TokenizerConfig, check
-from jaxchat.data.shards import TextSide, find_text, iterate_texts, text_bytes
+from jaxchat.config import TokenizerConfig, UserError, check
+from jaxchat.data.shards import TextSide, TextSplit, iterate_texts, text_bytes
 from jaxchat.distributed import agreed
 from jaxchat.live import format_count, format_duration
 from jaxchat.stages.run import Run
+from jaxchat.storage import is_remote
 from jaxchat.tokenizer import BaseTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 SAY_SECONDS = 5.0
@@ -23,21 +24,20 @@ def run(run: Run) -> None:
       UserError: the vocabulary is larger than the text supports, or smaller than bytes and special tokens; the
         tokenizer that the user brings is missing, damaged, or has another size than the experiment says.
     """
-    began, folder = time.time(), run.text_dir
-    metrics = agreed(lambda: _make(run, folder))
+    began, text = time.time(), run.text()
+    metrics = agreed(lambda: _make(run, text))
     seconds = time.time() - began
     run.say(f"tokenizer done in {seconds:.1f} s: {metrics['bytes_per_token']:.2f} bytes a token on validation text")
     run.finish("tokenizer", parent=None, seconds=seconds, started=began, metrics=metrics)
 
 
-def _make(run: Run, folder: Path) -> dict:
+def _make(run: Run, text: TextSplit) -> dict:
     """Saves the tokenizer; facts about it."""
     config, seen = run.experiment.tokenizer, 0
-    text = find_text(folder, run.experiment.data.val_shard)
     if config.path is not None:
         tokenizer = load_brought(config)
     else:
-        run.say(f"tokenizer training {config.vocab_size:,} tokens on {folder}")
+        run.say(f"tokenizer training {config.vocab_size:,} tokens on {text.train.files[0].parent}")
         tokenizer, seen = train(config, text.train, run.say)
     tokenizer.save(run.directory / "tokenizer")
     held_out = list(Limited(iterate_texts(text.val), 1_000_000))
@@ -60,12 +60,18 @@ def load_brought(config: TokenizerConfig) -> BaseTokenizer:
 def train(config: TokenizerConfig, side: TextSide, say: Callable[[str], None]) -> tuple[BaseTokenizer, int]:
     """A tokenizer trained on one side of the text, and how many characters it has seen.
 
-    Parquet is read by the trainer itself, where it needs no documents left out; the result is the same."""
+    Parquet that is on this machine is read by the trainer itself, where no documents are left out; the result is the
+    same."""
     progress = Progress(say, min(config.max_chars, text_bytes(side)), config.vocab_size)
-    if config.backend == "rust" and side.format == "parquet" and side.hold_out is None:
-        tokenizer = Tokenizer.train_from_files(
-            side.files, config.vocab_size, max_chars=config.max_chars, progress=progress
-        )
+    whole = side.complete and side.hold_out is None and side.on_bad == "refuse" and not is_remote(side.files[0])
+    if config.backend == "rust" and side.format == "parquet" and whole:
+        try:
+            tokenizer = Tokenizer.train_from_files(
+                side.files, config.vocab_size, max_chars=config.max_chars, progress=progress
+            )
+        except UserError:
+            collections.deque(Limited(iterate_texts(side), config.max_chars), maxlen=0)  # says more, if text is damaged
+            raise
         return tokenizer, progress.characters
     texts = Limited(iterate_texts(side), config.max_chars)
     backend = Tokenizer if config.backend == "rust" else HuggingFaceTokenizer

@@ -20,6 +20,7 @@ from jaxchat.metrics import Metrics
 from jaxchat.model.gpt import Params, init_params
 from jaxchat.optim.optimizer import learning_rates, make_optimizer
 from jaxchat.optim.schedules import multiplier
+from jaxchat.report import describe_data
 from jaxchat.scaling import BatchPlan, batch_plan, flops_per_token
 from jaxchat.stages.memory import Fit, FittedStep, MakeStep, plan_step, usable_memory
 from jaxchat.stages.run import Run, trains_in_fp8
@@ -191,6 +192,9 @@ class Training:
             )
             loop.train(state)
             loop.checkpoints.close()
+        facts |= self._data_facts(source.get_state())
+        if line := describe_data(facts):
+            run.say(f"{self.stage:<9} {line}")
         run.finish(
             self.stage,
             parent=self.parent,
@@ -201,6 +205,14 @@ class Training:
             started=began,
             **facts,
         )
+
+    def _data_facts(self, state: dict) -> dict[str, Any]:
+        """How full the rows were, and what was left out of the text, by the loader's state."""
+        facts: dict[str, Any] = {"left_out": state["left_out"]} if state.get("left_out") else {}
+        packed = state.get("packed") or {}
+        if packed.get("rows"):
+            facts["packing"] = {**packed, "utilisation": packed["targets"] / packed["rows"] / self.model.sequence_len}
+        return facts
 
 
 def fresh_params(run: Run, model: ModelConfig) -> Params:

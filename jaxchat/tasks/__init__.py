@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 from jaxchat.config import UserError, check, closest
+from jaxchat.storage import AnyPath, to_path
 from jaxchat.tasks.base import Conversation, Mixture, Split, Task
 from jaxchat.tasks.checkable import load_checkable
 from jaxchat.tasks.conversations import load_chat, load_file, load_smoltalk
@@ -17,7 +17,7 @@ from jaxchat.tasks.spelling import load_spelling
 
 __all__ = ["TASKS", "Conversation", "Mixture", "Split", "Task", "load_task", "parse_mixture"]
 
-_LOADERS: dict[str, Callable[[Split, Path, int | None], Task]] = {
+_LOADERS: dict[str, Callable[[Split, AnyPath, int | None], Task]] = {
     "chat": load_chat,
     "smoltalk": load_smoltalk,
     "mmlu": load_mmlu,
@@ -35,7 +35,7 @@ TASKS = tuple(_LOADERS)
 _FILE_ENDS = (".jsonl", ".jsonl.gz")
 
 
-def load_task(name: str, split: Split, data_dir: Path | str, limit: int | None = None) -> Task:
+def load_task(name: str, split: Split, data_dir: AnyPath | str, limit: int | None = None) -> Task:
     """The task `name`, one of `TASKS` from the data folder, or the path of a .jsonl of conversations.
 
     Args:
@@ -47,10 +47,10 @@ def load_task(name: str, split: Split, data_dir: Path | str, limit: int | None =
     """
     check(limit is None or limit >= 1, f"task {name} is limited to {limit} examples; take at least 1")
     if name.endswith(_FILE_ENDS):
-        return load_file(Path(name), split, limit)
+        return load_file(to_path(name), split, limit)
     if name not in _LOADERS:
         raise UserError(_unknown(name))
-    return _LOADERS[name](split, Path(data_dir), limit)
+    return _LOADERS[name](split, to_path(data_dir), limit)
 
 
 def parse_mixture(entries: Sequence[str]) -> list[tuple[str, int | None]]:

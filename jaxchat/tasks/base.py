@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from jaxchat.config import MissingData, UserError
-from jaxchat.data.shards import read_jsonl
+from jaxchat.data.reading import read_jsonl
 
 Conversation = dict[str, Any]
 Split = Literal["train", "val", "test"]

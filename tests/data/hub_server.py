@@ -7,6 +7,7 @@ ranges work. Everything else is what huggingface_hub asks for before it.
 import hashlib
 import io
 import json
+import random
 import re
 import threading
 import time
@@ -17,6 +18,9 @@ from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from jaxchat.data.catalogue import parse_requests
+from jaxchat.data.download import Download
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -44,6 +48,7 @@ class HubServer(ThreadingHTTPServer):
         self.faults: dict[str, deque[Fault]] = defaultdict(deque)  # by the end of the path: for the bytes of a file,
         self.early: dict[str, deque[Fault]] = defaultdict(deque)  # and for what is asked before them
         self.asked: list[tuple[str, str, str | None]] = []  # method, path, range
+        self.tokens: list[tuple[str, str]] = []  # method and path of what came with a token
         self.gate = threading.Event()  # while not set, the bytes of files named in `held` are not sent
         self.held: set[str] = set()
         self.seconds_per_piece = 0.0
@@ -77,6 +82,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self):
         path = unquote(urlsplit(self.path).path)
+        if "Authorization" in self.headers:
+            self.server.tokens.append((self.command, path))
         if api := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/(\w+))?", path):
             return self._listing(path, api[1], api[2])
         if file := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/(\w+)/(.+)", path):
@@ -169,3 +176,24 @@ def parquet(columns: dict, **options) -> bytes:
     file = io.BytesIO()
     pq.write_table(pa.table(columns), file, **options)
     return file.getvalue()
+
+
+TEXT = "fineweb-edu"
+REPO, LAST = "karpathy/fineweb-edu-100b-shuffle", "shard_01822.parquet"
+WORDS = random.Random(0).choices(["the", "cat", "sat", "on", "a", "mat"], k=200_000)
+
+
+def shard(number: int) -> bytes:
+    texts = [f"{number} {i} " + " ".join(WORDS[i * 40 : i * 40 + 200]) for i in range(400)]
+    return parquet({"text": texts}, row_group_size=100, compression=None, use_dictionary=False)
+
+
+SHARDS = {f"shard_{i:05d}.parquet": shard(i) for i in range(3)} | {LAST: shard(1822)}
+
+
+def get(folder, *entries, said=None, **options):
+    """Downloads, and returns the finished Download."""
+    say = (lambda line: None) if said is None else said.append
+    download = Download(folder, parse_requests(entries), say=say, **{"backoff": 0.01, "patience": 3} | options)
+    download.run()
+    return download

@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 import threading
+from collections import Counter
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxchat.config import UserError
+from jaxchat.data import bestfit, packing
 from jaxchat.data.loader import chat_batches, count_rows, pretrain_batches
 from jaxchat.data.packing import RenderedConversations
 from jaxchat.data.shards import TextSide, iterate_texts
@@ -25,6 +28,7 @@ CHATS = [
     {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * (1 + i % 9)}]}
     for i in range(60)
 ]
+PACKINGS = ("best-fit", "concat")
 RENDERED = RenderedConversations(CHATS, TOKENIZER, 100)
 
 
@@ -101,13 +105,13 @@ def test_shuffling_reorders_blocks_by_seed_and_epoch_and_loses_none(side):
     assert first[:3] == texts[block : block + 3]
 
 
-@settings(max_examples=25, deadline=None)
-@given(taken=st.integers(0, 70), shuffle=st.booleans(), rows=st.integers(1, 3))
-def test_text_goes_on_from_any_batch(side, taken, shuffle, rows):
-    iterator = text_batches(side, shuffle=shuffle, rows=rows)
+@settings(max_examples=40, deadline=None)
+@given(taken=st.integers(0, 70), shuffle=st.booleans(), rows=st.integers(1, 3), packing=st.sampled_from(PACKINGS))
+def test_text_goes_on_from_any_batch(side, taken, shuffle, rows, packing):
+    iterator = text_batches(side, shuffle=shuffle, rows=rows, packing=packing)
     take(iterator, taken)
     state = json.loads(json.dumps(iterator.get_state()))
-    resumed = text_batches(side, shuffle=shuffle, rows=rows)
+    resumed = text_batches(side, shuffle=shuffle, rows=rows, packing=packing)
     resumed.set_state(state)
     assert resumed.get_state() == state
     assert_same(take(resumed, 5), take(iterator, 5))
@@ -125,6 +129,81 @@ def test_chats_go_on_from_any_batch(taken, rows):
     assert_same(take(resumed, 5), take(iterator, 5))
 
 
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    monkeypatch.setattr(bestfit, "WINDOW_ROWS", 6)
+    monkeypatch.setattr(bestfit, "EPOCH_ROWS", 3)
+    monkeypatch.setattr(packing, "CHUNK_CHARS", 40)
+
+
+def best_fit_batches(side, **changes):
+    return text_batches(side, **{"packing": "best-fit"} | changes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40), rows=st.integers(1, 9))
+def test_best_fit_trains_on_every_token_once_and_begins_every_row_with_bos(tmp_path_factory, lengths, rows):
+    folder = tmp_path_factory.mktemp("text")
+    texts = [f"{i} " + "cat" * length for i, length in enumerate(lengths)]
+    pq.write_table(pa.table({"text": texts}), folder / "a.parquet", row_group_size=7)
+    side = TextSide((folder / "a.parquet",), "parquet")
+    found = []
+    for batch in best_fit_batches(side, rows=rows, repeat=False):
+        for inputs, targets in zip(batch["inputs"].tolist(), batch["targets"].tolist(), strict=True):
+            assert inputs[0] == BOS
+            length = next((i for i, target in enumerate(targets) if target < 0), len(targets))
+            assert targets[length:] == [-1] * (len(targets) - length), "what is not filled is at the end"
+            row = [*inputs[: length + 1], *targets[length - 1 : length]] if length == 16 else inputs[: length + 1]
+            assert row[1:] == targets[:length]
+            starts = [i for i, token in enumerate(row) if token == BOS]
+            found += [tuple(row[a + 1 : b]) for a, b in zip(starts, [*starts[1:], len(row)], strict=True)]
+    documents = [TOKENIZER.encode(text) for text in texts]
+    assert Counter(token for piece in found for token in piece) == Counter(token for ids in documents for token in ids)
+    spelled = [f",{','.join(map(str, ids))}," for ids in documents]
+    assert all(any(f",{','.join(map(str, piece))}," in ids for ids in spelled) for piece in found if piece)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=60), row_len=st.integers(4, 200))
+def test_best_fit_places_every_part_of_a_document_once_and_leaves_little_room(lengths, row_len):
+    ends = np.cumsum(lengths).tolist()
+    documents = list(zip([0, *ends[:-1]], ends, strict=True))
+    rows = bestfit.best_fit(documents, row_len)
+    used = [sum(end - start + (not whole) for start, end, whole in row) for row in rows]
+    assert max(used) <= row_len and min(used[:-1], default=row_len) >= row_len - max(2, row_len // bestfit.GAP)
+    pieces = sorted(piece for row in rows for piece in row)
+    assert all(start < end for start, end, _ in pieces)
+    assert [start for start, _, _ in pieces] == [0, *(end for _, end, _ in pieces[:-1])] and pieces[-1][1] == ends[-1]
+    assert [start for start, _, whole in pieces if whole] == [start for start, _ in documents]
+
+
+def test_best_fit_cuts_few_documents_and_says_how_many(side):
+    iterator = best_fit_batches(side, repeat=False, sequence_len=40)
+    rows = sum(int((batch["targets"] >= 0).any(axis=1).sum()) for batch in iterator)
+    packed = iterator.get_state()["packed"]
+    assert (packed["documents"], packed["rows"]) == (18, rows) and 0 < packed["cut"] <= rows
+    pieces = packed["targets"] + rows - len(tokens_of(side))  # a <|bos|> more each
+    assert packed["cut"] <= pieces <= rows
+    whole = best_fit_batches(side, repeat=False, sequence_len=5000)
+    assert len(list(whole)) == 1 and whole.get_state()["packed"]["cut"] == 0
+
+
+def test_borders_are_no_targets_if_wanted(side):
+    for packing_name in PACKINGS:
+        plain, masked = (take(text_batches(side, packing=packing_name, mask_borders=mask), 5) for mask in (False, True))
+        for a, b in zip(plain, masked, strict=True):
+            np.testing.assert_array_equal(a["inputs"], b["inputs"])
+            np.testing.assert_array_equal(np.where(a["targets"] == BOS, -1, a["targets"]), b["targets"])
+        assert any((batch["targets"] == BOS).any() for batch in plain)
+
+
+def test_a_state_of_another_packing_is_refused(side):
+    for packing_name, other in (PACKINGS, PACKINGS[::-1]):
+        state = text_batches(side, packing=packing_name).get_state()
+        with pytest.raises(UserError, match=f"go on with --data.packing={packing_name}"):
+            text_batches(side, packing=other).set_state(state)
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_share_the_rows_of_the_same_global_batches(side, count):
     def joined(make) -> list[dict]:
@@ -132,11 +211,13 @@ def test_processes_share_the_rows_of_the_same_global_batches(side, count):
         return [{k: np.concatenate([part[k] for part in b]) for k in b[0]} for b in zip(*parts, strict=True)]
 
     assert_same(joined(lambda **options: text_batches(side, **options)), take(text_batches(side, rows=2 * count), 12))
+    best = joined(lambda **options: best_fit_batches(side, **options))
+    assert_same(best, take(best_fit_batches(side, rows=2 * count), 12))
     assert_same(joined(chats), take(chats(rows=2 * count), 12))
 
 
 def test_a_state_fits_any_number_of_processes_and_rows(side):
-    for make in (lambda **options: text_batches(side, **options), chats):
+    for make in (partial(text_batches, side), partial(best_fit_batches, side), chats):
         one = make(rows=4)
         take(one, 5)
         two = [make(rows=1, process_index=i, process_count=2) for i in range(2)]
@@ -148,7 +229,8 @@ def test_a_state_fits_any_number_of_processes_and_rows(side):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_finite_iterators_of_all_processes_end_together(side, count):
-    for make in (lambda **options: text_batches(side, repeat=False, **options), lambda **o: chats(epochs=1, **o)):
+    makers = (partial(text_batches, side, repeat=False), partial(best_fit_batches, side, repeat=False))
+    for make in (*makers, partial(chats, epochs=1)):
         batches = [list(make(process_index=i, process_count=count)) for i in range(count)]
         assert len({len(part) for part in batches}) == 1
         targets = sum((b["targets"] >= 0).sum() for part in batches for b in part)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from jaxchat.config import UserError
 from jaxchat.data import packing
 from jaxchat.data.packing import BestFitPacker, RenderedConversations, TokenStream, cut_rows, pack_conversations
+from jaxchat.data.shards import Block
 from jaxchat.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train_from_iterator(["the cat sat on the mat, and the cat sat on the hat"] * 3, 270)
@@ -25,8 +26,8 @@ def tokens_of(blocks: list[list[str]]) -> list[int]:
 
 
 def stream(blocks: list[list[str]], *, epochs: int | None, minimum: int = 0) -> TokenStream:
-    def block(epoch: int, index: int) -> list[str] | None:
-        return blocks[index] if index < len(blocks) else None
+    def block(epoch: int, index: int) -> Block | None:
+        return Block(blocks[index]) if index < len(blocks) else None
 
     return TokenStream(block, lambda: len(blocks), TOKENIZER, epochs=epochs, minimum=minimum, name="the text")
 
@@ -77,12 +78,10 @@ def test_a_state_of_another_text_is_refused():
 
 
 def test_rows_overlap_by_one_and_are_filled_up():
-    inputs, targets = cut_rows(np.arange(7, dtype=np.int32), rows=2, sequence_len=3, filler=99)
-    assert inputs.tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert targets.tolist() == [[1, 2, 3], [4, 5, 6]]
-    inputs, targets = cut_rows(np.arange(5, dtype=np.int32), rows=3, sequence_len=3, filler=99)
-    assert inputs.tolist() == [[0, 1, 2], [3, 99, 99], [99, 99, 99]]
-    assert targets.tolist() == [[1, 2, 3], [4, -1, -1], [-1, -1, -1]]
+    rows = cut_rows(np.arange(7, dtype=np.int32), rows=2, sequence_len=3)
+    assert rows.tolist() == [[0, 1, 2, 3], [3, 4, 5, 6]]
+    rows = cut_rows(np.arange(5, dtype=np.int32), rows=3, sequence_len=3)
+    assert rows.tolist() == [[0, 1, 2, 3], [3, 4, -1, -1], [-1, -1, -1, -1]]
 
 
 @settings(max_examples=80, deadline=None)

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxchat.config import UserError
-from jaxchat.data import shards
-from jaxchat.data.shards import TextBlocks, TextSide, find_text, iterate_texts, read_jsonl
+from jaxchat.data import reading, shards
+from jaxchat.data.reading import read_jsonl
+from jaxchat.data.shards import TextBlocks, TextSide, find_text, iterate_texts
 
 
 def write_parquet(path: Path, texts, column: str = "text", row_group_size: int = 3) -> None:
@@ -96,7 +97,7 @@ def test_a_long_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
     (tmp_path / "book.txt").write_text("\n\n".join(paragraphs))
     pieces = list(iterate_texts(TextSide((tmp_path / "book.txt",), "txt")))
     assert "\n\n".join(pieces).split("\n\n") == paragraphs
-    assert all(len(piece) < shards.PIECE_CHARS + 4000 for piece in pieces)
+    assert all(len(piece) < reading.PIECE_CHARS + 4000 for piece in pieces)
     split = find_text(tmp_path)
     assert sorted([*iterate_texts(split.train), *iterate_texts(split.val)]) == sorted(pieces)
 
@@ -109,9 +110,9 @@ def test_each_line_and_paragraph_is_read_once_whatever_the_block_size(tmp_path_f
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n\n" for t in texts))
     (folder / "a.txt").write_text("\n\n".join(texts))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "BLOCK_BYTES", block)
+        patch.setattr(reading, "BLOCK_BYTES", block)
         patch.setattr(shards, "LONG_TEXT_BYTES", 1)
-        patch.setattr(shards, "PIECE_CHARS", 1)
+        patch.setattr(reading, "PIECE_CHARS", 1)
         assert list(iterate_texts(TextSide((folder / "a.jsonl",), "jsonl"))) == texts
         assert list(iterate_texts(TextSide((folder / "a.txt",), "txt"))) == texts
 
@@ -195,7 +196,7 @@ def test_a_broken_line_of_text_is_named_by_file_and_line(tmp_path, line, message
     (tmp_path / "a.jsonl").write_bytes(lines)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "BLOCK_BYTES", 1000)
+        patch.setattr(reading, "BLOCK_BYTES", 1000)
         for name in ("a.jsonl", "a.jsonl.gz"):
             with fails(rf"{name}:52: {message}"):
                 list(iterate_texts(TextSide((tmp_path / name,), "jsonl")))

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -5,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxchat.config import ModelConfig
 from jaxchat.model import attention
 from jaxchat.model.attention import attend, attention_kernel
+from jaxchat.model.gpt import hidden_states, init_params
 
 
 def qkv(length, heads=4, kv_heads=2, size=16):
@@ -80,3 +83,39 @@ def test_a_window_never_holds_the_scores_outside_it():
 
 def test_the_kernel_of_a_cpu():
     assert {attention_kernel(dtype, 128) for dtype in (jnp.float32, jnp.bfloat16, "bfloat16")} == {"xla"}
+
+
+@pytest.mark.parametrize("length", [24, 512])  # in one piece, and in blocks of queries
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_token_sees_its_own_document_only(length, window):
+    """A row of two documents is as two rows of one, for the outputs and their gradients."""
+    cut = length // 3
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, weights = (jax.random.normal(key, (2, length, 2, 8)) for key in keys)
+    documents = jnp.where(jnp.arange(length) < cut, 1, 2)[None].repeat(2, 0)
+
+    def together(q, k, v):
+        return attend(q, k, v, window=window, documents=documents)
+
+    def apart(q, k, v):
+        halves = [attend(q[:, part], k[:, part], v[:, part], window=window) for part in (slice(cut), slice(cut, None))]
+        return jnp.concatenate(halves, axis=1)
+
+    np.testing.assert_allclose(together(q, k, v), apart(q, k, v), atol=2e-6)
+    grads = [jax.grad(lambda *x, f=f: (f(*x) * weights).sum(), argnums=(0, 1, 2))(q, k, v) for f in (together, apart)]
+    for a, b in zip(*grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_a_model_with_a_border_token_treats_documents_as_if_each_had_a_row():
+    config = ModelConfig(depth=2, sequence_len=16, vocab_size=32, border_token=0)
+    params = init_params(config, jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape), params)
+    first, second = jnp.array([[0, 5, 6, 7, 8]]), jnp.array([[0, 9, 4, 3]])
+    together = hidden_states(config, params, jnp.concatenate([first, second], axis=1))
+    for part, tokens in ((slice(5), first), (slice(5, None), second)):
+        # RoPE knows distances only, so that it does not matter where in its row a document stands.
+        np.testing.assert_allclose(together[:, part], hidden_states(config, params, tokens), atol=2e-5)
+    plain = dataclasses.replace(config, border_token=None)
+    across = hidden_states(plain, params, jnp.concatenate([first, second], axis=1))
+    assert not np.allclose(across[:, 5:], together[:, 5:], atol=1e-3)

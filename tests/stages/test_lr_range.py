@@ -354,7 +354,7 @@ def test_interrupted(pretrained, tmp_path):
         "--experiment=quickstart --max=inf": "the matrix rate cannot rise from --min 2e-05 to --max inf",
         "--experiment=quickstart --group=heads": "argument --group: invalid choice: 'heads'",
         "--experiment=quickstart --data=nowhere": "data folder 'nowhere' does not exist",
-        "--experiment=d12": "d12 trains on your text",
+        "--experiment=d12 --data.download": "d12 trains on your text",
         "--experiment=quickstart --pretrain.batch-tokens=1000": "pretrain: batch-tokens 1000 is not a multiple",
     }.items(),
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -30,6 +29,7 @@ from jaxchat.data.synthetic.questions import (
 )
 from jaxchat.data.synthetic.stories import write_document
 from jaxchat.data.synthetic.world import QUESTIONS, VALUES, World, ask, build_world, reserved_form, state
+from jaxchat.storage import AnyPath
 
 TRAIN_SHARDS = 3
 VALIDATION_SHARE = 0.02
@@ -39,7 +39,7 @@ RL_QUESTIONS = 1000
 
 
 def write_synthetic(
-    directory: Path,
+    directory: AnyPath,
     *,
     seed: int,
     documents: int = 40_000,
@@ -68,7 +68,8 @@ def write_synthetic(
     for shard, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
         texts = [write_document(world, rng) for _ in range(stop - start)]
         path = directory / "pretrain" / f"shard_{shard:05d}.parquet"
-        pq.write_table(pa.table({"text": texts}), path, row_group_size=ROW_GROUP_DOCUMENTS, compression="zstd")
+        with path.open("wb") as file:
+            pq.write_table(pa.table({"text": texts}), file, row_group_size=ROW_GROUP_DOCUMENTS, compression="zstd")
         say(f"{path.name}: {len(texts):,} documents, {sum(map(len, texts)):,} characters")
 
     rng = random.Random(f"chat {seed}")
@@ -83,7 +84,7 @@ def write_synthetic(
             say(f"eval/{name}/{side}.jsonl: {len(items):,} questions")
 
 
-def _write_jsonl(path: Path, items: Iterable[dict[str, Any]]) -> None:
+def _write_jsonl(path: AnyPath, items: Iterable[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
