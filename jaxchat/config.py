@@ -316,6 +316,9 @@ class Experiment:
     `remat` is what a training step computes twice to save memory: nothing ("none"), the norms and the MLPs ("mlp",
     a ninth more matrix products), or all of a block but its attention ("full", two ninths); "auto" is the first of them
     whose step fits into the device's memory.
+
+    `on_nan` is what becomes of a training whose loss is no number or spikes: "stop" ends it and names the last good
+    checkpoint, "skip" goes on from there without the batches since then.
     """
 
     name: str = ""
@@ -323,6 +326,7 @@ class Experiment:
     seed: int = 42
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["auto", "none", "mlp", "full"] = "auto"
+    on_nan: Literal["stop", "skip"] = "stop"
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

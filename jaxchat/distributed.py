@@ -223,7 +223,7 @@ def agreed(work: Callable[[], Any]) -> Any:
 
 
 class Preemption:
-    """Notes SIGTERM, instead of what happens at it otherwise, while it is entered.
+    """Notes SIGTERM, instead of what happens at it otherwise, while it is entered; what nobody heeded happens then.
 
     With several processes Ctrl-C in one of them is the same: they must agree on the step at which all stop, or their
     checkpoint would be of two steps. Each brings its flag to every step; the sum is read with the step's metrics, one
@@ -231,7 +231,7 @@ class Preemption:
     """
 
     def __init__(self):
-        self._noted = False
+        self._noted: int | None = None
         self._signals = (signal.SIGTERM, signal.SIGINT) if active() else (signal.SIGTERM,)
         self._before: dict[signal.Signals, Any] = {}
         self._flags: dict[bool, jax.Array] = {}
@@ -241,24 +241,27 @@ class Preemption:
             self._before = {number: signal.signal(number, self._note) for number in self._signals}
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if error is None and self._noted is not None:
+            signal.raise_signal(self._noted)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = True
+        self._noted = number
         if signal.SIGINT in self._before:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is one
 
     @property
     def noted(self) -> bool:
         """Whether to stop at this step: known at once by a single process, by several only from `flag`."""
-        return self._noted and not active()
+        return self._noted is not None and not active()
 
     def flag(self) -> bool | jax.Array:
         """Above 0 if any process is to stop; the same in all of them, who must call it at the same steps."""
+        noted = self._noted is not None
         if not active():
-            return self._noted
+            return noted
         if not self._flags:
             mesh = Mesh(np.array(jax.devices()), ("all",))
             shape = (jax.local_device_count(),)
@@ -266,4 +269,4 @@ class Preemption:
                 part = np.full(shape, value, np.int32)
                 self._flags[value] = jax.make_array_from_process_local_data(NamedSharding(mesh, P("all")), part)
             self._sum = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, P()))
-        return self._sum(self._flags[self._noted])
+        return self._sum(self._flags[noted])

@@ -295,7 +295,18 @@ def _road(report: dict[str, Any]) -> str:
     note = f"\n\nCost at ${price:,.2f} per device-hour." if report["cost"] else ""
     missing = [s for s in report["config"]["stages"] if s not in stages and s != "report"]
     unfinished = f"\n\nNot finished: {', '.join(missing)}." if missing else ""
-    return f"## How it got there\n\n{table}{note}{unfinished}"
+    diverged = "".join(
+        f"\n\n{stage}: {_went_back(entry)}" for stage, entry in stages.items() if entry.get("divergences")
+    )
+    return f"## How it got there\n\n{table}{note}{unfinished}{diverged}"
+
+
+def _went_back(entry: dict[str, Any]) -> str:
+    events = entry["divergences"]
+    batches = sum(event["batches"] for event in events)
+    reasons = "; ".join(f"{event['why']}, back to {event['back_to']:,}" for event in events)
+    times = "once" if len(events) == 1 else f"{len(events)} times"
+    return f"{times} back to a checkpoint, {batches:,} batches left out ({reasons})."
 
 
 def _settings(report: dict[str, Any]) -> str:
