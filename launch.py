@@ -52,9 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if not _several():
             raise
-        traceback.print_exc()
         code, message = 1, f"error: {type(error).__name__}: {error}"
         _distributed().await_verdict()
+        traceback.print_exc()
     if _several():
         _distributed().leave(code, message)
     print(message, file=sys.stderr)

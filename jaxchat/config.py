@@ -294,6 +294,21 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """Which checkpoints of a stage stay: the newest `keep`, those of the steps that `keep_every` divides, and the one
+    that its evaluation found best (`keep_best`). A stage's result is its last one."""
+
+    keep: int = 2
+    keep_every: int | None = None
+    keep_best: bool = False
+
+    def __post_init__(self):
+        check(self.keep >= 1, f"checkpoints.keep is {self.keep}; it must be at least 1")
+        every = self.keep_every
+        check(every is None or every >= 1, f"checkpoints.keep-every is {every}; it must be at least 1")
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     tensorboard: bool = False
     wandb: bool = False
@@ -337,6 +352,7 @@ class Experiment:
     sft: FinetuneConfig = field(default_factory=FinetuneConfig)
     rl: RLConfig = field(default_factory=RLConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     cost: CostConfig = field(default_factory=CostConfig)
 

@@ -7,6 +7,7 @@ there: `agreed` hands its answer to the others, so that they need not see the sa
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import glob
 import importlib.util
 import itertools
@@ -24,6 +25,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -34,6 +36,7 @@ START_SECONDS = 300  # for all processes to come together
 BEAT_SECONDS = 2.0
 LOST_SECONDS = 30.0  # without a beat: then a process is lost
 BACKUP_SECONDS = 50  # after which JAX itself ends the processes that are left, with a message of its own
+GO_ON = "the same command goes on from the last checkpoint"
 FOREVER_MS = 7 * 24 * 3600 * 1000
 
 
@@ -138,8 +141,24 @@ def _end(code: int, message: str) -> NoReturn:
 def _begin_watch() -> None:
     global _watch
     if jax.process_count() > 1:
+        if jax.process_index() > 0:
+            _libc.signal(signal.SIGABRT, _on_abort)
         _watch = _Watch(daemon=True)
         _watch.start()
+
+
+_libc = ctypes.CDLL(None)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(number: int) -> None:
+    """JAX aborts the other processes at once when process 0, the coordinator, is lost. A handler of Python's own would
+    never run, since the thread that aborts is none of Python's. Any other abort goes on when this returns."""
+    host, port = distributed.global_state.coordinator_address.rsplit(":", 1)
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        _end(LOST, f"error: process {jax.process_index()} stops: process 0 is lost; {GO_ON}")
 
 
 class _Watch(threading.Thread):
@@ -174,7 +193,7 @@ class _Watch(threading.Thread):
                     _end(
                         LOST,
                         f"error: process {here} stops: process {process} is lost, silent for {LOST_SECONDS:.0f} s; "
-                        "the same command goes on from the last checkpoint",
+                        f"{GO_ON}",
                     )
 
 
@@ -185,8 +204,6 @@ _turns = itertools.count()
 
 def _client() -> Any:
     """JAX's client of the coordinator, with a small key-value store and barriers; it has no public name yet."""
-    from jax._src import distributed
-
     return distributed.global_state.client
 
 

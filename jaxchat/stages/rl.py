@@ -11,10 +11,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax
 import numpy as np
 
-from jaxchat.config import RLConfig, UserError, check
+from jaxchat.config import RLConfig, check
 from jaxchat.infer.engine import Completion, Engine
 from jaxchat.mesh import put_whole
 from jaxchat.stages.run import Run
@@ -34,10 +33,8 @@ def run(run: Run) -> None:
     """Trains the parent's parameters on the rewards of their own samples; skipped where the data has none of the tasks.
 
     Raises:
-      UserError: no question fits the context; more than one process.
+      UserError: no question fits the context.
     """
-    if jax.process_count() > 1:
-        raise UserError("rl samples on one host only; run the stage 'rl' on one")
     experiment, tokenizer = run.experiment, run.tokenizer()
     config, model = experiment.rl, run.model_config(tokenizer)
     tasks = run.load_tasks("rl", config.tasks, "train")

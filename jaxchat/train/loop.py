@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.cluster import Preempted
@@ -23,6 +24,7 @@ from jaxchat.train.step import Batch, State
 
 MAX_RETURNS = 3  # to one checkpoint: what goes on diverging has more than bad batches
 STOP = "stop"  # among a step's results: whether a process was asked to end
+WORTH = {"bpb": -1.0, "reward_eval": 1.0}  # what tells a stage's best checkpoint, and whether more or less is better
 Values = Iterable[tuple[str, Any]]
 
 
@@ -129,11 +131,12 @@ class Loop:
                 self.metrics.note(f"resuming at step {start:,} of {self.num_steps:,}")
         start = start or 0
         with Preemption() as preemption:
-            if start in (0, self.num_steps):  # the latter: stopped after the last step, before the evaluation
-                evaluating = time.perf_counter()
-                for evaluator in self.evaluators:
-                    if start or evaluator.at_start:
-                        self._run_evaluator(evaluator, start, state["params"])
+            # After a save at the same step too: whoever stopped behind it may not have come to the evaluation.
+            due = [e for e in self.evaluators if (self._due(e, start) if start else e.at_start)]
+            evaluating = time.perf_counter()
+            for evaluator in due:
+                self._run_evaluator(evaluator, start, state["params"])
+            if due:
                 self.startup["evaluation"] = time.perf_counter() - evaluating
             while True:
                 try:
@@ -203,7 +206,7 @@ class Loop:
                 step, moving = step + 1, False
                 done = step == self.num_steps
                 save = done or (self.save_every and step % self.save_every == 0)
-                due = [e for e in self.evaluators if done or (e.every and step % e.every == 0)]
+                due = [e for e in self.evaluators if self._due(e, step)]
                 stopping = stopping or preemption.noted
                 while len(pending) > (0 if save or due or stopping else 1):
                     before, told = self._log(pending[0], before)
@@ -229,10 +232,16 @@ class Loop:
             raise
         return state
 
+    def _due(self, evaluator: Evaluator, step: int) -> bool:
+        return step == self.num_steps or (evaluator.every > 0 and step % evaluator.every == 0)
+
     def _run_evaluator(self, evaluator: Evaluator, step: int, params) -> None:
         values = dict(evaluator.run(step, params))
         if values:
             self.metrics.log(step, **values)
+        for name, sign in WORTH.items():
+            if name in values and np.isfinite(values[name]):
+                self.checkpoints.note_worth(step, sign * float(values[name]))
 
     def _log(self, dispatched: _Dispatched, before: float) -> tuple[float, bool]:
         """Waits for the metrics of a step and writes them; returns when they were there, and whether to stop."""

@@ -118,6 +118,24 @@ def test_saves_before_it_evaluates(tmp_path):
     assert table(tmp_path) == table(tmp_path / "whole")
 
 
+def test_an_evaluation_that_was_missed_is_made_up_for(tmp_path):
+    """Stopped between a save and the evaluation of the same step."""
+    ran = []
+
+    def evaluate(step, params):
+        ran.append((step, float(params["x"])))
+        if ran[-2:] == [(0, 0.0), (3, ran[-1][1])]:
+            raise RuntimeError("killed")
+        return ()
+
+    stopped = loop(tmp_path, save_every=3, evaluators=(Evaluator(3, evaluate),))
+    with pytest.raises(RuntimeError, match="killed"):
+        stopped.train(begin())
+    stopped.checkpoints.wait()
+    loop(tmp_path, save_every=3, evaluators=(Evaluator(3, evaluate),)).train(begin())
+    assert [step for step, _ in ran] == [0, 3, 3, 6, 7] and ran[1] == ran[2]
+
+
 def test_when_evaluators_run(tmp_path):
     ran = []
 
