@@ -173,7 +173,7 @@ else:
 
 config = ModelConfig(depth=1, vocab_size=300, sequence_len=32)
 mesh = make_mesh(MeshConfig())
-tokenizer = Tokenizer.train_from_iterator(["A B C D and so on, over and over"] * 9, 280)
+tokenizer = Tokenizer.train_from_iterator(["A B C D and so on, over and over"] * 9, 270)
 place = shardings(mesh, abstract_params(config))
 params = jax.jit(init_params, static_argnums=0, out_shardings=place)(config, jax.random.key(0))
 engine = Engine(config, params, tokenizer, dtype=jnp.float32)
