@@ -35,6 +35,7 @@ from jaxchat.config import UserError, check
 START_SECONDS = 300  # for all processes to come together
 BEAT_SECONDS = 2.0
 LOST_SECONDS = 30.0  # without a beat: then a process is lost
+LEAVE_SECONDS = 5.0  # that a process has to end in its own way, and write what it still has, when another one leaves
 BACKUP_SECONDS = 50  # after which JAX itself ends the processes that are left, with a message of its own
 GO_ON = "the same command goes on from the last checkpoint"
 FOREVER_MS = 7 * 24 * 3600 * 1000
@@ -154,6 +155,8 @@ _libc = ctypes.CDLL(None)
 def _on_abort(number: int) -> None:
     """JAX aborts the other processes at once when process 0, the coordinator, is lost. A handler of Python's own would
     never run, since the thread that aborts is none of Python's. Any other abort goes on when this returns."""
+    if _watch is not None and _watch.verdict is not None:
+        _end(*_watch.verdict)
     host, port = distributed.global_state.coordinator_address.rsplit(":", 1)
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
@@ -167,6 +170,7 @@ class _Watch(threading.Thread):
     def __init__(self, **options):
         super().__init__(**options)
         self._stopped = threading.Event()
+        self.verdict: tuple[int, str] | None = None  # by which another process has left
 
     def stop(self) -> None:
         self._stopped.set()
@@ -186,7 +190,9 @@ class _Watch(threading.Thread):
             for process, (heard, beat_then) in last.items():
                 if process in left:
                     code, message = json.loads(left[process])
-                    _end(code, f"process {here} stops with process {process}: {message}")
+                    self.verdict = code, f"process {here} stops with process {process}: {message}"
+                    self._stopped.wait(LEAVE_SECONDS)
+                    _end(*self.verdict)
                 if beats.get(process, beat_then) != beat_then:
                     last[process] = now, beats[process]
                 elif now - heard > LOST_SECONDS:
