@@ -22,10 +22,6 @@ POD = {
     "JAX_NUM_PROCESSES": "2",
     "JAX_COORDINATOR_ADDRESS": "jaxchat-train-0-0.jaxchat:61440",
 }
-    "JOB_COMPLETION_INDEX": "1",
-    "JAX_NUM_PROCESSES": "2",
-    "JAX_COORDINATOR_ADDRESS": "jaxchat-train-0-0.jaxchat:61440",
-}
 
 
 @pytest.fixture(autouse=True)
