@@ -128,7 +128,7 @@ alike "$work/killed"
 
 mpi() { # NAME: exit code in $code
   code=0
-  mpirun --allow-run-as-root --oversubscribe -np 2 --mca odls_base_sigkill_timeout 180 \
+  mpirun --allow-run-as-root --oversubscribe -np 2 --mca odls_base_sigkill_timeout 3 \
     "$PYTHON" launch.py $settings --run-dir="$work/$1" >>"$work/$1.log" 2>&1 || code=$?
 }
 
@@ -140,7 +140,7 @@ alike "$work/mpi"
 
 say "Open MPI: SIGTERM to mpirun"
 mpi preempted-mpi &
-reached "$work/preempted-mpi" 25
+reached "$work/preempted-mpi" 5 # mpirun waits before it hands SIGTERM on
 pkill -TERM -f "mpirun.*$work/preempted-mpi"
 wait
 grep -q "stopped by SIGTERM" "$work/preempted-mpi.log" || fail "it was not preempted"
