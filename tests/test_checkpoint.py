@@ -246,6 +246,45 @@ def test_damaged_parameters_are_refused_and_without_a_good_step_fresh_is_the_way
         Checkpoints(checkpoints.directory).restore_params(state()["params"])
 
 
+def test_random_damage_never_gives_another_state(checkpoints, capsys):
+    """JAXCHAT_DAMAGES sets how many: of any file, a bit flipped, an end cut off, or all of it deleted."""
+    good = {step: state(seed=step, step=step) for step in (10, 20)}
+    for step in good:
+        checkpoints.save(step, good[step], data={"at": step}, meta={})
+    checkpoints.close()
+    folder, draw, refused = checkpoints.directory / "20", np.random.default_rng(0), 0
+    count = int(os.environ.get("JAXCHAT_DAMAGES", "20"))
+    for _ in range(count):
+        path = draw.choice(files(folder))
+        content = path.read_bytes()
+        damaged, place = bytearray(content), draw.integers(len(content))
+        match draw.integers(3):
+            case 0:
+                damaged[place] ^= 1 << draw.integers(8)
+            case 1:
+                del damaged[place:]
+            case 2:
+                path.unlink()
+        if path.exists():
+            path.write_bytes(damaged)
+        fresh = Checkpoints(checkpoints.directory)
+        try:
+            got, data, _ = fresh.restore(state(), 20)
+        except UserError as error:
+            refused += 1
+            assert str(folder) in str(error) and "\n" not in str(error)
+            assert "go on from step 10" in str(error) or "there is no checkpoint of step 20" in str(error)
+        else:  # what is not needed to read it
+            assert path.parent == Path(folder), path
+            assert_same(got, good[20])
+            assert data == {"at": 20}
+        path.write_bytes(content)
+    assert_same(fresh.restore(state(), 10)[0], good[10])
+    assert_same(fresh.restore(state(), 20)[0], good[20])
+    with capsys.disabled():
+        print(f" {count} damages, {refused} refused, {count - refused} of what is not read ", end="")
+
+
 def test_every_file_is_covered_by_the_manifest(checkpoints):
     checkpoints.save(1, state(), data={}, meta={})
     checkpoints.wait()
