@@ -14,6 +14,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import errno
 import importlib
 import io
 import os
@@ -33,6 +34,8 @@ import tyro
 from jaxchat.cluster import PREEMPTED, Preempted, find_cluster
 from jaxchat.config import STAGES, Experiment, UserError, check, closest
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+GO_ON = "the same command goes on from here"
 EXPERIMENTS = Path(__file__).parent / "experiments"
 
 
@@ -49,13 +52,20 @@ def main(argv: list[str] | None = None) -> int:
     except Preempted as stopped:
         code, message = PREEMPTED, str(stopped)
     except KeyboardInterrupt:
-        code, message = 130, "stopped; the same command goes on from here"
+        code, message = 130, f"stopped; {GO_ON}"
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            where = error.filename or "the run directory"
+            return _end(2, f"error: {where}: {error.strerror}; put that right, and {GO_ON}")
         if not _several():
             raise
-        traceback.print_exc()
         code, message = 1, f"error: {type(error).__name__}: {error}"
         _distributed().await_verdict()
+        traceback.print_exc()
+    return _end(code, message)
+
+
+def _end(code: int, message: str) -> int:
     if _several():
         _distributed().leave(code, message)
     print(message, file=sys.stderr)
@@ -67,7 +77,7 @@ def _sigterm_raises() -> Iterator[None]:
     """SIGTERM ends the program in its own way; the training loop has another, which saves first."""
 
     def stop(number, frame):
-        raise Preempted("stopped by SIGTERM; the same command goes on from here")
+        raise Preempted(f"stopped by SIGTERM; {GO_ON}")
 
     if threading.current_thread() is not threading.main_thread():
         yield

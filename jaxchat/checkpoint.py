@@ -9,9 +9,12 @@ decides which steps are there, writes the manifest and deletes; each checks the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import re
 import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,27 +24,29 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from jaxchat.config import UserError, check
+from jaxchat.config import CheckpointConfig, UserError, check
 from jaxchat.distributed import agreed, exchange
 
 MANIFEST = "manifest.json"
+WORTHS = "worths.json"
 PARAMS, TRAINING, DATA, META = "params", "training", "data", "meta"
 CHUNK = 1 << 22
-# Orbax tells every save and restore in warnings that no user can act upon; what matters is raised.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax tells of every save and restore what no user can act upon; what matters is raised.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints of one stage in `directory`, any path that `etils.epath` opens.
+    """The checkpoints of one stage in `directory`, any path that `etils.epath` opens; `config` says which are kept.
 
-    A state is a dict of pytrees of `jax.Array`, one of them `params`.
+    A state is a dict of pytrees of `jax.Array`, one of them `params`, and at least one other.
     """
 
-    def __init__(self, directory: epath.PathLike, *, keep: int = 2):
+    def __init__(self, directory: epath.PathLike, config: CheckpointConfig | None = None):
         path = epath.Path(directory)
         # Orbax wants an absolute path, and epath's `absolute` takes gs://bucket for a relative one.
         self.directory = path if path.is_absolute() else path.absolute()
-        self._keep = keep
+        self._config = config or CheckpointConfig()
+        self._worths: dict[int, float] | None = None  # of steps that were evaluated: the more the better
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None
 
@@ -50,8 +55,10 @@ class Checkpoints:
 
         `data` and `meta` are JSON. Errors of the writing are raised by the next call.
         """
-        manager = self._writer()
-        manager.wait_until_finished()
+        self.wait()
+        self._saving = step
+        with self._told():
+            manager = self._writer()
         if step in self.steps():
             return
         rest = {key: value for key, value in state_tree.items() if key != PARAMS}
@@ -61,8 +68,31 @@ class Checkpoints:
             DATA: ocp.args.JsonSave(data),
             META: ocp.args.JsonSave({"meta": meta, "arrays": _arrays(state_tree)}),
         }
-        self._saving = step
-        manager.save(step, args=ocp.args.Composite(**items), force=True)
+        with self._told():
+            manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def note_worth(self, step: int, worth: float) -> None:
+        """Remembers, with the checkpoints, how good the state of a step is, the more the better: for `keep_best`."""
+        if self._config.keep_best:
+            self._load_worths()[step] = worth
+            agreed(self._write_worths)
+
+    def _load_worths(self) -> dict[int, float]:
+        if self._worths is None:
+            self._worths = {int(step): worth for step, worth in agreed(self._read_worths).items()}
+        return self._worths
+
+    def _read_worths(self) -> dict[str, float]:
+        with contextlib.suppress(OSError, ValueError):  # without it the best is one of those to come
+            return json.loads((self.directory / WORTHS).read_text())
+        return {}
+
+    def _write_worths(self) -> None:
+        with self._told():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            part = self.directory / f"{WORTHS}.part"
+            part.write_text(json.dumps(self._worths))
+            part.replace(self.directory / WORTHS)
 
     def steps(self) -> list[int]:
         """The steps whose checkpoints are complete, ascending, after waiting for the one being written."""
@@ -117,13 +147,28 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when everything is on disk; raises what went wrong on the way there."""
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            with self._told():
+                self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """A disk that is full, read-only or gone is a line for the user; what was complete before stays as it is."""
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore raises the latter
+            good = max(self._complete(), default=None)
+            newest = "there is none yet" if good is None else f"the newest good one is {self._folder(good)}"
+            raise UserError(
+                f"in {self.directory} nothing can be written ({_reason(error)}); {newest}; "
+                "make room, or the folder writable, and the same command goes on from there"
+            ) from error
 
     def close(self) -> None:
         """Waits and releases the threads."""
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            with self._told():
+                manager.close()
 
     def _folder(self, step: int) -> epath.Path:
         return self.directory / str(step)
@@ -132,7 +177,7 @@ class Checkpoints:
         # Built by the first save, since it clears away what a killed writer left: a reader must not.
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.LatestN(self._keep),
+                preservation_policy=_Policy(self._config, self._load_worths()),
                 cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             )
@@ -180,6 +225,24 @@ class Checkpoints:
                 f"checkpoint {self._folder(step)} is of other settings: {name} is {there} there and {here} here; "
                 "use the settings that it was saved with",
             )
+
+
+class _Policy(preservation_policy.PreservationPolicy):
+    """Which checkpoints stay: the newest, the best, and every n-th step's."""
+
+    def __init__(self, config: CheckpointConfig, worths: dict[int, float]):
+        self._config, self._worths = config, worths
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        config = self._config
+        stay = set(steps[-config.keep :])
+        if config.keep_every:
+            stay.update(step for step in steps if step % config.keep_every == 0)
+        if config.keep_best:
+            worths = {step: worth for step, worth in self._worths.items() if step in steps}
+            stay.update(sorted(worths, key=worths.__getitem__)[-1:])
+        return [step in stay for step in steps]
 
 
 class _Manager(ocp.CheckpointManager):
@@ -231,6 +294,14 @@ def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
 def _read(folder: epath.Path, **items: Any) -> Any:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         return reader.restore(folder, args=ocp.args.Composite(**items))
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in the system's words where they are among those of the libraries."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    found = re.search(r"No space left on device|Read-only file system|Permission denied|File too large", str(error))
+    return found[0] if found else str(error).partition("\n")[0]
 
 
 def _files(folder: epath.Path) -> list[epath.Path]:

@@ -308,6 +308,21 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """Which checkpoints of a stage stay: the newest `keep`, those of the steps that `keep_every` divides, and the one
+    that its evaluation found best (`keep_best`). A stage's result is its last one."""
+
+    keep: int = 2
+    keep_every: int | None = None
+    keep_best: bool = False
+
+    def __post_init__(self):
+        check(self.keep >= 1, f"checkpoints.keep is {self.keep}; it must be at least 1")
+        every = self.keep_every
+        check(every is None or every >= 1, f"checkpoints.keep-every is {every}; it must be at least 1")
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     tensorboard: bool = False
     wandb: bool = False
@@ -332,6 +347,9 @@ class Experiment:
     `remat` is what a training step computes twice to save memory: nothing ("none"), the norms and the MLPs ("mlp",
     a ninth more matrix products), or all of a block but its attention ("full", two ninths); "auto" is the first of them
     whose step fits into the device's memory.
+
+    `on_nan` is what becomes of a training whose loss is no number or spikes: "stop" ends it and names the last good
+    checkpoint, "skip" goes on from there without the batches since then.
     """
 
     name: str = ""
@@ -339,6 +357,7 @@ class Experiment:
     seed: int = 42
     precision: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
     remat: Literal["auto", "none", "mlp", "full"] = "auto"
+    on_nan: Literal["stop", "skip"] = "stop"
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -349,6 +368,7 @@ class Experiment:
     sft: FinetuneConfig = field(default_factory=FinetuneConfig)
     rl: RLConfig = field(default_factory=RLConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     cost: CostConfig = field(default_factory=CostConfig)
 

@@ -7,6 +7,7 @@ there: `agreed` hands its answer to the others, so that they need not see the sa
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import glob
 import importlib.util
 import itertools
@@ -24,6 +25,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -33,7 +35,9 @@ from jaxchat.config import UserError, check
 START_SECONDS = 300  # for all processes to come together
 BEAT_SECONDS = 2.0
 LOST_SECONDS = 30.0  # without a beat: then a process is lost
+LEAVE_SECONDS = 5.0  # that a process has to end in its own way, and write what it still has, when another one leaves
 BACKUP_SECONDS = 50  # after which JAX itself ends the processes that are left, with a message of its own
+GO_ON = "the same command goes on from the last checkpoint"
 FOREVER_MS = 7 * 24 * 3600 * 1000
 
 
@@ -138,8 +142,26 @@ def _end(code: int, message: str) -> NoReturn:
 def _begin_watch() -> None:
     global _watch
     if jax.process_count() > 1:
+        if jax.process_index() > 0:
+            _libc.signal(signal.SIGABRT, _on_abort)
         _watch = _Watch(daemon=True)
         _watch.start()
+
+
+_libc = ctypes.CDLL(None)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(number: int) -> None:
+    """JAX aborts the other processes at once when process 0, the coordinator, is lost. A handler of Python's own would
+    never run, since the thread that aborts is none of Python's. Any other abort goes on when this returns."""
+    if _watch is not None and _watch.verdict is not None:
+        _end(*_watch.verdict)
+    host, port = distributed.global_state.coordinator_address.rsplit(":", 1)
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        _end(LOST, f"error: process {jax.process_index()} stops: process 0 is lost; {GO_ON}")
 
 
 class _Watch(threading.Thread):
@@ -148,6 +170,7 @@ class _Watch(threading.Thread):
     def __init__(self, **options):
         super().__init__(**options)
         self._stopped = threading.Event()
+        self.verdict: tuple[int, str] | None = None  # by which another process has left
 
     def stop(self) -> None:
         self._stopped.set()
@@ -167,14 +190,16 @@ class _Watch(threading.Thread):
             for process, (heard, beat_then) in last.items():
                 if process in left:
                     code, message = json.loads(left[process])
-                    _end(code, f"process {here} stops with process {process}: {message}")
+                    self.verdict = code, f"process {here} stops with process {process}: {message}"
+                    self._stopped.wait(LEAVE_SECONDS)
+                    _end(*self.verdict)
                 if beats.get(process, beat_then) != beat_then:
                     last[process] = now, beats[process]
                 elif now - heard > LOST_SECONDS:
                     _end(
                         LOST,
                         f"error: process {here} stops: process {process} is lost, silent for {LOST_SECONDS:.0f} s; "
-                        "the same command goes on from the last checkpoint",
+                        f"{GO_ON}",
                     )
 
 
@@ -185,8 +210,6 @@ _turns = itertools.count()
 
 def _client() -> Any:
     """JAX's client of the coordinator, with a small key-value store and barriers; it has no public name yet."""
-    from jax._src import distributed
-
     return distributed.global_state.client
 
 
@@ -223,7 +246,7 @@ def agreed(work: Callable[[], Any]) -> Any:
 
 
 class Preemption:
-    """Notes SIGTERM, instead of what happens at it otherwise, while it is entered.
+    """Notes SIGTERM, instead of what happens at it otherwise, while it is entered; what nobody heeded happens then.
 
     With several processes Ctrl-C in one of them is the same: they must agree on the step at which all stop, or their
     checkpoint would be of two steps. Each brings its flag to every step; the sum is read with the step's metrics, one
@@ -231,7 +254,7 @@ class Preemption:
     """
 
     def __init__(self):
-        self._noted = False
+        self._noted: int | None = None
         self._signals = (signal.SIGTERM, signal.SIGINT) if active() else (signal.SIGTERM,)
         self._before: dict[signal.Signals, Any] = {}
         self._flags: dict[bool, jax.Array] = {}
@@ -241,24 +264,27 @@ class Preemption:
             self._before = {number: signal.signal(number, self._note) for number in self._signals}
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if error is None and self._noted is not None:
+            signal.raise_signal(self._noted)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = True
+        self._noted = number
         if signal.SIGINT in self._before:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is one
 
     @property
     def noted(self) -> bool:
         """Whether to stop at this step: known at once by a single process, by several only from `flag`."""
-        return self._noted and not active()
+        return self._noted is not None and not active()
 
     def flag(self) -> bool | jax.Array:
         """Above 0 if any process is to stop; the same in all of them, who must call it at the same steps."""
+        noted = self._noted is not None
         if not active():
-            return self._noted
+            return noted
         if not self._flags:
             mesh = Mesh(np.array(jax.devices()), ("all",))
             shape = (jax.local_device_count(),)
@@ -266,4 +292,4 @@ class Preemption:
                 part = np.full(shape, value, np.int32)
                 self._flags[value] = jax.make_array_from_process_local_data(NamedSharding(mesh, P("all")), part)
             self._sum = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, P()))
-        return self._sum(self._flags[self._noted])
+        return self._sum(self._flags[noted])

@@ -297,9 +297,12 @@ def _road(report: dict[str, Any]) -> str:
     note = f"\n\nCost at ${price:,.2f} per device-hour." if report["cost"] else ""
     missing = [s for s in report["config"]["stages"] if s not in stages and s != "report"]
     unfinished = f"\n\nNot finished: {', '.join(missing)}." if missing else ""
+    diverged = "".join(
+        f"\n\n{stage}: {_went_back(entry)}" for stage, entry in stages.items() if entry.get("divergences")
+    )
     lines = [f"- {stage}: {line}." for stage, entry in stages.items() if (line := describe_data(entry))]
     data = "\n\nIts data:\n\n" + "\n".join(lines) if lines else ""
-    return f"## How it got there\n\n{table}{note}{unfinished}{data}"
+    return f"## How it got there\n\n{table}{note}{unfinished}{diverged}{data}"
 
 
 def describe_data(entry: dict[str, Any]) -> str:
@@ -314,6 +317,14 @@ def describe_data(entry: dict[str, Any]) -> str:
         counts = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in sorted(left_out.items()))
         parts.append(f"left out of the text: {counts}")
     return "; ".join(parts)
+
+
+def _went_back(entry: dict[str, Any]) -> str:
+    events = entry["divergences"]
+    batches = sum(event["batches"] for event in events)
+    reasons = "; ".join(f"{event['why']}, back to {event['back_to']:,}" for event in events)
+    times = "once" if len(events) == 1 else f"{len(events)} times"
+    return f"{times} back to a checkpoint, {batches:,} batches left out ({reasons})."
 
 
 def _settings(report: dict[str, Any]) -> str:

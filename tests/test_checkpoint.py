@@ -1,7 +1,13 @@
 """Checkpoints: same state back on any mesh, and no damaged one is ever used."""
 
+import contextlib
 import json
+import os
+import resource
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -11,7 +17,7 @@ import optax
 import pytest
 
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import MeshConfig, ModelConfig, OptimizerConfig, UserError
+from jaxchat.config import CheckpointConfig, MeshConfig, ModelConfig, OptimizerConfig, UserError
 from jaxchat.mesh import make_mesh, shardings
 from jaxchat.optim.optimizer import make_optimizer
 
@@ -240,6 +246,45 @@ def test_damaged_parameters_are_refused_and_without_a_good_step_fresh_is_the_way
         Checkpoints(checkpoints.directory).restore_params(state()["params"])
 
 
+def test_random_damage_never_gives_another_state(checkpoints, capsys):
+    """JAXCHAT_DAMAGES sets how many: of any file, a bit flipped, an end cut off, or all of it deleted."""
+    good = {step: state(seed=step, step=step) for step in (10, 20)}
+    for step in good:
+        checkpoints.save(step, good[step], data={"at": step}, meta={})
+    checkpoints.close()
+    folder, draw, refused = checkpoints.directory / "20", np.random.default_rng(0), 0
+    count = int(os.environ.get("JAXCHAT_DAMAGES", "20"))
+    for _ in range(count):
+        path = draw.choice(files(folder))
+        content = path.read_bytes()
+        damaged, place = bytearray(content), draw.integers(len(content))
+        match draw.integers(3):
+            case 0:
+                damaged[place] ^= 1 << draw.integers(8)
+            case 1:
+                del damaged[place:]
+            case 2:
+                path.unlink()
+        if path.exists():
+            path.write_bytes(damaged)
+        fresh = Checkpoints(checkpoints.directory)
+        try:
+            got, data, _ = fresh.restore(state(), 20)
+        except UserError as error:
+            refused += 1
+            assert str(folder) in str(error) and "\n" not in str(error)
+            assert "go on from step 10" in str(error) or "there is no checkpoint of step 20" in str(error)
+        else:  # what is not needed to read it
+            assert path.parent == Path(folder), path
+            assert_same(got, good[20])
+            assert data == {"at": 20}
+        path.write_bytes(content)
+    assert_same(fresh.restore(state(), 10)[0], good[10])
+    assert_same(fresh.restore(state(), 20)[0], good[20])
+    with capsys.disabled():
+        print(f" {count} damages, {refused} refused, {count - refused} of what is not read ", end="")
+
+
 def test_every_file_is_covered_by_the_manifest(checkpoints):
     checkpoints.save(1, state(), data={}, meta={})
     checkpoints.wait()
@@ -260,6 +305,114 @@ def test_what_a_killed_writer_left_is_no_checkpoint_and_is_cleared_by_the_next_s
     assert again.restore(state())[1] == {"n": 2}
     again.close()
     assert not half.exists()
+
+
+def kept(directory, config, worths=(), steps=range(1, 9)):
+    """The steps that are left after a save at each of them, each followed by what its evaluation says."""
+    checkpoints, worths = Checkpoints(directory, config), dict(worths)
+    for step in steps:
+        checkpoints.save(step, {"params": {"w": jnp.zeros(2)}, "step": jnp.asarray(step)}, data={}, meta={})
+        if step in worths:
+            checkpoints.note_worth(step, worths[step])
+    left = checkpoints.steps()
+    checkpoints.close()
+    return left
+
+
+def test_which_are_kept(tmp_path):
+    assert kept(tmp_path / "newest", CheckpointConfig()) == [7, 8]
+    assert kept(tmp_path / "one", CheckpointConfig(keep=1)) == [8]
+    assert kept(tmp_path / "every", CheckpointConfig(keep=1, keep_every=3)) == [3, 6, 8]
+    worths = {2: -1.5, 4: -1.1, 6: -1.3}
+    assert kept(tmp_path / "best", CheckpointConfig(keep_best=True), worths) == [4, 7, 8]
+    # What was best is remembered by the next start; a better one takes its place.
+    assert kept(tmp_path / "best", CheckpointConfig(keep_best=True), steps=(9, 10)) == [4, 9, 10]
+    assert kept(tmp_path / "best", CheckpointConfig(keep_best=True), {11: -1.0}, (11, 12, 13)) == [11, 12, 13]
+    assert kept(tmp_path / "best", CheckpointConfig(), steps=(14, 15)) == [14, 15]
+    for wrong in ({"keep": 0}, {"keep_every": 0}):
+        with pytest.raises(UserError, match="must be at least 1"):
+            CheckpointConfig(**wrong)
+
+
+@contextlib.contextmanager
+def full_disk(room):
+    """No file may grow beyond `room` bytes: what a full disk is to a writer, without one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [0, 100_000])
+def test_a_full_disk_is_told_and_the_checkpoint_before_stays(checkpoints, room):
+    rng = np.random.default_rng(0)  # which does not compress
+
+    def large(step):
+        return {"params": {"w": jnp.asarray(rng.normal(size=1 << 18), jnp.float32)}, "step": jnp.asarray(step)}
+
+    first = large(10)
+    checkpoints.save(10, first, data={"at": 10}, meta={})
+    checkpoints.wait()
+    with full_disk(room), pytest.raises(UserError) as error:
+        checkpoints.save(20, large(20), data={"at": 20}, meta={})
+        checkpoints.wait()
+    with contextlib.suppress(UserError):  # what the other threads had to do
+        checkpoints.close()
+    message = str(error.value)
+    assert message.startswith(f"in {checkpoints.directory} nothing can be written (File too large)"), message
+    assert f"the newest good one is {checkpoints.directory / '10'}; make room" in message and "\n" not in message
+    fresh = Checkpoints(checkpoints.directory)
+    assert fresh.steps() == [10]
+    got, data, _ = fresh.restore(first)
+    assert_same(got, first)
+    assert data == {"at": 10}
+    fresh.save(20, large(20), data={"at": 20}, meta={})
+    assert fresh.steps() == [10, 20] and fresh.restore(first)[1] == {"at": 20}
+    fresh.close()
+
+
+READ_ONLY = """
+import os, sys
+import jax.numpy as jnp
+from jaxchat.checkpoint import Checkpoints
+from jaxchat.config import UserError
+checkpoints = Checkpoints(sys.argv[1])
+state = {"params": {"w": jnp.arange(4.0)}, "step": jnp.zeros(())}
+if os.getuid() == 0:
+    os.setuid(65534)  # root may write everywhere
+if checkpoints.steps():
+    print(checkpoints.restore(state)[1])
+try:
+    checkpoints.save(20, state, data={}, meta={})
+    checkpoints.wait()
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_read_only_folder_is_told_and_can_be_read(there):
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "checkpoints"
+        os.chmod(folder, 0o755)
+        if there:
+            writer = Checkpoints(directory)
+            writer.save(10, {"params": {"w": jnp.arange(4.0)}, "step": jnp.zeros(())}, data={"at": 10}, meta={})
+            writer.close()
+        for path in (folder, *(path for path in Path(folder).rglob("*") if path.is_dir())):
+            os.chmod(path, 0o555)
+        command = [sys.executable, "-c", READ_ONLY, directory]
+        told = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+        for path in (folder, *(path for path in Path(folder).rglob("*") if path.is_dir())):
+            os.chmod(path, 0o755)
+        assert told.returncode == 0, told.stderr
+        *read, message = told.stdout.splitlines()
+        assert read == ["{'at': 10}"] * there
+        assert message.startswith(f"in {directory} nothing can be written (Permission denied)")
+        assert ("the newest good one is" if there else "there is none yet") in message
+        assert not there or Checkpoints(directory).steps() == [10]
 
 
 def test_directories_relative_and_remote(tmp_path, monkeypatch):

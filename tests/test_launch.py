@@ -1,6 +1,8 @@
 """The command line: what it accepts, and that bad input is one readable line, exit code 2, and nothing lost."""
 
+import errno
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -213,3 +215,14 @@ class TestOverride:
         assert {"num-iterations", "schedule.decay", "mixture"} <= set(fields)
         for kind in launch._fields(type(self.experiment)).values():
             assert kind is bool or launch._describe(kind)
+
+
+def test_a_disk_that_fails_is_a_line(tmp_path, capsys, monkeypatch):
+    def fail(run):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run.directory / "metrics.jsonl"))
+
+    monkeypatch.setattr("jaxchat.stages.pipeline.run_stages", fail)
+    assert launch.main(["--experiment=quickstart", f"--run-dir={tmp_path / 'run'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    told = f"error: {tmp_path / 'run' / 'metrics.jsonl'}: No space left on device; put that right, and the same command"
+    assert line.startswith(told)

@@ -61,7 +61,9 @@ def run_dir(tmp_path_factory):
     finish(path, "tokenizer", seconds=36, metrics={"vocab_size": 4096})
     train(path, "pretrain", 20, bpb=1.25)
     sample = {"prompt": "The sea is", "completion": " *blue* and ```deep```."}
-    finish(path, "pretrain", seconds=1800, steps=20, tokens=20_480, peak_memory_bytes=3 * 2**29, samples=[sample])
+    event = {"step": 12, "back_to": 10, "batches": 3, "why": "loss is nan at step 12"}
+    facts = {"samples": [sample], "divergences": [event]}
+    finish(path, "pretrain", seconds=1800, steps=20, tokens=20_480, peak_memory_bytes=3 * 2**29, **facts)
     train(path, "sft", 10, bpb=0.75)
     called = "<|python_start|>2+2<|python_end|><|output_start|>4<|output_end|>It is 4."
     with Metrics(path, "sft", live=False) as metrics:
@@ -122,6 +124,8 @@ def test_report_md_tells_the_story(run_dir):
     assert "0.250 before reinforcement learning, 0.500 after." in text
     assert "| pretrain | read text | 20 | 20.5k | 30 min 00 s | 1.00k | 50% | 1.5 GiB | $3.00 |" in text
     assert "Not finished: midtrain, evaluate." in text
+    went_back = "pretrain: once back to a checkpoint, 3 batches left out (loss is nan at step 12, back to 10)."
+    assert went_back in text
     assert "4,096 tokens" in text and "JAX 0.10.2, Python 3.12.1" in text
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, Int
 
 from jaxchat.config import ModelConfig, check
@@ -91,7 +92,8 @@ def choose(engine: Engine, prompts: list[list[int]], letters: list[Sequence[str]
             # Filled up with the first letter, which never wins over itself.
             candidates[row] = ids + ids[:1] * (len(LETTERS) - len(ids))
         arrays = map(engine.put, (tokens, lengths, candidates))
-        best = np.asarray(_likeliest(engine.model_config, engine.dtype, engine.params, *arrays))
+        best = _likeliest(engine.model_config, engine.dtype, engine.params, *arrays)
+        best = np.asarray(process_allgather(best, tiled=True))
         for row, i in enumerate(rows):
             chosen[i] = letters[i][best[row]]
     return chosen

@@ -11,12 +11,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax
 import numpy as np
 
-from jaxchat.config import RLConfig, UserError, check
+from jaxchat.config import RLConfig, check
 from jaxchat.infer.engine import Completion, Engine
-from jaxchat.mesh import put_batch
+from jaxchat.mesh import put_whole
 from jaxchat.stages.run import Run
 from jaxchat.stages.training import MICRO_BATCH_SPEC, Training, prompts_of_chats
 from jaxchat.tasks import Conversation, Task
@@ -34,10 +33,8 @@ def run(run: Run) -> None:
     """Trains the parent's parameters on the rewards of their own samples; skipped where the data has none of the tasks.
 
     Raises:
-      UserError: no question fits the context; more than one process.
+      UserError: no question fits the context.
     """
-    if jax.process_count() > 1:
-        raise UserError("rl samples on one host only; run the stage 'rl' on one")
     experiment, tokenizer = run.experiment, run.tokenizer()
     config, model = experiment.rl, run.model_config(tokenizer)
     tasks = run.load_tasks("rl", config.tasks, "train")
@@ -103,20 +100,21 @@ class Rollouts(Source):
         parallel = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
         rollouts = config.questions_per_step * config.samples_per_question
         self.micro_rows = min(config.device_rows, math.ceil(rollouts / parallel)) * parallel
+        self.taken = 0  # batches: their questions and random numbers follow from this number alone
 
     def get_state(self) -> dict:
-        return {}  # a step's questions and random numbers follow from its number alone
+        return {"taken": self.taken}
 
     def set_state(self, state: dict) -> None:
-        pass
+        self.taken = state["taken"]
 
     def next_batch(self, step: int, params) -> tuple[Batch, dict[str, float]]:
         config = self.config
-        picked = [self.questions[i] for i in self._pick(step)]
+        picked = [self.questions[i] for i in self._pick(self.taken)]
         asked = [question for question in picked for _ in range(config.samples_per_question)]
         prompts = [self.tokenizer.render_for_completion(conversation) for _, conversation in asked]
         engine = dataclasses.replace(self.engine, params=params)
-        seed = self.run.experiment.seed * 1_000_003 + step + 1
+        seed = self.run.experiment.seed * 1_000_003 + self.taken + 1
         completions = engine.generate(prompts, **sampling(config), seed=seed)
         rewards = np.array(score(asked, completions, self.tokenizer)).reshape(-1, config.samples_per_question)
         weights = WEIGHTS[config.method](rewards).reshape(-1)
@@ -125,11 +123,12 @@ class Rollouts(Source):
             "reward": float(rewards.mean()),
             "completion_tokens": float(np.mean([len(c.tokens) for c in completions])),
         }
-        return {name: put_batch(self.run.mesh, array, MICRO_BATCH_SPEC) for name, array in batch.items()}, extra
+        self.taken += 1
+        return {name: put_whole(self.run.mesh, array, MICRO_BATCH_SPEC) for name, array in batch.items()}, extra
 
-    def _pick(self, step: int) -> np.ndarray:
-        """The step's questions: each epoch is a fresh permutation of all."""
-        places = step * self.config.questions_per_step + np.arange(self.config.questions_per_step)
+    def _pick(self, number: int) -> np.ndarray:
+        """A batch's questions: each epoch is a fresh permutation of all."""
+        places = number * self.config.questions_per_step + np.arange(self.config.questions_per_step)
         seed, size = self.run.experiment.seed, len(self.questions)
         order = {epoch: np.random.default_rng((seed, epoch)).permutation(size) for epoch in set(places // size)}
         return np.array([order[place // size][place % size] for place in places])

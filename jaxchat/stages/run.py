@@ -36,8 +36,9 @@ from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
 
 TRAINED = ("pretrain", "midtrain", "sft", "rl")  # the stages that leave parameters, in their order
 GENERATED = ("chat", "sums", "letters", "facts", "long_sums")  # the tasks of the generated corpus
-# What may differ between two starts of one run: it changes neither the numbers nor what is stored.
-FREE = ("stages", "logging", "cost", "mesh", "remat", "name")
+# What may differ between two starts of one run: it changes neither the numbers nor what is stored (`on_nan` where they
+# have come to an end).
+FREE = ("stages", "logging", "cost", "mesh", "remat", "on_nan", "checkpoints", "name")
 
 
 class Run:
@@ -237,7 +238,7 @@ class Run:
         return parent
 
     def checkpoints(self, stage: str) -> Checkpoints:
-        return Checkpoints(self.directory / stage / "checkpoints")
+        return Checkpoints(self.directory / stage / "checkpoints", self.experiment.checkpoints)
 
     def load_params(self, stage: str, config: ModelConfig) -> tuple[Params, int]:
         """The parameters that `stage` ended with, laid out on this run's mesh, and its last step."""

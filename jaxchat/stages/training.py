@@ -186,6 +186,7 @@ class Training:
                 flops_per_token=flops_per_token(self.model),
                 save_every=self.config.save_every,
                 evaluators=evaluators(metrics),
+                on_nan=run.experiment.on_nan,
                 startup=self.startup,
                 began=clock,
                 meta={"stage": self.stage, "parent": self.parent, "config": dataclasses.asdict(run.experiment)},
@@ -203,6 +204,7 @@ class Training:
             seconds=loop.seconds,
             train_seconds=loop.train_seconds,
             started=began,
+            divergences=loop.divergences,
             **facts,
         )
 

@@ -6,18 +6,25 @@ The next step is dispatched before the last one's metrics are read, so that the 
 from __future__ import annotations
 
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import UserError, check
+from jaxchat.cluster import Preempted
+from jaxchat.config import check
+from jaxchat.distributed import Preemption, active
 from jaxchat.metrics import Metrics, device_peak_flops
+from jaxchat.train.divergence import Diverged, LossWatch
 from jaxchat.train.step import Batch, State
 
+MAX_RETURNS = 3  # to one checkpoint: what goes on diverging has more than bad batches
+STOP = "stop"  # among a step's results: whether a process was asked to end
+WORTH = {"bpb": -1.0, "reward_eval": 1.0}  # what tells a stage's best checkpoint, and whether more or less is better
 Values = Iterable[tuple[str, Any]]
 
 
@@ -45,12 +52,21 @@ class Evaluator:
     at_start: bool = True
 
 
+class _Dispatched(NamedTuple):
+    step: int
+    tokens: int
+    result: dict[str, Any]
+    extra: dict[str, float]
+    position: dict  # of the data, behind its batch
+
+
 @dataclass
 class Loop:
     """What one stage's training consists of.
 
     `flops_per_token` gives the MFU, over `devices` of a known peak. Checkpoints are written every `save_every` steps
-    (0: only at the end) and when the run is interrupted.
+    (0: only at the end) and when the run is interrupted. After a divergence `on_nan` lets it stop, or go on from the
+    newest one without the batches since then.
     """
 
     step_fn: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
@@ -62,12 +78,16 @@ class Loop:
     flops_per_token: float
     save_every: int = 0
     evaluators: tuple[Evaluator, ...] = ()
+    on_nan: Literal["stop", "skip"] = "stop"
     meta: dict = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)  # the stage, in this sitting
     startup: dict[str, float] = field(default_factory=dict)  # what the first step had to wait for, in seconds
     train_seconds: float = 0.0  # of steps alone, over all sittings
     tokens: int = 0
+    divergences: list[dict] = field(default_factory=list)  # step, back_to, batches left out, why
     _earlier: float = 0.0  # seconds of earlier sittings
+    _watch: LossWatch = field(default_factory=LossWatch)
+    _returns: Counter[int] = field(default_factory=Counter)  # to a checkpoint's step after a divergence
     _started: bool = False
 
     @property
@@ -77,89 +97,161 @@ class Loop:
 
     def save(self, state: State, step: int, position: dict) -> None:
         """Writes the state behind `step` steps, with the data position that belongs to it."""
-        spent = {"seconds": self.seconds, "train_seconds": self.train_seconds, "tokens": self.tokens}
-        meta = {**self.meta, **spent, "num_steps": self.num_steps}
+        meta = {
+            **self.meta,
+            "num_steps": self.num_steps,
+            "seconds": self.seconds,
+            "train_seconds": self.train_seconds,
+            "tokens": self.tokens,
+            "divergences": self.divergences,
+            "recent_losses": list(self._watch.recent),
+        }
         self.checkpoints.save(step, state, data=position, meta=meta)
 
     def train(self, state: State) -> State:
         """Trains until `num_steps`, from the newest checkpoint if there is one; returns the final state.
 
         Raises:
-          UserError: the loss is not a number; the checkpoint directory holds a run of another length.
+          UserError: the loss diverges, and `on_nan` or the circumstances do not allow to go on; the checkpoint
+            directory holds a run of another length.
+          Preempted: after SIGTERM, at the next step's end, and the state was saved.
           KeyboardInterrupt: after the state was saved.
         """
+        abstract = jax.tree.map(_abstract, state)
         start = self.checkpoints.latest_step()
         if start is not None:
-            abstract = jax.tree.map(_abstract, state)
             jax.tree.map(lambda x: x.delete(), state)  # the caller may keep it, and the memory is for the restored one
-            state, data, meta = self.checkpoints.restore(abstract, start)
-            check(
-                meta["num_steps"] == self.num_steps,
-                f"{self.checkpoints.directory} is of {meta['num_steps']} steps, not {self.num_steps}: the data or the "
-                "settings have changed; use the old ones, or --fresh to begin anew",
+            state, meta = self._restore(abstract, start)
+            self._earlier, self.train_seconds, self.divergences = (
+                meta["seconds"],
+                meta["train_seconds"],
+                meta["divergences"],
             )
-            self.source.set_state(data)
-            self._earlier, self.train_seconds, self.tokens = meta["seconds"], meta["train_seconds"], meta["tokens"]
             if start < self.num_steps:
                 self.metrics.note(f"resuming at step {start:,} of {self.num_steps:,}")
         start = start or 0
+        with Preemption() as preemption:
+            # After a save at the same step too: whoever stopped behind it may not have come to the evaluation.
+            due = [e for e in self.evaluators if (self._due(e, start) if start else e.at_start)]
+            evaluating = time.perf_counter()
+            for evaluator in due:
+                self._run_evaluator(evaluator, start, state["params"])
+            if due:
+                self.startup["evaluation"] = time.perf_counter() - evaluating
+            while True:
+                try:
+                    state = self._steps(state, start, preemption)
+                    break
+                except Diverged as error:
+                    diverged = error.with_traceback(None)  # which would keep the state, and its memory
+                state, start = self._go_back(abstract, diverged)
+            self.checkpoints.wait()
+        return state
+
+    def _restore(self, abstract: State, step: int) -> tuple[State, dict]:
+        state, position, meta = self.checkpoints.restore(abstract, step)
+        check(
+            meta["num_steps"] == self.num_steps,
+            f"{self.checkpoints.directory} is of {meta['num_steps']} steps, not {self.num_steps}: the data or the "
+            "settings have changed; use the old ones, or --fresh to begin anew",
+        )
+        self.source.set_state(position)
+        self.tokens, self._watch = meta["tokens"], LossWatch(meta["recent_losses"])
+        return state, meta
+
+    def _go_back(self, abstract: State, diverged: Diverged) -> tuple[State, int]:
+        """The state of the newest checkpoint and its step, with the data behind the batch that did the harm.
+
+        As for PaLM (Chowdhery et al. 2022, section 5.1): a spike comes of batches that meet a certain state, so those
+        before it are left out too.
+        """
+        step = self.checkpoints.latest_step()
+        advice = "a lower lr-fraction, in another --run-dir"
+        check(step is not None, f"{diverged}, before the first checkpoint: begin again with {advice}")
+        folder = self.checkpoints.directory / str(step)
+        check(
+            self.on_nan == "skip",
+            f"{diverged}: the last good checkpoint is {folder}; go on from there without the batches since then by "
+            f"--on-nan=skip, or begin again with {advice}",
+        )
+        self._returns[step] += 1
+        check(
+            self._returns[step] <= MAX_RETURNS,
+            f"{diverged}, after {MAX_RETURNS} times of other batches from {folder} on: begin again with {advice}",
+        )
+        state, _ = self._restore(abstract, step)
+        self.source.set_state(diverged.position)
+        batches = diverged.step + 1 - step
+        event = {"step": diverged.step, "back_to": step, "batches": batches, "why": str(diverged)}
+        self.divergences = [*self.divergences, event]
+        self.metrics.log(diverged.step, skipped_batches=batches, back_to=step)
+        self.metrics.note(f"{diverged}: back to step {step:,}, without the {batches:,} batches since then")
+        return state, step
+
+    def _steps(self, state: State, start: int, preemption: Preemption) -> State:
+        """Trains from step `start` on."""
         # `state`, `step` and `position` belong together, except while `moving` from one step to the next. What
         # `pending` holds is dispatched and not yet logged.
         step, position, moving = start, self.source.get_state(), False
-        pending, before = [], time.perf_counter()
+        pending: deque[_Dispatched] = deque()
+        before, stopping = time.perf_counter(), False
         try:
-            if start in (0, self.num_steps):  # the latter: stopped after the last step, before the evaluation
-                evaluating = time.perf_counter()
-                for evaluator in self.evaluators:
-                    if start or evaluator.at_start:
-                        self._run_evaluator(evaluator, start, state["params"])
-                self.startup["evaluation"] = time.perf_counter() - evaluating
-            before = time.perf_counter()
             while step < self.num_steps:
                 batch, extra = self.source.next_batch(step, state["params"])
                 moving = True
                 state, result = self.step_fn(state, batch)
-                pending.append((step, batch["inputs"].size, result, extra))
-                step, position, moving = step + 1, self.source.get_state(), False
+                position = self.source.get_state()
+                result = {**result, STOP: preemption.flag()}
+                pending.append(_Dispatched(step, batch["inputs"].size, result, extra, position))
+                step, moving = step + 1, False
                 done = step == self.num_steps
                 save = done or (self.save_every and step % self.save_every == 0)
-                due = [e for e in self.evaluators if done or (e.every and step % e.every == 0)]
-                while len(pending) > (0 if save or due else 1):
-                    before = self._log(*pending[0], before)
-                    pending.pop(0)
+                due = [e for e in self.evaluators if self._due(e, step)]
+                stopping = stopping or preemption.noted
+                while len(pending) > (0 if save or due or stopping else 1):
+                    before, told = self._log(pending[0], before)
+                    pending.popleft()  # only now: an interruption above leaves it to be logged again
+                    stopping = stopping or told
+                if save or stopping:  # first save, then evaluate: a failing evaluation loses nothing
+                    self.save(state, step, position)
+                if stopping:
+                    self.checkpoints.wait()
+                    raise Preempted(f"stopped by SIGTERM, step {step:,} saved; the same command goes on from there")
+                for evaluator in due:
+                    self._run_evaluator(evaluator, step, state["params"])
                 if save or due:
-                    if save:  # first save, then evaluate: a failing evaluation loses nothing
-                        self.save(state, step, position)
-                    for evaluator in due:
-                        self._run_evaluator(evaluator, step, state["params"])
                     before = time.perf_counter()
         except KeyboardInterrupt:
-            if not moving and step > start:
+            # Of several processes, one alone cannot save: this is somebody's second Ctrl-C.
+            if not moving and step > start and not active():
                 for dispatched in pending:
-                    before = self._log(*dispatched, before)
+                    before, _ = self._log(dispatched, before)
                 self.metrics.note(f"interrupted: saving step {step:,}; the same command goes on from here")
                 self.save(state, step, position)
                 self.checkpoints.wait()
             raise
-        self.checkpoints.wait()
         return state
+
+    def _due(self, evaluator: Evaluator, step: int) -> bool:
+        return step == self.num_steps or (evaluator.every > 0 and step % evaluator.every == 0)
 
     def _run_evaluator(self, evaluator: Evaluator, step: int, params) -> None:
         values = dict(evaluator.run(step, params))
         if values:
             self.metrics.log(step, **values)
+        for name, sign in WORTH.items():
+            if name in values and np.isfinite(values[name]):
+                self.checkpoints.note_worth(step, sign * float(values[name]))
 
-    def _log(self, step: int, batch_tokens: int, result, extra: dict[str, float], before: float) -> float:
-        """Waits for the metrics of `step`, writes them; returns the time at which they were there."""
+    def _log(self, dispatched: _Dispatched, before: float) -> tuple[float, bool]:
+        """Waits for the metrics of a step and writes them; returns when they were there, and whether to stop."""
+        step, batch_tokens, result, extra, position = dispatched
         result = {name: float(value) for name, value in jax.device_get(result).items()}
         now = time.perf_counter()
         elapsed = now - before
-        bad = next((name for name in ("loss", "grad_norm") if not np.isfinite(result[name])), None)
-        if bad is not None:
-            folder = self.checkpoints.directory.parent
-            raise UserError(
-                f"{bad} is {result[bad]} at step {step}: move {folder} away and start again with a lower lr-fraction"
-            )
+        fault = self._watch.fault(result["loss"], result["grad_norm"])
+        if fault is not None:
+            raise Diverged(fault, step, position)
         values = {
             "loss": result["loss"],
             "grad_norm": result["grad_norm"],
@@ -181,7 +273,7 @@ class Loop:
             parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.startup.items())
             self.metrics.note(f"first step after {now - self.began:.1f} s{': ' if parts else ''}{parts}")
         self.metrics.live(step + 1, **values)
-        return now
+        return now, result[STOP] > 0
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -1,13 +1,17 @@
 """The training loop on a state of one number, where every order of events can be seen."""
 
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxchat.checkpoint import Checkpoints
+from jaxchat.cluster import Preempted
 from jaxchat.config import UserError
 from jaxchat.metrics import Metrics, read_metrics
+from jaxchat.train.divergence import WINDOW, LossWatch
 from jaxchat.train.loop import Evaluator, Loop
 
 
@@ -114,6 +118,24 @@ def test_saves_before_it_evaluates(tmp_path):
     assert table(tmp_path) == table(tmp_path / "whole")
 
 
+def test_an_evaluation_that_was_missed_is_made_up_for(tmp_path):
+    """Stopped between a save and the evaluation of the same step."""
+    ran = []
+
+    def evaluate(step, params):
+        ran.append((step, float(params["x"])))
+        if ran[-2:] == [(0, 0.0), (3, ran[-1][1])]:
+            raise RuntimeError("killed")
+        return ()
+
+    stopped = loop(tmp_path, save_every=3, evaluators=(Evaluator(3, evaluate),))
+    with pytest.raises(RuntimeError, match="killed"):
+        stopped.train(begin())
+    stopped.checkpoints.wait()
+    loop(tmp_path, save_every=3, evaluators=(Evaluator(3, evaluate),)).train(begin())
+    assert [step for step, _ in ran] == [0, 3, 3, 6, 7] and ran[1] == ran[2]
+
+
 def test_when_evaluators_run(tmp_path):
     ran = []
 
@@ -160,16 +182,147 @@ def test_interrupted_within_a_step_it_saves_nothing(tmp_path):
     assert stopped.checkpoints.latest_step() == 2
 
 
+@pytest.mark.parametrize("asked", ["before the loop reads", "within the step"])
+def test_sigterm_saves_at_the_step_boundary(tmp_path, asked):
+    whole = loop(tmp_path / "whole", save_every=3)
+    end = whole.train(begin())
+    for stop in (0, 2, 3, 6):  # the first step, the two about a save, the last
+
+        def step(state, batch, stop=stop):
+            if asked == "within the step" and int(state["step"]) == stop:
+                signal.raise_signal(signal.SIGTERM)
+            return step_fn(state, batch)
+
+        class Source(Counting):
+            def next_batch(self, number, params, stop=stop):
+                if asked == "before the loop reads" and number == stop:
+                    signal.raise_signal(signal.SIGTERM)
+                return super().next_batch(number, params)
+
+        directory = tmp_path / f"at-{stop}"
+        stopped = loop(directory, source=Source(), step_fn=step, save_every=3)
+        with pytest.raises(Preempted, match=f"stopped by SIGTERM, step {stop + 1} saved; the same command goes on"):
+            stopped.train(begin())
+        assert stopped.checkpoints.latest_step() == stop + 1
+        assert len(table(directory)) == stop + 1
+        assert loop(directory, save_every=3).train(begin())["params"]["x"] == end["params"]["x"]
+        assert table(directory) == table(tmp_path / "whole")
+
+
+def test_sigterm_that_comes_too_late_for_the_loop_is_not_lost(tmp_path):
+    def evaluate(step, params):
+        if step == 7:
+            signal.raise_signal(signal.SIGTERM)
+        return ()
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        trained = loop(tmp_path, evaluators=(Evaluator(0, evaluate),))
+        with pytest.raises(KeyboardInterrupt):
+            trained.train(begin())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert trained.checkpoints.latest_step() == 7
+
+
+def diverging(number, name="loss", value=jnp.nan):
+    """A step that gives another value for the batch of this number, and spoils its parameters."""
+
+    def step(state, batch):
+        bad = batch["inputs"][0, 0, 0] == number
+        state, result = step_fn(state, batch)
+        state["params"]["x"] += value if bad else 0.0
+        return state, {**result, name: value if bad else result[name]}
+
+    return step
+
+
 @pytest.mark.parametrize("broken", ["loss", "grad_norm"])
 def test_what_is_no_number_ends_the_run_and_is_not_saved(tmp_path, broken):
+    trained = loop(tmp_path, step_fn=diverging(4, broken), save_every=2)
+    with pytest.raises(UserError) as error:
+        trained.train(begin())
+    good = tmp_path / "pretrain" / "checkpoints" / "2"
+    assert str(error.value).startswith(f"{broken} is nan at step 3: the last good checkpoint is {good}; go on")
+    assert "--on-nan=skip" in str(error.value)
+    assert trained.checkpoints.latest_step() == 2
+
+
+def losses(directory):
+    return [(step, loss) for step, loss, *_ in table(directory)]
+
+
+@pytest.mark.parametrize("value", [jnp.nan, 1e6])
+def test_a_divergence_is_gone_back_from_without_its_batches(tmp_path, monkeypatch, value):
+    monkeypatch.setattr("jaxchat.train.divergence.WINDOW", 3)  # the seventh step may spike
+    skipping = loop(tmp_path / "skip", num_steps=10, step_fn=diverging(6, value=value), save_every=4, on_nan="skip")
+    skipping.train(begin())
+
+    class Without(Counting):
+        """Batches 1 to 4, and then 7: 5 and 6 are those between the checkpoint and the bad one, which is left out."""
+
+        def next_batch(self, step, params):
+            if self.position == 4:
+                self.position = 6
+            return super().next_batch(step, params)
+
+    expected = loop(tmp_path / "without", num_steps=10, source=Without())
+    expected.train(begin())
+    assert losses(tmp_path / "skip") == losses(tmp_path / "without")
+    assert skipping.tokens == expected.tokens
+    (event,) = skipping.divergences
+    assert (event["step"], event["back_to"], event["batches"]) == (5, 4, 2)
+    assert event["why"].startswith("loss is nan" if value != value else "loss spikes to 1000000.00")
+    (line,) = [line for line in read_metrics(tmp_path / "skip") if "skipped_batches" in line]
+    assert (line["step"], line["skipped_batches"], line["back_to"]) == (5, 2, 4)
+
+
+def test_skipping_survives_an_interruption(tmp_path):
+    settings = {"num_steps": 10, "step_fn": diverging(6), "save_every": 4, "on_nan": "skip"}
+    whole = loop(tmp_path / "whole", **settings)
+    whole.train(begin())
+    for stop in (5, 6, 9):
+        source, directory = Counting(), tmp_path / f"at-{stop}"
+        stopped = loop(directory, source=source, **settings)
+        stopped.checkpoints.close()
+        real = source.next_batch
+
+        def next_batch(step, params, real=real, stop=stop, source=source):
+            if source.position == stop + 2:  # two batches are left out
+                raise KeyboardInterrupt
+            return real(step, params)
+
+        source.next_batch = next_batch
+        with pytest.raises(KeyboardInterrupt):
+            stopped.train(begin())
+        resumed = loop(directory, **settings)
+        resumed.train(begin())
+        assert losses(directory) == losses(tmp_path / "whole")
+        assert resumed.divergences == whole.divergences and resumed.tokens == whole.tokens
+
+
+def test_a_training_that_always_diverges_ends(tmp_path):
     def diverge(state, batch):
         state, result = step_fn(state, batch)
-        return state, {**result, broken: result[broken] * (jnp.nan if state["step"] == 4 else 1)}
+        return state, {**result, "loss": result["loss"] * (jnp.nan if state["step"] == 4 else 1)}
 
-    trained = loop(tmp_path, step_fn=diverge, save_every=2)
-    with pytest.raises(UserError, match=f"{broken} is nan at step 3: move .*pretrain away .* lower lr-fraction"):
+    trained = loop(tmp_path, step_fn=diverge, save_every=2, on_nan="skip")
+    with pytest.raises(UserError, match="loss is nan at step 3, after 3 times of other batches from .*2 on"):
         trained.train(begin())
-    assert trained.checkpoints.latest_step() == 2
+    assert [event["back_to"] for event in trained.divergences] == [2, 2, 2]
+    with pytest.raises(UserError, match="loss is nan at step 3, before the first checkpoint"):
+        loop(tmp_path / "early", step_fn=diverge, on_nan="skip").train(begin())
+
+
+def test_only_a_jump_out_of_all_that_was_is_a_spike():
+    watch = LossWatch()
+    assert not any(watch.fault(loss, 1.0) for loss in [9.0, *np.linspace(10, 3, WINDOW)])
+    normal = LossWatch(watch.recent)
+    assert normal.fault(2 * 9.8, 1.0) is None
+    assert LossWatch([0.01] * WINDOW).fault(0.9, 1.0) is None
+    assert "spikes to 25.00, from 10.00 at most" in watch.fault(25.0, 1.0)
+    assert 25.0 not in watch.recent
+    assert LossWatch([0.1] * (WINDOW - 1)).fault(9.0, 1.0) is None  # too little is known
 
 
 def test_checkpoints_of_another_length_are_refused(tmp_path):

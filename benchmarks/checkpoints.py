@@ -1,0 +1,137 @@
+"""What does a checkpoint cost the training that goes on meanwhile?
+
+    python benchmarks/checkpoints.py --experiment=d12
+    python benchmarks/checkpoints.py --experiment=quickstart --windows=5 --directory=/mnt/disk
+
+Windows of steps on random tokens, in turn without and with a save before them: the save copies the state to the host,
+and a thread writes it while the steps go on. What a window with a save takes longer is what the save costs, its wait
+and what the writing takes from the steps together; a window lasts longer than the writing. Medians of all windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+from timing import say
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import launch
+from jaxchat.checkpoint import Checkpoints
+from jaxchat.config import UserError
+from jaxchat.metrics import machine_info
+from jaxchat.stages.run import Run
+from jaxchat.stages.training import Training, fresh_params, random_batches
+
+WARM_UP = 3
+SHARE = 0.05  # of the time of training that saves may take
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--experiment", default="d12", help="whose pretraining; its fields can follow, as for launch.py"
+    )
+    parser.add_argument("--windows", type=int, default=5, metavar="N", help="of each kind (default 5)")
+    parser.add_argument(
+        "--directory", help="where the checkpoints are written (default: the system's temporary folder)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the figures to a file")
+    options, overrides = parser.parse_known_args()
+    try:
+        experiment = launch.configure(options.experiment, overrides, None, launch.option_strings(parser))
+        launch._prepare_jax(experiment, dry_run=False)
+        with tempfile.TemporaryDirectory(dir=options.directory) as folder:
+            figures = measure(experiment, Path(folder), options.windows)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=2) + "\n")
+    print(table(figures))
+    return 0
+
+
+def measure(experiment, folder: Path, windows: int) -> dict:
+    """Milliseconds of a step, of a save's call and of its writing, and what it costs the steps."""
+    data = dataclasses.replace(experiment.data, path=None, generate=True)  # never written: the tokens are random
+    run = Run(dataclasses.replace(experiment, data=data), folder / "run", say=say)
+    model = dataclasses.replace(experiment.model, vocab_size=experiment.tokenizer.vocab_size)
+    training = Training(run, "pretrain", experiment.pretrain, model, None, 1_000_000)
+    source = random_batches(run, model)
+    state, step = training.fitted(lambda: fresh_params(run, model), source)
+    checkpoints = Checkpoints(folder / "checkpoints")
+
+    def window(state, count: int, number: int | None):
+        """The seconds of `count` steps, of the call of a save before them, and from there to its end."""
+        began = time.perf_counter()
+        if number is not None:
+            checkpoints.save(number, state, data=source.plan.__dict__, meta={})
+        called = time.perf_counter()
+        before = None
+        for index in range(count):
+            batch, _ = source.next_batch(index, state["params"])
+            state, metrics = step(state, batch)
+            if before is not None:
+                jax.device_get(before)
+            before = metrics
+        jax.device_get(before)
+        ended = time.perf_counter()
+        checkpoints.wait()
+        return state, ended - began, called - began, time.perf_counter() - began
+
+    state, _, _, _ = window(state, WARM_UP, None)
+    state, took, _, _ = window(state, WARM_UP, None)
+    state, _, _, written = window(state, WARM_UP, 1)  # alone, for the most part
+    # So many steps that the writing ends within them, even if they slow it down by half.
+    count = max(5, round(2 * written / (took / WARM_UP)))
+    plain, saving, calls = [], [], []
+    for number in range(windows):
+        state, seconds, _, _ = window(state, count, None)
+        plain.append(seconds)
+        state, seconds, called, written = window(state, count, number + 2)
+        saving.append(seconds)
+        calls.append(called)
+        say(f"{count} steps: {plain[-1]:.2f} s; with a save {seconds:.2f} s ({called:.3f} s of its call)")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    checkpoints.close()
+    ms = 1000 * statistics.median(plain) / count
+    cost = 1000 * (statistics.median(saving) - statistics.median(plain))
+    return {
+        "experiment": experiment.name,
+        "state_bytes": size,
+        "step_ms": ms,
+        "steps_of_a_window": count,
+        "call_ms": 1000 * statistics.median(calls),
+        "cost_ms": cost,
+        "cost_ms_by_window": [1000 * (b - a) for a, b in zip(plain, saving, strict=True)],
+        "save_every": experiment.pretrain.save_every,
+        "share": cost / (experiment.pretrain.save_every * ms),
+        "least_save_every": max(1, -int(-cost // (SHARE * ms))),
+        "machine": machine_info(),
+    }
+
+
+def table(figures: dict) -> str:
+    lines = [
+        ("the state", f"{figures['state_bytes'] / 2**30:.2f} GiB"),
+        ("a step", f"{figures['step_ms']:.1f} ms"),
+        ("a save: until its call returns", f"{figures['call_ms']:.0f} ms"),
+        (f"a save: added to {figures['steps_of_a_window']} steps", f"{figures['cost_ms']:.0f} ms"),
+        (f"the same, of the time of {figures['save_every']:,} steps (save-every)", f"{figures['share']:.2%}"),
+        (f"{SHARE:.0%} of the time: a save every", f"{figures['least_save_every']:,} steps"),
+    ]
+    rows = "\n".join(f"| {name} | {value} |" for name, value in lines)
+    return f"| {figures['experiment']} | {figures['machine']['device_kind']} |\n| --- | ---: |\n{rows}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# sbatch deploy/slurm.sh --experiment=speedrun --run-dir=/shared/runs/speedrun
+#SBATCH --job-name=jaxchat
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@180
+# One task a GPU. Three minutes before the time is up, and whenever the job is preempted, the tasks get SIGTERM: they save
+# and end with code 75. After that, or after the loss of a process (76), the job queues up again and goes on.
+set -u
+cd "$SLURM_SUBMIT_DIR"
+
+# Not --kill-on-bad-exit: when one ends, the others do so by themselves, and in their own way.
+srun --kill-on-bad-exit=0 "${PYTHON:-.venv/bin/python}" launch.py "$@" &
+step=$!
+trap 'scancel --signal=TERM "$SLURM_JOB_ID.0"' TERM
+while kill -0 $step 2>/dev/null; do wait $step; done # a signal ends a wait too
+wait $step
+code=$?
+case $code in 75 | 76 | 137) scontrol requeue "$SLURM_JOB_ID" ;; esac
+exit $code
