@@ -36,7 +36,9 @@ START_SECONDS = 300  # for all processes to come together
 BEAT_SECONDS = 2.0
 LOST_SECONDS = 30.0  # without a beat: then a process is lost
 LEAVE_SECONDS = 5.0  # that a process has to end in its own way, and write what it still has, when another one leaves
-BACKUP_SECONDS = 50  # after which JAX itself ends the processes that are left, with a message of its own
+# After which JAX itself ends the processes that are left, with a trace. It hears from each only every half of that, and
+# so may find one lost after half of it: later than we do even then.
+BACKUP_SECONDS = 100
 GO_ON = "the same command goes on from the last checkpoint"
 FOREVER_MS = 7 * 24 * 3600 * 1000
 
@@ -142,8 +144,7 @@ def _end(code: int, message: str) -> NoReturn:
 def _begin_watch() -> None:
     global _watch
     if jax.process_count() > 1:
-        if jax.process_index() > 0:
-            _libc.signal(signal.SIGABRT, _on_abort)
+        _libc.signal(signal.SIGABRT, _on_abort)
         _watch = _Watch(daemon=True)
         _watch.start()
 
@@ -153,15 +154,24 @@ _libc = ctypes.CDLL(None)
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(number: int) -> None:
-    """JAX aborts the other processes at once when process 0, the coordinator, is lost. A handler of Python's own would
-    never run, since the thread that aborts is none of Python's. Any other abort goes on when this returns."""
-    if _watch is not None and _watch.verdict is not None:
+    """JAX aborts when process 0, the coordinator, is lost, at once, or another one, late. A handler of Python's own
+    would never run, since the thread that aborts is none of Python's. Any other abort goes on when this returns."""
+    if _watch is None:
+        return
+    if _watch.verdict is not None:
         _end(*_watch.verdict)
+    here, (process, silence) = jax.process_index(), _watch.most_silent()
+    if silence > 5 * BEAT_SECONDS:
+        _end(LOST, _lost(here, process, silence))
     host, port = distributed.global_state.coordinator_address.rsplit(":", 1)
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError:
-        _end(LOST, f"error: process {jax.process_index()} stops: process 0 is lost; {GO_ON}")
+        _end(LOST, f"error: process {here} stops: process 0 is lost; {GO_ON}")
+
+
+def _lost(here: int, process: int, silence: float) -> str:
+    return f"error: process {here} stops: process {process} is lost, silent for {silence:.0f} s; {GO_ON}"
 
 
 class _Watch(threading.Thread):
@@ -171,14 +181,20 @@ class _Watch(threading.Thread):
         super().__init__(**options)
         self._stopped = threading.Event()
         self.verdict: tuple[int, str] | None = None  # by which another process has left
+        others = set(range(jax.process_count())) - {jax.process_index()}
+        self._heard = {process: (time.monotonic(), "") for process in others}  # when, and which beat
 
     def stop(self) -> None:
         self._stopped.set()
         self.join()
 
+    def most_silent(self) -> tuple[int, float]:
+        """The process that was silent for the longest time, and the seconds of it."""
+        process, (heard, _) = min(self._heard.items(), key=lambda item: item[1][0])
+        return process, time.monotonic() - heard
+
     def run(self) -> None:
-        client, here, started = _client(), jax.process_index(), time.monotonic()
-        last = {process: (started, "") for process in range(jax.process_count()) if process != here}
+        client, here = _client(), jax.process_index()
         for beat in itertools.count():
             if self._stopped.wait(BEAT_SECONDS):
                 return
@@ -187,20 +203,16 @@ class _Watch(threading.Thread):
                 client.key_value_set(f"jaxchat/beat/{here}", str(beat), allow_overwrite=True)
                 beats, left = _read(client, "jaxchat/beat/"), _read(client, "jaxchat/left/")
             now = time.monotonic()
-            for process, (heard, beat_then) in last.items():
+            for process, (heard, beat_then) in self._heard.items():
                 if process in left:
                     code, message = json.loads(left[process])
                     self.verdict = code, f"process {here} stops with process {process}: {message}"
                     self._stopped.wait(LEAVE_SECONDS)
                     _end(*self.verdict)
                 if beats.get(process, beat_then) != beat_then:
-                    last[process] = now, beats[process]
+                    self._heard[process] = now, beats[process]
                 elif now - heard > LOST_SECONDS:
-                    _end(
-                        LOST,
-                        f"error: process {here} stops: process {process} is lost, silent for {LOST_SECONDS:.0f} s; "
-                        f"{GO_ON}",
-                    )
+                    _end(LOST, _lost(here, process, now - heard))
 
 
 # --- agreement ------------------------------------------------------------------------------------------------------
