@@ -369,4 +369,9 @@ def _set_aside(name: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    checkpoint = sys.modules.get("jaxchat.checkpoint")
+    if code and checkpoint is not None and checkpoint.Checkpoints.failed:
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -39,7 +39,12 @@ class Checkpoints:
     """The checkpoints of one stage in `directory`, any path that `etils.epath` opens; `config` says which are kept.
 
     A state is a dict of pytrees of `jax.Array`, one of them `params`, and at least one other.
+
+    After a failed save `failed` is true: threads of Orbax's wait ten minutes for the rest of it, and who would end must
+    not wait for them.
     """
+
+    failed = False
 
     def __init__(self, directory: epath.PathLike, config: CheckpointConfig | None = None):
         path = epath.Path(directory)
@@ -156,6 +161,7 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:  # TensorStore raises the latter
+            Checkpoints.failed = True
             good = max(self._complete(), default=None)
             newest = "there is none yet" if good is None else f"the newest good one is {self._folder(good)}"
             raise UserError(

@@ -388,7 +388,8 @@ try:
     checkpoints.save(20, state, data={}, meta={})
     checkpoints.wait()
 except UserError as error:
-    print(error)
+    print(error, flush=True)
+os._exit(not Checkpoints.failed)  # as launch.py does
 """
 
 
