@@ -133,6 +133,7 @@ def test_a_terminal(run_dir):
     with Terminal(run_dir, *GREEDY) as terminal:
         terminal.expect("sft · /help lists the commands")
         terminal.expect("> ")
+        time.sleep(0.5)  # the prompt is written a moment before its line can be interrupted
         terminal.type("\x03")
         terminal.expect("(/quit or Ctrl-D leaves)")
         terminal.type("/nonsense\n")
