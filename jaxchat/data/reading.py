@@ -161,14 +161,21 @@ def _after_delimiter(file: BinaryIO, offset: int, delimiter: bytes) -> int:
     return file.seek(0, 2)
 
 
-def read_json_block(path: AnyPath, start: int, findings: Findings) -> list[str | None]:
-    """The texts of the lines that begin in the `BLOCK_BYTES` from `start`."""
+def _try_read_block(path: AnyPath, start: int, delimiter: bytes, findings: Findings) -> tuple[bytes, int] | None:
     try:
-        data, begin = _read_block(path, start, b"\n")
+        return _read_block(path, start, delimiter)
     except OSError as error:
         unreadable = _unreadable(path, error)
         findings.bad(unreadable.kind, str(unreadable))
+        return None
+
+
+def read_json_block(path: AnyPath, start: int, findings: Findings) -> list[str | None]:
+    """The texts of the lines that begin in the `BLOCK_BYTES` from `start`."""
+    block = _try_read_block(path, start, b"\n", findings)
+    if block is None:
         return []
+    data, begin = block
     return _parse_texts(path, data, lambda: _count_lines(path, begin), findings)
 
 
@@ -201,12 +208,10 @@ def _parse_texts(path: AnyPath, data: bytes, lines_before: Callable[[], int], fi
 
 def read_pieces(path: AnyPath, start: int, findings: Findings) -> list[str | None]:
     """The documents of a long text's block, cut at blank lines."""
-    try:
-        data, begin = _read_block(path, start, b"\n\n")
-    except OSError as error:
-        unreadable = _unreadable(path, error)
-        findings.bad(unreadable.kind, str(unreadable))
+    block = _try_read_block(path, start, b"\n\n", findings)
+    if block is None:
         return []
+    data, begin = block
     pieces: list[str | None] = []
     open_piece: list[str] = []
     length = 0

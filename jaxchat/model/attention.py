@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxchat.config import ModelConfig
+from jaxchat.model.gpu import capability
 from jaxchat.model.layers import Linear, products, rope_norm
 
 BLOCK = 256  # queries at a time where no fused kernel runs
@@ -23,10 +24,7 @@ def attention_kernel(dtype: DTypeLike, head_dim: int) -> Literal["cudnn", "xla"]
 
     It wants an NVIDIA GPU of the Ampere generation or later, bf16 or fp16, and heads of a multiple of 8.
     """
-    device = jax.devices()[0]
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
-        return "xla"
-    runs = float(device.compute_capability) >= 8.0 and head_dim % 8 == 0
+    runs = capability() >= 8.0 and head_dim % 8 == 0
     return "cudnn" if runs and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) else "xla"
 
 

@@ -67,7 +67,11 @@ def _longest(x: Array, axis: int) -> Array:
 
 def product_bound(kernel: Float[Array, "I O"]) -> Float[Array, ""]:
     """What no magnitude of rms_norm(x) @ kernel exceeds, by Cauchy and Schwarz."""
-    return jax.lax.stop_gradient(kernel.shape[0] ** 0.5 * _longest(kernel, 0))
+    return jax.lax.stop_gradient(_bound(kernel, _longest(kernel, 0)))
+
+
+def _bound(kernel: Array, longest_column: Array) -> Array:
+    return kernel.shape[0] ** 0.5 * longest_column
 
 
 # --- quantization -----------------------------------------------------------------------------------------------------
@@ -368,8 +372,8 @@ def add_mlp(x: Float[Array, "B T D"], up: Float[Array, "D F"], down: Float[Array
 @jax.named_scope("mlp")
 def _add_mlp_forward(x, up, down):
     normed, scale = _normed(x)
-    bound, longest_row = product_bound(up), _longest(down, 1)
-    into, out_of = Weight.of(up, _longest(up, 0)), Weight.of(down, longest_row)
+    longest_column, longest_row = _longest(up, 0), _longest(down, 1)
+    into, out_of, bound = Weight.of(up, longest_column), Weight.of(down, longest_row), _bound(up, longest_column)
     hidden = _forward(normed, into)
     active = _quantized(_relu_squared, bound * bound, E4M3, hidden)
     return _forward(active, out_of) + x, (normed, scale, hidden, active, into, out_of, bound, longest_row)

@@ -3,8 +3,8 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array
+
+from jaxchat.config import check
 
 INTERPRET = False  # tests run the kernels on the CPU
 
@@ -32,10 +34,21 @@ def fused(dtype: DTypeLike) -> bool:
 
 
 def launch(
-    kernel: Callable, grid: tuple[int, ...], out: Any, *, warps: int, aliases: Mapping[int, int] | None = None
+    kernel: Callable,
+    grid: tuple[int, ...],
+    out: Sequence[jax.ShapeDtypeStruct],
+    *,
+    warps: int,
+    aliases: Mapping[int, int] | None = None,
 ) -> Callable:
     """The kernel over a grid of programs; operands and results are flat. `aliases`: an operand's number to that of
-    the result in its place."""
+    the result in its place.
+
+    Raises:
+      UserError: a result has more elements than the kernels' 32-bit indices reach.
+    """
+    elements = max(math.prod(array.shape) for array in out)
+    check(elements < 1 << 31, f"{elements:,} elements are too many for a kernel; lower the stage's device-rows")
     return pl.pallas_call(
         kernel,
         grid=grid,

@@ -96,7 +96,9 @@ def _weight_gradient(x: Float[Array, "B T I"], grad: Float[Array, "B T O"]) -> F
     of 762 TFLOP/s on an H200.
     """
     rows, length, _ = x.shape
-    rows_at_once = fitting(rows, max(1, x.shape[2] * grad.shape[2] // (PARTIAL_RATIO * length)))
+    # No part may lie on two devices, or XLA gathers the activations; the rows are split over all of them at most.
+    own = rows // jax.device_count() if rows % jax.device_count() == 0 else 1
+    rows_at_once = fitting(own, max(1, x.shape[2] * grad.shape[2] // (PARTIAL_RATIO * length)))
     parts = (y.reshape(-1, rows_at_once * length, y.shape[2]) for y in (x, grad))
     return jnp.sum(jnp.einsum("pti,pto->pio", *parts).astype(jnp.float32), 0)
 
