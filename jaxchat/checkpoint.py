@@ -22,10 +22,13 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import options
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from jaxchat import s3
 from jaxchat.config import CheckpointConfig, UserError, check
 from jaxchat.distributed import agreed, exchange
+from jaxchat.storage import is_remote, storage_errors
 
 MANIFEST = "manifest.json"
 WORTHS = "worths.json"
@@ -50,6 +53,11 @@ class Checkpoints:
         path = epath.Path(directory)
         # Orbax wants an absolute path, and epath's `absolute` takes gs://bucket for a relative one.
         self.directory = path if path.is_absolute() else path.absolute()
+        self._atomicity = options.AtomicityOptions()
+        if is_remote(self.directory):
+            s3.install()
+            # Storage renames by copying, one file after the other: there a file written last says that all is there.
+            self._atomicity = options.AtomicityOptions(mode=options.AtomicityMode.COMMIT_FILE)
         self._config = config or CheckpointConfig()
         self._worths: dict[int, float] | None = None  # of steps that were evaluated: the more the better
         self._manager: ocp.CheckpointManager | None = None
@@ -110,7 +118,7 @@ class Checkpoints:
         return sorted(
             int(folder.name)
             for folder in self.directory.iterdir()
-            if folder.name.isdecimal() and ocp.path.step.is_path_finalized(folder)
+            if folder.name.isdecimal() and ocp.path.step.is_path_finalized(folder, atomicity_options=self._atomicity)
         )
 
     def latest_step(self) -> int | None:
@@ -160,13 +168,14 @@ class Checkpoints:
         """A disk that is full, read-only or gone is a line for the user; what was complete before stays as it is."""
         try:
             yield
-        except (OSError, ValueError) as error:  # TensorStore raises the latter
+        except (*storage_errors(), ValueError) as error:  # TensorStore raises the latter
             Checkpoints.failed = True
             good = max(self._complete(), default=None)
             newest = "there is none yet" if good is None else f"the newest good one is {self._folder(good)}"
+            mend = "see that it can be reached" if is_remote(self.directory) else "make room, or the folder writable"
             raise UserError(
                 f"in {self.directory} nothing can be written ({_reason(error)}); {newest}; "
-                "make room, or the folder writable, and the same command goes on from there"
+                f"{mend}, and the same command goes on from there"
             ) from error
 
     def close(self) -> None:
@@ -182,12 +191,13 @@ class Checkpoints:
     def _writer(self) -> ocp.CheckpointManager:
         # Built by the first save, since it clears away what a killed writer left: a reader must not.
         if self._manager is None:
-            options = ocp.CheckpointManagerOptions(
+            settings = ocp.CheckpointManagerOptions(
                 preservation_policy=_Policy(self._config, self._load_worths()),
                 cleanup_tmp_directories=True,
+                atomicity_options=self._atomicity,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             )
-            self._manager = _Manager(self.directory, options=options)
+            self._manager = _Manager(self.directory, options=settings)
         return self._manager
 
     def _write_manifest(self) -> None:

@@ -28,6 +28,7 @@ from etils import epath
 
 from jaxchat.config import UserError
 from jaxchat.live import LiveLine
+from jaxchat.storage import first_line, is_remote, storage_errors
 
 # An object store rewrites the whole file for an append, so lines for it are gathered.
 REMOTE_FLUSH_SECONDS = 30.0
@@ -118,8 +119,18 @@ class Metrics:
         if self._line:
             self._line.show_note(text)
 
+    def flush(self) -> None:
+        """Writes what waits for more to be written with it; what storage does not take now stays for the next time."""
+        for sink in self._sinks:
+            if isinstance(sink, _JsonLines):
+                sink.flush()
+
     def close(self) -> None:
-        """Writes what is left and ends the live line; a second call does nothing."""
+        """Writes what is left and ends the live line; a second call does nothing.
+
+        Raises:
+          UserError: storage does not take it.
+        """
         if self._line:
             self._line.close()
         for sink in self._sinks:
@@ -179,7 +190,7 @@ class _JsonLines:
 
     def __init__(self, path: epath.Path, stage: str):
         self._path, self._stage = path, stage
-        self._flush_seconds = REMOTE_FLUSH_SECONDS if "://" in os.fspath(path) else 0.0
+        self._remote = is_remote(path)
         self._flushed = time.monotonic()
         self._started = False
         # A crash in the middle of a line must not swallow the next one.
@@ -195,18 +206,32 @@ class _JsonLines:
             finite = not isinstance(value, float) or math.isfinite(value)
             record[name] = value if finite else None
         self._waiting += json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        if time.monotonic() - self._flushed >= self._flush_seconds:
-            self._flush()
+        if not self._remote or time.monotonic() - self._flushed >= REMOTE_FLUSH_SECONDS:
+            self.flush()
 
-    def _flush(self) -> None:
-        with self._path.open("ab") as file:
-            file.write(self._waiting)
+    def flush(self) -> None:
+        try:
+            self._append()
+        except storage_errors():
+            if not self._remote:
+                raise
+            self._flushed = time.monotonic()  # it may answer again later; a training of hours does not end for this
+
+    def _append(self) -> None:
+        if self._waiting:
+            with self._path.open("ab") as file:
+                file.write(self._waiting)
         self._waiting = b""
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        if self._waiting:
-            self._flush()
+        try:
+            self._append()
+        except storage_errors() as error:
+            if not self._remote:
+                raise
+            problem = f"{self._path} cannot be written ({first_line(error)})"
+            raise UserError(f"{problem}; the same command goes on from the last checkpoint") from error
 
 
 class _TensorBoard:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import fsspec
@@ -13,6 +14,18 @@ from jaxchat.config import UserError, check, closest
 AnyPath = Path | epath.Path
 # The fsspec protocol that epath takes for a scheme, and the package that has it.
 _SCHEMES = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs"), "az": ("az", "adlfs"), "hf": ("hf", "huggingface_hub")}
+_FOR_RUNS = ("gs", "s3")  # what TensorStore, which writes the arrays of checkpoints, knows
+# What the libraries of a storage raise beside the system's errors.
+_ERRORS = {
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "google.auth.exceptions": ("GoogleAuthError",),
+    "google.api_core.exceptions": ("GoogleAPIError",),
+    "gcsfs.retry": ("HttpError",),
+    "aiohttp": ("ClientError",),
+}
+# A listing that is remembered does not show what other processes, or TensorStore, have written since.
+for _scheme in _FOR_RUNS:
+    fsspec.config.conf.setdefault(_SCHEMES[_scheme][0], {}).setdefault("use_listings_cache", False)
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -39,6 +52,29 @@ def to_path(path: str | os.PathLike) -> AnyPath:
     return epath.Path(text)
 
 
+def to_run_directory(path: str | os.PathLike) -> epath.Path:
+    """The path of a run, on this machine or in storage that checkpoints can be written to.
+
+    Raises:
+      UserError: other storage, a bucket that does not exist, or as `to_path` and `is_folder`.
+    """
+    found = to_path(path)
+    if isinstance(found, Path):
+        return epath.Path(found)
+    scheme, _, name = os.fspath(path).partition("://")
+    runs = " and ".join(f"{name}://" for name in _FOR_RUNS)
+    check(scheme in _FOR_RUNS, f"{path}: runs live on this machine, or in {runs}; choose such a --run-dir")
+    bucket = f"{scheme}://{name.partition('/')[0]}"
+    check(is_folder(epath.Path(bucket)), f"there is no bucket {bucket}; create it, or correct the name")
+    return found
+
+
+def storage_errors() -> tuple[type[Exception], ...]:
+    """What reading and writing may raise where the storage, not the program, is at fault."""
+    loaded = [(sys.modules[module], names) for module, names in _ERRORS.items() if module in sys.modules]
+    return OSError, *(getattr(module, name) for module, names in loaded for name in names)
+
+
 def is_folder(path: AnyPath) -> bool:
     """Whether there is a folder.
 
@@ -50,8 +86,13 @@ def is_folder(path: AnyPath) -> bool:
     try:
         return path.is_dir()
     except Exception as error:  # each storage has errors of its own
-        problem = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be reached ({problem}); check the name and your credentials") from None
+        raise UserError(
+            f"{path} cannot be reached ({first_line(error)}); check the name and your credentials"
+        ) from None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def size_of(path: AnyPath) -> int:

@@ -6,6 +6,7 @@ import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests of downloads have a server of their own
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # asks Google itself about a bucket, whatever the server
 
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402

@@ -1,100 +1,218 @@
-"""Text, tasks and runs in the storage of a cloud, which here is a folder that answers to s3://."""
+"""Text, tasks and runs in the storage of a cloud: here servers on this machine that speak their protocols."""
 
+import io
+import json
+import os
 import sys
+from http.server import ThreadingHTTPServer
 
+import fsspec
+import jax.numpy as jnp
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
+from etils import epath
 from etils.epath import backend
-from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.local import LocalFileSystem
-from fsspec.registry import _registry
+from gcp_storage_emulator import server as emulator
+from moto.server import ThreadedMotoServer
 
 import launch
+from jaxchat import metrics
+from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import UserError
 from jaxchat.data.manifest import Manifest, Record, Source
 from jaxchat.data.shards import find_text, iterate_texts
-from jaxchat.metrics import read_metrics
+from jaxchat.metrics import Metrics, read_metrics
 from jaxchat.storage import is_folder, size_of, to_path
 from jaxchat.tasks import load_task
-from tests.tiny import refusal, start
+from tests.test_distributed import free_port, train
+from tests.tiny import STEPS, record, refusal, start, values
+
+
+def forget():
+    """The clients that were made for another server."""
+    s3fs.S3FileSystem.clear_instance_cache()
+    backend._FileSystemSpecBackend._get_filesystem.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def server():
+    patch = pytest.MonkeyPatch()
+    server = ThreadedMotoServer(port=free_port(), verbose=False)
+    server.start()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server._port}", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "name", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_MAX_ATTEMPTS": "1",
+    }.items():  # fmt: skip
+        patch.setenv(name, value)
+    patch.setattr(s3fs.S3FileSystem, "retries", 1)
+    forget()
+    yield server
+    server.stop()
+    patch.undo()
+    forget()
 
 
 @pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    """The folder that s3://bucket stands for."""
-
-    class Storage(DirFileSystem):
-        protocol = "s3"
-
-        def __init__(self, **_):
-            super().__init__(path=str(tmp_path), fs=LocalFileSystem(auto_mkdir=True))
-
-        @classmethod
-        def _strip_protocol(cls, path):
-            return path.removeprefix("s3://")
-
-        def _join(self, path):
-            return super()._join(self._strip_protocol(path) if isinstance(path, str) else path)
-
-    monkeypatch.setitem(_registry, "s3", Storage)
-    backend._FileSystemSpecBackend._get_filesystem.cache_clear()
-    (tmp_path / "bucket").mkdir()
-    yield tmp_path / "bucket"
-    backend._FileSystemSpecBackend._get_filesystem.cache_clear()
+def bucket(server, request):
+    """A bucket of the test's own."""
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name.replace("_", "-"))[:60].strip("-")
+    s3fs.S3FileSystem().mkdir(name)
+    return epath.Path(f"s3://{name}")
 
 
 def write(path, start, stop):
-    path.parent.mkdir(parents=True, exist_ok=True)
     texts = [f"document {i}: the cat sat on a mat" for i in range(start, stop)]
-    pq.write_table(pa.table({"text": texts}), path, row_group_size=20)
-    return texts
+    file = io.BytesIO()
+    pq.write_table(pa.table({"text": texts}), file, row_group_size=20)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(file.getvalue())
 
 
-def test_text_in_a_bucket(bucket):
+def test_text_in_a_bucket(bucket, tmp_path):
     for number in range(3):
-        write(bucket / "text" / "pretrain" / f"{number}.parquet", 100 * number, 100 * number + 100)
-    (bucket / "lines").mkdir()
+        for place in (bucket, tmp_path):
+            write(place / "text" / "pretrain" / f"{number}.parquet", 100 * number, 100 * number + 100)
+    (tmp_path / "lines").mkdir()
     for number in range(2):
-        (bucket / "lines" / f"{number}.jsonl").write_text(f'{{"text": "line {number}"}}\n' * 3)
+        for place in (bucket, tmp_path):
+            (place / "lines" / f"{number}.jsonl").write_text(f'{{"text": "line {number}"}}\n' * 3)
     for folder in ("text", "lines"):
-        here, there = find_text(bucket / folder), find_text(f"s3://bucket/{folder}")
+        here, there = find_text(tmp_path / folder), find_text(bucket / folder)
         for side in ("train", "val"):
             assert list(iterate_texts(getattr(there, side))) == list(iterate_texts(getattr(here, side)))
-    assert size_of(to_path("s3://bucket/lines/0.jsonl")) == (bucket / "lines" / "0.jsonl").stat().st_size
-    record = Record("text", 1, "", ())
+    assert size_of(to_path(bucket / "lines" / "0.jsonl")) == (tmp_path / "lines" / "0.jsonl").stat().st_size
     names = [f"pretrain/{number}.parquet" for number in range(3)]
-    Manifest(bucket / "text", {"text": Source("", "", names[0])}, dict.fromkeys(names, record)).write()
-    assert [path.name for path in find_text("s3://bucket/text").val.files] == ["0.parquet"]
+    manifest = Manifest(
+        tmp_path / "text", {"text": Source("", "", names[0])}, dict.fromkeys(names, Record("text", 1, "", ()))
+    )
+    manifest.write()
+    (bucket / "text" / "manifest.json").write_text((tmp_path / "text" / "manifest.json").read_text())
+    assert [path.name for path in find_text(bucket / "text").val.files] == ["0.parquet"]
     (bucket / "text" / "pretrain" / "1.parquet").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="s3://bucket/text/pretrain/1.parquet is not a parquet file"):
-        find_text("s3://bucket/text")
+    with pytest.raises(UserError, match=f"{bucket}/text/pretrain/1.parquet is not a parquet file"):
+        find_text(bucket / "text")
 
 
 def test_tasks_in_a_bucket(bucket):
-    (bucket / "chat").mkdir()
     (bucket / "chat" / "train.jsonl").write_text(
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
     )
-    assert len(load_task("chat", "train", "s3://bucket")) == 1
-    assert len(load_task("s3://bucket/chat/train.jsonl", "train", "nowhere")) == 1
+    assert len(load_task("chat", "train", str(bucket))) == 1
+    assert len(load_task(f"{bucket}/chat/train.jsonl", "train", "nowhere")) == 1
 
 
 def test_a_run_reads_its_text_from_a_bucket_and_lives_in_one(bucket):
     for number in range(2):
         write(bucket / "text" / f"{number}.parquet", 0, 500)
-    arguments = ("--data=s3://bucket/text", "--stages=tokenizer")
-    code, out, err = start("s3://bucket/run", *arguments)
+    arguments = (f"--data={bucket}/text", "--stages=tokenizer")
+    code, out, err = start(bucket / "run", *arguments)
     assert code == 0, err
     assert (bucket / "run" / "tokenizer" / "tokenizer.json").exists()
-    code, out, err = start("s3://bucket/run", *arguments)
+    code, out, err = start(bucket / "run", *arguments)
     assert code == 0 and "tokenizer finished before" in out
-    assert launch.configure("d12", [], "s3://bucket/text", ()).data.download == ()
-    assert read_metrics("s3://bucket/run") == []
-    code, out, err = start("s3://bucket/made-up", "--stages=tokenizer")
+    assert launch.configure("d12", [], f"{bucket}/text", ()).data.download == ()
+    assert read_metrics(bucket / "run") == []
+    assert "--fresh moves aside what is on this machine" in refusal(start(bucket / "run", "--fresh", *arguments))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run on this machine that those in buckets are compared with."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    code, _, err = start(directory, "--stages=tokenizer,pretrain,sft")
     assert code == 0, err
-    assert list((bucket / "made-up" / "data" / "pretrain").glob("*.parquet"))
-    assert "--fresh moves aside what is on this machine" in refusal(start("s3://bucket/run", "--fresh", *arguments))
+    yield directory
+    patch.undo()
+
+
+def test_a_training_in_a_bucket_is_the_same_and_goes_on(bucket, whole):
+    code, _, err = start(bucket / "run", "--stages=tokenizer,pretrain,sft,report")
+    assert code == 0, err
+    for stage in ("pretrain", "sft"):
+        assert values(bucket / "run", stage) == values(whole, stage)
+    report = json.loads((bucket / "run" / "report.json").read_text())
+    assert report["stages"]["pretrain"]["steps"] == STEPS and (bucket / "run" / "plots" / "loss.png").exists()
+    # As after `kill -9` in the middle of the last save of the last stage.
+    steps = bucket / "run" / "sft" / "checkpoints"
+    (bucket / "run" / "sft" / "stage.json").unlink()
+    (steps / str(STEPS) / "commit_success.txt").unlink()
+    assert Checkpoints(steps).steps() == [STEPS - 2]
+    code, out, err = start(bucket / "run", "--stages=sft")
+    assert code == 0 and f"resuming at step {STEPS - 2} of {STEPS}" in err
+    assert values(bucket / "run", "sft") == values(whole, "sft")
+    assert Checkpoints(steps).steps() == [STEPS - 2, STEPS]
+    # What was changed there since is noticed.
+    damaged = next(path for path in sorted((steps / str(STEPS) / "params" / "d").iterdir()))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    (bucket / "run" / "sft" / "stage.json").unlink()
+    message = refusal(start(bucket / "run", "--stages=sft"))
+    assert f"checkpoint {steps / str(STEPS)} is damaged" in message and f"to go on from step {STEPS - 2}" in message
+
+
+def test_two_processes_train_in_a_bucket_and_one_goes_on(bucket, whole):
+    ends = train(bucket / "run", "--stages=tokenizer,pretrain,sft", fault="SIGTERM 1 3")
+    assert [code for code, _ in ends] == [75, 75], ends
+    assert Checkpoints(bucket / "run" / "pretrain" / "checkpoints").steps() == [2, 4]
+    code, _, err = start(bucket / "run", "--stages=tokenizer,pretrain,sft")
+    assert code == 0, err
+    assert record(whole, "pretrain")["steps"] == STEPS
+    for stage in ("pretrain", "sft"):
+        got, want = values(bucket / "run", stage), values(whole, stage)
+        assert [step for step, _ in got] == [step for step, _ in want]
+        np.testing.assert_allclose([x for _, x in got], [x for _, x in want], rtol=1e-5)
+
+
+def test_metrics_outlast_a_storage_that_does_not_answer(bucket, server, monkeypatch):
+    monkeypatch.setattr(metrics, "REMOTE_FLUSH_SECONDS", 0.0)
+    sink = Metrics(bucket, "pretrain", live=False)
+    sink.log(0, loss=3.0)
+    server.stop()
+    forget()
+    sink.log(1, loss=2.0)
+    server.start()
+    sink.log(2, loss=1.0)
+    sink.log(3, loss=0.5)
+    sink.close()
+    assert [line["loss"] for line in read_metrics(bucket)] == [3.0, 2.0, 1.0, 0.5]
+    sink = Metrics(bucket, "pretrain", live=False)
+    server.stop()
+    sink.log(4, loss=0.25)
+    with pytest.raises(UserError, match=f"{bucket}/metrics.jsonl cannot be written .*; the same command goes on"):
+        sink.close()
+    server.start()
+
+
+def test_checkpoints_in_googles_storage(tmp_path, monkeypatch):
+    port = free_port()
+    for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "project")
+    # Nobody to log in as is searched for on this machine or in its network.
+    monkeypatch.setitem(fsspec.config.conf, "gcs", {**fsspec.config.conf["gcs"], "token": "anon"})
+    # One thread, as it has by itself, would wait for a client that keeps its connection while others wait for it.
+    monkeypatch.setattr(emulator.server, "HTTPServer", ThreadingHTTPServer)
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    forget()
+    try:
+        checkpoints = Checkpoints("gs://bucket/run/checkpoints")
+        states = {step: {"params": {"w": step + jnp.arange(1000.0)}, "step": jnp.asarray(step)} for step in (1, 2, 3)}
+        for step, state in states.items():
+            checkpoints.save(step, state, data={"at": step}, meta={})
+        assert checkpoints.steps() == [2, 3]
+        for step in (2, 3):
+            got, data, _ = checkpoints.restore(states[step], step)
+            np.testing.assert_array_equal(got["params"]["w"], states[step]["params"]["w"])
+            assert data == {"at": step}
+        checkpoints.close()
+    finally:
+        server.stop()
+        forget()
 
 
 @pytest.mark.parametrize(
@@ -110,10 +228,20 @@ def test_storage_that_is_not_there(path, expected, tmp_path, monkeypatch):
         assert expected.partition(" ")[2] in refusal(start(tmp_path / "run", *arguments))
 
 
-def test_storage_that_does_not_answer(bucket, monkeypatch):
-    def fail(self, path):
-        raise ConnectionError("no credentials\nat all")
+def test_storage_for_runs(server):
+    assert "runs live on this machine, or in gs:// and s3://" in refusal(start("hf://datasets/a/b"))
+    assert refusal(start("s3://none/run")).startswith("there is no bucket s3://none; create it")
 
-    monkeypatch.setattr(DirFileSystem, "isdir", fail)
-    with pytest.raises(UserError, match=r"s3://bucket/x cannot be reached \(no credentials\); check the name and your"):
-        is_folder(to_path("s3://bucket/x"))
+
+def test_storage_that_does_not_answer(bucket, server, monkeypatch):
+    server.stop()
+    forget()
+    try:
+        for refused in (start(bucket / "run"), start("runs/none", f"--data={bucket}/text")):
+            assert "cannot be reached (Could not connect to the endpoint" in refusal(refused)
+            assert refusal(refused).endswith("; check the name and your credentials")
+        with pytest.raises(UserError, match="cannot be reached"):
+            is_folder(bucket / "x")
+    finally:
+        server.start()
+    assert not os.path.exists("runs/none")

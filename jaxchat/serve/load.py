@@ -13,6 +13,7 @@ from jaxchat.config import Experiment, UserError, check, closest
 from jaxchat.infer.engine import Engine
 from jaxchat.model.gpt import Params, abstract_params
 from jaxchat.stages.run import TRAINED, compute_dtype, read_config
+from jaxchat.storage import is_folder, to_path
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
 
 
@@ -35,8 +36,8 @@ def load_model(run_dir: epath.PathLike, stage: str | None = None) -> LoadedModel
     Raises:
       UserError: no run there, no such stage, or a stage that is not finished; the message lists those that are.
     """
-    directory = epath.Path(run_dir)
-    check(directory.is_dir(), f"there is no run directory {run_dir}; train one with launch.py --run-dir {run_dir}")
+    directory = epath.Path(to_path(run_dir))
+    check(is_folder(directory), f"there is no run directory {run_dir}; train one with launch.py --run-dir {run_dir}")
     experiment = read_config(directory)
     finished = [name for name in TRAINED if _steps(directory / name / "stage.json")]
     there = f"finished: {', '.join(finished)}" if finished else "no stage that trains is finished there yet"

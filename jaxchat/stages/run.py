@@ -30,7 +30,7 @@ from jaxchat.mesh import make_mesh, shardings
 from jaxchat.metrics import Metrics, machine_info, peak_memory_bytes
 from jaxchat.model import fp8
 from jaxchat.model.gpt import Params, abstract_params
-from jaxchat.storage import AnyPath, is_folder, to_path
+from jaxchat.storage import AnyPath, is_folder, to_path, to_run_directory
 from jaxchat.tasks import Task, load_task, parse_mixture
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
 
@@ -59,7 +59,7 @@ class Run:
             f"{experiment.name} trains on your text: give it a folder with --data=DIR, "
             "or name data sets with --data.download",
         )
-        self.experiment, self.directory = experiment, epath.Path(to_path(directory))
+        self.experiment, self.directory = experiment, to_run_directory(directory)
         self.say = say if jax.process_index() == 0 else lambda line: None
         self.mesh = make_mesh(experiment.mesh)
         self.dtype = compute_dtype(experiment)

@@ -106,6 +106,7 @@ class Loop:
             "divergences": self.divergences,
             "recent_losses": list(self._watch.recent),
         }
+        self.metrics.flush()  # a resume goes on from here: what was logged before must not be missing
         self.checkpoints.save(step, state, data=position, meta=meta)
 
     def train(self, state: State) -> State:
