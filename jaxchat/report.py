@@ -121,12 +121,17 @@ def _cost(price: CostConfig, entry: dict[str, Any]) -> float | None:
 
 
 def _speed(records: list[dict[str, Any]]) -> dict[str, float]:
-    """Medians over the stage's steps: compilation and evaluations do not count."""
+    """Medians over the stage's steps: compilation and evaluations do not count. And which share of the steps' time the
+    program waited for batches (in RL: made them)."""
     medians = {}
     for name in ("tokens_per_second", "mfu", "step_seconds"):
         values = [record[name] for record in records if record.get(name) is not None]
         if values:
             medians[name] = statistics.median(values)
+    pairs = [(r["input_seconds"], r["step_seconds"]) for r in records if r.get("input_seconds") is not None]
+    if pairs:
+        waited, taken = map(sum, zip(*pairs, strict=True))
+        medians["input_share"] = waited / taken
     return medians
 
 
@@ -295,6 +300,10 @@ def _road(report: dict[str, Any]) -> str:
     table = _table([[row[i] for i in used] for row in [header, *rows]], left=2)
     price = report["config"]["cost"]["dollars_per_device_hour"]
     note = f"\n\nCost at ${price:,.2f} per device-hour." if report["cost"] else ""
+    waited = ", ".join(
+        f"{stage} {entry['input_share']:.1%}" for stage, entry in stages.items() if "input_share" in entry
+    )
+    waits = f"\n\nOf the steps' time, waiting for batches (in rl: sampling them): {waited}." if waited else ""
     missing = [s for s in report["config"]["stages"] if s not in stages and s != "report"]
     unfinished = f"\n\nNot finished: {', '.join(missing)}." if missing else ""
     diverged = "".join(
@@ -302,7 +311,7 @@ def _road(report: dict[str, Any]) -> str:
     )
     lines = [f"- {stage}: {line}." for stage, entry in stages.items() if (line := describe_data(entry))]
     data = "\n\nIts data:\n\n" + "\n".join(lines) if lines else ""
-    return f"## How it got there\n\n{table}{note}{unfinished}{diverged}{data}"
+    return f"## How it got there\n\n{table}{note}{waits}{unfinished}{diverged}{data}"
 
 
 def describe_data(entry: dict[str, Any]) -> str:

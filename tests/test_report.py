@@ -46,6 +46,7 @@ def train(run_dir, stage, steps, **options):
         for step in range(steps):
             rates = {"lr_matrix": 0.02, "lr_embedding": 0.2, "lr_head": 0.004}
             speed = {"tokens_per_second": 10.0 if step == 0 else 1000.0, "mfu": 0.5}
+            speed |= {"step_seconds": 2.0, "input_seconds": 0.2 if step == 0 else 0.0}
             metrics.log(step, loss=1 + 5 / (step + 1), **rates, **speed)
             if step % 4 == 0 and "bpb" in options:
                 metrics.log(step, bpb=2.0)
@@ -102,6 +103,7 @@ def test_report_json(report):
     pretrain = report["stages"]["pretrain"]
     assert pretrain["cost"] == pytest.approx(3.0) and pretrain["steps"] == 20 and pretrain["tokens"] == 20_480
     assert pretrain["tokens_per_second"] == 1000.0 and pretrain["mfu"] == 0.5
+    assert pretrain["input_share"] == pytest.approx(0.2 / 40)
     assert pretrain["metrics"]["loss"] == pytest.approx(1.25) and pretrain["metrics"]["bpb"] == 1.25
     assert report["stages"]["sft"]["samples"][0]["prompt"] == "What is 2+2?"
     assert report["config"]["model"]["depth"] == 4
@@ -112,6 +114,7 @@ def test_report_json(report):
 
 def test_report_md_tells_the_story(run_dir):
     text = (run_dir / "report.md").read_text()
+    assert "Of the steps' time, waiting for batches (in rl: sampling them): pretrain 0.5%" in text
     assert text.startswith("# tiny\n\nA chatbot trained from nothing: 5.24M parameters (4 layers, 256 wide).")
     story = " ".join(text.split("\n\n")[1].split())
     assert "It has read 20.5k tokens of text from the folder `books`, then 10.2k tokens of conversations." in story

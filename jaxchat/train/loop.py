@@ -198,7 +198,9 @@ class Loop:
         before, stopping = time.perf_counter(), False
         try:
             while step < self.num_steps:
+                asked = time.perf_counter()
                 batch, extra = self.source.next_batch(step, state["params"])
+                extra = {**extra, "input_seconds": time.perf_counter() - asked}
                 moving = True
                 state, result = self.step_fn(state, batch)
                 position = self.source.get_state()

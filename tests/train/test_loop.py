@@ -1,6 +1,7 @@
 """The training loop on a state of one number, where every order of events can be seen."""
 
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,18 @@ def test_logs_every_step(tmp_path):
     assert table(tmp_path) == expected
     assert float(state["params"]["x"]) == pytest.approx(x, rel=1e-5)
     assert trained.tokens == 56 and 0 < trained.train_seconds <= trained.seconds
+
+
+def test_waiting_for_batches_is_logged(tmp_path):
+    class Slow(Counting):
+        def next_batch(self, step, params):
+            time.sleep(0.05 * (step == 3))
+            return super().next_batch(step, params)
+
+    loop(tmp_path, source=Slow()).train(begin())
+    waited = {line["step"]: line["input_seconds"] for line in read_metrics(tmp_path)}
+    assert waited[3] >= 0.05 and len(waited) == 7
+    assert sorted(waited, key=waited.get)[-1] == 3
 
 
 def test_next_step_is_dispatched_before_the_last_is_read(tmp_path):
