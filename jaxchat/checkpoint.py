@@ -125,6 +125,11 @@ class Checkpoints:
         """The newest complete step, damaged or not; None without any."""
         return max(self.steps(), default=None)
 
+    def best_step(self) -> int | None:
+        """The complete step whose evaluation was the best of those that `keep_best` remembers; None without any."""
+        worths, steps = self._load_worths(), self.steps()
+        return max((step for step in worths if step in steps), key=worths.__getitem__, default=None)
+
     def restore(self, abstract_tree: dict[str, Any], step: int | None = None) -> tuple[dict[str, Any], dict, dict]:
         """The state (in the structure, types and shardings of `abstract_tree`), `data` and `meta` of a step.
 

@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--run", required=True, metavar="DIR", help="the run's directory")
     chat.add_argument("--stage", help="pretrain, midtrain, sft or rl; the last finished one if not given")
+    chat.add_argument("--step", metavar="N", help="an earlier step of the stage that was kept, or best")
     chat.add_argument("-p", "--prompt", metavar="TEXT", help="print the answer to TEXT and leave")
     chat.add_argument("--temperature", type=float, default=0.6, help="0 takes the likeliest token")
     chat.add_argument("--top-k", type=int, default=50, help="draw from the K likeliest tokens")
@@ -133,7 +134,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     _keep_compiled_programs()
     from jaxchat.serve.terminal import chat  # imports JAX: --help and bad arguments need not wait for it
 
-    options = {name: getattr(arguments, name) for name in ("temperature", "top_k", "seed", "max_tokens")}
+    options = {name: getattr(arguments, name) for name in ("step", "temperature", "top_k", "seed", "max_tokens")}
     return chat(arguments.run, arguments.stage, arguments.prompt, **options)
 
 

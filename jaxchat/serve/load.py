@@ -30,11 +30,12 @@ class LoadedModel(NamedTuple):
         return Engine(self.experiment.model, self.params, self.tokenizer, dtype=compute_dtype(self.experiment))
 
 
-def load_model(run_dir: epath.PathLike, stage: str | None = None) -> LoadedModel:
-    """What `stage` of a run ended with; by default its last finished stage that trains.
+def load_model(run_dir: epath.PathLike, stage: str | None = None, step: str | None = None) -> LoadedModel:
+    """What `stage` of a run ended with, by default its last finished stage that trains; or was after an earlier `step`
+    of those that were kept, `best` for the one that its evaluation found best.
 
     Raises:
-      UserError: no run there, no such stage, or a stage that is not finished; the message lists those that are.
+      UserError: no run there, no such stage or step, or a stage that is not finished; the message lists those that are.
     """
     directory = epath.Path(to_path(run_dir))
     check(is_folder(directory), f"there is no run directory {run_dir}; train one with launch.py --run-dir {run_dir}")
@@ -50,8 +51,19 @@ def load_model(run_dir: epath.PathLike, stage: str | None = None) -> LoadedModel
     stage = stage or finished[-1]
     tokenizer = load_tokenizer(directory / "tokenizer")
     model = dataclasses.replace(experiment.model, vocab_size=tokenizer.vocab_size)
-    params = Checkpoints(directory / stage / "checkpoints").restore_params(abstract_params(model))
+    checkpoints = Checkpoints(directory / stage / "checkpoints")
+    params = checkpoints.restore_params(abstract_params(model), _step(checkpoints, step))
     return LoadedModel(dataclasses.replace(experiment, model=model), tokenizer, params, stage)
+
+
+def _step(checkpoints: Checkpoints, step: str | None) -> int | None:
+    if step != "best":
+        check(step is None or step.isdecimal(), f"--step is {step!r}; it must be a number, or best")
+        return None if step is None else int(step)
+    best = checkpoints.best_step()
+    there = f"{checkpoints.directory} does not know which step is best"
+    check(best is not None, f"{there}; train with --checkpoints.keep-best, or name one of {checkpoints.steps()}")
+    return best
 
 
 def _steps(record: epath.Path) -> int:

@@ -173,6 +173,7 @@ def chat(
     stage: str | None,
     prompt: str | None,
     *,
+    step: str | None,
     temperature: float,
     top_k: int | None,
     seed: int | None,
@@ -181,7 +182,7 @@ def chat(
     """`jaxchat chat`: one answer if there is a `prompt`, else questions from standard input until its end.
 
     Raises:
-      UserError: no such run or stage, or an option out of its range.
+      UserError: no such run, stage or step, or an option out of its range.
     """
     check(temperature >= 0, f"--temperature is {temperature}; it must be 0 (the likeliest token) or above")
     check(top_k is None or top_k >= 1, f"--top-k is {top_k}; it must be at least 1")
@@ -193,7 +194,7 @@ def chat(
     if notes.is_terminal:
         notes.print(f"loading {run_dir}", style="dim", markup=False)
     with _ctrl_c_ends_all():
-        model = load_model(run_dir, stage)
+        model = load_model(run_dir, stage, step)
     base = model.stage == "pretrain"
     conversation = Conversation(
         model.engine(),

@@ -13,9 +13,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from jaxchat.checkpoint import Checkpoints
+from jaxchat.config import CheckpointConfig
 from jaxchat.serve.cli import main
+from jaxchat.serve.load import load_model
 from jaxchat.serve.terminal import Writer
 from jaxchat.tokenizer import Tokenizer
 
@@ -190,6 +196,21 @@ def test_the_writer_waits_for_whole_characters_and_marks_tool_calls(run_dir):
     assert "".join(text for text, _ in Writer(tokenizer).write(b"\x1b[2J\x07\ta\nb\r")) == "[2J\ta\nb"
 
 
+def test_earlier_steps(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path, dirs_exist_ok=True)
+    params = load_model(tmp_path, "sft").params
+    with contextlib.closing(
+        Checkpoints(tmp_path / "sft" / "checkpoints", CheckpointConfig(keep=3, keep_best=True))
+    ) as checkpoints:
+        for step, worth in ((151, -1.0), (152, -2.0)):
+            changed = jax.tree.map(lambda x, step=step: x + step, params)
+            checkpoints.save(step, {"params": changed, "step": jnp.asarray(step)}, data={}, meta={})
+            checkpoints.note_worth(step, worth)
+    for step, added in ((None, 152), ("150", 0), ("151", 151), ("best", 151)):
+        loaded = load_model(tmp_path, "sft", step).params
+        jax.tree.map(lambda x, y, added=added: np.testing.assert_array_equal(x, y + added), loaded, params)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -200,6 +221,9 @@ def test_the_writer_waits_for_whole_characters_and_marks_tool_calls(run_dir):
         (["chat", "--run", "RUN", "--stage", "stf"], "there is no stage 'stf' with a model, did you mean 'sft'?"),
         (["chat", "--run", "RUN", "--stage", "midtrain"], "'midtrain' of RUN is not finished; finished: pretrain, sft"),
         (["chat", "--run", "RUN", "--stage", "rl"], "'rl' of RUN is not finished; finished: pretrain, sft"),
+        (["chat", "--run", "RUN", "--step", "7"], "no checkpoint of step 7 in RUN/sft/checkpoints, only of 150"),
+        (["chat", "--run", "RUN", "--step", "last"], "--step is 'last'; it must be a number, or best"),
+        (["chat", "--run", "RUN", "--step", "best"], "train with --checkpoints.keep-best, or name one of [150]"),
         (["chat", "--run", "EMPTY"], "EMPTY is not a run: it has no config.json"),
         (["chat", "--run", "RUN", "--temperature", "hot"], "invalid float value: 'hot'"),
         (["chat", "--run", "RUN", "--temperature", "-1"], "--temperature is -1.0"),
