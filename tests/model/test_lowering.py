@@ -1,0 +1,59 @@
+"""On a machine without a GPU too, this version of JAX makes programs for one of the kernels: they are not run here."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxchat.model import fp8, gpu, kernels
+
+HOPPER = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+KERNEL = "__gpu$xla.gpu.triton"
+LENGTH, WIDTH, HEADS = 256, 384, 3
+
+
+def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+X, TABLE = array(2, LENGTH, WIDTH), array(LENGTH, 64, dtype=jnp.float32)
+SQUARE, UP, DOWN = array(WIDTH, WIDTH), array(WIDTH, 4 * WIDTH), array(4 * WIDTH, WIDTH)
+HIDDEN_HEADS = array(2, LENGTH, HEADS, 128)
+ROWS = 64
+
+
+def loss(scores, targets, weights):
+    return kernels.cross_entropy_rows(scores, targets, weights, 1000, 15.0)
+
+
+@pytest.mark.parametrize(
+    "function, arguments, count",
+    [
+        (kernels.norm_branch, [X], 2),
+        (kernels.rope_norm, [HIDDEN_HEADS, TABLE, TABLE], 2),
+        (kernels.relu_squared, [X], 2),
+        (fp8.add_mlp, [X, UP, DOWN], 5),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_kernels_and_their_gradients(monkeypatch, function, arguments, count):
+    monkeypatch.setattr(gpu, "INTERPRET", False)
+
+    def forward_and_back(*arguments):
+        result, pull = jax.vjp(function, *arguments)
+        return result, pull(result)
+
+    assert lowered(forward_and_back, arguments).count(KERNEL) >= count
+
+
+def test_the_rows_of_the_loss(monkeypatch):
+    monkeypatch.setattr(gpu, "INTERPRET", False)
+    arguments = [array(ROWS, 1024), array(ROWS, dtype=jnp.int32), array(ROWS, dtype=jnp.float32)]
+    assert lowered(loss, arguments).count(KERNEL) == 1
+
+
+def lowered(function, arguments):
+    """The program for the GPU, as text."""
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(KERNEL)]
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=HOPPER)):
+        exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=allowed)
+        return exported(*arguments).mlir_module()
