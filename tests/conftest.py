@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # the tests of downloads have a server of th
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # asks Google itself about a bucket, whatever the server
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 import tests.typechecker  # noqa: E402, F401  (the hook finds it by its name)
@@ -20,3 +21,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_num_cpu_devices", 4)
 ON_ARRAYS = ("model", "optim", "train", "infer", "eval")
 install_import_hook([f"jaxchat.{package}" for package in ON_ARRAYS], "tests.typechecker.check")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run of one process of four devices that the others are compared with."""
+    from tests.tiny import start  # imports jaxchat, after the hook is there
+
+    patch = pytest.MonkeyPatch()
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    code, _, err = start(directory, "--stages=tokenizer,pretrain,sft")
+    assert code == 0, err
+    yield directory
+    patch.undo()

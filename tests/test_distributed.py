@@ -67,18 +67,6 @@ def train(run, *arguments, fault=NEVER):
     return start_several((PROGRAM, fault), [*ARGUMENTS, f"--run-dir={run}", *arguments])
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The run of one process of four devices that the others are compared with."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-    directory = tmp_path_factory.mktemp("runs") / "whole"
-    code, _, err = start(directory, "--stages=tokenizer,pretrain,sft")
-    assert code == 0, err
-    yield directory
-    patch.undo()
-
-
 def assert_same(run, whole, stage):
     """Sums over devices may be in another order: equal but for rounding."""
     for name in ("loss", "grad_norm", "bpb"):

@@ -118,18 +118,6 @@ def test_a_run_reads_its_text_from_a_bucket_and_lives_in_one(bucket):
     assert "--fresh moves aside what is on this machine" in refusal(start(bucket / "run", "--fresh", *arguments))
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The run on this machine that those in buckets are compared with."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-    directory = tmp_path_factory.mktemp("runs") / "whole"
-    code, _, err = start(directory, "--stages=tokenizer,pretrain,sft")
-    assert code == 0, err
-    yield directory
-    patch.undo()
-
-
 def test_a_training_in_a_bucket_is_the_same_and_goes_on(bucket, whole):
     code, _, err = start(bucket / "run", "--stages=tokenizer,pretrain,sft,report")
     assert code == 0, err
