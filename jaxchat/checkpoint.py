@@ -28,7 +28,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from jaxchat import s3
 from jaxchat.config import CheckpointConfig, UserError, check
 from jaxchat.distributed import agreed, exchange
-from jaxchat.storage import is_remote, storage_errors
+from jaxchat.storage import first_line, is_remote, storage_errors
 
 MANIFEST = "manifest.json"
 WORTHS = "worths.json"
@@ -175,8 +175,11 @@ class Checkpoints:
             yield
         except (*storage_errors(), ValueError) as error:  # TensorStore raises the latter
             Checkpoints.failed = True
-            good = max(self._complete(), default=None)
-            newest = "there is none yet" if good is None else f"the newest good one is {self._folder(good)}"
+            try:
+                good = max(self._complete(), default=None)
+                newest = "there is none yet" if good is None else f"the newest good one is {self._folder(good)}"
+            except storage_errors() as gone:
+                newest = f"what is there cannot be seen either ({first_line(gone)})"
             mend = "see that it can be reached" if is_remote(self.directory) else "make room, or the folder writable"
             raise UserError(
                 f"in {self.directory} nothing can be written ({_reason(error)}); {newest}; "

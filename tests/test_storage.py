@@ -2,8 +2,10 @@
 
 import io
 import json
+import logging
 import os
 import sys
+import time
 from http.server import ThreadingHTTPServer
 
 import fsspec
@@ -25,6 +27,7 @@ from jaxchat.config import UserError
 from jaxchat.data.manifest import Manifest, Record, Source
 from jaxchat.data.shards import find_text, iterate_texts
 from jaxchat.metrics import Metrics, read_metrics
+from jaxchat.stages.training import Batches
 from jaxchat.storage import is_folder, size_of, to_path
 from jaxchat.tasks import load_task
 from tests.test_distributed import free_port, train
@@ -40,6 +43,7 @@ def forget():
 @pytest.fixture(scope="module")
 def server():
     patch = pytest.MonkeyPatch()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(port=free_port(), verbose=False)
     server.start()
     for name, value in {
@@ -173,6 +177,24 @@ def test_metrics_outlast_a_storage_that_does_not_answer(bucket, server, monkeypa
     with pytest.raises(UserError, match=f"{bucket}/metrics.jsonl cannot be written .*; the same command goes on"):
         sink.close()
     server.start()
+
+
+def test_a_bucket_that_is_gone_ends_the_run_with_a_line(bucket, monkeypatch):
+    real, checkpoints = Batches.next_batch, bucket / "run" / "pretrain" / "checkpoints"
+
+    def next_batch(self, step, params):
+        if step == 3:
+            while not (checkpoints / "2" / "commit_success.txt").exists():
+                time.sleep(0.05)
+            s3fs.S3FileSystem().rm(str(bucket), recursive=True)
+            s3fs.S3FileSystem().rmdir(str(bucket))
+        return real(self, step, params)
+
+    monkeypatch.setattr(Batches, "next_batch", next_batch)
+    code, _, err = start(bucket / "run", "--stages=tokenizer,pretrain")
+    last = err.splitlines()[-1]
+    assert code == 2 and "Traceback" not in err
+    assert last.startswith(f"error: {bucket}/run/") and "The specified bucket does not exist" in last
 
 
 def test_checkpoints_in_googles_storage(tmp_path, monkeypatch):
