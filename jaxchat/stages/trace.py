@@ -35,6 +35,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = .*?(?<= )([a-z][\w\-]*)\(")
 # Names in a path that are no function's: `jit(norm)` is the function `norm`, `jvp(norm)` and `norm` are a scope.
 _SCOPE = re.compile(r"(?<!jit\()\b([A-Za-z_]\w*)\b(?!\()")
+_ONE_KERNEL = 'xla_cpu_small_call="true"'  # a call, in particular of a short loop, that XLA compiles as a whole
 _WITH_CHILDREN = ("while", "call", "conditional")  # they run other computations, and take no time themselves
 
 
@@ -66,6 +67,8 @@ class Program:
         for line in text.splitlines():
             if match := _INSTRUCTION.match(line):
                 name, opcode = match.groups()
+                if _ONE_KERNEL in line:
+                    opcode = "fusion"
                 values = [_value(line, key) for key in (r'op_name="([^"]*)', r'target="([^"]*)', r"calls=%?([\w.\-]+)")]
                 instructions[name] = Instruction(opcode, *values)
                 computations[inside].append(name)

@@ -155,5 +155,6 @@ def test_scopes_in_a_real_trace(tmp_path):
     got = break_down([kernels], program)
     assert {"attention", MATMULS, "head and loss", "optimizer"} <= set(got.parts)
     assert got.parts["optimizer"].count >= 2 and got.parts["attention"].count >= 4
-    assert got.parts["head and loss"].count >= 2 * 128
+    loop = got.parts["head and loss"]  # JAX 0.12 compiles it as one kernel on the CPU
+    assert loop.count >= 2 * 128 or loop.ops["call"] == 2
     assert 0 <= got.idle < got.span
