@@ -28,7 +28,7 @@ from etils import epath
 
 from jaxchat.config import UserError
 from jaxchat.live import LiveLine
-from jaxchat.storage import first_line, is_remote, storage_errors
+from jaxchat.storage import append_bytes, first_line, is_remote, storage_errors
 
 # An object store rewrites the whole file for an append, so lines for it are gathered.
 REMOTE_FLUSH_SECONDS = 30.0
@@ -219,8 +219,7 @@ class _JsonLines:
 
     def _append(self) -> None:
         if self._waiting:
-            with self._path.open("ab") as file:
-                file.write(self._waiting)
+            append_bytes(self._path, self._waiting)
         self._waiting = b""
         self._flushed = time.monotonic()
 

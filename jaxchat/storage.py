@@ -91,6 +91,17 @@ def is_folder(path: AnyPath) -> bool:
         ) from None
 
 
+def append_bytes(path: AnyPath, data: bytes) -> None:
+    """Appends to a file, which is made if it is not there; in storage it is read and written as a whole."""
+    if not is_remote(path):
+        with path.open("ab") as file:
+            file.write(data)
+        return
+    # Not by a file object: where writing fails, its end would try again, and complain on stderr.
+    files, name = fsspec.core.url_to_fs(os.fspath(path))
+    files.pipe_file(name, (files.cat_file(name) if files.exists(name) else b"") + data)
+
+
 def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
