@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import launch
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import UserError
+from jaxchat.config import UserError, check
 from jaxchat.metrics import machine_info
-from jaxchat.stages.run import Run
+from jaxchat.stages.run import Run, planned_model
 from jaxchat.stages.training import Training, fresh_params, random_batches
 
 WARM_UP = 3
@@ -62,9 +62,12 @@ def main() -> int:
 
 def measure(experiment, folder: Path, windows: int) -> dict:
     """Milliseconds of a step, of a save's call and of its writing, and what it costs the steps."""
+    check(
+        experiment.pretrain.save_every > 0, "--pretrain.save-every must be at least 1: a save's cost is a share of it"
+    )
     data = dataclasses.replace(experiment.data, path=None, generate=True)  # never written: the tokens are random
     run = Run(dataclasses.replace(experiment, data=data), folder / "run", say=say)
-    model = dataclasses.replace(experiment.model, vocab_size=experiment.tokenizer.vocab_size)
+    model = planned_model(experiment)
     training = Training(run, "pretrain", experiment.pretrain, model, None, 1_000_000)
     source = random_batches(run, model)
     state, step = training.fitted(lambda: fresh_params(run, model), source)

@@ -194,11 +194,12 @@ def _model_and_batches(run):
     from jaxchat.data.shards import find_text
     from jaxchat.stages import tokenizer as tokenizer_stage
     from jaxchat.stages.pretrain import training_batches
+    from jaxchat.stages.run import planned_model
     from jaxchat.stages.training import random_batches
 
     experiment = run.experiment
     if experiment.data.path is None:
-        model = dataclasses.replace(experiment.model, vocab_size=experiment.tokenizer.vocab_size)
+        model = planned_model(experiment)
         return model, random_batches(run, model)
     tokenizer_stage.run(run)
     tokenizer = run.tokenizer()

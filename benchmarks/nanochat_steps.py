@@ -130,6 +130,10 @@ def build_model(options: argparse.Namespace, device):
         sys.exit(f"{options.checkout} has no sliding windows; leave --window-pattern at L")
     with torch.device("meta"):
         model = GPT(GPTConfig(**settings, n_embd=width, n_head=heads, n_kv_head=heads))
+    short = {left for left, _ in getattr(model, "window_sizes", ())} - {-1, options.sequence_len}
+    if short - {options.sequence_len // 4}:
+        sys.exit(f"S is {short} tokens in {options.checkout}, here a quarter of the context, which is other work; "
+                 "leave --window-pattern at L")  # fmt: skip
     model.to_empty(device=device)
     model.init_weights()
     return model

@@ -377,6 +377,11 @@ class Experiment:
             check(stage in STAGES, f"unknown stage {stage!r}{closest(stage, STAGES)} Stages: {', '.join(STAGES)}")
         order = [STAGES.index(stage) for stage in self.stages]
         check(order == sorted(set(order)), f"stages must be in order, each once: {', '.join(STAGES)}")
+        heads, tensor = self.model.kv_heads, self.mesh.tensor
+        check(
+            heads % tensor == 0,
+            f"mesh.tensor is {tensor}, and shares out attention's heads: it must divide the {heads} of keys and values",
+        )
 
 
 def to_json(config: Any) -> str:

@@ -63,6 +63,10 @@ def test_known_models():
         (lambda: ModelConfig(window_pattern=""), "model.window-pattern is ''"),
         (lambda: ModelConfig(depth=12, num_kv_heads=4), "must divide the 6 heads of depth 12"),
         (lambda: ModelConfig(depth=12, num_kv_heads=0), "model.num-kv-heads is 0"),
+        (
+            lambda: Experiment(model=ModelConfig(depth=12, num_kv_heads=3), mesh=MeshConfig(tensor=2)),
+            "mesh.tensor is 2, and shares out attention's heads: it must divide the 3 of keys and values",
+        ),
         (lambda: MeshConfig(fsdp=0), "mesh.fsdp and mesh.tensor"),
         (lambda: MeshConfig(data=-2), "mesh.data"),
         (lambda: OptimizerConfig(matrix_lr=0.0), "optimizer.matrix-lr must be above 0"),

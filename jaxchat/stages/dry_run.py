@@ -20,7 +20,7 @@ from jaxchat.model.gpt import abstract_params
 from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.scaling import batch_plan, cost, count_parameters, flops_per_token, hours, training_length
 from jaxchat.stages.memory import GIB, Fit, fit_step, plan_step, usable_memory
-from jaxchat.stages.run import compute_dtype, trains_in_fp8
+from jaxchat.stages.run import compute_dtype, planned_model, trains_in_fp8
 from jaxchat.stages.tokenizer import load_brought
 from jaxchat.stages.training import abstract_batch
 
@@ -33,8 +33,7 @@ def dry_run(experiment: Experiment) -> None:
     """
     if experiment.tokenizer.path is not None:
         load_brought(experiment.tokenizer)
-    model, console = experiment.model, Console(soft_wrap=True)
-    model = dataclasses.replace(model, vocab_size=experiment.tokenizer.vocab_size)
+    model, console = planned_model(experiment), Console(soft_wrap=True)
     mesh = make_mesh(experiment.mesh)
     parallel = mesh.shape["data"] * mesh.shape["fsdp"]
     parameters = count_parameters(model)

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from jaxchat.config import Experiment, check
-from jaxchat.stages.run import Run
+from jaxchat.stages.run import Run, planned_model
 from jaxchat.stages.trace import Breakdown, Program, break_down, read_trace
 from jaxchat.stages.training import Training, fresh_params, random_batches
 
@@ -28,7 +28,7 @@ def profile(experiment: Experiment, *, steps: int, directory: Path) -> None:
     data = dataclasses.replace(experiment.data, path=None, download=(), generate=True)  # never read: tokens are random
     with tempfile.TemporaryDirectory() as folder:
         run = Run(dataclasses.replace(experiment, data=data), Path(folder) / "run")
-        model = dataclasses.replace(experiment.model, vocab_size=experiment.tokenizer.vocab_size)
+        model = planned_model(experiment)
         training = Training(run, "pretrain", experiment.pretrain, model, None, WARM_UP + steps)
         source = random_batches(run, model)
         state, step = training.fitted(lambda: fresh_params(run, model), source)

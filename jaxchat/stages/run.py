@@ -30,7 +30,7 @@ from jaxchat.mesh import make_mesh, shardings
 from jaxchat.metrics import Metrics, machine_info, peak_memory_bytes
 from jaxchat.model import fp8
 from jaxchat.model.gpt import Params, abstract_params
-from jaxchat.storage import AnyPath, is_folder, to_path, to_run_directory
+from jaxchat.storage import AnyPath, first_line, is_folder, to_path, to_run_directory
 from jaxchat.tasks import Task, load_task, parse_mixture
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
 
@@ -78,7 +78,8 @@ class Run:
             if not (keep_config and self._read_record("tokenizer") is not None):
                 _write(config, to_json(self.experiment))
         except OSError as error:
-            raise UserError(f"{self.directory} cannot be made ({error.strerror}); choose another --run-dir") from None
+            problem = error.strerror or first_line(error)
+            raise UserError(f"{self.directory} cannot be made ({problem}); choose another --run-dir") from None
 
     def _check_same(self, before: Experiment) -> None:
         old, new = dataclasses.asdict(before), dataclasses.asdict(self.experiment)
@@ -192,8 +193,7 @@ class Run:
     def model_config(self, tokenizer: BaseTokenizer) -> ModelConfig:
         """The experiment's model with the tokenizer's vocabulary, and with the token that begins a document where
         attention is to stop there."""
-        border = tokenizer.bos_token_id if self.experiment.data.mask_borders in ("attention", "both") else None
-        return dataclasses.replace(self.experiment.model, vocab_size=tokenizer.vocab_size, border_token=border)
+        return _model(self.experiment, tokenizer.vocab_size, tokenizer.bos_token_id)
 
     # --- stages -------------------------------------------------------------------------------------------------
 
@@ -258,6 +258,17 @@ class Run:
     def metrics(self, stage: str, total_steps: int | None = None) -> Metrics:
         log = self.experiment.logging
         return Metrics(self.directory, stage, tensorboard=log.tensorboard, wandb=log.wandb, total_steps=total_steps)
+
+
+def planned_model(experiment: Experiment) -> ModelConfig:
+    """The experiment's model with the vocabulary that is asked for, before there is a tokenizer: for random tokens, of
+    which any may stand for the one that begins a document."""
+    return _model(experiment, experiment.tokenizer.vocab_size, 0)
+
+
+def _model(experiment: Experiment, vocab_size: int, bos_token_id: int) -> ModelConfig:
+    border = bos_token_id if experiment.data.mask_borders in ("attention", "both") else None
+    return dataclasses.replace(experiment.model, vocab_size=vocab_size, border_token=border)
 
 
 def compute_dtype(experiment: Experiment):
