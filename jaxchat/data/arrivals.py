@@ -89,14 +89,16 @@ class Arrivals:
             val = next((path for path in (pinned, *train) if val_shard in (path.name, path.stem)), None)
             check(val is not None, f"validation shard {val_shard!r} is not among those of {self._text.dataset.name}")
         sides = (tuple(path for path in train if path != val), (val,))
+        check(bool(sides[0]), f"{self.folder}: there is only the shard for validation; ask for more of them")
         common = {"format": "parquet", "wait": self.wait, "on_bad": on_bad, "tell": self._tell}
         return TextSplit(*(TextSide(files, **common) for files in sides))
 
-    def wait(self, path: Path) -> None:
+    def wait(self, path: Path, given_up: Callable[[], bool] = lambda: False) -> None:
         """Returns when a file is there.
 
         Raises:
           UserError: it will not come.
+          Stopped: `given_up` became true.
         """
         self._start()
         record = self._manifest.files.get(str(path.relative_to(self.folder)))
@@ -105,7 +107,7 @@ class Arrivals:
             # One that was cut short since it was recorded is about to be replaced.
             return path.is_file() and (record is None or path.stat().st_size == record.size)
 
-        self._wait(there, path.name)
+        self._wait(there, path.name, given_up)
 
     def wait_for_tasks(self) -> None:
         """Returns when everything but the text is there.
@@ -124,10 +126,12 @@ class Arrivals:
         manifest = Manifest.read(self.folder)
         return all(is_whole(piece, manifest) for request in requests for piece in pieces_of(request))
 
-    def _wait(self, there: Callable[[], bool], name: str) -> None:
+    def _wait(self, there: Callable[[], bool], name: str, given_up: Callable[[], bool] = lambda: False) -> None:
         began = said = time.monotonic()
         said += SAY_AFTER - SAY_EVERY
         while not there():
+            if given_up():
+                raise Stopped
             if not self._thread.is_alive() and not there():
                 raise self._error or UserError(f"{name} was not downloaded to {self.folder}")
             now = time.monotonic()

@@ -152,8 +152,9 @@ def parse_requests(entries: Sequence[str], shards: int | None = None) -> list[Re
     Raises:
       UserError: as `parse_request`; two texts; a number of shards, but no text.
     """
-    requests = [parse_request(entry, shards) for entry in entries]
+    requests = list(dict.fromkeys(parse_request(entry, shards) for entry in entries))
     texts = [request.dataset.name for request in requests if request.is_text]
+    check(len(texts) == len(set(texts)), f"{''.join(texts[:1])} is asked for with several numbers of shards; write one")
     check(len(texts) <= 1, f"{' and '.join(texts)} are pretraining texts; give each a folder of its own")
     check(shards is None or bool(texts), f"{', '.join(entries)}: no pretraining text, and so no shards")
     return requests

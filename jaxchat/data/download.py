@@ -86,6 +86,9 @@ class Download:
             HF_HUB_OFFLINE is set. What has arrived stays.
           Stopped: `stop` was called.
         """
+        self._manifest = Manifest.read(self.folder)
+        if not self._check_bytes and self._is_complete():
+            return  # also where nothing may be written
         lock = FileLock(self.folder / WORKING / "lock")
         with on_disk(self.folder):
             (self.folder / WORKING).mkdir(parents=True, exist_ok=True)
@@ -125,16 +128,26 @@ class Download:
 
     # --- what is to be done -------------------------------------------------------------------------------------
 
+    def _pieces(self) -> list[Piece]:
+        return [piece for request in self._requests for piece in pieces_of(request)]
+
+    def _is_complete(self) -> bool:
+        self._check_texts()
+        return all(is_whole(piece, self._manifest) for piece in self._pieces())
+
+    def _check_texts(self) -> None:
+        for request in self._requests:
+            if request.is_text:
+                self._check_text(request.dataset)
+
     def _missing(self) -> list[Piece]:
         """The pieces that are not there or not whole, in the order in which they are wanted.
 
         Raises:
           UserError: other text is in the folder; offline.
         """
-        for request in self._requests:
-            if request.is_text:
-                self._check_text(request.dataset)
-        pieces = [piece for request in self._requests for piece in pieces_of(request)]
+        self._check_texts()
+        pieces = self._pieces()
         recorded = {piece: recorded_files(piece, self._manifest) for piece in pieces}
         names = [name for found in recorded.values() for name in found]
         wrong = {name: "is missing or cut short" for name in names if not self._manifest.has(name)}

@@ -179,8 +179,8 @@ class Hub:
                     f"{name}: {reason}, {failures} times in a row; what has arrived is kept, the same command goes on "
                     "from there"
                 ) from None
-            if wait is None:
-                wait = min(LONGEST_WAIT, self._backoff * 2 ** min(failures - 1, 20)) * random.uniform(0.75, 1.25)
+            own = min(LONGEST_WAIT, self._backoff * 2 ** min(failures - 1, 20)) * random.uniform(0.75, 1.25)
+            wait = max(wait or 0.0, own)  # "at once", and a date that is past, are no invitation to hurry
             self._say(f"{name}: {reason}; trying again in {format_duration(wait)}")
             if self._stop.wait(wait):
                 raise Stopped

@@ -9,6 +9,7 @@ tokenises the text of all; a core does that for some millions of tokens a second
 from __future__ import annotations
 
 import atexit
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -101,7 +102,7 @@ def pretrain_batches(
         source = BestFitRows(stream, sequence_len + 1, bos, seed) if fit else CutRows(stream, sequence_len)
         return _TextIterator(source, rows, process_index, process_count, sequence_len, bos, mask_borders)
 
-    return iter(_Prefetched(open_iterator))
+    return iter(_Prefetched(open_iterator, blocks.interrupted))
 
 
 def chat_batches(
@@ -254,14 +255,17 @@ class _ChatIterator(grain.DatasetIterator):
 
 
 class _Prefetched(grain.IterDataset):
-    """The batches of the iterators that `open_iterator` makes, with a thread that works ahead."""
+    """The batches of the iterators that `open_iterator` makes, with a thread that works ahead; `interrupted` ends its
+    waiting."""
 
-    def __init__(self, open_iterator: Callable[[], grain.DatasetIterator]):
+    def __init__(self, open_iterator: Callable[[], grain.DatasetIterator], interrupted: threading.Event | None = None):
         super().__init__()
         self._open_iterator = open_iterator
+        self._interrupted = interrupted or threading.Event()
 
     def __iter__(self) -> grain.DatasetIterator:
         iterator = _PrefetchIterator(self._open_iterator(), PREFETCHED_BATCHES)
+        iterator.interrupted = self._interrupted
         _open_iterators.add(iterator)
         return iterator
 
@@ -269,10 +273,18 @@ class _Prefetched(grain.IterDataset):
 class _PrefetchIterator(ThreadPrefetchDatasetIterator):
     """A thread makes batches ahead until the iterator is closed or dropped; its exceptions come out of `next`."""
 
+    interrupted: threading.Event
+
     def close(self) -> None:
         """Does nothing the second time: when `__del__` calls it at the interpreter's end, grain's modules are gone."""
         if not self._closed:
+            self.interrupted.set()  # else the thread, which is waited for, would wait for a file on its way
             super().close()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.interrupted.set()
+        super().set_state(state)
+        self.interrupted.clear()
 
 
 _open_iterators: weakref.WeakSet[_PrefetchIterator] = weakref.WeakSet()

@@ -18,14 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxchat.config import UserError, check
-from jaxchat.storage import AnyPath, to_path
+from jaxchat.storage import AnyPath, first_line, of_the_cloud, to_path
 
 OnBad = Literal["refuse", "skip"]
 
 BLOCK_BYTES = 4 << 20  # of jsonl or txt in a block: some thousand documents, read and parsed in about 50 ms
 PIECE_CHARS = 16_000  # a long txt file is cut at blank lines into documents of about this length
 LONGEST_CHARS = 10_000_000  # of a document; War and Peace has 3 million. More are lost line breaks, or no text
-_BLANK_LINE = re.compile(rb"\r?\n\r?\n")
+_LINE_END, _BLANK_LINE, LONGEST_DELIMITER = re.compile(rb"\n"), re.compile(rb"\r?\n\r?\n"), 4
 
 
 class Findings:
@@ -89,6 +89,7 @@ def open_parquet(path: AnyPath) -> pq.ParquetFile:
     except FileNotFoundError:
         raise Unreadable("missing_files", f"{path} is missing") from None
     except (pa.ArrowException, OSError) as error:
+        _check_damage(path, error)
         raise Unreadable("unreadable_files", f"{path} is not a parquet file: {first_line(error)}") from None
     columns = file.schema_arrow
     check("text" in columns.names, f"{path} has no column 'text'; its columns are: {', '.join(columns.names)}")
@@ -113,6 +114,7 @@ def read_row_group(path: AnyPath, metadata: pq.FileMetaData, group: int, finding
         findings.bad("missing_files", f"{path} is missing")
         return []
     except (pa.ArrowException, OSError) as error:
+        _check_damage(path, error)
         findings.bad("unreadable_blocks", f"{where} cannot be read: {first_line(error)}")
         return []
     try:
@@ -131,12 +133,17 @@ def _decode_each(column: pa.ChunkedArray, where: str, findings: Findings) -> lis
     return texts
 
 
-def first_line(error: Exception) -> str:
-    """Of its message; the name of its type if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _check_damage(path: AnyPath, error: Exception) -> None:
+    """Tells damage from a disk or a storage that fails, perhaps for a moment, and perhaps for one process of several.
+
+    Raises:
+      UserError: it is the latter, which no text is left out for.
+    """
+    failed = of_the_cloud(error) or (isinstance(error, OSError) and error.errno is not None)
+    check(not failed, f"{path} cannot be read now: {first_line(error)}; put that right, and the same command goes on")
 
 
-def _read_block(path: AnyPath, start: int, delimiter: bytes) -> tuple[bytes, int]:
+def _read_block(path: AnyPath, start: int, delimiter: re.Pattern[bytes]) -> tuple[bytes, int]:
     """The whole records of the block at byte `start`, and where they begin.
 
     A record belongs to the block in which the delimiter before it begins, so that each is read once, whatever its
@@ -149,19 +156,20 @@ def _read_block(path: AnyPath, start: int, delimiter: bytes) -> tuple[bytes, int
         return file.read(end - begin), begin
 
 
-def _after_delimiter(file: BinaryIO, offset: int, delimiter: bytes) -> int:
+def _after_delimiter(file: BinaryIO, offset: int, delimiter: re.Pattern[bytes]) -> int:
     """The position after the first delimiter that begins at or after `offset`; the file's size if there is none."""
     file.seek(offset)
     tail = b""
     while piece := file.read(1 << 16):
-        at = (tail + piece).find(delimiter)
-        if at >= 0:
-            return file.tell() - len(tail) - len(piece) + at + len(delimiter)
-        tail = (tail + piece)[-len(delimiter) + 1 :] if len(delimiter) > 1 else b""
+        if found := delimiter.search(tail + piece):
+            return file.tell() - len(tail) - len(piece) + found.end()
+        tail = (tail + piece)[-LONGEST_DELIMITER + 1 :]
     return file.seek(0, 2)
 
 
-def _try_read_block(path: AnyPath, start: int, delimiter: bytes, findings: Findings) -> tuple[bytes, int] | None:
+def _try_read_block(
+    path: AnyPath, start: int, delimiter: re.Pattern[bytes], findings: Findings
+) -> tuple[bytes, int] | None:
     try:
         return _read_block(path, start, delimiter)
     except OSError as error:
@@ -172,7 +180,7 @@ def _try_read_block(path: AnyPath, start: int, delimiter: bytes, findings: Findi
 
 def read_json_block(path: AnyPath, start: int, findings: Findings) -> list[str | None]:
     """The texts of the lines that begin in the `BLOCK_BYTES` from `start`."""
-    block = _try_read_block(path, start, b"\n", findings)
+    block = _try_read_block(path, start, _LINE_END, findings)
     if block is None:
         return []
     data, begin = block
@@ -208,7 +216,7 @@ def _parse_texts(path: AnyPath, data: bytes, lines_before: Callable[[], int], fi
 
 def read_pieces(path: AnyPath, start: int, findings: Findings) -> list[str | None]:
     """The documents of a long text's block, cut at blank lines."""
-    block = _try_read_block(path, start, b"\n\n", findings)
+    block = _try_read_block(path, start, _BLANK_LINE, findings)
     if block is None:
         return []
     data, begin = block
@@ -281,6 +289,7 @@ def _read_bytes(path: AnyPath) -> bytes:
 def _unreadable(path: AnyPath, error: Exception) -> Unreadable:
     if isinstance(error, FileNotFoundError):
         return Unreadable("missing_files", f"{path} cannot be read: it is missing")
+    _check_damage(path, error)
     return Unreadable("unreadable_blocks", f"{path} cannot be read: {first_line(error)}")
 
 
@@ -303,7 +312,7 @@ def read_jsonl(path: AnyPath) -> list[dict]:
 def _parse_object(line: bytes) -> dict:
     """One JSON object. Raises ValueError for anything else, and for text that UTF-8 cannot hold."""
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode("utf-8-sig"))  # by itself json lets surrogates through
     except (ValueError, RecursionError) as error:
         raise ValueError(f"broken JSON ({first_line(error)}); fix or remove the line") from None
     if not isinstance(value, dict):

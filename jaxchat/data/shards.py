@@ -31,7 +31,8 @@ class TextSide:
     A folder of one file has no file to spare for validation: then both sides read it, the documents whose CRC-32 is a
     multiple of `hold_out` are for validation, and `held_out` says which of the two this side is.
 
-    The files of a parquet side may still be on their way: then `wait` returns when the one it is given is there.
+    The files of a parquet side may still be on their way: then `wait` returns when the one it is given is
+    there, and raises when the function it is given too says that nobody wants it any more.
 
     `on_bad` says what becomes of text that is damaged, and `tell` is told of each that is left out.
     """
@@ -40,7 +41,7 @@ class TextSide:
     format: Format
     hold_out: int | None = None
     held_out: bool = False
-    wait: Callable[[AnyPath], None] | None = field(default=None, compare=False, repr=False)
+    wait: Callable[[AnyPath, Callable[[], bool]], None] | None = field(default=None, compare=False, repr=False)
     on_bad: OnBad = "refuse"
     tell: Callable[[str], None] = field(default=print, compare=False, repr=False)
 
@@ -196,6 +197,7 @@ class TextBlocks(Sequence[Block]):
 
     def __init__(self, side: TextSide):
         self._side = side
+        self.interrupted = threading.Event()  # ends a wait for a file
         self._lock = threading.Lock()
         self._told: set[str] = set()
         self._listed = 0  # files whose blocks are known
@@ -240,7 +242,7 @@ class TextBlocks(Sequence[Block]):
     def _list_next(self) -> None:
         at = self._listed
         path = self._side.files[at]
-        self._side.wait(path)
+        self._side.wait(path, self.interrupted.is_set)
         readers = _list_blocks(replace(self._side, files=(path,), wait=None))
         with self._lock:
             if self._listed == at:  # and no other thread was faster

@@ -73,6 +73,19 @@ def test_training_begins_with_the_first_shard(server, tmp_path, there):
     assert any("in the background" in line for line in said) and "all is there" in said[-1]
 
 
+def test_a_reader_that_waits_for_a_shard_is_let_go(server, tmp_path, there):
+    server.held = {NAMES[1]}
+    iterator, whole = batches(arrivals(tmp_path, f"{TEXT}:2").text().train), batches(there)
+    state = iterator.get_state()
+    for ends in (lambda: iterator.set_state(state), iterator.close):
+        assert_same(iterator, whole, 5)
+        time.sleep(0.5)  # the thread is ahead, and waits
+        began = time.monotonic()
+        ends()
+        assert time.monotonic() - began < 2 and not server.gate.is_set()
+        whole = batches(there)
+
+
 def test_shards_in_any_order_give_the_same_blocks(server, tmp_path, there):
     server.held = {NAMES[0]}
     text = arrivals(tmp_path, f"{TEXT}:2").text()
@@ -106,6 +119,8 @@ def test_the_validation_shard_may_be_another_but_the_pinned_one_is_never_trained
     assert [path.name for path in text.train.files] == NAMES[:1] and text.val.files[0].name == NAMES[1]
     with pytest.raises(UserError, match="'shard_00009' is not among those of fineweb-edu"):
         arrivals(tmp_path, f"{TEXT}:2").text("shard_00009")
+    with pytest.raises(UserError, match="there is only the shard for validation; ask for more"):
+        arrivals(tmp_path, f"{TEXT}:1").text("shard_00000")
 
 
 def test_text_of_the_users_own_is_used_instead(server, tmp_path):

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxchat.config import UserError
-from jaxchat.data import shards
+from jaxchat.data import reading, shards
 from jaxchat.data.loader import pretrain_batches
 from jaxchat.data.manifest import Manifest, Record, Source
 from jaxchat.data.shards import TextBlocks, TextSide, find_text, iterate_texts
@@ -176,6 +176,36 @@ def test_broken_lines_and_gzip(tmp_path):
                   counts={"broken_lines": 4, "empty_documents": 1})  # fmt: skip
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(data)[:-20])
     check_bad([tmp_path / "b.jsonl.gz"], "jsonl", "b.jsonl.gz cannot be read", left=[], counts={"unreadable_blocks": 1})
+
+
+def test_half_surrogates_as_bytes_are_no_utf8(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_bytes(b'{"text": "good"}\n{"text": "bad \xed\xa0\x80"}\n')
+    left, counts = ["good"] * 2, {"broken_lines": 2}
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    check_bad(files, "jsonl", r"a.jsonl:2: broken JSON .*utf-8", left=left, counts=counts)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_long_text_is_read_in_blocks_whatever_ends_its_lines(tmp_path, monkeypatch, end):
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(shards, "LONG_TEXT_BYTES", 1000)
+    paragraphs = [f"{i} " + "words " * (i % 40) for i in range(200)]
+    (tmp_path / "a.txt").write_bytes((end * 2).join(paragraphs).encode())
+    blocks = list(TextBlocks(TextSide((tmp_path / "a.txt",), "txt")))
+    assert max(len(text) for block in blocks for text in block) < 1500
+    assert [p for block in blocks for text in block for p in text.split("\n\n") if p] == paragraphs
+
+
+def test_a_disk_that_fails_is_no_damage(tmp_path):
+    """What is left out for it by one of several processes, or at one of two times, would make them read other text."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n')
+    blocks = TextBlocks(TextSide((path,), "jsonl", on_bad="skip"))
+    path.unlink()
+    path.mkdir()  # opens with an error of the system's
+    with pytest.raises(UserError, match="a.jsonl cannot be read now: .*; put that right, and the same command goes on"):
+        blocks[0]
 
 
 def test_a_line_of_50_megabytes(tmp_path):

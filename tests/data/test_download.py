@@ -135,6 +135,14 @@ def test_a_server_is_left_alone_as_long_as_it_asks(server, tmp_path, headers):
     assert said == [f"{LAST}: the server answers 429 Too Many Requests; trying again in 7s"]
 
 
+def test_a_server_that_says_at_once_is_not_hurried(server, tmp_path):
+    past = "Wed, 21 Oct 2015 07:28:00 GMT"
+    server.faults[LAST].extend(Fault(status=503, headers={"Retry-After": after}) for after in ("0", past, "0"))
+    began = time.monotonic()
+    get(tmp_path, f"{TEXT}:1", backoff=0.2)
+    assert time.monotonic() - began > 0.75 * (0.2 + 0.4 + 0.8)
+
+
 def test_without_patience_left_a_line_says_so_and_what_came_stays(server, tmp_path):
     server.faults[LAST].append(Fault(first=60_000))
     server.faults[LAST].extend(Fault(status=503) for _ in range(4))
@@ -273,6 +281,20 @@ def test_two_at_a_time_share_the_work(server, tmp_path):
     assert_whole(tmp_path, *SHARDS)
     assert [len(server.gets(f"/{name}")) for name in SHARDS] == [1] * 4
     assert said == [f"another download is at work in {tmp_path}; waiting for it"]
+
+
+def test_what_is_there_is_enough_where_nothing_may_be_written(server, tmp_path, monkeypatch):
+    get(tmp_path, f"{TEXT}:1")
+    monkeypatch.setattr("jaxchat.data.download.on_disk", None)  # what every write goes through
+    before = len(server.asked)
+    get(tmp_path, f"{TEXT}:1")
+    assert len(server.asked) == before
+
+
+def test_what_is_asked_for_twice_is_fetched_once():
+    assert parse_requests(["gsm8k", "gsm8k"]) == parse_requests(["gsm8k"])
+    with pytest.raises(UserError, match="fineweb-edu is asked for with several numbers of shards"):
+        parse_requests(["fineweb-edu:1", "fineweb-edu:2"])
 
 
 def test_offline_what_is_there_is_enough_and_what_is_not_is_named(server, tmp_path, monkeypatch):
