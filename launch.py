@@ -57,8 +57,10 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno in DISK:
             where = error.filename or "the run directory"
             return _end(2, f"error: {where}: {error.strerror}; put that right, and {GO_ON}")
-        if isinstance(error, _cloud_errors()):
-            return _end(2, f"error: the storage failed ({str(error).partition(chr(10))[0]}); {GO_ON}")
+        from jaxchat.storage import first_line, of_the_cloud  # slow to import
+
+        if of_the_cloud(error):
+            return _end(2, f"error: the storage failed ({first_line(error)}); {GO_ON}")
         if not _several():
             raise
         code, message = 1, f"error: {type(error).__name__}: {error}"
@@ -93,12 +95,6 @@ def _sigterm_raises() -> Iterator[None]:
 
 def _distributed() -> ModuleType:
     return importlib.import_module("jaxchat.distributed")
-
-
-def _cloud_errors() -> tuple[type[Exception], ...]:
-    if "jaxchat.storage" not in sys.modules:
-        return ()
-    return tuple(kind for kind in sys.modules["jaxchat.storage"].storage_errors() if kind is not OSError)
 
 
 def _several() -> bool:

@@ -96,9 +96,13 @@ class Checkpoints:
         return self._worths
 
     def _read_worths(self) -> dict[str, float]:
-        with contextlib.suppress(OSError, ValueError):  # without it the best is one of those to come
-            return json.loads((self.directory / WORTHS).read_text())
-        return {}
+        path = self.directory / WORTHS
+        try:
+            with _readable(path):
+                data = path.read_bytes()
+            return json.loads(data)
+        except (FileNotFoundError, ValueError):  # without it, or with a torn one, the best is one of those to come
+            return {}
 
     def _write_worths(self) -> None:
         with self._told():
@@ -235,7 +239,8 @@ class Checkpoints:
         if damage is None:
             return
         good = next((s for s in reversed(self.steps()) if s < step and not _damage(self._folder(s), items)), None)
-        advice = "start again with --fresh" if good is None else f"delete that folder to go on from step {good}"
+        anew = "choose another --run-dir" if is_remote(self.directory) else "start again with --fresh"
+        advice = anew if good is None else f"delete that folder to go on from step {good}"
         raise UserError(f"checkpoint {self._folder(step)} is damaged ({damage}); {advice}")
 
     def _check_fit(self, step: int, abstract_tree: dict[str, Any]) -> None:
@@ -316,8 +321,22 @@ def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
 
 
 def _read(folder: epath.Path, **items: Any) -> Any:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+    with _readable(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         return reader.restore(folder, args=ocp.args.Composite(**items))
+
+
+@contextlib.contextmanager
+def _readable(path: epath.Path) -> Iterator[None]:
+    """Errors of storage, which may pass, are no damage, but a line for the user."""
+    errors = (
+        (*storage_errors(), ValueError) if is_remote(path) else storage_errors()
+    )  # TensorStore raises the one added
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except errors as error:
+        raise UserError(f"{path} cannot be read ({_reason(error)}); put that right, and try again") from error
 
 
 def _reason(error: Exception) -> str:
@@ -350,16 +369,22 @@ def _damage(folder: epath.Path, items: tuple[str, ...]) -> str | None:
 
 def _own_damage(folder: epath.Path, items: tuple[str, ...]) -> str | None:
     """The same for this process's share of the files."""
+    with _readable(folder):
+        try:
+            data = (folder / MANIFEST).read_bytes()
+        except FileNotFoundError:
+            return f"{MANIFEST} is missing"
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads(data)
         listed = {name: tuple(entry) for name, entry in manifest.items() if name.split("/")[0] in items}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return f"{MANIFEST} is missing or unreadable"
+    except (ValueError, TypeError, AttributeError):
+        return f"{MANIFEST} is unreadable"
     names = list(listed)[jax.process_index() :: jax.process_count()]
-    missing = next((name for name in names if not (folder / name).exists()), None)
-    if missing is not None:
-        return f"{missing} is missing"
-    with ThreadPoolExecutor(4) as pool:
-        found = pool.map(lambda name: tuple(_size_and_crc(folder / name)), names)
+    with _readable(folder):
+        missing = next((name for name in names if not (folder / name).exists()), None)
+        if missing is not None:
+            return f"{missing} is missing"
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda name: tuple(_size_and_crc(folder / name)), names))
     changed = next((name for name, entry in zip(names, found, strict=True) if entry != listed[name]), None)
     return None if changed is None else f"{changed} is not what was written"

@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -39,6 +39,7 @@ LEAVE_SECONDS = 5.0  # that a process has to end in its own way, and write what 
 # After which JAX itself ends the processes that are left, with a trace. It hears from each only every half of that, and
 # so may find one lost after half of it: later than we do even then.
 BACKUP_SECONDS = 100
+PATIENCE = 5.0  # seconds from SIGTERM to the end of a wait for a batch
 GO_ON = "the same command goes on from the last checkpoint"
 FOREVER_MS = 7 * 24 * 3600 * 1000
 
@@ -257,16 +258,43 @@ def agreed(work: Callable[[], Any]) -> Any:
     return answer["value"]
 
 
+@contextlib.contextmanager
+def ctrl_c_later() -> Iterator[None]:
+    """Ctrl-C interrupts the program where this ends, a second one at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, pressed = signal.getsignal(signal.SIGINT), False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
+
+
 class Preemption:
     """Notes SIGTERM, instead of what happens at it otherwise, while it is entered; what nobody heeded happens then.
 
     With several processes Ctrl-C in one of them is the same: they must agree on the step at which all stop, or their
     checkpoint would be of two steps. Each brings its flag to every step; the sum is read with the step's metrics, one
     step late, so that nothing waits for it.
+
+    A single process that is `waiting`, perhaps for text that never comes, is not waited for: after `PATIENCE` seconds,
+    or at a second SIGTERM, a KeyboardInterrupt ends the wait.
     """
 
     def __init__(self):
+        self.waiting = False
         self._noted: int | None = None
+        self._timer: threading.Timer | None = None
         self._signals = (signal.SIGTERM, signal.SIGINT) if active() else (signal.SIGTERM,)
         self._before: dict[signal.Signals, Any] = {}
         self._flags: dict[bool, jax.Array] = {}
@@ -277,15 +305,27 @@ class Preemption:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if error is None and self._noted is not None:
             signal.raise_signal(self._noted)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = number
+        again, self._noted = self._noted is not None, number
         if signal.SIGINT in self._before:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is one
+        elif again and self.waiting:
+            raise KeyboardInterrupt
+        elif not again:
+            self._timer = threading.Timer(PATIENCE, self._insist)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _insist(self) -> None:
+        if self.waiting:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
     @property
     def noted(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import fsspec
@@ -65,6 +66,7 @@ def to_run_directory(path: str | os.PathLike) -> epath.Path:
     runs = " and ".join(f"{name}://" for name in _FOR_RUNS)
     check(scheme in _FOR_RUNS, f"{path}: runs live on this machine, or in {runs}; choose such a --run-dir")
     bucket = f"{scheme}://{name.partition('/')[0]}"
+    check(bucket != f"{scheme}://", f"{path} names no bucket; write {scheme}://BUCKET/RUN")
     check(is_folder(epath.Path(bucket)), f"there is no bucket {bucket}; create it, or correct the name")
     return found
 
@@ -75,6 +77,17 @@ def storage_errors() -> tuple[type[Exception], ...]:
     return OSError, *(getattr(module, name) for module, names in loaded for name in names)
 
 
+def of_the_cloud(error: BaseException) -> bool:
+    """Whether a storage is at fault: an error of its library, or one of the system's that such a library has raised."""
+    if not isinstance(error, storage_errors()):
+        return False
+    kinds = tuple(kind for kind in storage_errors() if kind is not OSError)
+    modules = ("s3fs", "gcsfs", "adlfs", "fsspec.asyn")
+    return isinstance(error, kinds) or any(
+        frame.f_globals.get("__name__", "").startswith(modules) for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+
+
 def is_folder(path: AnyPath) -> bool:
     """Whether there is a folder.
 
@@ -83,12 +96,18 @@ def is_folder(path: AnyPath) -> bool:
     """
     if isinstance(path, Path):
         return path.is_dir()
+    files, name = fsspec.core.url_to_fs(os.fspath(path))
     try:
-        return path.is_dir()
+        # Not `isdir`, for which a storage that refuses to answer has no folder.
+        if "/" in name.strip("/"):
+            return files.info(name)["type"] == "directory"
+        files.ls(name)  # a bucket, which may be empty
+        return True
+    except FileNotFoundError:
+        return False
     except Exception as error:  # each storage has errors of its own
-        raise UserError(
-            f"{path} cannot be reached ({first_line(error)}); check the name and your credentials"
-        ) from None
+        problem = first_line(error)
+        raise UserError(f"{path} cannot be reached ({problem}); check the name and your credentials") from None
 
 
 def append_bytes(path: AnyPath, data: bytes) -> None:
@@ -103,6 +122,7 @@ def append_bytes(path: AnyPath, data: bytes) -> None:
 
 
 def first_line(error: Exception) -> str:
+    """Of its message; the name of its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxchat.checkpoint import Checkpoints
+from jaxchat.config import CheckpointConfig, UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,6 +20,7 @@ FULL_DISK = """
 import os, resource, sys
 import jax.numpy as jnp, numpy as np
 from jaxchat.checkpoint import Checkpoints
+from jaxchat.config import CheckpointConfig, UserError
 from jaxchat.config import UserError
 checkpoints, rng = Checkpoints(sys.argv[1]), np.random.default_rng(0)
 def state(step):  # which does not compress
@@ -63,6 +65,7 @@ READ_ONLY = """
 import os, sys
 import jax.numpy as jnp
 from jaxchat.checkpoint import Checkpoints
+from jaxchat.config import CheckpointConfig, UserError
 from jaxchat.config import UserError
 checkpoints = Checkpoints(sys.argv[1])
 state = {"params": {"w": jnp.arange(4.0)}, "step": jnp.zeros(())}
@@ -100,3 +103,21 @@ def test_a_read_only_folder_is_told_and_can_be_read(there):
         assert message.startswith(f"in {directory} nothing can be written (Permission denied)")
         assert ("the newest good one is" if there else "there is none yet") in message
         assert not there or Checkpoints(directory).steps() == [10]
+
+
+def test_a_disk_that_fails_is_no_damage(tmp_path):
+    """A checkpoint that cannot be read now must not be deleted for it, and the best one not forgotten."""
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep_best=True))
+    state = {"params": {"w": jnp.arange(4.0)}, "step": jnp.zeros(())}
+    for step, worth in ((10, -1.0), (20, -2.0)):
+        checkpoints.save(step, state, data={}, meta={})
+        checkpoints.note_worth(step, worth)
+    checkpoints.close()
+    for name in ("20/manifest.json", "worths.json"):
+        (tmp_path / name).unlink()
+        (tmp_path / name).mkdir()  # opens with an error of the system's
+    fresh = Checkpoints(tmp_path, CheckpointConfig(keep_best=True))
+    for work in (lambda: fresh.restore(state), fresh.best_step, lambda: fresh.save(30, state, data={}, meta={})):
+        with pytest.raises(UserError, match=f"{tmp_path}.* cannot be read .Is a directory.; put that right"):
+            work()
+    assert fresh.steps() == [10, 20]

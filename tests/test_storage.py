@@ -27,8 +27,9 @@ from jaxchat.config import UserError
 from jaxchat.data.manifest import Manifest, Record, Source
 from jaxchat.data.shards import find_text, iterate_texts
 from jaxchat.metrics import Metrics, read_metrics
+from jaxchat.serve.cli import main as chat
 from jaxchat.stages.training import Batches
-from jaxchat.storage import is_folder, size_of, to_path
+from jaxchat.storage import is_folder, of_the_cloud, size_of, to_path
 from jaxchat.tasks import load_task
 from tests.test_distributed import free_port, train
 from tests.tiny import STEPS, record, refusal, start, values
@@ -238,12 +239,22 @@ def test_storage_that_is_not_there(path, expected, tmp_path, monkeypatch):
         assert expected.partition(" ")[2] in refusal(start(tmp_path / "run", *arguments))
 
 
+def test_errors_of_storage_and_others(bucket):
+    with pytest.raises(FileNotFoundError) as missing:
+        (bucket / "x").read_bytes()
+    assert of_the_cloud(missing.value)
+    with pytest.raises(FileNotFoundError) as missing:
+        open("no such file")
+    assert not of_the_cloud(missing.value) and not of_the_cloud(ValueError())
+
+
 def test_storage_for_runs(server):
+    assert "s3:// names no bucket; write s3://BUCKET/RUN" in refusal(start("s3://"))
     assert "runs live on this machine, or in gs:// and s3://" in refusal(start("hf://datasets/a/b"))
     assert refusal(start("s3://none/run")).startswith("there is no bucket s3://none; create it")
 
 
-def test_storage_that_does_not_answer(bucket, server, monkeypatch):
+def test_storage_that_does_not_answer(bucket, server, capsys):
     server.stop()
     forget()
     try:
@@ -252,6 +263,12 @@ def test_storage_that_does_not_answer(bucket, server, monkeypatch):
             assert refusal(refused).endswith("; check the name and your credentials")
         with pytest.raises(UserError, match="cannot be reached"):
             is_folder(bucket / "x")
+        with pytest.raises(Exception, match="Could not connect") as failed:
+            (bucket / "x").read_bytes()
+        assert of_the_cloud(failed.value)
+        assert chat(["chat", "--run", str(bucket / "run"), "-p", "hello"]) == 2
+        told = capsys.readouterr().err
+        assert "cannot be reached" in told and told.count("\n") == 1
     finally:
         server.start()
     assert not os.path.exists("runs/none")

@@ -38,6 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has gone; nor shall the interpreter's own flush at exit complain about it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        from jaxchat.storage import first_line, of_the_cloud  # slow to import
+
+        if not of_the_cloud(error):
+            raise
+        print(f"error: the storage failed ({first_line(error)}); try again", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.cluster import Preempted
 from jaxchat.config import check
-from jaxchat.distributed import Preemption, active
+from jaxchat.distributed import Preemption, active, ctrl_c_later
 from jaxchat.metrics import Metrics, device_peak_flops
 from jaxchat.train.divergence import Diverged, LossWatch
 from jaxchat.train.step import Batch, State
@@ -107,7 +107,9 @@ class Loop:
             "recent_losses": list(self._watch.recent),
         }
         self.metrics.flush()  # a resume goes on from here: what was logged before must not be missing
-        self.checkpoints.save(step, state, data=position, meta=meta)
+        self.checkpoints.wait()
+        with ctrl_c_later():  # what is saved by half cannot be saved again
+            self.checkpoints.save(step, state, data=position, meta=meta)
 
     def train(self, state: State) -> State:
         """Trains until `num_steps`, from the newest checkpoint if there is one; returns the final state.
@@ -198,8 +200,9 @@ class Loop:
         before, stopping = time.perf_counter(), False
         try:
             while step < self.num_steps:
-                asked = time.perf_counter()
+                asked, preemption.waiting = time.perf_counter(), True
                 batch, extra = self.source.next_batch(step, state["params"])
+                preemption.waiting = False
                 extra = {**extra, "input_seconds": time.perf_counter() - asked}
                 moving = True
                 state, result = self.step_fn(state, batch)
@@ -227,12 +230,19 @@ class Loop:
         except KeyboardInterrupt:
             # Of several processes, one alone cannot save: this is somebody's second Ctrl-C.
             if not moving and step > start and not active():
-                for dispatched in pending:
-                    before, _ = self._log(dispatched, before)
+                try:
+                    for dispatched in pending:
+                        before, _ = self._log(dispatched, before)
+                except Diverged as diverged:  # the state is of no use; the checkpoint before is
+                    raise KeyboardInterrupt from diverged
                 self.metrics.note(f"interrupted: saving step {step:,}; the same command goes on from here")
                 self.save(state, step, position)
                 self.checkpoints.wait()
+            if preemption.noted:
+                raise Preempted(f"stopped by SIGTERM at step {step:,}; the same command goes on from there") from None
             raise
+        finally:
+            preemption.waiting = False
         return state
 
     def _due(self, evaluator: Evaluator, step: int) -> bool:

@@ -1,5 +1,6 @@
 """The training loop on a state of one number, where every order of events can be seen."""
 
+import queue
 import signal
 import time
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxchat import distributed
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.cluster import Preempted
 from jaxchat.config import UserError
@@ -220,6 +222,64 @@ def test_sigterm_saves_at_the_step_boundary(tmp_path, asked):
         assert len(table(directory)) == stop + 1
         assert loop(directory, save_every=3).train(begin())["params"]["x"] == end["params"]["x"]
         assert table(directory) == table(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("patience, times", [(0.2, 1), (60.0, 2)])
+def test_sigterm_ends_a_wait_for_text_that_does_not_come(tmp_path, monkeypatch, patience, times):
+    monkeypatch.setattr(distributed, "PATIENCE", patience)
+
+    class Source(Counting):
+        def next_batch(self, number, params):
+            if number == 3:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGTERM)
+                queue.Queue().get(timeout=30)
+            return super().next_batch(number, params)
+
+    end = loop(tmp_path / "whole").train(begin())
+    began = time.monotonic()
+    with pytest.raises(Preempted, match="stopped by SIGTERM at step 3; the same command goes on from there"):
+        loop(tmp_path / "run", source=Source()).train(begin())
+    assert time.monotonic() - began < 20
+    resumed = loop(tmp_path / "run")
+    assert resumed.checkpoints.latest_step() == 3
+    assert resumed.train(begin())["params"]["x"] == end["params"]["x"]
+
+
+def test_ctrl_c_in_a_save_waits_for_it(tmp_path):
+    events = []
+
+    class Slow(Checkpoints):
+        def save(self, step, *state, **position):
+            events.append(f"save {step}")
+            if step == 3:
+                signal.raise_signal(signal.SIGINT)
+            super().save(step, *state, **position)
+            events.append(f"saved {step}")
+
+    stopped = loop(tmp_path, save_every=3)
+    stopped.checkpoints = Slow(tmp_path / "pretrain" / "checkpoints")
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train(begin())
+    assert events[:2] == ["save 3", "saved 3"]
+    assert stopped.checkpoints.latest_step() == 3
+
+
+def test_ctrl_c_is_heeded_where_the_last_step_has_diverged(tmp_path):
+    class Source(Counting):
+        def next_batch(self, number, params):
+            if number == 5:
+                raise KeyboardInterrupt
+            return super().next_batch(number, params)
+
+    def broken(state, batch):
+        state, metrics = step_fn(state, batch)
+        return state, {**metrics, "loss": metrics["loss"] * (jnp.nan if int(state["step"]) == 5 else 1.0)}
+
+    stopped = loop(tmp_path, source=Source(), step_fn=broken, save_every=2, on_nan="skip")
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train(begin())
+    assert stopped.checkpoints.latest_step() == 4
 
 
 def test_sigterm_that_comes_too_late_for_the_loop_is_not_lost(tmp_path):
