@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from http.server import ThreadingHTTPServer
+from types import SimpleNamespace
 
 import fsspec
 import jax.numpy as jnp
@@ -206,7 +207,9 @@ def test_checkpoints_in_googles_storage(tmp_path, monkeypatch):
     # Nobody to log in as is searched for on this machine or in its network.
     monkeypatch.setitem(fsspec.config.conf, "gcs", {**fsspec.config.conf["gcs"], "token": "anon"})
     # One thread, as it has by itself, would wait for a client that keeps its connection while others wait for it.
-    monkeypatch.setattr(emulator.server, "HTTPServer", ThreadingHTTPServer)
+    monkeypatch.setattr(
+        emulator, "server", SimpleNamespace(**vars(emulator.server) | {"HTTPServer": ThreadingHTTPServer})
+    )
     server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
     server.start()
     forget()
@@ -221,6 +224,8 @@ def test_checkpoints_in_googles_storage(tmp_path, monkeypatch):
             np.testing.assert_array_equal(got["params"]["w"], states[step]["params"]["w"])
             assert data == {"at": step}
         checkpoints.close()
+        there = {"bucket": True, "bucket/run": True, "bucket/none": False, "none": False}
+        assert {name: is_folder(epath.Path(f"gs://{name}")) for name in there} == there
     finally:
         server.stop()
         forget()

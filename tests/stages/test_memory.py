@@ -1,5 +1,6 @@
 """Which rematerialisation a step is compiled with, and that it changes nothing but memory."""
 
+import dataclasses
 import os
 
 import jax
@@ -8,12 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxchat.config import MeshConfig, ModelConfig, OptimizerConfig
+from jaxchat.config import DataConfig, Experiment, MeshConfig, ModelConfig, OptimizerConfig, TokenizerConfig
 from jaxchat.mesh import make_mesh, set_xla_flags
 from jaxchat.model.gpt import abstract_params, hidden_states, init_params
 from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.scaling import batch_plan
 from jaxchat.stages.memory import GIB, LEVELS, Fit, FittedStep, StepMemory, fit_step, plan_step
+from jaxchat.stages.run import planned_model
 from jaxchat.stages.training import abstract_batch
 from jaxchat.train.step import init_state
 
@@ -113,3 +115,11 @@ def test_the_users_flags_of_xla_stand_behind(monkeypatch):
         set_xla_flags("--xla_a=1")
         flags = "--xla_gpu_enable_triton_gemm=false --xla_a=1 --xla_gpu_enable_triton_gemm=true"
         assert os.environ["XLA_FLAGS"] == flags
+
+
+def test_what_is_planned_is_what_is_trained():
+    """Also where attention stops at the border of a document, which costs memory and time."""
+    for borders, expected in (("none", None), ("loss", None), ("attention", 0), ("both", 0)):
+        data, tokenizer = DataConfig(path="text", mask_borders=borders), TokenizerConfig(vocab_size=300)
+        model = planned_model(Experiment(data=data, tokenizer=tokenizer, model=CONFIG))
+        assert model == dataclasses.replace(CONFIG, vocab_size=300, border_token=expected)
