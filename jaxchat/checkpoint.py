@@ -328,9 +328,8 @@ def _read(folder: epath.Path, **items: Any) -> Any:
 @contextlib.contextmanager
 def _readable(path: epath.Path) -> Iterator[None]:
     """Errors of storage, which may pass, are no damage, but a line for the user."""
-    errors = (
-        (*storage_errors(), ValueError) if is_remote(path) else storage_errors()
-    )  # TensorStore raises the one added
+    # TensorStore raises ValueError, whatever has gone wrong in a storage.
+    errors = (*storage_errors(), ValueError) if is_remote(path) else storage_errors()
     try:
         yield
     except FileNotFoundError:

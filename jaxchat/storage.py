@@ -94,7 +94,7 @@ def is_folder(path: AnyPath) -> bool:
     Raises:
       UserError: the storage does not answer, or not to this user.
     """
-    if isinstance(path, Path):
+    if not is_remote(path):
         return path.is_dir()
     files, name = fsspec.core.url_to_fs(os.fspath(path))
     try:

@@ -31,8 +31,8 @@ class TextSide:
     A folder of one file has no file to spare for validation: then both sides read it, the documents whose CRC-32 is a
     multiple of `hold_out` are for validation, and `held_out` says which of the two this side is.
 
-    The files of a parquet side may still be on their way: then `wait` returns when the one it is given is
-    there, and raises when the function it is given too says that nobody wants it any more.
+    The files of a parquet side may still be on their way: then `wait` returns when the one it is given is there, and
+    raises when the function it is given too says that nobody wants it any more.
 
     `on_bad` says what becomes of text that is damaged, and `tell` is told of each that is left out.
     """
