@@ -36,6 +36,7 @@ from jaxchat.config import STAGES, Experiment, UserError, check, closest
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 GO_ON = "the same command goes on from here"
+DERIVED = {"--model.vocab-size": "--tokenizer.vocab-size", "--model.border-token": "--data.mask-borders"}
 EXPERIMENTS = Path(__file__).parent / "experiments"
 
 
@@ -106,7 +107,8 @@ def _launch(argv: list[str]) -> int:
     try:
         options, overrides = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        takes = "takes no value" if "ignored" in error.message else "needs a value"
+        kinds = {"ignored": "takes no value", "expected": "needs a value"}  # in argparse's words
+        takes = next((told for word, told in kinds.items() if word in error.message), "takes a whole number")
         raise UserError(f"{error.argument_name} {takes}; see --help") from None
     if options.list:
         return _list()
@@ -207,6 +209,7 @@ def configure(name: str | None, overrides: list[str], data: str | None, options:
         return experiment
     from jaxchat.storage import is_folder, is_remote, to_path  # slow to import, as what follows
 
+    check(not os.path.isfile(folder), f"{folder!r} is a file; give --data the folder that it is in")
     there = folder != "" and is_folder(to_path(folder))
     check(there, f"data folder {folder!r} does not exist; give --data a folder with text")
     settings = {"path": folder if is_remote(folder) else os.path.abspath(folder)}
@@ -244,6 +247,9 @@ def override(experiment: Experiment, arguments: list[str], options: Sequence[str
     Raises:
       UserError: an unknown field (with the closest one), a value of the wrong type, or one that is not possible.
     """
+    for word in arguments:
+        instead = DERIVED.get(word.partition("=")[0].replace("_", "-"))
+        check(instead is None, f"{word.partition('=')[0]} follows from the tokenizer; write {instead}")
     fields = _fields(type(experiment))
     groups = _by_option(arguments, fields, options)
     try:

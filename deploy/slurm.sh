@@ -14,8 +14,9 @@
 set -u
 cd "$SLURM_SUBMIT_DIR"
 
-# Not --kill-on-bad-exit: when one ends, the others do so by themselves, and in their own way.
-srun --kill-on-bad-exit=0 "${PYTHON:-.venv/bin/python}" launch.py "$@" &
+# Not --kill-on-bad-exit: when one ends, the others do so by themselves, and in their own way. Some versions of srun do not
+# take the number of CPUs over from above.
+srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${PYTHON:-.venv/bin/python}" launch.py "$@" &
 step=$!
 trap 'scancel --signal=TERM "$SLURM_JOB_ID.0"' TERM
 while kill -0 $step 2>/dev/null; do wait $step; done # a signal ends a wait too

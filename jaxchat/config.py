@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,6 +30,12 @@ def check(condition: bool, message: str) -> None:
     """Raises `UserError(message)` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+def _check_each(config: Any, section: str, fits: Callable[[Any], bool], what: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        check(fits(value), f"{section}{name.replace('_', '-')} is {value}; it must be {what}")
 
 
 def closest(name: str, candidates) -> str:
@@ -77,6 +84,7 @@ class ModelConfig:
             f"model.window-pattern is {self.window_pattern!r}; write a letter a layer, S for a quarter of the context "
             "and L for all of it, repeated over the layers: such as SSSL",
         )
+        _check_each(self, "model.", lambda value: value > 0, "above 0", "rope_base", "logit_cap")
         object.__setattr__(self, "window_pattern", self.window_pattern.upper())  # one model, one spelling
 
     @property
@@ -151,6 +159,8 @@ class OptimizerConfig:
     def __post_init__(self):
         for name in ("matrix_lr", "embedding_lr", "head_lr", "clip_norm"):
             check(getattr(self, name) > 0, f"optimizer.{name.replace('_', '-')} must be above 0")
+        rates = ("adam_b1", "adam_b2", "muon_momentum", "muon_momentum_start")
+        _check_each(self, "optimizer.", lambda value: 0 <= value < 1, "at least 0 and below 1", *rates)
 
 
 @dataclass(frozen=True)
@@ -240,6 +250,7 @@ class TrainConfig:
             f"num-iterations is {self.num_iterations}; it must be at least 1",
         )
         check(self.lr_fraction > 0, "lr-fraction must be above 0")
+        _check_each(self, "", lambda value: value >= 0, "0 or more", "eval_every", "sample_every", "save_every")
 
 
 @dataclass(frozen=True)
@@ -250,6 +261,11 @@ class PretrainConfig(TrainConfig):
     tokens_per_param: float = 20.0
     eval_tokens: int = 10_485_760
     sample_every: int = 2000
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_each(self, "pretrain.", lambda value: value is None or value > 0, "above 0", "target_flops")
+        _check_each(self, "pretrain.", lambda value: value > 0, "above 0", "tokens_per_param", "eval_tokens")
 
 
 @dataclass(frozen=True)
@@ -264,6 +280,7 @@ class FinetuneConfig(TrainConfig):
         super().__post_init__()
         check(len(self.mixture) > 0, "mixture is empty; name at least one task, such as 'chat'")
         check(self.epochs > 0, "epochs must be above 0")
+        _check_each(self, "", lambda value: value > 0, "above 0", "eval_tokens")
 
 
 @dataclass(frozen=True)
@@ -285,7 +302,8 @@ class RLConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         check(self.samples_per_question >= 2, "rl.samples-per-question must be at least 2: a reward needs a rival")
-        check(self.questions_per_step >= 1, "rl.questions-per-step must be at least 1")
+        counts = ("questions_per_step", "max_new_tokens", "eval_questions")
+        _check_each(self, "rl.", lambda value: value >= 1, "at least 1", *counts)
         check(self.temperature > 0, "rl.temperature must be above 0: identical samples teach nothing")
 
 
@@ -336,6 +354,11 @@ class CostConfig:
     devices: int = 1
     dollars_per_device_hour: float = 3.0
     expected_mfu: float = 0.45
+
+    def __post_init__(self):
+        _check_each(self, "cost.", lambda value: value >= 1, "at least 1", "devices")
+        _check_each(self, "cost.", lambda value: value >= 0, "0 or more", "dollars_per_device_hour")
+        _check_each(self, "cost.", lambda value: 0 < value <= 1, "above 0 and at most 1", "expected_mfu")
 
 
 @dataclass(frozen=True)

@@ -279,7 +279,7 @@ def _road(report: dict[str, Any]) -> str:
     stages = report["stages"]
     if not stages:
         return ""
-    header = ["stage", "what it did", "steps", "tokens", "time", "tokens/s", "MFU", "memory", "cost"]
+    header = ["stage", "what it did", "steps", "tokens", "time", "tokens/s", "MFU", "peak memory so far", "cost"]
     rows = []
     for stage, entry in stages.items():
         memory = entry.get("peak_memory_bytes")

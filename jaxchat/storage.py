@@ -59,12 +59,12 @@ def to_run_directory(path: str | os.PathLike) -> epath.Path:
     Raises:
       UserError: other storage, a bucket that does not exist, or as `to_path` and `is_folder`.
     """
-    found = to_path(path)
-    if isinstance(found, Path):
-        return epath.Path(found)
+    if not is_remote(path):
+        return epath.Path(path)
     scheme, _, name = os.fspath(path).partition("://")
     runs = " and ".join(f"{name}://" for name in _FOR_RUNS)
     check(scheme in _FOR_RUNS, f"{path}: runs live on this machine, or in {runs}; choose such a --run-dir")
+    found = to_path(path)
     bucket = f"{scheme}://{name.partition('/')[0]}"
     check(bucket != f"{scheme}://", f"{path} names no bucket; write {scheme}://BUCKET/RUN")
     check(is_folder(epath.Path(bucket)), f"there is no bucket {bucket}; create it, or correct the name")

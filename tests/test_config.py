@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import launch
 from jaxchat.config import (
     STAGES,
+    CostConfig,
     EvaluateConfig,
     Experiment,
     FinetuneConfig,
@@ -81,6 +82,15 @@ def test_known_models():
         (lambda: FinetuneConfig(num_iterations=-1), "num-iterations is -1"),
         (lambda: RLConfig(samples_per_question=1), "at least 2"),
         (lambda: RLConfig(questions_per_step=0), "rl.questions-per-step"),
+        (lambda: RLConfig(eval_questions=0), "rl.eval-questions is 0; it must be at least 1"),
+        (lambda: PretrainConfig(tokens_per_param=-1), "pretrain.tokens-per-param is -1; it must be above 0"),
+        (lambda: PretrainConfig(target_flops=0), "pretrain.target-flops is 0; it must be above 0"),
+        (lambda: PretrainConfig(save_every=-1), "save-every is -1; it must be 0 or more"),
+        (lambda: FinetuneConfig(eval_tokens=0), "eval-tokens is 0; it must be above 0"),
+        (lambda: ModelConfig(rope_base=0), "model.rope-base is 0; it must be above 0"),
+        (lambda: OptimizerConfig(adam_b1=2), "optimizer.adam-b1 is 2; it must be at least 0 and below 1"),
+        (lambda: CostConfig(devices=0), "cost.devices is 0; it must be at least 1"),
+        (lambda: CostConfig(expected_mfu=0), "cost.expected-mfu is 0; it must be above 0 and at most 1"),
         (lambda: RLConfig(temperature=0.0), "rl.temperature"),
         (lambda: Experiment(stages=("sft", "pretrain")), "stages must be in order"),
         (lambda: Experiment(stages=("sft", "sft")), "each once"),

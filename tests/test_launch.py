@@ -103,6 +103,11 @@ def test_bad_option(capsys, arguments, expected):
         "devices x sequence-len 64); nearest that work: batch-tokens 768 or 1024",
         "--rl.tasks=sums,leters": "rl.tasks: unknown task 'leters', did you mean 'letters'?",
         "--midtrain.mixture=chat:many": "midtrain.mixture: mixture entry 'chat:many'",
+        "--model.vocab-size=999": "--model.vocab-size follows from the tokenizer; write --tokenizer.vocab-size",
+        "--num-processes=x": "--num-processes takes a whole number; see --help",
+        f"--data={__file__}": "test_launch.py' is a file; give --data the folder that it is in",
+        "--rl.tasks=chat": "rl.tasks: chat has no answers to check",
+        "--evaluate.tasks=sums,mine.jsonl": "evaluate.tasks: mine.jsonl has no answers to check",
         "--evaluate.tasks=": "evaluate.tasks: unknown task ''",
         "--evaluate.of=base": "evaluate.of names 'base'; the stages with a model are pretrain, midtrain, sft, rl",
         "--stages=pretrian": "unknown stage 'pretrian', did you mean 'pretrain'?",
@@ -170,7 +175,7 @@ def test_bad_data_options(tmp_path):
     assert "data folder '' does not exist" in refusal(start(tmp_path / "run", "--data="))
     assert "data folder '/nowhere' does not exist" in refusal(start(tmp_path / "run", "--data.path=/nowhere"))
     (tmp_path / "a.txt").write_text("one\n\ntwo")
-    assert "does not exist; give --data a folder" in refusal(start(tmp_path / "run", f"--data={tmp_path / 'a.txt'}"))
+    assert "is a file; give --data the folder that" in refusal(start(tmp_path / "run", f"--data={tmp_path / 'a.txt'}"))
     assert not (tmp_path / "run").exists()
     (tmp_path / "b.txt").write_text("three")
     message = refusal(start(tmp_path / "run", f"--data={tmp_path}", "--data.val-shard=c", "--stages=tokenizer"))

@@ -181,6 +181,12 @@ class TestStages:
     def test_only_the_named_ones_run_and_others_keep_their_freedom(self, finished, tmp_path):
         run = copy(finished, tmp_path / "run", "pretrain")
         # sft has not begun: its settings may differ from what the directory was begun with. Midtraining is left out.
+        few = run / "few.jsonl"  # of so few none is held out
+        line = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}
+        few.write_text(f"{json.dumps(line)}\n" * 10)
+        code, out, err = start(run, "--stages=sft", f"--sft.mixture={few}")
+        assert code == 0 and list(record(run, "sft")["mixture"].values()) == [10], err
+        shutil.rmtree(run / "sft")
         code, out, err = start(run, "--stages=sft", "--sft.num-iterations=2", "--sft.mixture=chat:100,letters:50")
         assert code == 0, err
         assert not (run / "midtrain").exists() and not (run / "rl").exists()

@@ -240,8 +240,8 @@ def test_checkpoints_in_googles_storage(tmp_path, monkeypatch):
 )
 def test_storage_that_is_not_there(path, expected, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "adlfs", None)  # as if it were not installed
-    for arguments in ([f"--data={path}"], [f"--run-dir={path}/run"]):
-        assert expected.partition(" ")[2] in refusal(start(tmp_path / "run", *arguments))
+    assert expected in refusal(start(tmp_path / "run", f"--data={path}"))
+    assert "runs live on this machine, or in gs:// and s3://" in refusal(start(f"{path}/run"))
 
 
 def test_errors_of_storage_and_others(bucket):

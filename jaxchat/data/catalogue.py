@@ -141,6 +141,7 @@ def parse_request(entry: str, shards: int | None = None) -> Request:
         check(not colon, f"{entry}: {name} is not pretraining text and has no shards; write {name}")
         return Request(dataset)
     check(not colon or number.isascii() and number.isdigit(), f"{entry}: write {name}:SHARDS, such as {name}:50")
+    check(not colon or shards in (None, int(number)), f"{entry} and --shards {shards} are not the same; write one")
     wanted, most = int(number) if colon else DEFAULT_SHARDS if shards is None else shards, dataset.content.last
     check(1 <= wanted <= most, f"{name} has 1 to {most:,} shards for training, not {wanted:,}")
     return Request(dataset, wanted)

@@ -12,10 +12,11 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, Int
 
-from jaxchat.config import ModelConfig, check
+from jaxchat.config import ModelConfig, UserError, check
 from jaxchat.infer.engine import SHORTEST_PROMPT, Engine, bucket
 from jaxchat.model.gpt import Params, hidden_states, logits
 from jaxchat.tasks.base import LETTERS, Conversation, Task, spread
+from jaxchat.tokenizer import BaseTokenizer
 
 EXAMPLES = 5
 
@@ -50,12 +51,12 @@ def evaluate_task(
       batch_size: rows that go through the model at once.
 
     Raises:
-      UserError: the task is empty.
+      UserError: the task is empty, or a question malformed.
     """
     questions = spread(task, limit)
     check(len(questions) > 0, f"task {task.name} has no questions")
     questions = [questions[i] for i in range(len(questions))]
-    prompts = [engine.tokenizer.render_for_completion(question) for question in questions]
+    prompts = prompts_of(task, questions, engine.tokenizer)
     answers = [""] * len(questions)
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < engine.model_config.sequence_len]
     asked = [prompts[i] for i in fitting]
@@ -69,6 +70,21 @@ def evaluate_task(
     scores = [task.score(question, answer) for question, answer in zip(questions, answers, strict=True)]
     few = [_example(*one) for one in zip(questions[:EXAMPLES], answers, scores, strict=False)]
     return TaskResult(task.name, float(np.mean(scores)), len(scores), tuple(few))
+
+
+def prompts_of(task: Task, questions: Sequence[Conversation], tokenizer: BaseTokenizer) -> list[list[int]]:
+    """The ids of each question up to the assistant's answer.
+
+    Raises:
+      UserError: one that is malformed.
+    """
+    prompts = []
+    for index, question in enumerate(questions):
+        try:
+            prompts.append(tokenizer.render_for_completion(question))
+        except ValueError as error:
+            raise UserError(f"{task.name}: question {index} cannot be asked: {error}") from None
+    return prompts
 
 
 def _example(question: Conversation, answer: str, score: float) -> tuple[str, str, float]:

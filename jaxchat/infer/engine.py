@@ -13,6 +13,7 @@ parameters: they are arguments.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
@@ -288,7 +289,7 @@ class Engine:
         """
         context, special = self.model_config.sequence_len, self.tokenizer.encode_special
         check(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        check(temperature >= 0, f"temperature is {temperature}; it must be 0 (greedy) or above")
+        check(0 <= temperature < math.inf, f"temperature is {temperature}; it must be 0 (greedy) or above")
         check(top_k is None or top_k >= 1, f"top_k is {top_k}; it must be at least 1, or None for the whole vocabulary")
         check(max_batch >= 1, f"max_batch is {max_batch}; it must be at least 1")
         for number, prompt in enumerate(prompts):

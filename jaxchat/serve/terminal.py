@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import itertools
+import math
 import secrets
 import signal
 import sys
@@ -184,12 +185,14 @@ def chat(
     Raises:
       UserError: no such run, stage or step, or an option out of its range.
     """
-    check(temperature >= 0, f"--temperature is {temperature}; it must be 0 (the likeliest token) or above")
+    finite = math.isfinite(temperature)
+    check(finite and temperature >= 0, f"--temperature is {temperature}; it must be 0 (the likeliest token) or above")
     check(top_k is None or top_k >= 1, f"--top-k is {top_k}; it must be at least 1")
     check(max_tokens >= 1, f"--max-tokens is {max_tokens}; it must be at least 1")
     check(prompt is None or bool(prompt.strip()), "the prompt is empty; say something")
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     out, notes = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
     if notes.is_terminal:
         notes.print(f"loading {run_dir}", style="dim", markup=False)

@@ -110,7 +110,7 @@ def _print_memory(console: Console, experiment: Experiment, model: ModelConfig, 
     if not fit.fits:
         console.print(f"[yellow]warning[/yellow]: {fit.too_large('pretrain', experiment.pretrain.device_rows)}")
     if device.platform == "cpu" and device_peak_flops(experiment.cost.device):
-        console.print("              which computes bf16 in fp32: a GPU's step is expected to use about half")
+        console.print("              which computes bf16 in fp32: a GPU's step is expected to use half of it or less")
 
 
 def fit_pretraining(experiment: Experiment, model: ModelConfig, mesh, limit: int | None) -> Fit:

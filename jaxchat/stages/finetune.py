@@ -37,7 +37,7 @@ def run(run: Run, stage: str) -> None:
     index, count = batch_share(run.mesh)
     part = {"process_index": index, "process_count": count}
     batches = chat_batches(rendered, rows=plan.rows * plan.accumulation // count, **part, **common)
-    held_out = run.load_tasks(stage, config.mixture, "val", quiet=True)
+    held_out = [task for task in run.load_tasks(stage, config.mixture, "val", quiet=True) if len(task)]
     validation = []
     if held_out:
         source = chat_batches(Mixture(held_out), rows=plan.rows // count, epochs=1, **part, **common)

@@ -18,7 +18,7 @@ from jaxchat.report import write_report
 from jaxchat.scaling import batch_plan
 from jaxchat.stages import evaluate, finetune, pretrain, rl, tokenizer
 from jaxchat.stages.run import TRAINED, Run, trains_in_fp8
-from jaxchat.tasks import parse_mixture
+from jaxchat.tasks import check_scorable, parse_mixture
 from jaxchat.tokenizer import MIN_VOCAB
 
 RUNNERS = {
@@ -63,7 +63,7 @@ def check_possible(experiment: Experiment) -> None:
                 parse_mixture(getattr(experiment, stage).mixture)
         if stage in ("rl", "evaluate"):
             with _told(f"{stage}.tasks"):
-                parse_mixture(getattr(experiment, stage).tasks)
+                check_scorable(getattr(experiment, stage).tasks)
     for stage in experiment.evaluate.of:
         check(stage in TRAINED, f"evaluate.of names {stage!r}; the stages with a model are {', '.join(TRAINED)}")
 

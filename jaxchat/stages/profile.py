@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from jaxchat.config import Experiment, check
+from jaxchat.config import Experiment, UserError, check
 from jaxchat.stages.run import Run, planned_model
 from jaxchat.stages.trace import Breakdown, Program, break_down, read_trace
 from jaxchat.stages.training import Training, fresh_params, random_batches
@@ -25,6 +25,10 @@ def profile(experiment: Experiment, *, steps: int, directory: Path) -> None:
       UserError: the experiment's batch or mesh do not fit the devices; the trace shows no kernels.
     """
     check(steps >= 1, f"--steps is {steps}; it must be at least 1")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be made ({error.strerror}); choose another --trace") from None
     data = dataclasses.replace(experiment.data, path=None, download=(), generate=True)  # never read: tokens are random
     with tempfile.TemporaryDirectory() as folder:
         run = Run(dataclasses.replace(experiment, data=data), Path(folder) / "run")

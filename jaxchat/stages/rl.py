@@ -14,6 +14,7 @@ import math
 import numpy as np
 
 from jaxchat.config import RLConfig, check
+from jaxchat.eval.chat import prompts_of
 from jaxchat.infer.engine import Completion, Engine
 from jaxchat.mesh import put_whole
 from jaxchat.stages.run import Run
@@ -73,8 +74,12 @@ def run(run: Run) -> None:
 
 def questions_of(tasks: list[Task], tokenizer: BaseTokenizer, sequence_len: int) -> list[Question]:
     """All questions that leave room for an answer, each with the task that scores it."""
-    questions = [(task, conversation) for task in tasks for conversation in task]
-    return [q for q in questions if len(tokenizer.render_for_completion(q[1])) < sequence_len]
+    return [
+        (task, conversation)
+        for task in tasks
+        for conversation, prompt in zip(task, prompts_of(task, list(task), tokenizer), strict=True)
+        if len(prompt) < sequence_len
+    ]
 
 
 def score(questions: list[Question], completions: list[Completion], tokenizer: BaseTokenizer) -> list[float]:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxchat.config import ModelConfig, TrainConfig, check
+from jaxchat.config import ModelConfig, TrainConfig, UserError, check
 from jaxchat.infer.engine import Engine
 from jaxchat.mesh import BATCH_SPEC, batch_share, put_batch, shardings
 from jaxchat.metrics import Metrics
@@ -25,6 +25,7 @@ from jaxchat.scaling import BatchPlan, batch_plan, flops_per_token
 from jaxchat.stages.memory import Fit, FittedStep, MakeStep, plan_step, usable_memory
 from jaxchat.stages.run import Run, trains_in_fp8
 from jaxchat.tokenizer import BaseTokenizer
+from jaxchat.tokenizer.conversation import checked_messages
 from jaxchat.train.loop import Evaluator, Loop, Source
 from jaxchat.train.step import Batch, State, init_state
 
@@ -248,10 +249,19 @@ def prompts_of_texts(tokenizer: BaseTokenizer, texts: list[str]) -> list[Prompt]
 
 
 def prompts_of_chats(tokenizer: BaseTokenizer, conversations: list[dict]) -> list[Prompt]:
-    """The first questions of a few conversations."""
+    """The first questions of a few conversations.
+
+    Raises:
+      UserError: one that is malformed.
+    """
     prompts = []
-    for messages in (conversation["messages"] for conversation in conversations):
+    for conversation in conversations:
+        try:
+            checked_messages(conversation)
+        except ValueError as error:
+            raise UserError(f"a conversation cannot be used: {error}") from None
+        messages = conversation["messages"]
         first = next(i for i, message in enumerate(messages) if message["role"] == "user")
         opening = {"messages": messages[: first + 1]}
-        prompts.append((str(messages[first]["content"]), tokenizer.render_for_completion(opening)))
+        prompts.append((messages[first]["content"], tokenizer.render_for_completion(opening)))
     return prompts

@@ -72,5 +72,14 @@ def parse_mixture(entries: Sequence[str]) -> list[tuple[str, int | None]]:
     return parsed
 
 
+def check_scorable(entries: Sequence[str]) -> None:
+    """Raises UserError, as `parse_mixture` does, and for conversations, whose answers nothing can check."""
+    for name, _ in parse_mixture(entries):
+        check(
+            name not in ("chat", "smoltalk") and not name.endswith(_FILE_ENDS),
+            f"{name} has no answers to check; name tasks that have, such as gsm8k",
+        )
+
+
 def _unknown(name: str) -> str:
     return f"unknown task {name!r}{closest(name, TASKS)} Tasks: {', '.join(TASKS)}, or the path of a .jsonl file"

@@ -102,12 +102,13 @@ def hold_out(items: Sequence[Any], split: Split) -> list[Any]:
     return [item for i, item in enumerate(items) if (i % VAL_EVERY == VAL_EVERY - 1) == (split == "val")]
 
 
-def read_items(path: Path, keys: Sequence[str], task: str) -> list[dict[str, Any]]:
-    """The objects of a file, all with `keys`. `path` may leave out `.jsonl` or `.gz`: either kind is looked for.
+def read_items(path: Path, keys: Sequence[str], task: str, *, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The objects of a file, all with `keys`, those in `texts` strings. `path` may leave out `.jsonl` or `.gz`: either
+    kind is looked for.
 
     Raises:
       MissingData: no such file.
-      UserError: a broken line, or one without a key that the task needs.
+      UserError: a broken line, or one without what the task needs.
     """
     plain = path.with_name(path.name.removesuffix(".gz").removesuffix(".jsonl") + ".jsonl")
     candidates = [path] if path.name.endswith(".gz") else [plain, plain.with_name(f"{plain.name}.gz")]
@@ -119,6 +120,10 @@ def read_items(path: Path, keys: Sequence[str], task: str) -> list[dict[str, Any
         missing = [key for key in keys if key not in item]
         if missing:
             raise UserError(f"{found}: object {number} has no {missing[0]!r}; {task} needs {', '.join(keys)}")
+        others = [key for key in texts if not isinstance(item[key], str)]
+        if others:
+            kind = type(item[others[0]]).__name__
+            raise UserError(f"{found}: object {number}: {others[0]!r} is no string but {kind}; {task} needs a string")
     return items
 
 

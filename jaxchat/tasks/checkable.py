@@ -40,5 +40,5 @@ def _names(value: str, text: str) -> bool:
 def load_checkable(name: str, split: Split, data_dir: Path, limit: int | None) -> Checkable:
     """`eval/{name}/test.jsonl`; training takes `train.jsonl` less every 20th question, which is validation's."""
     path = data_dir / "eval" / name / ("test.jsonl" if split == "test" else "train.jsonl")
-    items = read_items(path, ("messages", "answer"), name)
+    items = read_items(path, ("messages", "answer"), name, texts=("answer",))
     return Checkable(name, items if split == "test" else hold_out(items, split), limit)

@@ -57,5 +57,5 @@ def final_answer(text: str) -> str | None:
 def load_gsm8k(split: Split, data_dir: Path, limit: int | None) -> GSM8K:
     """`eval/gsm8k/train.jsonl` for training, less every 20th problem, which is validation's, and `test.jsonl`."""
     path = data_dir / "eval" / "gsm8k" / ("test.jsonl" if split == "test" else "train.jsonl")
-    items = read_items(path, ("question", "answer"), "gsm8k")
+    items = read_items(path, ("question", "answer"), "gsm8k", texts=("question", "answer"))
     return GSM8K("gsm8k", items if split == "test" else hold_out(items, split), limit)

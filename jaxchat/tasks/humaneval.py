@@ -66,8 +66,9 @@ class HumanEval(ListTask):
 
 def extract_code(text: str) -> str:
     """The inside of the first ```python fence, else of the first fence; an unclosed one goes to the end; else all."""
-    for opening in (r"```(?:python|py)[ \t]*\n", r"```[ \t]*\n"):
-        found = re.search(opening + r"(.*?)(?:^[ \t]*```|\Z)", text, re.DOTALL | re.MULTILINE | re.IGNORECASE)
+    flags = re.DOTALL | re.MULTILINE | re.IGNORECASE
+    for opening in (r"(?:python|py)[ \t]*\n", r"[^`\n]*\n"):
+        found = re.search(rf"^[ \t]*```{opening}(.*?)(?:^[ \t]*```|\Z)", text, flags)
         if found:
             return found[1]
     return text

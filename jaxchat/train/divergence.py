@@ -27,10 +27,12 @@ class LossWatch:
         self.recent = deque(recent, WINDOW)
 
     def fault(self, loss: float, grad_norm: float) -> str | None:
-        """What is wrong with a step's values; a loss with nothing wrong is remembered."""
+        """What is wrong with a step's values; a right loss, of which something was learnt, is remembered."""
         for name, value in (("loss", loss), ("grad_norm", grad_norm)):
             if not math.isfinite(value):
                 return f"{name} is {value}"
+        if grad_norm == 0:
+            return None
         if len(self.recent) == WINDOW:
             largest = max(self.recent)
             if loss > max(largest * SPIKE_RATIO, largest + SPIKE_NATS):

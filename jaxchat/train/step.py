@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool
 
 from jaxchat.config import ModelConfig
 from jaxchat.model.gpt import hidden_states
@@ -41,6 +43,9 @@ def make_train_step(
     The loss is Σ weight · nll over the batch's real targets (those not negative) divided by their count in the whole
     batch, over all micro-batches and devices: never a mean of means. Without targets it is 0 and the gradient with it.
 
+    A batch whose gradient is zero, as in RL where all samples of each question are worth the same, changes nothing:
+    left to itself the optimizer would go on along the gradients of before, and Muon at full length.
+
     Metrics, still on the device: `loss` (nats a target), `grad_norm` (before clipping), `targets` (their count).
     """
     shape = Shape.of(config, mesh)
@@ -65,11 +70,18 @@ def make_train_step(
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
             (loss, grads), _ = jax.lax.scan(accumulate, zeros, batch)
         with jax.named_scope("optimizer"):
+            grad_norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state["opt_state"], params)
-            grad_norm, params = optax.tree.norm(grads), optax.apply_updates(params, updates)
+            new = optax.apply_updates(params, updates), opt_state
+            params, opt_state = jax.tree.map(partial(_unless, grad_norm == 0), new, (params, state["opt_state"]))
         metrics = {"loss": loss, "grad_norm": grad_norm, "targets": count}
         new_state = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
         return new_state, metrics
 
     out_shardings = None if state_shardings is None else (state_shardings, None)
     return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def _unless(nothing: Bool[Array, ""], new: Array, old: Array) -> Array:
+    """The new values, or the old ones where there was nothing to learn; the optimizers' counts of steps go on."""
+    return jnp.where(nothing, old, new) if jnp.issubdtype(new.dtype, jnp.floating) else new

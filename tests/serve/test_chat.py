@@ -227,6 +227,7 @@ def test_earlier_steps(run_dir, tmp_path):
         (["chat", "--run", "EMPTY"], "EMPTY is not a run: it has no config.json"),
         (["chat", "--run", "RUN", "--temperature", "hot"], "invalid float value: 'hot'"),
         (["chat", "--run", "RUN", "--temperature", "-1"], "--temperature is -1.0"),
+        (["chat", "--run", "RUN", "--temperature", "inf"], "--temperature is inf"),
         (["chat", "--run", "RUN", "--top-k", "0"], "--top-k is 0"),
         (["chat", "--run", "RUN", "--max-tokens", "0"], "--max-tokens is 0"),
         (["chat", "--run", "RUN", "-p", " "], "the prompt is empty"),

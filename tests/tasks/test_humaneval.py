@@ -73,6 +73,9 @@ def test_the_first_python_fence_is_taken():
     text = "```\nfirst\n```\nthen\n```python\nsecond\n```\n```python\nthird\n```"
     assert extract_code(text) == "second\n"
     assert extract_code("no fence") == "no fence"
+    assert extract_code("```python3\ncode\n```\nThat is it.") == "code\n"
+    assert extract_code("Here:\n```Python title=a\ncode\n```") == "code\n"
+    assert extract_code("Use ``` for fences.") == "Use ``` for fences."
 
 
 def test_endless_programs_are_stopped_with_what_they_started(tmp_path):

@@ -396,6 +396,9 @@ def test_only_a_jump_out_of_all_that_was_is_a_spike():
     assert "spikes to 25.00, from 10.00 at most" in watch.fault(25.0, 1.0)
     assert 25.0 not in watch.recent
     assert LossWatch([0.1] * (WINDOW - 1)).fault(9.0, 1.0) is None  # too little is known
+    nothing = LossWatch()  # as in RL, where no sample was right yet
+    assert not any(nothing.fault(0.0, 0.0) for _ in range(2 * WINDOW))
+    assert nothing.fault(1.3, 1.0) is None and list(nothing.recent) == [1.3]
 
 
 def test_checkpoints_of_another_length_are_refused(tmp_path):

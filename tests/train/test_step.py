@@ -90,6 +90,22 @@ def test_a_batch_can_be_overfitted():
     assert float(metrics["loss"]) < 0.02
 
 
+def test_a_batch_that_teaches_nothing_changes_nothing():
+    """Else momentum would: Muon's at full length."""
+    optimizer = make_optimizer(OptimizerConfig(), CONFIG, lambda count: 1.0)
+    step = make_train_step(CONFIG, optimizer)
+    (batch,) = batches(1)
+    state, _ = step(init_state(init_params(CONFIG, jax.random.key(0)), optimizer), batch)
+    before = jax.device_get(state)
+    state, metrics = step(state, {**batch, "weights": np.zeros(batch["targets"].shape, np.float32)})
+    assert float(metrics["grad_norm"]) == 0 and int(state["step"]) == 2
+    jax.tree.map(np.testing.assert_array_equal, state["params"], before["params"])
+    counts = [x for x in jax.tree.leaves(state["opt_state"]) if x.dtype == np.int32]
+    assert counts and all(int(count) == 2 for count in counts)
+    state, _ = step(state, batch)
+    assert np.abs(state["params"]["head"]["kernel"] - before["params"]["head"]["kernel"]).max() > 0
+
+
 def test_weights_scale_the_loss_and_ignored_targets_do_not_count():
     optimizer = optax.sgd(0.1)
     step = make_train_step(CONFIG, optimizer)
