@@ -43,8 +43,8 @@ def make_train_step(
     The loss is Σ weight · nll over the batch's real targets (those not negative) divided by their count in the whole
     batch, over all micro-batches and devices: never a mean of means. Without targets it is 0 and the gradient with it.
 
-    A batch whose gradient is zero, as in RL where all samples of each question are worth the same, changes nothing:
-    left to itself the optimizer would go on along the gradients of before, and Muon at full length.
+    A batch with weights whose gradient is zero, as in RL where all samples of each question are worth the same, changes
+    nothing: left to itself the optimizer would go on along the gradients of before, and Muon at full length.
 
     Metrics, still on the device: `loss` (nats a target), `grad_norm` (before clipping), `targets` (their count).
     """
@@ -73,7 +73,9 @@ def make_train_step(
             grad_norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state["opt_state"], params)
             new = optax.apply_updates(params, updates), opt_state
-            params, opt_state = jax.tree.map(partial(_unless, grad_norm == 0), new, (params, state["opt_state"]))
+            if "weights" in batch:
+                new = jax.tree.map(partial(_unless, grad_norm == 0), new, (params, state["opt_state"]))
+            params, opt_state = new
         metrics = {"loss": loss, "grad_norm": grad_norm, "targets": count}
         new_state = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
         return new_state, metrics
