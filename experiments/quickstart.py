@@ -1,4 +1,4 @@
-"""A small chatbot on a laptop: about twelve minutes on 2 CPU cores, no GPU, no download.
+"""A small chatbot on a laptop: about ten minutes on 2 CPU cores, no GPU, no download.
 
 python launch.py --experiment=quickstart
 """
