@@ -18,7 +18,8 @@ from typing import Any
 
 from etils import epath
 
-from jaxchat.config import STAGES, CostConfig, Experiment, UserError, check, from_json
+from jaxchat.config import STAGES, CostConfig, Experiment, UserError, check
+from jaxchat.config_json import from_json
 from jaxchat.live import format_count, printable
 from jaxchat.metrics import read_metrics
 from jaxchat.plots import Curve, all_plots, curves

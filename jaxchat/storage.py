@@ -123,7 +123,7 @@ def append_bytes(path: AnyPath, data: bytes) -> None:
 
 def first_line(error: Exception) -> str:
     """Of its message; the name of its type if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 def size_of(path: AnyPath) -> int:

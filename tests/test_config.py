@@ -23,9 +23,8 @@ from jaxchat.config import (
     TokenizerConfig,
     UserError,
     closest,
-    from_json,
-    to_json,
 )
+from jaxchat.config_json import from_json, to_json
 
 
 @given(st.integers(1, 128))

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxchat.config import CostConfig, DataConfig, Experiment, ModelConfig, UserError, to_json
+from jaxchat.config import CostConfig, DataConfig, Experiment, ModelConfig, UserError
+from jaxchat.config_json import to_json
 from jaxchat.metrics import Metrics
 from jaxchat.plots import all_plots, curves, smoothed
 from jaxchat.report import write_report

@@ -130,6 +130,7 @@ def test_a_training_in_a_bucket_is_the_same_and_goes_on(bucket, whole):
     for stage in ("pretrain", "sft"):
         assert values(bucket / "run", stage) == values(whole, stage)
     report = json.loads((bucket / "run" / "report.json").read_text())
+    assert list((bucket / "run" / "data" / "pretrain").glob("*.parquet"))  # made up there
     assert report["stages"]["pretrain"]["steps"] == STEPS and (bucket / "run" / "plots" / "loss.png").exists()
     # As after `kill -9` in the middle of the last save of the last stage.
     steps = bucket / "run" / "sft" / "checkpoints"

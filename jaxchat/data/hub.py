@@ -25,6 +25,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_r
 from jaxchat.config import UserError, check
 from jaxchat.data.manifest import file_sha256, git_sha1
 from jaxchat.live import format_duration
+from jaxchat.storage import first_line
 
 PATIENCE = 6  # failures in a row, without a byte between them, until the user is told
 LONGEST_WAIT = 120.0  # seconds; a server may ask for more
@@ -202,10 +203,10 @@ class Hub:
         if isinstance(error, _CutShort):
             return f"the connection {error}", None
         if type(error).__module__.split(".")[0].startswith("httpx"):  # the client has changed this library before
-            return f"{self._host(error)}: {_first_line(error)}", None
+            return f"{self._host(error)}: {first_line(error)}", None
         if isinstance(error, ValueError):
             raise UserError(
-                f"{name}: {self._endpoint} does not answer as the hub does ({_first_line(error)}); "
+                f"{name}: {self._endpoint} does not answer as the hub does ({first_line(error)}); "
                 "check HF_ENDPOINT and the network's login page"
             ) from None
         raise error
@@ -268,7 +269,3 @@ def on_disk(path: Path) -> Iterator[None]:
                 f"no space left for {path}; free some, and the same command goes on from what has arrived"
             ) from None
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__

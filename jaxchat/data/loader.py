@@ -264,8 +264,7 @@ class _Prefetched(grain.IterDataset):
         self._interrupted = interrupted or threading.Event()
 
     def __iter__(self) -> grain.DatasetIterator:
-        iterator = _PrefetchIterator(self._open_iterator(), PREFETCHED_BATCHES)
-        iterator.interrupted = self._interrupted
+        iterator = _PrefetchIterator(self._open_iterator(), self._interrupted)
         _open_iterators.add(iterator)
         return iterator
 
@@ -273,18 +272,20 @@ class _Prefetched(grain.IterDataset):
 class _PrefetchIterator(ThreadPrefetchDatasetIterator):
     """A thread makes batches ahead until the iterator is closed or dropped; its exceptions come out of `next`."""
 
-    interrupted: threading.Event
+    def __init__(self, batches: grain.DatasetIterator, interrupted: threading.Event):
+        self._interrupted = interrupted
+        super().__init__(batches, PREFETCHED_BATCHES)
 
     def close(self) -> None:
         """Does nothing the second time: when `__del__` calls it at the interpreter's end, grain's modules are gone."""
         if not self._closed:
-            self.interrupted.set()  # else the thread, which is waited for, would wait for a file on its way
+            self._interrupted.set()  # else the thread, which is waited for, would wait for a file on its way
             super().close()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self.interrupted.set()
+        self._interrupted.set()
         super().set_state(state)
-        self.interrupted.clear()
+        self._interrupted.clear()
 
 
 _open_iterators: weakref.WeakSet[_PrefetchIterator] = weakref.WeakSet()

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from etils import epath
 
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import Experiment, MissingData, ModelConfig, UserError, check, from_json, to_json
+from jaxchat.config import Experiment, MissingData, ModelConfig, UserError, check
+from jaxchat.config_json import from_json, to_json
 from jaxchat.data.arrivals import Arrivals
 from jaxchat.data.catalogue import parse_requests
 from jaxchat.data.shards import TextSplit, find_text

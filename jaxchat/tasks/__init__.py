@@ -32,6 +32,7 @@ _LOADERS: dict[str, Callable[[Split, AnyPath, int | None], Task]] = {
     "long_sums": partial(load_checkable, "long_sums"),
 }
 TASKS = tuple(_LOADERS)
+_CONVERSATIONS = ("chat", "smoltalk")  # for training only, as files of conversations are
 _FILE_ENDS = (".jsonl", ".jsonl.gz")
 
 
@@ -76,7 +77,7 @@ def check_scorable(entries: Sequence[str]) -> None:
     """Raises UserError, as `parse_mixture` does, and for conversations, whose answers nothing can check."""
     for name, _ in parse_mixture(entries):
         check(
-            name not in ("chat", "smoltalk") and not name.endswith(_FILE_ENDS),
+            name not in _CONVERSATIONS and not name.endswith(_FILE_ENDS),
             f"{name} has no answers to check; name tasks that have, such as gsm8k",
         )
 

@@ -8,7 +8,8 @@ import optax
 import pytest
 
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import Experiment, ModelConfig, to_json
+from jaxchat.config import Experiment, ModelConfig
+from jaxchat.config_json import to_json
 from jaxchat.model.gpt import init_params
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train.step import init_state, make_train_step

@@ -7,7 +7,8 @@ import shutil
 import pytest
 import tokenizers
 
-from jaxchat.config import DataConfig, Experiment, to_json
+from jaxchat.config import DataConfig, Experiment
+from jaxchat.config_json import to_json
 from jaxchat.data.synthetic import write_synthetic
 from jaxchat.serve.cli import main
 from jaxchat.tokenizer import SPLIT_PATTERN, Tokenizer
