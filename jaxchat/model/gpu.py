@@ -28,6 +28,12 @@ def capability() -> float:
     return float(device.compute_capability) if nvidia else 0.0
 
 
+def multiprocessors() -> int:
+    """How many this process's GPU has, or the one that a program is lowered for."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    return abstract.num_cores if abstract else jax.devices()[0].core_count
+
+
 def fused(dtype: DTypeLike) -> bool:
     """Whether the kernels compute arrays of `dtype` in this process: an NVIDIA GPU (Ampere or later) and bf16."""
     return INTERPRET or (capability() >= 8.0 and jnp.dtype(dtype) == jnp.bfloat16)
@@ -74,23 +80,45 @@ def fitting(count: int, most: int) -> int:
     return min(1 << most.bit_length() - 1, count & -count)
 
 
-def partitioned(rule: str, whole: tuple[str, ...] = ()) -> Callable:
-    """Makes each device run the decorated function on its part of the arrays, which `rule` describes as einsum would:
-    split as the first operand is, but along the axes of `whole`, which the function needs in one piece."""
+def partitioned(rule: str, whole: tuple[str, ...] = (), summed: tuple[str, ...] = ()) -> Callable:
+    """Makes each device run the decorated function on its part of the arrays, which `rule` describes as einsum would.
+
+    An axis is split as it is in the first operand that has it, unless it is one of `whole`, which the function needs in
+    one piece. Over the axes of `summed`, which are split alike, it adds up, and then over devices too.
+    """
     operands, results = ([dims.split() for dims in side.split(",")] for side in rule.split("->"))
 
     def wrap(call):
         def partition(mesh, args, outs):
-            spec = args[0].sharding.spec
-            split = dict(zip(operands[0], (*spec, *[None] * (len(operands[0]) - len(spec))), strict=True))
-            split |= dict.fromkeys(whole)
+            split = dict.fromkeys(whole, ())
+            for dims, arg in zip(operands, args, strict=True):
+                spec = arg.sharding.spec
+                for dim, axes in zip(dims, (*spec, *[None] * (len(dims) - len(spec))), strict=True):
+                    if dim not in split:
+                        # An array is not split twice over one axis of the mesh.
+                        beside = {axis for array in (*operands, *results) if dim in array for axis in _of(split, array)}
+                        split[dim] = tuple(axis for axis in _axes(axes) if axis not in beside)
+                        split |= dict.fromkeys(summed, split[dim]) if dim in summed else {}
             into, out_of = (
-                tuple(NamedSharding(mesh, P(*map(split.get, dims))) for dims in side) for side in (operands, results)
+                tuple(NamedSharding(mesh, P(*(split[dim] or None for dim in dims))) for dims in side)
+                for side in (operands, results)
             )
-            return mesh, call, out_of if len(out_of) > 1 else out_of[0], into
+            over = split[summed[0]] if summed else ()
+            part = (lambda *parts: jax.lax.psum(call(*parts), over)) if over else call
+            return mesh, part, out_of if len(out_of) > 1 else out_of[0], into
 
         wrapped = custom_partitioning(call)
-        wrapped.def_partition(partition=partition, sharding_rule=rule, need_replication_factors=whole)
+        wrapped.def_partition(
+            partition=partition, sharding_rule=rule, need_replication_factors=whole, reduction_factors=summed
+        )
         return wrapped
 
     return wrap
+
+
+def _axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _of(split: dict[str, tuple[str, ...]], dims: Sequence[str]) -> list[str]:
+    return [axis for dim in dims for axis in split.get(dim, ())]

@@ -180,49 +180,46 @@ rope_norm.defvjp(_rope_norm_forward, _rope_norm_backward)
 
 
 def cross_entropy_rows(
-    scores: Float[Array, "N V"], targets: Int[Array, "N"], weights: Float[Array, "N"], vocab_size: int, cap: float
-) -> tuple[Float[Array, "N"], Float[Array, "N V"]]:
-    """-log p(target) in nats of each row, fp32, and the gradient of Σ weight · nll with respect to `scores`, in their
-    place and dtype; both are 0 where the target is negative.
+    scores: Float[Array, "N V"], targets: Int[Array, "N"], vocab_size: int, cap: float
+) -> tuple[Float[Array, "N"], Float[Array, "N"], Float[Array, "N V"]]:
+    """-log p(target) in nats of each row, fp32; and the gradient of that with respect to `scores`, as factors of the
+    rows, fp32, and a matrix in the place and dtype of `scores`. Where the target is negative, nll and factor are 0.
 
     `scores` are raw: p is the softmax of cap · tanh(scores / cap) over the first `vocab_size` columns. The cap bounds
-    the exponentials (e^±15), so that they need no maximum taken off. A program goes twice over its row; the second time
-    it comes from the cache, and the exponentials are computed again, which registers cannot hold.
+    the exponentials (e^±cap), so that they need no maximum taken off, and what they add up to may come afterwards, as
+    the row's factor: a program goes over its row once.
     """
     rows, width = scores.shape
     wide = min(4096, pl.next_power_of_2(width))
 
-    def kernel(scores_ref, targets_ref, weights_ref, nll_ref, grad_ref):
+    def kernel(scores_ref, targets_ref, nll_ref, factor_ref, grad_ref):
         row = pl.program_id(0)
         target = triton.load(targets_ref.at[row])
         counts = target >= 0
-        weight = jnp.where(counts, triton.load(weights_ref.at[row]), 0.0)
-        of_target = cap * _tanh(load(scores_ref, row * width + jnp.maximum(target, 0)) / cap)
+        at_target = row * width + jnp.maximum(target, 0)
+        tanh_of_target = _tanh(load(scores_ref, at_target) / cap)
 
-        def part(step):
+        def part(step, total):
             columns = step * wide + jnp.arange(wide)
             known = columns < vocab_size
             tanh = _tanh(load(scores_ref, row * width + columns, known) / cap)
-            return columns, tanh, jnp.where(known, jnp.exp(cap * tanh), 0.0)
+            exponential = jnp.where(known, jnp.exp(cap * tanh), 0.0)
+            store(grad_ref, row * width + columns, exponential * (1.0 - tanh * tanh), columns < width)
+            return total + exponential
 
-        steps = pl.cdiv(width, wide)
-        total = jax.lax.fori_loop(0, steps, lambda step, total: total + part(step)[2], jnp.zeros(wide, jnp.float32))
+        total = jax.lax.fori_loop(0, pl.cdiv(width, wide), part, jnp.zeros(wide, jnp.float32))
+        # The sum waits for all threads of the program: what they stored of the row lies before this store.
         total = jnp.sum(total)
-        store(nll_ref, row, jnp.where(counts, jnp.log(total) - of_target, 0.0))
+        of_target = jnp.exp(cap * tanh_of_target) - total
+        store(grad_ref, at_target, of_target * (1.0 - tanh_of_target * tanh_of_target), counts)
+        store(nll_ref, row, jnp.where(counts, jnp.log(total) - cap * tanh_of_target, 0.0))
+        store(factor_ref, row, jnp.where(counts, 1.0 / total, 0.0))
 
-        def write(step, carry):
-            columns, tanh, exponential = part(step)
-            # Scores of padded ids are no part of the softmax: exponential and slope times nothing.
-            grad = exponential * (weight / total) - jnp.where(columns == target, weight, 0.0)
-            store(grad_ref, row * width + columns, grad * (1.0 - tanh * tanh), columns < width)
-            return carry
-
-        jax.lax.fori_loop(0, steps, write, 0)
-
-    out = [jax.ShapeDtypeStruct((rows,), jnp.float32), jax.ShapeDtypeStruct((scores.size,), scores.dtype)]
-    call = launch(kernel, (rows,), out, warps=8, aliases={0: 1})
-    nll, grad = call(scores.reshape(-1), targets, weights)
-    return nll, grad.reshape(scores.shape)
+    of_rows = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    out = [of_rows, of_rows, jax.ShapeDtypeStruct((scores.size,), scores.dtype)]
+    call = launch(kernel, (rows,), out, warps=8, aliases={0: 2})
+    nll, factor, grad = call(scores.reshape(-1), targets)
+    return nll, factor, grad.reshape(scores.shape)
 
 
 def _tanh(x):

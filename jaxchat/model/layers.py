@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxchat.model import kernels
+from jaxchat.model import hopper, kernels
 from jaxchat.model.gpu import fitting, fused
 from jaxchat.model.kernels import NORM_EPS
 
@@ -79,14 +81,22 @@ def _products_forward(x, *weights):
 
 def _products_backward(kept, grads):
     x, weights = kept
-    # One after the other, each adding to the last: left to itself, XLA adds them up in a pass of its own.
-    grad_x = grads[0] @ weights[0].T
-    for grad, weight in zip(grads[1:], weights[1:], strict=True):
-        grad_x = grad @ weight.T + grad_x
-    return grad_x, *(_weight_gradient(x, grad) for grad in grads)
+    return _input_gradient(grads, weights), *(_weight_gradient(x, grad) for grad in grads)
 
 
 _products.defvjp(_products_forward, _products_backward)
+
+
+def _input_gradient(grads: Sequence[Float[Array, "B T _"]], weights: Sequence[Float[Array, "I _"]]) -> Array:
+    """Σ grad Wᵀ."""
+    if len(grads) > 1 and hopper.multiplies(grads[0].dtype):
+        operands = itertools.chain.from_iterable((grad, w.T) for grad, w in zip(grads, weights, strict=True))
+        return hopper.product_sum(len(grads))(*operands)
+    # One after the other, each adding to the last: left to itself, XLA adds them up in a pass of its own.
+    total = grads[0] @ weights[0].T
+    for grad, weight in zip(grads[1:], weights[1:], strict=True):
+        total = grad @ weight.T + total
+    return total
 
 
 def _weight_gradient(x: Float[Array, "B T I"], grad: Float[Array, "B T O"]) -> Float[Array, "I O"]:
@@ -101,6 +111,28 @@ def _weight_gradient(x: Float[Array, "B T I"], grad: Float[Array, "B T O"]) -> F
     rows_at_once = fitting(own, max(1, x.shape[2] * grad.shape[2] // (PARTIAL_RATIO * length)))
     parts = (y.reshape(-1, rows_at_once * length, y.shape[2]) for y in (x, grad))
     return jnp.sum(jnp.einsum("pti,pto->pio", *parts).astype(jnp.float32), 0)
+
+
+@jax.custom_vjp
+def _fused_mlp(x, up, down):
+    return _fused_mlp_forward(x, up, down)[0]
+
+
+def _fused_mlp_forward(x, up, down):
+    up, down = up.astype(x.dtype), down.astype(x.dtype)
+    active = hopper.relu_squared_product(x, up)
+    return active @ down, (x, active, up, down)
+
+
+@jax.named_scope("mlp")
+def _fused_mlp_backward(kept, grad):
+    # By the result of ReLU², which the gradient of `down` needs anyway: what goes into it does not stay in memory.
+    x, active, up, down = kept
+    grad_hidden = hopper.relu_squared_gradient_product(grad, down.T, active)
+    return _input_gradient([grad_hidden], [up]), _weight_gradient(x, grad_hidden), _weight_gradient(active, grad)
+
+
+_fused_mlp.defvjp(_fused_mlp_forward, _fused_mlp_backward)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -145,4 +177,6 @@ class MLP(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        if hopper.multiplies(x.dtype):
+            return _fused_mlp(x, self.up.kernel[...], self.down.kernel[...])
         return self.down(relu_squared(self.up(x)))

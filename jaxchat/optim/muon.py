@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxchat.mesh import shardings
+from jaxchat.model import hopper
 
 NORM_EPS = 1e-7
 
@@ -46,6 +47,10 @@ def newton_schulz(
     x = stack.astype(jnp.float32)
     # The iteration converges where no singular value is above 1, and none is above the Frobenius norm.
     x = (x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + NORM_EPS)).astype(dtype)
+    if hopper.multiplies(dtype) and hopper.fits(*stack.shape[1:], min(stack.shape[1:])):
+        for _ in range(steps):
+            x = hopper.newton_schulz_step(x, coefficients, tall)
+        return x
     for _ in range(steps):
         # Of the two Gram matrices, X X^T and X^T X, the smaller one makes the same step and is the cheaper.
         gram = jnp.matrix_transpose(x) @ x if tall else x @ jnp.matrix_transpose(x)

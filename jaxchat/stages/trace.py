@@ -29,7 +29,7 @@ _NAMES_OF_KERNELS = (
     (COMMUNICATION, re.compile(r"nccl|nvshmem|multimem", re.I)),
     (COPIES, re.compile(r"^mem(cpy|set)|copy_?kernel|^copy[._\d]|^wrapped_(copy|transpose)|^transpose_fusion", re.I)),
     ("attention", re.compile(r"flash|fmha|sdpa|attention", re.I)),
-    (MATMULS, re.compile(r"gemm|nvjet|cutlass|cublas|xmma|splitk|matmul|^dot[._\d]", re.I)),
+    (MATMULS, re.compile(r"gemm|nvjet|cutlass|cublas|xmma|splitk|matmul|product_mosaic|^dot[._\d]", re.I)),
 )
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = .*?(?<= )([a-z][\w\-]*)\(")

@@ -75,22 +75,24 @@ def _chunk_loss(head, shape: Shape, head_grad, chunk):
     # d(cap · tanh(s / cap))/ds = 1 - tanh²; a padded id's softmax is exactly zero, so its column gets no gradient.
     slope = 1.0 - jnp.square(capped / shape.logit_cap)
     grad = (jnp.exp(capped - log_sum[..., None]) - hit) * jnp.where(capped > NEVER, slope, 0.0) * weights[..., None]
-    return _from_scores_grad(head, head_grad, hidden, jnp.sum(nll * weights), grad.astype(hidden.dtype))
+    grad = grad.astype(hidden.dtype)
+    return head_grad + _head_gradient(hidden, grad), (jnp.sum(nll * weights), grad @ head.T)
 
 
 def _fused_chunk_loss(head, shape: Shape, head_grad, chunk):
     """As `_chunk_loss`, from logits in the model's dtype to their gradient in one kernel, in place."""
     hidden, targets, weights = chunk
     scores = (hidden @ head).reshape(-1, head.shape[1])
-    weights = weights.reshape(-1)
-    nll, grad = kernels.cross_entropy_rows(scores, targets.reshape(-1), weights, shape.vocab_size, shape.logit_cap)
+    nll, factor, grad = kernels.cross_entropy_rows(scores, targets.reshape(-1), shape.vocab_size, shape.logit_cap)
+    nll, factor = nll.reshape(targets.shape), (factor.reshape(targets.shape) * weights)[..., None]
+    # The rows' factors go to what is narrower than the logits: on one side of each product.
     grad = grad.reshape(*targets.shape, -1)
-    return _from_scores_grad(head, head_grad, hidden, jnp.sum(nll * weights), grad)
+    head_grad += _head_gradient((hidden * factor).astype(hidden.dtype), grad)
+    return head_grad, (jnp.sum(nll * weights), ((grad @ head.T) * factor).astype(hidden.dtype))
 
 
-def _from_scores_grad(head, head_grad, hidden, loss, grad):
-    head_grad += jnp.einsum("btd,btv->dv", hidden, grad, preferred_element_type=jnp.float32)
-    return head_grad, (loss, grad @ head.T)
+def _head_gradient(hidden, grad):
+    return jnp.einsum("btd,btv->dv", hidden, grad, preferred_element_type=jnp.float32)
 
 
 def _loss_and_grads(hidden, head, targets, weights, shape: Shape, axes: tuple[str, ...] = ()):

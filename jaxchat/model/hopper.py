@@ -1,0 +1,269 @@
+"""Matrix products for Hopper's tensor cores (Pallas, by Mosaic GPU), with the element-wise work behind them done before
+the result goes to memory.
+
+cuBLAS multiplies as fast, but what comes before and behind its products has to go through memory once more. Here a block of
+three warpgroups (128 threads each) stays on its multiprocessor and works on one 128 x 256 tile of the result after the other.
+One warpgroup loads operands into a ring of `STAGES` slots of shared memory, ahead of need, also across tiles; each of the
+other two multiplies and finishes a half of the columns. Two blocks, one above the other, share what they load of the right
+operand.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jaxchat.model.gpu import capability, multiprocessors, partitioned
+
+ROWS, COLUMNS = 128, 256  # a tile
+DEPTH, STAGES = 64, 4  # of the sum, loaded at a time; slots of the ring
+PIECE = 64  # rows of a warpgroup, and columns that it finishes and writes at a time
+BLOCKS = 2  # that share a right operand
+SQUARE = BLOCKS * ROWS  # rows and columns of what they compute together
+LOADER = 2  # the warpgroup that loads
+BAND = 8  # tiles are taken in bands this wide, so that their operands come from the L2 cache
+
+
+def multiplies(dtype: DTypeLike) -> bool:
+    """Whether these kernels compute products of `dtype` in this process."""
+    return capability() == 9.0 and jnp.dtype(dtype) == jnp.bfloat16
+
+
+@partitioned("b t i, i o -> b t o", ("i",))
+def relu_squared_product(x, weight):
+    """relu²(x @ weight)."""
+    return _product([(x, weight)], lambda total: jnp.square(jnp.maximum(total, 0.0)))
+
+
+@partitioned("b t i, i o, b t o -> b t o", ("i",))
+def relu_squared_gradient_product(grad, weight, y):
+    """(grad @ weight) · 2 √y, with y = relu²(x): the gradient for x, where `grad @ weight` is the one for y."""
+    return _product([(grad, weight)], lambda total, y: total * (2.0 * jnp.sqrt(y)), y)
+
+
+@functools.cache
+def product_sum(count: int) -> Callable:
+    """(a, b, c, d, ...) -> a @ b + c @ d + ..., of `count` products in all."""
+    pairs = ", ".join(f"b t i{n}, i{n} o" for n in range(count))
+
+    @partitioned(f"{pairs} -> b t o", summed=tuple(f"i{n}" for n in range(count)))
+    def add_up(*operands):
+        return _product(list(zip(operands[::2], operands[1::2], strict=True)))
+
+    return add_up
+
+
+def _product(
+    pairs: Sequence[tuple[Float[Array, "B T _"], Float[Array, "_ O"]]],
+    finish: Callable[..., Array] = lambda total: total,
+    *besides: Float[Array, "B T O"],
+) -> Float[Array, "B T O"]:
+    """finish(Σ a b over the pairs (a, b), *besides), element by element and in fp32; at most one array lies beside."""
+    batch, length, _ = pairs[0][0].shape
+    if fits(batch * length, pairs[0][1].shape[1], *(len(b) for _, b in pairs)):
+        flat = [(a.reshape(1, batch * length, -1), b[None]) for a, b in pairs]
+        out = _kernel(flat, finish, [x.reshape(1, batch * length, -1) for x in besides])
+    else:
+        total = sum(jnp.matmul(a, b, preferred_element_type=jnp.float32) for a, b in pairs)
+        out = finish(total, *(x.astype(jnp.float32) for x in besides)).astype(pairs[0][0].dtype)
+    return out.reshape(batch, length, -1)
+
+
+def fits(rows: int, columns: int, *inner: int) -> bool:
+    """Whether the kernels run here, and tiles cover such a product without a rest and each fills the ring."""
+    tiled = rows % SQUARE == 0 and columns % COLUMNS == 0 and all(size % DEPTH == 0 for size in inner)
+    return multiplies(jnp.bfloat16) and tiled and sum(inner) >= STAGES * DEPTH
+
+
+def newton_schulz_step(
+    x: Float[Array, "L m n"], coefficients: tuple[float, float, float], tall: bool
+) -> Float[Array, "L m n"]:
+    """a X + b (X Xᵀ) X + c (X Xᵀ)² X of each matrix, or by Xᵀ X where they are `tall`; both sides such that they `fit`.
+
+    Of the symmetric products, those below the diagonal are computed and written twice: three fifths of the work at five
+    squares a side. What is added to a product costs no pass of its own.
+    """
+    a, b, c = coefficients
+    gram = _kernel([(x, x)], flipped=(tall, not tall), symmetric=True)
+    step = _kernel([(gram, gram)], lambda total, gram: c * total + b * gram, [gram], symmetric=True)
+    return _kernel([(x, step) if tall else (step, x)], lambda total, x: total + a * x, [x])
+
+
+def _shared(shape: tuple[int, ...], dtype: DTypeLike):
+    """Shared memory, laid out as the tensor cores and the copy engine want rows of 64 numbers of 16 bits."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def _kernel(
+    pairs: Sequence[tuple[Float[Array, "L _ _"], Float[Array, "L _ _"]]],
+    finish: Callable[..., Array] = lambda total: total,
+    besides: Sequence[Float[Array, "L M N"]] = (),
+    *,
+    flipped: tuple[bool, bool] = (False, False),
+    symmetric: bool = False,
+) -> Float[Array, "L M N"]:
+    """finish(Σ a b, *besides) of a stack; `flipped`: which of a and b are given as their transposes. Of what is known
+    to be `symmetric` one half is computed."""
+    a_flipped, b_flipped = flipped
+    count = len(pairs[0][0])
+    (rows, _), (_, columns) = _sides(pairs[0][0], a_flipped), _sides(pairs[0][1], b_flipped)
+    dtype = pairs[0][0].dtype
+    squares = rows // SQUARE, columns // COLUMNS
+    squares_of_one = squares[0] * (squares[0] + 1) // 2 if symmetric else squares[0] * squares[1]
+    inner_steps = [_sides(a, a_flipped)[1] // DEPTH for a, _ in pairs]
+    steps = sum(inner_steps)
+    steps_of_tile = steps + len(besides) * ROWS // PIECE  # what lies beside goes through the ring too
+
+    def product(*refs):
+        *operands, out = refs
+        pl.run_scoped(
+            functools.partial(block, operands[: 2 * len(pairs)], operands[2 * len(pairs) :], out),
+            left=_shared((STAGES, DEPTH, ROWS) if a_flipped else (STAGES, ROWS, DEPTH), dtype),
+            right=_shared((STAGES, COLUMNS, DEPTH) if b_flipped else (STAGES, DEPTH, COLUMNS), dtype),
+            finished=_shared((2, 2, PIECE, PIECE), dtype),
+            loaded=plgpu.Barrier(num_barriers=STAGES, num_arrivals=2),
+            free=plgpu.ClusterBarrier(collective_axes=("pair",), num_barriers=STAGES, num_arrivals=2),
+            collective_axes="group",
+        )
+
+    def block(operands, beside_refs, out, left, right, finished, loaded, free):
+        group = lax.axis_index("group")
+
+        def for_tiles(work):
+            @plgpu.nd_loop((count * squares_of_one,), collective_axes="blocks")
+            def _(loop):
+                matrix, square = lax.div(loop.index[0], squares_of_one), lax.rem(loop.index[0], squares_of_one)
+                if symmetric:
+                    row, column = _below_diagonal(square, squares[0])
+                else:
+                    row, column = plgpu.planar_snake(square, squares, 0, BAND)
+                row = row * SQUARE + lax.axis_index("pair") * ROWS
+                work(loop.local_index * steps_of_tile, matrix, row, column * COLUMNS)
+
+        def slot_when_free(step):
+            slot = lax.rem(step, STAGES)
+
+            @pl.when(step >= STAGES)
+            def _():
+                plgpu.barrier_wait(free.at[slot])
+
+            return slot
+
+        def load(first, matrix, row, column):
+            row, column = pl.ds(row, ROWS), pl.ds(column, COLUMNS)
+            for a, b, count in zip(operands[::2], operands[1::2], inner_steps, strict=True):
+
+                @pl.loop(0, count)
+                def _(k, a=a, b=b, first=first):
+                    slot, inner = slot_when_free(first + k), pl.ds(k * DEPTH, DEPTH)
+                    source = a.at[matrix, inner, row] if a_flipped else a.at[matrix, row, inner]
+                    plgpu.copy_gmem_to_smem(source, left.at[slot], loaded.at[slot])
+                    source = b.at[matrix, column, inner] if b_flipped else b.at[matrix, inner, column]
+                    plgpu.copy_gmem_to_smem(source, right.at[slot], loaded.at[slot], collective_axes="pair")
+
+                first += count
+            for ref in beside_refs:
+                for i in range(ROWS // PIECE):
+                    slot = slot_when_free(first + i)
+                    for j in range(2):  # a slot is full when two copies have arrived
+                        part = pl.ds(j * PIECE // 2, PIECE // 2)
+                        source = ref.at[matrix, row, column].at[pl.ds(i * PIECE, PIECE)].at[part]
+                        plgpu.copy_gmem_to_smem(source, right.at[slot, part], loaded.at[slot])
+
+        def multiply(first, acc):
+            own = pl.ds(group * PIECE, PIECE)
+
+            def step(k, last):
+                slot = lax.rem(first + k, STAGES)
+                plgpu.barrier_wait(loaded.at[slot])
+                a = plgpu.transpose_ref(left.at[slot, :, own], (1, 0)) if a_flipped else left.at[slot, own]
+                b = plgpu.transpose_ref(right.at[slot], (1, 0)) if b_flipped else right.at[slot]
+                plgpu.wgmma(acc, a, b)
+                plgpu.wgmma_wait(1)  # the product before is through with its operands
+
+                @pl.when(k > 0)
+                def _():
+                    plgpu.barrier_arrive(free.at[last])
+
+                return slot
+
+            last = lax.fori_loop(0, steps, step, jnp.int32(0))
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(free.at[last])
+            return acc[...]
+
+        def write(piece, buffer, place, mirrored=False):
+            target = finished.at[group, buffer]
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the last but one, from the same buffer
+            if mirrored:
+                target = plgpu.transpose_ref(target, (1, 0))
+            target[...] = piece
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(finished.at[group, buffer], out.at[place])
+
+        def compute(first, matrix, row, column):
+            total = pl.run_scoped(functools.partial(multiply, first), plgpu.ACC((PIECE, COLUMNS), jnp.float32))
+            slots = [lax.rem(first + steps + i, STAGES) for i in range(2)] if beside_refs else []
+            for slot in slots:
+                plgpu.barrier_wait(loaded.at[slot])
+            own = lax.rem(first + steps + group, STAGES)
+            rows = pl.ds(row + group * PIECE, PIECE)
+            for j in range(COLUMNS // PIECE):
+                columns = pl.ds(j * PIECE, PIECE)
+                piece = total[:, j * PIECE : (j + 1) * PIECE]
+                piece = finish(piece, *(right[own, :, columns].astype(jnp.float32) for _ in beside_refs)).astype(dtype)
+                columns = pl.ds(column + j * PIECE, PIECE)
+                write(piece, 0 if symmetric else j % 2, (matrix, rows, columns))
+                if symmetric:
+                    write(piece, 1, (matrix, columns, rows), mirrored=True)
+            for slot in slots:
+                plgpu.barrier_arrive(free.at[slot])
+
+        @pl.when(group == LOADER)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            for_tiles(load)
+
+            # A block must not end while the other of its pair writes to its memory or waits for its word.
+            @pl.loop(0, STAGES)
+            def _(slot):
+                plgpu.barrier_wait(free.at[slot])
+
+        @pl.when(group != LOADER)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            for_tiles(compute)
+            plgpu.wait_smem_to_gmem(0)
+
+    call = plgpu.kernel(
+        product,
+        out_type=jax.ShapeDtypeStruct((count, rows, columns), dtype),
+        grid=(min(multiprocessors() // BLOCKS, count * squares_of_one),),
+        grid_names=("blocks",),
+        cluster=(BLOCKS,),
+        cluster_names=("pair",),
+        num_threads=3,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
+    )
+    return call(*(operand for pair in pairs for operand in pair), *besides)
+
+
+def _sides(x: Array, flipped: bool) -> tuple[int, int]:
+    return x.shape[:0:-1] if flipped else x.shape[1:]
+
+
+def _below_diagonal(index: Array, side: int) -> tuple[Array, Array]:
+    """The row and column of a triangle's square number `index`, diagonal included: row i and row side - 1 - i together
+    have side + 1 squares."""
+    i, j = lax.div(index, side + 1), lax.rem(index, side + 1)
+    upper = j <= i
+    return lax.select(upper, i, side - 1 - i), lax.select(upper, j, j - i - 1)

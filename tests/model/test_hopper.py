@@ -1,0 +1,126 @@
+"""Products with what is done to them in the kernel, against plain formulas. The kernels themselves run where there is a
+Hopper GPU (`JAX_PLATFORMS=cuda pytest tests/model`); elsewhere, what is around them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxchat.config import MeshConfig, ModelConfig
+from jaxchat.mesh import make_mesh
+from jaxchat.model import gpu, hopper
+from jaxchat.model.gpt import hidden_states, init_params
+from jaxchat.train.loss import Shape, cross_entropy_sum
+
+ON_HOPPER = gpu.capability() == 9.0
+
+
+def draw(*shape, seed=0, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def relu_squared(x, w):
+    return jnp.square(jax.nn.relu(x @ w))
+
+
+def relu_squared_gradient(grad, w, y):
+    return (grad @ w) * 2 * jnp.sqrt(y)
+
+
+def product_sum(a, b, c, d):
+    return a @ b + c @ d
+
+
+def cases(rows, length, inner, columns, dtype):
+    x, w = draw(rows, length, inner, dtype=dtype), draw(inner, columns, seed=1, dtype=dtype) / inner**0.5
+    y = jnp.square(draw(rows, length, columns, seed=2, dtype=dtype))
+    other = draw(rows, length, 2 * inner, seed=3, dtype=dtype), draw(2 * inner, columns, seed=4, dtype=dtype)
+    return [
+        (hopper.relu_squared_product, relu_squared, (x, w)),
+        (hopper.relu_squared_gradient_product, relu_squared_gradient, (x, w, y)),
+        (hopper.product_sum(2), product_sum, (x, w, *other)),
+    ]
+
+
+NAMES = ["relu2", "relu2's gradient", "sum"]
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("shape", [(2, 128, 256, 256), (4, 512, 320, 768), (1, 34 * 256, 640, 2560)])
+@pytest.mark.parametrize("case", range(3), ids=NAMES)
+def test_the_kernels(case, shape):
+    kernel, formula, operands = cases(*shape, jnp.bfloat16)[case]
+    expected = formula(*(x.astype(jnp.float32) for x in operands))
+    actual = jax.jit(kernel)(*operands)
+    assert actual.dtype == jnp.bfloat16
+    np.testing.assert_allclose(actual.astype(jnp.float32), expected, rtol=2**-7, atol=2e-3 * jnp.max(expected))
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("shape", [(3, 256, 256), (2, 768, 1536), (2, 1280, 512), (150, 512, 512)])
+def test_a_newton_schulz_step(shape):
+    x, (a, b, c) = draw(*shape, dtype=jnp.bfloat16), (3.4445, -4.7750, 2.0315)
+    tall = shape[1] > shape[2]
+    x /= jnp.linalg.norm(x.astype(jnp.float32), axis=(1, 2), keepdims=True).astype(x.dtype)
+    wide = (jnp.matrix_transpose(x) if tall else x).astype(jnp.float32)
+    gram = wide @ jnp.matrix_transpose(wide)
+    expected = a * wide + (b * gram + c * gram @ gram) @ wide
+    actual = jax.jit(lambda x: hopper.newton_schulz_step(x, (a, b, c), tall))(x)
+    actual = (jnp.matrix_transpose(actual) if tall else actual).astype(jnp.float32)
+    np.testing.assert_allclose(actual, expected, rtol=2**-6, atol=2**-7 * jnp.max(jnp.abs(expected)))
+
+
+@pytest.mark.parametrize("side", range(1, 8))
+def test_the_squares_of_a_triangle_come_once_each(side):
+    numbers = jnp.arange(side * (side + 1) // 2)
+    squares = jnp.stack([jnp.array(hopper._below_diagonal(number, side)) for number in numbers])
+    assert sorted(map(tuple, squares.tolist())) == [(i, j) for i in range(side) for j in range(i + 1)]
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+@pytest.mark.parametrize("weights", [P(), P(None, "tensor"), P("fsdp", "tensor"), P("tensor", "fsdp")], ids=str)
+@pytest.mark.parametrize("case", range(3), ids=NAMES)
+def test_a_mesh_shares_the_products_out(case, weights):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    function, formula, operands = cases(4, 6, 8, 12, jnp.float32)[case]
+    summed_over = P("fsdp", None, "tensor") if case == 2 and weights == P("tensor", "fsdp") else P("fsdp")
+    specs = [summed_over if x.ndim == 3 else weights for x in operands]
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(operands, specs, strict=True)]
+    np.testing.assert_allclose(jax.jit(function)(*placed), formula(*operands), rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_over_split_axes_is_added_up_over_devices_not_gathered():
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    mesh = make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])
+    function, _, operands = cases(4, 6, 8, 12, jnp.float32)[2]
+    specs = [P(None, None, "tensor") if x.ndim == 3 else P("tensor") for x in operands]
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(operands, specs, strict=True)]
+    program = jax.jit(function).lower(*placed).compile().as_text()
+    assert "all-reduce" in program
+    assert "all-gather" not in program
+
+
+def test_the_model_and_its_loss_are_the_same(monkeypatch):
+    config = ModelConfig(depth=2, sequence_len=16, vocab_size=120, num_kv_heads=1)
+    params = init_params(config, jax.random.key(0))
+    params = jax.tree.map(lambda p: p + 0.02 * draw(*p.shape), params)  # none of them zero
+    tokens = jax.random.randint(jax.random.key(1), (2, 17), 0, 120)
+    calls = []
+
+    @jax.default_matmul_precision("highest")  # a GPU's default for fp32 is not
+    def loss(params):
+        hidden = hidden_states(config, params, tokens[:, :-1])
+        return cross_entropy_sum(hidden, params["head"]["kernel"], tokens[:, 1:], jnp.ones((2, 16)), Shape.of(config))
+
+    plain = jax.value_and_grad(loss)(params)
+    jax.clear_caches()
+    monkeypatch.setattr(hopper, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(hopper, "fits", lambda *shape: calls.append(shape))
+    monkeypatch.setattr(gpu, "INTERPRET", True)
+    fused = jax.value_and_grad(loss)(params)
+    jax.clear_caches()
+    assert len(set(map(str, calls))) == 2  # the MLP, forward and back, and the sum of queries, keys and values
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), fused, plain)
