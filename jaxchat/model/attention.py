@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxchat.config import ModelConfig
 from jaxchat.model.gpu import capability
-from jaxchat.model.layers import Linear, products, rope_norm
+from jaxchat.model.layers import Linear, heads_fit, norm_heads, products, rope_norm
 
 BLOCK = 256  # queries at a time where no fused kernel runs
 LayerCache = dict[str, Array]  # {"k", "v"}: each [B, M, kv_heads, head_dim]
@@ -127,7 +127,11 @@ class Attention(nnx.Module):
         others. With one: x's keys and values are written at `positions`, and each token attends to the cached positions
         up to its own.
         """
-        q, k, v = checkpoint_name(products(x, *(part.kernel[...] for part in (self.q, self.k, self.v))), "qkv")
+        weights = [part.kernel[...] for part in (self.q, self.k, self.v)]
+        if cache is None and heads_fit(x.dtype, self.head_dim, rope):
+            q, k, v = norm_heads(x, *weights, *(table[0, :, 0] for table in rope))
+            return self.o(self.mix(q, k, v, documents)), None
+        q, k, v = checkpoint_name(products(x, *weights), "qkv")
         if cache is None:
             return self.o(self.mix(*self._heads(q, k, v, rope), documents)), None
         q, k, v = self._heads(q, k, v, rope)

@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from jaxchat.config import check
 
+NORM_EPS = 1e-6
 INTERPRET = False  # tests run the kernels on the CPU
 
 

@@ -1,17 +1,17 @@
 """Matrix products for Hopper's tensor cores (Pallas, by Mosaic GPU), with the element-wise work behind them done before
 the result goes to memory.
 
-cuBLAS multiplies as fast, but what comes before and behind its products has to go through memory once more. Here a block of
-three warpgroups (128 threads each) stays on its multiprocessor and works on one 128 x 256 tile of the result after the other.
-One warpgroup loads operands into a ring of `STAGES` slots of shared memory, ahead of need, also across tiles; each of the
-other two multiplies and finishes a half of the columns. Two blocks, one above the other, share what they load of the right
-operand.
+cuBLAS multiplies as fast, but what comes before and behind its products has to go through memory once more, which takes
+time and power. Here a block of three warpgroups (128 threads each) stays on its multiprocessor and works on one tile of
+the result after the other, 128 x 256 numbers. One warpgroup loads operands into a ring of `STAGES` slots of shared
+memory, ahead of need, also across tiles; each of the other two multiplies and finishes a half of the rows. Two blocks,
+one above the other, share what they load of the right operand.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxchat.model.gpu import capability, multiprocessors, partitioned
+from jaxchat.model.gpu import NORM_EPS, capability, multiprocessors, partitioned
 
 ROWS, COLUMNS = 128, 256  # a tile
 DEPTH, STAGES = 64, 4  # of the sum, loaded at a time; slots of the ring
 PIECE = 64  # rows of a warpgroup, and columns that it finishes and writes at a time
 BLOCKS = 2  # that share a right operand
 SQUARE = BLOCKS * ROWS  # rows and columns of what they compute together
+HEAD = 128  # columns of an attention head
 LOADER = 2  # the warpgroup that loads
 BAND = 8  # tiles are taken in bands this wide, so that their operands come from the L2 cache
 
@@ -47,6 +48,40 @@ def relu_squared_product(x, weight):
 def relu_squared_gradient_product(grad, weight, y):
     """(grad @ weight) · 2 √y, with y = relu²(x): the gradient for x, where `grad @ weight` is the one for y."""
     return _product([(grad, weight)], lambda total, y: total * (2.0 * jnp.sqrt(y)), y)
+
+
+@partitioned("b t i, i n h, t f -> b t n h, b t n", ("i", "t", "h", "f"))
+def rope_norm_product(x, weight, table):
+    """What `kernels.rope_norm_and_scale` makes of the heads x @ weight [B, T, N, 128]; `table` is `rope_table`'s."""
+    (batch, length, inner), (_, heads, size) = x.shape, weight.shape
+    if size == HEAD and length % ROWS == 0 and fits(batch * length, heads * size, inner):
+        pairs = [(x.reshape(1, batch * length, inner), weight.reshape(1, inner, heads * size))]
+        y, scale = _kernel(pairs, _rope_norm, [table[None]], beside_rows=length, vectors=COLUMNS // HEAD)
+        return y.reshape(batch, length, heads, size), scale.T.reshape(batch, length, heads)
+    y = jnp.einsum("bti,inh->btnh", x, weight, preferred_element_type=jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(y * y, -1) + NORM_EPS)
+    cos, sin = (table[:, None, i : i + size // 2] + table[:, None, i + size // 2 : i + size] for i in (0, size))
+    first, second = jnp.split(y * scale[..., None], 2, -1)
+    y = jnp.concatenate([first * cos + second * sin, second * cos - first * sin], -1)
+    return y.astype(x.dtype), scale
+
+
+def rope_table(cos: Float[Array, "T R"], sin: Float[Array, "T R"], dtype: DTypeLike) -> Float[Array, "T 4*R"]:
+    """Cosines, what they lack in `dtype`, sines, what they lack: four times as wide, for `rope_norm_product`."""
+    parts = [(x.astype(dtype), (x - x.astype(dtype)).astype(dtype)) for x in (cos, sin)]
+    return jnp.concatenate([*parts[0], *parts[1]], -1)
+
+
+def _rope_norm(total: Array, beside: Callable[[int], Array], put: Callable[[int, Array], None]) -> Iterator[Array]:
+    cos, sin = beside(0) + beside(1), beside(2) + beside(3)
+    for head in range(COLUMNS // HEAD):
+        first, second = (total[:, column : column + HEAD // 2] for column in (head * HEAD, head * HEAD + HEAD // 2))
+        squares = jnp.sum(first * first, 1) + jnp.sum(second * second, 1)
+        scale = jax.lax.rsqrt(squares / HEAD + NORM_EPS)
+        put(head, scale)
+        scale = lax.broadcast_in_dim(scale, first.shape, (0,))
+        yield (first * cos + second * sin) * scale
+        yield (second * cos - first * sin) * scale
 
 
 @functools.cache
@@ -70,11 +105,23 @@ def _product(
     batch, length, _ = pairs[0][0].shape
     if fits(batch * length, pairs[0][1].shape[1], *(len(b) for _, b in pairs)):
         flat = [(a.reshape(1, batch * length, -1), b[None]) for a, b in pairs]
-        out = _kernel(flat, finish, [x.reshape(1, batch * length, -1) for x in besides])
+        out = _kernel(flat, _by_element(finish), [x.reshape(1, batch * length, -1) for x in besides])
     else:
         total = sum(jnp.matmul(a, b, preferred_element_type=jnp.float32) for a, b in pairs)
         out = finish(total, *(x.astype(jnp.float32) for x in besides)).astype(pairs[0][0].dtype)
     return out.reshape(batch, length, -1)
+
+
+def _by_element(formula: Callable[..., Array]) -> Callable[..., Iterator[Array]]:
+    """`_kernel`'s `finish` for a formula of a product's element and, if there is one, that beside it."""
+
+    def finish(total, beside, put):
+        del put
+        for part in range(COLUMNS // PIECE):
+            piece = total[:, part * PIECE : (part + 1) * PIECE]
+            yield formula(piece, beside(part)) if beside else formula(piece)
+
+    return finish
 
 
 def fits(rows: int, columns: int, *inner: int) -> bool:
@@ -93,8 +140,8 @@ def newton_schulz_step(
     """
     a, b, c = coefficients
     gram = _kernel([(x, x)], flipped=(tall, not tall), symmetric=True)
-    step = _kernel([(gram, gram)], lambda total, gram: c * total + b * gram, [gram], symmetric=True)
-    return _kernel([(x, step) if tall else (step, x)], lambda total, x: total + a * x, [x])
+    step = _kernel([(gram, gram)], _by_element(lambda total, gram: c * total + b * gram), [gram], symmetric=True)
+    return _kernel([(x, step) if tall else (step, x)], _by_element(lambda total, x: total + a * x), [x])
 
 
 def _shared(shape: tuple[int, ...], dtype: DTypeLike):
@@ -104,14 +151,25 @@ def _shared(shape: tuple[int, ...], dtype: DTypeLike):
 
 def _kernel(
     pairs: Sequence[tuple[Float[Array, "L _ _"], Float[Array, "L _ _"]]],
-    finish: Callable[..., Array] = lambda total: total,
-    besides: Sequence[Float[Array, "L M N"]] = (),
+    finish: Callable[..., Iterator[Array]] | None = None,
+    besides: Sequence[Float[Array, "L _ N"]] = (),
     *,
     flipped: tuple[bool, bool] = (False, False),
     symmetric: bool = False,
-) -> Float[Array, "L M N"]:
-    """finish(Σ a b, *besides) of a stack; `flipped`: which of a and b are given as their transposes. Of what is known
-    to be `symmetric` one half is computed."""
+    beside_rows: int = 0,
+    vectors: int = 0,
+) -> Array | tuple[Array, Array]:
+    """Σ a b of a stack, finished: [L, M, N]. And, where there are `vectors`, [vectors · N / 256, M] in fp32.
+
+    Args:
+      finish: A function of 64 x 256 numbers of the sum in fp32, of what lies beside them, and of where vectors go. It
+        gives the results, 64 columns after another. `beside(i)` are the columns' `i`-th 64; `put(i, x)` makes x the
+        `i`-th vector.
+      flipped: which of a and b are given as their transposes.
+      symmetric: the result is known to be, and one half is computed.
+      beside_rows: if not 0, what lies beside has so many rows, again and again, and 256 columns.
+    """
+    finish = finish or _by_element(lambda total: total)
     a_flipped, b_flipped = flipped
     count = len(pairs[0][0])
     (rows, _), (_, columns) = _sides(pairs[0][0], a_flipped), _sides(pairs[0][1], b_flipped)
@@ -122,10 +180,18 @@ def _kernel(
     steps = sum(inner_steps)
     steps_of_tile = steps + len(besides) * ROWS // PIECE  # what lies beside goes through the ring too
 
+    out_types = [jax.ShapeDtypeStruct((count, rows, columns), dtype)]
+    if vectors:
+        out_types.append(jax.ShapeDtypeStruct((columns // COLUMNS * vectors, rows), jnp.float32))
+
     def product(*refs):
-        *operands, out = refs
+        operands, beside_refs, outs = (
+            refs[: 2 * len(pairs)],
+            refs[2 * len(pairs) : -len(out_types)],
+            refs[-len(out_types) :],
+        )
         pl.run_scoped(
-            functools.partial(block, operands[: 2 * len(pairs)], operands[2 * len(pairs) :], out),
+            functools.partial(block, operands, beside_refs, *outs),
             left=_shared((STAGES, DEPTH, ROWS) if a_flipped else (STAGES, ROWS, DEPTH), dtype),
             right=_shared((STAGES, COLUMNS, DEPTH) if b_flipped else (STAGES, DEPTH, COLUMNS), dtype),
             finished=_shared((2, 2, PIECE, PIECE), dtype),
@@ -134,7 +200,7 @@ def _kernel(
             collective_axes="group",
         )
 
-    def block(operands, beside_refs, out, left, right, finished, loaded, free):
+    def block(operands, beside_refs, out, *vector_out, left, right, finished, loaded, free):
         group = lax.axis_index("group")
 
         def for_tiles(work):
@@ -157,8 +223,8 @@ def _kernel(
 
             return slot
 
-        def load(first, matrix, row, column):
-            row, column = pl.ds(row, ROWS), pl.ds(column, COLUMNS)
+        def load(first, matrix, row_start, column_start):
+            row, column = pl.ds(row_start, ROWS), pl.ds(column_start, COLUMNS)
             for a, b, count in zip(operands[::2], operands[1::2], inner_steps, strict=True):
 
                 @pl.loop(0, count)
@@ -170,6 +236,8 @@ def _kernel(
                     plgpu.copy_gmem_to_smem(source, right.at[slot], loaded.at[slot], collective_axes="pair")
 
                 first += count
+            if beside_rows:
+                row, column = pl.ds(lax.rem(row_start, beside_rows), ROWS), pl.ds(0, COLUMNS)
             for ref in beside_refs:
                 for i in range(ROWS // PIECE):
                     slot = slot_when_free(first + i)
@@ -216,14 +284,18 @@ def _kernel(
                 plgpu.barrier_wait(loaded.at[slot])
             own = lax.rem(first + steps + group, STAGES)
             rows = pl.ds(row + group * PIECE, PIECE)
-            for j in range(COLUMNS // PIECE):
-                columns = pl.ds(j * PIECE, PIECE)
-                piece = total[:, j * PIECE : (j + 1) * PIECE]
-                piece = finish(piece, *(right[own, :, columns].astype(jnp.float32) for _ in beside_refs)).astype(dtype)
-                columns = pl.ds(column + j * PIECE, PIECE)
-                write(piece, 0 if symmetric else j % 2, (matrix, rows, columns))
+
+            def beside(part):
+                return right[own, :, pl.ds(part * PIECE, PIECE)].astype(jnp.float32)
+
+            def put(index, vector):
+                vector_out[0][lax.div(column, COLUMNS) * vectors + index, rows] = vector
+
+            for part, piece in enumerate(finish(total, beside if beside_refs else None, put)):
+                columns = pl.ds(column + part * PIECE, PIECE)
+                write(piece.astype(dtype), 0 if symmetric else part % 2, (matrix, rows, columns))
                 if symmetric:
-                    write(piece, 1, (matrix, columns, rows), mirrored=True)
+                    write(piece.astype(dtype), 1, (matrix, columns, rows), mirrored=True)
             for slot in slots:
                 plgpu.barrier_arrive(free.at[slot])
 
@@ -245,7 +317,7 @@ def _kernel(
 
     call = plgpu.kernel(
         product,
-        out_type=jax.ShapeDtypeStruct((count, rows, columns), dtype),
+        out_type=out_types,
         grid=(min(multiprocessors() // BLOCKS, count * squares_of_one),),
         grid_names=("blocks",),
         cluster=(BLOCKS,),
@@ -254,7 +326,8 @@ def _kernel(
         thread_name="group",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
     )
-    return call(*(operand for pair in pairs for operand in pair), *besides)
+    results = call(*(operand for pair in pairs for operand in pair), *besides)
+    return results if vectors else results[0]
 
 
 def _sides(x: Array, flipped: bool) -> tuple[int, int]:

@@ -16,10 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-from jaxchat.model.gpu import fitting, launch, load, partitioned, store
-
-NORM_EPS = 1e-6
-
+from jaxchat.model.gpu import NORM_EPS, fitting, launch, load, partitioned, store
 
 # --- a residual stream's next norm ------------------------------------------------------------------------------------
 

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxchat.model import hopper, kernels
-from jaxchat.model.gpu import fitting, fused
-from jaxchat.model.kernels import NORM_EPS
+from jaxchat.model.gpu import NORM_EPS, fitting, fused
 
 PARTIAL_RATIO = 200  # of a weight's size to the tokens that one product sums over for its gradient
 
@@ -111,6 +112,49 @@ def _weight_gradient(x: Float[Array, "B T I"], grad: Float[Array, "B T O"]) -> F
     rows_at_once = fitting(own, max(1, x.shape[2] * grad.shape[2] // (PARTIAL_RATIO * length)))
     parts = (y.reshape(-1, rows_at_once * length, y.shape[2]) for y in (x, grad))
     return jnp.sum(jnp.einsum("pti,pto->pio", *parts).astype(jnp.float32), 0)
+
+
+def heads_fit(dtype: DTypeLike, head_dim: int, rope: tuple[Array, Array]) -> bool:
+    """Whether `norm_heads` computes such heads."""
+    return hopper.multiplies(dtype) and head_dim == hopper.HEAD and len(rope[0]) == 1
+
+
+@jax.custom_vjp
+def norm_heads(
+    x: Float[Array, "B T D"],
+    q: Float[Array, "D N"],
+    k: Float[Array, "D M"],
+    v: Float[Array, "D M"],
+    cos: Float[Array, "T R"],
+    sin: Float[Array, "T R"],
+) -> tuple[Float[Array, "B T _ 2*R"], Float[Array, "B T _ 2*R"], Float[Array, "B T _ 2*R"]]:
+    """(rope_norm(x @ q), rope_norm(x @ k), x @ v) as heads; no gradient for the tables."""
+    return _norm_heads_forward(x, q, k, v, cos, sin)[0]
+
+
+def _norm_heads_forward(x, q, k, v, cos, sin):
+    q, k, v = weights = [weight.astype(x.dtype) for weight in (q, k, v)]
+    size = 2 * cos.shape[1]
+    table = hopper.rope_table(cos, sin, x.dtype)
+    (q, q_scale), (k, k_scale) = (
+        hopper.rope_norm_product(x, weight.reshape(len(weight), -1, size), table) for weight in (q, k)
+    )
+    v = x @ v
+    q, q_scale, k, k_scale, v = (checkpoint_name(y, "qkv") for y in (q, q_scale, k, k_scale, v))
+    return (q, k, v.reshape(*v.shape[:2], -1, size)), (x, weights, (q, q_scale), (k, k_scale), (cos, sin))
+
+
+def _norm_heads_backward(kept, grads):
+    x, weights, q, k, tables = kept
+    with jax.named_scope("rope"):
+        q_grad, k_grad = (
+            kernels.rope_norm_gradient(*heads, *tables, grad)[0] for heads, grad in zip((q, k), grads, strict=False)
+        )
+    grads = [grad.reshape(*grad.shape[:2], -1) for grad in (q_grad, k_grad, grads[2])]
+    return _input_gradient(grads, weights), *(_weight_gradient(x, grad) for grad in grads), None, None
+
+
+norm_heads.defvjp(_norm_heads_forward, _norm_heads_backward)
 
 
 @jax.custom_vjp

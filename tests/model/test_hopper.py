@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import MeshConfig, ModelConfig
 from jaxchat.mesh import make_mesh
-from jaxchat.model import gpu, hopper
+from jaxchat.model import gpu, hopper, layers
 from jaxchat.model.gpt import hidden_states, init_params
 from jaxchat.train.loss import Shape, cross_entropy_sum
 
@@ -56,6 +56,25 @@ def test_the_kernels(case, shape):
     actual = jax.jit(kernel)(*operands)
     assert actual.dtype == jnp.bfloat16
     np.testing.assert_allclose(actual.astype(jnp.float32), expected, rtol=2**-7, atol=2e-3 * jnp.max(expected))
+
+
+@pytest.mark.parametrize(
+    "shape, heads",
+    [
+        ((2, 6, 32), 3),
+        pytest.param((4, 384, 320), 6, marks=pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")),
+    ],
+)
+def test_heads_with_rope_and_norm(shape, heads):
+    x = draw(*shape, dtype=jnp.bfloat16)
+    weight = draw(shape[2], heads, 128, seed=1, dtype=jnp.bfloat16) / shape[2] ** 0.5
+    cos, sin = layers.rope_tables(jnp.arange(shape[1])[None], 128, 10_000.0)
+    table = hopper.rope_table(cos[0, :, 0], sin[0, :, 0], jnp.bfloat16)
+    actual, scale = jax.jit(hopper.rope_norm_product)(x, weight, table)
+    product = jnp.einsum("bti,inh->btnh", x.astype(jnp.float32), weight.astype(jnp.float32), precision="highest")
+    expected = layers.rms_norm(layers.apply_rope(product, cos, sin))
+    np.testing.assert_allclose(actual.astype(jnp.float32), expected, rtol=2**-7, atol=2e-3)
+    np.testing.assert_allclose(scale, 1 / jnp.sqrt(jnp.mean(product**2, -1) + 1e-6), rtol=1e-3)
 
 
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
