@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxchat.model import hopper, kernels
 from jaxchat.model.gpu import NORM_EPS, fitting, fused
 
-PARTIAL_RATIO = 200  # of a weight's size to the tokens that one product sums over for its gradient
+PARTS = 1 << 24  # elements of all the parts of a weight's gradient: as many as stay in an H200's cache
 
 
 @jax.named_scope("norm")
@@ -109,7 +109,7 @@ def _weight_gradient(x: Float[Array, "B T I"], grad: Float[Array, "B T O"]) -> F
     rows, length, _ = x.shape
     # No part may lie on two devices, or XLA gathers the activations; the rows are split over all of them at most.
     own = rows // jax.device_count() if rows % jax.device_count() == 0 else 1
-    rows_at_once = fitting(own, max(1, x.shape[2] * grad.shape[2] // (PARTIAL_RATIO * length)))
+    rows_at_once = own // fitting(own, max(1, PARTS // (x.shape[2] * grad.shape[2])))
     parts = (y.reshape(-1, rows_at_once * length, y.shape[2]) for y in (x, grad))
     return jnp.sum(jnp.einsum("pti,pto->pio", *parts).astype(jnp.float32), 0)
 
