@@ -47,7 +47,7 @@ def relu_squared_product(x, weight):
 @partitioned("b t i, i o, b t o -> b t o", ("i",))
 def relu_squared_gradient_product(grad, weight, y):
     """(grad @ weight) · 2 √y, with y = relu²(x): the gradient for x, where `grad @ weight` is the one for y."""
-    return _product([(grad, weight)], lambda total, slope: total * slope, y, prepare=lambda y: 2.0 * jnp.sqrt(y))
+    return _product([(grad, weight)], lambda total, y: total * (2.0 * jnp.sqrt(y)), y)
 
 
 @partitioned("b t i, i n h, t f -> b t n h, b t n", ("i", "t", "h", "f"))
@@ -101,19 +101,16 @@ def _product(
     pairs: Sequence[tuple[Float[Array, "B T _"], Float[Array, "_ O"]]],
     finish: Callable[..., Array] = lambda total: total,
     *besides: Float[Array, "B T O"],
-    prepare: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T O"]:
-    """finish(Σ a b over the pairs (a, b), *besides), element by element and in fp32; at most one array lies beside, and
-    may be prepared, up to rounding to 16 bits, while the tensor cores multiply."""
+    """finish(Σ a b over the pairs (a, b), *besides), element by element and in fp32; at most one array lies beside."""
     batch, length, _ = pairs[0][0].shape
     if fits(batch * length, pairs[0][1].shape[1], *(len(b) for _, b in pairs)):
         flat = [(a.reshape(1, batch * length, -1), b[None]) for a, b in pairs]
         flat_besides = [x.reshape(1, batch * length, -1) for x in besides]
-        out = _kernel(flat, _by_element(finish), flat_besides, prepare=prepare)
+        out = _kernel(flat, _by_element(finish), flat_besides)
     else:
         total = sum(jnp.matmul(a, b, preferred_element_type=jnp.float32) for a, b in pairs)
-        wide = [x.astype(jnp.float32) for x in besides]
-        out = finish(total, *(map(prepare, wide) if prepare else wide)).astype(pairs[0][0].dtype)
+        out = finish(total, *(x.astype(jnp.float32) for x in besides)).astype(pairs[0][0].dtype)
     return out.reshape(batch, length, -1)
 
 
@@ -161,7 +158,6 @@ def _kernel(
     *,
     flipped: tuple[bool, bool] = (False, False),
     symmetric: bool = False,
-    prepare: Callable[[Array], Array] | None = None,
     beside_rows: int = 0,
     vectors: int = 0,
 ) -> Array | tuple[Array, Array]:
@@ -173,7 +169,6 @@ def _kernel(
         `i`-th vector.
       flipped: which of a and b are given as their transposes.
       symmetric: the result is known to be, and one half is computed.
-      prepare: what is done to what lies beside, in fp32, during the first products; it is kept in 16 bits.
       beside_rows: if not 0, what lies beside has so many rows, again and again, and 256 columns.
     """
     finish = finish or _by_element(lambda total: total)
@@ -185,23 +180,16 @@ def _kernel(
     squares_of_one = squares[0] * (squares[0] + 1) // 2 if symmetric else squares[0] * squares[1]
     inner_steps = [_sides(a, a_flipped)[1] // DEPTH for a, _ in pairs]
     steps = sum(inner_steps)
-    # What lies beside goes through the ring too, ahead of the operands if it is to be prepared.
-    beside_steps = len(besides) * ROWS // PIECE
+    beside_steps = len(besides) * ROWS // PIECE  # what lies beside goes through the ring too, behind the operands
     steps_of_tile = steps + beside_steps
-    before = beside_steps if prepare else 0
-
     out_types = [jax.ShapeDtypeStruct((count, rows, columns), dtype)]
     if vectors:
         out_types.append(jax.ShapeDtypeStruct((columns // COLUMNS * vectors, rows), jnp.float32))
 
     def product(*refs):
-        operands, beside_refs, outs = (
-            refs[: 2 * len(pairs)],
-            refs[2 * len(pairs) : -len(out_types)],
-            refs[-len(out_types) :],
-        )
+        operands, rest = refs[: 2 * len(pairs)], refs[2 * len(pairs) :]
         pl.run_scoped(
-            functools.partial(block, operands, beside_refs, *outs),
+            functools.partial(block, operands, rest[: len(besides)], *rest[len(besides) :]),
             left=_shared((STAGES, DEPTH, ROWS) if a_flipped else (STAGES, ROWS, DEPTH), dtype),
             right=_shared((STAGES, COLUMNS, DEPTH) if b_flipped else (STAGES, DEPTH, COLUMNS), dtype),
             finished=_shared((2, 2, PIECE, PIECE), dtype),
@@ -234,11 +222,8 @@ def _kernel(
             return slot
 
         def load(first, matrix, row, column):
-            if prepare:
-                load_besides(first, matrix, row, column)
-            load_operands(first + before, matrix, pl.ds(row, ROWS), pl.ds(column, COLUMNS))
-            if not prepare:
-                load_besides(first + steps, matrix, row, column)
+            load_operands(first, matrix, pl.ds(row, ROWS), pl.ds(column, COLUMNS))
+            load_besides(first + steps, matrix, row, column)
 
         def load_operands(first, matrix, row, column):
             for a, b, count in zip(operands[::2], operands[1::2], inner_steps, strict=True):
@@ -264,33 +249,15 @@ def _kernel(
                         source = ref.at[matrix, pl.ds(row + i * PIECE, PIECE), pl.ds(column, COLUMNS)].at[part]
                         plgpu.copy_gmem_to_smem(source, right.at[slot, part], loaded.at[slot])
 
-        def wait_for_besides(first):
-            for i in range(beside_steps):
-                plgpu.barrier_wait(loaded.at[lax.rem(first + i, STAGES)])
-
-        def release_besides(first):
-            for i in range(beside_steps):
-                plgpu.barrier_arrive(free.at[lax.rem(first + i, STAGES)])
-
-        def beside_piece(first, part):
-            slot = lax.rem(first + group, STAGES)
-            return right[slot, :, pl.ds(part * PIECE, PIECE)].astype(jnp.float32)
-
         def multiply(first, acc):
-            """The sum, and what lies beside in pieces if it is prepared."""
-            own, prepared = pl.ds(group * PIECE, PIECE), []
+            own = pl.ds(group * PIECE, PIECE)
 
-            def start(k):
-                slot = lax.rem(first + before + k, STAGES)
+            def step(k, last):
+                slot = lax.rem(first + k, STAGES)
                 plgpu.barrier_wait(loaded.at[slot])
                 a = plgpu.transpose_ref(left.at[slot, :, own], (1, 0)) if a_flipped else left.at[slot, own]
                 b = plgpu.transpose_ref(right.at[slot], (1, 0)) if b_flipped else right.at[slot]
                 plgpu.wgmma(acc, a, b)
-                return slot
-
-            def step(k, last, meanwhile=lambda: None):
-                slot = start(k)
-                meanwhile()
                 plgpu.wgmma_wait(1)  # the product before is through with its operands
 
                 @pl.when(k > 0)
@@ -299,21 +266,10 @@ def _kernel(
 
                 return slot
 
-            def prepare_half():
-                for part in range(len(prepared), len(prepared) + COLUMNS // PIECE // 2):
-                    prepared.append(prepare(beside_piece(first, part)).astype(dtype))
-
-            early, last = 0, jnp.int32(0)
-            if prepare:
-                wait_for_besides(first)
-                for early in range(2):
-                    last = step(early, last, prepare_half)
-                release_besides(first)
-                early += 1
-            last = lax.fori_loop(early, steps, step, last)
+            last = lax.fori_loop(0, steps, step, jnp.int32(0))
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(free.at[last])
-            return acc[...], *prepared
+            return acc[...]
 
         def write(piece, buffer, place, mirrored=False):
             target = finished.at[group, buffer]
@@ -325,15 +281,15 @@ def _kernel(
             plgpu.copy_smem_to_gmem(finished.at[group, buffer], out.at[place])
 
         def compute(first, matrix, row, column):
-            scope = functools.partial(multiply, first)
-            total, *prepared = pl.run_scoped(scope, plgpu.ACC((PIECE, COLUMNS), jnp.float32))
-            first += steps
-            if not prepare:
-                wait_for_besides(first)
+            total = pl.run_scoped(functools.partial(multiply, first), plgpu.ACC((PIECE, COLUMNS), jnp.float32))
+            slots = [lax.rem(first + steps + i, STAGES) for i in range(beside_steps)]
+            for slot in slots:
+                plgpu.barrier_wait(loaded.at[slot])
             rows = pl.ds(row + group * PIECE, PIECE)
 
             def beside(part):
-                return prepared[part].astype(jnp.float32) if prepare else beside_piece(first, part)
+                slot = lax.rem(first + steps + group, STAGES)
+                return right[slot, :, pl.ds(part * PIECE, PIECE)].astype(jnp.float32)
 
             def put(index, vector):
                 vector_out[0][lax.div(column, COLUMNS) * vectors + index, rows] = vector
@@ -343,8 +299,8 @@ def _kernel(
                 write(piece.astype(dtype), 0 if symmetric else part % 2, (matrix, rows, columns))
                 if symmetric:
                     write(piece.astype(dtype), 1, (matrix, columns, rows), mirrored=True)
-            if not prepare:
-                release_besides(first)
+            for slot in slots:
+                plgpu.barrier_arrive(free.at[slot])
 
         @pl.when(group == LOADER)
         def _():
