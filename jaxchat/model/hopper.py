@@ -132,6 +132,7 @@ def fits(rows: int, columns: int, *inner: int) -> bool:
     return multiplies(jnp.bfloat16) and tiled and sum(inner) >= STAGES * DEPTH
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))  # lowered once for all steps: a kernel takes half a second
 def newton_schulz_step(
     x: Float[Array, "L m n"], coefficients: tuple[float, float, float], tall: bool
 ) -> Float[Array, "L m n"]:
