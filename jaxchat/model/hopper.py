@@ -35,7 +35,8 @@ BAND = 8  # tiles are taken in bands this wide, so that their operands come from
 
 def multiplies(dtype: DTypeLike) -> bool:
     """Whether these kernels compute products of `dtype` in this process."""
-    return capability() == 9.0 and jnp.dtype(dtype) == jnp.bfloat16
+    # Mosaic GPU before JAX 0.11 cannot lower them.
+    return capability() == 9.0 and jnp.dtype(dtype) == jnp.bfloat16 and jax.__version_info__ >= (0, 11)
 
 
 @partitioned("b t i, i o -> b t o", ("i",))
@@ -50,6 +51,7 @@ def relu_squared_gradient_product(grad, weight, y):
     return _product([(grad, weight)], lambda total, y: total * (2.0 * jnp.sqrt(y)), y)
 
 
+@jax.jit  # queries and keys of one shape are lowered once
 @partitioned("b t i, i n h, t f -> b t n h, b t n", ("i", "t", "h", "f"))
 def rope_norm_product(x, weight, table):
     """What `kernels.rope_norm_and_scale` makes of the heads x @ weight [B, T, N, 128]; `table` is `rope_table`'s."""
@@ -132,19 +134,26 @@ def fits(rows: int, columns: int, *inner: int) -> bool:
     return multiplies(jnp.bfloat16) and tiled and sum(inner) >= STAGES * DEPTH
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))  # lowered once for all steps: a kernel takes half a second
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def newton_schulz_step(
     x: Float[Array, "L m n"], coefficients: tuple[float, float, float], tall: bool
 ) -> Float[Array, "L m n"]:
     """a X + b (X Xᵀ) X + c (X Xᵀ)² X of each matrix, or by Xᵀ X where they are `tall`; both sides such that they `fit`.
 
     Of the symmetric products, those below the diagonal are computed and written twice: three fifths of the work at five
-    squares a side. What is added to a product costs no pass of its own.
+    squares a side. What is added to a product costs no pass of its own. To lower a kernel takes half a second; under a
+    jit of their own, those of all steps and of equal shapes are lowered once.
     """
     a, b, c = coefficients
     gram = _kernel([(x, x)], flipped=(tall, not tall), symmetric=True)
-    step = _kernel([(gram, gram)], _by_element(lambda total, gram: c * total + b * gram), [gram], symmetric=True)
+    step = _polynomial(gram, b, c)
     return _kernel([(x, step) if tall else (step, x)], _by_element(lambda total, x: total + a * x), [x])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _polynomial(gram: Float[Array, "L m m"], b: float, c: float) -> Float[Array, "L m m"]:
+    """b G + c G²."""
+    return _kernel([(gram, gram)], _by_element(lambda total, gram: c * total + b * gram), [gram], symmetric=True)
 
 
 def _shared(shape: tuple[int, ...], dtype: DTypeLike):
@@ -256,8 +265,8 @@ def _kernel(
             def step(k, last):
                 slot = lax.rem(first + k, STAGES)
                 plgpu.barrier_wait(loaded.at[slot])
-                a = plgpu.transpose_ref(left.at[slot, :, own], (1, 0)) if a_flipped else left.at[slot, own]
-                b = plgpu.transpose_ref(right.at[slot], (1, 0)) if b_flipped else right.at[slot]
+                a = left.at[slot, :, own].transpose((1, 0)) if a_flipped else left.at[slot, own]
+                b = right.at[slot].transpose((1, 0)) if b_flipped else right.at[slot]
                 plgpu.wgmma(acc, a, b)
                 plgpu.wgmma_wait(1)  # the product before is through with its operands
 
@@ -276,7 +285,7 @@ def _kernel(
             target = finished.at[group, buffer]
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the last but one, from the same buffer
             if mirrored:
-                target = plgpu.transpose_ref(target, (1, 0))
+                target = target.transpose((1, 0))
             target[...] = piece
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(finished.at[group, buffer], out.at[place])
@@ -331,7 +340,7 @@ def _kernel(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
     )
     results = call(*(operand for pair in pairs for operand in pair), *besides)
-    return results if vectors else results[0]
+    return tuple(results) if vectors else results[0]
 
 
 def _sides(x: Array, flipped: bool) -> tuple[int, int]:

@@ -1,13 +1,16 @@
 """On a machine without a GPU too, this version of JAX makes programs for one of the kernels: they are not run here."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxchat.model import fp8, gpu, kernels
+from jaxchat.model import fp8, gpu, hopper, kernels
 
 HOPPER = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 KERNEL = "__gpu$xla.gpu.triton"
+PRODUCT = "mosaic_gpu_v2"
 LENGTH, WIDTH, HEADS = 256, 384, 3
 
 
@@ -51,9 +54,27 @@ def test_the_rows_of_the_loss(monkeypatch):
     assert lowered(loss, arguments).count(KERNEL) == 1
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
+@pytest.mark.parametrize(
+    "function, arguments, count",
+    [
+        (hopper.relu_squared_product, [X, UP], 1),
+        (hopper.relu_squared_gradient_product, [X, UP, array(2, LENGTH, 4 * WIDTH)], 1),
+        (hopper.product_sum(2), [X, array(WIDTH, 512), X, array(WIDTH, 512)], 1),
+        (hopper.rope_norm_product, [X, array(WIDTH, 4, 128), array(LENGTH, 256)], 1),
+        (partial(hopper.newton_schulz_step, coefficients=(3.0, -5.0, 2.0), tall=False), [array(2, 256, 512)], 3),
+        (partial(hopper.newton_schulz_step, coefficients=(3.0, -5.0, 2.0), tall=True), [array(2, 512, 256)], 3),
+    ],
+    ids=["relu2", "relu2's gradient", "sum", "heads", "wide", "tall"],
+)
+def test_products(monkeypatch, function, arguments, count):
+    monkeypatch.setattr(hopper, "capability", lambda: 9.0)
+    assert lowered(function, arguments).count(PRODUCT) == count
+
+
 def lowered(function, arguments):
     """The program for the GPU, as text."""
-    allowed = [jax.export.DisabledSafetyCheck.custom_call(KERNEL)]
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (KERNEL, PRODUCT)]
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=HOPPER)):
         exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=allowed)
         return exported(*arguments).mlir_module()
