@@ -161,7 +161,7 @@ def build_optimizers(model):
 
 def random_batches(options: argparse.Namespace, device) -> list:
     """Pairs of inputs and targets, int64 `[rows, T]`, for all the steps: as jaxchat's, none comes twice. A model that
-    learns a few by heart computes with other numbers, and at those the GPU draws less power."""
+    learns a few by heart computes with other numbers, and a GPU's power, which limits it, depends on them."""
     import torch
 
     draw = torch.Generator().manual_seed(0)

@@ -1,5 +1,5 @@
-"""What the kernels for NVIDIA GPUs share (Pallas, by Triton): where they run, how they are started, how a mesh splits
-them."""
+"""What the kernels for NVIDIA GPUs share: where they run, how those by Triton are started and reach memory, how a mesh
+splits them all."""
 
 from __future__ import annotations
 

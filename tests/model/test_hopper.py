@@ -112,6 +112,23 @@ def test_a_mesh_shares_the_products_out(case, weights):
     np.testing.assert_allclose(jax.jit(function)(*placed), formula(*operands), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+def test_a_mesh_shares_the_heads_out():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    x, weight = draw(4, 6, 8), draw(8, 4, 128, seed=1)
+    cos, sin = layers.rope_tables(jnp.arange(6)[None], 128, 10_000.0)
+    table = hopper.rope_table(cos[0, :, 0], sin[0, :, 0], jnp.float32)
+    expected = hopper.rope_norm_product(x, weight, table)
+    placed = [
+        jax.device_put(array, NamedSharding(mesh, spec))
+        for array, spec in ((x, P("fsdp")), (weight, P(None, "tensor")), (table, P()))
+    ]
+    actual = hopper.rope_norm_product(*placed)
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert {shard.data.shape for shard in actual[0].addressable_shards} == {(2, 6, 2, 128)}
+
+
 def test_a_product_over_split_axes_is_added_up_over_devices_not_gathered():
     if jax.device_count() < 2:
         pytest.skip("needs two devices")
