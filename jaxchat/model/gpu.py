@@ -109,8 +109,14 @@ def partitioned(rule: str, whole: tuple[str, ...] = (), summed: tuple[str, ...] 
             return mesh, part, out_of if len(out_of) > 1 else out_of[0], into
 
         wrapped = custom_partitioning(call)
+        order = list(
+            dict.fromkeys(dim for dims in (*operands, *results) for dim in dims)
+        ).index  # XLA wants them in this one
         wrapped.def_partition(
-            partition=partition, sharding_rule=rule, need_replication_factors=whole, reduction_factors=summed
+            partition=partition,
+            sharding_rule=rule,
+            need_replication_factors=tuple(sorted(whole, key=order)),
+            reduction_factors=tuple(sorted(summed, key=order)),
         )
         return wrapped
 
