@@ -56,8 +56,8 @@ def attend(
     if window is not None and window >= length - 1:
         window = None
     kernel = attention_kernel(q.dtype, q.shape[-1])
-    if documents is not None and length % 2:
-        kernel = "xla"  # cuDNN takes no bias of odd length
+    if length % 2:
+        kernel = "xla"  # JAX lets cuDNN train on rows of even length alone
     if kernel == "xla" and length > BLOCK and length % BLOCK == 0:
         return _attend_in_blocks(q, k, v, window, documents)
     # `is_causal` together with the window: cuDNN would see the future without it.
