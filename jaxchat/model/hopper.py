@@ -58,7 +58,7 @@ def rope_norm_product(x, weight, table):
     (batch, length, inner), (_, heads, size) = x.shape, weight.shape
     if size == HEAD and length % ROWS == 0 and fits(batch * length, heads * size, inner):
         pairs = [(x.reshape(1, batch * length, inner), weight.reshape(1, inner, heads * size))]
-        y, scale = _kernel(pairs, _rope_norm, [table[None]], beside_rows=length, vectors=COLUMNS // HEAD)
+        y, scale = _kernel(pairs, _rope_norm, table[None], beside_rows=length, vectors=COLUMNS // HEAD)
         return y.reshape(batch, length, heads, size), scale.T.reshape(batch, length, heads)
     y = jnp.einsum("bti,inh->btnh", x, weight, preferred_element_type=jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(y * y, -1) + NORM_EPS)
@@ -75,8 +75,9 @@ def rope_table(cos: Float[Array, "T R"], sin: Float[Array, "T R"], dtype: DTypeL
     return jnp.concatenate([near[0], cos - near[0], near[1], sin - near[1]], -1).astype(dtype)
 
 
-def _rope_norm(total: Array, beside: Callable[[int], Array], put: Callable[[int, Array], None]) -> Iterator[Array]:
-    cos, sin = beside(0) + beside(1), beside(2) + beside(3)
+def _rope_norm(total: Array, piece: Callable[[int], Array], put: Callable[[int, Array], None]) -> Iterator[Array]:
+    """`_kernel`'s `finish` for heads, where `rope_table`'s rows lie beside; their 1/rms are the vectors."""
+    cos, sin = piece(0) + piece(1), piece(2) + piece(3)
     for head in range(COLUMNS // HEAD):
         first, second = (total[:, column : column + HEAD // 2] for column in (head * HEAD, head * HEAD + HEAD // 2))
         squares = jnp.sum(first * first, 1) + jnp.sum(second * second, 1)
@@ -101,29 +102,30 @@ def product_sum(count: int) -> Callable:
 
 def _product(
     pairs: Sequence[tuple[Float[Array, "B T _"], Float[Array, "_ O"]]],
-    finish: Callable[..., Array] = lambda total: total,
-    *besides: Float[Array, "B T O"],
+    formula: Callable[..., Array] = lambda total: total,
+    beside: Float[Array, "B T O"] | None = None,
 ) -> Float[Array, "B T O"]:
-    """finish(Σ a b over the pairs (a, b), *besides), element by element and in fp32; at most one array lies beside."""
+    """formula(Σ a b over the pairs (a, b), and what lies beside if there is that), element by element and in fp32."""
     batch, length, _ = pairs[0][0].shape
     if fits(batch * length, pairs[0][1].shape[1], *(len(b) for _, b in pairs)):
         flat = [(a.reshape(1, batch * length, -1), b[None]) for a, b in pairs]
-        flat_besides = [x.reshape(1, batch * length, -1) for x in besides]
-        out = _kernel(flat, _by_element(finish), flat_besides)
+        flat_beside = None if beside is None else beside.reshape(1, batch * length, -1)
+        out = _kernel(flat, _by_element(formula), flat_beside)
     else:
         total = sum(jnp.matmul(a, b, preferred_element_type=jnp.float32) for a, b in pairs)
-        out = finish(total, *(x.astype(jnp.float32) for x in besides)).astype(pairs[0][0].dtype)
+        wide = [] if beside is None else [beside.astype(jnp.float32)]
+        out = formula(total, *wide).astype(pairs[0][0].dtype)
     return out.reshape(batch, length, -1)
 
 
 def _by_element(formula: Callable[..., Array]) -> Callable[..., Iterator[Array]]:
     """`_kernel`'s `finish` for a formula of a product's element and, if there is one, that beside it."""
 
-    def finish(total, beside, put):
+    def finish(total, piece, put):
         del put
         for part in range(COLUMNS // PIECE):
-            piece = total[:, part * PIECE : (part + 1) * PIECE]
-            yield formula(piece, beside(part)) if beside else formula(piece)
+            own = total[:, part * PIECE : (part + 1) * PIECE]
+            yield formula(own, piece(part)) if piece else formula(own)
 
     return finish
 
@@ -147,13 +149,13 @@ def newton_schulz_step(
     a, b, c = coefficients
     gram = _kernel([(x, x)], flipped=(tall, not tall), symmetric=True)
     step = _polynomial(gram, b, c)
-    return _kernel([(x, step) if tall else (step, x)], _by_element(lambda total, x: total + a * x), [x])
+    return _kernel([(x, step) if tall else (step, x)], _by_element(lambda total, x: total + a * x), x)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _polynomial(gram: Float[Array, "L m m"], b: float, c: float) -> Float[Array, "L m m"]:
     """b G + c G²."""
-    return _kernel([(gram, gram)], _by_element(lambda total, gram: c * total + b * gram), [gram], symmetric=True)
+    return _kernel([(gram, gram)], _by_element(lambda total, gram: c * total + b * gram), gram, symmetric=True)
 
 
 def _shared(shape: tuple[int, ...], dtype: DTypeLike):
@@ -164,7 +166,7 @@ def _shared(shape: tuple[int, ...], dtype: DTypeLike):
 def _kernel(
     pairs: Sequence[tuple[Float[Array, "L _ _"], Float[Array, "L _ _"]]],
     finish: Callable[..., Iterator[Array]] | None = None,
-    besides: Sequence[Float[Array, "L _ N"]] = (),
+    beside: Float[Array, "L _ _"] | None = None,
     *,
     flipped: tuple[bool, bool] = (False, False),
     symmetric: bool = False,
@@ -174,8 +176,8 @@ def _kernel(
     """Σ a b of a stack, finished: [L, M, N]. And, where there are `vectors`, [vectors · N / 256, M] in fp32.
 
     Args:
-      finish: A function of 64 x 256 numbers of the sum in fp32, of what lies beside them, and of where vectors go. It
-        gives the results, 64 columns after another. `beside(i)` are the columns' `i`-th 64; `put(i, x)` makes x the
+      finish: A function (total, piece, put) of 64 x 256 numbers of the sum in fp32 that gives the results, 64 columns
+        after another. `piece(i)` are the `i`-th 64 columns of what lies beside, in fp32, and `put(i, x)` makes x the
         `i`-th vector.
       flipped: which of a and b are given as their transposes.
       symmetric: the result is known to be, and one half is computed.
@@ -190,16 +192,19 @@ def _kernel(
     squares_of_one = squares[0] * (squares[0] + 1) // 2 if symmetric else squares[0] * squares[1]
     inner_steps = [_sides(a, a_flipped)[1] // DEPTH for a, _ in pairs]
     steps = sum(inner_steps)
-    beside_steps = len(besides) * ROWS // PIECE  # what lies beside goes through the ring too, behind the operands
+    beside_steps = (
+        0 if beside is None else ROWS // PIECE
+    )  # what lies beside goes through the ring too, behind the operands
     steps_of_tile = steps + beside_steps
     out_types = [jax.ShapeDtypeStruct((count, rows, columns), dtype)]
     if vectors:
         out_types.append(jax.ShapeDtypeStruct((columns // COLUMNS * vectors, rows), jnp.float32))
 
     def product(*refs):
-        operands, rest = refs[: 2 * len(pairs)], refs[2 * len(pairs) :]
+        operands, rest = refs[: 2 * len(pairs)], list(refs[2 * len(pairs) :])
+        beside_ref = None if beside is None else rest.pop(0)
         pl.run_scoped(
-            functools.partial(block, operands, rest[: len(besides)], *rest[len(besides) :]),
+            functools.partial(block, operands, beside_ref, *rest),
             left=_shared((STAGES, DEPTH, ROWS) if a_flipped else (STAGES, ROWS, DEPTH), dtype),
             right=_shared((STAGES, COLUMNS, DEPTH) if b_flipped else (STAGES, DEPTH, COLUMNS), dtype),
             finished=_shared((2, 2, PIECE, PIECE), dtype),
@@ -208,7 +213,7 @@ def _kernel(
             collective_axes="group",
         )
 
-    def block(operands, beside_refs, out, *vector_out, left, right, finished, loaded, free):
+    def block(operands, beside_ref, out, *vector_out, left, right, finished, loaded, free):
         group = lax.axis_index("group")
 
         def for_tiles(work):
@@ -233,7 +238,8 @@ def _kernel(
 
         def load(first, matrix, row, column):
             load_operands(first, matrix, pl.ds(row, ROWS), pl.ds(column, COLUMNS))
-            load_besides(first + steps, matrix, row, column)
+            if beside is not None:
+                load_beside(first + steps, matrix, row, column)
 
         def load_operands(first, matrix, row, column):
             for a, b, count in zip(operands[::2], operands[1::2], inner_steps, strict=True):
@@ -248,16 +254,15 @@ def _kernel(
 
                 first += count
 
-        def load_besides(first, matrix, row, column):
+        def load_beside(first, matrix, row, column):
             if beside_rows:
                 row, column = lax.rem(row, beside_rows), 0
-            for ref in beside_refs:
-                for i in range(ROWS // PIECE):
-                    slot = slot_when_free(first + i)
-                    for j in range(2):  # a slot is full when two copies have arrived
-                        part = pl.ds(j * PIECE // 2, PIECE // 2)
-                        source = ref.at[matrix, pl.ds(row + i * PIECE, PIECE), pl.ds(column, COLUMNS)].at[part]
-                        plgpu.copy_gmem_to_smem(source, right.at[slot, part], loaded.at[slot])
+            for i in range(beside_steps):
+                slot = slot_when_free(first + i)
+                for j in range(2):  # a slot is full when two copies have arrived
+                    part = pl.ds(j * PIECE // 2, PIECE // 2)
+                    source = beside_ref.at[matrix, pl.ds(row + i * PIECE, PIECE), pl.ds(column, COLUMNS)].at[part]
+                    plgpu.copy_gmem_to_smem(source, right.at[slot, part], loaded.at[slot])
 
         def multiply(first, acc):
             own = pl.ds(group * PIECE, PIECE)
@@ -297,14 +302,14 @@ def _kernel(
                 plgpu.barrier_wait(loaded.at[slot])
             rows = pl.ds(row + group * PIECE, PIECE)
 
-            def beside(part):
+            def beside_piece(part):
                 slot = lax.rem(first + steps + group, STAGES)
                 return right[slot, :, pl.ds(part * PIECE, PIECE)].astype(jnp.float32)
 
             def put(index, vector):
                 vector_out[0][lax.div(column, COLUMNS) * vectors + index, rows] = vector
 
-            for part, piece in enumerate(finish(total, beside if besides else None, put)):
+            for part, piece in enumerate(finish(total, None if beside is None else beside_piece, put)):
                 columns = pl.ds(column + part * PIECE, PIECE)
                 write(piece.astype(dtype), 0 if symmetric else part % 2, (matrix, rows, columns))
                 if symmetric:
@@ -339,7 +344,7 @@ def _kernel(
         thread_name="group",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
     )
-    results = call(*(operand for pair in pairs for operand in pair), *besides)
+    results = call(*(operand for pair in pairs for operand in pair), *([] if beside is None else [beside]))
     return tuple(results) if vectors else results[0]
 
 

@@ -129,9 +129,8 @@ def test_a_mesh_shares_the_heads_out():
     assert {shard.data.shape for shard in actual[0].addressable_shards} == {(2, 6, 2, 128)}
 
 
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 def test_a_product_over_split_axes_is_added_up_over_devices_not_gathered():
-    if jax.device_count() < 2:
-        pytest.skip("needs two devices")
     mesh = make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])
     function, _, operands = cases(4, 6, 8, 12, jnp.float32)[2]
     specs = [P(None, None, "tensor") if x.ndim == 3 else P("tensor") for x in operands]
