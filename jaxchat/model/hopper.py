@@ -136,26 +136,30 @@ def fits(rows: int, columns: int, *inner: int) -> bool:
     return multiplies(jnp.bfloat16) and tiled and sum(inner) >= STAGES * DEPTH
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def newton_schulz_step(
-    x: Float[Array, "L m n"], coefficients: tuple[float, float, float], tall: bool
-) -> Float[Array, "L m n"]:
-    """a X + b (X Xᵀ) X + c (X Xᵀ)² X of each matrix, or by Xᵀ X where they are `tall`; both sides such that they `fit`.
+@functools.partial(jax.jit, static_argnums=1)
+def gram(x: Float[Array, "L m n"], tall: bool) -> Float[Array, "L s s"]:
+    """X Xᵀ of each matrix, or Xᵀ X where they are `tall`.
 
-    Of the symmetric products, those below the diagonal are computed and written twice: three fifths of the work at five
-    squares a side. What is added to a product costs no pass of its own. To lower a kernel takes half a second; under a
-    jit of their own, those of all steps and of equal shapes are lowered once.
+    Of symmetric products, what lies below the diagonal is computed and written twice: three fifths of the work at five
+    squares a side. To lower a kernel takes half a second; under a jit of its own, that of a shape is lowered once.
     """
-    a, b, c = coefficients
-    gram = _kernel([(x, x)], flipped=(tall, not tall), symmetric=True)
-    step = _polynomial(gram, b, c)
-    return _kernel([(x, step) if tall else (step, x)], _by_element(lambda total, x: total + a * x), x)
+    if fits(*(min(x.shape[1:]),) * 2, max(x.shape[1:])):
+        return _kernel([(x, x)], flipped=(tall, not tall), symmetric=True)
+    return jnp.matrix_transpose(x) @ x if tall else x @ jnp.matrix_transpose(x)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _polynomial(gram: Float[Array, "L m m"], b: float, c: float) -> Float[Array, "L m m"]:
-    """b G + c G²."""
-    return _kernel([(gram, gram)], _by_element(lambda total, gram: c * total + b * gram), gram, symmetric=True)
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def symmetric_product(x: Float[Array, "L m m"], y: Float[Array, "L m m"], a: float, b: float) -> Float[Array, "L m m"]:
+    """a X Y + b Y of symmetric matrices that commute, so that the result is symmetric too."""
+    if fits(*x.shape[1:], x.shape[2]):
+        return _kernel([(x, y)], _by_element(lambda total, y: a * total + b * y), y, symmetric=True)
+    return (a * jnp.matmul(x, y, preferred_element_type=jnp.float32) + b * y).astype(y.dtype)
+
+
+@jax.jit
+def stack_product(x: Float[Array, "L m k"], y: Float[Array, "L k n"]) -> Float[Array, "L m n"]:
+    """X Y of each pair of matrices."""
+    return _kernel([(x, y)]) if fits(x.shape[1], y.shape[2], y.shape[1]) else x @ y
 
 
 def _shared(shape: tuple[int, ...], dtype: DTypeLike):

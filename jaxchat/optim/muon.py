@@ -22,6 +22,9 @@ from jaxchat.mesh import shardings
 from jaxchat.model import hopper
 
 NORM_EPS = 1e-7
+# With three, rounding to bf16 made one of a thousand small random matrices blow up: a Gram matrix that goes on without
+# being computed anew gets negative eigenvalues, and each step makes them larger.
+STEPS_AT_ONCE = 2
 
 
 class MuonState(NamedTuple):
@@ -41,22 +44,28 @@ def newton_schulz(
 
     One step is X <- a X + b (X X^T) X + c (X X^T)^2 X with `coefficients` (a, b, c). It is computed in `dtype`, the
     result's too. The quintic of the source leaves singular values between about 0.7 and 1.2; a zero matrix stays zero.
+
+    A step is also X <- S X, with S = a I + b G + c G^2 and the Gram matrix G = X X^T; and then G becomes S G S. So
+    `STEPS_AT_ONCE` steps go by square matrices alone, all of them polynomials of one G, which are symmetric and
+    commute; the wide X is multiplied once, by the product of their S.
     """
     a, b, c = coefficients
     tall = stack.shape[1] > stack.shape[2]
     x = stack.astype(jnp.float32)
     # The iteration converges where no singular value is above 1, and none is above the Frobenius norm.
     x = (x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + NORM_EPS)).astype(dtype)
-    if hopper.multiplies(dtype) and hopper.fits(*stack.shape[1:], min(stack.shape[1:])):
-        for _ in range(steps):
-            x = hopper.newton_schulz_step(x, coefficients, tall)
-        return x
-    for _ in range(steps):
-        # Of the two Gram matrices, X X^T and X^T X, the smaller one makes the same step and is the cheaper.
-        gram = jnp.matrix_transpose(x) @ x if tall else x @ jnp.matrix_transpose(x)
-        # With a in the diagonal, for a X needs no pass over X of its own.
-        step = a * jnp.eye(gram.shape[1], dtype=dtype) + b * gram + c * (gram @ gram)
-        x = x @ step if tall else step @ x
+    identity = jnp.eye(min(stack.shape[1:]), dtype=dtype)
+    while steps > 0:
+        at_once = min(steps, STEPS_AT_ONCE)
+        gram, product = hopper.gram(x, tall), None
+        for step in range(at_once):
+            rest = hopper.symmetric_product(gram, gram, c, b)  # of S, without a I
+            product = hopper.symmetric_product(rest, product, 1.0, a) if step else rest + a * identity
+            if step < at_once - 1:
+                half = hopper.symmetric_product(rest, gram, 1.0, a)
+                gram = hopper.symmetric_product(rest, half, 1.0, a)
+        x = hopper.stack_product(x, product) if tall else hopper.stack_product(product, x)
+        steps -= at_once
     return x
 
 

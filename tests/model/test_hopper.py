@@ -79,18 +79,25 @@ def test_heads_with_rope_and_norm(shape, heads):
     np.testing.assert_allclose(scale, 1 / jnp.sqrt(jnp.mean(product**2, -1) + 1e-6), rtol=1e-3)
 
 
-@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
-@pytest.mark.parametrize("shape", [(3, 256, 256), (2, 768, 1536), (2, 1280, 512), (150, 512, 512)])
-def test_a_newton_schulz_step(shape):
-    x, (a, b, c) = draw(*shape, dtype=jnp.bfloat16), (3.4445, -4.7750, 2.0315)
+@pytest.mark.parametrize("shape", [(3, 256, 256), (2, 768, 1536), (2, 1280, 512), (150, 512, 512), (2, 24, 40)])
+def test_products_of_stacks(shape):
+    x = draw(*shape, dtype=jnp.bfloat16)
     tall = shape[1] > shape[2]
-    x /= jnp.linalg.norm(x.astype(jnp.float32), axis=(1, 2), keepdims=True).astype(x.dtype)
-    wide = (jnp.matrix_transpose(x) if tall else x).astype(jnp.float32)
-    gram = wide @ jnp.matrix_transpose(wide)
-    expected = a * wide + (b * gram + c * gram @ gram) @ wide
-    actual = jax.jit(lambda x: hopper.newton_schulz_step(x, (a, b, c), tall))(x)
-    actual = (jnp.matrix_transpose(actual) if tall else actual).astype(jnp.float32)
-    np.testing.assert_allclose(actual, expected, rtol=2**-6, atol=2**-7 * jnp.max(jnp.abs(expected)))
+    wide = jnp.matrix_transpose(x) if tall else x
+    expected = jnp.einsum("lmn,lkn->lmk", *(wide.astype(jnp.float32),) * 2)
+    gram = hopper.gram(x, tall)
+    assert_close(gram, expected)
+    gram = (gram / jnp.max(gram)).astype(jnp.bfloat16)
+    square = jnp.matmul(*(gram.astype(jnp.float32),) * 2)
+    assert_close(hopper.symmetric_product(gram, gram, 2.0, -5.0), 2 * square - 5 * gram.astype(jnp.float32))
+    operands = (x, gram) if tall else (gram, x)
+    assert_close(hopper.stack_product(*operands), jnp.matmul(*(y.astype(jnp.float32) for y in operands)))
+
+
+def assert_close(actual, expected):
+    assert actual.dtype == jnp.bfloat16
+    atol = 2**-7 * jnp.max(jnp.abs(expected))
+    np.testing.assert_allclose(actual.astype(jnp.float32), expected, rtol=2**-7, atol=atol)
 
 
 @pytest.mark.parametrize("side", range(1, 8))

@@ -62,10 +62,12 @@ def test_the_rows_of_the_loss(monkeypatch):
         (hopper.relu_squared_gradient_product, [X, UP, array(2, LENGTH, 4 * WIDTH)], 1),
         (hopper.product_sum(2), [X, array(WIDTH, 512), X, array(WIDTH, 512)], 1),
         (hopper.rope_norm_product, [X, array(WIDTH, 4, 128), array(LENGTH, 256)], 1),
-        (partial(hopper.newton_schulz_step, coefficients=(3.0, -5.0, 2.0), tall=False), [array(2, 256, 512)], 3),
-        (partial(hopper.newton_schulz_step, coefficients=(3.0, -5.0, 2.0), tall=True), [array(2, 512, 256)], 3),
+        (partial(hopper.gram, tall=False), [array(2, 256, 512)], 1),
+        (partial(hopper.gram, tall=True), [array(2, 512, 256)], 1),
+        (partial(hopper.symmetric_product, a=2.0, b=-5.0), [array(2, 256, 256), array(2, 256, 256)], 1),
+        (hopper.stack_product, [array(2, 256, 256), array(2, 256, 512)], 1),
     ],
-    ids=["relu2", "relu2's gradient", "sum", "heads", "wide", "tall"],
+    ids=["relu2", "relu2's gradient", "sum", "heads", "gram, wide", "gram, tall", "symmetric", "stacks"],
 )
 def test_products(monkeypatch, function, arguments, count):
     monkeypatch.setattr(hopper, "capability", lambda: 9.0)

@@ -127,6 +127,32 @@ def test_singular_values_come_near_one_and_vectors_stay(shape, seed, scale, dtyp
     np.testing.assert_allclose(aligned, np.diag(np.diag(aligned)), atol=tolerance)
 
 
+SPECTRA = {
+    "powers": np.arange(1, 129) ** -1.5,
+    "one direction": np.append(1, np.full(127, 1e-3)),
+    "few directions": np.append(np.ones(8), np.zeros(120)),
+    "exponential": np.exp(-np.arange(128) / 13),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("size", [128, 384])
+def test_rounding_to_bf16_does_no_harm(spectrum, size):
+    """Whatever the spectrum, the result lies as near to the exact polynomial's as bf16 allows, and does not blow up."""
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.normal(size=(n, 128)))[0] for n in (128, size))
+    matrix = jnp.asarray((u * SPECTRA[spectrum]) @ v.T, jnp.float32)
+    normalized = (matrix / jnp.linalg.norm(matrix)).astype(jnp.bfloat16)
+    u, values, vt = np.linalg.svd(np.asarray(normalized, np.float64), full_matrices=False)
+    a, b, c = QUINTIC
+    for _ in range(5):
+        values = a * values + b * values**3 + c * values**5
+    expected = (u * values) @ vt
+    actual = np.asarray(newton_schulz(matrix[None], 5, QUINTIC)[0].astype(jnp.float32))
+    assert np.linalg.norm(actual - expected) < 0.06 * np.linalg.norm(expected)
+    assert np.linalg.norm(actual, 2) < 1.25
+
+
 def test_cubic_iteration_through_the_coefficients():
     """3/2 X - 1/2 X X^T X, run long enough, gives the polar factor itself."""
     matrix = np.random.default_rng(1).normal(size=(6, 10)).astype(np.float32)
