@@ -73,7 +73,7 @@ class GPT(nnx.Module):
             graph, weights = nnx.split(block)
             x, cache = _run_block(graph, remat, in_fp8, weights, x, rope, positions, cache, documents)
             new_caches.append(cache)
-        return rms_norm(x), new_caches
+        return norm_branch(x)[1], new_caches
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -85,7 +85,7 @@ def partitioned(rule: str, whole: tuple[str, ...] = (), summed: tuple[str, ...] 
     """Makes each device run the decorated function on its part of the arrays, which `rule` describes as einsum would.
 
     An axis is split as it is in the first operand that has it, unless it is one of `whole`, which the function needs in
-    one piece. Over the axes of `summed`, which are split alike, it adds up, and then over devices too.
+    one piece; one of a result alone is not split. Over the axes of `summed`, which are split alike, it adds up, and then over devices too.
     """
     operands, results = ([dims.split() for dims in side.split(",")] for side in rule.split("->"))
 
@@ -101,7 +101,7 @@ def partitioned(rule: str, whole: tuple[str, ...] = (), summed: tuple[str, ...] 
                         split[dim] = tuple(axis for axis in _axes(axes) if axis not in beside)
                         split |= dict.fromkeys(summed, split[dim]) if dim in summed else {}
             into, out_of = (
-                tuple(NamedSharding(mesh, P(*(split[dim] or None for dim in dims))) for dims in side)
+                tuple(NamedSharding(mesh, P(*(split.get(dim) or None for dim in dims))) for dims in side)
                 for side in (operands, results)
             )
             over = split[summed[0]] if summed else ()

@@ -90,29 +90,33 @@ def _rope_norm(total: Array, piece: Callable[[int], Array], put: Callable[[int, 
 
 @functools.cache
 def product_sum(count: int) -> Callable:
-    """(a, b, c, d, ...) -> a @ b + c @ d + ..., of `count` products in all."""
-    pairs = ", ".join(f"b t i{n}, i{n} o" for n in range(count))
+    """(a, b, c, d, ...) -> a @ bᵀ + c @ dᵀ + ..., of `count` products in all."""
+    pairs = ", ".join(f"b t i{n}, o i{n}" for n in range(count))
 
     @partitioned(f"{pairs} -> b t o", summed=tuple(f"i{n}" for n in range(count)))
     def add_up(*operands):
-        return _product(list(zip(operands[::2], operands[1::2], strict=True)))
+        return _product(list(zip(operands[::2], operands[1::2], strict=True)), flipped=True)
 
     return add_up
 
 
 def _product(
-    pairs: Sequence[tuple[Float[Array, "B T _"], Float[Array, "_ O"]]],
+    pairs: Sequence[tuple[Float[Array, "B T _"], Float[Array, "_ _"]]],
     formula: Callable[..., Array] = lambda total: total,
     beside: Float[Array, "B T O"] | None = None,
+    *,
+    flipped: bool = False,
 ) -> Float[Array, "B T O"]:
-    """formula(Σ a b over the pairs (a, b), and what lies beside if there is that), element by element and in fp32."""
+    """formula(Σ a b over the pairs (a, b), and what lies beside if there is that), element by element and in fp32; each
+    b is given as its transpose where they are `flipped`."""
     batch, length, _ = pairs[0][0].shape
-    if fits(batch * length, pairs[0][1].shape[1], *(len(b) for _, b in pairs)):
+    columns = pairs[0][1].shape[0 if flipped else 1]
+    if fits(batch * length, columns, *(a.shape[2] for a, _ in pairs)):
         flat = [(a.reshape(1, batch * length, -1), b[None]) for a, b in pairs]
         flat_beside = None if beside is None else beside.reshape(1, batch * length, -1)
-        out = _kernel(flat, _by_element(formula), flat_beside)
+        out = _kernel(flat, _by_element(formula), flat_beside, flipped=(False, flipped))
     else:
-        total = sum(jnp.matmul(a, b, preferred_element_type=jnp.float32) for a, b in pairs)
+        total = sum(jnp.matmul(a, b.T if flipped else b, preferred_element_type=jnp.float32) for a, b in pairs)
         wide = [] if beside is None else [beside.astype(jnp.float32)]
         out = formula(total, *wide).astype(pairs[0][0].dtype)
     return out.reshape(batch, length, -1)
@@ -183,7 +187,7 @@ def _kernel(
       finish: A function (total, piece, put) of 64 x 256 numbers of the sum in fp32 that gives the results, 64 columns
         after another. `piece(i)` are the `i`-th 64 columns of what lies beside, in fp32, and `put(i, x)` makes x the
         `i`-th vector.
-      flipped: which of a and b are given as their transposes.
+      flipped: which of a and b are given as their transposes; b only where nothing lies beside.
       symmetric: the result is known to be, and one half is computed.
       beside_rows: if not 0, what lies beside has so many rows, again and again, and 256 columns.
     """

@@ -91,7 +91,7 @@ _products.defvjp(_products_forward, _products_backward)
 def _input_gradient(grads: Sequence[Float[Array, "B T _"]], weights: Sequence[Float[Array, "I _"]]) -> Array:
     """Σ grad Wᵀ."""
     if len(grads) > 1 and hopper.multiplies(grads[0].dtype):
-        operands = itertools.chain.from_iterable((grad, w.T) for grad, w in zip(grads, weights, strict=True))
+        operands = itertools.chain.from_iterable(zip(grads, weights, strict=True))
         return hopper.product_sum(len(grads))(*operands)
     # One after the other, each adding to the last: left to itself, XLA adds them up in a pass of its own.
     total = grads[0] @ weights[0].T

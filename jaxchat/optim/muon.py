@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxchat.mesh import shardings
-from jaxchat.model import hopper
+from jaxchat.model import hopper, kernels
 
 NORM_EPS = 1e-7
 # With three, rounding to bf16 made one of a thousand small random matrices blow up: a Gram matrix that goes on without
@@ -102,6 +102,7 @@ def scale_by_muon(
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         buffer = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, state.momentum, grads)
         nesterov = jax.tree.map(lambda m, g: (mu * m + (1 - mu) * g).astype(dtype), buffer, grads)
+        # Both come out of one pass: else XLA computes the second again where the matrices are stacked.
         nesterov = jax.lax.optimization_barrier(nesterov)
         if mesh is not None and mesh.size > 1:
             directions = _orthogonalize_over_mesh(nesterov, orthogonalize, mesh, dtype)
@@ -125,19 +126,11 @@ def _orthogonalize_stacks(matrices, orthogonalize, dtype, specs=None):
         groups[leaf.shape, specs[index] if specs else None].append(index)
     results = [None] * len(leaves)
     for (_, spec), members in groups.items():
-        stack = _stack([leaves[index] for index in members])
+        stack = kernels.stack([leaves[index] for index in members])
         stack = orthogonalize(stack) if spec is None else orthogonalize(stack, spec)
         for row, index in enumerate(members):
             results[index] = stack[row]
     return jax.tree.unflatten(treedef, results)
-
-
-def _stack(matrices):
-    """One written behind the other: XLA's concatenation of many arrays goes at a quarter of a GPU's memory bandwidth."""
-    stack = jnp.zeros((len(matrices), *matrices[0].shape), matrices[0].dtype)
-    for index, matrix in enumerate(matrices):
-        stack = jax.lax.dynamic_update_index_in_dim(stack, matrix, index, 0)
-    return stack
 
 
 def _orthogonalize_over_mesh(matrices, orthogonalize, mesh, dtype):

@@ -30,17 +30,17 @@ def relu_squared_gradient(grad, w, y):
 
 
 def product_sum(a, b, c, d):
-    return a @ b + c @ d
+    return a @ b.T + c @ d.T
 
 
 def cases(rows, length, inner, columns, dtype):
     x, w = draw(rows, length, inner, dtype=dtype), draw(inner, columns, seed=1, dtype=dtype) / inner**0.5
     y = jnp.square(draw(rows, length, columns, seed=2, dtype=dtype))
-    other = draw(rows, length, 2 * inner, seed=3, dtype=dtype), draw(2 * inner, columns, seed=4, dtype=dtype)
+    other = draw(rows, length, 2 * inner, seed=3, dtype=dtype), draw(columns, 2 * inner, seed=4, dtype=dtype)
     return [
         (hopper.relu_squared_product, relu_squared, (x, w)),
         (hopper.relu_squared_gradient_product, relu_squared_gradient, (x, w, y)),
-        (hopper.product_sum(2), product_sum, (x, w, *other)),
+        (hopper.product_sum(2), product_sum, (x, w.T, *other)),
     ]
 
 
@@ -113,7 +113,7 @@ def test_the_squares_of_a_triangle_come_once_each(side):
 def test_a_mesh_shares_the_products_out(case, weights):
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
     function, formula, operands = cases(4, 6, 8, 12, jnp.float32)[case]
-    summed_over = P("fsdp", None, "tensor") if case == 2 and weights == P("tensor", "fsdp") else P("fsdp")
+    summed_over = P("fsdp", None, "tensor") if case == 2 and weights == P("fsdp", "tensor") else P("fsdp")
     specs = [summed_over if x.ndim == 3 else weights for x in operands]
     placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(operands, specs, strict=True)]
     np.testing.assert_allclose(jax.jit(function)(*placed), formula(*operands), rtol=1e-5, atol=1e-5)
@@ -140,7 +140,7 @@ def test_a_mesh_shares_the_heads_out():
 def test_a_product_over_split_axes_is_added_up_over_devices_not_gathered():
     mesh = make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])
     function, _, operands = cases(4, 6, 8, 12, jnp.float32)[2]
-    specs = [P(None, None, "tensor") if x.ndim == 3 else P("tensor") for x in operands]
+    specs = [P(None, None, "tensor") if x.ndim == 3 else P(None, "tensor") for x in operands]
     placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(operands, specs, strict=True)]
     program = jax.jit(function).lower(*placed).compile().as_text()
     assert "all-reduce" in program

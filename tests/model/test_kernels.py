@@ -52,6 +52,12 @@ def test_a_row_of_zeros_has_a_finite_norm_and_gradient():
     assert_same(value_and_grads(kernels.norm_branch, x), value_and_grads(lambda x: (x, layers.rms_norm(x)), x))
 
 
+@pytest.mark.parametrize("count, shape", [(1, (8, 16)), (5, (24, 40))])
+def test_a_stack(count, shape):
+    matrices = [draw(*shape, seed=seed) for seed in range(count)]
+    np.testing.assert_array_equal(kernels.stack(matrices), np.stack(matrices))
+
+
 @pytest.mark.parametrize("heads, size", [(1, 64), (3, 128), (2, 96)])
 def test_rope_and_the_norm_of_each_head(heads, size):
     x = draw(2, 8, heads, size)

@@ -48,10 +48,14 @@ def test_kernels_and_their_gradients(monkeypatch, function, arguments, count):
     assert lowered(forward_and_back, arguments).count(KERNEL) >= count
 
 
-def test_the_rows_of_the_loss(monkeypatch):
+@pytest.mark.parametrize(
+    "function, arguments",
+    [(loss, [array(ROWS, 1024), array(ROWS, dtype=jnp.int32)]), (kernels._stack(3), [SQUARE] * 3)],
+    ids=["loss", "stack"],
+)
+def test_kernels_without_a_gradient(monkeypatch, function, arguments):
     monkeypatch.setattr(gpu, "INTERPRET", False)
-    arguments = [array(ROWS, 1024), array(ROWS, dtype=jnp.int32)]
-    assert lowered(loss, arguments).count(KERNEL) == 1
+    assert lowered(function, arguments).count(KERNEL) == 1
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
@@ -60,7 +64,7 @@ def test_the_rows_of_the_loss(monkeypatch):
     [
         (hopper.relu_squared_product, [X, UP], 1),
         (hopper.relu_squared_gradient_product, [X, UP, array(2, LENGTH, 4 * WIDTH)], 1),
-        (hopper.product_sum(2), [X, array(WIDTH, 512), X, array(WIDTH, 512)], 1),
+        (hopper.product_sum(2), [X, array(512, WIDTH), X, array(512, WIDTH)], 1),
         (hopper.rope_norm_product, [X, array(WIDTH, 4, 128), array(LENGTH, 256)], 1),
         (partial(hopper.gram, tall=False), [array(2, 256, 512)], 1),
         (partial(hopper.gram, tall=True), [array(2, 512, 256)], 1),
