@@ -153,9 +153,13 @@ def gram(x: Float[Array, "L m n"], tall: bool) -> Float[Array, "L s s"]:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def symmetric_product(x: Float[Array, "L m m"], y: Float[Array, "L m m"], a: float, b: float) -> Float[Array, "L m m"]:
+def symmetric_product(
+    x: Float[Array, "L m m"], y: Float[Array, "L m m"], a: float = 1.0, b: float = 0.0
+) -> Float[Array, "L m m"]:
     """a X Y + b Y of symmetric matrices that commute, so that the result is symmetric too."""
     if fits(*x.shape[1:], x.shape[2]):
+        if b == 0:
+            return _kernel([(x, y)], _by_element(lambda total: a * total), symmetric=True)
         return _kernel([(x, y)], _by_element(lambda total, y: a * total + b * y), y, symmetric=True)
     return (a * jnp.matmul(x, y, preferred_element_type=jnp.float32) + b * y).astype(y.dtype)
 

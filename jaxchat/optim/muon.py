@@ -58,20 +58,20 @@ def newton_schulz(
     norm = jnp.sqrt(jnp.sum(jnp.diagonal(gram, axis1=1, axis2=2).astype(jnp.float32), 1))[:, None, None]
     scale = 1 / (norm + NORM_EPS)
     gram = (gram * scale**2).astype(dtype)
-    identity = jnp.eye(gram.shape[1])
+    diagonal = jnp.arange(gram.shape[1])
     for first in range(0, steps, STEPS_AT_ONCE):
         if first > 0:
-            gram, scale = hopper.gram(x, tall), 1.0
+            gram, scale = hopper.gram(x, tall), None
         last = min(first + STEPS_AT_ONCE, steps) - 1
         for step in range(first, last + 1):
-            rest = hopper.symmetric_product(gram, gram, c, b)  # of S, without a I
-            if step == first:
-                product = (scale * (rest + a * identity)).astype(dtype)
-            else:
-                product = hopper.symmetric_product(rest, product, 1.0, a)
+            # Only the diagonal is written again, in its place.
+            factor = hopper.symmetric_product(gram, gram, c, b).at[:, diagonal, diagonal].add(a, unique_indices=True)
             if step < last:
-                half = hopper.symmetric_product(rest, gram, 1.0, a)
-                gram = hopper.symmetric_product(rest, half, 1.0, a)
+                gram = hopper.symmetric_product(factor, hopper.symmetric_product(factor, gram))
+            if step > first:
+                product = hopper.symmetric_product(factor, product)
+            else:
+                product = factor if scale is None else (scale * factor).astype(dtype)
         x = hopper.stack_product(x, product) if tall else hopper.stack_product(product, x)
     return x
 
