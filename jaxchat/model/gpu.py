@@ -3,11 +3,18 @@ splits them all."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
+import jaxlib
+from etils import epath
 from jax.experimental import pallas as pl
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import triton
@@ -66,6 +73,50 @@ def launch(
     )
 
 
+def lowered_once(call: Callable, operands: Sequence[Array], target: str) -> Any:
+    """call(*operands), where `call` is a kernel whose lowering, to the custom call `target`, takes long: half a second
+    for one by Mosaic.
+
+    A process lowers it once for operands of such shapes, however many layers or devices have it, and another process
+    finds it beside the compiled programs that JAX keeps.
+    """
+    jaxpr = jax.make_jaxpr(call)(*operands)
+    made_for = jax.__version__, jaxlib.__version__, multiprocessors(), jaxpr
+    key = hashlib.sha256(" ".join(map(str, made_for)).encode()).hexdigest()
+    if key not in _LOWERED:
+        _LOWERED[key] = _kept(key) or _lower(key, call, operands, target)
+    return _LOWERED[key].call(*operands)
+
+
+_LOWERED: dict[str, jax.export.Exported] = {}
+
+
+def _kept(key: str) -> jax.export.Exported | None:
+    try:
+        return jax.export.deserialize(bytearray(_file(key).read_bytes()))
+    except Exception:  # not there, cut off, or of another version: whatever it is, it can be made again
+        return None
+
+
+def _lower(key: str, call: Callable, operands: Sequence[Array], target: str) -> jax.export.Exported:
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(target)]
+    lowered = jax.export.export(jax.jit(call), platforms=["cuda"], disabled_checks=allowed)(*operands)
+    with contextlib.suppress(OSError):  # a full disk costs the next start half a second
+        file = _file(key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f"{file.name}.{os.getpid()}")
+        part.write_bytes(lowered.serialize())
+        part.replace(file)
+    return lowered
+
+
+def _file(key: str) -> epath.Path:
+    folder = jax.config.jax_compilation_cache_dir
+    if folder is None:
+        raise FileNotFoundError
+    return epath.Path(folder) / "kernels" / key
+
+
 def load(ref, index, mask=None) -> Array:
     """Elements in fp32, 0 where the mask is false."""
     return triton.load(ref.at[index], mask=mask, other=None if mask is None else 0.0).astype(jnp.float32)
@@ -85,7 +136,8 @@ def partitioned(rule: str, whole: tuple[str, ...] = (), summed: tuple[str, ...] 
     """Makes each device run the decorated function on its part of the arrays, which `rule` describes as einsum would.
 
     An axis is split as it is in the first operand that has it, unless it is one of `whole`, which the function needs in
-    one piece; one of a result alone is not split. Over the axes of `summed`, which are split alike, it adds up, and then over devices too.
+    one piece; one that results alone have is not split. Over the axes of `summed`, which are split alike, the function
+    adds up, and then over devices too.
     """
     operands, results = ([dims.split() for dims in side.split(",")] for side in rule.split("->"))
 

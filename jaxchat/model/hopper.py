@@ -11,6 +11,7 @@ one above the other, share what they load of the right operand.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -21,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxchat.model.gpu import NORM_EPS, capability, multiprocessors, partitioned
+from jaxchat.model.gpu import NORM_EPS, capability, lowered_once, multiprocessors, partitioned
 
 ROWS, COLUMNS = 128, 256  # a tile
 DEPTH, STAGES = 64, 4  # of the sum, loaded at a time; slots of the ring
@@ -145,7 +146,7 @@ def gram(x: Float[Array, "L m n"], tall: bool) -> Float[Array, "L s s"]:
     """X Xᵀ of each matrix, or Xᵀ X where they are `tall`.
 
     Of symmetric products, what lies below the diagonal is computed and written twice: three fifths of the work at five
-    squares a side. To lower a kernel takes half a second; under a jit of its own, that of a shape is lowered once.
+    squares a side.
     """
     if fits(*(min(x.shape[1:]),) * 2, max(x.shape[1:])):
         return _kernel([(x, x)], flipped=(tall, not tall), symmetric=True)
@@ -356,7 +357,8 @@ def _kernel(
         thread_name="group",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
     )
-    results = call(*(operand for pair in pairs for operand in pair), *([] if beside is None else [beside]))
+    operands = [*itertools.chain.from_iterable(pairs), *([] if beside is None else [beside])]
+    results = lowered_once(call, operands, "mosaic_gpu_v2")
     return tuple(results) if vectors else results[0]
 
 

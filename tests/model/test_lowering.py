@@ -78,6 +78,42 @@ def test_products(monkeypatch, function, arguments, count):
     assert lowered(function, arguments).count(PRODUCT) == count
 
 
+@pytest.fixture
+def kept_programs(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_kernel_is_lowered_once_for_all_processes(monkeypatch, kept_programs):
+    monkeypatch.setattr(gpu, "INTERPRET", False)
+    monkeypatch.setattr(gpu, "_LOWERED", {})
+    lower, made = gpu._lower, []
+    monkeypatch.setattr(gpu, "_lower", lambda key, *rest: made.append(key) or lower(key, *rest))
+
+    def copy(factor):
+        def kernel(x_ref, y_ref):
+            index = jnp.arange(64)
+            gpu.store(y_ref, index, factor * gpu.load(x_ref, index))
+
+        return gpu.launch(kernel, (1,), [array(64)], warps=1)
+
+    def program(factor):
+        call = copy(factor)
+        return lowered(lambda x: [gpu.lowered_once(call, [x], KERNEL) for _ in range(3)], [array(64)])
+
+    assert KERNEL in program(2.0) and len(made) == 1
+    program(3.0)
+    assert len(set(made)) == 2  # another kernel, though of the same name and shapes
+    gpu._LOWERED.clear()  # as another process
+    assert KERNEL in program(2.0) and len(made) == 2
+    for file in (kept_programs / "kernels").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    gpu._LOWERED.clear()
+    assert KERNEL in program(2.0) and made[2:] == made[:1]
+
+
 def lowered(function, arguments):
     """The program for the GPU, as text."""
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (KERNEL, PRODUCT)]
