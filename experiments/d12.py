@@ -4,7 +4,7 @@
     python launch.py --experiment=d12 --data=DIR     # your text
 
 Hardware: one H100 or H200. Expected, not measured: 1.3 hours for 2.7 billion tokens at 50 % MFU.
-Measured on one H200 (benchmarks/RESULTS.md): 655,000 tokens/s; 1.098 validation bits per byte on 150 MB of
+Measured on one H200 (benchmarks/RESULTS.md): 659,000 tokens/s; 1.098 validation bits per byte on 150 MB of
 English after --pretrain.num-iterations=400 --pretrain.batch-tokens=131072 --data.packing=concat.
 """
 
