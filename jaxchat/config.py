@@ -155,7 +155,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        for name in ("matrix_lr", "embedding_lr", "head_lr", "clip_norm"):
+        for name in ("matrix_lr", "embedding_lr", "head_lr", "newton_schulz_steps", "clip_norm"):
             check(getattr(self, name) > 0, f"optimizer.{name.replace('_', '-')} must be above 0")
         rates = ("adam_b1", "adam_b2", "muon_momentum", "muon_momentum_start")
         _check_each(self, "optimizer.", lambda value: 0 <= value < 1, "at least 0 and below 1", *rates)

@@ -70,6 +70,7 @@ def test_known_models():
         (lambda: MeshConfig(fsdp=0), "mesh.fsdp and mesh.tensor"),
         (lambda: MeshConfig(data=-2), "mesh.data"),
         (lambda: OptimizerConfig(matrix_lr=0.0), "optimizer.matrix-lr must be above 0"),
+        (lambda: OptimizerConfig(newton_schulz_steps=0), "optimizer.newton-schulz-steps must be above 0"),
         (lambda: ScheduleConfig(warmup_ratio=0.6, decay_ratio=0.6), "sum to at most 1"),
         (lambda: ScheduleConfig(final_fraction=1.5), "schedule.final-fraction"),
         (lambda: TokenizerConfig(max_chars=0), "tokenizer.max-chars"),
