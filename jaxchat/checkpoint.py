@@ -29,6 +29,7 @@ from jaxchat import s3
 from jaxchat.config import CheckpointConfig, UserError, check
 from jaxchat.distributed import agreed, exchange
 from jaxchat.storage import first_line, is_remote, storage_errors
+from jaxchat.trees import kinds, like, nested
 
 MANIFEST = "manifest.json"
 WORTHS = "worths.json"
@@ -76,10 +77,10 @@ class Checkpoints:
             return
         rest = {key: value for key, value in state_tree.items() if key != PARAMS}
         items = {
-            PARAMS: ocp.args.PyTreeSave(_nested(state_tree[PARAMS])),
-            TRAINING: ocp.args.PyTreeSave(_nested(rest)),
+            PARAMS: ocp.args.PyTreeSave(nested(state_tree[PARAMS])),
+            TRAINING: ocp.args.PyTreeSave(nested(rest)),
             DATA: ocp.args.JsonSave(data),
-            META: ocp.args.JsonSave({"meta": meta, "arrays": _arrays(state_tree)}),
+            META: ocp.args.JsonSave({"meta": meta, "arrays": kinds(state_tree)}),
         }
         with self._told():
             manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -155,7 +156,7 @@ class Checkpoints:
             data=ocp.args.JsonRestore(),
             meta=ocp.args.JsonRestore(),
         )
-        tree = {PARAMS: _like(abstract_tree[PARAMS], restored.params), **_like(rest, restored.training)}
+        tree = {PARAMS: like(abstract_tree[PARAMS], restored.params), **like(rest, restored.training)}
         return tree, restored.data, restored.meta["meta"]
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
@@ -164,7 +165,7 @@ class Checkpoints:
         self._verify(step, (PARAMS, META))
         self._check_fit(step, {PARAMS: abstract_params})
         restored = _read(self._folder(step), params=_restore_args(abstract_params))
-        return _like(abstract_params, restored.params)
+        return like(abstract_params, restored.params)
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises what went wrong on the way there."""
@@ -246,7 +247,7 @@ class Checkpoints:
     def _check_fit(self, step: int, abstract_tree: dict[str, Any]) -> None:
         saved = _read(self._folder(step), meta=ocp.args.JsonRestore()).meta["arrays"]
         saved = {name: kind for name, kind in saved.items() if name.split("/")[0] in abstract_tree}
-        wanted = _arrays(abstract_tree)
+        wanted = kinds(abstract_tree)
         for name in sorted({*saved, *wanted}, key=lambda name: (not name.startswith(PARAMS), name)):
             there, here = saved.get(name, "missing"), wanted.get(name, "missing")
             check(
@@ -279,44 +280,12 @@ class _Manager(ocp.CheckpointManager):
         return False  # the loop decides when a process that must end saves for the last time
 
 
-def _named_leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [(tuple(jax.tree_util.keystr((key,), simple=True) for key in path), leaf) for path, leaf in leaves]
-
-
-def _arrays(tree: Any) -> dict[str, str]:
-    """Type and shape of each leaf, as `float32[64,256]`, by its path."""
-    return {"/".join(names): f"{x.dtype}{list(x.shape)}".replace(" ", "") for names, x in _named_leaves(tree)}
-
-
-def _nested(tree: Any) -> dict[str, Any]:
-    """The tree as plain nested dicts, so that a checkpoint does not depend on the classes of an optimizer's state."""
-    root: dict[str, Any] = {}
-    for names, leaf in _named_leaves(tree):
-        node = root
-        for name in names[:-1]:
-            node = node.setdefault(name, {})
-        node[names[-1]] = leaf
-    return root
-
-
-def _like(structure: Any, nested: dict[str, Any]) -> Any:
-    """The inverse of `_nested`, into the structure of a given tree."""
-    leaves = []
-    for names, _ in _named_leaves(structure):
-        node = nested
-        for name in names:
-            node = node[name]
-        leaves.append(node)
-    return jax.tree.unflatten(jax.tree.structure(structure), leaves)
-
-
 def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
     def place(leaf):
         sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    item = _nested(jax.tree.map(place, abstract))
+    item = nested(jax.tree.map(place, abstract))
     return ocp.args.PyTreeRestore(item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
 
 
