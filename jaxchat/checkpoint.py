@@ -14,8 +14,8 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from jaxchat import s3
 from jaxchat.config import CheckpointConfig, UserError, check
 from jaxchat.distributed import agreed, exchange
+from jaxchat.snapshot import Snapshots
 from jaxchat.storage import first_line, is_remote, storage_errors
 from jaxchat.trees import kinds, like, nested
 
@@ -44,8 +45,9 @@ class Checkpoints:
 
     A state is a dict of pytrees of `jax.Array`, one of them `params`, and at least one other.
 
-    After a failed save `failed` is true: threads of Orbax's wait ten minutes for the rest of it, and who would end must
-    not wait for them.
+    After a failed save `failed` is true, and after Ctrl-C in the wait for one: threads of Orbax's wait ten minutes for
+    the rest of it, and who would end must not wait for them. Who would end otherwise waits first, by `wait` or `close`:
+    Orbax cannot go on while Python shuts down.
     """
 
     failed = False
@@ -60,30 +62,50 @@ class Checkpoints:
             # Storage renames by copying, one file after the other: there a file written last says that all is there.
             self._atomicity = options.AtomicityOptions(mode=options.AtomicityMode.COMMIT_FILE)
         self._config = config or CheckpointConfig()
+        self._policy = _Policy(self._config)
         self._worths: dict[int, float] | None = None  # of steps that were evaluated: the more the better
         self._manager: ocp.CheckpointManager | None = None
+        self._thread: ThreadPoolExecutor | None = None  # of one thread, the only one to call the manager
+        self._error: BaseException | None = None  # from there, not yet told
+        self._snapshots = Snapshots()
         self._saving: int | None = None
 
+    def prepare(self, abstract_tree: dict[str, Any]) -> None:
+        """Compiles what the first save would wait for."""
+        if jax.process_count() == 1:
+            self._snapshots.prepare(abstract_tree)
+
     def save(self, step: int, state_tree: dict[str, Any], *, data: dict, meta: dict) -> None:
-        """Copies the state to the host and returns; a thread writes it. A step that is there already stays as it is.
+        """Copies the state on its devices and returns; a thread writes the copy. Where they have no room for it, it
+        returns when the state is copied to the host. A step that is there already stays as it is.
 
         `data` and `meta` are JSON. Errors of the writing are raised by the next call.
         """
         self.wait()
         self._saving = step
         with self._told():
-            manager = self._writer()
+            self._writer()
         if step in self.steps():
             return
-        rest = {key: value for key, value in state_tree.items() if key != PARAMS}
+        # Several processes save step by step together: in each Orbax waits for the others.
+        copy = self._snapshots.take(state_tree) if jax.process_count() == 1 else None
+        on_host = self._begin(self._write, self._manager, step, copy or state_tree, data, meta)
+        if copy is None:
+            self._finish(on_host)
+        else:
+            on_host.add_done_callback(lambda _: jax.tree.map(lambda x: x.delete(), copy))
+
+    @staticmethod
+    def _write(manager: ocp.CheckpointManager, step: int, state_tree: dict[str, Any], data: dict, meta: dict) -> None:
+        """Copies the state to the host and returns; threads of Orbax's write it."""
+        params, rest = _split(state_tree)
         items = {
-            PARAMS: ocp.args.PyTreeSave(nested(state_tree[PARAMS])),
+            PARAMS: ocp.args.PyTreeSave(nested(params)),
             TRAINING: ocp.args.PyTreeSave(nested(rest)),
             DATA: ocp.args.JsonSave(data),
             META: ocp.args.JsonSave({"meta": meta, "arrays": kinds(state_tree)}),
         }
-        with self._told():
-            manager.save(step, args=ocp.args.Composite(**items), force=True)
+        manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def note_worth(self, step: int, worth: float) -> None:
         """Remembers, with the checkpoints, how good the state of a step is, the more the better: for `keep_best`."""
@@ -148,15 +170,15 @@ class Checkpoints:
         step = self._existing(step)
         self._verify(step, (PARAMS, TRAINING, DATA, META))
         self._check_fit(step, abstract_tree)
-        rest = {key: value for key, value in abstract_tree.items() if key != PARAMS}
+        params, rest = _split(abstract_tree)
         restored = _read(
             self._folder(step),
-            params=_restore_args(abstract_tree[PARAMS]),
+            params=_restore_args(params),
             training=_restore_args(rest),
             data=ocp.args.JsonRestore(),
             meta=ocp.args.JsonRestore(),
         )
-        tree = {PARAMS: like(abstract_tree[PARAMS], restored.params), **like(rest, restored.training)}
+        tree = {PARAMS: like(params, restored.params), **like(rest, restored.training)}
         return tree, restored.data, restored.meta["meta"]
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
@@ -170,8 +192,29 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when everything is on disk; raises what went wrong on the way there."""
         if self._manager is not None:
+            self._finish(self._begin(self._manager.wait_until_finished))
+
+    def _begin(self, work: Callable[..., None], *args: Any) -> Future:
+        """Has the thread do it, behind what it has begun. The manager raises an error once in each thread that asks."""
+        return self._thread.submit(self._noting_errors, work, *args)
+
+    def _noting_errors(self, work: Callable[..., None], *args: Any) -> None:
+        try:
             with self._told():
-                self._manager.wait_until_finished()
+                work(*args)
+        except BaseException as error:
+            self._error = self._error or error
+
+    def _finish(self, begun: Future) -> None:
+        """Waits for it, and raises what went wrong in the thread until then; Ctrl-C ends the wait and nothing else."""
+        try:
+            begun.result()
+        except KeyboardInterrupt:
+            Checkpoints.failed = True
+            raise
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -193,25 +236,26 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits and releases the threads."""
-        manager, self._manager = self._manager, None
-        if manager is not None:
-            with self._told():
-                manager.close()
+        if self._manager is not None:
+            closed, self._manager = self._begin(self._manager.close), None
+            self._thread.shutdown(wait=False)  # once that is done
+            self._finish(closed)
 
     def _folder(self, step: int) -> epath.Path:
         return self.directory / str(step)
 
-    def _writer(self) -> ocp.CheckpointManager:
+    def _writer(self) -> None:
         # Built by the first save, since it clears away what a killed writer left: a reader must not.
+        self._policy.worths = dict(self._load_worths())
         if self._manager is None:
             settings = ocp.CheckpointManagerOptions(
-                preservation_policy=_Policy(self._config, self._load_worths()),
+                preservation_policy=self._policy,
                 cleanup_tmp_directories=True,
                 atomicity_options=self._atomicity,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             )
             self._manager = _Manager(self.directory, options=settings)
-        return self._manager
+            self._thread = ThreadPoolExecutor(1)
 
     def _write_manifest(self) -> None:
         """Orbax calls this when a step's files are complete, before it renames or marks their folder as finished."""
@@ -260,8 +304,8 @@ class Checkpoints:
 class _Policy(preservation_policy.PreservationPolicy):
     """Which checkpoints stay: the newest, the best, and every n-th step's."""
 
-    def __init__(self, config: CheckpointConfig, worths: dict[int, float]):
-        self._config, self._worths = config, worths
+    def __init__(self, config: CheckpointConfig):
+        self._config, self.worths = config, {}
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
@@ -270,7 +314,7 @@ class _Policy(preservation_policy.PreservationPolicy):
         if config.keep_every:
             stay.update(step for step in steps if step % config.keep_every == 0)
         if config.keep_best:
-            worths = {step: worth for step, worth in self._worths.items() if step in steps}
+            worths = {step: worth for step, worth in self.worths.items() if step in steps}
             stay.update(sorted(worths, key=worths.__getitem__)[-1:])
         return [step in stay for step in steps]
 
@@ -278,6 +322,11 @@ class _Policy(preservation_policy.PreservationPolicy):
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
         return False  # the loop decides when a process that must end saves for the last time
+
+
+def _split(state_tree: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The parameters, and the rest."""
+    return state_tree[PARAMS], {key: value for key, value in state_tree.items() if key != PARAMS}
 
 
 def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:

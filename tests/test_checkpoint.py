@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import jax
@@ -88,15 +90,45 @@ def test_training_goes_on_from_it_exactly(checkpoints):
     assert_same(steps(restored, 2), steps(start, 4))
 
 
-def test_donation_after_the_save_does_not_reach_the_checkpoint(checkpoints):
-    saved = {"params": {"w": jnp.arange(1 << 22, dtype=jnp.float32)}, "step": jnp.zeros((), jnp.int32)}
-    expected = jax.tree.map(lambda x: np.array(x, copy=True), saved)
+@pytest.fixture(params=["with room", "without room"])
+def room(request, monkeypatch):
+    """The devices have, or do not have, the memory for a second state; those of the CPU do not say."""
+    if request.param == "without room":
+        full = {"bytes_limit": 1000, "peak_bytes_in_use": 1000}
+        monkeypatch.setattr(type(jax.devices()[0]), "memory_stats", lambda device: full)
+
+
+@pytest.mark.parametrize("mesh", [ONE, ALL, SQUARE])
+def test_what_becomes_of_the_state_after_the_save_does_not_reach_the_checkpoint(checkpoints, room, mesh):
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    for step in (1, 2):
+        saved, expected = state(seed=step, width=256, step=step, mesh=mesh), state(seed=step, width=256, step=step)
+        checkpoints.save(step, saved, data={}, meta={})
+        for _ in range(3):
+            saved = overwrite(saved)
+        jax.tree.map(lambda x: x.delete(), saved)
+        got, _, _ = checkpoints.restore(abstract(expected, mesh))
+        assert_same(got, expected)
+
+
+def test_nothing_of_a_save_stays_on_the_devices(checkpoints):
+    saved = state(mesh=SQUARE)
+    before = len(jax.live_arrays())
+    for step in (1, 2):
+        checkpoints.save(step, saved, data={}, meta={})
+        checkpoints.wait()
+        assert len(jax.live_arrays()) == before
+
+
+def test_ctrl_c_in_the_wait_for_a_save_ends_nothing_else(checkpoints, monkeypatch):
+    monkeypatch.setattr(Checkpoints, "failed", False)
+    saved = {"params": {"w": jax.random.normal(jax.random.key(0), 1 << 24)}, "step": jnp.asarray(1)}
     checkpoints.save(1, saved, data={}, meta={})
-    for _ in range(3):
-        saved = overwrite(saved)
-    got, _, _ = checkpoints.restore(saved)
-    assert_same(got, expected)
+    threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.wait()
+    assert Checkpoints.failed  # who ends the program now does not wait
+    assert_same(checkpoints.restore(saved)[0], saved)
 
 
 def test_only_the_parameters(checkpoints):

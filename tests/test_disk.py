@@ -34,6 +34,11 @@ try:
     checkpoints.wait()
 except UserError as error:
     os.write(1, str(error).encode())
+if len(sys.argv) > 3:  # there is room again
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    for step in (30, 40):
+        checkpoints.save(step, state(step), data={}, meta={})
+    os.write(1, f"; then {checkpoints.steps()}".encode())
 os._exit(not Checkpoints.failed)  # as launch.py does
 """
 
@@ -59,6 +64,13 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(tmp_path, room):
         jax.tree.map(np.testing.assert_array_equal, got, want)
         assert data == {"at": step}
     checkpoints.close()
+
+
+def test_a_failed_save_is_told_once_and_does_not_reach_the_next_ones(tmp_path):
+    command = [sys.executable, "-c", FULL_DISK, tmp_path, "100000", "room again"]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.endswith("goes on from there; then [30, 40]"), told.stdout
 
 
 READ_ONLY = """

@@ -121,6 +121,7 @@ class Loop:
           KeyboardInterrupt: after the state was saved.
         """
         abstract = jax.tree.map(_abstract, state)
+        self.checkpoints.prepare(abstract)
         start = self.checkpoints.latest_step()
         if start is not None:
             jax.tree.map(lambda x: x.delete(), state)  # the caller may keep it, and the memory is for the restored one
@@ -141,14 +142,16 @@ class Loop:
                 self._run_evaluator(evaluator, start, state["params"])
             if due:
                 self.startup["evaluation"] = time.perf_counter() - evaluating
-            while True:
-                try:
-                    state = self._steps(state, start, preemption)
-                    break
-                except Diverged as error:
-                    diverged = error.with_traceback(None)  # which would keep the state, and its memory
-                state, start = self._go_back(abstract, diverged)
-            self.checkpoints.wait()
+            try:
+                while True:
+                    try:
+                        state = self._steps(state, start, preemption)
+                        break
+                    except Diverged as error:
+                        diverged = error.with_traceback(None)  # which would keep the state, and its memory
+                    state, start = self._go_back(abstract, diverged)
+            finally:
+                self.checkpoints.wait()  # whatever ends the training: with the program a save that was begun would end
         return state
 
     def _restore(self, abstract: State, step: int) -> tuple[State, dict]:

@@ -133,6 +133,18 @@ def test_saves_before_it_evaluates(tmp_path):
     assert table(tmp_path) == table(tmp_path / "whole")
 
 
+def test_a_save_that_was_begun_is_finished_whatever_ends_the_training(tmp_path):
+    """Python's end would not wait for it."""
+
+    def broken(step, params):
+        raise RuntimeError("the evaluation failed")
+
+    trained = loop(tmp_path, save_every=2, evaluators=(Evaluator(4, broken, at_start=False),))
+    with pytest.raises(RuntimeError, match="the evaluation failed"):
+        trained.train(begin())
+    assert Checkpoints(trained.checkpoints.directory).latest_step() == 4
+
+
 def test_an_evaluation_that_was_missed_is_made_up_for(tmp_path):
     """Stopped between a save and the evaluation of the same step."""
     ran = []

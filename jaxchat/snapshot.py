@@ -1,0 +1,57 @@
+"""A state's copy on its own devices: a thread can save it while the next steps take the state's buffers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+class Snapshots:
+    """Copies of trees of `jax.Array`, made only where there is room beside what a device has held at its most."""
+
+    def __init__(self):
+        self._with_copy: dict[jax.Device, int] = {}  # the most a device may have held because of a copy
+
+    def prepare(self, abstract_tree: Any) -> None:
+        """Compiles what the first `take` of such a tree would wait for; the leaves are ShapeDtypeStructs."""
+        _program(abstract_tree).lower(abstract_tree).compile()
+
+    def take(self, tree: Any) -> Any | None:
+        """The copy, with the leaves' shardings; None without the room. It is dispatched, not waited for: what is
+        dispatched later may overwrite the tree."""
+        if not self._fits(tree):
+            return None
+        return _program(tree)(tree)
+
+    def _fits(self, tree: Any) -> bool:
+        """Whether each device of this process has room; where it does not say what it has, it does."""
+        sizes: Counter[jax.Device] = Counter()
+        for leaf in jax.tree.leaves(tree):
+            size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            sizes.update(dict.fromkeys(leaf.sharding.addressable_devices, size))
+        peaks = {}
+        for device, size in sizes.items():
+            stats = device.memory_stats() or {}
+            # Not what is free now, since the next steps need as much as those before did.
+            peak, limit = stats.get("peak_bytes_in_use"), stats.get("bytes_limit")
+            if peak is None or limit is None:
+                continue
+            if peak + size <= limit:
+                peaks[device] = peak + size
+            elif peak > self._with_copy.get(device, 0):
+                return False
+        self._with_copy.update(peaks)
+        return True
+
+
+def _program(tree: Any) -> Any:
+    # JAX knows it again, and what it was compiled to, by the function and the shardings.
+    return jax.jit(_copy, out_shardings=jax.tree.map(lambda x: x.sharding, tree))
+
+
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)

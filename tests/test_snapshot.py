@@ -1,0 +1,89 @@
+"""Copies of a state on its devices: where they lie, that they are copies, and when there is room for them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxchat.config import MeshConfig
+from jaxchat.mesh import make_mesh
+from jaxchat.snapshot import Snapshots
+
+MESH = make_mesh(MeshConfig(fsdp=2, tensor=2))
+
+
+def tree():
+    """Of 64 + 128 + 4 bytes on each device, by how they are shared out."""
+    leaves = {
+        "square": (jnp.arange(64, dtype=jnp.float32).reshape(8, 8), P("fsdp", "tensor")),
+        "rows": (jnp.ones((16, 8), jnp.bfloat16), P("fsdp", None)),
+        "step": (jnp.asarray(3, jnp.int32), P()),
+    }
+    return {name: jax.device_put(leaf, NamedSharding(MESH, spec)) for name, (leaf, spec) in leaves.items()}
+
+
+BYTES = 64 + 128 + 4
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """What each device says of its memory; to be filled."""
+    stats = {}
+    monkeypatch.setattr(type(jax.devices()[0]), "memory_stats", lambda device: stats[device])
+    return stats
+
+
+def test_a_copy_is_of_its_own_buffers_and_lies_like_the_tree():
+    original = tree()
+    copy = Snapshots().take(original)
+    for name, leaf in original.items():
+        assert copy[name].sharding == leaf.sharding
+        np.testing.assert_array_equal(copy[name], leaf)
+        here, there = ({s.data.unsafe_buffer_pointer() for s in x.addressable_shards} for x in (leaf, copy[name]))
+        assert not here & there
+    alone = {"x": jax.device_put(jnp.ones(3), SingleDeviceSharding(jax.devices()[2]))}
+    assert Snapshots().take(alone)["x"].sharding == alone["x"].sharding
+
+
+def test_what_was_prepared_is_not_compiled_again():
+    compiled = []
+
+    def note(event, seconds, **_):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    original = {**tree(), "of no other test": jax.device_put(np.ones(5), NamedSharding(MESH, P()))}
+    snapshots = Snapshots()
+    compiled.clear()
+    snapshots.prepare(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), original))
+    assert len(compiled) == 1
+    snapshots.take(original)
+    assert len(compiled) == 1
+
+
+def test_one_device_without_room_is_enough_to_take_none(memory):
+    for device in jax.devices():
+        memory[device] = {"bytes_limit": 1000, "peak_bytes_in_use": 1000 - BYTES}
+    assert Snapshots().take(tree()) is not None
+    memory[jax.devices()[3]] = {"bytes_limit": 1000, "peak_bytes_in_use": 1000 - BYTES + 1}
+    assert Snapshots().take(tree()) is None
+    memory[jax.devices()[3]] = None
+    assert Snapshots().take(tree()) is not None
+
+
+def test_what_a_copy_has_taken_does_not_count_against_the_next(memory):
+    snapshots = Snapshots()
+
+    def peak(amount):
+        for device in jax.devices():
+            memory[device] = {"bytes_limit": 1000, "peak_bytes_in_use": amount}
+
+    peak(700)
+    assert snapshots.take(tree()) is not None
+    peak(700 + BYTES)  # while a step ran beside the copy
+    assert snapshots.take(tree()) is not None
+    peak(700 + BYTES + 1)
+    assert snapshots.take(tree()) is None
