@@ -3,21 +3,25 @@
     python benchmarks/checkpoints.py --experiment=d12
     python benchmarks/checkpoints.py --experiment=quickstart --windows=5 --directory=/mnt/disk
 
-Windows of steps on random tokens, in turn without and with a save before them: the save copies the state to the host,
-and a thread writes it while the steps go on. What a window with a save takes longer is what the save costs, its wait
-and what the writing takes from the steps together; a window lasts longer than the writing. Medians of all windows.
+Windows of steps on random tokens, in turn without and with a save before them: the save copies the state on the
+devices, and threads bring the copy to the host and write it while the steps go on. What a window with a save takes
+longer is what the save costs, its call and what the rest takes from the steps together; a window lasts longer than the
+writing. What it adds to a single step is seen in the longest of a window. Medians of all windows.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from timing import say
@@ -30,9 +34,19 @@ from jaxchat.config import UserError, check
 from jaxchat.metrics import machine_info
 from jaxchat.stages.run import Run, planned_model
 from jaxchat.stages.training import Training, fresh_params, random_batches
+from jaxchat.train.step import State
 
 WARM_UP = 3
 SHARE = 0.05  # of the time of training that saves may take
+
+
+class Window(NamedTuple):
+    """Seconds: of all steps, of the longest one, of the save's call, and from there to the end of its writing."""
+
+    seconds: float
+    longest: float
+    called: float
+    written: float
 
 
 def main() -> int:
@@ -71,11 +85,11 @@ def measure(experiment, folder: Path, windows: int) -> dict:
     training = Training(run, "pretrain", experiment.pretrain, model, None, 1_000_000)
     source = random_batches(run, model)
     state, step = training.fitted(lambda: fresh_params(run, model), source)
-    checkpoints = Checkpoints(folder / "checkpoints")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
-    def window(state, count: int, number: int | None):
-        """The seconds of `count` steps, of the call of a save before them, and from there to its end."""
-        began = time.perf_counter()
+    def window(state, count: int, number: int | None) -> tuple[State, Window]:
+        """`count` steps, after the call of a save if it has a number."""
+        ends = [time.perf_counter()]
         if number is not None:
             checkpoints.save(number, state, data=source.plan.__dict__, meta={})
         called = time.perf_counter()
@@ -85,37 +99,43 @@ def measure(experiment, folder: Path, windows: int) -> dict:
             state, metrics = step(state, batch)
             if before is not None:
                 jax.device_get(before)
+                ends.append(time.perf_counter())
             before = metrics
         jax.device_get(before)
-        ended = time.perf_counter()
+        ends.append(time.perf_counter())
         checkpoints.wait()
-        return state, ended - began, called - began, time.perf_counter() - began
+        longest = max(end - begin for begin, end in itertools.pairwise(ends))
+        return state, Window(ends[-1] - ends[0], longest, called - ends[0], time.perf_counter() - ends[0])
 
-    state, _, _, _ = window(state, WARM_UP, None)
-    state, took, _, _ = window(state, WARM_UP, None)
-    state, _, _, written = window(state, WARM_UP, 1)  # alone, for the most part
-    # So many steps that the writing ends within them, even if they slow it down by half.
-    count = max(5, round(2 * written / (took / WARM_UP)))
-    plain, saving, calls = [], [], []
-    for number in range(windows):
-        state, seconds, _, _ = window(state, count, None)
-        plain.append(seconds)
-        state, seconds, called, written = window(state, count, number + 2)
-        saving.append(seconds)
-        calls.append(called)
-        say(f"{count} steps: {plain[-1]:.2f} s; with a save {seconds:.2f} s ({called:.3f} s of its call)")
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    checkpoints.close()
-    ms = 1000 * statistics.median(plain) / count
-    cost = 1000 * (statistics.median(saving) - statistics.median(plain))
+    plain, saving = [], []
+    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        state, _ = window(state, WARM_UP, None)
+        state, warm = window(state, WARM_UP, None)
+        state, first = window(state, WARM_UP, 1)  # alone, for the most part
+        # So many steps that the writing ends within them, even if they slow it down by half.
+        count = max(5, round(2 * first.written / (warm.seconds / WARM_UP)))
+        for number in range(windows):
+            for kind, saved in ((plain, None), (saving, number + 2)):
+                state, one = window(state, count, saved)
+                kind.append(one)
+            say(f"{count} steps: {plain[-1].seconds:.2f} s; with a save {one.seconds:.2f} s, {one.called:.3f} its call")
+
+    def median(windows: list[Window], part: str) -> float:
+        return 1000 * statistics.median(getattr(one, part) for one in windows)
+
+    ms = median(plain, "seconds") / count
+    cost = median(saving, "seconds") - median(plain, "seconds")
     return {
         "experiment": experiment.name,
         "state_bytes": size,
         "step_ms": ms,
         "steps_of_a_window": count,
-        "call_ms": 1000 * statistics.median(calls),
+        "call_ms": median(saving, "called"),
+        "call_share": median(saving, "called") / ms,
+        "longest_step_ms": median(plain, "longest"),
+        "longest_step_with_save_ms": median(saving, "longest"),
         "cost_ms": cost,
-        "cost_ms_by_window": [1000 * (b - a) for a, b in zip(plain, saving, strict=True)],
+        "cost_ms_by_window": [1000 * (b.seconds - a.seconds) for a, b in zip(plain, saving, strict=True)],
         "save_every": experiment.pretrain.save_every,
         "share": cost / (experiment.pretrain.save_every * ms),
         "least_save_every": max(1, -int(-cost // (SHARE * ms))),
@@ -127,7 +147,10 @@ def table(figures: dict) -> str:
     lines = [
         ("the state", f"{figures['state_bytes'] / 2**30:.2f} GiB"),
         ("a step", f"{figures['step_ms']:.1f} ms"),
-        ("a save: until its call returns", f"{figures['call_ms']:.0f} ms"),
+        ("the longest of a window", f"{figures['longest_step_ms']:.1f} ms"),
+        ("the same, of a window with a save", f"{figures['longest_step_with_save_ms']:.1f} ms"),
+        ("a save: until its call returns", f"{figures['call_ms']:.1f} ms"),
+        ("the same, of the time of a step", f"{figures['call_share']:.1%}"),
         (f"a save: added to {figures['steps_of_a_window']} steps", f"{figures['cost_ms']:.0f} ms"),
         (f"the same, of the time of {figures['save_every']:,} steps (save-every)", f"{figures['share']:.2%}"),
         (f"{SHARE:.0%} of the time: a save every", f"{figures['least_save_every']:,} steps"),
