@@ -158,11 +158,14 @@ def symmetric_product(
     x: Float[Array, "L m m"], y: Float[Array, "L m m"], a: float = 1.0, b: float = 0.0
 ) -> Float[Array, "L m m"]:
     """a X Y + b Y of symmetric matrices that commute, so that the result is symmetric too."""
+
+    def formula(total, beside=None):
+        return a * total if beside is None else a * total + b * beside
+
+    beside = y if b else None  # else it would be read for nothing
     if fits(*x.shape[1:], x.shape[2]):
-        if b == 0:
-            return _kernel([(x, y)], _by_element(lambda total: a * total), symmetric=True)
-        return _kernel([(x, y)], _by_element(lambda total, y: a * total + b * y), y, symmetric=True)
-    return (a * jnp.matmul(x, y, preferred_element_type=jnp.float32) + b * y).astype(y.dtype)
+        return _kernel([(x, y)], _by_element(formula), beside, symmetric=True)
+    return formula(jnp.matmul(x, y, preferred_element_type=jnp.float32), beside).astype(y.dtype)
 
 
 @jax.jit

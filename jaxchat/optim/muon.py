@@ -61,17 +61,14 @@ def newton_schulz(
     diagonal = jnp.arange(gram.shape[1])
     for first in range(0, steps, STEPS_AT_ONCE):
         if first > 0:
-            gram, scale = hopper.gram(x, tall), None
+            gram, scale = hopper.gram(x, tall), 1.0
         last = min(first + STEPS_AT_ONCE, steps) - 1
         for step in range(first, last + 1):
             # Only the diagonal is written again, in its place.
             factor = hopper.symmetric_product(gram, gram, c, b).at[:, diagonal, diagonal].add(a, unique_indices=True)
             if step < last:
                 gram = hopper.symmetric_product(factor, hopper.symmetric_product(factor, gram))
-            if step > first:
-                product = hopper.symmetric_product(factor, product)
-            else:
-                product = factor if scale is None else (scale * factor).astype(dtype)
+            product = hopper.symmetric_product(factor, product) if step > first else (scale * factor).astype(dtype)
         x = hopper.stack_product(x, product) if tall else hopper.stack_product(product, x)
     return x
 
@@ -105,16 +102,16 @@ def scale_by_muon(
         # Both come out of one pass: else XLA computes the second again where the matrices are stacked.
         nesterov = jax.lax.optimization_barrier(nesterov)
         if mesh is not None and mesh.size > 1:
-            directions = _orthogonalize_over_mesh(nesterov, orthogonalize, mesh, dtype)
+            directions = _orthogonalize_over_mesh(nesterov, orthogonalize, mesh)
         else:
-            directions = _orthogonalize_stacks(nesterov, orthogonalize, dtype)
+            directions = _orthogonalize_stacks(nesterov, orthogonalize)
         updates = jax.tree.map(lambda d: d.astype(jnp.float32) * max(1.0, d.shape[1] / d.shape[0]) ** 0.5, directions)
         return updates, MuonState(optax.safe_increment(state.count), buffer)
 
     return optax.GradientTransformation(init, update)
 
 
-def _orthogonalize_stacks(matrices, orthogonalize, dtype, specs=None):
+def _orthogonalize_stacks(matrices, orthogonalize, specs=None):
     """Stacks the leaves of a shape, calls `orthogonalize(stack)`, and takes the result apart again.
 
     With `specs`, a PartitionSpec a leaf, the leaves of a stack are also partitioned alike, and the call is
@@ -133,7 +130,7 @@ def _orthogonalize_stacks(matrices, orthogonalize, dtype, specs=None):
     return jax.tree.unflatten(treedef, results)
 
 
-def _orthogonalize_over_mesh(matrices, orthogonalize, mesh, dtype):
+def _orthogonalize_over_mesh(matrices, orthogonalize, mesh):
     """As `_orthogonalize_stacks`; every device of the mesh, whatever its axis, takes an equal part of each stack."""
 
     def orthogonalize_stack(stack, spec):
@@ -148,7 +145,7 @@ def _orthogonalize_over_mesh(matrices, orthogonalize, mesh, dtype):
         return stack[:count]
 
     specs = [sharding.spec for sharding in jax.tree.leaves(shardings(mesh, matrices))]
-    return _orthogonalize_stacks(matrices, orthogonalize_stack, dtype, specs)
+    return _orthogonalize_stacks(matrices, orthogonalize_stack, specs)
 
 
 def _layouts(mesh, spec):
