@@ -1,0 +1,60 @@
+"""The training loop on a state of one number, where every order of events can be seen."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxchat.checkpoint import Checkpoints
+from jaxchat.metrics import Metrics, read_metrics
+from jaxchat.train.loop import Loop
+
+
+class Counting:
+    """Batches that hold their own number."""
+
+    def __init__(self, events=None, stop=None):
+        self.events, self.stop, self.position = events, stop, 0
+
+    def next_batch(self, step, params):
+        if self.stop == step:
+            raise KeyboardInterrupt
+        if self.events is not None:
+            self.events.append(f"batch {step}")
+        self.position += 1
+        return {"inputs": np.full((1, 2, 4), self.position, np.int32)}, {"extra": float(step)}
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+
+def step_fn(state, batch):
+    """Order matters: a batch left out or given twice changes everything that follows."""
+    x = 0.9 * state["params"]["x"] + batch["inputs"][0, 0, 0]
+    return {"params": {"x": x}, "step": state["step"] + 1}, {"loss": x / 7, "grad_norm": x}
+
+
+def begin():
+    return {"params": {"x": jnp.zeros(())}, "step": jnp.zeros((), jnp.int32)}
+
+
+def loop(directory, *, num_steps=7, source=None, step_fn=step_fn, log=None, **settings):
+    metrics = Metrics(directory, "pretrain", live=False)
+    if log is not None:
+        metrics.log = log
+    return Loop(
+        step_fn=step_fn,
+        source=source or Counting(),
+        num_steps=num_steps,
+        metrics=metrics,
+        checkpoints=Checkpoints(directory / "pretrain" / "checkpoints"),
+        schedule_values=lambda step: {"lr": 1.0 - step / num_steps},
+        flops_per_token=1.0,
+        **settings,
+    )
+
+
+def table(directory):
+    lines = read_metrics(directory)
+    return [(line["step"], line["loss"], line["tokens"], line["extra"]) for line in lines if "loss" in line]

@@ -1,0 +1,113 @@
+"""What becomes of a training whose loss is no number, or spikes."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxchat.config import UserError
+from jaxchat.metrics import read_metrics
+from jaxchat.train.divergence import WINDOW, LossWatch
+from tests.train.small_loop import Counting, begin, loop, step_fn, table
+
+
+def diverging(number, name="loss", value=jnp.nan):
+    """A step that gives another value for the batch of this number, and spoils its parameters."""
+
+    def step(state, batch):
+        bad = batch["inputs"][0, 0, 0] == number
+        state, result = step_fn(state, batch)
+        state["params"]["x"] += value if bad else 0.0
+        return state, {**result, name: value if bad else result[name]}
+
+    return step
+
+
+@pytest.mark.parametrize("broken", ["loss", "grad_norm"])
+def test_what_is_no_number_ends_the_run_and_is_not_saved(tmp_path, broken):
+    trained = loop(tmp_path, step_fn=diverging(4, broken), save_every=2)
+    with pytest.raises(UserError) as error:
+        trained.train(begin())
+    good = tmp_path / "pretrain" / "checkpoints" / "2"
+    assert str(error.value).startswith(f"{broken} is nan at step 3: the last good checkpoint is {good}; go on")
+    assert "--on-nan=skip" in str(error.value)
+    assert trained.checkpoints.latest_step() == 2
+
+
+def losses(directory):
+    return [(step, loss) for step, loss, *_ in table(directory)]
+
+
+@pytest.mark.parametrize("value", [jnp.nan, 1e6])
+def test_a_divergence_is_gone_back_from_without_its_batches(tmp_path, monkeypatch, value):
+    monkeypatch.setattr("jaxchat.train.divergence.WINDOW", 3)  # the seventh step may spike
+    skipping = loop(tmp_path / "skip", num_steps=10, step_fn=diverging(6, value=value), save_every=4, on_nan="skip")
+    skipping.train(begin())
+
+    class Without(Counting):
+        """Batches 1 to 4, and then 7: 5 and 6 are those between the checkpoint and the bad one, which is left out."""
+
+        def next_batch(self, step, params):
+            if self.position == 4:
+                self.position = 6
+            return super().next_batch(step, params)
+
+    expected = loop(tmp_path / "without", num_steps=10, source=Without())
+    expected.train(begin())
+    assert losses(tmp_path / "skip") == losses(tmp_path / "without")
+    assert skipping.tokens == expected.tokens
+    (event,) = skipping.divergences
+    assert (event["step"], event["back_to"], event["batches"]) == (5, 4, 2)
+    assert event["why"].startswith("loss is nan" if value != value else "loss spikes to 1000000.00")
+    (line,) = [line for line in read_metrics(tmp_path / "skip") if "skipped_batches" in line]
+    assert (line["step"], line["skipped_batches"], line["back_to"]) == (5, 2, 4)
+
+
+def test_skipping_survives_an_interruption(tmp_path):
+    settings = {"num_steps": 10, "step_fn": diverging(6), "save_every": 4, "on_nan": "skip"}
+    whole = loop(tmp_path / "whole", **settings)
+    whole.train(begin())
+    for stop in (5, 6, 9):
+        source, directory = Counting(), tmp_path / f"at-{stop}"
+        stopped = loop(directory, source=source, **settings)
+        stopped.checkpoints.close()
+        real = source.next_batch
+
+        def next_batch(step, params, real=real, stop=stop, source=source):
+            if source.position == stop + 2:  # two batches are left out
+                raise KeyboardInterrupt
+            return real(step, params)
+
+        source.next_batch = next_batch
+        with pytest.raises(KeyboardInterrupt):
+            stopped.train(begin())
+        resumed = loop(directory, **settings)
+        resumed.train(begin())
+        assert losses(directory) == losses(tmp_path / "whole")
+        assert resumed.divergences == whole.divergences and resumed.tokens == whole.tokens
+
+
+def test_a_training_that_always_diverges_ends(tmp_path):
+    def diverge(state, batch):
+        state, result = step_fn(state, batch)
+        return state, {**result, "loss": result["loss"] * (jnp.nan if state["step"] == 4 else 1)}
+
+    trained = loop(tmp_path, step_fn=diverge, save_every=2, on_nan="skip")
+    with pytest.raises(UserError, match="loss is nan at step 3, after 3 times of other batches from .*2 on"):
+        trained.train(begin())
+    assert [event["back_to"] for event in trained.divergences] == [2, 2, 2]
+    with pytest.raises(UserError, match="loss is nan at step 3, before the first checkpoint"):
+        loop(tmp_path / "early", step_fn=diverge, on_nan="skip").train(begin())
+
+
+def test_only_a_jump_out_of_all_that_was_is_a_spike():
+    watch = LossWatch()
+    assert not any(watch.fault(loss, 1.0) for loss in [9.0, *np.linspace(10, 3, WINDOW)])
+    normal = LossWatch(watch.recent)
+    assert normal.fault(2 * 9.8, 1.0) is None
+    assert LossWatch([0.01] * WINDOW).fault(0.9, 1.0) is None
+    assert "spikes to 25.00, from 10.00 at most" in watch.fault(25.0, 1.0)
+    assert 25.0 not in watch.recent
+    assert LossWatch([0.1] * (WINDOW - 1)).fault(9.0, 1.0) is None  # too little is known
+    nothing = LossWatch()  # as in RL, where no sample was right yet
+    assert not any(nothing.fault(0.0, 0.0) for _ in range(2 * WINDOW))
+    assert nothing.fault(1.3, 1.0) is None and list(nothing.recent) == [1.3]
