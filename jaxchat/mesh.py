@@ -102,6 +102,11 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
+def split_rows(mesh: Mesh | None, array: jax.Array) -> jax.Array:
+    """`array`, traced, with its rows laid out as those of a batch are, and nothing else of it split."""
+    return array if mesh is None else jax.lax.with_sharding_constraint(array, NamedSharding(mesh, BATCH_SPEC))
+
+
 def put_batch(mesh: Mesh, rows: np.ndarray, spec: P = BATCH_SPEC) -> jax.Array:
     """The global array laid out by `spec`, of which this process holds the part `rows`."""
     return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), rows)

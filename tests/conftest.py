@@ -19,6 +19,9 @@ import tests.typechecker  # noqa: E402, F401  (the hook finds it by its name)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update(
+    "jax_default_matmul_precision", "highest"
+)  # on a GPU, where some tests run too, fp32 is not fp32 else
 ON_ARRAYS = ("model", "optim", "train", "infer", "eval")
 install_import_hook([f"jaxchat.{package}" for package in ON_ARRAYS], "tests.typechecker.check")
 

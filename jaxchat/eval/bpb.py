@@ -68,6 +68,6 @@ def _sums(
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Nats and bytes of one batch."""
     size = jnp.where(targets >= 0, token_bytes[jnp.maximum(targets, 0)], 0)
-    hidden = hidden_states(config, params, inputs, dtype)
+    hidden = hidden_states(config, params, inputs, dtype, mesh=mesh)
     nats = token_nll(hidden, params["head"]["kernel"], jnp.where(size > 0, targets, -1), Shape.of(config, mesh))
     return jnp.sum(nats), jnp.sum(size)

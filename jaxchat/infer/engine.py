@@ -243,7 +243,8 @@ class Engine:
         return self.tokenizer.encode_special("<|python_start|>")
 
     @functools.cached_property
-    def _mesh(self) -> Mesh | None:
+    def mesh(self) -> Mesh | None:
+        """That the parameters lie on, if they lie on one."""
         sharding = jax.tree.leaves(self.params)[0].sharding
         return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
@@ -298,8 +299,8 @@ class Engine:
                 f"prompt {number} has {len(prompt)} tokens; it must have at least 1, and fewer than the {context} of "
                 "the model's context",
             )
-        batch_of = {} if self._mesh is None else {"rows": BATCH_SPEC, "everywhere": P()}
-        placed = {name: NamedSharding(self._mesh, spec) for name, spec in batch_of.items()}
+        batch_of = {} if self.mesh is None else {"rows": BATCH_SPEC, "everywhere": P()}
+        placed = {name: NamedSharding(self.mesh, spec) for name, spec in batch_of.items()}
         program = _Program(
             self.model_config,
             self.dtype,
@@ -350,12 +351,12 @@ class Engine:
 
     def batch_size(self, rows: int) -> int:
         """What so many rows are filled up to: a power of two, or the next multiple of the devices that share them."""
-        shards = 1 if self._mesh is None else int(np.prod([self._mesh.shape[axis] for axis in BATCH_SPEC[0]]))
+        shards = 1 if self.mesh is None else int(np.prod([self.mesh.shape[axis] for axis in BATCH_SPEC[0]]))
         return -(-bucket(rows, 1) // shards) * shards
 
     def put(self, array: np.ndarray) -> Array:
         """The rows of `array` on the engine's devices."""
-        return jax.device_put(array) if self._mesh is None else put_whole(self._mesh, array)
+        return jax.device_put(array) if self.mesh is None else put_whole(self.mesh, array)
 
     def _read(self, step: list[int], rows: list[_Writing], drawing: _Drawing) -> Iterator[tuple[int, int, bool]]:
         """One step's tokens; follows what the device decided for each row."""

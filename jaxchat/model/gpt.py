@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxchat.config import ModelConfig
+from jaxchat.mesh import split_rows
 from jaxchat.model import fp8
 from jaxchat.model.attention import Attention, LayerCache
 from jaxchat.model.layers import MLP, Embedding, Linear, norm_branch, rms_norm, rope_tables
@@ -62,9 +64,11 @@ class GPT(nnx.Module):
         self.blocks = nnx.List([Block(config, window, rngs=rngs) for window in config.windows])
         self.head = Linear(config.width, config.padded_vocab_size, rngs=rngs, zeros=True)
 
-    def __call__(self, tokens, positions, caches, dtype, remat="none", in_fp8=False):
+    def __call__(self, tokens, positions, caches, dtype, mesh=None, remat="none", in_fp8=False):
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_base)
-        x = rms_norm(self.embed(tokens, dtype))
+        # The rest follows. Left alone, the compiler splits the stream as the table's rows are with fsdp, and moves it
+        # between devices in each block instead of the weights.
+        x = rms_norm(split_rows(mesh, self.embed(tokens, dtype)))
         border, documents = self.config.border_token, None
         if border is not None and caches is None:
             documents = jnp.cumsum(tokens == border, axis=1)
@@ -127,17 +131,20 @@ def hidden_states(
     params: Params,
     tokens: Int[Array, "B T"],
     dtype=jnp.float32,
+    *,
+    mesh: Mesh | None = None,
     remat: str = "none",
     in_fp8: bool = False,
 ) -> Float[Array, "B T D"]:
     """Causal forward over whole rows, computed in `dtype`; row position i is sequence position i.
 
+    `mesh`: the devices that share the rows out as they do a batch's; needed where parameters are split.
     `remat`: what the backward pass computes again instead of keeping it: "none", "mlp" (norms and the MLP), or "full"
     (the block but its attention). The result is the same.
     `in_fp8`: the blocks' matrix products are computed as `model/fp8.py` says, the rest in bf16, which `dtype` must be.
     """
     positions = jnp.arange(tokens.shape[1])[None]  # of all rows
-    return _bind(config, params)(tokens, positions, None, dtype, remat, in_fp8)[0]
+    return _bind(config, params)(tokens, positions, None, dtype, mesh, remat, in_fp8)[0]
 
 
 def init_cache(config: ModelConfig, batch: int, max_len: int, dtype=jnp.float32) -> list[LayerCache]:

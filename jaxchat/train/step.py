@@ -51,7 +51,7 @@ def make_train_step(
     shape = Shape.of(config, mesh)
 
     def micro_loss(params, batch, scale):
-        hidden = hidden_states(config, params, batch["inputs"], dtype, remat, in_fp8)
+        hidden = hidden_states(config, params, batch["inputs"], dtype, mesh=mesh, remat=remat, in_fp8=in_fp8)
         weights = batch.get("weights", jnp.ones(batch["targets"].shape, jnp.float32))
         return scale * cross_entropy_sum(hidden, params["head"]["kernel"], batch["targets"], weights, shape)
 

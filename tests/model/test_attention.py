@@ -81,6 +81,7 @@ def test_a_window_never_holds_the_scores_outside_it():
     assert long < 1.5 * short  # q, k and v grow, the scores do not
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is a GPU")
 def test_the_kernel_of_a_cpu():
     assert {attention_kernel(dtype, 128) for dtype in (jnp.float32, jnp.bfloat16, "bfloat16")} == {"xla"}
 
@@ -105,6 +106,24 @@ def test_a_token_sees_its_own_document_only(length, window):
     grads = [jax.grad(lambda *x, f=f: (f(*x) * weights).sum(), argnums=(0, 1, 2))(q, k, v) for f in (together, apart)]
     for a, b in zip(*grads, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.skipif(attention_kernel(jnp.bfloat16, 64) == "xla", reason="needs a GPU with cuDNN")
+@pytest.mark.parametrize("borders", [False, True], ids=["whole", "borders"])
+@pytest.mark.parametrize("window", [None, 1, 127, 128, 129])
+def test_cudnn_follows_the_formula(window, borders):
+    arrays = qkv(512, size=64)
+    starts = jax.random.bernoulli(jax.random.key(1), 0.02, (2, 512)) if borders else None
+    documents = None if starts is None else starts.cumsum(axis=1)
+
+    def function(*arrays, window):
+        return attend(*arrays, window=window, documents=documents).astype(jnp.float32)
+
+    exact, kernel = (
+        value_and_gradients(function, [x.astype(dtype) for x in arrays], window) for dtype in ("float32", "bfloat16")
+    )
+    for a, b in zip(kernel, exact, strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.02, atol=0.02 * float(jnp.abs(b).max()))
 
 
 def test_a_model_with_a_border_token_treats_documents_as_if_each_had_a_row():

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 
 from jaxchat.config import MeshConfig, ModelConfig, OptimizerConfig
 from jaxchat.mesh import BATCH_SPEC, make_mesh, put_batch, shardings
-from jaxchat.model import attention
+from jaxchat.model import attention, gpu, hopper
 from jaxchat.model.gpt import init_params
 from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.train.step import init_state, make_train_step
@@ -70,6 +71,26 @@ def test_any_mesh_gives_the_losses_of_one_device_with_windows(one_device, monkey
     assert np.abs(expected - one_device).max() > 1e-3
     spread = losses(MeshConfig(fsdp=2, tensor=2), 4, config=windows)
     np.testing.assert_allclose(spread, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_in_a_block_fsdp_moves_weights_and_their_gradients_alone(monkeypatch):
+    monkeypatch.setattr(gpu, "INTERPRET", True)  # with the kernels, whose split the compiler must be told
+    monkeypatch.setattr(hopper, "multiplies", lambda dtype: True)
+    jax.clear_caches()
+    mesh = make_mesh(MeshConfig(fsdp=4))
+    optimizer = make_optimizer(OptimizerConfig(), CONFIG, lambda count: 1.0, mesh=mesh)
+    state = jax.eval_shape(lambda: init_state(init_params(CONFIG, jax.random.key(0)), optimizer))
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, shardings(mesh, state)
+    )
+    place = jax.NamedSharding(mesh, jax.P(None, *BATCH_SPEC))
+    tokens = jax.ShapeDtypeStruct((1, 12, 17), jnp.int32, sharding=place)
+    step = make_train_step(CONFIG, optimizer, mesh=mesh, state_shardings=jax.tree.map(lambda x: x.sharding, state))
+    hlo = step.lower(state, {"inputs": tokens, "targets": tokens}).compile().as_text()
+    jax.clear_caches()
+    kinds = r" = (.*) (?:all-\w+|collective-permute|reduce-scatter)(?:-start)?\(.*_run_block"
+    sizes = {int(n) for dims in re.findall(r"\[([\d,]+)\]", str(re.findall(kinds, hlo))) for n in dims.split(",")}
+    assert CONFIG.width in sizes and not sizes & {3, 12, 17}
 
 
 def test_accumulation_gives_the_losses_of_one_large_batch(one_device):
