@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows", type=int, default=32, help="(default 32)")
     add("--sequence-len", type=int, default=2048, help="(default 2048)")
     add("--batches", type=int, default=300, help="in a round (default 300)")
+    add("--processes", type=int, default=1, metavar="N", help="beside one process, the share of one of so many")
     add("--cores", type=int, nargs="+", default=[1], help="one or more (default 1)")
     add("--rounds", type=int, default=3, help="(default 3)")
     add("--json", metavar="FILE", help="all figures")
@@ -113,9 +114,12 @@ def _write_ranks(tokenizer: Any, path: Path) -> None:
 
 def _round(options: argparse.Namespace, cores: int, folder: Path, text: Path, checkout: Path | None):
     work = {"rows": options.rows, "sequence_len": options.sequence_len}
-    for packing in PACKINGS:
-        figures, peak = alone(load, text, folder / "tokenizer", cores, options.batches, packing, work)
-        yield f"jaxchat, {packing}", {**figures, "peak_bytes": peak}
+    for processes in sorted({1, options.processes}):
+        share = {**work, "process_count": processes}
+        for packing in PACKINGS:
+            figures, peak = alone(load, text, folder / "tokenizer", cores, options.batches, packing, share)
+            of = f", one of {processes}" if processes > 1 else ""
+            yield f"jaxchat, {packing}{of}", {**figures, "peak_bytes": peak}
     if checkout is None:
         return
     result = folder / "result.json"
@@ -131,6 +135,7 @@ def _round(options: argparse.Namespace, cores: int, folder: Path, text: Path, ch
 def load(text: Path, tokenizer: Path, cores: int, batches: int, packing: str, work: dict[str, int]) -> dict[str, float]:
     """Reads so many batches on so many cores, in this process."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    from jaxchat.data.lanes import summed
     from jaxchat.data.loader import pretrain_batches
     from jaxchat.data.shards import find_text
     from jaxchat.tokenizer import load_tokenizer
@@ -141,7 +146,7 @@ def load(text: Path, tokenizer: Path, cores: int, batches: int, packing: str, wo
     for _ in range(batches):
         next(iterator)
     seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-    packed = iterator.get_state()["packed"]
+    packed = summed(iterator.get_state())["packed"]
     utilisation = packed["targets"] / packed["rows"] / work["sequence_len"]
     tokens = batches * work["rows"] * work["sequence_len"]
     figures = {"seconds": seconds, "cpu_seconds": cpu_seconds, "tokens": tokens, "utilisation": utilisation}

@@ -9,6 +9,8 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jaxchat.checkpoint import Checkpoints
@@ -95,6 +97,24 @@ def test_asked_to_end_they_save_one_step_and_go_on_as_one_process(whole, tmp_pat
     code, _, err = start(run, "--stages=pretrain")
     assert code == 0 and "resuming at step 3 of 6" in err, err
     assert_same(run, whole, "pretrain")
+
+
+def test_each_reads_its_lanes_and_one_goes_on_with_those_of_all(tmp_path):
+    documents = [f"the {i} cats sat on {i} mats, {'and ' * (i % 7)}then went" for i in range(340)]
+    for name, texts in (("0", documents[:320]), ("1", documents[320:])):
+        pq.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet", row_group_size=20)
+    settings = [f"--data={tmp_path}", "--stages=tokenizer,pretrain"]
+    code, _, err = start(tmp_path / "whole", *settings)
+    assert code == 0, err
+    run = tmp_path / "run"
+    ends = train(run, *settings, fault="SIGTERM 0 3")
+    assert [code for code, _ in ends] == [PREEMPTED, PREEMPTED], ends
+    state = position(run, "pretrain")
+    assert state["of"] == len(state["lanes"]) == 4 and all(lane["blocks"] == 16 for lane in state["lanes"].values())
+    code, _, err = start(run, *settings)
+    assert code == 0, err
+    assert_same(run, tmp_path / "whole", "pretrain")
+    assert record(run, "pretrain")["packing"] == record(tmp_path / "whole", "pretrain")["packing"]
 
 
 @pytest.mark.parametrize("lost", [0, 1])

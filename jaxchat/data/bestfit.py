@@ -33,10 +33,13 @@ class BestFitRows:
       row_len: tokens of a row: one more than its targets.
       bos: the token that each document begins with, and each piece of a document.
       seed: of the order of a window's rows, which would be by length otherwise.
+      lane, lanes: which of so many sequences of rows this is, that a batch takes rows of. Their first windows differ in
+        size, so that later ones do not all have to be read for one batch.
     """
 
-    def __init__(self, stream: TokenStream, row_len: int, bos: int, seed: int):
+    def __init__(self, stream: TokenStream, row_len: int, bos: int, seed: int, lane: int = 0, lanes: int = 1):
         self._stream, self._row_len, self._bos, self._seed = stream, row_len, bos, seed
+        self._lane, self._lanes = lane, lanes
         self._next: Chunk | None = None  # read, but of the next window
         self._begin({}, 0, {})
 
@@ -88,7 +91,7 @@ class BestFitRows:
         ends = np.append(starts[1:], len(ids))
         plan = best_fit(list(zip(starts.tolist(), ends.tolist(), strict=True)), self._row_len)
         head = chunks[0]
-        order = _shuffled(len(plan), self._seed, head)
+        order = self._shuffled(len(plan), head)
         self._window = np.full((len(plan), self._row_len), IGNORE, np.int32)
         for row, number in zip(self._window, order.tolist(), strict=True):
             at = 0
@@ -110,17 +113,26 @@ class BestFitRows:
     def _read_window(self) -> list[Chunk]:
         chunks: list[Chunk] = []
         tokens = 0
-        while tokens < WINDOW_ROWS * self._row_len:
+        rows = WINDOW_ROWS
+        while tokens < rows * self._row_len:
             chunk = self._next or self._stream.next_chunk()
             self._next = None
             if chunk is None:
                 break
+            if (chunk.epoch, chunk.block, chunk.document) == (0, 0, 0):
+                rows = WINDOW_ROWS * (self._lane + 1) // self._lanes
             if chunks and chunk.epoch != chunks[0].epoch and tokens >= EPOCH_ROWS * self._row_len:
                 self._next = chunk
                 break
             chunks.append(chunk)
             tokens += len(chunk.ids)
         return chunks
+
+    def _shuffled(self, count: int, head: Chunk) -> np.ndarray:
+        """A permutation that only the seed and the window's place decide; see `loader._Epochs` for why Philox."""
+        block = head.block * self._lanes + self._lane
+        key = ((self._seed << 32) + head.epoch, (block << 32) + head.document)
+        return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
 
 
 Piece = tuple[int, int, bool]  # where it starts and ends, and whether its document begins with it
@@ -160,9 +172,3 @@ def _split(start: int, end: int, row_len: int) -> list[Piece]:
     stop = min(end, start + row_len)
     rest = [(at, min(end, at + row_len - 1), False) for at in range(stop, end, row_len - 1)]
     return [(start, stop, True), *rest]
-
-
-def _shuffled(count: int, seed: int, head: Chunk) -> np.ndarray:
-    """A permutation that only the seed and the window's place decide; see `loader._Epochs` for why Philox."""
-    key = ((seed << 32) + head.epoch, (head.block << 32) + head.document)
-    return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")

@@ -1,9 +1,9 @@
 """Endless or finite iterators of batches, prefetched by a thread, resumable from a small state.
 
-A state is JSON: where reading goes on, never how much was read. It knows nothing of devices, processes or the size of a
-batch: all processes plan the same sequence of rows, and each takes its share of every batch's rows. So any number of
-processes gives the same global batches, and all of them end at the same call. What it costs is that each process
-tokenises the text of all; a core does that for some millions of tokens a second.
+A state is JSON: where reading goes on, never how much was read. It knows nothing of devices or processes: any number
+of processes gives the same global batches, of which each takes its share of the rows. For text each reads its own lanes
+(see `lanes`), but all of it where it ends; of conversations all plan all rows, and each renders its own. So all of them
+end at the same call.
 """
 
 from __future__ import annotations
@@ -21,19 +21,12 @@ from grain.experimental import ThreadPrefetchDatasetIterator
 
 from jaxchat.config import check
 from jaxchat.data.bestfit import BestFitRows
-from jaxchat.data.packing import (
-    IGNORE,
-    BestFitPacker,
-    CutRows,
-    RenderedConversations,
-    TokenStream,
-    pack_conversations,
-)
+from jaxchat.data.lanes import Batch, LaneBatches, count_lanes, place_in_epoch
+from jaxchat.data.packing import BestFitPacker, CutRows, RenderedConversations, TokenStream, pack_conversations
 from jaxchat.data.shards import Block, TextBlocks, TextSide
 
 PREFETCHED_BATCHES = 2
 
-Batch = dict[str, np.ndarray]
 Packing = Literal["best-fit", "concat"]
 
 
@@ -69,9 +62,10 @@ def pretrain_batches(
 
     Returns:
       A grain iterator of `{"inputs": int32[rows, sequence_len], "targets": int32[rows, sequence_len]}`, targets -1
-      where there is nothing to train on. `get_state()` has the keys epoch, block, document, token, blocks (None
-      while files are on their way), left_out (how much of the first epoch was bad, by kind, see `Findings`), packed
-      (`rows` and `targets` so far, and more with best fit), and row with best fit.
+      where there is nothing to train on. `get_state()` has the keys of, the number of lanes, and lanes: of each that
+      this process reads, by its number, epoch, block, document, token, blocks (in the text; None while files are on
+      their way), left_out (how much of the first epoch was bad, by kind, see `Findings`), packed (`rows` and `targets`
+      so far, and more with best fit), and row with best fit. `whole_state` puts those of several processes together.
 
     Raises:
       UserError: files that cannot be read (see `TextBlocks`), too little text for one row, a state of other text.
@@ -80,27 +74,40 @@ def pretrain_batches(
     check(blocks.count != 0, f"{side.files[0]} has no documents")
     order = _Epochs(blocks, seed if shuffle else None)
     name = f"{side.files[0]}" if len(side.files) == 1 else f"the text in {side.files[0].parent}"
+    bos = tokenizer.bos_token_id
 
-    def documents(epoch: int, index: int) -> Block | None:
-        # A shuffled order has to know all blocks; in their own order they are read as their files arrive.
-        there = index < len(blocks) if shuffle else blocks.reaches(index)
-        return order.at(epoch, index) if there else None
+    def open_lane(lane: int, lanes: int) -> BestFitRows | CutRows:
+        def documents(epoch: int, index: int) -> Block | None:
+            # A shuffled order has to know all blocks; in their own order they are read as their files arrive.
+            known = len(blocks) if shuffle or epoch else 0
+            place = place_in_epoch(epoch, index, lane, lanes, known)
+            there = place < known if known else blocks.reaches(place)
+            return order.at(epoch, place) if there else None
 
-    def open_iterator() -> grain.DatasetIterator:
-        epochs, minimum = (None, sequence_len + 1) if repeat else (1, 2)
         stream = TokenStream(
             documents,
             lambda: blocks.count,
             tokenizer,
-            epochs=epochs,
-            minimum=minimum,
+            epochs=None if repeat else 1,
+            minimum=sequence_len + 1 if repeat and lanes == 1 else 2,
             name=name,
             num_threads=num_threads,
         )
-        bos = tokenizer.bos_token_id
-        fit = packing == "best-fit"
-        source = BestFitRows(stream, sequence_len + 1, bos, seed) if fit else CutRows(stream, sequence_len)
-        return _TextIterator(source, rows, process_index, process_count, sequence_len, bos, mask_borders)
+        if packing == "best-fit":
+            return BestFitRows(stream, sequence_len + 1, bos, seed, lane, lanes)
+        return CutRows(stream, sequence_len)
+
+    def open_iterator() -> grain.DatasetIterator:
+        return LaneBatches(
+            open_lane,
+            count_lanes(side, blocks, rows * process_count) if repeat else 1,
+            rows=rows,
+            sequence_len=sequence_len,
+            process_index=process_index,
+            process_count=process_count,
+            bos=bos,
+            mask_borders=mask_borders,
+        )
 
     return iter(_Prefetched(open_iterator, blocks.interrupted))
 
@@ -185,43 +192,6 @@ class _Epochs:
                 self._epoch, self._permutation = epoch, np.argsort(bits, kind="stable")
             index = int(self._permutation[index])
         return self._items[index]
-
-
-class _TextIterator(grain.DatasetIterator):
-    def __init__(
-        self,
-        source: BestFitRows | CutRows,
-        rows: int,
-        process_index: int,
-        process_count: int,
-        sequence_len: int,
-        bos: int,
-        mask_borders: bool,
-    ):
-        super().__init__()
-        self._source = source
-        self._global_rows = rows * process_count
-        self._mine = slice(process_index * rows, (process_index + 1) * rows)
-        self._shape = rows, sequence_len + 1
-        self._bos, self._mask_borders = bos, mask_borders
-
-    def __next__(self) -> Batch:
-        taken = self._source.take(self._global_rows)
-        if not len(taken):
-            raise StopIteration
-        mine = taken[self._mine]
-        if len(mine) < self._shape[0]:
-            mine = np.concatenate([mine, np.full((self._shape[0] - len(mine), self._shape[1]), IGNORE, np.int32)])
-        inputs, targets = mine[:, :-1], mine[:, 1:]
-        if self._mask_borders:
-            targets = np.where(targets == self._bos, IGNORE, targets)
-        return {"inputs": np.where(inputs == IGNORE, self._bos, inputs), "targets": np.ascontiguousarray(targets)}
-
-    def get_state(self) -> dict[str, Any]:
-        return self._source.state
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._source.state = state
 
 
 class _ChatIterator(grain.DatasetIterator):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxchat.config import ModelConfig, TrainConfig, UserError, check
+from jaxchat.data.lanes import summed, whole_state
+from jaxchat.distributed import exchange
 from jaxchat.infer.engine import Engine
 from jaxchat.mesh import BATCH_SPEC, batch_share, put_batch, shardings
 from jaxchat.metrics import Metrics
@@ -75,6 +78,11 @@ class Batches(Source):
 
     def set_state(self, state: dict) -> None:
         self.iterator.set_state(state)
+
+    def whole_state(self, state: dict) -> dict:
+        if "lanes" not in state:  # all processes plan all rows
+            return state
+        return whole_state([json.loads(own) for own in exchange(json.dumps(state))])
 
 
 @dataclass
@@ -194,7 +202,7 @@ class Training:
             )
             loop.train(state)
             loop.checkpoints.close()
-        facts |= self._data_facts(source.get_state())
+        facts |= self._data_facts(source.whole_state(source.get_state()))
         if line := describe_data(facts):
             run.say(f"{self.stage:<9} {line}")
         run.finish(
@@ -211,6 +219,7 @@ class Training:
 
     def _data_facts(self, state: dict) -> dict[str, Any]:
         """How full the rows were, and what was left out of the text, by the loader's state."""
+        state = summed(state) if "lanes" in state else state
         facts: dict[str, Any] = {"left_out": state["left_out"]} if state.get("left_out") else {}
         packed = state.get("packed") or {}
         if packed.get("rows"):

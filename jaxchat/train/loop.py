@@ -42,6 +42,10 @@ class Source(Protocol):
 
     def set_state(self, state: dict) -> None: ...
 
+    def whole_state(self, state: dict) -> dict:
+        """What can go on with any number of processes, from the state of this one; all processes call it together."""
+        return state
+
 
 @dataclass(frozen=True)
 class Evaluator:
@@ -108,8 +112,9 @@ class Loop:
         }
         self.metrics.flush()  # a resume goes on from here: what was logged before must not be missing
         self.checkpoints.wait()
+        data = self.source.whole_state(position)
         with ctrl_c_later():  # what is saved by half cannot be saved again
-            self.checkpoints.save(step, state, data=position, meta=meta)
+            self.checkpoints.save(step, state, data=data, meta=meta)
 
     def train(self, state: State) -> State:
         """Trains until `num_steps`, from the newest checkpoint if there is one; returns the final state.

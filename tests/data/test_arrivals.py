@@ -39,7 +39,7 @@ def there(tmp_path_factory):
 
 
 def batches(side, **options):
-    return pretrain_batches(side, TOKENIZER, **{"rows": 2, "sequence_len": 512, "seed": 0} | options)
+    return pretrain_batches(side, TOKENIZER, **{"rows": 3, "sequence_len": 512, "seed": 0} | options)
 
 
 def assert_same(left, right, count):
@@ -60,10 +60,11 @@ def test_training_begins_with_the_first_shard(server, tmp_path, there):
     assert not (tmp_path / "pretrain" / NAMES[1]).exists()
     # What is saved now can go on when all is there, and the other way round.
     early = json.loads(json.dumps(iterator.get_state()))
-    assert early["blocks"] is None
+    assert early["lanes"]["0"]["blocks"] is None
     server.gate.set()
-    assert_same(iterator, whole, 800)  # into the second epoch
-    assert iterator.get_state()["epoch"] == 1 and iterator.get_state()["blocks"] == 8
+    assert_same(iterator, whole, 540)  # into the second epoch
+    place = iterator.get_state()["lanes"]["0"]
+    assert place["epoch"] == 1 and place["blocks"] == 8
     resumed = batches(there)
     resumed.set_state(early)
     again = batches(there)

@@ -1,6 +1,8 @@
 """Batches over the whole path from files: order, shares of processes, epochs, resuming, threads."""
 
+import dataclasses
 import gc
+import itertools
 import json
 import subprocess
 import sys
@@ -16,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxchat.config import UserError
-from jaxchat.data import bestfit, packing
+from jaxchat.data import bestfit, lanes, packing
+from jaxchat.data.lanes import place_in_epoch, summed, whole_state
 from jaxchat.data.loader import chat_batches, count_rows, pretrain_batches
 from jaxchat.data.packing import RenderedConversations
-from jaxchat.data.shards import TextSide, iterate_texts
+from jaxchat.data.shards import TextBlocks, TextSide, iterate_texts
 from jaxchat.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train_from_iterator(["the cat sat on the mat, and the cat sat on the hat"] * 3, 270)
@@ -180,12 +183,12 @@ def test_best_fit_places_every_part_of_a_document_once_and_leaves_little_room(le
 def test_best_fit_cuts_few_documents_and_says_how_many(side):
     iterator = best_fit_batches(side, repeat=False, sequence_len=40)
     rows = sum(int((batch["targets"] >= 0).any(axis=1).sum()) for batch in iterator)
-    packed = iterator.get_state()["packed"]
+    packed = summed(iterator.get_state())["packed"]
     assert (packed["documents"], packed["rows"]) == (18, rows) and 0 < packed["cut"] <= rows
     pieces = packed["targets"] + rows - len(tokens_of(side))  # a <|bos|> more each
     assert packed["cut"] <= pieces <= rows
     whole = best_fit_batches(side, repeat=False, sequence_len=5000)
-    assert len(list(whole)) == 1 and whole.get_state()["packed"]["cut"] == 0
+    assert len(list(whole)) == 1 and summed(whole.get_state())["packed"]["cut"] == 0
 
 
 def test_borders_are_no_targets_if_wanted(side):
@@ -225,6 +228,86 @@ def test_a_state_fits_any_number_of_processes_and_rows(side):
             iterator.set_state(one.get_state())
         rows = [b["inputs"] for batches in zip(*(take(it, 4) for it in two), strict=True) for b in batches]
         np.testing.assert_array_equal(np.concatenate(rows), np.concatenate([b["inputs"] for b in take(one, 2)]))
+
+
+@given(blocks=st.integers(1, 40), count=st.integers(1, 9), epochs=st.integers(1, 4))
+def test_each_block_of_an_epoch_goes_to_one_lane(blocks, count, epochs):
+    for epoch in range(epochs):
+        by_lane = [[place_in_epoch(epoch, i, lane, count, blocks) for i in range(blocks + 1)] for lane in range(count)]
+        by_lane = [[place for place in places if place < blocks] for places in by_lane]
+        assert sorted(sum(by_lane, [])) == list(range(blocks)) and all(places == sorted(places) for places in by_lane)
+        assert max(map(len, by_lane)) - min(map(len, by_lane)) <= 1
+
+
+@pytest.fixture
+def three_lanes(monkeypatch):
+    monkeypatch.setattr(lanes, "BLOCKS_OF_A_LANE", 2)
+
+
+def in_processes(make, count, batches, state=None):
+    """What so many processes make of 12 rows a batch, together, and their state behind it."""
+    iterators = [make(rows=12 // count, process_index=i, process_count=count) for i in range(count)]
+    for iterator in iterators if state else ():
+        iterator.set_state(state)
+    parts = [take(iterator, batches) for iterator in iterators]
+    joined = [{k: np.concatenate([part[k] for part in b]) for k in b[0]} for b in zip(*parts, strict=True)]
+    return joined, json.loads(json.dumps(whole_state([iterator.get_state() for iterator in iterators])))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_any_number_of_processes_makes_the_same_batches_of_lanes_and_goes_on_from_any(
+    side, three_lanes, packing, shuffle
+):
+    make = partial(text_batches, side, packing=packing, shuffle=shuffle)
+    whole, end = in_processes(make, 1, 9)
+    assert end["of"] == len(end["lanes"]) == 3
+    for count in (2, 3, 4, 6):
+        first, state = in_processes(make, count, 4)
+        for then in (1, 2, count):
+            last, same_end = in_processes(make, then, 5, state)
+            assert_same(first + last, whole)
+            assert same_end == end
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_each_process_reads_its_lanes_alone(side, three_lanes, packing, monkeypatch):
+    read, block = set(), TextBlocks.__getitem__
+    monkeypatch.setattr(TextBlocks, "__getitem__", lambda self, i: read.add(i) or block(self, i))
+    monkeypatch.setattr(bestfit, "WINDOW_ROWS", 3)  # lanes go on to the next epoch
+    by_process = []
+    for i in range(3):
+        iterator = text_batches(side, rows=1, process_index=i, process_count=3, packing=packing)
+        take(iterator, 20)
+        iterator.close()
+        by_process.append(set(read))
+        read.clear()
+    assert by_process == [{0, 3}, {1, 4}, {2, 5}]
+
+
+def test_in_an_epoch_the_lanes_read_each_document_once(side, three_lanes):
+    batches = take(text_batches(side, rows=3, sequence_len=8), 60)
+    read = []
+    for lane in range(3):
+        inputs = np.concatenate([batch["inputs"][lane] for batch in batches])
+        starts = np.flatnonzero(inputs == BOS)
+        documents = [TOKENIZER.decode(inputs[a + 1 : b].tolist()) for a, b in itertools.pairwise(starts)]
+        assert documents[:6] == documents[6:12]  # the second epoch
+        read += documents[:6]
+    assert sorted(read) == sorted(iterate_texts(side))
+
+
+def test_lanes_are_of_the_text_and_the_batch(side, three_lanes, monkeypatch):
+    assert [text_batches(side, rows=rows).get_state()["of"] for rows in (3, 4, 5, 12)] == [3, 2, 1, 3]
+    assert text_batches(side, rows=12, repeat=False).get_state()["of"] == 1
+    state = text_batches(side, rows=3).get_state()
+    for other, why in ((state, 4), ({"epoch": 0}, 3)):
+        with pytest.raises(UserError, match="saved for other batches, or by another version"):
+            text_batches(side, rows=why).set_state(other)
+    monkeypatch.setattr(lanes, "BLOCKS_OF_A_LANE", 8)
+    assert text_batches(side, rows=3).get_state()["of"] == 1
+    on_their_way = dataclasses.replace(side, files=side.files * 8, wait=lambda path, given_up: None)
+    assert text_batches(on_their_way, rows=4).get_state()["of"] == 2
 
 
 @pytest.mark.parametrize("count", [1, 3])

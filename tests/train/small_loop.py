@@ -5,10 +5,10 @@ import numpy as np
 
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.metrics import Metrics, read_metrics
-from jaxchat.train.loop import Loop
+from jaxchat.train.loop import Loop, Source
 
 
-class Counting:
+class Counting(Source):
     """Batches that hold their own number."""
 
     def __init__(self, events=None, stop=None):
