@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -23,12 +23,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import options
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxchat import s3
 from jaxchat.config import CheckpointConfig, UserError, check
 from jaxchat.distributed import agreed, exchange
-from jaxchat.snapshot import Snapshots
+from jaxchat.retention import Retention
+from jaxchat.snapshot import Snapshots, to_host
 from jaxchat.storage import first_line, is_remote, storage_errors
 from jaxchat.trees import kinds, like, nested
 
@@ -62,7 +62,7 @@ class Checkpoints:
             # Storage renames by copying, one file after the other: there a file written last says that all is there.
             self._atomicity = options.AtomicityOptions(mode=options.AtomicityMode.COMMIT_FILE)
         self._config = config or CheckpointConfig()
-        self._policy = _Policy(self._config)
+        self._policy = Retention(self._config)
         self._worths: dict[int, float] | None = None  # of steps that were evaluated: the more the better
         self._manager: ocp.CheckpointManager | None = None
         self._thread: ThreadPoolExecutor | None = None  # of one thread, the only one to call the manager
@@ -89,11 +89,12 @@ class Checkpoints:
             return
         # Several processes save step by step together: in each Orbax waits for the others.
         copy = self._snapshots.take(state_tree) if jax.process_count() == 1 else None
-        on_host = self._begin(self._write, self._manager, step, copy or state_tree, data, meta)
         if copy is None:
-            self._finish(on_host)
-        else:
-            on_host.add_done_callback(lambda _: jax.tree.map(lambda x: x.delete(), copy))
+            self._finish(self._begin(self._write, self._manager, step, state_tree, data, meta))
+            return
+        self._begin(to_host, copy)
+        on_host = self._begin(self._write, self._manager, step, copy, data, meta)
+        on_host.add_done_callback(lambda _: jax.tree.map(lambda x: x.delete(), copy))
 
     @staticmethod
     def _write(manager: ocp.CheckpointManager, step: int, state_tree: dict[str, Any], data: dict, meta: dict) -> None:
@@ -254,7 +255,15 @@ class Checkpoints:
                 atomicity_options=self._atomicity,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             )
-            self._manager = _Manager(self.directory, options=settings)
+            # Pinned memory is filled on the steps' own stream, which would stop them for a copy that need not hurry.
+            pinned = None if jax.process_count() > 1 else False
+            handlers = {
+                **{
+                    name: ocp.PyTreeCheckpointHandler(enable_pinned_host_transfer=pinned) for name in (PARAMS, TRAINING)
+                },
+                **{name: ocp.JsonCheckpointHandler() for name in (DATA, META)},
+            }
+            self._manager = _Manager(self.directory, options=settings, item_handlers=handlers)
             self._thread = ThreadPoolExecutor(1)
 
     def _write_manifest(self) -> None:
@@ -299,24 +308,6 @@ class Checkpoints:
                 f"checkpoint {self._folder(step)} is of other settings: {name} is {there} there and {here} here; "
                 "use the settings that it was saved with",
             )
-
-
-class _Policy(preservation_policy.PreservationPolicy):
-    """Which checkpoints stay: the newest, the best, and every n-th step's."""
-
-    def __init__(self, config: CheckpointConfig):
-        self._config, self.worths = config, {}
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        config = self._config
-        stay = set(steps[-config.keep :])
-        if config.keep_every:
-            stay.update(step for step in steps if step % config.keep_every == 0)
-        if config.keep_best:
-            worths = {step: worth for step, worth in self.worths.items() if step in steps}
-            stay.update(sorted(worths, key=worths.__getitem__)[-1:])
-        return [step in stay for step in steps]
 
 
 class _Manager(ocp.CheckpointManager):

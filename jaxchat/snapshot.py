@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Snapshots:
@@ -46,6 +47,14 @@ class Snapshots:
                 return False
         self._with_copy.update(peaks)
         return True
+
+
+def to_host(tree: Any) -> None:
+    """Copies the leaves to the host, where JAX keeps them beside the arrays: one after the other, so that what the
+    steps meanwhile bring to the host themselves waits for one of them at most, not for all."""
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            np.asarray(shard.data)
 
 
 def _program(tree: Any) -> Any:

@@ -245,7 +245,7 @@ def bad_folder(tmp_path):
 @pytest.mark.parametrize("packing", ["best-fit", "concat"])
 def test_the_count_is_of_the_text_read_once_and_survives_a_resume(bad_folder, packing):
     side = find_text(bad_folder, on_bad="skip", tell=lambda line: None).train
-    options = {"rows": 2, "sequence_len": 64, "seed": 0, "packing": packing}
+    options = {"rows": 3, "sequence_len": 64, "seed": 0, "packing": packing}
 
     def batches():
         return pretrain_batches(side, TOKENIZER, **options)
