@@ -73,7 +73,8 @@ def test_any_mesh_gives_the_losses_of_one_device_with_windows(one_device, monkey
     np.testing.assert_allclose(spread, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_in_a_block_fsdp_moves_weights_and_their_gradients_alone(monkeypatch):
+@pytest.mark.parametrize("in_fp8", [False, True], ids=["plain", "fp8"])
+def test_in_a_block_fsdp_moves_weights_and_their_gradients_alone(in_fp8, monkeypatch):
     monkeypatch.setattr(gpu, "INTERPRET", True)  # with the kernels, whose split the compiler must be told
     monkeypatch.setattr(hopper, "multiplies", lambda dtype: True)
     jax.clear_caches()
@@ -85,7 +86,9 @@ def test_in_a_block_fsdp_moves_weights_and_their_gradients_alone(monkeypatch):
     )
     place = jax.NamedSharding(mesh, jax.P(None, *BATCH_SPEC))
     tokens = jax.ShapeDtypeStruct((1, 12, 17), jnp.int32, sharding=place)
-    step = make_train_step(CONFIG, optimizer, mesh=mesh, state_shardings=jax.tree.map(lambda x: x.sharding, state))
+    precision = {"dtype": jnp.bfloat16, "in_fp8": True} if in_fp8 else {}
+    places = jax.tree.map(lambda x: x.sharding, state)
+    step = make_train_step(CONFIG, optimizer, mesh=mesh, state_shardings=places, **precision)
     hlo = step.lower(state, {"inputs": tokens, "targets": tokens}).compile().as_text()
     jax.clear_caches()
     kinds = r" = (.*) (?:all-\w+|collective-permute|reduce-scatter)(?:-start)?\(.*_run_block"
