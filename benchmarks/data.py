@@ -115,7 +115,7 @@ def _write_ranks(tokenizer: Any, path: Path) -> None:
 def _round(options: argparse.Namespace, cores: int, folder: Path, text: Path, checkout: Path | None):
     work = {"rows": options.rows, "sequence_len": options.sequence_len}
     for processes in sorted({1, options.processes}):
-        share = {**work, "process_count": processes}
+        share = {**work, "process_count": processes, "lanes": processes}
         for packing in PACKINGS:
             figures, peak = alone(load, text, folder / "tokenizer", cores, options.batches, packing, share)
             of = f", one of {processes}" if processes > 1 else ""

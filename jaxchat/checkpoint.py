@@ -255,15 +255,7 @@ class Checkpoints:
                 atomicity_options=self._atomicity,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             )
-            # Pinned memory is filled on the steps' own stream, which would stop them for a copy that need not hurry.
-            pinned = None if jax.process_count() > 1 else False
-            handlers = {
-                **{
-                    name: ocp.PyTreeCheckpointHandler(enable_pinned_host_transfer=pinned) for name in (PARAMS, TRAINING)
-                },
-                **{name: ocp.JsonCheckpointHandler() for name in (DATA, META)},
-            }
-            self._manager = _Manager(self.directory, options=settings, item_handlers=handlers)
+            self._manager = _Manager(self.directory, options=settings, item_handlers=_handlers())
             self._thread = ThreadPoolExecutor(1)
 
     def _write_manifest(self) -> None:
@@ -313,6 +305,18 @@ class Checkpoints:
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
         return False  # the loop decides when a process that must end saves for the last time
+
+
+def _handlers() -> dict[str, ocp.CheckpointHandler]:
+    """What saves the items. In a process that is alone it takes what `to_host` has brought there: Orbax would bring a
+    part of each replica itself, and through pinned memory, which is filled on the steps' own stream."""
+    settings = {}
+    if jax.process_count() == 1:
+        arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+        settings = {"type_handler_registry": registry, "enable_pinned_host_transfer": False}
+    trees = {name: ocp.PyTreeCheckpointHandler(**settings) for name in (PARAMS, TRAINING)}
+    return trees | {name: ocp.JsonCheckpointHandler() for name in (DATA, META)}
 
 
 def _split(state_tree: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

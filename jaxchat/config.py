@@ -202,7 +202,7 @@ class DataConfig:
     `<|bos|>`, or all laid end to end and cut. `mask_borders` is what respects the borders of documents in a row: the
     "loss" (`<|bos|>` is no target), the "attention" (a token sees its own document only), or "both". `on_bad` says what
     becomes of text that is damaged or too long: the run is refused with a line that names it, or it is named, counted
-    and left out.
+    and left out. `lanes`, for many hosts: the text is dealt out to so many, and each process reads its part alone.
 
     Conversations are made up too where the user's folder has none; the sizes are those of what is made up.
     """
@@ -216,6 +216,7 @@ class DataConfig:
     shuffle: bool = False
     packing: Literal["best-fit", "concat"] = "best-fit"
     mask_borders: Literal["none", "loss", "attention", "both"] = "none"
+    lanes: int = 1
     on_bad: Literal["refuse", "skip"] = "refuse"
 
     @property
@@ -403,3 +404,6 @@ class Experiment:
             heads % tensor == 0,
             f"mesh.tensor is {tensor}, and shares out attention's heads: it must divide the {heads} of keys and values",
         )
+        lanes, rows = self.data.lanes, self.pretrain.batch_tokens // self.model.sequence_len
+        fits = lanes >= 1 and rows % lanes == 0
+        check(fits, f"data.lanes is {lanes}; it must be at least 1, and divide the {rows} rows of pretraining's batch")

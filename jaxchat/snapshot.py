@@ -50,11 +50,12 @@ class Snapshots:
 
 
 def to_host(tree: Any) -> None:
-    """Copies the leaves to the host, where JAX keeps them beside the arrays: one after the other, so that what the
-    steps meanwhile bring to the host themselves waits for one of them at most, not for all."""
+    """Copies the leaves to the host, each part once, where JAX keeps them beside the arrays: one after the other, so
+    that what the steps meanwhile bring to the host themselves waits for one of them at most, not for all."""
     for leaf in jax.tree.leaves(tree):
         for shard in leaf.addressable_shards:
-            np.asarray(shard.data)
+            if shard.replica_id == 0:
+                np.asarray(shard.data)
 
 
 def _program(tree: Any) -> Any:

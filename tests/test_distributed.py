@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,8 +16,9 @@ import pytest
 
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.cluster import LOST, PREEMPTED
+from jaxchat.data.lanes import place_in_epoch
 from jaxchat.distributed import Preemption, agreed, exchange
-from tests.tiny import ARGUMENTS, ROOT, STEPS, copy, record, start, values
+from tests.tiny import ARGUMENTS, ROOT, STEPS, copy, damage, record, start, values
 
 # What a process does to itself, when it asks for the batch of a step: `SIGKILL 1 3` in process 1 at step 3.
 PROGRAM = """
@@ -47,7 +49,7 @@ def free_port():
 
 
 def start_several(program, arguments, *, count=2, devices=2):
-    """Exit code and stderr of each of several processes that are started together."""
+    """Exit code, stdout and stderr of each of several processes that are started together."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     port = free_port()
@@ -62,7 +64,7 @@ def start_several(program, arguments, *, count=2, devices=2):
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, err) for process, (_, err) in zip(processes, ends, strict=True)]
+    return [(process.returncode, out + err) for process, (out, err) in zip(processes, ends, strict=True)]
 
 
 def train(run, *arguments, fault=NEVER):
@@ -102,8 +104,11 @@ def test_asked_to_end_they_save_one_step_and_go_on_as_one_process(whole, tmp_pat
 def test_each_reads_its_lanes_and_one_goes_on_with_those_of_all(tmp_path):
     documents = [f"the {i} cats sat on {i} mats, {'and ' * (i % 7)}then went" for i in range(340)]
     for name, texts in (("0", documents[:320]), ("1", documents[320:])):
-        pq.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet", row_group_size=20)
-    settings = [f"--data={tmp_path}", "--stages=tokenizer,pretrain"]
+        pq.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet", row_group_size=20, use_dictionary=False)
+    for group in (2, 3):  # of four, which four lanes get one each of
+        damage(tmp_path / "0.parquet", group)
+    settings = [f"--data={tmp_path}", "--stages=tokenizer,pretrain", "--data.lanes=4", "--data.on-bad=skip"]
+    settings += ["--data.no-shuffle", "--data.packing=concat"]  # so that it is known who reads what
     code, _, err = start(tmp_path / "whole", *settings)
     assert code == 0, err
     run = tmp_path / "run"
@@ -111,10 +116,16 @@ def test_each_reads_its_lanes_and_one_goes_on_with_those_of_all(tmp_path):
     assert [code for code, _ in ends] == [PREEMPTED, PREEMPTED], ends
     state = position(run, "pretrain")
     assert state["of"] == len(state["lanes"]) == 4 and all(lane["blocks"] == 16 for lane in state["lanes"].values())
+    for group in (2, 3):
+        process = next(lane for lane in range(4) if place_in_epoch(42, 0, 0, lane, 4) == group) // 2
+        said = f"row group {group} cannot be read: .*left out \\(process {process}\\)"
+        assert [bool(re.search(said, out)) for _, out in ends] == [process == 0, process == 1], ends
     code, _, err = start(run, *settings)
     assert code == 0, err
     assert_same(run, tmp_path / "whole", "pretrain")
-    assert record(run, "pretrain")["packing"] == record(tmp_path / "whole", "pretrain")["packing"]
+    for fact in ("packing", "left_out"):
+        assert record(run, "pretrain")[fact] == record(tmp_path / "whole", "pretrain")[fact]
+    assert record(run, "pretrain")["left_out"] == {"unreadable_blocks": 2}
 
 
 @pytest.mark.parametrize("lost", [0, 1])

@@ -1,5 +1,7 @@
 """Copies of a state on its devices: where they lie, that they are copies, and when there is room for them."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxchat import snapshot
 from jaxchat.config import MeshConfig
 from jaxchat.mesh import make_mesh
-from jaxchat.snapshot import Snapshots
+from jaxchat.snapshot import Snapshots, to_host
 
 MESH = make_mesh(MeshConfig(fsdp=2, tensor=2))
 
@@ -25,6 +28,13 @@ def tree():
 
 
 BYTES = 64 + 128 + 4
+
+
+def test_each_part_comes_to_the_host_once_whatever_devices_have_it_too(monkeypatch):
+    there, brought = tree(), []
+    monkeypatch.setattr(snapshot, "np", SimpleNamespace(asarray=lambda part: brought.append(part.nbytes)))
+    to_host(there)
+    assert sorted(brought) == [4, 64, 64, 64, 64, 128, 128]
 
 
 @pytest.fixture

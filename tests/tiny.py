@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 import launch
 from jaxchat.metrics import read_metrics
 
@@ -70,3 +72,12 @@ def values(directory, stage, name="loss"):
 
 def record(directory, stage):
     return json.loads((Path(directory) / stage / "stage.json").read_text())
+
+
+def damage(path, group):
+    """Overwrites the data of a row group of a parquet file."""
+    column = pq.ParquetFile(path).metadata.row_group(group).column(0)
+    data = bytearray(path.read_bytes())
+    size = column.total_compressed_size
+    data[column.data_page_offset : column.data_page_offset + size] = b"\xff" * size
+    path.write_bytes(data)

@@ -1,9 +1,12 @@
 """Text dealt out to lanes, so that each of several processes reads a part of it.
 
-A lane is a sequence of rows by itself, from every so-manieth block of the text. A batch takes equally many rows from
-each, those of a lane together, and a process reads no lanes but those in which its share of a batch's rows lies. How
-many there are follows from the text and the batch, never from the processes: so any number of these gives the same
-batches, and each goes on from what others have saved.
+A lane is a sequence of rows by itself, from a part of the text's blocks. A batch takes equally many rows from each,
+those of a lane together, and a process reads no lanes but those in which its share of a batch's rows lies. How many
+there are is the experiment's choice and not the processes': so any number of these gives the same batches, and each
+goes on from what others have saved.
+
+Each block goes to one lane an epoch, but lanes do not get equally much text: one whose blocks are short begins the next
+epoch while others have not ended this one. One lane, the default, reads everything once before anything twice.
 """
 
 from __future__ import annotations
@@ -18,32 +21,18 @@ import numpy as np
 from jaxchat.config import check
 from jaxchat.data.bestfit import BestFitRows
 from jaxchat.data.packing import IGNORE, CutRows
-from jaxchat.data.shards import TextBlocks, TextSide
-
-LANES = 32  # at most; further processes share them. A lane takes some 10 MB of a process that reads it
-BLOCKS_OF_A_LANE = 4  # at least: else the lanes would come to the text's end at times far apart
 
 Batch = dict[str, np.ndarray]
-OpenLane = Callable[[int, int], BestFitRows | CutRows]  # a lane, by its number, of so many
 
 
-def count_lanes(side: TextSide, blocks: TextBlocks, rows: int) -> int:
-    """Lanes for this text and `rows` rows in a global batch, which they divide.
+def place_in_epoch(seed: int, epoch: int, index: int, lane: int, lanes: int) -> int:
+    """Which block of an epoch is a lane's `index`-th; there is none if the epoch has no such block.
 
-    Of files on their way each counts as a block, since nothing but their names is known: the number must not depend on
-    which are there.
+    Of as many blocks as there are lanes, each lane gets one, by lot: else blocks that come in a rhythm, such as the
+    short last ones of files, would all go to the same.
     """
-    known = len(blocks) if side.wait is None else len(side.files)
-    most = max(1, min(LANES, known // BLOCKS_OF_A_LANE))
-    return next(lanes for lanes in range(most, 0, -1) if rows % lanes == 0)
-
-
-def place_in_epoch(epoch: int, index: int, lane: int, lanes: int, blocks: int) -> int:
-    """Which of an epoch's `blocks` blocks is a lane's `index`-th; there is none if it is not below `blocks`.
-
-    The blocks of all epochs, one behind the other, go to the lanes in turn, so that each goes to one of them.
-    """
-    return (lane - epoch * blocks) % lanes + index * lanes
+    bits = np.random.Philox(key=((seed << 32) + epoch, index)).random_raw(lanes)
+    return index * lanes + int(np.argsort(bits, kind="stable")[lane])
 
 
 class LaneBatches(grain.DatasetIterator):
@@ -51,7 +40,7 @@ class LaneBatches(grain.DatasetIterator):
 
     Args:
       open_lane: makes a lane's rows, of one token more than their targets.
-      lanes: how many there are, until a state says otherwise.
+      lanes: how many there are; they divide the rows of a global batch.
       rows, sequence_len: of this process's batches.
       process_index, process_count: whose rows of a global batch these are.
       bos: stands for what a row does not fill.
@@ -60,7 +49,7 @@ class LaneBatches(grain.DatasetIterator):
 
     def __init__(
         self,
-        open_lane: OpenLane,
+        open_lane: Callable[[int], BestFitRows | CutRows],
         lanes: int,
         *,
         rows: int,
@@ -71,16 +60,11 @@ class LaneBatches(grain.DatasetIterator):
         mask_borders: bool,
     ):
         super().__init__()
-        self._open_lane = open_lane
         self._shape = rows, sequence_len + 1
-        self._first, self._global_rows = process_index * rows, process_count * rows
+        self._first, self._lanes, self._each = process_index * rows, lanes, process_count * rows // lanes
         self._bos, self._mask_borders = bos, mask_borders
-        self._open(lanes)
-
-    def _open(self, lanes: int) -> None:
-        self._lanes, self._each = lanes, self._global_rows // lanes
-        mine = range(self._first // self._each, (self._first + self._shape[0] - 1) // self._each + 1)
-        self._mine = {lane: self._open_lane(lane, lanes) for lane in mine}
+        mine = range(self._first // self._each, (self._first + rows - 1) // self._each + 1)
+        self._mine = {lane: open_lane(lane) for lane in mine}
 
     def __next__(self) -> Batch:
         taken = {lane: rows.take(self._each) for lane, rows in self._mine.items()}
@@ -103,12 +87,15 @@ class LaneBatches(grain.DatasetIterator):
         """Goes on from a state in which this process's lanes are.
 
         Raises:
-          UserError: they are not, or the batch cannot have that many; or as a lane's own state.
+          UserError: it is of other lanes; or as a lane's own state.
         """
-        lanes = state.get("of", 0)
-        fits = lanes > 0 and self._global_rows % lanes == 0
-        check(fits, "the data's state was saved for other batches, or by another version; begin anew with --fresh")
-        self._open(lanes)
+        if "of" not in state:
+            state = {"of": 1, "lanes": {"0": state}}  # saved before there were lanes
+        saved = state["of"]
+        check(
+            saved == self._lanes and all(str(lane) in state["lanes"] for lane in self._mine),
+            f"the position in the data was saved for {saved} lanes, not {self._lanes}; set data.lanes as it was then",
+        )
         for lane, rows in self._mine.items():
             rows.state = state["lanes"][str(lane)]
 

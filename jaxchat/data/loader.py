@@ -1,9 +1,9 @@
 """Endless or finite iterators of batches, prefetched by a thread, resumable from a small state.
 
 A state is JSON: where reading goes on, never how much was read. It knows nothing of devices or processes: any number
-of processes gives the same global batches, of which each takes its share of the rows. For text each reads its own lanes
-(see `lanes`), but all of it where it ends; of conversations all plan all rows, and each renders its own. So all of them
-end at the same call.
+of processes gives the same global batches, of which each takes its share of the rows. Of text it reads the lanes that
+these are of (see `lanes`), which is all of it where there is one; of conversations all processes plan all rows, and
+each renders its own. So all of them end at the same call.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from grain.experimental import ThreadPrefetchDatasetIterator
 
 from jaxchat.config import check
 from jaxchat.data.bestfit import BestFitRows
-from jaxchat.data.lanes import Batch, LaneBatches, count_lanes, place_in_epoch
+from jaxchat.data.lanes import Batch, LaneBatches, place_in_epoch
 from jaxchat.data.packing import BestFitPacker, CutRows, RenderedConversations, TokenStream, pack_conversations
 from jaxchat.data.shards import Block, TextBlocks, TextSide
 
 PREFETCHED_BATCHES = 2
+LANE_PATIENCE = 16  # epochs without text: a lane's few blocks may be empty, and it gets others in the next epoch
 
 Packing = Literal["best-fit", "concat"]
 
@@ -41,6 +42,7 @@ def pretrain_batches(
     repeat: bool = True,
     packing: Packing = "concat",
     mask_borders: bool = False,
+    lanes: int = 1,
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int | None = None,
@@ -58,6 +60,8 @@ def pretrain_batches(
         of -1, and every token has been a target once, but for those that begin a row of best fit, or the text.
       packing: "concat" lays documents end to end and cuts them to rows, "best-fit" is `BestFitRows`.
       mask_borders: `<|bos|>` is no target, and so nothing is predicted across the border of two documents.
+      lanes: how many sequences of rows the text is dealt out to, of which a process reads those that it has rows of;
+        with more than one (only where it repeats), epochs end a little earlier for some than for others.
       num_threads: the tokenizer's; None for its default.
 
     Returns:
@@ -65,23 +69,29 @@ def pretrain_batches(
       where there is nothing to train on. `get_state()` has the keys of, the number of lanes, and lanes: of each that
       this process reads, by its number, epoch, block, document, token, blocks (in the text; None while files are on
       their way), left_out (how much of the first epoch was bad, by kind, see `Findings`), packed (`rows` and `targets`
-      so far, and more with best fit), and row with best fit. `whole_state` puts those of several processes together.
+      so far; with best fit to the end of a lane's window, and more), and row with best fit. `whole_state` puts those of
+      several processes together.
 
     Raises:
-      UserError: files that cannot be read (see `TextBlocks`), too little text for one row, a state of other text.
+      UserError: files that cannot be read (see `TextBlocks`), too little text for one row, a state of other text,
+        lanes that do not divide the rows of a global batch.
+      ValueError: several lanes of text that ends, which they would do one after the other.
     """
     blocks = TextBlocks(side)
     check(blocks.count != 0, f"{side.files[0]} has no documents")
     order = _Epochs(blocks, seed if shuffle else None)
     name = f"{side.files[0]}" if len(side.files) == 1 else f"the text in {side.files[0].parent}"
     bos = tokenizer.bos_token_id
+    rows_in_all = rows * process_count
+    if lanes > 1 and not repeat:
+        raise ValueError("several lanes need text that repeats")
+    check(rows_in_all % lanes == 0, f"data.lanes {lanes} does not divide a batch's {rows_in_all} rows")
 
-    def open_lane(lane: int, lanes: int) -> BestFitRows | CutRows:
+    def open_lane(lane: int) -> BestFitRows | CutRows:
         def documents(epoch: int, index: int) -> Block | None:
+            place = place_in_epoch(seed, epoch, index, lane, lanes)
             # A shuffled order has to know all blocks; in their own order they are read as their files arrive.
-            known = len(blocks) if shuffle or epoch else 0
-            place = place_in_epoch(epoch, index, lane, lanes, known)
-            there = place < known if known else blocks.reaches(place)
+            there = place < len(blocks) if shuffle else blocks.reaches(place)
             return order.at(epoch, place) if there else None
 
         stream = TokenStream(
@@ -90,6 +100,7 @@ def pretrain_batches(
             tokenizer,
             epochs=None if repeat else 1,
             minimum=sequence_len + 1 if repeat and lanes == 1 else 2,
+            patience=1 if lanes == 1 else LANE_PATIENCE,
             name=name,
             num_threads=num_threads,
         )
@@ -100,7 +111,7 @@ def pretrain_batches(
     def open_iterator() -> grain.DatasetIterator:
         return LaneBatches(
             open_lane,
-            count_lanes(side, blocks, rows * process_count) if repeat else 1,
+            lanes,
             rows=rows,
             sequence_len=sequence_len,
             process_index=process_index,

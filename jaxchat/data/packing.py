@@ -50,6 +50,7 @@ class TokenStream:
       tokenizer: has `encode_to_numpy` and `bos_token_id`.
       epochs: the stream ends after so many; None for never.
       minimum: tokens an epoch must have at least, or the stream could go round for ever without filling a row.
+      patience: epochs in a row that have fewer, before that is an error.
       name: what the text is called in messages.
       num_threads: the tokenizer's; None for its default.
     """
@@ -62,6 +63,7 @@ class TokenStream:
         *,
         epochs: int | None,
         minimum: int,
+        patience: int = 1,
         name: str,
         num_threads: int | None = None,
     ):
@@ -69,7 +71,7 @@ class TokenStream:
         self._count = count
         self._tokenizer = tokenizer
         self._epochs = epochs
-        self._minimum = minimum
+        self._minimum, self._patience = minimum, patience
         self._name = name
         self._num_threads = num_threads
         self._seek(0, 0, 0, 0, {})
@@ -96,6 +98,7 @@ class TokenStream:
         self._epoch, self._block, self._document = epoch, block, document
         self._documents: Block | None = None
         self._epoch_tokens: int | None = 0 if (block, document) == (0, 0) else None  # None: not seen from its beginning
+        self._short = 0  # epochs in a row with too few
         self._left_out = self._before = Counter(left_out)
         self._counted = (document, token) != (0, 0)  # whether what the block leaves out is counted already
         self._chunks: deque[Chunk] = deque()
@@ -157,7 +160,8 @@ class TokenStream:
 
     def _check_epoch(self) -> None:
         found = self._epoch_tokens
-        if found is not None and found < self._minimum:
+        self._short = self._short + 1 if found is not None and found < self._minimum else 0
+        if self._short == self._patience:
             amount = f"only {found} tokens, fewer than the {self._minimum} of one row" if found else "no text"
             raise UserError(f"{self._name} holds {amount}; add text or lower model.sequence-len")
 

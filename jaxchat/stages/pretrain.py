@@ -65,6 +65,7 @@ def training_batches(run: Run, tokenizer: BaseTokenizer, text: TextSplit) -> Bat
         shuffle=experiment.data.shuffle,
         packing=experiment.data.packing,
         mask_borders=experiment.data.mask_borders in ("loss", "both"),
+        lanes=experiment.data.lanes,
         process_index=index,
         process_count=count,
     )

@@ -61,6 +61,7 @@ class Run:
             "or name data sets with --data.download",
         )
         self.experiment, self.directory = experiment, to_run_directory(directory)
+        self._say = say
         self.say = say if jax.process_index() == 0 else lambda line: None
         self.mesh = make_mesh(experiment.mesh)
         self.dtype = compute_dtype(experiment)
@@ -128,11 +129,15 @@ class Run:
           UserError: as `find_text`; the download cannot begin.
         """
         data = self.experiment.data
+        # With lanes, what is bad in one is seen by the processes alone that read it.
+        say = self._say_as_process if data.lanes > 1 and jax.process_count() > 1 else self.say
+        options = {"on_bad": data.on_bad, "tell": lambda line: say(f"data      {line}")}
         if self._arrivals is not None:
-            return self._arrivals.text(data.val_shard, on_bad=data.on_bad)
-        return find_text(
-            self.text_dir, data.val_shard, on_bad=data.on_bad, tell=lambda line: self.say(f"data      {line}")
-        )
+            return self._arrivals.text(data.val_shard, **options)
+        return find_text(self.text_dir, data.val_shard, **options)
+
+    def _say_as_process(self, line: str) -> None:
+        self._say(f"{line} (process {jax.process_index()})")
 
     def _generated(self) -> AnyPath:
         """The generated corpus, written once; a folder left unfinished is written again."""

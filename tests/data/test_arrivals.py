@@ -39,7 +39,7 @@ def there(tmp_path_factory):
 
 
 def batches(side, **options):
-    return pretrain_batches(side, TOKENIZER, **{"rows": 3, "sequence_len": 512, "seed": 0} | options)
+    return pretrain_batches(side, TOKENIZER, **{"rows": 2, "sequence_len": 512, "seed": 0} | options)
 
 
 def assert_same(left, right, count):
@@ -62,7 +62,7 @@ def test_training_begins_with_the_first_shard(server, tmp_path, there):
     early = json.loads(json.dumps(iterator.get_state()))
     assert early["lanes"]["0"]["blocks"] is None
     server.gate.set()
-    assert_same(iterator, whole, 540)  # into the second epoch
+    assert_same(iterator, whole, 800)  # into the second epoch
     place = iterator.get_state()["lanes"]["0"]
     assert place["epoch"] == 1 and place["blocks"] == 8
     resumed = batches(there)
@@ -72,6 +72,21 @@ def test_training_begins_with_the_first_shard(server, tmp_path, there):
         next(again)
     assert_same(resumed, again, 3)
     assert any("in the background" in line for line in said) and "all is there" in said[-1]
+
+
+def test_lanes_begin_with_the_first_shard_too(server, tmp_path, there):
+    server.held = {NAMES[1]}
+    iterator, whole = batches(arrivals(tmp_path, f"{TEXT}:2").text().train, lanes=2), batches(there, lanes=2)
+    assert_same(iterator, whole, 5)
+    early = json.loads(json.dumps(iterator.get_state()))
+    assert early["of"] == 2 and all(place["blocks"] is None for place in early["lanes"].values())
+    server.gate.set()
+    assert_same(iterator, whole, 800)  # into the second epoch
+    resumed, again = batches(there, lanes=2), batches(there, lanes=2)
+    resumed.set_state(early)
+    for _ in range(5):
+        next(again)
+    assert_same(resumed, again, 3)
 
 
 def test_a_reader_that_waits_for_a_shard_is_let_go(server, tmp_path, there):

@@ -1,6 +1,5 @@
 """Batches over the whole path from files: order, shares of processes, epochs, resuming, threads."""
 
-import dataclasses
 import gc
 import itertools
 import json
@@ -17,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxchat.config import UserError
-from jaxchat.data import bestfit, lanes, packing
+from jaxchat.config import DataConfig, Experiment, UserError
+from jaxchat.data import bestfit, packing
 from jaxchat.data.lanes import place_in_epoch, summed, whole_state
 from jaxchat.data.loader import chat_batches, count_rows, pretrain_batches
 from jaxchat.data.packing import RenderedConversations
@@ -230,18 +229,18 @@ def test_a_state_fits_any_number_of_processes_and_rows(side):
         np.testing.assert_array_equal(np.concatenate(rows), np.concatenate([b["inputs"] for b in take(one, 2)]))
 
 
-@given(blocks=st.integers(1, 40), count=st.integers(1, 9), epochs=st.integers(1, 4))
-def test_each_block_of_an_epoch_goes_to_one_lane(blocks, count, epochs):
+@given(blocks=st.integers(1, 40), count=st.integers(1, 9), epochs=st.integers(1, 4), seed=st.integers(0, 2**31))
+def test_each_block_of_an_epoch_goes_to_one_lane(blocks, count, epochs, seed):
     for epoch in range(epochs):
-        by_lane = [[place_in_epoch(epoch, i, lane, count, blocks) for i in range(blocks + 1)] for lane in range(count)]
-        by_lane = [[place for place in places if place < blocks] for places in by_lane]
-        assert sorted(sum(by_lane, [])) == list(range(blocks)) and all(places == sorted(places) for places in by_lane)
-        assert max(map(len, by_lane)) - min(map(len, by_lane)) <= 1
+        dealt = [[place_in_epoch(seed, epoch, i, lane, count) for i in range(blocks)] for lane in range(count)]
+        dealt = [[place for place in places if place < blocks] for places in dealt]
+        assert sorted(sum(dealt, [])) == list(range(blocks)) and all(places == sorted(places) for places in dealt)
+        assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
-@pytest.fixture
-def three_lanes(monkeypatch):
-    monkeypatch.setattr(lanes, "BLOCKS_OF_A_LANE", 2)
+def test_blocks_in_a_rhythm_go_to_all_lanes():
+    tails = [[place_in_epoch(0, 0, i, lane, 8) % 2 for i in range(200)] for lane in range(8)]
+    assert all(70 < sum(odd) < 130 for odd in tails)
 
 
 def in_processes(make, count, batches, state=None):
@@ -256,10 +255,8 @@ def in_processes(make, count, batches, state=None):
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_any_number_of_processes_makes_the_same_batches_of_lanes_and_goes_on_from_any(
-    side, three_lanes, packing, shuffle
-):
-    make = partial(text_batches, side, packing=packing, shuffle=shuffle)
+def test_any_number_of_processes_makes_the_same_batches_of_lanes_and_goes_on_from_any(side, packing, shuffle):
+    make = partial(text_batches, side, packing=packing, shuffle=shuffle, lanes=3)
     whole, end = in_processes(make, 1, 9)
     assert end["of"] == len(end["lanes"]) == 3
     for count in (2, 3, 4, 6):
@@ -271,43 +268,65 @@ def test_any_number_of_processes_makes_the_same_batches_of_lanes_and_goes_on_fro
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_each_process_reads_its_lanes_alone(side, three_lanes, packing, monkeypatch):
-    read, block = set(), TextBlocks.__getitem__
-    monkeypatch.setattr(TextBlocks, "__getitem__", lambda self, i: read.add(i) or block(self, i))
-    monkeypatch.setattr(bestfit, "WINDOW_ROWS", 3)  # lanes go on to the next epoch
-    by_process = []
+def test_each_process_reads_its_lanes_alone(side, packing, monkeypatch):
+    read, block = [], TextBlocks.__getitem__
+    monkeypatch.setattr(TextBlocks, "__getitem__", lambda self, i: read.append(i) or block(self, i))
+    monkeypatch.setattr(bestfit, "WINDOW_ROWS", 3)
     for i in range(3):
-        iterator = text_batches(side, rows=1, process_index=i, process_count=3, packing=packing)
+        iterator = text_batches(side, rows=1, process_index=i, process_count=3, packing=packing, lanes=3)
         take(iterator, 20)
         iterator.close()
-        by_process.append(set(read))
+        epochs = [[place_in_epoch(0, epoch, index, i, 3) for index in range(2)] for epoch in range(20)]
+        assert len(read) > 4 and read == sum(epochs, [])[: len(read)]
         read.clear()
-    assert by_process == [{0, 3}, {1, 4}, {2, 5}]
 
 
-def test_in_an_epoch_the_lanes_read_each_document_once(side, three_lanes):
-    batches = take(text_batches(side, rows=3, sequence_len=8), 60)
-    read = []
-    for lane in range(3):
-        inputs = np.concatenate([batch["inputs"][lane] for batch in batches])
-        starts = np.flatnonzero(inputs == BOS)
-        documents = [TOKENIZER.decode(inputs[a + 1 : b].tolist()) for a, b in itertools.pairwise(starts)]
-        assert documents[:6] == documents[6:12]  # the second epoch
-        read += documents[:6]
-    assert sorted(read) == sorted(iterate_texts(side))
+def documents_of(batches: list[dict], lane: int) -> list[str]:
+    """The whole documents of a lane of one row a batch, in their order."""
+    inputs = np.concatenate([batch["inputs"][lane] for batch in batches])
+    starts = np.flatnonzero(inputs == BOS)
+    return [TOKENIZER.decode(inputs[a + 1 : b].tolist()) for a, b in itertools.pairwise(starts)]
 
 
-def test_lanes_are_of_the_text_and_the_batch(side, three_lanes, monkeypatch):
-    assert [text_batches(side, rows=rows).get_state()["of"] for rows in (3, 4, 5, 12)] == [3, 2, 1, 3]
-    assert text_batches(side, rows=12, repeat=False).get_state()["of"] == 1
-    state = text_batches(side, rows=3).get_state()
-    for other, why in ((state, 4), ({"epoch": 0}, 3)):
-        with pytest.raises(UserError, match="saved for other batches, or by another version"):
-            text_batches(side, rows=why).set_state(other)
-    monkeypatch.setattr(lanes, "BLOCKS_OF_A_LANE", 8)
-    assert text_batches(side, rows=3).get_state()["of"] == 1
-    on_their_way = dataclasses.replace(side, files=side.files * 8, wait=lambda path, given_up: None)
-    assert text_batches(on_their_way, rows=4).get_state()["of"] == 2
+def test_in_an_epoch_the_lanes_read_each_document_once(side):
+    batches = take(text_batches(side, rows=3, sequence_len=8, lanes=3), 60)
+    read = [documents_of(batches, lane) for lane in range(3)]
+    for epoch in (slice(6), slice(6, 12)):
+        assert sorted(sum((documents[epoch] for documents in read), [])) == sorted(iterate_texts(side))
+
+
+def test_a_lane_whose_blocks_are_empty_gets_others_in_the_next_epoch(tmp_path):
+    texts = [f"the {i} cats" if i % 4 == 0 else "" for i in range(16)]  # every other row group has no text
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=2)
+    side = TextSide((tmp_path / "a.parquet",), "parquet")
+    batches = take(text_batches(side, rows=8, sequence_len=8, lanes=8), 40)
+    for lane in range(8):
+        assert set(documents_of(batches, lane)) == {text for text in texts if text}
+    pq.write_table(pa.table({"text": [""] * 16}), tmp_path / "a.parquet", row_group_size=2)
+    with pytest.raises(UserError, match="a.parquet holds no text"):
+        next(text_batches(side, rows=8, lanes=8))
+
+
+def test_what_lanes_do_not_fit_is_refused(side):
+    with pytest.raises(UserError, match="data.lanes 3 does not divide a batch's 4 rows"):
+        text_batches(side, rows=4, lanes=3)
+    with pytest.raises(ValueError, match="need text that repeats"):
+        text_batches(side, rows=3, lanes=3, repeat=False)
+    with pytest.raises(UserError, match="data.lanes is 3; it must be at least 1, and divide the 256 rows"):
+        Experiment(data=DataConfig(lanes=3))
+    state = text_batches(side, rows=6, lanes=3).get_state()
+    with pytest.raises(UserError, match="was saved for 3 lanes, not 2; set data.lanes"):
+        text_batches(side, rows=6, lanes=2).set_state(state)
+    one = text_batches(side, rows=3, process_index=0, process_count=2, lanes=2).get_state()
+    with pytest.raises(UserError, match="set data.lanes"):
+        text_batches(side, rows=3, process_index=1, process_count=2, lanes=2).set_state(one)
+
+
+def test_a_position_from_before_there_were_lanes_is_that_of_one(side):
+    iterator, resumed = text_batches(side), text_batches(side)
+    take(iterator, 3)
+    resumed.set_state(iterator.get_state()["lanes"]["0"])
+    assert_same(take(resumed, 3), take(iterator, 3))
 
 
 @pytest.mark.parametrize("count", [1, 3])
