@@ -74,11 +74,12 @@ def pretrain_batches(
 
     Raises:
       UserError: files that cannot be read (see `TextBlocks`), too little text for one row, a state of other text,
-        lanes that do not divide the rows of a global batch.
+        lanes that do not divide the rows of a global batch, or are more than the text's blocks.
       ValueError: several lanes of text that ends, which they would do one after the other.
     """
     blocks = TextBlocks(side)
-    check(blocks.count != 0, f"{side.files[0]} has no documents")
+    count = blocks.count  # None as long as files are on their way
+    check(count != 0, f"{side.files[0]} has no documents")
     order = _Epochs(blocks, seed if shuffle else None)
     name = f"{side.files[0]}" if len(side.files) == 1 else f"the text in {side.files[0].parent}"
     bos = tokenizer.bos_token_id
@@ -86,6 +87,7 @@ def pretrain_batches(
     if lanes > 1 and not repeat:
         raise ValueError("several lanes need text that repeats")
     check(rows_in_all % lanes == 0, f"data.lanes {lanes} does not divide a batch's {rows_in_all} rows")
+    check(count is None or lanes <= count, f"data.lanes is {lanes}, but {name} has {count} blocks only")
 
     def open_lane(lane: int) -> BestFitRows | CutRows:
         def documents(epoch: int, index: int) -> Block | None:

@@ -310,6 +310,8 @@ def test_a_lane_whose_blocks_are_empty_gets_others_in_the_next_epoch(tmp_path):
 def test_what_lanes_do_not_fit_is_refused(side):
     with pytest.raises(UserError, match="data.lanes 3 does not divide a batch's 4 rows"):
         text_batches(side, rows=4, lanes=3)
+    with pytest.raises(UserError, match="data.lanes is 7, but the text in .* has 6 blocks only"):
+        text_batches(side, rows=7, lanes=7)
     with pytest.raises(ValueError, match="need text that repeats"):
         text_batches(side, rows=3, lanes=3, repeat=False)
     with pytest.raises(UserError, match="data.lanes is 3; it must be at least 1, and divide the 256 rows"):
