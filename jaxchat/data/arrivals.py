@@ -71,18 +71,16 @@ class Arrivals:
         there = any((self.folder / piece.name).exists() for piece in pieces_of(request))
         return there and not Manifest.read(self.folder).of(request.dataset.name)
 
-    def text(
-        self, val_shard: str | None = None, *, on_bad: OnBad = "refuse", tell: Callable[[str], None] | None = None
-    ) -> TextSplit:
+    def text(self, val_shard: str | None = None, *, on_bad: OnBad = "refuse") -> TextSplit:
         """The text to train on, exactly the shards that are asked for; those that are not there yet are waited for
-        when they are read. What of them is bad is refused or skipped, and told of.
+        when they are read. What of them is bad is refused or skipped.
 
         Raises:
           UserError: as `find_text`, for text that is not fetched; a `val_shard` that is not among the shards.
         """
         self._start()
         if self._text is None or self._other:
-            return find_text(self.folder, val_shard, on_bad=on_bad, tell=tell or self._tell)
+            return find_text(self.folder, val_shard, on_bad=on_bad, tell=self._tell)
         content: Shards = self._text.dataset.content
         pinned = self.folder / content.validation
         train = [self.folder / content.name(index) for index in range(self._text.shards)]
@@ -92,7 +90,7 @@ class Arrivals:
             check(val is not None, f"validation shard {val_shard!r} is not among those of {self._text.dataset.name}")
         sides = (tuple(path for path in train if path != val), (val,))
         check(bool(sides[0]), f"{self.folder}: there is only the shard for validation; ask for more of them")
-        common = {"format": "parquet", "wait": self.wait, "on_bad": on_bad, "tell": tell or self._tell}
+        common = {"format": "parquet", "wait": self.wait, "on_bad": on_bad, "tell": self._tell}
         return TextSplit(*(TextSide(files, **common) for files in sides))
 
     def wait(self, path: Path, given_up: Callable[[], bool] = lambda: False) -> None:

@@ -100,7 +100,7 @@ class LaneBatches(grain.DatasetIterator):
             rows.state = state["lanes"][str(lane)]
 
 
-def whole_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the processes' states, one of each, are together: any number of processes can go on from it."""
     lanes = {lane: rows for state in states for lane, rows in state["lanes"].items()}
     return {"of": states[0]["of"], "lanes": {lane: lanes[lane] for lane in sorted(lanes, key=int)}}

@@ -69,7 +69,7 @@ def pretrain_batches(
       where there is nothing to train on. `get_state()` has the keys of, the number of lanes, and lanes: of each that
       this process reads, by its number, epoch, block, document, token, blocks (in the text; None while files are on
       their way), left_out (how much of the first epoch was bad, by kind, see `Findings`), packed (`rows` and `targets`
-      so far; with best fit to the end of a lane's window, and more), and row with best fit. `whole_state` puts those of
+      so far; with best fit to the end of a lane's window, and more), and row with best fit. `joined` puts those of
       several processes together.
 
     Raises:

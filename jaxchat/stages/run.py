@@ -129,15 +129,19 @@ class Run:
           UserError: as `find_text`; the download cannot begin.
         """
         data = self.experiment.data
-        # With lanes, what is bad in one is seen by the processes alone that read it.
-        say = self._say_as_process if data.lanes > 1 and jax.process_count() > 1 else self.say
-        options = {"on_bad": data.on_bad, "tell": lambda line: say(f"data      {line}")}
         if self._arrivals is not None:
-            return self._arrivals.text(data.val_shard, **options)
-        return find_text(self.text_dir, data.val_shard, **options)
+            split = self._arrivals.text(data.val_shard, on_bad=data.on_bad)
+        else:
+            split = find_text(
+                self.text_dir, data.val_shard, on_bad=data.on_bad, tell=lambda line: self.say(f"data      {line}")
+            )
+        if data.lanes > 1 and jax.process_count() > 1:
+            # What is bad in a lane is seen by the processes alone that read it.
+            split = dataclasses.replace(split, train=dataclasses.replace(split.train, tell=self._tell_as_process))
+        return split
 
-    def _say_as_process(self, line: str) -> None:
-        self._say(f"{line} (process {jax.process_index()})")
+    def _tell_as_process(self, line: str) -> None:
+        self._say(f"data      {line} (process {jax.process_index()})")
 
     def _generated(self) -> AnyPath:
         """The generated corpus, written once; a folder left unfinished is written again."""

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxchat.config import ModelConfig, TrainConfig, UserError, check
-from jaxchat.data.lanes import summed, whole_state
+from jaxchat.data.lanes import joined, summed
 from jaxchat.distributed import exchange
 from jaxchat.infer.engine import Engine
 from jaxchat.mesh import BATCH_SPEC, batch_share, put_batch, shardings
@@ -82,7 +82,7 @@ class Batches(Source):
     def whole_state(self, state: dict) -> dict:
         if "lanes" not in state:  # all processes plan all rows
             return state
-        return whole_state([json.loads(own) for own in exchange(json.dumps(state))])
+        return joined([json.loads(own) for own in exchange(json.dumps(state))])
 
 
 @dataclass

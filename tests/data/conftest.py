@@ -1,8 +1,11 @@
 """A hub for the tests of downloads."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 
+from jaxchat.data.shards import TextSide
 from tests.data.hub_server import REPO, SHARDS, HubServer
 
 
@@ -15,3 +18,14 @@ def server(monkeypatch):
         yield running
         running.gate.set()
         running.shutdown()
+
+
+@pytest.fixture(scope="module")
+def side(tmp_path_factory) -> TextSide:
+    """Two shards of three row groups of three documents, and an empty document between them."""
+    folder = tmp_path_factory.mktemp("text")
+    texts = [f"the {i} cat sat " * (i % 4 + 1) for i in range(18)]
+    files = tuple(folder / f"shard_{shard}.parquet" for shard in range(2))
+    for shard, path in enumerate(files):
+        pq.write_table(pa.table({"text": texts[9 * shard : 9 * shard + 9]}), path, row_group_size=3)
+    return TextSide(files, "parquet")

@@ -1,7 +1,6 @@
 """Batches over the whole path from files: order, shares of processes, epochs, resuming, threads."""
 
 import gc
-import itertools
 import json
 import subprocess
 import sys
@@ -16,56 +15,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxchat.config import DataConfig, Experiment, UserError
+from jaxchat.config import UserError
 from jaxchat.data import bestfit, packing
-from jaxchat.data.lanes import place_in_epoch, summed, whole_state
-from jaxchat.data.loader import chat_batches, count_rows, pretrain_batches
+from jaxchat.data.lanes import summed
+from jaxchat.data.loader import chat_batches, count_rows
 from jaxchat.data.packing import RenderedConversations
-from jaxchat.data.shards import TextBlocks, TextSide, iterate_texts
-from jaxchat.tokenizer import Tokenizer
+from jaxchat.data.shards import TextSide, iterate_texts
+from tests.data.small_text import BOS, PACKINGS, TOKENIZER, assert_same, take, text_batches
 
-TOKENIZER = Tokenizer.train_from_iterator(["the cat sat on the mat, and the cat sat on the hat"] * 3, 270)
-BOS = TOKENIZER.bos_token_id
 CHATS = [
     {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * (1 + i % 9)}]}
     for i in range(60)
 ]
-PACKINGS = ("best-fit", "concat")
 RENDERED = RenderedConversations(CHATS, TOKENIZER, 100)
-
-
-@pytest.fixture(scope="module")
-def side(tmp_path_factory) -> TextSide:
-    """Two shards of three row groups of three documents, and an empty document between them."""
-    folder = tmp_path_factory.mktemp("text")
-    texts = [f"the {i} cat sat " * (i % 4 + 1) for i in range(18)]
-    files = tuple(folder / f"shard_{shard}.parquet" for shard in range(2))
-    for shard, path in enumerate(files):
-        pq.write_table(pa.table({"text": texts[9 * shard : 9 * shard + 9]}), path, row_group_size=3)
-    return TextSide(files, "parquet")
 
 
 def tokens_of(side: TextSide) -> list[int]:
     return [token for text in iterate_texts(side) for token in [BOS, *TOKENIZER.encode(text)]]
 
 
-def text_batches(side, **changes):
-    return pretrain_batches(side, TOKENIZER, **{"rows": 2, "sequence_len": 16, "seed": 0} | changes)
-
-
 def chats(**changes):
     return chat_batches(RENDERED, TOKENIZER, **{"rows": 2, "sequence_len": 100, "seed": 0} | changes)
-
-
-def take(iterator, count: int) -> list[dict]:
-    return [next(iterator) for _ in range(count)]
-
-
-def assert_same(left: list[dict], right: list[dict]) -> None:
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        np.testing.assert_array_equal(a["inputs"], b["inputs"])
-        np.testing.assert_array_equal(a["targets"], b["targets"])
 
 
 def test_text_is_read_in_order_again_and_again_without_a_seam(side):
@@ -227,108 +197,6 @@ def test_a_state_fits_any_number_of_processes_and_rows(side):
             iterator.set_state(one.get_state())
         rows = [b["inputs"] for batches in zip(*(take(it, 4) for it in two), strict=True) for b in batches]
         np.testing.assert_array_equal(np.concatenate(rows), np.concatenate([b["inputs"] for b in take(one, 2)]))
-
-
-@given(blocks=st.integers(1, 40), count=st.integers(1, 9), epochs=st.integers(1, 4), seed=st.integers(0, 2**31))
-def test_each_block_of_an_epoch_goes_to_one_lane(blocks, count, epochs, seed):
-    for epoch in range(epochs):
-        dealt = [[place_in_epoch(seed, epoch, i, lane, count) for i in range(blocks)] for lane in range(count)]
-        dealt = [[place for place in places if place < blocks] for places in dealt]
-        assert sorted(sum(dealt, [])) == list(range(blocks)) and all(places == sorted(places) for places in dealt)
-        assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
-
-
-def test_blocks_in_a_rhythm_go_to_all_lanes():
-    tails = [[place_in_epoch(0, 0, i, lane, 8) % 2 for i in range(200)] for lane in range(8)]
-    assert all(70 < sum(odd) < 130 for odd in tails)
-
-
-def in_processes(make, count, batches, state=None):
-    """What so many processes make of 12 rows a batch, together, and their state behind it."""
-    iterators = [make(rows=12 // count, process_index=i, process_count=count) for i in range(count)]
-    for iterator in iterators if state else ():
-        iterator.set_state(state)
-    parts = [take(iterator, batches) for iterator in iterators]
-    joined = [{k: np.concatenate([part[k] for part in b]) for k in b[0]} for b in zip(*parts, strict=True)]
-    return joined, json.loads(json.dumps(whole_state([iterator.get_state() for iterator in iterators])))
-
-
-@pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_any_number_of_processes_makes_the_same_batches_of_lanes_and_goes_on_from_any(side, packing, shuffle):
-    make = partial(text_batches, side, packing=packing, shuffle=shuffle, lanes=3)
-    whole, end = in_processes(make, 1, 9)
-    assert end["of"] == len(end["lanes"]) == 3
-    for count in (2, 3, 4, 6):
-        first, state = in_processes(make, count, 4)
-        for then in (1, 2, count):
-            last, same_end = in_processes(make, then, 5, state)
-            assert_same(first + last, whole)
-            assert same_end == end
-
-
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_each_process_reads_its_lanes_alone(side, packing, monkeypatch):
-    read, block = [], TextBlocks.__getitem__
-    monkeypatch.setattr(TextBlocks, "__getitem__", lambda self, i: read.append(i) or block(self, i))
-    monkeypatch.setattr(bestfit, "WINDOW_ROWS", 3)
-    for i in range(3):
-        iterator = text_batches(side, rows=1, process_index=i, process_count=3, packing=packing, lanes=3)
-        take(iterator, 20)
-        iterator.close()
-        epochs = [[place_in_epoch(0, epoch, index, i, 3) for index in range(2)] for epoch in range(20)]
-        assert len(read) > 4 and read == sum(epochs, [])[: len(read)]
-        read.clear()
-
-
-def documents_of(batches: list[dict], lane: int) -> list[str]:
-    """The whole documents of a lane of one row a batch, in their order."""
-    inputs = np.concatenate([batch["inputs"][lane] for batch in batches])
-    starts = np.flatnonzero(inputs == BOS)
-    return [TOKENIZER.decode(inputs[a + 1 : b].tolist()) for a, b in itertools.pairwise(starts)]
-
-
-def test_in_an_epoch_the_lanes_read_each_document_once(side):
-    batches = take(text_batches(side, rows=3, sequence_len=8, lanes=3), 60)
-    read = [documents_of(batches, lane) for lane in range(3)]
-    for epoch in (slice(6), slice(6, 12)):
-        assert sorted(sum((documents[epoch] for documents in read), [])) == sorted(iterate_texts(side))
-
-
-def test_a_lane_whose_blocks_are_empty_gets_others_in_the_next_epoch(tmp_path):
-    texts = [f"the {i} cats" if i % 4 == 0 else "" for i in range(16)]  # every other row group has no text
-    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=2)
-    side = TextSide((tmp_path / "a.parquet",), "parquet")
-    batches = take(text_batches(side, rows=8, sequence_len=8, lanes=8), 40)
-    for lane in range(8):
-        assert set(documents_of(batches, lane)) == {text for text in texts if text}
-    pq.write_table(pa.table({"text": [""] * 16}), tmp_path / "a.parquet", row_group_size=2)
-    with pytest.raises(UserError, match="a.parquet holds no text"):
-        next(text_batches(side, rows=8, lanes=8))
-
-
-def test_what_lanes_do_not_fit_is_refused(side):
-    with pytest.raises(UserError, match="data.lanes 3 does not divide a batch's 4 rows"):
-        text_batches(side, rows=4, lanes=3)
-    with pytest.raises(UserError, match="data.lanes is 7, but the text in .* has 6 blocks only"):
-        text_batches(side, rows=7, lanes=7)
-    with pytest.raises(ValueError, match="need text that repeats"):
-        text_batches(side, rows=3, lanes=3, repeat=False)
-    with pytest.raises(UserError, match="data.lanes is 3; it must be at least 1, and divide the 256 rows"):
-        Experiment(data=DataConfig(lanes=3))
-    state = text_batches(side, rows=6, lanes=3).get_state()
-    with pytest.raises(UserError, match="was saved for 3 lanes, not 2; set data.lanes"):
-        text_batches(side, rows=6, lanes=2).set_state(state)
-    one = text_batches(side, rows=3, process_index=0, process_count=2, lanes=2).get_state()
-    with pytest.raises(UserError, match="set data.lanes"):
-        text_batches(side, rows=3, process_index=1, process_count=2, lanes=2).set_state(one)
-
-
-def test_a_position_from_before_there_were_lanes_is_that_of_one(side):
-    iterator, resumed = text_batches(side), text_batches(side)
-    take(iterator, 3)
-    resumed.set_state(iterator.get_state()["lanes"]["0"])
-    assert_same(take(resumed, 3), take(iterator, 3))
 
 
 @pytest.mark.parametrize("count", [1, 3])
