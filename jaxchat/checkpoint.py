@@ -12,8 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -26,16 +24,15 @@ from orbax.checkpoint import options
 
 from jaxchat import s3
 from jaxchat.config import CheckpointConfig, UserError, check
-from jaxchat.distributed import agreed, exchange
+from jaxchat.distributed import agreed
+from jaxchat.integrity import find_damage, write_manifest
 from jaxchat.retention import Retention
 from jaxchat.snapshot import Snapshots, to_host
-from jaxchat.storage import first_line, is_remote, storage_errors
+from jaxchat.storage import first_line, is_remote, readable, reason, storage_errors
 from jaxchat.trees import kinds, like, nested
 
-MANIFEST = "manifest.json"
 WORTHS = "worths.json"
 PARAMS, TRAINING, DATA, META = "params", "training", "data", "meta"
-CHUNK = 1 << 22
 # Orbax tells of every save and restore what no user can act upon; what matters is raised.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
@@ -75,30 +72,42 @@ class Checkpoints:
         if jax.process_count() == 1:
             self._snapshots.prepare(abstract_tree)
 
-    def save(self, step: int, state_tree: dict[str, Any], *, data: dict, meta: dict) -> None:
-        """Copies the state on its devices and returns; a thread writes the copy. Where they have no room for it, it
-        returns when the state is copied to the host. A step that is there already stays as it is.
+    def copy(self, state_tree: dict[str, Any]) -> dict[str, Any] | None:
+        """The state's copy on its own devices, for a `save` that comes when later steps have taken the state's buffers.
 
-        `data` and `meta` are JSON. Errors of the writing are raised by the next call.
+        It is dispatched, not waited for. None where there is no room for it, and among several processes, which save
+        together: in each Orbax waits for the others.
+        """
+        if jax.process_count() > 1:
+            return None
+        self.wait()  # for the copy before: there is room for one
+        return self._snapshots.take(state_tree)
+
+    def save(self, step: int, state_tree: dict[str, Any], *, data: dict, meta: dict, is_copy: bool = False) -> None:
+        """Has a thread write the state, or a copy that nobody else needs, which is deleted then, and returns.
+
+        Of a state it makes a copy itself; without one, it returns when the state is on the host. A step that is there
+        already stays as it is. `data` and `meta` are JSON. Errors of the writing are raised by the next call.
         """
         self.wait()
         self._saving = step
         with self._told():
             self._writer()
-        if step in self.steps():
-            return
-        # Several processes save step by step together: in each Orbax waits for the others.
-        copy = self._snapshots.take(state_tree) if jax.process_count() == 1 else None
+        copy = state_tree if is_copy else self.copy(state_tree)
+        on_host = self._begin(self._write, self._manager, step, state_tree if copy is None else copy, data, meta)
         if copy is None:
-            self._finish(self._begin(self._write, self._manager, step, state_tree, data, meta))
-            return
-        self._begin(to_host, copy)
-        on_host = self._begin(self._write, self._manager, step, copy, data, meta)
-        on_host.add_done_callback(lambda _: jax.tree.map(lambda x: x.delete(), copy))
+            self._finish(on_host)
+        else:
+            on_host.add_done_callback(lambda _: jax.tree.map(lambda x: x.delete(), copy))
 
-    @staticmethod
-    def _write(manager: ocp.CheckpointManager, step: int, state_tree: dict[str, Any], data: dict, meta: dict) -> None:
+    def _write(
+        self, manager: ocp.CheckpointManager, step: int, state_tree: dict[str, Any], data: dict, meta: dict
+    ) -> None:
         """Copies the state to the host and returns; threads of Orbax's write it."""
+        if step in agreed(self._complete):
+            return
+        if jax.process_count() == 1:
+            to_host(state_tree)
         params, rest = _split(state_tree)
         items = {
             PARAMS: ocp.args.PyTreeSave(nested(params)),
@@ -122,7 +131,7 @@ class Checkpoints:
     def _read_worths(self) -> dict[str, float]:
         path = self.directory / WORTHS
         try:
-            with _readable(path):
+            with readable(path):
                 data = path.read_bytes()
             return json.loads(data)
         except (FileNotFoundError, ValueError):  # without it, or with a torn one, the best is one of those to come
@@ -231,7 +240,7 @@ class Checkpoints:
                 newest = f"what is there cannot be seen either ({first_line(gone)})"
             mend = "see that it can be reached" if is_remote(self.directory) else "make room, or the folder writable"
             raise UserError(
-                f"in {self.directory} nothing can be written ({_reason(error)}); {newest}; "
+                f"in {self.directory} nothing can be written ({reason(error)}); {newest}; "
                 f"{mend}, and the same command goes on from there"
             ) from error
 
@@ -264,11 +273,7 @@ class Checkpoints:
             return
         written = [f for f in self.directory.iterdir() if f.name.split(".")[0] == str(self._saving)]
         for folder in written:
-            paths = [path for item in (PARAMS, TRAINING, DATA, META) for path in _files(folder / item)]
-            with ThreadPoolExecutor(4) as pool:
-                sums = pool.map(_size_and_crc, paths)
-            files = {path.relative_to(folder).as_posix(): entry for path, entry in zip(paths, sums, strict=True)}
-            (folder / MANIFEST).write_text(json.dumps(files, indent=1) + "\n")
+            write_manifest(folder, (PARAMS, TRAINING, DATA, META))
 
     def _existing(self, step: int | None) -> int:
         steps = self.steps()
@@ -281,10 +286,10 @@ class Checkpoints:
 
     def _verify(self, step: int, items: tuple[str, ...]) -> None:
         """Raises a UserError that names the newest good step, unless the items' files are as they were written."""
-        damage = _damage(self._folder(step), items)
+        damage = find_damage(self._folder(step), items)
         if damage is None:
             return
-        good = next((s for s in reversed(self.steps()) if s < step and not _damage(self._folder(s), items)), None)
+        good = next((s for s in reversed(self.steps()) if s < step and not find_damage(self._folder(s), items)), None)
         anew = "choose another --run-dir" if is_remote(self.directory) else "start again with --fresh"
         advice = anew if good is None else f"delete that folder to go on from step {good}"
         raise UserError(f"checkpoint {self._folder(step)} is damaged ({damage}); {advice}")
@@ -334,69 +339,5 @@ def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
 
 
 def _read(folder: epath.Path, **items: Any) -> Any:
-    with _readable(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+    with readable(folder), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         return reader.restore(folder, args=ocp.args.Composite(**items))
-
-
-@contextlib.contextmanager
-def _readable(path: epath.Path) -> Iterator[None]:
-    """Errors of storage, which may pass, are no damage, but a line for the user."""
-    # TensorStore raises ValueError, whatever has gone wrong in a storage.
-    errors = (*storage_errors(), ValueError) if is_remote(path) else storage_errors()
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except errors as error:
-        raise UserError(f"{path} cannot be read ({_reason(error)}); put that right, and try again") from error
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, in the system's words where they are among those of the libraries."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    found = re.search(r"No space left on device|Read-only file system|Permission denied|File too large", str(error))
-    return found[0] if found else str(error).partition("\n")[0]
-
-
-def _files(folder: epath.Path) -> list[epath.Path]:
-    found = []
-    for path in sorted(folder.iterdir()):
-        found.extend(_files(path) if path.is_dir() else [path])
-    return found
-
-
-def _size_and_crc(path: epath.Path) -> list[int]:
-    size = crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-    return [size, crc]
-
-
-def _damage(folder: epath.Path, items: tuple[str, ...]) -> str | None:
-    """What is wrong with the items' files in a step's folder, by its manifest; None when they are as written."""
-    return next(filter(None, exchange(_own_damage(folder, items) or "")), None)
-
-
-def _own_damage(folder: epath.Path, items: tuple[str, ...]) -> str | None:
-    """The same for this process's share of the files."""
-    with _readable(folder):
-        try:
-            data = (folder / MANIFEST).read_bytes()
-        except FileNotFoundError:
-            return f"{MANIFEST} is missing"
-    try:
-        manifest = json.loads(data)
-        listed = {name: tuple(entry) for name, entry in manifest.items() if name.split("/")[0] in items}
-    except (ValueError, TypeError, AttributeError):
-        return f"{MANIFEST} is unreadable"
-    names = list(listed)[jax.process_index() :: jax.process_count()]
-    with _readable(folder):
-        missing = next((name for name in names if not (folder / name).exists()), None)
-        if missing is not None:
-            return f"{missing} is missing"
-        with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lambda name: tuple(_size_and_crc(folder / name)), names))
-    changed = next((name for name, entry in zip(names, found, strict=True) if entry != listed[name]), None)
-    return None if changed is None else f"{changed} is not what was written"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -86,6 +89,27 @@ def of_the_cloud(error: BaseException) -> bool:
     return isinstance(error, kinds) or any(
         frame.f_globals.get("__name__", "").startswith(modules) for frame, _ in traceback.walk_tb(error.__traceback__)
     )
+
+
+@contextlib.contextmanager
+def readable(path: AnyPath) -> Iterator[None]:
+    """Errors of storage, which may pass, are no damage, but a line for the user."""
+    # TensorStore raises ValueError, whatever has gone wrong in a storage.
+    errors = (*storage_errors(), ValueError) if is_remote(path) else storage_errors()
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except errors as error:
+        raise UserError(f"{path} cannot be read ({reason(error)}); put that right, and try again") from error
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in the system's words where they are among those of the libraries."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    found = re.search(r"No space left on device|Read-only file system|Permission denied|File too large", str(error))
+    return found[0] if found else str(error).partition("\n")[0]
 
 
 def is_folder(path: AnyPath) -> bool:

@@ -1,6 +1,7 @@
 """The only training loop: pretraining, midtraining, SFT and RL all run through `train`.
 
-The next step is dispatched before the last one's metrics are read, so that the device never waits for the host.
+The next step is dispatched before the last one's metrics are read, so that the device never waits for the host: nor for
+a save, for which the state is copied on the devices before the next step takes it.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class _Dispatched(NamedTuple):
     result: dict[str, Any]
     extra: dict[str, float]
     position: dict  # of the data, behind its batch
+    copy: State | None = None  # of the state behind it, to be saved once its metrics are known to be good
 
 
 @dataclass
@@ -99,8 +101,8 @@ class Loop:
         """Of the stage, over all sittings: steps, compilation, evaluation, samples and checkpoints."""
         return self._earlier + time.perf_counter() - self.began
 
-    def save(self, state: State, step: int, position: dict) -> None:
-        """Writes the state behind `step` steps, with the data position that belongs to it."""
+    def save(self, state: State, step: int, position: dict, is_copy: bool = False) -> None:
+        """Writes the state behind `step` steps, or its copy, with the data position that belongs to it."""
         meta = {
             **self.meta,
             "num_steps": self.num_steps,
@@ -114,7 +116,7 @@ class Loop:
         self.checkpoints.wait()
         data = self.source.whole_state(position)
         with ctrl_c_later():  # what is saved by half cannot be saved again
-            self.checkpoints.save(step, state, data=data, meta=meta)
+            self.checkpoints.save(step, state, data=data, meta=meta, is_copy=is_copy)
 
     def train(self, state: State) -> State:
         """Trains until `num_steps`, from the newest checkpoint if there is one; returns the final state.
@@ -222,10 +224,15 @@ class Loop:
                 save = done or (self.save_every and step % self.save_every == 0)
                 due = [e for e in self.evaluators if self._due(e, step)]
                 stopping = stopping or preemption.noted
+                if save and not (done or due or stopping):
+                    copy = self.checkpoints.copy(state)
+                    pending[-1], save = pending[-1]._replace(copy=copy), copy is None
                 while len(pending) > (0 if save or due or stopping else 1):
                     before, told = self._log(pending[0], before)
-                    pending.popleft()  # only now: an interruption above leaves it to be logged again
+                    logged = pending.popleft()  # only now: an interruption above leaves it to be logged again
                     stopping = stopping or told
+                    if logged.copy is not None:
+                        self.save(logged.copy, logged.step + 1, logged.position, is_copy=True)
                 if save or stopping:  # first save, then evaluate: a failing evaluation loses nothing
                     self.save(state, step, position)
                 if stopping:
@@ -266,7 +273,7 @@ class Loop:
 
     def _log(self, dispatched: _Dispatched, before: float) -> tuple[float, bool]:
         """Waits for the metrics of a step and writes them; returns when they were there, and whether to stop."""
-        step, batch_tokens, result, extra, position = dispatched
+        step, batch_tokens, result, extra, position, _ = dispatched
         result = {name: float(value) for name, value in jax.device_get(result).items()}
         now = time.perf_counter()
         elapsed = now - before

@@ -1,0 +1,68 @@
+"""Whether a step's files are as they were written: `manifest.json` has the size and CRC-32 of each."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+from etils import epath
+
+from jaxchat.distributed import exchange
+from jaxchat.storage import readable
+
+MANIFEST = "manifest.json"
+CHUNK = 1 << 22
+
+
+def write_manifest(folder: epath.Path, items: tuple[str, ...]) -> None:
+    """Of the files of these items, subfolders of a step's folder."""
+    paths = [path for item in items for path in _files(folder / item)]
+    with ThreadPoolExecutor(4) as pool:
+        sums = pool.map(_size_and_crc, paths)
+    files = {path.relative_to(folder).as_posix(): entry for path, entry in zip(paths, sums, strict=True)}
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1) + "\n")
+
+
+def find_damage(folder: epath.Path, items: tuple[str, ...]) -> str | None:
+    """What is wrong with the items' files in a step's folder, by its manifest; None when they are as written."""
+    return next(filter(None, exchange(_find_own_damage(folder, items) or "")), None)
+
+
+def _find_own_damage(folder: epath.Path, items: tuple[str, ...]) -> str | None:
+    """The same for this process's share of the files."""
+    with readable(folder):
+        try:
+            data = (folder / MANIFEST).read_bytes()
+        except FileNotFoundError:
+            return f"{MANIFEST} is missing"
+    try:
+        manifest = json.loads(data)
+        listed = {name: tuple(entry) for name, entry in manifest.items() if name.split("/")[0] in items}
+    except (ValueError, TypeError, AttributeError):
+        return f"{MANIFEST} is unreadable"
+    names = list(listed)[jax.process_index() :: jax.process_count()]
+    with readable(folder):
+        missing = next((name for name in names if not (folder / name).exists()), None)
+        if missing is not None:
+            return f"{missing} is missing"
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda name: tuple(_size_and_crc(folder / name)), names))
+    changed = next((name for name, entry in zip(names, found, strict=True) if entry != listed[name]), None)
+    return None if changed is None else f"{changed} is not what was written"
+
+
+def _files(folder: epath.Path) -> list[epath.Path]:
+    found = []
+    for path in sorted(folder.iterdir()):
+        found.extend(_files(path) if path.is_dir() else [path])
+    return found
+
+
+def _size_and_crc(path: epath.Path) -> list[int]:
+    size = crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return [size, crc]
