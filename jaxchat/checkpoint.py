@@ -4,7 +4,8 @@ A step's folder holds the items `params`, `training` (the rest of the state), `d
 `meta`, and `manifest.json` with the size and CRC-32 of each file. It counts only when all of that is written.
 
 Several processes save and restore together, each its own part of the arrays, into one shared directory. Process 0
-decides which steps are there, writes the manifest and deletes; each checks the files that it reads its share of.
+decides which steps are there, writes the manifest and deletes; each checks the files that it reads its share of. All
+must save at the same steps.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from orbax.checkpoint import options
 
 from jaxchat import s3
 from jaxchat.config import CheckpointConfig, UserError, check
-from jaxchat.distributed import agreed
+from jaxchat.distributed import agreed, exchange
 from jaxchat.integrity import find_damage, write_manifest
 from jaxchat.retention import Retention
 from jaxchat.snapshot import Snapshots, to_host
@@ -69,19 +70,16 @@ class Checkpoints:
 
     def prepare(self, abstract_tree: dict[str, Any]) -> None:
         """Compiles what the first save would wait for."""
-        if jax.process_count() == 1:
-            self._snapshots.prepare(abstract_tree)
+        self._snapshots.prepare(abstract_tree)
 
     def copy(self, state_tree: dict[str, Any]) -> dict[str, Any] | None:
         """The state's copy on its own devices, for a `save` that comes when later steps have taken the state's buffers.
 
-        It is dispatched, not waited for. None where there is no room for it, and among several processes, which save
-        together: in each Orbax waits for the others.
+        It is dispatched, not waited for. None if a device of any process has no room for it.
         """
-        if jax.process_count() > 1:
-            return None
         self.wait()  # for the copy before: there is room for one
-        return self._snapshots.take(state_tree)
+        here = self._snapshots.has_room(state_tree)
+        return self._snapshots.take(state_tree) if all(exchange("room" if here else "")) else None
 
     def save(self, step: int, state_tree: dict[str, Any], *, data: dict, meta: dict, is_copy: bool = False) -> None:
         """Has a thread write the state, or a copy that nobody else needs, which is deleted then, and returns.
@@ -93,6 +91,8 @@ class Checkpoints:
         self._saving = step
         with self._told():
             self._writer()
+        if step in self.steps():
+            return
         copy = state_tree if is_copy else self.copy(state_tree)
         on_host = self._begin(self._write, self._manager, step, state_tree if copy is None else copy, data, meta)
         if copy is None:
@@ -100,12 +100,9 @@ class Checkpoints:
         else:
             on_host.add_done_callback(lambda _: jax.tree.map(lambda x: x.delete(), copy))
 
-    def _write(
-        self, manager: ocp.CheckpointManager, step: int, state_tree: dict[str, Any], data: dict, meta: dict
-    ) -> None:
+    @staticmethod
+    def _write(manager: ocp.CheckpointManager, step: int, state_tree: dict[str, Any], data: dict, meta: dict) -> None:
         """Copies the state to the host and returns; threads of Orbax's write it."""
-        if step in agreed(self._complete):
-            return
         if jax.process_count() == 1:
             to_host(state_tree)
         params, rest = _split(state_tree)
@@ -258,7 +255,10 @@ class Checkpoints:
         # Built by the first save, since it clears away what a killed writer left: a reader must not.
         self._policy.worths = dict(self._load_worths())
         if self._manager is None:
+            agreed(lambda: self.directory.mkdir(parents=True, exist_ok=True))
             settings = ocp.CheckpointManagerOptions(
+                create=False,
+                multiprocessing_options=_processes(),
                 preservation_policy=self._policy,
                 cleanup_tmp_directories=True,
                 atomicity_options=self._atomicity,
@@ -312,14 +312,21 @@ class _Manager(ocp.CheckpointManager):
         return False  # the loop decides when a process that must end saves for the last time
 
 
+def _processes() -> options.MultiprocessingOptions:
+    """All of them, by their numbers: Orbax's then wait for each other at the coordinator, and not by programs on the
+    devices, which a thread would dispatch among the training's, in each process in another order."""
+    return options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+
+
 def _handlers() -> dict[str, ocp.CheckpointHandler]:
-    """What saves the items. In a process that is alone it takes what `to_host` has brought there: Orbax would bring a
-    part of each replica itself, and through pinned memory, which is filled on the steps' own stream."""
-    settings = {}
-    if jax.process_count() == 1:
-        arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
-        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-        settings = {"type_handler_registry": registry, "enable_pinned_host_transfer": False}
+    """What saves the items. Pinned memory, Orbax's usual way to the host, is filled on the steps' own stream. Of parts
+    that several devices have, each process brings some; one that is alone takes what `to_host` has brought there."""
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=jax.process_count() > 1)
+    settings = {
+        "type_handler_registry": ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
+        "enable_pinned_host_transfer": False,
+        "multiprocessing_options": _processes(),
+    }
     trees = {name: ocp.PyTreeCheckpointHandler(**settings) for name in (PARAMS, TRAINING)}
     return trees | {name: ocp.JsonCheckpointHandler() for name in (DATA, META)}
 

@@ -21,32 +21,37 @@ class Snapshots:
         """Compiles what the first `take` of such a tree would wait for; the leaves are ShapeDtypeStructs."""
         _program(abstract_tree).lower(abstract_tree).compile()
 
-    def take(self, tree: Any) -> Any | None:
-        """The copy, with the leaves' shardings; None without the room. It is dispatched, not waited for: what is
+    def has_room(self, tree: Any) -> bool:
+        """Whether each device of this process has room for a copy; where it does not say what it has, it does."""
+        return all(
+            peak + size <= limit or peak <= self._with_copy.get(device, 0)
+            for device, (size, peak, limit) in _memory(tree).items()
+        )
+
+    def take(self, tree: Any) -> Any:
+        """The copy, with the leaves' shardings, where there is room. It is dispatched, not waited for: what is
         dispatched later may overwrite the tree."""
-        if not self._fits(tree):
-            return None
+        for device, (size, peak, limit) in _memory(tree).items():
+            if peak + size <= limit:
+                self._with_copy[device] = peak + size
         return _program(tree)(tree)
 
-    def _fits(self, tree: Any) -> bool:
-        """Whether each device of this process has room; where it does not say what it has, it does."""
-        sizes: Counter[jax.Device] = Counter()
-        for leaf in jax.tree.leaves(tree):
-            size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            sizes.update(dict.fromkeys(leaf.sharding.addressable_devices, size))
-        peaks = {}
-        for device, size in sizes.items():
-            stats = device.memory_stats() or {}
-            # Not what is free now, since the next steps need as much as those before did.
-            peak, limit = stats.get("peak_bytes_in_use"), stats.get("bytes_limit")
-            if peak is None or limit is None:
-                continue
-            if peak + size <= limit:
-                peaks[device] = peak + size
-            elif peak > self._with_copy.get(device, 0):
-                return False
-        self._with_copy.update(peaks)
-        return True
+
+def _memory(tree: Any) -> dict[jax.Device, tuple[int, int, int]]:
+    """Bytes, by this process's devices that tell of their memory: of the tree there, the most ever used, and the limit.
+
+    Not what is free now, since the next steps need as much as those before did.
+    """
+    sizes: Counter[jax.Device] = Counter()
+    for leaf in jax.tree.leaves(tree):
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        sizes.update(dict.fromkeys(leaf.sharding.addressable_devices, size))
+    told = {device: device.memory_stats() or {} for device in sizes}
+    return {
+        device: (sizes[device], stats["peak_bytes_in_use"], stats["bytes_limit"])
+        for device, stats in told.items()
+        if stats.keys() >= {"peak_bytes_in_use", "bytes_limit"}
+    }
 
 
 def to_host(tree: Any) -> None:

@@ -207,6 +207,69 @@ def test_agreement_of_three():
     assert [code for code, _ in ends] == [0, 0, 0], ends
 
 
+SAVING = """
+import sys, threading
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxchat import distributed as d
+from jaxchat.checkpoint import Checkpoints
+from jaxchat.cluster import Cluster
+from jaxchat.config import CheckpointConfig, MeshConfig
+from jaxchat.mesh import make_mesh
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+d.start(Cluster(sys.argv[2].partition("=")[2], 2, int(sys.argv[4].partition("=")[2])))
+on_devices = multihost_utils.sync_global_devices
+
+def sync_global_devices(name):
+    assert threading.current_thread() is threading.main_thread(), "a program of all devices in a thread"
+    on_devices(name)
+
+multihost_utils.sync_global_devices = sync_global_devices
+mesh = make_mesh(MeshConfig(data=2, fsdp=2))
+place = {"params": {"w": NamedSharding(mesh, P("fsdp"))}, "step": NamedSharding(mesh, P())}
+
+@jax.jit(out_shardings=place)
+def begin():
+    return {"params": {"w": jnp.zeros((256, 128))}, "step": jnp.asarray(0)}
+
+@jax.jit(donate_argnums=0, out_shardings=(place, None))
+def step(state):
+    total = jnp.sum(state["params"]["w"])  # over the devices of both processes
+    state = {"params": {"w": state["params"]["w"] + 1}, "step": state["step"] + 1}
+    return state, total
+
+state, totals, copies = begin(), [], {}
+checkpoints = Checkpoints(sys.argv[1], CheckpointConfig(keep=6))
+checkpoints.prepare(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state))
+for number in range(1, 31):
+    state, total = step(state)
+    if number % 5 == 0:
+        copy = checkpoints.copy(state)
+        assert copy is not None
+    totals.append(total)
+    if number % 5 == 1 and number > 1:
+        checkpoints.save(number - 1, copy, data={"at": number - 1}, meta={}, is_copy=True)
+checkpoints.save(30, state, data={"at": 30}, meta={})
+assert [float(total) for total in totals] == [256 * 128 * i for i in range(30)]
+assert checkpoints.steps() == [5, 10, 15, 20, 25, 30]
+for number in checkpoints.steps():
+    restored, data, _ = checkpoints.restore(state, number)
+    assert data == {"at": number} and int(restored["step"]) == number
+    for shard in restored["params"]["w"].addressable_shards:
+        np.testing.assert_array_equal(shard.data, number)
+checkpoints.close()
+d.finish()
+"""
+
+
+def test_saves_go_on_beside_steps_in_which_all_devices_take_part(tmp_path):
+    ends = start_several((SAVING, str(tmp_path)), [])
+    assert [code for code, _ in ends] == [0, 0], ends
+
+
 def test_alone_nothing_is_shared():
     assert exchange("mine") == ["mine"]
     assert agreed(lambda: 7) == 7

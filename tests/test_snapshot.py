@@ -74,14 +74,14 @@ def test_what_was_prepared_is_not_compiled_again():
     assert len(compiled) == 1
 
 
-def test_one_device_without_room_is_enough_to_take_none(memory):
+def test_there_is_no_room_where_one_device_has_none(memory):
     for device in jax.devices():
         memory[device] = {"bytes_limit": 1000, "peak_bytes_in_use": 1000 - BYTES}
-    assert Snapshots().take(tree()) is not None
+    assert Snapshots().has_room(tree())
     memory[jax.devices()[3]] = {"bytes_limit": 1000, "peak_bytes_in_use": 1000 - BYTES + 1}
-    assert Snapshots().take(tree()) is None
+    assert not Snapshots().has_room(tree())
     memory[jax.devices()[3]] = None
-    assert Snapshots().take(tree()) is not None
+    assert Snapshots().has_room(tree())
 
 
 def test_what_a_copy_has_taken_does_not_count_against_the_next(memory):
@@ -89,11 +89,16 @@ def test_what_a_copy_has_taken_does_not_count_against_the_next(memory):
 
     def peak(amount):
         for device in jax.devices():
-            memory[device] = {"bytes_limit": 1000, "peak_bytes_in_use": amount}
+            memory[device] = {"bytes_limit": 700 + BYTES + 100, "peak_bytes_in_use": amount}
 
     peak(700)
-    assert snapshots.take(tree()) is not None
+    assert snapshots.has_room(tree())
+    peak(700 + 2 * BYTES)  # without a copy
+    assert not snapshots.has_room(tree())
+    peak(700)
+    snapshots.take(tree())
     peak(700 + BYTES)  # while a step ran beside the copy
-    assert snapshots.take(tree()) is not None
+    assert snapshots.has_room(tree())
+    snapshots.take(tree())
     peak(700 + BYTES + 1)
-    assert snapshots.take(tree()) is None
+    assert not snapshots.has_room(tree())
