@@ -4,6 +4,7 @@ splits them all."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -78,8 +79,11 @@ def lowered_once(call: Callable, operands: Sequence[Array], target: str) -> Any:
     for one by Mosaic.
 
     A process lowers it once for operands of such shapes, however many layers or devices have it, and another process
-    finds it beside the compiled programs that JAX keeps.
+    finds it beside the compiled programs that JAX keeps. For arrays that several devices share, of which each will have
+    a part, it is not lowered.
     """
+    if _SHARED and jax.device_count() > 1:
+        return call(*operands)
     jaxpr = jax.make_jaxpr(call)(*operands)
     made_for = jax.__version__, jaxlib.__version__, multiprocessors(), jaxpr
     key = hashlib.sha256(" ".join(map(str, made_for)).encode()).hexdigest()
@@ -89,6 +93,7 @@ def lowered_once(call: Callable, operands: Sequence[Array], target: str) -> Any:
 
 
 _LOWERED: dict[str, jax.export.Exported] = {}
+_SHARED: list[Callable] = []  # the functions that are being traced for whole arrays, to be `partitioned`
 
 
 def _kept(key: str) -> jax.export.Exported | None:
@@ -142,6 +147,14 @@ def partitioned(rule: str, whole: tuple[str, ...] = (), summed: tuple[str, ...] 
     operands, results = ([dims.split() for dims in side.split(",")] for side in rule.split("->"))
 
     def wrap(call):
+        @functools.wraps(call)
+        def whole_call(*arrays):
+            _SHARED.append(call)
+            try:
+                return call(*arrays)
+            finally:
+                _SHARED.pop()
+
         def partition(mesh, args, outs):
             split = dict.fromkeys(whole, ())
             for dims, arg in zip(operands, args, strict=True):
@@ -160,7 +173,7 @@ def partitioned(rule: str, whole: tuple[str, ...] = (), summed: tuple[str, ...] 
             part = (lambda *parts: jax.lax.psum(call(*parts), over)) if over else call
             return mesh, part, out_of if len(out_of) > 1 else out_of[0], into
 
-        wrapped = custom_partitioning(call)
+        wrapped = custom_partitioning(whole_call)
         axes = rule.replace(",", " ").split()  # XLA wants the special ones in their order here
         wrapped.def_partition(
             partition=partition,

@@ -114,6 +114,24 @@ def test_a_kernel_is_lowered_once_for_all_processes(monkeypatch, kept_programs):
     assert KERNEL in program(2.0) and made[2:] == made[:1]
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+def test_a_kernel_is_lowered_for_a_device_s_part_not_for_what_several_share(monkeypatch):
+    monkeypatch.setattr(hopper, "capability", lambda: 9.0)
+    monkeypatch.setattr(gpu, "_LOWERED", {})
+    monkeypatch.setattr(gpu, "_lower", lambda *_: pytest.fail("lowered"))
+    product = hopper.product_sum(2)
+
+    def part(*operands):
+        return hopper._product([operands[:2], operands[2:]], flipped=True)
+
+    operands = [X, array(512, WIDTH), X, array(512, WIDTH)]
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=HOPPER)):
+        jax.eval_shape(product, *operands)
+        with pytest.raises(pytest.fail.Exception, match="lowered"):
+            jax.eval_shape(part, *operands)
+
+
 def lowered(function, arguments):
     """The program for the GPU, as text."""
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (KERNEL, PRODUCT)]
