@@ -344,11 +344,10 @@ def _prepare_jax(experiment: Experiment, dry_run: bool) -> None:
     import jax
 
     from jaxchat.mesh import set_xla_flags
+    from jaxchat.model.programs import keep_compiled
 
     set_xla_flags()
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jaxchat/compiled"))
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a start has a dozen of small programs too
+    keep_compiled(os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jaxchat/compiled")))
     if dry_run and experiment.cost.devices > 1 and jax.config.jax_num_cpu_devices <= 1:
         jax.config.update("jax_num_cpu_devices", experiment.cost.devices)
 

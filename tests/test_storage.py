@@ -152,7 +152,7 @@ def test_a_training_in_a_bucket_is_the_same_and_goes_on(bucket, whole):
 def test_two_processes_train_in_a_bucket_and_one_goes_on(bucket, whole):
     ends = train(bucket / "run", "--stages=tokenizer,pretrain,sft", fault="SIGTERM 1 3")
     assert [code for code, _ in ends] == [75, 75], ends
-    assert Checkpoints(bucket / "run" / "pretrain" / "checkpoints").steps() == [2, 4]
+    assert Checkpoints(bucket / "run" / "pretrain" / "checkpoints").steps() == [4, 5]  # agreed on with step 4's metrics
     code, _, err = start(bucket / "run", "--stages=tokenizer,pretrain,sft")
     assert code == 0, err
     assert record(whole, "pretrain")["steps"] == STEPS

@@ -30,8 +30,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from jaxchat.model.gpu import NORM_EPS, capability, fitting, launch, load, partitioned, store
+from jaxchat.model.gpu import NORM_EPS, capability, fitting, launch, load, store
 from jaxchat.model.kernels import norm_gradient, rope_norm_and_scale, rope_norm_gradient
+from jaxchat.model.programs import partitioned
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 MULTIPLE = 16  # of which the dimensions of an fp8 product are

@@ -22,7 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxchat.model.gpu import NORM_EPS, capability, lowered_once, multiprocessors, partitioned
+from jaxchat.model.gpu import NORM_EPS, capability, multiprocessors
+from jaxchat.model.programs import lowered_once, partitioned
 
 ROWS, COLUMNS = 128, 256  # a tile
 DEPTH, STAGES = 64, 4  # of the sum, loaded at a time; slots of the ring

@@ -16,7 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-from jaxchat.model.gpu import NORM_EPS, fitting, fused, launch, load, partitioned, store
+from jaxchat.model.gpu import NORM_EPS, fitting, fused, launch, load, store
+from jaxchat.model.programs import partitioned
 
 # --- a residual stream's next norm ------------------------------------------------------------------------------------
 

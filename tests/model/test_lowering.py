@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxchat.model import fp8, gpu, hopper, kernels
+from jaxchat.model import fp8, gpu, hopper, kernels, programs
 
 HOPPER = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 KERNEL = "__gpu$xla.gpu.triton"
@@ -88,9 +88,9 @@ def kept_programs(tmp_path):
 
 def test_a_kernel_is_lowered_once_for_all_processes(monkeypatch, kept_programs):
     monkeypatch.setattr(gpu, "INTERPRET", False)
-    monkeypatch.setattr(gpu, "_LOWERED", {})
-    lower, made = gpu._lower, []
-    monkeypatch.setattr(gpu, "_lower", lambda key, *rest: made.append(key) or lower(key, *rest))
+    monkeypatch.setattr(programs, "_LOWERED", {})
+    lower, made = programs._lower, []
+    monkeypatch.setattr(programs, "_lower", lambda key, *rest: made.append(key) or lower(key, *rest))
 
     def copy(factor):
         def kernel(x_ref, y_ref):
@@ -101,16 +101,16 @@ def test_a_kernel_is_lowered_once_for_all_processes(monkeypatch, kept_programs):
 
     def program(factor):
         call = copy(factor)
-        return lowered(lambda x: [gpu.lowered_once(call, [x], KERNEL) for _ in range(3)], [array(64)])
+        return lowered(lambda x: [programs.lowered_once(call, [x], KERNEL) for _ in range(3)], [array(64)])
 
     assert KERNEL in program(2.0) and len(made) == 1
     program(3.0)
     assert len(set(made)) == 2  # another kernel, though of the same name and shapes
-    gpu._LOWERED.clear()  # as another process
+    programs._LOWERED.clear()  # as another process
     assert KERNEL in program(2.0) and len(made) == 2
     for file in (kept_programs / "kernels").iterdir():
         file.write_bytes(file.read_bytes()[:100])
-    gpu._LOWERED.clear()
+    programs._LOWERED.clear()
     assert KERNEL in program(2.0) and made[2:] == made[:1]
 
 
@@ -118,8 +118,8 @@ def test_a_kernel_is_lowered_once_for_all_processes(monkeypatch, kept_programs):
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 def test_a_kernel_is_lowered_for_a_device_s_part_not_for_what_several_share(monkeypatch):
     monkeypatch.setattr(hopper, "capability", lambda: 9.0)
-    monkeypatch.setattr(gpu, "_LOWERED", {})
-    monkeypatch.setattr(gpu, "_lower", lambda *_: pytest.fail("lowered"))
+    monkeypatch.setattr(programs, "_LOWERED", {})
+    monkeypatch.setattr(programs, "_lower", lambda *_: pytest.fail("lowered"))
     product = hopper.product_sum(2)
 
     def part(*operands):
