@@ -14,7 +14,7 @@ import pytest
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import CheckpointConfig, UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 FULL_DISK = """
 import os, resource, sys

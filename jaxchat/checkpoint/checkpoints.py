@@ -23,14 +23,14 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import options
 
-from jaxchat import s3
+from jaxchat.checkpoint import s3
+from jaxchat.checkpoint.integrity import find_damage, write_manifest
+from jaxchat.checkpoint.retention import Retention
+from jaxchat.checkpoint.snapshot import Snapshots, to_host
+from jaxchat.checkpoint.trees import kinds, like, nested
 from jaxchat.config import CheckpointConfig, UserError, check
 from jaxchat.distributed import agreed, exchange
-from jaxchat.integrity import find_damage, write_manifest
-from jaxchat.retention import Retention
-from jaxchat.snapshot import Snapshots, to_host
 from jaxchat.storage import first_line, is_remote, readable, reason, storage_errors
-from jaxchat.trees import kinds, like, nested
 
 WORTHS = "worths.json"
 PARAMS, TRAINING, DATA, META = "params", "training", "data", "meta"

@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxchat import snapshot
+from jaxchat.checkpoint import snapshot
+from jaxchat.checkpoint.snapshot import Snapshots, to_host
 from jaxchat.config import MeshConfig
 from jaxchat.mesh import make_mesh
-from jaxchat.snapshot import Snapshots, to_host
 
 MESH = make_mesh(MeshConfig(fsdp=2, tensor=2))
 
