@@ -33,6 +33,7 @@ SQUARE = BLOCKS * ROWS  # rows and columns of what they compute together
 HEAD = 128  # columns of an attention head
 LOADER = 2  # the warpgroup that loads
 BAND = 8  # tiles are taken in bands this wide, so that their operands come from the L2 cache
+SPARE = 1.125  # of a result's area tiles may cover, where its sides are no multiples of theirs: more is left to XLA
 
 
 def multiplies(dtype: DTypeLike) -> bool:
@@ -61,7 +62,7 @@ def rope_norm_product(x, weight, table):
     if size == HEAD and length % ROWS == 0 and fits(batch * length, heads * size, inner):
         pairs = [(x.reshape(1, batch * length, inner), weight.reshape(1, inner, heads * size))]
         y, scale = _kernel(pairs, _rope_norm, table[None], beside_rows=length, vectors=COLUMNS // HEAD)
-        return y.reshape(batch, length, heads, size), scale.T.reshape(batch, length, heads)
+        return y.reshape(batch, length, heads, size), scale[:heads, : batch * length].T.reshape(batch, length, heads)
     y = jnp.einsum("bti,inh->btnh", x, weight, preferred_element_type=jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(y * y, -1) + NORM_EPS)
     cos, sin = (table[:, None, i : i + size // 2] + table[:, None, i + size // 2 : i + size] for i in (0, size))
@@ -136,10 +137,19 @@ def _by_element(formula: Callable[..., Array]) -> Callable[..., Iterator[Array]]
     return finish
 
 
-def fits(rows: int, columns: int, *inner: int) -> bool:
-    """Whether the kernels run here, and tiles cover such a product without a rest and each fills the ring."""
-    tiled = rows % SQUARE == 0 and columns % COLUMNS == 0 and all(size % DEPTH == 0 for size in inner)
-    return multiplies(jnp.bfloat16) and tiled and sum(inner) >= STAGES * DEPTH
+def fits(rows: int, columns: int, *inner: int, symmetric: bool = False) -> bool:
+    """Whether the kernels run here, and tiles cover such a product with little to spare and each fills the ring."""
+    down, across = _squares(rows, columns)
+    covered = (down * (down + 1) // 2 if symmetric else down * across) * SQUARE * COLUMNS
+    whole = rows % HEAD == columns % HEAD == 0 and all(size % DEPTH == 0 for size in inner)
+    fitting = whole and sum(inner) >= STAGES * DEPTH and covered <= SPARE * rows * columns
+    return multiplies(jnp.bfloat16) and fitting
+
+
+def _squares(rows: int, columns: int) -> tuple[int, int]:
+    """How many, down and across, cover so many numbers. What the last ones have too much is read as zeros, and what
+    comes of it is not written."""
+    return pl.cdiv(rows, SQUARE), pl.cdiv(columns, COLUMNS)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -149,7 +159,7 @@ def gram(x: Float[Array, "L m n"], tall: bool) -> Float[Array, "L s s"]:
     Of symmetric products, what lies below the diagonal is computed and written twice: three fifths of the work at five
     squares a side.
     """
-    if fits(*(min(x.shape[1:]),) * 2, max(x.shape[1:])):
+    if fits(*(min(x.shape[1:]),) * 2, max(x.shape[1:]), symmetric=True):
         return _kernel([(x, x)], flipped=(tall, not tall), symmetric=True)
     return jnp.matrix_transpose(x) @ x if tall else x @ jnp.matrix_transpose(x)
 
@@ -164,7 +174,7 @@ def symmetric_product(
         return a * total if beside is None else a * total + b * beside
 
     beside = y if b else None  # else it would be read for nothing
-    if fits(*x.shape[1:], x.shape[2]):
+    if fits(*x.shape[1:], x.shape[2], symmetric=True):
         return _kernel([(x, y)], _by_element(formula), beside, symmetric=True)
     return formula(jnp.matmul(x, y, preferred_element_type=jnp.float32), beside).astype(y.dtype)
 
@@ -190,7 +200,8 @@ def _kernel(
     beside_rows: int = 0,
     vectors: int = 0,
 ) -> Array | tuple[Array, Array]:
-    """Σ a b of a stack, finished: [L, M, N]. And, where there are `vectors`, [vectors · N / 256, M] in fp32.
+    """Σ a b of a stack, finished: [L, M, N]. And, where there are `vectors`, so many for each tile across, each as long
+    as all tiles down, in fp32.
 
     Args:
       finish: A function (total, piece, put) of 64 x 256 numbers of the sum in fp32 that gives the results, 64 columns
@@ -205,7 +216,7 @@ def _kernel(
     count = len(pairs[0][0])
     (rows, _), (_, columns) = _sides(pairs[0][0], a_flipped), _sides(pairs[0][1], b_flipped)
     dtype = pairs[0][0].dtype
-    squares = rows // SQUARE, columns // COLUMNS
+    squares = _squares(rows, columns)
     squares_of_one = squares[0] * (squares[0] + 1) // 2 if symmetric else squares[0] * squares[1]
     inner_steps = [_sides(a, a_flipped)[1] // DEPTH for a, _ in pairs]
     steps = sum(inner_steps)
@@ -215,7 +226,7 @@ def _kernel(
     steps_of_tile = steps + beside_steps
     out_types = [jax.ShapeDtypeStruct((count, rows, columns), dtype)]
     if vectors:
-        out_types.append(jax.ShapeDtypeStruct((columns // COLUMNS * vectors, rows), jnp.float32))
+        out_types.append(jax.ShapeDtypeStruct((squares[1] * vectors, squares[0] * SQUARE), jnp.float32))
 
     def product(*refs):
         operands, rest = refs[: 2 * len(pairs)], list(refs[2 * len(pairs) :])

@@ -48,7 +48,9 @@ NAMES = ["relu2", "relu2's gradient", "sum"]
 
 
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
-@pytest.mark.parametrize("shape", [(2, 128, 256, 256), (4, 512, 320, 768), (1, 34 * 256, 640, 2560)])
+@pytest.mark.parametrize(
+    "shape", [(2, 128, 256, 256), (4, 512, 320, 768), (1, 34 * 256, 640, 2560), (3, 640, 384, 1408)]
+)
 @pytest.mark.parametrize("case", range(3), ids=NAMES)
 def test_the_kernels(case, shape):
     kernel, formula, operands = cases(*shape, jnp.bfloat16)[case]
@@ -63,6 +65,8 @@ def test_the_kernels(case, shape):
     [
         ((2, 6, 32), 3),
         pytest.param((4, 384, 320), 6, marks=pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")),
+        pytest.param((4, 384, 320), 11, marks=pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")),
+        pytest.param((5, 384, 320), 20, marks=pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")),
     ],
 )
 def test_heads_with_rope_and_norm(shape, heads):
@@ -79,7 +83,10 @@ def test_heads_with_rope_and_norm(shape, heads):
     np.testing.assert_allclose(scale, 1 / jnp.sqrt(jnp.mean(product**2, -1) + 1e-6), rtol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(3, 256, 256), (2, 768, 1536), (2, 1280, 512), (150, 512, 512), (2, 24, 40)])
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 256, 256), (2, 768, 1536), (2, 1280, 512), (150, 512, 512), (3, 640, 1664), (2, 1664, 2560), (2, 24, 40)],
+)
 def test_products_of_stacks(shape):
     x = draw(*shape, dtype=jnp.bfloat16)
     tall = shape[1] > shape[2]
@@ -98,6 +105,15 @@ def assert_close(actual, expected):
     assert actual.dtype == jnp.bfloat16
     atol = 2**-7 * jnp.max(jnp.abs(expected))
     np.testing.assert_allclose(actual.astype(jnp.float32), expected, rtol=2**-7, atol=atol)
+
+
+def test_tiles_may_cover_a_little_more_than_the_result(monkeypatch):
+    monkeypatch.setattr(hopper, "multiplies", lambda dtype: True)
+    assert hopper.fits(65536, 1664, 1664) and hopper.fits(1664, 6656, 1664)  # 7 tiles for 6.5
+    assert not hopper.fits(65536, 640, 640)  # 3 for 2.5
+    assert not hopper.fits(1664, 1664, 1664) and hopper.fits(1664, 1664, 1664, symmetric=True)
+    assert not hopper.fits(65536, 1600, 1664)  # half a head
+    assert not hopper.fits(65536, 1664, 192)  # less than the ring holds
 
 
 @pytest.mark.parametrize("side", range(1, 8))
