@@ -241,7 +241,7 @@ def step(state):
     state = {"params": {"w": state["params"]["w"] + 1}, "step": state["step"] + 1}
     return state, total
 
-state, totals, copies = begin(), [], {}
+state, totals, beside = begin(), [], 0
 checkpoints = Checkpoints(sys.argv[1], CheckpointConfig(keep=6))
 checkpoints.prepare(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state))
 for number in range(1, 31):
@@ -252,6 +252,10 @@ for number in range(1, 31):
     totals.append(total)
     if number % 5 == 1 and number > 1:
         checkpoints.save(number - 1, copy, data={"at": number - 1}, meta={}, is_copy=True)
+        beside += not (checkpoints.directory / str(number - 1)).exists()
+assert beside >= 3, "saves are waited for"
+checkpoints._snapshots.has_room = lambda tree: d.jax.process_index() == 0
+assert checkpoints.copy(state) is None  # as in the other process, which has none
 checkpoints.save(30, state, data={"at": 30}, meta={})
 assert [float(total) for total in totals] == [256 * 128 * i for i in range(30)]
 assert checkpoints.steps() == [5, 10, 15, 20, 25, 30]

@@ -91,9 +91,11 @@ class Checkpoints:
         self._saving = step
         with self._told():
             self._writer()
+        copy = state_tree if is_copy else None
         if step in self.steps():
+            jax.tree.map(lambda x: x.delete(), copy)
             return
-        copy = state_tree if is_copy else self.copy(state_tree)
+        copy = copy or self.copy(state_tree)
         on_host = self._begin(self._write, self._manager, step, state_tree if copy is None else copy, data, meta)
         if copy is None:
             self._finish(on_host)
@@ -255,7 +257,7 @@ class Checkpoints:
         # Built by the first save, since it clears away what a killed writer left: a reader must not.
         self._policy.worths = dict(self._load_worths())
         if self._manager is None:
-            agreed(lambda: self.directory.mkdir(parents=True, exist_ok=True))
+            agreed(self._make_directory)
             settings = ocp.CheckpointManagerOptions(
                 create=False,
                 multiprocessing_options=_processes(),
@@ -266,6 +268,10 @@ class Checkpoints:
             )
             self._manager = _Manager(self.directory, options=settings, item_handlers=_handlers())
             self._thread = ThreadPoolExecutor(1)
+
+    def _make_directory(self) -> None:
+        with self._told():
+            self.directory.mkdir(parents=True, exist_ok=True)
 
     def _write_manifest(self) -> None:
         """Orbax calls this when a step's files are complete, before it renames or marks their folder as finished."""

@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Snapshots:
-    """Copies of trees of `jax.Array`, made only where there is room beside what a device has held at its most."""
+    """Copies of trees of `jax.Array`, and whether there is room for one beside what a device has held at its most."""
 
     def __init__(self):
         self._with_copy: dict[jax.Device, int] = {}  # the most a device may have held because of a copy
@@ -29,8 +29,8 @@ class Snapshots:
         )
 
     def take(self, tree: Any) -> Any:
-        """The copy, with the leaves' shardings, where there is room. It is dispatched, not waited for: what is
-        dispatched later may overwrite the tree."""
+        """The copy, with the leaves' shardings; it may fail where there is no room. It is dispatched, not waited for:
+        what is dispatched later may overwrite the tree."""
         for device, (size, peak, limit) in _memory(tree).items():
             if peak + size <= limit:
                 self._with_copy[device] = peak + size
@@ -38,14 +38,18 @@ class Snapshots:
 
 
 def _memory(tree: Any) -> dict[jax.Device, tuple[int, int, int]]:
-    """Bytes, by this process's devices that tell of their memory: of the tree there, the most ever used, and the limit.
+    """Bytes, by this process's devices that tell of their memory: of a copy of the tree there, the most ever used, and
+    the limit.
 
-    Not what is free now, since the next steps need as much as those before did.
+    Not what is free now, since the next steps need as much as those before did. Of several processes each saves a share
+    of what all have, and Orbax cuts it out on the device first: half as much again, at the most.
     """
     sizes: Counter[jax.Device] = Counter()
     for leaf in jax.tree.leaves(tree):
         size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         sizes.update(dict.fromkeys(leaf.sharding.addressable_devices, size))
+    if jax.process_count() > 1:
+        sizes = Counter({device: size + size // 2 for device, size in sizes.items()})
     told = {device: device.memory_stats() or {} for device in sizes}
     return {
         device: (sizes[device], stats["peak_bytes_in_use"], stats["bytes_limit"])

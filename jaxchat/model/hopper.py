@@ -33,7 +33,7 @@ SQUARE = BLOCKS * ROWS  # rows and columns of what they compute together
 HEAD = 128  # columns of an attention head
 LOADER = 2  # the warpgroup that loads
 BAND = 8  # tiles are taken in bands this wide, so that their operands come from the L2 cache
-SPARE = 1.125  # of a result's area tiles may cover, where its sides are no multiples of theirs: more is left to XLA
+OVERHANG = 0.125  # of a result's area, that tiles may cover beyond its sides: what needs more is left to XLA
 
 
 def multiplies(dtype: DTypeLike) -> bool:
@@ -141,8 +141,8 @@ def fits(rows: int, columns: int, *inner: int, symmetric: bool = False) -> bool:
     """Whether the kernels run here, and tiles cover such a product with little to spare and each fills the ring."""
     down, across = _squares(rows, columns)
     covered = (down * (down + 1) // 2 if symmetric else down * across) * SQUARE * COLUMNS
-    whole = rows % HEAD == columns % HEAD == 0 and all(size % DEPTH == 0 for size in inner)
-    fitting = whole and sum(inner) >= STAGES * DEPTH and covered <= SPARE * rows * columns
+    whole = rows % ROWS == columns % ROWS == 0 and all(size % DEPTH == 0 for size in inner)
+    fitting = whole and sum(inner) >= STAGES * DEPTH and covered <= (1 + OVERHANG) * rows * columns
     return multiplies(jnp.bfloat16) and fitting
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import hashlib
 import os
@@ -34,21 +35,22 @@ def lowered_once(call: Callable, operands: Sequence[Array], target: str) -> Any:
     for one by Mosaic.
 
     A process lowers it once for operands of such shapes, however many layers or devices have it, and another process
-    finds it beside the compiled programs that JAX keeps. For arrays that several devices share, of which each will have
-    a part, it is not lowered.
+    finds it beside the compiled programs that JAX keeps. For arrays that several devices may share, so that each has a
+    part of them, it is lowered only if they turn out not to: then once for each program.
     """
-    if _SHARED and jax.device_count() > 1:
-        return call(*operands)
     jaxpr = jax.make_jaxpr(call)(*operands)
     made_for = jax.__version__, jaxlib.__version__, multiprocessors(), jaxpr
     key = hashlib.sha256(" ".join(map(str, made_for)).encode()).hexdigest()
+    if _shared.get() and jax.device_count() > 1:
+        return _LATER.setdefault(key, jax.jit(call))(*operands)
     if key not in _LOWERED:
         _LOWERED[key] = _kept(key) or _lower(key, call, operands, target)
     return _LOWERED[key].call(*operands)
 
 
 _LOWERED: dict[str, jax.export.Exported] = {}
-_SHARED: list[Callable] = []  # the functions that are being traced for whole arrays, to be `partitioned`
+_LATER: dict[str, Callable] = {}
+_shared = contextvars.ContextVar("shared", default=False)  # whether a function to be `partitioned` is traced as a whole
 
 
 def _kept(key: str) -> jax.export.Exported | None:
@@ -89,11 +91,11 @@ def partitioned(rule: str, whole: tuple[str, ...] = (), summed: tuple[str, ...] 
     def wrap(call):
         @functools.wraps(call)
         def whole_call(*arrays):
-            _SHARED.append(call)
+            token = _shared.set(True)
             try:
                 return call(*arrays)
             finally:
-                _SHARED.pop()
+                _shared.reset(token)
 
         def partition(mesh, args, outs):
             split = dict.fromkeys(whole, ())
@@ -129,7 +131,7 @@ def partitioned(rule: str, whole: tuple[str, ...] = (), summed: tuple[str, ...] 
                 return wrapped(*arrays)
             # In a program for several devices stands nothing of this function but where it lies in memory, which JAX's
             # key to compiled programs leaves out (`keep_compiled`). The name of a function around it is in the key.
-            text = f"{_sources()} {settings} {jax.make_jaxpr(whole_call)(*arrays)}"
+            text = f"{_CODE} {settings} {jax.make_jaxpr(whole_call)(*arrays)}"
             around = functools.partial(wrapped)
             around.__name__ = f"{call.__name__}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
             return jax.jit(around)(*arrays)
@@ -139,13 +141,15 @@ def partitioned(rule: str, whole: tuple[str, ...] = (), summed: tuple[str, ...] 
     return wrap
 
 
-@functools.cache
-def _sources() -> str:
-    """A digest of the code by which a device's part is computed."""
+def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted(folder.glob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+# By what a device's part is computed; of the files as they are now, when they are imported.
+_CODE = f"{jax.__version__} {jaxlib.__version__} {_digest(Path(__file__).parent)}"
 
 
 def _axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -135,6 +135,8 @@ def _with_overrides(parser: argparse.ArgumentParser, command: Callable[[argparse
 def _keep_compiled_programs() -> None:
     """For the next start; to be called before JAX is imported."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jaxchat/compiled"))
+    # As `jaxchat.model.programs.keep_compiled` does.
+    os.environ["JAX_REMOVE_CUSTOM_PARTITIONING_PTR_FROM_CACHE_KEY"] = "true"
 
 
 def _chat(arguments: argparse.Namespace) -> int:

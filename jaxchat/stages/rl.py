@@ -99,6 +99,8 @@ def sampling(config: RLConfig) -> dict:
 class Rollouts(Source):
     """Batches that the current parameters write themselves: n samples of each of a step's questions, with rewards."""
 
+    samples = True
+
     def __init__(self, run: Run, config: RLConfig, questions: list[Question], engine: Engine):
         self.run, self.config, self.questions, self.engine = run, config, questions, engine
         self.tokenizer = engine.tokenizer

@@ -1,11 +1,12 @@
 """The only training loop: pretraining, midtraining, SFT and RL all run through `train`.
 
-The next step is dispatched before the last one's metrics are read, so that the device never waits for the host: nor for
-a save, for which the state is copied on the devices before the next step takes it.
+The next step is dispatched before the last one's metrics are read, so that the device never waits for the host. Nor
+does it for a save, if there is room for a copy of the state on the devices, and no evaluation is due.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -31,7 +32,9 @@ Values = Iterable[tuple[str, Any]]
 
 @runtime_checkable
 class Source(Protocol):
-    """Where batches come from. Supervised sources ignore the parameters; RL samples with them."""
+    """Where batches come from. Supervised sources ignore the parameters; RL samples with them: `samples`."""
+
+    samples = False
 
     def next_batch(self, step: int, params) -> tuple[Batch, dict[str, float]]:
         """The batch of this step, on the devices, and metrics to log with it."""
@@ -224,16 +227,14 @@ class Loop:
                 save = done or (self.save_every and step % self.save_every == 0)
                 due = [e for e in self.evaluators if self._due(e, step)]
                 stopping = stopping or preemption.noted
-                if save and not (done or due or stopping):
+                # Sampling waits for the step's end too, and takes long.
+                left = 0 if done or due or stopping or self.source.samples else 1
+                before, stopping = self._settle(pending, left, before, stopping)
+                if save and pending and self._started:  # what a step needs beside the copy is known from one
                     copy = self.checkpoints.copy(state)
                     pending[-1], save = pending[-1]._replace(copy=copy), copy is None
-                while len(pending) > (0 if save or due or stopping else 1):
-                    before, told = self._log(pending[0], before)
-                    logged = pending.popleft()  # only now: an interruption above leaves it to be logged again
-                    stopping = stopping or told
-                    if logged.copy is not None:
-                        self.save(logged.copy, logged.step + 1, logged.position, is_copy=True)
                 if save or stopping:  # first save, then evaluate: a failing evaluation loses nothing
+                    before, stopping = self._settle(pending, 0, before, stopping)
                     self.save(state, step, position)
                 if stopping:
                     self.checkpoints.wait()
@@ -244,21 +245,46 @@ class Loop:
                     before = time.perf_counter()
         except KeyboardInterrupt:
             # Of several processes, one alone cannot save: this is somebody's second Ctrl-C.
-            if not moving and step > start and not active():
+            if not active():
                 try:
-                    for dispatched in pending:
-                        before, _ = self._log(dispatched, before)
+                    if not moving or _any_copy(pending):
+                        before, _ = self._settle(pending, 0, before)
                 except Diverged as diverged:  # the state is of no use; the checkpoint before is
                     raise KeyboardInterrupt from diverged
-                self.metrics.note(f"interrupted: saving step {step:,}; the same command goes on from here")
-                self.save(state, step, position)
+                if not moving and step > start:
+                    self.metrics.note(f"interrupted: saving step {step:,}; the same command goes on from here")
+                    self.save(state, step, position)
                 self.checkpoints.wait()
             if preemption.noted:
                 raise Preempted(f"stopped by SIGTERM at step {step:,}; the same command goes on from there") from None
             raise
+        except Diverged:
+            raise
+        except Exception:  # bad text, for example: a save that was due is not lost
+            if _any_copy(pending):
+                with contextlib.suppress(Diverged):
+                    self._settle(pending, 0, before)
+            raise
         finally:
             preemption.waiting = False
         return state
+
+    def _settle(
+        self, pending: deque[_Dispatched], left: int, before: float, stopping: bool = False
+    ) -> tuple[float, bool]:
+        """Logs steps until so many are `left`, or none where the training is to stop, and saves the copies that come
+        with them; returns as `_log`.
+
+        Raises:
+          Diverged: a step, which stays pending.
+        """
+        while len(pending) > (0 if stopping else left):
+            before, told = self._log(pending[0], before)
+            logged = pending.popleft()  # only now: an interruption above leaves it to be logged again
+            stopping = stopping or told
+            if logged.copy is not None:
+                self.save(logged.copy, logged.step + 1, logged.position, is_copy=True)
+        return before, stopping
 
     def _due(self, evaluator: Evaluator, step: int) -> bool:
         return step == self.num_steps or (evaluator.every > 0 and step % evaluator.every == 0)
@@ -302,6 +328,10 @@ class Loop:
             self.metrics.note(f"first step after {now - self.began:.1f} s{': ' if parts else ''}{parts}")
         self.metrics.live(step + 1, **values)
         return now, result[STOP] > 0
+
+
+def _any_copy(pending: Iterable[_Dispatched]) -> bool:
+    return any(dispatched.copy is not None for dispatched in pending)
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -19,6 +19,7 @@ from jaxchat.model import gpu, kernels, programs
 
 gpu.INTERPRET = True
 kernels.NORM_EPS = float(sys.argv[2])
+programs._CODE += sys.argv[3]
 programs.keep_compiled(sys.argv[1])
 hits, compiled = [], []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None)
@@ -36,9 +37,9 @@ print(made, float(y[0, 0, 0]))
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_another_process_finds_a_program_unless_a_kernel_in_it_has_changed(tmp_path, devices):
-    def run(epsilon):
+    def run(epsilon, code=""):
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-        command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(epsilon)]
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(epsilon), code]
         result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         compiled, value = result.stdout.split()
@@ -47,3 +48,5 @@ def test_another_process_finds_a_program_unless_a_kernel_in_it_has_changed(tmp_p
     assert run(0.0) == (1, pytest.approx(1.0))
     assert run(0.0) == (0, pytest.approx(1.0))
     assert run(27.0) == (1, pytest.approx(0.5))  # 3 / sqrt(9 + 27)
+    # What splits the arrays can change without the kernel, where there are several devices.
+    assert run(0.0, "changed") == (devices > 1, pytest.approx(1.0))

@@ -90,6 +90,31 @@ def test_the_next_step_does_not_wait_for_a_save(tmp_path, room):
     assert (meta["tokens"], meta["recent_losses"]) == (16, pytest.approx([1 / 7, x / 7]))
 
 
+@pytest.mark.parametrize("within", ["the next batch", "the next step"])
+@pytest.mark.parametrize("error", [UserError("bad text"), MemoryError("too little"), KeyboardInterrupt()], ids=repr)
+def test_a_save_that_is_due_outlasts_what_comes_before_it_was_begun(tmp_path, within, error):
+    class Source(Counting):
+        def next_batch(self, number, params):
+            if number == 4 and within == "the next batch":
+                raise error
+            return super().next_batch(number, params)
+
+    def step(state, batch):
+        if int(state["step"]) == 4 and within == "the next step":
+            raise error
+        return step_fn(state, batch)
+
+    stopped = loop(tmp_path, source=Source(), step_fn=step, save_every=4)
+    with pytest.raises(type(error)):
+        stopped.train(begin())
+    assert Checkpoints(stopped.checkpoints.directory).steps() == [4]
+    assert len(table(tmp_path)) == 4
+    loop(tmp_path, save_every=4).train(begin())
+    whole = loop(tmp_path / "whole", save_every=4)
+    whole.train(begin())
+    assert table(tmp_path) == table(tmp_path / "whole")
+
+
 def test_saves_before_it_evaluates(tmp_path):
     saved = []
 
