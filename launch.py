@@ -347,7 +347,7 @@ def _prepare_jax(experiment: Experiment, dry_run: bool) -> None:
     from jaxchat.model.programs import keep_compiled
 
     set_xla_flags()
-    keep_compiled(os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jaxchat/compiled")))
+    keep_compiled()
     if dry_run and experiment.cost.devices > 1 and jax.config.jax_num_cpu_devices <= 1:
         jax.config.update("jax_num_cpu_devices", experiment.cost.devices)
 

@@ -220,9 +220,8 @@ def _kernel(
     squares_of_one = squares[0] * (squares[0] + 1) // 2 if symmetric else squares[0] * squares[1]
     inner_steps = [_sides(a, a_flipped)[1] // DEPTH for a, _ in pairs]
     steps = sum(inner_steps)
-    beside_steps = (
-        0 if beside is None else ROWS // PIECE
-    )  # what lies beside goes through the ring too, behind the operands
+    # What lies beside goes through the ring too, behind the operands.
+    beside_steps = 0 if beside is None else ROWS // PIECE
     steps_of_tile = steps + beside_steps
     out_types = [jax.ShapeDtypeStruct((count, rows, columns), dtype)]
     if vectors:

@@ -23,8 +23,9 @@ from jaxtyping import Array
 from jaxchat.model.gpu import multiprocessors
 
 
-def keep_compiled(folder: str) -> None:
-    """Has JAX keep compiled programs there, those of several devices with `partitioned` functions too."""
+def keep_compiled() -> None:
+    """Has JAX keep compiled programs for the next start, those of several devices with `partitioned` functions too."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jaxchat/compiled"))
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a start has a dozen of small programs too
     jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)

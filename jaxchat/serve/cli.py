@@ -132,17 +132,11 @@ def _with_overrides(parser: argparse.ArgumentParser, command: Callable[[argparse
     parser.set_defaults(command=command, overrides=(), options=options)
 
 
-def _keep_compiled_programs() -> None:
-    """For the next start; to be called before JAX is imported."""
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jaxchat/compiled"))
-    # As `jaxchat.model.programs.keep_compiled` does.
-    os.environ["JAX_REMOVE_CUSTOM_PARTITIONING_PTR_FROM_CACHE_KEY"] = "true"
-
-
 def _chat(arguments: argparse.Namespace) -> int:
-    _keep_compiled_programs()
-    from jaxchat.serve.terminal import chat  # imports JAX: --help and bad arguments need not wait for it
+    from jaxchat.model.programs import keep_compiled  # imports JAX: --help and bad arguments need not wait for it
+    from jaxchat.serve.terminal import chat
 
+    keep_compiled()
     options = {name: getattr(arguments, name) for name in ("step", "temperature", "top_k", "seed", "max_tokens")}
     return chat(arguments.run, arguments.stage, arguments.prompt, **options)
 
@@ -157,11 +151,12 @@ def _evaluate_tokenizer(arguments: argparse.Namespace) -> int:
 def _lr_range(arguments: argparse.Namespace) -> int:
     launch = _launcher()
     experiment = launch.configure(arguments.experiment, arguments.overrides, arguments.data, arguments.options)
-    _keep_compiled_programs()
+    from jaxchat.model.programs import keep_compiled
     from jaxchat.stages.lr_range import GROUPS, run
     from jaxchat.stages.pipeline import check_possible
     from jaxchat.stages.run import Run
 
+    keep_compiled()
     check_possible(experiment)
     opened = Run(experiment, arguments.run_dir or f"runs/{experiment.name}", keep_config=True)
     groups = GROUPS if arguments.group == "all" else (arguments.group,)

@@ -47,10 +47,11 @@ def cases(rows, length, inner, columns, dtype):
 NAMES = ["relu2", "relu2's gradient", "sum"]
 
 
+SHAPES = [(2, 128, 256, 256), (4, 512, 320, 768), (1, 34 * 256, 640, 2560), (2, 1024, 384, 1408), (3, 640, 384, 2560)]
+
+
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
-@pytest.mark.parametrize(
-    "shape", [(2, 128, 256, 256), (4, 512, 320, 768), (1, 34 * 256, 640, 2560), (3, 640, 384, 1408)]
-)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("case", range(3), ids=NAMES)
 def test_the_kernels(case, shape):
     kernel, formula, operands = cases(*shape, jnp.bfloat16)[case]
@@ -110,6 +111,7 @@ def assert_close(actual, expected):
 def test_tiles_may_cover_a_little_more_than_the_result(monkeypatch):
     monkeypatch.setattr(hopper, "multiplies", lambda dtype: True)
     assert hopper.fits(65536, 1664, 1664) and hopper.fits(1664, 6656, 1664)  # 7 tiles for 6.5
+    assert all(hopper.fits(rows * length, columns, inner) for rows, length, inner, columns in SHAPES)
     assert not hopper.fits(65536, 640, 640)  # 3 for 2.5
     assert not hopper.fits(1664, 1664, 1664) and hopper.fits(1664, 1664, 1664, symmetric=True)
     assert not hopper.fits(65536, 1600, 1664)  # half a head

@@ -18,9 +18,9 @@ from jaxchat.mesh import make_mesh
 from jaxchat.model import gpu, kernels, programs
 
 gpu.INTERPRET = True
-kernels.NORM_EPS = float(sys.argv[2])
-programs._CODE += sys.argv[3]
-programs.keep_compiled(sys.argv[1])
+kernels.NORM_EPS = float(sys.argv[1])
+programs._CODE += sys.argv[2]
+programs.keep_compiled()
 hits, compiled = [], []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None)
 jax.monitoring.register_event_duration_secs_listener(
@@ -39,7 +39,8 @@ print(made, float(y[0, 0, 0]))
 def test_another_process_finds_a_program_unless_a_kernel_in_it_has_changed(tmp_path, devices):
     def run(epsilon, code=""):
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-        command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(epsilon), code]
+        env["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path)
+        command = [sys.executable, "-c", PROGRAM, str(epsilon), code]
         result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         compiled, value = result.stdout.split()
