@@ -31,8 +31,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from jaxchat.cluster import PREEMPTED, Preempted, find_cluster
-from jaxchat.config import STAGES, Experiment, UserError, check, closest
+from jaxchat.config import STAGES, Experiment
+from jaxchat.devices.launchers import PREEMPTED, Preempted, find_cluster
+from jaxchat.errors import UserError, check, closest
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 GO_ON = "the same command goes on from here"
@@ -95,11 +96,11 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def _distributed() -> ModuleType:
-    return importlib.import_module("jaxchat.distributed")
+    return importlib.import_module("jaxchat.devices.processes")
 
 
 def _several() -> bool:
-    return "jaxchat.distributed" in sys.modules and _distributed().active()
+    return "jaxchat.devices.processes" in sys.modules and _distributed().active()
 
 
 def _launch(argv: list[str]) -> int:
@@ -126,7 +127,7 @@ def _launch(argv: list[str]) -> int:
 
     check_possible(experiment)
     if options.dry_run:
-        from jaxchat.stages.dry_run import dry_run
+        from jaxchat.analysis.dry_run import dry_run
 
         dry_run(experiment)
         return 0
@@ -149,7 +150,7 @@ def _talk(directory: str) -> int:
     print(f"\nreport:     {directory}/report.md\ntalk to it: {command} chat --run {directory}")
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return 0
-    from jaxchat.serve.cli import main as chat
+    from jaxchat.cli.main import main as chat
 
     print()
     return chat(["chat", "--run", directory])
@@ -214,7 +215,7 @@ def configure(name: str | None, overrides: list[str], data: str | None, options:
     check(there, f"data folder {folder!r} does not exist; give --data a folder with text")
     settings = {"path": folder if is_remote(folder) else os.path.abspath(folder)}
     if experiment.data.download and not any(word.startswith("--data.download") for word in overrides):
-        from jaxchat.data.download import own_text
+        from jaxchat.data.hub.download import own_text
 
         if is_remote(folder) or own_text(Path(folder)):
             settings["download"] = ()  # who brings text of their own gets what they bring, and nothing else
@@ -343,8 +344,8 @@ def _prepare_jax(experiment: Experiment, dry_run: bool) -> None:
     """Compiled programs are kept between runs; a dry run on a CPU pretends to have the experiment's devices."""
     import jax
 
-    from jaxchat.mesh import set_xla_flags
-    from jaxchat.model.programs import keep_compiled
+    from jaxchat.devices.mesh import set_xla_flags
+    from jaxchat.ops.programs import keep_compiled
 
     set_xla_flags()
     keep_compiled()

@@ -27,8 +27,8 @@ from timing import say, table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from jaxchat.config import UserError, check
-from jaxchat.metrics import device_peak_flops
+from jaxchat.errors import UserError, check
+from jaxchat.runs.metrics import device_peak_flops
 
 HERE = Path(__file__).parent
 WORK = ("rows", "sequence_len", "vocab_size", "accumulation", "steps")

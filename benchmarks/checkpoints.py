@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import launch
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import UserError, check
-from jaxchat.metrics import machine_info
+from jaxchat.errors import UserError, check
+from jaxchat.runs.metrics import machine_info
 from jaxchat.stages.run import Run, planned_model
 from jaxchat.stages.training import Training, fresh_params, random_batches
 from jaxchat.train.step import State

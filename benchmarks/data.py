@@ -27,7 +27,7 @@ from timing import Failed, alone, machine, say, table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from jaxchat.config import UserError, check
+from jaxchat.errors import UserError, check
 
 PEER = Path(__file__).parent / "nanochat_loader.py"
 PACKINGS = ("best-fit", "concat")
@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
       UserError: no parquet files, no checkout, fewer cores than asked for.
       Failed: one of them did not end well.
     """
-    from jaxchat.data.shards import find_text
+    from jaxchat.data.text.shards import find_text
     from jaxchat.tokenizer import Tokenizer
 
     text = Path(options.text).absolute()
@@ -135,9 +135,9 @@ def _round(options: argparse.Namespace, cores: int, folder: Path, text: Path, ch
 def load(text: Path, tokenizer: Path, cores: int, batches: int, packing: str, work: dict[str, int]) -> dict[str, float]:
     """Reads so many batches on so many cores, in this process."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    from jaxchat.data.lanes import summed
     from jaxchat.data.loader import pretrain_batches
-    from jaxchat.data.shards import find_text
+    from jaxchat.data.text.lanes import summed
+    from jaxchat.data.text.shards import find_text
     from jaxchat.tokenizer import load_tokenizer
 
     words, side = load_tokenizer(tokenizer), find_text(text).train

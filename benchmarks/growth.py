@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from jaxchat import plots
-from jaxchat.config import UserError, check
+from jaxchat.errors import UserError, check
+from jaxchat.runs import plots
 
 TERA = 1e12
 

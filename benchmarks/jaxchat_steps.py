@@ -20,7 +20,8 @@ from typing import Any
 from timing import say
 
 import launch
-from jaxchat.config import Experiment, UserError, check
+from jaxchat.config import Experiment
+from jaxchat.errors import UserError, check
 
 WARM_UP = 3
 LEAST = 3  # steps of a window, however long they take
@@ -61,7 +62,7 @@ def measure(work: Work, began: float) -> dict[str, Any]:
     """
     import jax
 
-    from jaxchat.mesh import set_xla_flags
+    from jaxchat.devices.mesh import set_xla_flags
 
     set_xla_flags()
     if work.cached:
@@ -86,9 +87,9 @@ def measure(work: Work, began: float) -> dict[str, Any]:
 def _measure(work: Work, began: float, directory: str) -> dict[str, Any]:
     import jax
 
-    from jaxchat.metrics import device_peak_flops, machine_info, peak_memory_bytes
-    from jaxchat.scaling import count_parameters, flops_per_token
+    from jaxchat.runs.metrics import device_peak_flops, machine_info, peak_memory_bytes
     from jaxchat.stages.training import Batches, Training, fresh_params
+    from jaxchat.train.budget import count_parameters, flops_per_token
 
     compilations: list[float] = []
     hits: list[str] = []
@@ -179,7 +180,7 @@ def _measure(work: Work, began: float, directory: str) -> dict[str, Any]:
 
 def _run(work: Work, directory: str):
     """A run for so many rows and micro-batches, and the tokens of its step."""
-    from jaxchat.mesh import make_mesh
+    from jaxchat.devices.mesh import make_mesh
     from jaxchat.stages.run import Run
 
     experiment = work.experiment
@@ -191,7 +192,7 @@ def _run(work: Work, directory: str):
 
 def _model_and_batches(run):
     """The model, and a source of random batches, or of the loader's with a tokenizer trained on the text or brought."""
-    from jaxchat.data.shards import find_text
+    from jaxchat.data.text.shards import find_text
     from jaxchat.stages import tokenizer as tokenizer_stage
     from jaxchat.stages.pretrain import training_batches
     from jaxchat.stages.run import planned_model

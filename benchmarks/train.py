@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from jaxchat_steps import Work, measure
 
 import launch
-from jaxchat.config import Experiment, ModelConfig, UserError, check
+from jaxchat.config import Experiment, ModelConfig
+from jaxchat.errors import UserError, check
 
 TOKENIZER_CHARS = 100_000_000
 PRECISIONS = {"bf16": "bfloat16", "fp32": "float32"}

@@ -25,7 +25,7 @@ settings+=" --stages=tokenizer,pretrain --pretrain.num-iterations=60 --pretrain.
 alike() { # RUN: the losses of its 60 steps are those of one process, but for rounding
   "$PYTHON" - "$work/one" "$1" <<'PYTHON'
 import sys
-from jaxchat.metrics import read_metrics
+from jaxchat.runs.metrics import read_metrics
 
 one, run = ({line["step"]: line["loss"] for line in read_metrics(run) if "loss" in line} for run in sys.argv[1:])
 assert sorted(one) == sorted(run) == list(range(60)), f"steps {sorted(run)}"

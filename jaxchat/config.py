@@ -6,28 +6,14 @@ single fields (`--pretrain.num-iterations=100`); the run directory keeps the res
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jaxchat.errors import check, closest
+
 STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "rl", "evaluate", "report")
-VOCAB_MULTIPLE = 128
 NUM_BYTES = 256
-
-
-class UserError(Exception):
-    """Bad input by the user. The message is one line that says what is wrong and what to do instead."""
-
-
-class MissingData(UserError):
-    """A task or text that the data folder does not have."""
-
-
-def check(condition: bool, message: str) -> None:
-    """Raises `UserError(message)` unless `condition` holds."""
-    if not condition:
-        raise UserError(message)
 
 
 def _check_each(config: Any, section: str, fits: Callable[[Any], bool], what: str, *names: str) -> None:
@@ -36,33 +22,20 @@ def _check_each(config: Any, section: str, fits: Callable[[Any], bool], what: st
         check(fits(value), f"{section}{name.replace('_', '-')} is {value}; it must be {what}")
 
 
-def closest(name: str, candidates) -> str:
-    """How a message about an unknown name goes on: `, did you mean 'd12'?`, or a full stop if nothing is near."""
-    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
-    return f", did you mean {near[0]!r}?" if near else "."
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     """The one dial is `depth`: the width is 64 a layer, heads are about 128 wide.
 
-    `vocab_size` is the tokenizer's; the model pads it to a multiple of 128 inside.
-
     `window_pattern` says how far back each layer's attention reaches: S a quarter of the context, L all of it. The
     letters are repeated over the layers; the last layer reaches all of it, whatever its letter.
-
-    With a `border_token`, which a run sets by `data.mask_borders`, attention over whole rows does not reach behind the
-    last such token.
     """
 
     depth: int = 12
     sequence_len: int = 2048
     window_pattern: str = "L"
-    vocab_size: int = 32768
     num_kv_heads: int | None = None
     rope_base: float = 10_000.0
     logit_cap: float = 15.0
-    border_token: int | None = None
 
     def __post_init__(self):
         check(self.depth >= 1, f"model.depth is {self.depth}; it must be at least 1")
@@ -106,10 +79,6 @@ class ModelConfig:
         """For each layer, the number of tokens before itself that a token sees; None for all of them."""
         letters = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth - 1)] + ["L"]
         return tuple(self.sequence_len // 4 if letter == "S" else None for letter in letters)
-
-    @property
-    def padded_vocab_size(self) -> int:
-        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def _depth_fits(depth: int) -> bool:

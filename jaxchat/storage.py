@@ -13,7 +13,7 @@ from pathlib import Path
 import fsspec
 from etils import epath
 
-from jaxchat.config import UserError, check, closest
+from jaxchat.errors import UserError, check, closest
 
 AnyPath = Path | epath.Path
 # The fsspec protocol that epath takes for a scheme, and the package that has it.

@@ -21,7 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_num_cpu_devices", 4)
 if os.environ["JAX_PLATFORMS"] != "cpu":  # tests/model runs on a GPU too, whose products of fp32 are else not of fp32
     jax.config.update("jax_default_matmul_precision", "highest")
-ON_ARRAYS = ("model", "optim", "train", "infer", "eval")
+ON_ARRAYS = ("ops", "model", "optim", "train", "infer", "eval")
 install_import_hook([f"jaxchat.{package}" for package in ON_ARRAYS], "tests.typechecker.check")
 
 

@@ -21,10 +21,10 @@ from jaxchat.config import (
     RLConfig,
     ScheduleConfig,
     TokenizerConfig,
-    UserError,
-    closest,
 )
-from jaxchat.config_json import from_json, to_json
+from jaxchat.errors import UserError, closest
+from jaxchat.model.config import GPTConfig
+from jaxchat.runs.config_json import from_json, to_json
 
 
 @given(st.integers(1, 128))
@@ -50,8 +50,8 @@ def test_known_models():
     """The numbers of the published runs: d20 is 1280 wide with 10 heads, d32 2048 with 16."""
     assert (ModelConfig(depth=20).width, ModelConfig(depth=20).num_heads) == (1280, 10)
     assert (ModelConfig(depth=32).width, ModelConfig(depth=32).num_heads) == (2048, 16)
-    assert ModelConfig(vocab_size=300).padded_vocab_size == 384
-    assert ModelConfig(vocab_size=384).padded_vocab_size == 384
+    assert GPTConfig(vocab_size=300).padded_vocab_size == 384
+    assert GPTConfig(vocab_size=384).padded_vocab_size == 384
 
 
 @pytest.mark.parametrize(

@@ -22,17 +22,17 @@ from gcp_storage_emulator import server as emulator
 from moto.server import ThreadedMotoServer
 
 import launch
-from jaxchat import metrics
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import UserError
+from jaxchat.cli.main import main as chat
 from jaxchat.data.manifest import Manifest, Record, Source
-from jaxchat.data.shards import find_text, iterate_texts
-from jaxchat.metrics import Metrics, read_metrics
-from jaxchat.serve.cli import main as chat
+from jaxchat.data.text.shards import find_text, iterate_texts
+from jaxchat.errors import UserError
+from jaxchat.runs import metrics
+from jaxchat.runs.metrics import Metrics, read_metrics
 from jaxchat.stages.training import Batches
 from jaxchat.storage import is_folder, of_the_cloud, size_of, to_path
 from jaxchat.tasks import load_task
-from tests.test_distributed import free_port, train
+from tests.devices.test_processes import free_port, train
 from tests.tiny import STEPS, record, refusal, start, values
 
 

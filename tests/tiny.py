@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 import launch
-from jaxchat.metrics import read_metrics
+from jaxchat.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 STEPS = 6

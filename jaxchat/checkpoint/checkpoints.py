@@ -28,8 +28,9 @@ from jaxchat.checkpoint.integrity import find_damage, write_manifest
 from jaxchat.checkpoint.retention import Retention
 from jaxchat.checkpoint.snapshot import Snapshots, to_host
 from jaxchat.checkpoint.trees import kinds, like, nested
-from jaxchat.config import CheckpointConfig, UserError, check
-from jaxchat.distributed import agreed, exchange
+from jaxchat.config import CheckpointConfig
+from jaxchat.devices.processes import agreed, exchange
+from jaxchat.errors import UserError, check
 from jaxchat.storage import first_line, is_remote, readable, reason, storage_errors
 
 WORTHS = "worths.json"

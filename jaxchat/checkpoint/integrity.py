@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 from etils import epath
 
-from jaxchat.distributed import exchange
+from jaxchat.devices.processes import exchange
 from jaxchat.storage import readable
 
 MANIFEST = "manifest.json"

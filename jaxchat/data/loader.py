@@ -19,11 +19,11 @@ import grain.python as grain
 import numpy as np
 from grain.experimental import ThreadPrefetchDatasetIterator
 
-from jaxchat.config import check
-from jaxchat.data.bestfit import BestFitRows
-from jaxchat.data.lanes import Batch, LaneBatches, place_in_epoch
-from jaxchat.data.packing import BestFitPacker, CutRows, RenderedConversations, TokenStream, pack_conversations
-from jaxchat.data.shards import Block, TextBlocks, TextSide
+from jaxchat.data.text.bestfit import BestFitRows
+from jaxchat.data.text.lanes import Batch, LaneBatches, place_in_epoch
+from jaxchat.data.text.packing import BestFitPacker, CutRows, RenderedConversations, TokenStream, pack_conversations
+from jaxchat.data.text.shards import Block, TextBlocks, TextSide
+from jaxchat.errors import check
 
 PREFETCHED_BATCHES = 2
 LANE_PATIENCE = 16  # epochs without text: a lane's few blocks may be empty, and it gets others in the next epoch

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jaxchat.config import UserError, check
+from jaxchat.errors import UserError, check
 from jaxchat.storage import AnyPath
 
 FILE_NAME = "manifest.json"

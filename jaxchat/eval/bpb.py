@@ -12,15 +12,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jaxchat.config import ModelConfig
-from jaxchat.mesh import put_batch
+from jaxchat.devices.mesh import put_batch
+from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, hidden_states
 from jaxchat.train.loss import Shape, token_nll
 
 
 def evaluate_bpb(
     params: Params,
-    config: ModelConfig,
+    config: GPTConfig,
     batches: Iterable[dict[str, np.ndarray]],
     token_bytes: Int[np.ndarray, " V"],
     *,
@@ -58,7 +58,7 @@ def evaluate_bpb(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _sums(
-    config: ModelConfig,
+    config: GPTConfig,
     dtype: str,
     mesh: Mesh | None,
     params: Params,

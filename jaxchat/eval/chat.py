@@ -13,8 +13,9 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from jaxchat.config import ModelConfig, UserError, check
+from jaxchat.errors import UserError, check
 from jaxchat.infer.engine import SHORTEST_PROMPT, Engine, bucket
+from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, hidden_states, logits
 from jaxchat.tasks.base import LETTERS, Conversation, Task, spread
 from jaxchat.tokenizer import BaseTokenizer
@@ -118,7 +119,7 @@ def choose(engine: Engine, prompts: list[list[int]], letters: list[Sequence[str]
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _likeliest(
-    config: ModelConfig,
+    config: GPTConfig,
     dtype: str,
     mesh: Mesh | None,
     params: Params,

@@ -25,12 +25,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxchat.config import ModelConfig, check
+from jaxchat.devices.mesh import BATCH_SPEC, put_whole
+from jaxchat.errors import check
 from jaxchat.infer.sampling import sample
-from jaxchat.infer.tools import calculate
-from jaxchat.mesh import BATCH_SPEC, put_whole
+from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, cached_hidden, init_cache, logits
 from jaxchat.tokenizer import BaseTokenizer
+from jaxchat.tools.calculator import calculate
 
 DECODE_STEPS = 8
 FORCED = 64  # the longest tool answer in tokens: the calculator's 51 characters and two special tokens fit
@@ -84,7 +85,7 @@ class _Drawing(NamedTuple):
 class _Program:
     """What a compiled program depends on, besides the shapes."""
 
-    config: ModelConfig
+    config: GPTConfig
     dtype: str
     greedy: bool
     top_k: int | None
@@ -221,7 +222,7 @@ class Engine:
     prompts and gets all completions.
     """
 
-    model_config: ModelConfig
+    model_config: GPTConfig
     params: Params
     tokenizer: BaseTokenizer
     _: KW_ONLY

@@ -11,9 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxchat.config import ModelConfig
-from jaxchat.model.gpu import capability
+from jaxchat.model.config import GPTConfig
 from jaxchat.model.layers import Linear, heads_fit, norm_heads, products, rope_norm
+from jaxchat.ops.gpu import capability
 
 BLOCK = 256  # queries at a time where no fused kernel runs
 LayerCache = dict[str, Array]  # {"k", "v"}: each [B, M, kv_heads, head_dim]
@@ -104,7 +104,7 @@ class Attention(nnx.Module):
     `window`: how many tokens before itself a token sees, None for all.
     """
 
-    def __init__(self, config: ModelConfig, window: int | None, *, rngs: nnx.Rngs):
+    def __init__(self, config: GPTConfig, window: int | None, *, rngs: nnx.Rngs):
         self.window = window
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_dim
         width, kv_width = config.width, config.kv_heads * config.head_dim

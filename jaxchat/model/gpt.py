@@ -18,11 +18,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxchat.config import ModelConfig
-from jaxchat.mesh import split_rows
-from jaxchat.model import fp8
+from jaxchat.devices.mesh import split_rows
 from jaxchat.model.attention import Attention, LayerCache
+from jaxchat.model.config import GPTConfig
 from jaxchat.model.layers import MLP, Embedding, Linear, norm_branch, rms_norm, rope_tables
+from jaxchat.ops import fp8
 
 Params = dict[str, Any]
 NEVER = -1e30  # the logit of a vocabulary id that exists only as padding
@@ -34,7 +34,7 @@ KEPT = {"mlp": ("qkv", "attention", "residual"), "full": ("attention",)}
 class Block(nnx.Module):
     """Pre-norm residual block: attention, all of it or over a window, then the MLP."""
 
-    def __init__(self, config: ModelConfig, window: int | None, *, rngs: nnx.Rngs):
+    def __init__(self, config: GPTConfig, window: int | None, *, rngs: nnx.Rngs):
         self.attn = Attention(config, window, rngs=rngs)
         self.mlp = MLP(config.width, rngs=rngs)
 
@@ -58,7 +58,7 @@ class Block(nnx.Module):
 class GPT(nnx.Module):
     """Embedding, blocks, untied head. `__call__` gives the hidden states after the final norm."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embed = Embedding(config.padded_vocab_size, config.width, rngs=rngs)
         self.blocks = nnx.List([Block(config, window, rngs=rngs) for window in config.windows])
@@ -105,29 +105,29 @@ def _name_blocks(tree: Params) -> Params:
 
 
 @functools.cache
-def _graph(config: ModelConfig):
+def _graph(config: GPTConfig):
     graph, state = nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))))
     return graph, _name_blocks(nnx.to_pure_dict(state))
 
 
-def _bind(config: ModelConfig, params: Params) -> GPT:
+def _bind(config: GPTConfig, params: Params) -> GPT:
     numbered = {**params, "blocks": {int(i): block for i, block in params["blocks"].items()}}
     return nnx.merge(_graph(config)[0], numbered)
 
 
-def abstract_params(config: ModelConfig) -> Params:
+def abstract_params(config: GPTConfig) -> Params:
     """The parameter tree with `jax.ShapeDtypeStruct` leaves; nothing is allocated."""
     return _graph(config)[1]
 
 
-def init_params(config: ModelConfig, key: PRNGKeyArray) -> Params:
+def init_params(config: GPTConfig, key: PRNGKeyArray) -> Params:
     """Fresh fp32 parameters on the default device; kernels are `[in, out]`."""
     _, state = nnx.split(GPT(config, rngs=nnx.Rngs(params=key)))
     return _name_blocks(nnx.to_pure_dict(state))
 
 
 def hidden_states(
-    config: ModelConfig,
+    config: GPTConfig,
     params: Params,
     tokens: Int[Array, "B T"],
     dtype=jnp.float32,
@@ -147,14 +147,14 @@ def hidden_states(
     return _bind(config, params)(tokens, positions, None, dtype, mesh, remat, in_fp8)[0]
 
 
-def init_cache(config: ModelConfig, batch: int, max_len: int, dtype=jnp.float32) -> list[LayerCache]:
+def init_cache(config: GPTConfig, batch: int, max_len: int, dtype=jnp.float32) -> list[LayerCache]:
     """An empty KV cache, `[batch, max_len, kv_heads, head_dim]`: one {"k", "v"} a layer, each updated in place."""
     shape = (batch, max_len, config.kv_heads, config.head_dim)
     return [{"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for _ in range(config.depth)]
 
 
 def cached_hidden(
-    config: ModelConfig,
+    config: GPTConfig,
     params: Params,
     tokens: Int[Array, "B S"],
     positions: Int[Array, "B"],
@@ -175,7 +175,7 @@ def softcap(scores: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
     return cap * jnp.tanh(scores / cap)
 
 
-def logits(config: ModelConfig, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+def logits(config: GPTConfig, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Softcapped fp32 logits over the padded vocabulary; ids that are only padding get -1e30."""
     head = params["head"]["kernel"].astype(hidden.dtype)
     scores = softcap(jnp.matmul(hidden, head, preferred_element_type=jnp.float32), config.logit_cap)

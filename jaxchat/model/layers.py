@@ -13,8 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxchat.model import hopper, kernels
-from jaxchat.model.gpu import NORM_EPS, fitting, fused
+from jaxchat.ops import hopper, kernels
+from jaxchat.ops.gpu import NORM_EPS, fitting, fused
 
 PARTS = 1 << 24  # elements of all the parts of a weight's gradient: as many as stay in an H200's cache
 

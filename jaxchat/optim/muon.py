@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxchat.mesh import shardings
-from jaxchat.model import hopper, kernels
+from jaxchat.devices.mesh import shardings
+from jaxchat.ops import hopper, kernels
 
 NORM_EPS = 1e-7
 # With three, rounding to bf16 made one of a thousand small random matrices blow up: a Gram matrix that goes on without

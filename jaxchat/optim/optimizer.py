@@ -11,7 +11,8 @@ import optax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jaxchat.config import ModelConfig, OptimizerConfig
+from jaxchat.config import OptimizerConfig
+from jaxchat.model.config import GPTConfig
 from jaxchat.optim.muon import scale_by_muon
 from jaxchat.optim.schedules import muon_momentum
 
@@ -26,7 +27,7 @@ def labels(params: Any) -> Any:
 
 
 def learning_rates(
-    config: OptimizerConfig, model: ModelConfig, schedule: optax.Schedule, *, lr_fraction: float = 1.0
+    config: OptimizerConfig, model: GPTConfig, schedule: optax.Schedule, *, lr_fraction: float = 1.0
 ) -> Callable[[Any], dict[str, Any]]:
     """A function of the step: the rates of the three groups as `lr_matrix`, `lr_embedding` and `lr_head`."""
     adam_scale = (model.width / REFERENCE_WIDTH) ** -0.5
@@ -40,7 +41,7 @@ def learning_rates(
 
 def make_optimizer(
     config: OptimizerConfig,
-    model: ModelConfig,
+    model: GPTConfig,
     schedule: optax.Schedule,
     *,
     lr_fraction: float = 1.0,

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from jaxchat.config import UserError, check
+from jaxchat.errors import UserError, check
 from jaxchat.infer.engine import Engine
-from jaxchat.serve.load import load_model
+from jaxchat.infer.trained import load_model
 from jaxchat.tokenizer import BaseTokenizer
 
 HELP = """\

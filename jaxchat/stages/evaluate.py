@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from jaxchat.distributed import agreed
+from jaxchat.devices.processes import agreed
 from jaxchat.eval.chat import evaluate_task
 from jaxchat.infer.engine import Engine
-from jaxchat.metrics import read_metrics
+from jaxchat.runs.metrics import read_metrics
 from jaxchat.stages.run import Run
 
 

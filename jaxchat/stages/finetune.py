@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from jaxchat.config import UserError
 from jaxchat.data.loader import chat_batches, count_rows
-from jaxchat.data.packing import RenderedConversations
+from jaxchat.data.text.packing import RenderedConversations
+from jaxchat.devices.mesh import batch_share
+from jaxchat.errors import UserError
 from jaxchat.eval.bpb import evaluate_bpb
-from jaxchat.mesh import batch_share
 from jaxchat.stages.run import Run
 from jaxchat.stages.training import Batches, Training, plan_batch, prompts_of_chats, take
 from jaxchat.tasks import Mixture

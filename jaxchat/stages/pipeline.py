@@ -9,17 +9,18 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from jaxchat.config import Experiment, UserError, check
-from jaxchat.data.catalogue import parse_requests
-from jaxchat.distributed import agreed
-from jaxchat.mesh import batch_share, make_mesh
+from jaxchat.config import Experiment
+from jaxchat.data.hub.catalogue import parse_requests
+from jaxchat.devices.mesh import batch_share, make_mesh
+from jaxchat.devices.processes import agreed
+from jaxchat.errors import UserError, check
 from jaxchat.model.attention import attention_kernel
-from jaxchat.report import write_report
-from jaxchat.scaling import batch_plan
+from jaxchat.runs.report import write_report
 from jaxchat.stages import evaluate, finetune, pretrain, rl, tokenizer
 from jaxchat.stages.run import TRAINED, Run, trains_in_fp8
 from jaxchat.tasks import check_scorable, parse_mixture
 from jaxchat.tokenizer import MIN_VOCAB
+from jaxchat.train.budget import batch_plan
 
 RUNNERS = {
     "tokenizer": tokenizer.run,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 
 from jaxchat.data.loader import pretrain_batches
-from jaxchat.data.shards import TextSplit, iterate_texts
+from jaxchat.data.text.shards import TextSplit, iterate_texts
+from jaxchat.devices.mesh import batch_share
 from jaxchat.eval.bpb import evaluate_bpb
-from jaxchat.mesh import batch_share
-from jaxchat.scaling import training_length
 from jaxchat.stages.run import Run
 from jaxchat.stages.training import Batches, Training, fresh_params, plan_batch, prompts_of_texts, take
 from jaxchat.tokenizer import BaseTokenizer
+from jaxchat.train.budget import training_length
 from jaxchat.train.loop import Evaluator
 
 SAMPLES = 2

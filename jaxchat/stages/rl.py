@@ -13,10 +13,11 @@ import math
 
 import numpy as np
 
-from jaxchat.config import RLConfig, check
+from jaxchat.config import RLConfig
+from jaxchat.devices.mesh import put_whole
+from jaxchat.errors import check
 from jaxchat.eval.chat import prompts_of
 from jaxchat.infer.engine import Completion, Engine
-from jaxchat.mesh import put_whole
 from jaxchat.stages.run import Run
 from jaxchat.stages.training import MICRO_BATCH_SPEC, Training, prompts_of_chats
 from jaxchat.tasks import Conversation, Task

@@ -20,17 +20,19 @@ import jax.numpy as jnp
 from etils import epath
 
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import Experiment, MissingData, ModelConfig, UserError, check
-from jaxchat.config_json import from_json, to_json
-from jaxchat.data.arrivals import Arrivals
-from jaxchat.data.catalogue import parse_requests
-from jaxchat.data.shards import TextSplit, find_text
+from jaxchat.config import Experiment
+from jaxchat.data.hub.background import Arrivals
+from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.data.synthetic import write_synthetic
-from jaxchat.distributed import agreed
-from jaxchat.mesh import make_mesh, shardings
-from jaxchat.metrics import Metrics, machine_info, peak_memory_bytes
-from jaxchat.model import fp8
+from jaxchat.data.text.shards import TextSplit, find_text
+from jaxchat.devices.mesh import make_mesh, shardings
+from jaxchat.devices.processes import agreed
+from jaxchat.errors import MissingData, UserError, check
+from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, abstract_params
+from jaxchat.ops import fp8
+from jaxchat.runs.config_json import from_json, to_json
+from jaxchat.runs.metrics import Metrics, machine_info, peak_memory_bytes
 from jaxchat.storage import AnyPath, first_line, is_folder, to_path, to_run_directory
 from jaxchat.tasks import Task, load_task, parse_mixture
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
@@ -200,7 +202,7 @@ class Run:
         check(self.finished("tokenizer"), f"{self.directory} has no tokenizer yet; run the stage 'tokenizer' first")
         return load_tokenizer(self.directory / "tokenizer")
 
-    def model_config(self, tokenizer: BaseTokenizer) -> ModelConfig:
+    def model_config(self, tokenizer: BaseTokenizer) -> GPTConfig:
         """The experiment's model with the tokenizer's vocabulary, and with the token that begins a document where
         attention is to stop there."""
         return _model(self.experiment, tokenizer.vocab_size, tokenizer.bos_token_id)
@@ -250,7 +252,7 @@ class Run:
     def checkpoints(self, stage: str) -> Checkpoints:
         return Checkpoints(self.directory / stage / "checkpoints", self.experiment.checkpoints)
 
-    def load_params(self, stage: str, config: ModelConfig) -> tuple[Params, int]:
+    def load_params(self, stage: str, config: GPTConfig) -> tuple[Params, int]:
         """The parameters that `stage` ended with, laid out on this run's mesh, and its last step."""
         abstract = abstract_params(config)
         abstract = jax.tree.map(
@@ -270,15 +272,15 @@ class Run:
         return Metrics(self.directory, stage, tensorboard=log.tensorboard, wandb=log.wandb, total_steps=total_steps)
 
 
-def planned_model(experiment: Experiment) -> ModelConfig:
+def planned_model(experiment: Experiment) -> GPTConfig:
     """The experiment's model with the vocabulary that is asked for, before there is a tokenizer: for random tokens, of
     which any may stand for the one that begins a document."""
     return _model(experiment, experiment.tokenizer.vocab_size, 0)
 
 
-def _model(experiment: Experiment, vocab_size: int, bos_token_id: int) -> ModelConfig:
+def _model(experiment: Experiment, vocab_size: int, bos_token_id: int) -> GPTConfig:
     border = bos_token_id if experiment.data.mask_borders in ("attention", "both") else None
-    return dataclasses.replace(experiment.model, vocab_size=vocab_size, border_token=border)
+    return GPTConfig.of(experiment.model, vocab_size, border)
 
 
 def compute_dtype(experiment: Experiment):

@@ -6,10 +6,11 @@ import collections
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from jaxchat.config import TokenizerConfig, UserError, check
-from jaxchat.data.shards import TextSide, TextSplit, iterate_texts, text_bytes
-from jaxchat.distributed import agreed
-from jaxchat.live import format_count, format_duration
+from jaxchat.config import TokenizerConfig
+from jaxchat.data.text.shards import TextSide, TextSplit, iterate_texts, text_bytes
+from jaxchat.devices.processes import agreed
+from jaxchat.errors import UserError, check
+from jaxchat.runs.progress import format_count, format_duration
 from jaxchat.stages.run import Run
 from jaxchat.storage import is_remote
 from jaxchat.tokenizer import BaseTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer

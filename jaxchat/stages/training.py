@@ -14,22 +14,24 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxchat.config import ModelConfig, TrainConfig, UserError, check
-from jaxchat.data.lanes import joined, summed
-from jaxchat.distributed import exchange
+from jaxchat.config import TrainConfig
+from jaxchat.data.text.lanes import joined, summed
+from jaxchat.devices.mesh import BATCH_SPEC, batch_share, put_batch, shardings
+from jaxchat.devices.processes import exchange
+from jaxchat.errors import UserError, check
 from jaxchat.infer.engine import Engine
-from jaxchat.mesh import BATCH_SPEC, batch_share, put_batch, shardings
-from jaxchat.metrics import Metrics
+from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, init_params
 from jaxchat.optim.optimizer import learning_rates, make_optimizer
 from jaxchat.optim.schedules import multiplier
-from jaxchat.report import describe_data
-from jaxchat.scaling import BatchPlan, batch_plan, flops_per_token
-from jaxchat.stages.memory import Fit, FittedStep, MakeStep, plan_step, usable_memory
+from jaxchat.runs.metrics import Metrics
+from jaxchat.runs.report import describe_data
 from jaxchat.stages.run import Run, trains_in_fp8
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.tokenizer.conversation import checked_messages
+from jaxchat.train.budget import BatchPlan, batch_plan, flops_per_token
 from jaxchat.train.loop import Evaluator, Loop, Source
+from jaxchat.train.memory import Fit, FittedStep, MakeStep, plan_step, usable_memory
 from jaxchat.train.step import Batch, State, init_state
 
 MICRO_BATCH_SPEC = PartitionSpec(None, *BATCH_SPEC)  # [accumulation, rows, T]
@@ -92,7 +94,7 @@ class Training:
     run: Run
     stage: str
     config: TrainConfig
-    model: ModelConfig
+    model: GPTConfig
     tokenizer: BaseTokenizer
     num_steps: int
     parent: dict | None = None
@@ -227,13 +229,13 @@ class Training:
         return facts
 
 
-def fresh_params(run: Run, model: ModelConfig) -> Params:
+def fresh_params(run: Run, model: GPTConfig) -> Params:
     """New parameters by the experiment's seed, where they belong on the mesh."""
     params = init_params(model, jax.random.key(run.experiment.seed))
     return jax.device_put(params, shardings(run.mesh, params))
 
 
-def random_batches(run: Run, model: ModelConfig) -> Batches:
+def random_batches(run: Run, model: GPTConfig) -> Batches:
     """Pretraining's batches, but of tokens drawn evenly: for measuring, where no text is wanted."""
     plan, draw = plan_batch(run, "pretrain", run.experiment.pretrain), np.random.default_rng(run.experiment.seed)
     shape = (plan.rows * plan.accumulation // batch_share(run.mesh)[1], model.sequence_len + 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from jaxchat.config import UserError, check, closest
+from jaxchat.errors import UserError, check, closest
 from jaxchat.storage import AnyPath, to_path
 from jaxchat.tasks.base import Conversation, Mixture, Split, Task
 from jaxchat.tasks.checkable import load_checkable

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from jaxchat.config import MissingData, UserError
-from jaxchat.data.reading import read_jsonl
+from jaxchat.data.text.reading import read_jsonl
+from jaxchat.errors import MissingData, UserError
 
 Conversation = dict[str, Any]
 Split = Literal["train", "val", "test"]

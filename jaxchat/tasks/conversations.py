@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.tasks.base import Conversation, ListTask, Split, hold_out, read_items
 
 

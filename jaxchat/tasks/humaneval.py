@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from jaxchat.config import MissingData
+from jaxchat.errors import MissingData
 from jaxchat.tasks.base import Conversation, ListTask, Split, conversation, read_items, visible_answer
 
 TIMEOUT_SECONDS = 5.0

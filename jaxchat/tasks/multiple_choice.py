@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.tasks.base import (
     Conversation,
     ListTask,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from jaxchat.config import UserError
 from jaxchat.data.synthetic.questions import (
     answer_letters,
     ask_letters,
@@ -15,6 +14,7 @@ from jaxchat.data.synthetic.questions import (
     spell,
     split_of,
 )
+from jaxchat.errors import UserError
 from jaxchat.tasks.base import Conversation, Split, Task, conversation
 from jaxchat.tasks.checkable import score_value
 

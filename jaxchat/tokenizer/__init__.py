@@ -11,11 +11,11 @@ from typing import Literal
 
 from etils import epath
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.tokenizer.base import FILE_NAME, MIN_VOCAB, SPECIAL_TOKENS, BaseTokenizer
 from jaxchat.tokenizer.bpe import Tokenizer
-from jaxchat.tokenizer.formats import Unsupported
-from jaxchat.tokenizer.huggingface import HuggingFaceTokenizer
+from jaxchat.tokenizer.foreign.formats import Unsupported
+from jaxchat.tokenizer.foreign.huggingface import HuggingFaceTokenizer
 from jaxchat.tokenizer.patterns import SPLIT_PATTERN
 
 __all__ = [

@@ -9,7 +9,8 @@ from typing import Any, Self
 import numpy as np
 from etils import epath
 
-from jaxchat.config import NUM_BYTES, UserError, check, closest
+from jaxchat.config import NUM_BYTES
+from jaxchat.errors import UserError, check, closest
 from jaxchat.tokenizer.conversation import checked_messages, render
 
 SPECIAL_TOKENS = (

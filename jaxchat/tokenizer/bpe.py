@@ -16,9 +16,9 @@ import jaxchat_tokenizer as rust
 import numpy as np
 from etils import epath
 
-from jaxchat.config import UserError, check, closest
+from jaxchat.errors import UserError, check, closest
 from jaxchat.tokenizer.base import SPECIAL_TOKENS, BaseTokenizer, Progress, check_learnt, check_size
-from jaxchat.tokenizer.formats import (
+from jaxchat.tokenizer.foreign.formats import (
     Vocabulary,
     about,
     existing,

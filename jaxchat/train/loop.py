@@ -17,10 +17,10 @@ import jax
 import numpy as np
 
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.cluster import Preempted
-from jaxchat.config import check
-from jaxchat.distributed import Preemption, active, ctrl_c_later
-from jaxchat.metrics import Metrics, device_peak_flops
+from jaxchat.devices.launchers import Preempted
+from jaxchat.devices.processes import Preemption, active, ctrl_c_later
+from jaxchat.errors import check
+from jaxchat.runs.metrics import Metrics, device_peak_flops
 from jaxchat.train.divergence import Diverged, LossWatch
 from jaxchat.train.step import Batch, State
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxchat.config import ModelConfig
-from jaxchat.model import kernels
+from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import NEVER, softcap
-from jaxchat.model.gpu import fused as kernels_run
+from jaxchat.ops import kernels
+from jaxchat.ops.gpu import fused as kernels_run
 
 CHUNK_BYTES = 1 << 30  # logits held at a time, on one device
 FUSED_CAP = 60.0  # the kernel takes no maximum off: e^60 times any vocabulary is finite in fp32
@@ -32,7 +32,7 @@ class Shape(NamedTuple):
     mesh: Mesh | None = None
 
     @classmethod
-    def of(cls, config: ModelConfig, mesh: Mesh | None = None) -> Shape:
+    def of(cls, config: GPTConfig, mesh: Mesh | None = None) -> Shape:
         return cls(config.vocab_size, config.logit_cap, mesh)
 
 

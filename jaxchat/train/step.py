@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
-from jaxchat.config import ModelConfig
+from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states
 from jaxchat.train.loss import Shape, cross_entropy_sum
 
@@ -26,7 +26,7 @@ def init_state(params, optimizer: optax.GradientTransformation) -> State:
 
 
 def make_train_step(
-    config: ModelConfig,
+    config: GPTConfig,
     optimizer: optax.GradientTransformation,
     *,
     mesh: Mesh | None = None,

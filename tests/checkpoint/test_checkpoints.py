@@ -14,11 +14,13 @@ import optax
 import pytest
 
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import CheckpointConfig, MeshConfig, ModelConfig, OptimizerConfig, UserError
-from jaxchat.mesh import make_mesh, shardings
+from jaxchat.config import CheckpointConfig, MeshConfig, OptimizerConfig
+from jaxchat.devices.mesh import make_mesh, shardings
+from jaxchat.errors import UserError
+from jaxchat.model.config import GPTConfig
 from jaxchat.optim.optimizer import make_optimizer
 
-OPTIMIZER = make_optimizer(OptimizerConfig(), ModelConfig(depth=2, vocab_size=256), lambda count: 1.0)
+OPTIMIZER = make_optimizer(OptimizerConfig(), GPTConfig(depth=2, vocab_size=256), lambda count: 1.0)
 ONE = make_mesh(MeshConfig(), jax.devices()[:1])
 ALL = make_mesh(MeshConfig())
 SQUARE = make_mesh(MeshConfig(fsdp=2, tensor=2))

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import CheckpointConfig, UserError
+from jaxchat.config import CheckpointConfig
+from jaxchat.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,8 +21,9 @@ FULL_DISK = """
 import os, resource, sys
 import jax.numpy as jnp, numpy as np
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import CheckpointConfig, UserError
-from jaxchat.config import UserError
+from jaxchat.config import CheckpointConfig
+from jaxchat.errors import UserError
+from jaxchat.errors import UserError
 checkpoints, rng = Checkpoints(sys.argv[1]), np.random.default_rng(0)
 def state(step):  # which does not compress
     return {"params": {"w": jnp.asarray(rng.normal(size=1 << 18), jnp.float32)}, "step": jnp.asarray(step)}
@@ -77,8 +79,9 @@ READ_ONLY = """
 import os, sys
 import jax.numpy as jnp
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import CheckpointConfig, UserError
-from jaxchat.config import UserError
+from jaxchat.config import CheckpointConfig
+from jaxchat.errors import UserError
+from jaxchat.errors import UserError
 checkpoints = Checkpoints(sys.argv[1])
 state = {"params": {"w": jnp.arange(4.0)}, "step": jnp.zeros(())}
 if os.getuid() == 0:

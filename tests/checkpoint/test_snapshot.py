@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxchat.checkpoint import snapshot
 from jaxchat.checkpoint.snapshot import Snapshots, to_host
 from jaxchat.config import MeshConfig
-from jaxchat.mesh import make_mesh
+from jaxchat.devices.mesh import make_mesh
 
 MESH = make_mesh(MeshConfig(fsdp=2, tensor=2))
 

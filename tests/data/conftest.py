@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 
-from jaxchat.data.shards import TextSide
+from jaxchat.data.text.shards import TextSide
 from tests.data.hub_server import REPO, SHARDS, HubServer
 
 

@@ -19,8 +19,8 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxchat.data.catalogue import parse_requests
-from jaxchat.data.download import Download
+from jaxchat.data.hub.catalogue import parse_requests
+from jaxchat.data.hub.download import Download
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

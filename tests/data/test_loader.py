@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxchat.config import UserError
-from jaxchat.data import bestfit, packing
-from jaxchat.data.lanes import summed
 from jaxchat.data.loader import chat_batches, count_rows
-from jaxchat.data.packing import RenderedConversations
-from jaxchat.data.shards import TextSide, iterate_texts
+from jaxchat.data.text import bestfit, packing
+from jaxchat.data.text.lanes import summed
+from jaxchat.data.text.packing import RenderedConversations
+from jaxchat.data.text.shards import TextSide, iterate_texts
+from jaxchat.errors import UserError
 from tests.data.small_text import BOS, PACKINGS, TOKENIZER, assert_same, take, text_batches
 
 CHATS = [
@@ -277,7 +277,7 @@ def test_a_program_may_end_while_a_thread_reads(side):
     program = f"""
 import pathlib
 from jaxchat.data.loader import pretrain_batches
-from jaxchat.data.shards import TextSide
+from jaxchat.data.text.shards import TextSide
 from jaxchat.tokenizer import Tokenizer
 tokenizer = Tokenizer.train_from_iterator(["the cat sat on the mat"] * 3, 265)
 side = TextSide(tuple(map(pathlib.Path, {[str(path) for path in side.files]!r})), "parquet")

@@ -8,12 +8,12 @@ import re
 
 import pytest
 
-from jaxchat.config import UserError
-from jaxchat.data.shards import find_text, iterate_texts
 from jaxchat.data.synthetic import write_synthetic
 from jaxchat.data.synthetic.world import ATTRIBUTES, QUESTIONS, STATEMENTS, VALUES, build_world
-from jaxchat.infer.tools import calculate
+from jaxchat.data.text.shards import find_text, iterate_texts
+from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer
+from jaxchat.tools.calculator import calculate
 
 SEED = 7
 SPLITS = list(itertools.product(("sums", "letters", "long_sums", "facts"), ("train", "test")))

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchat.config import MeshConfig, ModelConfig
+from jaxchat.config import MeshConfig
+from jaxchat.devices.mesh import make_mesh, shardings
 from jaxchat.eval.bpb import evaluate_bpb
-from jaxchat.mesh import make_mesh, shardings
+from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params, logits
 
-CONFIG = ModelConfig(depth=2, sequence_len=16, vocab_size=200)
+CONFIG = GPTConfig(depth=2, sequence_len=16, vocab_size=200)
 TOKEN_BYTES = np.array([0 if i % 7 == 0 else 1 + i % 5 for i in range(200)], np.int32)
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxchat.config import ModelConfig, UserError
+from jaxchat.errors import UserError
 from jaxchat.eval.chat import choose, evaluate_task
 from jaxchat.infer.engine import Engine
+from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params, logits
 from jaxchat.tasks.base import ListTask, conversation, multiple_choice, score_choice
 from jaxchat.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ def choices():
 @pytest.fixture(scope="module")
 def engine(sums, choices):
     tokenizer = Tokenizer.train_from_iterator(["Respond only with the letter of the correct answer. " * 3], 300)
-    config = ModelConfig(depth=2, sequence_len=LENGTH, vocab_size=tokenizer.vocab_size)
+    config = GPTConfig(depth=2, sequence_len=LENGTH, vocab_size=tokenizer.vocab_size)
     # It learns the last sum and the last choice wrong.
     lessons = [*sums[:-1], conversation("8 and 1?", call(8, 1, "10")), *choices[:-1]]
     lessons.append(multiple_choice("ice?", ("p", "q", "r", "s"), 0))

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxchat.config import ModelConfig
+from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import init_params
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train.step import init_state, make_train_step
@@ -40,7 +40,7 @@ def conversations():
 
 @pytest.fixture(scope="session")
 def config(tokenizer):
-    return ModelConfig(depth=2, sequence_len=96, vocab_size=tokenizer.vocab_size)
+    return GPTConfig(depth=2, sequence_len=96, vocab_size=tokenizer.vocab_size)
 
 
 @pytest.fixture(scope="session")

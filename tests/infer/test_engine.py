@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchat.config import MeshConfig, UserError
+from jaxchat.config import MeshConfig
+from jaxchat.devices.mesh import make_mesh, shardings
+from jaxchat.errors import UserError
 from jaxchat.infer import engine as engine_module
 from jaxchat.infer.engine import Engine
-from jaxchat.mesh import make_mesh, shardings
 from jaxchat.model.gpt import hidden_states, logits
 
 # Prompts and limits below share few buckets of lengths and rows on purpose: what takes time here is compilation.

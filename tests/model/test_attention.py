@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchat.config import ModelConfig
 from jaxchat.model import attention
 from jaxchat.model.attention import attend, attention_kernel
+from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params
 
 
@@ -127,7 +127,7 @@ def test_cudnn_follows_the_formula(window, borders):
 
 
 def test_a_model_with_a_border_token_treats_documents_as_if_each_had_a_row():
-    config = ModelConfig(depth=2, sequence_len=16, vocab_size=32, border_token=0)
+    config = GPTConfig(depth=2, sequence_len=16, vocab_size=32, border_token=0)
     params = init_params(config, jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape), params)
     first, second = jnp.array([[0, 5, 6, 7, 8]]), jnp.array([[0, 9, 4, 3]])

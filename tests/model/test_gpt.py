@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchat.config import ModelConfig, UserError
+from jaxchat.errors import UserError
+from jaxchat.model import reference
+from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import (
     Block,
     abstract_params,
@@ -13,14 +15,13 @@ from jaxchat.model.gpt import (
     init_params,
     logits,
 )
-from tests.model import numpy_gpt
 
 # Depth 4 has two heads, depth 6 three: grouped and multi-query attention beside the plain one. Windows are of 3.
 CONFIGS = [
-    ModelConfig(depth=2, sequence_len=32, vocab_size=200),
-    ModelConfig(depth=4, sequence_len=32, vocab_size=130, num_kv_heads=1),
-    ModelConfig(depth=8, sequence_len=32, vocab_size=128, num_kv_heads=2),
-    *(ModelConfig(depth=6, sequence_len=12, vocab_size=128, window_pattern=w) for w in ("S", "SL", "SSSL")),
+    GPTConfig(depth=2, sequence_len=32, vocab_size=200),
+    GPTConfig(depth=4, sequence_len=32, vocab_size=130, num_kv_heads=1),
+    GPTConfig(depth=8, sequence_len=32, vocab_size=128, num_kv_heads=2),
+    *(GPTConfig(depth=6, sequence_len=12, vocab_size=128, window_pattern=w) for w in ("S", "SL", "SSSL")),
 ]
 
 
@@ -45,7 +46,7 @@ def test_training_forward_cached_forward_and_numpy_agree(config, random_params):
     cached = logits(config, params, jnp.concatenate(parts, axis=1))
 
     exact = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    reference = np.stack([numpy_gpt.logits(config, exact, np.asarray(row)) for row in tokens])
+    reference = np.stack([reference.logits(config, exact, np.asarray(row)) for row in tokens])
     real = slice(0, config.vocab_size)
     np.testing.assert_allclose(trained[..., real], reference, atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(cached[..., real], reference, atol=1e-5, rtol=1e-5)
@@ -82,7 +83,7 @@ def test_logits_do_not_see_the_future(config, random_params):
 @pytest.mark.parametrize("cached", [False, True], ids=["rows", "cache"])
 def test_a_token_at_the_windows_edge_is_seen_and_the_next_one_is_not(cached, random_params):
     """Only the first layer, of a window of 4, tells positions of each other: the last one's output matrix is zero."""
-    config = ModelConfig(depth=2, sequence_len=16, vocab_size=200, window_pattern="SL")
+    config = GPTConfig(depth=2, sequence_len=16, vocab_size=200, window_pattern="SL")
     params, tokens = random_params(config), tokens_of(config, 1, 16)
     params["blocks"]["1"]["attn"]["o"]["kernel"] *= 0
 
@@ -97,19 +98,19 @@ def test_a_token_at_the_windows_edge_is_seen_and_the_next_one_is_not(cached, ran
 
 def test_windows_repeat_over_the_layers_and_the_last_is_full():
     def windows(pattern, depth=6):
-        return ModelConfig(depth=depth, sequence_len=2048, window_pattern=pattern).windows
+        return GPTConfig(depth=depth, sequence_len=2048, window_pattern=pattern).windows
 
     assert windows("L") == (None,) * 6
     assert windows("S") == (512,) * 5 + (None,)
     assert windows("SL") == (512, None) * 3
     assert windows("SSSL") == windows("sssl") == (512, 512, 512, None, 512, None)
     assert windows("SSSLSLLL", 4) == (512, 512, 512, None) and windows("S", 1) == (None,)
-    assert ModelConfig(window_pattern="sL") == ModelConfig(window_pattern="SL")
+    assert GPTConfig(window_pattern="sL") == GPTConfig(window_pattern="SL")
 
 
 @pytest.mark.parametrize("pattern, length", [("L", 13), ("SSSL", 14)])  # lengths that no other test has traced
 def test_a_block_is_traced_and_lowered_once_for_each_window(pattern, length, monkeypatch):
-    config = ModelConfig(depth=8, sequence_len=16, vocab_size=128, window_pattern=pattern)
+    config = GPTConfig(depth=8, sequence_len=16, vocab_size=128, window_pattern=pattern)
     traced, call = [], Block.__call__
 
     def counted(block, *arguments):
@@ -138,7 +139,7 @@ def test_gradients_of_a_position_reach_only_the_past(random_params):
 
 
 def test_initialisation_follows_its_table():
-    config = ModelConfig(depth=8, sequence_len=16, vocab_size=5000)
+    config = GPTConfig(depth=8, sequence_len=16, vocab_size=5000)
     params = init_params(config, jax.random.key(0))
     width = config.width
     block = params["blocks"]["3"]
@@ -153,7 +154,7 @@ def test_initialisation_follows_its_table():
 
 
 def test_padded_vocabulary_ids_get_no_probability(random_params):
-    config = ModelConfig(depth=2, sequence_len=8, vocab_size=129)
+    config = GPTConfig(depth=2, sequence_len=8, vocab_size=129)
     params = random_params(config)
     scores = logits(config, params, hidden_states(config, params, tokens_of(config, 1, 8)))
     assert scores.shape[-1] == 256
@@ -176,4 +177,4 @@ def test_bf16_stays_near_fp32(random_params):
 )
 def test_impossible_shapes_are_refused(fields, hint):
     with pytest.raises(UserError, match=hint):
-        ModelConfig(**fields)
+        GPTConfig(**fields)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxchat.config import MeshConfig
-from jaxchat.mesh import make_mesh, shardings
+from jaxchat.devices.mesh import make_mesh, shardings
 from jaxchat.optim.muon import newton_schulz, scale_by_muon
 
 QUINTIC = (3.4445, -4.7750, 2.0315)

@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from jaxchat.config import ModelConfig, OptimizerConfig
+from jaxchat.config import OptimizerConfig
+from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import abstract_params
 from jaxchat.optim.optimizer import labels, learning_rates, make_optimizer
 
-MODEL = ModelConfig(depth=3, vocab_size=512)
+MODEL = GPTConfig(depth=3, vocab_size=512)
 RNG = np.random.default_rng(0)
 
 
@@ -41,7 +42,7 @@ def test_every_leaf_has_its_label():
 
 
 def test_every_parameter_of_the_model_has_the_label_of_its_part():
-    model = abstract_params(ModelConfig(depth=2, vocab_size=256))
+    model = abstract_params(GPTConfig(depth=2, vocab_size=256))
     found = labels(model)
     for part, label in {"embed": "embedding", "blocks": "matrix", "head": "head"}.items():
         assert set(jax.tree.leaves(found[part])) == {label}

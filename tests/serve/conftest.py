@@ -9,8 +9,9 @@ import pytest
 
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import Experiment, ModelConfig
-from jaxchat.config_json import to_json
+from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import init_params
+from jaxchat.runs.config_json import to_json
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train.step import init_state, make_train_step
 
@@ -36,9 +37,8 @@ def run_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     tokenizer = Tokenizer.train_from_iterator([STORY * 2], 290)
     tokenizer.save(directory / "tokenizer")
-    experiment = Experiment(
-        name="tiny", model=ModelConfig(depth=2, sequence_len=CONTEXT, vocab_size=tokenizer.vocab_size)
-    )
+    experiment = Experiment(name="tiny", model=ModelConfig(depth=2, sequence_len=CONTEXT))
+    model = GPTConfig.of(experiment.model, tokenizer.vocab_size)
     (directory / "config.json").write_text(to_json(experiment))
     rows = [
         tokenizer.render_conversation(one, max_tokens=CONTEXT + 1)
@@ -55,8 +55,8 @@ def run_dir(tmp_path_factory):
         inputs[0, i, : len(ids) - 1] = ids[:-1]
         targets[0, i, : len(ids) - 1] = np.where(np.array(mask[1:]) == 1, ids[1:], -1)
     optimizer = optax.adam(3e-3)
-    step = make_train_step(experiment.model, optimizer)
-    state = init_state(jax.jit(init_params, static_argnums=0)(experiment.model, jax.random.key(0)), optimizer)
+    step = make_train_step(model, optimizer)
+    state = init_state(jax.jit(init_params, static_argnums=0)(model, jax.random.key(0)), optimizer)
     for _ in range(150):
         state, metrics = step(state, {"inputs": inputs, "targets": targets})
     assert metrics["loss"] < 0.05

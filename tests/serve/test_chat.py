@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 
 from jaxchat.checkpoint import Checkpoints
+from jaxchat.cli.main import main
 from jaxchat.config import CheckpointConfig
-from jaxchat.serve.cli import main
-from jaxchat.serve.load import load_model
+from jaxchat.infer.trained import load_model
 from jaxchat.serve.terminal import Writer
 from jaxchat.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
-CHAT = ["-m", "jaxchat.serve.cli", "chat"]
+CHAT = ["-m", "jaxchat.cli.main", "chat"]
 GREEDY = ["--temperature", "0", "--max-tokens", "40"]
 # The first terminal that the leader of a session opens becomes its controlling one, whose Ctrl-C it gets.
 IN_TERMINAL = """
@@ -259,7 +259,7 @@ def test_a_damaged_record_or_checkpoint_is_named(run_dir, tmp_path, capfd):
 def test_help_needs_no_jax():
     code = """if True:
         import sys
-        from jaxchat.serve.cli import main
+        from jaxchat.cli.main import main
         try:
             main(["chat", "--help"])
         finally:

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxchat.config import MeshConfig, ModelConfig, RLConfig
+from jaxchat.config import MeshConfig, RLConfig
+from jaxchat.devices.mesh import make_mesh
 from jaxchat.infer.engine import Completion, Engine
-from jaxchat.mesh import make_mesh
+from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params, logits
 from jaxchat.stages.rl import Rollouts, best_of_n_weights, questions_of, reinforce_weights, sampling, score
 from jaxchat.tasks.base import ListTask
@@ -21,7 +22,7 @@ from jaxchat.tokenizer import Tokenizer
 from jaxchat.train.step import init_state, make_train_step
 
 CONTEXT = 32
-MODEL = ModelConfig(depth=1, sequence_len=CONTEXT, vocab_size=265)
+MODEL = GPTConfig(depth=1, sequence_len=CONTEXT, vocab_size=265)
 rewards = hnp.arrays(np.float64, st.tuples(st.integers(1, 5), st.integers(2, 6)), elements=st.floats(0, 1, width=16))
 
 

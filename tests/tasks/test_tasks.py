@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxchat.config import MissingData, UserError
 from jaxchat.data.synthetic import write_synthetic
 from jaxchat.data.synthetic.questions import split_of
-from jaxchat.infer.tools import calculate
+from jaxchat.errors import MissingData, UserError
 from jaxchat.tasks import TASKS, Mixture, load_task, parse_mixture
 from jaxchat.tasks.base import ListTask, canonical_number, last_number, multiple_choice, visible_answer
 from jaxchat.tasks.checkable import score_value
 from jaxchat.tasks.gsm8k import answer_parts, final_answer
+from jaxchat.tools.calculator import calculate
 
 
 def write(path, items):

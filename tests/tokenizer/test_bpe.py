@@ -17,7 +17,7 @@ import tiktoken._educational as educational
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from tests.tokenizer.texts import ANY, corpus
 

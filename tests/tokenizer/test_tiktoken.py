@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer, load_tokenizer
 from jaxchat.tokenizer.patterns import CL100K_PATTERN, O200K_PATTERN, R50K_PATTERN, SPLIT_PATTERN
 from tests.tokenizer.files import END, GAPS, foreign, ids_of, same, trained

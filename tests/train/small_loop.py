@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.metrics import Metrics, read_metrics
+from jaxchat.runs.metrics import Metrics, read_metrics
 from jaxchat.train.loop import Loop, Source
 
 

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchat.config import UserError
-from jaxchat.metrics import read_metrics
+from jaxchat.errors import UserError
+from jaxchat.runs.metrics import read_metrics
 from jaxchat.train.divergence import WINDOW, LossWatch
 from tests.train.small_loop import Counting, begin, loop, step_fn, table
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxchat import distributed
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.cluster import Preempted
-from jaxchat.config import UserError
-from jaxchat.metrics import read_metrics
+from jaxchat.devices import processes as distributed
+from jaxchat.devices.launchers import Preempted
+from jaxchat.errors import UserError
+from jaxchat.runs.metrics import read_metrics
 from jaxchat.train.loop import Evaluator
 from tests.train.small_loop import Counting, begin, loop, step_fn, table
 

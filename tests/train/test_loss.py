@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxchat.config import MeshConfig
-from jaxchat.mesh import make_mesh
+from jaxchat.devices.mesh import make_mesh
 from jaxchat.train import loss as module
 from jaxchat.train.loss import Shape, cross_entropy_sum, token_nll
 

@@ -7,14 +7,16 @@ import numpy as np
 import optax
 import pytest
 
-from jaxchat.config import MeshConfig, ModelConfig, OptimizerConfig
-from jaxchat.mesh import BATCH_SPEC, make_mesh, put_batch, shardings
-from jaxchat.model import attention, gpu, hopper
+from jaxchat.config import MeshConfig, OptimizerConfig
+from jaxchat.devices.mesh import BATCH_SPEC, make_mesh, put_batch, shardings
+from jaxchat.model import attention
+from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import init_params
+from jaxchat.ops import gpu, hopper
 from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.train.step import init_state, make_train_step
 
-CONFIG = ModelConfig(depth=2, sequence_len=16, vocab_size=120)
+CONFIG = GPTConfig(depth=2, sequence_len=16, vocab_size=120)
 
 
 def batches(count, accumulation=1, rows=4, length=16, seed=0):

@@ -14,7 +14,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxchat.config import check
 from jaxchat.data.synthetic.chats import write_conversation
 from jaxchat.data.synthetic.questions import (
     Split,
@@ -29,6 +28,7 @@ from jaxchat.data.synthetic.questions import (
 )
 from jaxchat.data.synthetic.stories import write_document
 from jaxchat.data.synthetic.world import QUESTIONS, VALUES, World, ask, build_world, reserved_form, state
+from jaxchat.errors import check
 from jaxchat.storage import AnyPath
 
 TRAIN_SHARDS = 3

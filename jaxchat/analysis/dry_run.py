@@ -1,0 +1,130 @@
+"""What an experiment would take, without training: parameters, steps, FLOPs, memory, hours and cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+from rich.table import Table
+
+from jaxchat.config import Experiment, TrainConfig
+from jaxchat.data.hub.catalogue import parse_requests
+from jaxchat.data.hub.download import pieces_of
+from jaxchat.devices.mesh import make_mesh
+from jaxchat.model.config import GPTConfig
+from jaxchat.model.gpt import abstract_params
+from jaxchat.optim.optimizer import make_optimizer
+from jaxchat.runs.metrics import device_peak_flops
+from jaxchat.stages.run import compute_dtype, planned_model, trains_in_fp8
+from jaxchat.stages.tokenizer import load_brought
+from jaxchat.stages.training import abstract_batch
+from jaxchat.train.budget import batch_plan, cost, count_parameters, flops_per_token, hours, training_length
+from jaxchat.train.memory import GIB, Fit, fit_step, plan_step, usable_memory
+
+
+def dry_run(experiment: Experiment) -> None:
+    """Prints the plan; compiles the train step for the devices here, to read XLA's own memory analysis.
+
+    Raises:
+      UserError: batch or mesh do not fit together; a tokenizer is brought along that has another size.
+    """
+    if experiment.tokenizer.path is not None:
+        load_brought(experiment.tokenizer)
+    model, console = planned_model(experiment), Console(soft_wrap=True)
+    mesh = make_mesh(experiment.mesh)
+    parallel = mesh.shape["data"] * mesh.shape["fsdp"]
+    parameters = count_parameters(model)
+    console.print(f"[bold]{experiment.name}[/bold]: d{model.depth}, width {model.width}, {model.num_heads} heads, "
+                  f"context {model.sequence_len:,}, vocabulary {model.vocab_size:,}")  # fmt: skip
+    console.print(f"parameters    {parameters.total:,} (embedding {parameters.embedding:,}, blocks "
+                  f"{parameters.matrices:,}, head {parameters.head:,})")  # fmt: skip
+    console.print(f"FLOPs a token {flops_per_token(model):.4g} (forward and backward)")
+    _print_windows(console, model)
+    _print_data(console, experiment)
+    _print_stages(console, experiment, model, parallel)
+    _print_memory(console, experiment, model, mesh)
+
+
+def _print_windows(console: Console, model: GPTConfig) -> None:
+    windows = [window for window in model.windows if window is not None]
+    if windows:
+        full = flops_per_token(dataclasses.replace(model, window_pattern="L"))
+        console.print(f"windows       {model.window_pattern}: {len(windows)} of {model.depth} layers see "
+                      f"{windows[0]:,} tokens back; {1 - flops_per_token(model) / full:.1%} fewer FLOPs than with full "
+                      "attention in all")  # fmt: skip
+
+
+def _print_data(console: Console, experiment: Experiment) -> None:
+    requests = parse_requests(experiment.data.download)
+    if requests:
+        size = sum(piece.size for request in requests for piece in pieces_of(request))
+        console.print(f"downloads     {', '.join(experiment.data.download)}: about {size / 1e9:.1f} GB to "
+                      f"{experiment.data.folder}, less what is there", highlight=False)  # fmt: skip
+
+
+def _print_stages(console: Console, experiment: Experiment, model: GPTConfig, parallel: int) -> None:
+    price = experiment.cost
+    peak = device_peak_flops(price.device)
+    rate = f"{price.expected_mfu:.0%} MFU" if peak else "no known peak"
+    console.print(f"expected on   {price.devices} x {price.device}, {rate}, ${price.dollars_per_device_hour:.2f} "
+                  "a device-hour")  # fmt: skip
+    table = Table("stage", *("steps", "tokens", "rows x accum.", "FLOPs", "hours", "cost"), box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for stage in ("pretrain", "midtrain", "sft"):
+        if stage not in experiment.stages:
+            continue
+        config: TrainConfig = getattr(experiment, stage)
+        plan = batch_plan(config.batch_tokens, config.device_rows, model.sequence_len, parallel)
+        rows = f"{plan.rows} x {plan.accumulation}"
+        steps = training_length(config, model) if stage == "pretrain" else config.num_iterations
+        if steps is None:
+            table.add_row(stage, f"{config.epochs:g} x the data", "", rows, "", "", "")
+            continue
+        tokens = steps * config.batch_tokens
+        flops = tokens * flops_per_token(model)
+        taken = hours(flops, price.expected_mfu, price.devices, peak) if peak else None
+        dollars = f"${cost(taken, price.devices, price.dollars_per_device_hour):,.2f}" if peak else "unknown"
+        table.add_row(
+            stage, f"{steps:,}", f"{tokens:,}", rows, f"{flops:.3g}", f"{taken:.2f}" if peak else "unknown", dollars
+        )
+    console.print(table)
+
+
+def _print_memory(console: Console, experiment: Experiment, model: GPTConfig, mesh) -> None:
+    device, began = jax.devices()[0], time.perf_counter()
+    with console.status(f"compiling the pretraining step for {mesh.size} x {device.device_kind}"):
+        fit = fit_pretraining(experiment, model, mesh, usable_memory())
+    memory = fit.memory
+    console.print(f"memory        {memory.total / GIB:.2f} GiB a device: {memory.held / GIB:.2f} parameters, optimizer "
+                  f"and batch, {memory.used / GIB:.2f} in use by a step")  # fmt: skip
+    console.print(f"              by XLA's analysis of the step as compiled for {device.platform} "
+                  f"({time.perf_counter() - began:.0f} s)")  # fmt: skip
+    if fit.limit is None:
+        console.print(f"remat         {fit.remat}; how much memory a device has is not known here")
+    else:
+        console.print(f"              {fit}")
+    if not fit.fits:
+        console.print(f"[yellow]warning[/yellow]: {fit.too_large('pretrain', experiment.pretrain.device_rows)}")
+    if device.platform == "cpu" and device_peak_flops(experiment.cost.device):
+        console.print("              which computes bf16 in fp32: a GPU's step is expected to use half of it or less")
+
+
+def fit_pretraining(experiment: Experiment, model: GPTConfig, mesh, limit: int | None) -> Fit:
+    """The pretraining step as a run would compile it where a step may take `limit` bytes; nothing is allocated."""
+    config = experiment.pretrain
+    parallel = mesh.shape["data"] * mesh.shape["fsdp"]
+    plan = batch_plan(config.batch_tokens, config.device_rows, model.sequence_len, parallel)
+    on_accelerator = experiment.precision in ("auto", "fp8") and device_peak_flops(experiment.cost.device)
+    dtype = jnp.bfloat16 if on_accelerator else compute_dtype(experiment)
+    optimizer = make_optimizer(
+        experiment.optimizer, model, optax.constant_schedule(1.0), mesh=mesh, newton_schulz_dtype=dtype
+    )
+    state, make_step = plan_step(
+        model, optimizer, abstract_params(model), mesh=mesh, dtype=dtype, in_fp8=trains_in_fp8(experiment)
+    )
+    return fit_step(make_step, experiment.remat, limit, state, abstract_batch(mesh, plan, model.sequence_len))

@@ -1,0 +1,333 @@
+"""The learning-rate range test: the rate of one parameter group rises until the loss suffers.
+
+For one group after the other, from the same fresh parameters and over the same batches of the pretraining text, the
+group's rate rises by a constant factor a step, from `low` to `high`, while the others stay at their configured rates.
+It leaves `lr_range.json` and `lr_range.png` in the run directory, and a tokenizer where there was none.
+
+Source: L. N. Smith, "Cyclical Learning Rates for Training Neural Networks" (2017), arXiv:1506.01186, section 3.3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from jaxchat.config import ScheduleConfig
+from jaxchat.errors import check
+from jaxchat.optim.optimizer import LABELS, labels
+from jaxchat.runs.plots import RangeCurve, lr_range_plot
+from jaxchat.runs.progress import LiveLine
+from jaxchat.stages import tokenizer
+from jaxchat.stages.pretrain import training_batches
+from jaxchat.stages.run import Run
+from jaxchat.stages.training import Training, fresh_params
+from jaxchat.train.step import State, init_state
+
+GROUPS = tuple(LABELS.values())
+MIN_STEPS = 20
+SPAN = 1000.0  # by default, from the configured rate over this to the configured rate times this
+DIVERGED = 4.0  # a loss of so many times the lowest smoothed one ends a test
+RISEN = 1.1  # a smoothed loss of so many times the lowest one has risen
+START = 0.25  # of the steps, in which the loss falls because of the other groups
+JSON_NAME, PLOT_NAME = "lr_range.json", "lr_range.png"
+
+
+class Factors(NamedTuple):
+    """`count` updates done; `table`, what each group's update is multiplied by; `inner`, the optimizer's state."""
+
+    count: Array
+    table: Float[Array, "steps groups"]
+    inner: Any
+
+
+def with_factors(optimizer: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+    """`optimizer` with each group's rate times a factor that the state has for each update, at first 1.
+
+    A group's update is in proportion to its rate, weight decay included. The factors are data and not code: all groups
+    are tested by one compiled step.
+    """
+
+    def init(params):
+        return Factors(jnp.zeros((), jnp.int32), jnp.ones((steps, len(GROUPS))), optimizer.init(params))
+
+    def update(grads, state, params=None):
+        updates, inner = optimizer.update(grads, state.inner, params)
+        factors = dict(zip(GROUPS, state.table[state.count], strict=True))
+        updates = jax.tree.map(lambda update, group: factors[group] * update, updates, labels(updates))
+        return updates, Factors(state.count + 1, state.table, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """`value` to try, or None; `why`, in words. `lowest` and `steepest`: the rates there, None without such a place."""
+
+    value: float | None
+    why: str
+    lowest: float | None = None
+    steepest: float | None = None
+
+
+@dataclass
+class RangeTest:
+    """One group's test: `losses` (nats a token) of the first of `rates`; `stopped` says why there are no more."""
+
+    group: str
+    configured: float
+    rates: np.ndarray
+    losses: list[float] = field(default_factory=list)
+    stopped: str | None = None
+
+    @property
+    def option(self) -> str:
+        return f"--optimizer.{self.group}-lr"
+
+    @property
+    def diverged(self) -> bool:
+        return self.stopped is not None and self.stopped != "interrupted"
+
+    def suggest(self) -> Suggestion:
+        if self.stopped == "interrupted":
+            return Suggestion(None, "the test was interrupted")
+        return suggest(self.rates, self.losses, diverged=self.diverged)
+
+    def record(self) -> dict[str, Any]:
+        """As it stands in lr_range.json."""
+        done, found = len(self.losses), self.suggest()
+        return {
+            "option": self.option,
+            "configured": self.configured,
+            "suggested": found.value,
+            "why": found.why,
+            "lowest_at": found.lowest,
+            "steepest_at": found.steepest,
+            "stopped": self.stopped,
+            "rates": self.rates[:done].tolist(),
+            "loss": self.losses,
+            "smoothed": smooth(self.losses, len(self.rates)).tolist(),
+        }
+
+
+def smooth(losses: Sequence[float], steps: int) -> np.ndarray:
+    """The exponential moving average over about a twentieth of `steps`, corrected for its start at 0.
+
+    The correction is that of Kingma and Ba, "Adam" (2014), section 3.
+    """
+    decay = 1 - MIN_STEPS / steps
+    averages, average = [], 0.0
+    for i, loss in enumerate(losses):
+        average = decay * average + (1 - decay) * loss
+        averages.append(average / (1 - decay ** (i + 1)))
+    return np.array(averages)
+
+
+def suggest(rates: np.ndarray, losses: Sequence[float], *, diverged: bool = False) -> Suggestion:
+    """The rate to try, by `losses` at the first of `rates` (rising by a constant factor).
+
+    It is a tenth of the rate at which the smoothed loss is lowest before it rises by a tenth (or diverges), or the rate
+    at which it falls most steeply if that is smaller. The two are the usual readings of Smith's curve; each alone errs
+    here. A tenth of the lowest is far too high for the head, without which nothing is learnt until its rate is nearly
+    right. The steepest fall of the others is the start of every training, which the test of one group repeats while
+    its rate is still next to nothing: so the first quarter of the steps does not count, nor a fall that only goes on
+    from there. Where the loss does not rise there is no suggestion: within the range the rate is not too high anywhere.
+    """
+    smoothed, reach = smooth(losses, len(rates)), max(1, len(rates) // 30)
+    lowest, risen = 0, diverged
+    for i, loss in enumerate(smoothed):
+        if loss < smoothed[lowest]:
+            lowest = i
+        elif loss > RISEN * smoothed[lowest]:
+            risen = True
+            break
+    if not risen:
+        return Suggestion(None, f"the loss does not rise up to {_rounded(rates[-1]):g}; keep it, or raise --max")
+    if lowest == 0:
+        return Suggestion(None, f"the loss does not fall from {_rounded(rates[0]):g} on; try a lower --min")
+    value, steepest = rates[lowest] / 10, None
+    why = f"a tenth of {_rounded(rates[lowest]):g}, where the loss is lowest before it rises"
+    # falls[j] is the fall over 2 * reach steps around step first + j.
+    first = round(START * len(rates))
+    around = smoothed[first - reach : lowest + 1]
+    falls = around[: -2 * reach] - around[2 * reach :]
+    if len(falls) and falls.max() > 0 and falls.argmax() > reach:
+        steepest = rates[first + falls.argmax()]
+        if steepest < value:
+            value, why = steepest, "where the loss falls most steeply"
+    if value < rates[0]:
+        why += f"; that is below the range, try a lower --min than {_rounded(rates[0]):g}"
+    return Suggestion(_rounded(value), why, _rounded(rates[lowest]), steepest and _rounded(steepest))
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.2g}")
+
+
+def run(run: Run, steps: int, low: float | None, high: float | None, groups: Sequence[str]) -> list[RangeTest]:
+    """Tests `groups`, and writes and says what came of it. Without `low` or `high`: the configured rate, over or times
+    1000.
+
+    Raises:
+      UserError: too few steps, rates that are not above 0 or do not rise; as the tokenizer stage.
+      KeyboardInterrupt: after what was measured is written.
+    """
+    check(steps >= MIN_STEPS, f"--steps is {steps}; it must be at least {MIN_STEPS}")
+    tests = [_planned(run, group, steps, low, high) for group in groups]
+    if not run.finished("tokenizer"):
+        tokenizer.run(run)
+    device = jax.devices()[0]
+    run.say(
+        f"lr-range  {', '.join(groups)}: {steps:,} steps each of {run.experiment.pretrain.batch_tokens:,} tokens on "
+        f"{jax.device_count()} x {device.device_kind}"
+    )
+    done: list[RangeTest] = []
+    line = LiveLine("lr-range", steps * len(tests)) if jax.process_index() == 0 else None
+    try:
+        fresh_state, step_fn, source = _prepare(run, steps)
+        start = source.get_state()
+        for i, test in enumerate(tests):
+            source.set_state(start)
+            done.append(test)
+            measure(test, fresh_state(_table(test)), step_fn, source, _shower(line, i * steps))
+            _write(run, done)
+            if line:
+                line.show_note(f"{test.group}: {_outcome(test)}")
+    except KeyboardInterrupt:
+        for test in done:
+            if test.stopped is None and len(test.losses) < steps:
+                test.stopped = "interrupted"
+        done = [test for test in done if test.losses]
+        if done:
+            _write(run, done)
+            run.say(f"lr-range  interrupted; what was measured is in {run.directory / JSON_NAME}")
+        raise
+    finally:
+        if line:
+            line.close()
+    _say(run, done)
+    return done
+
+
+def _planned(run: Run, group: str, steps: int, low: float | None, high: float | None) -> RangeTest:
+    configured = getattr(run.experiment.optimizer, f"{group}_lr")
+    low = configured / SPAN if low is None else low
+    high = configured * SPAN if high is None else high
+    check(0 < low < math.inf, f"--min is {low:g}; a learning rate is above 0")
+    check(low < high < math.inf, f"the {group} rate cannot rise from --min {low:g} to --max {high:g}")
+    return RangeTest(group, configured, np.geomspace(low, high, steps))
+
+
+def _prepare(run: Run, steps: int):
+    """A function from a table of factors to a state at step 0, the one compiled step, and pretraining's batches."""
+    experiment, tokens = run.experiment, run.tokenizer()
+    model = run.model_config(tokens)
+    constant = dataclasses.replace(experiment.pretrain, schedule=ScheduleConfig(warmup_ratio=0.0, decay_ratio=0.0))
+    training = Training(run, "pretrain", constant, model, tokens, steps)
+    training.optimizer = optimizer = with_factors(training.optimizer, steps)
+    batches = training_batches(run, tokens, run.text())
+    state, step_fn = training.fitted(lambda: fresh_params(run, model), batches)
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    del state  # the step takes its state's memory, so that each test has to begin with one of its own
+    init = jax.jit(lambda params: init_state(params, optimizer), out_shardings=placed)
+
+    def fresh_state(table: np.ndarray) -> State:
+        state = init(fresh_params(run, model))
+        table = jax.device_put(table.astype(np.float32), placed["opt_state"].table)
+        return {**state, "opt_state": state["opt_state"]._replace(table=table)}
+
+    return fresh_state, step_fn, batches
+
+
+def _table(test: RangeTest) -> np.ndarray:
+    table = np.ones((len(test.rates), len(GROUPS)))
+    table[:, GROUPS.index(test.group)] = test.rates / test.configured
+    return table
+
+
+def measure(test: RangeTest, state: State, step_fn, source, show: Callable[[int, RangeTest], None]) -> None:
+    """Trains over the rates of `test`, and notes the losses there until one diverges."""
+    steps, waiting = len(test.rates), None
+    for step in range(steps + 1):
+        dispatched = None
+        if step < steps:  # before the last loss is read, so that the device never waits
+            batch, _ = source.next_batch(step, state["params"])
+            state, metrics = step_fn(state, batch)
+            dispatched = metrics["loss"]
+        if waiting is not None:
+            loss = float(waiting)
+            if not math.isfinite(loss):
+                test.stopped = f"loss {loss} at a rate of {_rounded(test.rates[step - 1]):g}"
+                return
+            best = min(smooth(test.losses, steps), default=math.inf)
+            test.losses.append(loss)
+            show(step, test)
+            if loss > DIVERGED * best:
+                test.stopped = (
+                    f"loss above {DIVERGED:g} times the lowest at a rate of {_rounded(test.rates[step - 1]):g}"
+                )
+                return
+        waiting = dispatched
+
+
+def _shower(line: LiveLine | None, before: int) -> Callable[[int, RangeTest], None]:
+    """Shows a step of a test, `before` it the steps of the earlier ones."""
+
+    def show(step: int, test: RangeTest) -> None:
+        if line:
+            line.update(before + step, {"loss": test.losses[-1]})
+
+    return show
+
+
+def _outcome(test: RangeTest) -> str:
+    smoothed = smooth(test.losses, len(test.rates))
+    if not len(smoothed):
+        return test.stopped or "nothing measured"
+    lowest = f"lowest loss {smoothed.min():.3f} at {_rounded(test.rates[smoothed.argmin()]):g}"
+    return f"{lowest}; stopped: {test.stopped}" if test.stopped else lowest
+
+
+def _write(run: Run, tests: list[RangeTest]) -> None:
+    if jax.process_index() != 0:
+        return
+    experiment = run.experiment
+    record = {
+        "experiment": experiment.name,
+        "steps": len(tests[0].rates),
+        "batch_tokens": experiment.pretrain.batch_tokens,
+        "optimizer": dataclasses.asdict(experiment.optimizer),
+        "model": dataclasses.asdict(experiment.model),
+        "groups": {test.group: test.record() for test in tests},
+    }
+    (run.directory / JSON_NAME).write_text(json.dumps(record, indent=2) + "\n")
+    curves = []
+    for test in tests:
+        smoothed = smooth(test.losses, len(test.rates))
+        value = test.suggest().value
+        curves.append(RangeCurve(test.group, test.rates, test.losses, smoothed, test.configured, value))
+    (run.directory / PLOT_NAME).write_bytes(lr_range_plot(curves))
+
+
+def _say(run: Run, tests: list[RangeTest]) -> None:
+    """The table of suggestions, and the options to pass."""
+    run.say(f"\n{'group':<11}{'configured':>11}{'suggested':>11}  why")
+    options = []
+    for test in tests:
+        found = test.suggest()
+        value = "none" if found.value is None else f"{found.value:g}"
+        run.say(f"{test.group:<11}{test.configured:>11g}{value:>11}  {found.why}")
+        if found.value is not None:
+            options.append(f"{test.option}={found.value:g}")
+    if options:
+        run.say(f"\nto train with them: {' '.join(options)}")
+    run.say(f"curves:             {run.directory / PLOT_NAME}")

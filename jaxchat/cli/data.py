@@ -1,0 +1,130 @@
+"""`jaxchat data get` and `jaxchat data list`: data sets downloaded ahead of a run, and what there is to download."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from jaxchat.runs.progress import PLAIN_SECONDS, format_duration
+
+
+def add_data(commands: Any) -> None:
+    """Adds the command `data` to the console command's."""
+    data = commands.add_parser("data", help="download data sets, and list them")
+    data_commands = data.add_subparsers(metavar="COMMAND", required=True)
+    get = data_commands.add_parser(
+        "get",
+        help="download data sets into a data folder",
+        description="Downloads what is missing; stopped and started again, it goes on from where it was. Every file is "
+        "checked against the hub's checksum and recorded in DIR/manifest.json, with the text's validation shard.",
+        epilog="HF_ENDPOINT names a mirror, HF_TOKEN logs in, HF_HUB_OFFLINE=1 only looks at what is there.",
+    )
+    get.add_argument("names", nargs="+", metavar="NAME", help="of 'jaxchat data list'; NAME:SHARDS for text")
+    get.add_argument("--shards", type=int, metavar="N", help="of the text, beside its validation shard (default 8)")
+    get.add_argument("--folder", default="data", metavar="DIR", help="the data folder (default data)")
+    get.add_argument("--check", action="store_true", help="read what is there, and fetch again what is damaged")
+    get.set_defaults(command=_get)
+    data_commands.add_parser("list", help="what there is to download").set_defaults(command=_list)
+
+
+def _get(arguments: argparse.Namespace) -> int:
+    from jaxchat.data.hub.catalogue import parse_requests  # slow to import: --help need not wait for it
+    from jaxchat.data.hub.download import Download
+
+    requests = parse_requests(arguments.names, arguments.shards)
+    folder, progress = arguments.folder, _Bar() if sys.stderr.isatty() else _Lines()
+    download = Download(folder, requests, say=progress.say, check_bytes=arguments.check)
+    began = time.monotonic()
+    with progress:
+        download.run(progress.watch)
+    names = " ".join(request.dataset.name for request in requests)
+    if not download.pieces_total:
+        print(f"{folder} has all of {names} already")
+    else:
+        took = format_duration(time.monotonic() - began)
+        print(f"{folder} has all of {names} now: {_gigabytes(download.bytes_done)} GB in {took}")
+    return 0
+
+
+class _Lines:
+    """A line every ten seconds."""
+
+    def __init__(self):
+        self._first: tuple[float, int] | None = None
+        self._said = 0.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def watch(self, download: Any) -> None:
+        now, done, total = time.monotonic(), download.bytes_done, download.bytes_total
+        if self._first is None:
+            self._first, self._said = (now, done), now
+        too_early = now - self._said < PLAIN_SECONDS or now == self._first[0]
+        if not total or too_early or download.pieces_done == download.pieces_total:
+            return
+        self._said = now
+        rate = (done - self._first[1]) / (now - self._first[0])
+        left = f", {format_duration((total - done) / rate)} left" if rate > 0 else ""
+        self.say(
+            f"{_gigabytes(done)} of about {_gigabytes(total)} GB, file {download.pieces_done + 1} of "
+            f"{download.pieces_total}, {rate / 1e6:.1f} MB/s{left}"
+        )
+
+
+class _Bar:
+    """A bar on a terminal."""
+
+    def __init__(self):
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._task = self._progress.add_task("connecting", total=None)
+
+    def __enter__(self):
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_):
+        self._progress.stop()
+
+    def say(self, line: str) -> None:
+        self._progress.console.print(line, markup=False, highlight=False)
+
+    def watch(self, download: Any) -> None:
+        if download.pieces_total:
+            files = f"{download.pieces_done:,} of {download.pieces_total:,} files"
+            total = max(download.bytes_total, download.bytes_done)
+            self._progress.update(self._task, description=files, total=total, completed=download.bytes_done)
+
+
+def _list(_: argparse.Namespace) -> int:
+    from jaxchat.data.hub.catalogue import DATASETS, Shards
+
+    for dataset in DATASETS:
+        content = dataset.content
+        size = f"{_gigabytes(dataset.size)} GB"
+        if isinstance(content, Shards):
+            size = f"{content.last:,} shards of {_gigabytes(content.shard_bytes)} GB"
+        print(f"{dataset.name:<12} {dataset.about}\n{'':<12} {size}; {dataset.license}; {dataset.source}")
+    return 0
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.{2 if size >= 1e7 else 4}f}"

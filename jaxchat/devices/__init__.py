@@ -1,0 +1,1 @@
+"""Devices, processes, launchers, and facts of the machine."""

@@ -1,0 +1,32 @@
+"""What the GPT is built from: the user's settings, and what follows from the run's tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from jaxchat.config import ModelConfig
+
+VOCAB_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class GPTConfig(ModelConfig):
+    """The settings of `ModelConfig`, the size of the vocabulary, and the token that begins a document.
+
+    The model pads the vocabulary to a multiple of 128. With a `border_token`, attention over whole rows does not reach
+    back beyond the last such token.
+    """
+
+    vocab_size: int = 32_768
+    border_token: int | None = None
+
+    @classmethod
+    def of(cls, settings: ModelConfig, vocab_size: int, border_token: int | None = None) -> GPTConfig:
+        """The model that `settings` describe, for a tokenizer of `vocab_size` ids."""
+        fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ModelConfig)}
+        return cls(**fields, vocab_size=vocab_size, border_token=border_token)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

@@ -1,0 +1,65 @@
+"""The GPT once more, in float64 NumPy with plain loops over heads: the independent reference of the model tests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxchat.model.config import GPTConfig
+
+
+def norm(x):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+
+def rotate(x, base):
+    """One head's vectors [T, H], rotated by position: pair i is (x[i], x[i + H/2])."""
+    length, size = x.shape
+    out = np.empty_like(x)
+    for t in range(length):
+        for i in range(size // 2):
+            angle = t * base ** (-2 * i / size)
+            a, b = x[t, i], x[t, i + size // 2]
+            out[t, i] = a * np.cos(angle) + b * np.sin(angle)
+            out[t, i + size // 2] = b * np.cos(angle) - a * np.sin(angle)
+    return out
+
+
+def unseen(layer, length, config: GPTConfig):
+    """[T, T]: whether the token of a row may not attend to that of a column."""
+    letters = config.window_pattern * config.depth
+    short = letters[layer] == "S" and layer != config.depth - 1
+    hidden = np.zeros((length, length), bool)
+    for query in range(length):
+        for key in range(length):
+            future, too_far = key > query, short and query - key > config.sequence_len // 4
+            hidden[query, key] = future or too_far
+    return hidden
+
+
+def attention(weights, x, layer, config: GPTConfig):
+    size, group = config.head_dim, config.num_heads // config.kv_heads
+    q, k, v = (x @ weights[name]["kernel"] for name in "qkv")
+    outputs = []
+    for head in range(config.num_heads):
+        shared = head // group
+        mine, theirs = slice(head * size, (head + 1) * size), slice(shared * size, (shared + 1) * size)
+        query = norm(rotate(q[:, mine], config.rope_base))
+        key = norm(rotate(k[:, theirs], config.rope_base))
+        scores = query @ key.T / np.sqrt(size)
+        scores[unseen(layer, len(x), config)] = -np.inf
+        probabilities = np.exp(scores - scores.max(-1, keepdims=True))
+        probabilities /= probabilities.sum(-1, keepdims=True)
+        outputs.append(probabilities @ v[:, theirs])
+    return np.concatenate(outputs, -1) @ weights["o"]["kernel"]
+
+
+def logits(config: GPTConfig, params, tokens):
+    """Logits [T, V] of one row of tokens, without the padded ids."""
+    x = norm(params["embed"]["embedding"][tokens])
+    for layer in range(config.depth):
+        block = params["blocks"][str(layer)]
+        x = x + attention(block["attn"], norm(x), layer, config)
+        hidden = np.maximum(norm(x) @ block["mlp"]["up"]["kernel"], 0) ** 2
+        x = x + hidden @ block["mlp"]["down"]["kernel"]
+    scores = norm(x) @ params["head"]["kernel"]
+    return (config.logit_cap * np.tanh(scores / config.logit_cap))[:, : config.vocab_size]

@@ -1,0 +1,330 @@
+"""What a run measures: `metrics.jsonl`, the live line, TensorBoard and Weights & Biases; and facts about the machine.
+
+`metrics.jsonl` has one JSON object a line, in the order of logging:
+
+    {"stage": "pretrain", "step": 120, "time": 1767225600.125, "loss": 3.21, "tokens_per_second": 412000.0}
+
+`time` is seconds since 1970. JSON knows neither NaN nor infinity: such a value is written as null. The first line that
+a process writes for a stage has `"start": true`: after a resume at step s, the stage's earlier lines from step s on are
+superseded, and `read_metrics` leaves them out.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import platform
+import re
+import resource
+import sys
+import time
+import uuid
+from typing import Any
+
+import jax
+from etils import epath
+
+from jaxchat.errors import UserError
+from jaxchat.runs.progress import LiveLine
+from jaxchat.storage import append_bytes, first_line, is_remote, storage_errors
+
+# An object store rewrites the whole file for an append, so lines for it are gathered.
+REMOTE_FLUSH_SECONDS = 30.0
+
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets; GeForce with fp32 accumulation. The patterns are for JAX's
+# `device_kind`; what only resembles a card (L40 and L4, GH200 and H200, a laptop's 4090) must not match.
+_PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+    (r"\bB200\b", 2250e12),
+    (r"\bH200\b(?! NVL)", 989.5e12),
+    (r"\bH100 PCIe\b", 756e12),
+    (r"\bH100 NVL\b", 835e12),
+    (r"\bH100\b", 989.5e12),
+    (r"\bA100\b", 312e12),
+    (r"\bL40S\b", 362e12),
+    (r"\bL4\b", 121e12),
+    (r"\bRTX 4090\b(?! (D|Laptop)\b)", 165e12),
+    (r"\bRTX 3090\b(?! Ti\b)", 71e12),
+    (r"^TPU v6( lite|e)$", 918e12),
+    (r"^TPU v5( lite|e)$", 197e12),
+    (r"^TPU v5p?$", 459e12),
+    (r"^TPU v4$", 275e12),
+)
+
+
+class Metrics:
+    """Logs one stage of a run. Only process 0 writes and shows; on the others every method does nothing.
+
+    Values may be Python, NumPy or JAX scalars, or text. A JAX array would be waited for: pass host floats in a loop
+    that must not sync with its device. Use as a context manager, or call `close`.
+
+    Args:
+      run_dir: the run directory, anything `etils.epath` opens.
+      stage: name of the stage, in every line.
+      tensorboard: also write event files to `run_dir/tensorboard/stage`.
+      wandb: also log to Weights & Biases (project "jaxchat", grouped by run); `WANDB_MODE=offline` needs no account.
+      total_steps: for the live line: `1234/5000` and the time left.
+      live: show the live line and samples on stderr.
+
+    Raises:
+      UserError: TensorBoard or Weights & Biases is asked for but not installed, or does not start.
+    """
+
+    def __init__(
+        self,
+        run_dir: epath.PathLike,
+        stage: str,
+        *,
+        tensorboard: bool = False,
+        wandb: bool = False,
+        total_steps: int | None = None,
+        live: bool = True,
+    ):
+        self._line: LiveLine | None = None
+        self._sinks: list[_JsonLines | _TensorBoard | _WeightsAndBiases] = []
+        if jax.process_index() != 0:
+            return
+        run_dir = epath.Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._sinks.append(_JsonLines(run_dir / "metrics.jsonl", stage))
+        if tensorboard:
+            self._sinks.append(_TensorBoard(run_dir, stage))
+        if wandb:
+            self._sinks.append(_WeightsAndBiases(run_dir, stage))
+        if live:
+            self._line = LiveLine(stage, total_steps)
+
+    def log(self, step: int, **values: Any) -> None:
+        """Appends one line to `metrics.jsonl` (on disk when the call returns, if the run directory is local)."""
+        values = {name: _plain(value) for name, value in values.items()}
+        for sink in self._sinks:
+            sink.write(int(step), values)
+        if self._line:
+            self._line.remember(values)
+
+    def live(self, step: int, **values: Any) -> None:
+        """Updates the live line; it shows these values and the last ones logged."""
+        if self._line:
+            self._line.update(int(step), {name: _plain(value) for name, value in values.items()})
+
+    def sample(self, step: int, prompt: str, completion: str) -> None:
+        """Logs what the model makes of a prompt, as `prompt` and `sample`, and prints it above the live line."""
+        self.log(step, prompt=prompt, sample=completion)
+        if self._line:
+            self._line.show_sample(int(step), prompt, completion)
+
+    def note(self, text: str) -> None:
+        """Prints a line about the stage above the live line; it is not logged."""
+        if self._line:
+            self._line.show_note(text)
+
+    def flush(self) -> None:
+        """Writes what waits for more to be written with it; what storage does not take now stays for the next time."""
+        for sink in self._sinks:
+            if isinstance(sink, _JsonLines):
+                sink.flush()
+
+    def close(self) -> None:
+        """Writes what is left and ends the live line; a second call does nothing.
+
+        Raises:
+          UserError: storage does not take it.
+        """
+        if self._line:
+            self._line.close()
+        for sink in self._sinks:
+            sink.close()
+        self._line, self._sinks = None, []
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` in file order, without those that a later line supersedes; [] without the file.
+
+    Superseded are a stage's lines from step s on when it was resumed at s (except for what the resumed one does not
+    log again at s itself), and all but the last of the lines with one stage, step and set of names. A resume supersedes
+    no evaluation result (a line with `of`, the stage evaluated): to evaluate one stage again leaves the others'
+    results. A line cut short by a crash is left out.
+    """
+    path = epath.Path(run_dir) / "metrics.jsonl"
+    kept: dict[tuple, dict[str, Any]] = {}
+    # Not splitlines: it also splits at U+2028 and its like, which a sample may contain.
+    for line in path.read_text().split("\n") if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        stage, step = record["stage"], record["step"]
+        if record.pop("start", False):
+            kept = {key: earlier for key, earlier in kept.items() if not _supersedes(record, earlier)}
+        key = (stage, step, record.get("of"), record.get("prompt"), frozenset(record))
+        kept.pop(key, None)
+        kept[key] = record
+    return list(kept.values())
+
+
+def _supersedes(start: dict[str, Any], earlier: dict[str, Any]) -> bool:
+    """Whether a process that began with the line `start` went back to before the line `earlier`."""
+    if earlier["stage"] != start["stage"] or "of" in earlier:
+        return False
+    # An evaluation of step s, made before the process stopped, holds when the training goes on with step s.
+    same_names = set(earlier) & set(start) - {"stage", "step", "time"}
+    return earlier["step"] > start["step"] or (earlier["step"] == start["step"] and bool(same_names))
+
+
+def _plain(value: Any) -> Any:
+    """A Python scalar or text of a Python, NumPy or JAX scalar or text."""
+    if isinstance(value, (str, bool, int, float)) or value is None:
+        return value
+    return value.item()
+
+
+class _JsonLines:
+    """Appends to a JSON-lines file; the first line says that a process started here."""
+
+    def __init__(self, path: epath.Path, stage: str):
+        self._path, self._stage = path, stage
+        self._remote = is_remote(path)
+        self._flushed = time.monotonic()
+        self._started = False
+        # A crash in the middle of a line must not swallow the next one.
+        cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self._waiting = b"\n" if cut_short else b""
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        record: dict[str, Any] = {"stage": self._stage, "step": step, "time": round(time.time(), 3)}
+        if not self._started:
+            record["start"] = True
+            self._started = True
+        for name, value in values.items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            record[name] = value if finite else None
+        self._waiting += json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        if not self._remote or time.monotonic() - self._flushed >= REMOTE_FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        try:
+            self._append()
+        except storage_errors():
+            if not self._remote:
+                raise
+            self._flushed = time.monotonic()  # it may answer again later; a training of hours does not end for this
+
+    def _append(self) -> None:
+        if self._waiting:
+            append_bytes(self._path, self._waiting)
+        self._waiting = b""
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        try:
+            self._append()
+        except storage_errors() as error:
+            if not self._remote:
+                raise
+            problem = f"{self._path} cannot be written ({first_line(error)})"
+            raise UserError(f"{problem}; the same command goes on from the last checkpoint") from error
+
+
+class _TensorBoard:
+    """Event files; a curve has the metric's name and its stage is a run, so that stages share a plot."""
+
+    def __init__(self, run_dir: epath.Path, stage: str):
+        try:
+            import tensorboardX
+        except ImportError:
+            raise UserError("TensorBoard logging needs tensorboardX: pip install jaxchat[tensorboard]") from None
+        self._open = functools.partial(tensorboardX.SummaryWriter, os.fspath(run_dir / "tensorboard" / stage))
+        self._writer = None
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        # Opened at the first step, since after a resume TensorBoard drops what it has from there on (purge_step).
+        self._writer = self._writer or self._open(purge_step=step)
+        for name, value in values.items():
+            if isinstance(value, str):
+                self._writer.add_text(name, value, step)
+            elif value is not None:
+                self._writer.add_scalar(name, float(value), step)
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+
+class _WeightsAndBiases:
+    """One W&B run a stage, grouped by run directory; its id is kept in the run directory and reused after a resume."""
+
+    def __init__(self, run_dir: epath.Path, stage: str):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("Weights & Biases logging needs wandb: pip install jaxchat[wandb]") from None
+        folder = run_dir / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        id_file, config_file = folder / f"{stage}.id", run_dir / "config.json"
+        resumed = id_file.exists()
+        if not resumed:
+            id_file.write_text(uuid.uuid4().hex[:12])
+        try:
+            self._run = wandb.init(
+                project="jaxchat",
+                group=run_dir.name,
+                name=f"{run_dir.name}-{stage}",
+                id=id_file.read_text().strip(),
+                resume="allow" if resumed else None,
+                dir=None if "://" in os.fspath(run_dir) else os.fspath(run_dir),
+                config=json.loads(config_file.read_text()) if config_file.exists() else None,
+            )
+        except wandb.errors.Error as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"Weights & Biases does not start ({reason}); run `wandb login`, or set WANDB_MODE=offline"
+            ) from None
+        # Its own step may only rise, and an evaluation of step s can be logged after the loss of step s + 1.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def device_peak_flops(kind: str) -> float | None:
+    """Dense bf16 peak of one device in FLOP/s, by JAX's `device_kind`; None for a device that is not in the table."""
+    if "MIG" in kind:
+        return None
+    return next((peak for pattern, peak in _PEAK_FLOPS if re.search(pattern, kind)), None)
+
+
+def machine_info() -> dict[str, Any]:
+    """The machine as JSON: cores and memory of this host, JAX's devices (all hosts'), versions. No names or paths."""
+    devices = jax.devices()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "platform": devices[0].platform,
+        "device_kind": devices[0].device_kind,
+        "device_count": len(devices),
+        "hosts": jax.process_count(),
+        "cores": cores,
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """The most memory a device of this host has held, or this process where the backend does not say."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peak = max(entry.get("peak_bytes_in_use", 0) for entry in stats)
+    if peak:
+        return peak
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return rss if sys.platform == "darwin" else 1024 * rss

@@ -1,0 +1,122 @@
+"""The arithmetic of a run: parameters, FLOPs, horizon, batch, hours and cost. No arrays, nothing measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxchat.config import PretrainConfig
+from jaxchat.errors import UserError
+from jaxchat.model.config import GPTConfig
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model by their kind, with the padded vocabulary."""
+
+    embedding: int
+    matrices: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.matrices + self.head
+
+
+def count_parameters(model: GPTConfig) -> ParameterCount:
+    """The exact number of parameters: norms have none, and nothing has a bias."""
+    table = model.padded_vocab_size * model.width
+    attention = 2 * model.width * model.head_dim * (model.num_heads + model.kv_heads)
+    mlp = 2 * model.width * 4 * model.width
+    return ParameterCount(embedding=table, matrices=model.depth * (attention + mlp), head=table)
+
+
+def attended_keys(length: int, window: int | None) -> int:
+    """Pairs of a token and one that it attends to, in a row of `length` tokens: itself and, of those before it, all or
+    the last `window`."""
+    width = length if window is None else min(length, window + 1)
+    return width * (width + 1) // 2 + (length - width) * width  # the first tokens have fewer before them
+
+
+def flops_per_token(model: GPTConfig) -> int:
+    """FLOPs that training needs for a token of a full sequence, forward and backward.
+
+    6 for each parameter that is multiplied (2 forward, 4 backward; the embedding is looked up), and for attention's
+    two products 12 * heads * head_dim for each key that a token sees. A layer without a window counts `sequence_len`
+    keys, as if it saw the future too: Chowdhery et al., "PaLM" (2022), appendix B. nanochat estimates alike, so that an
+    MFU compares with its. A window is counted in the same way, w tokens to both sides: what the two kinds of layers
+    count is then in proportion to what their causal masks hold. (nanochat counts w for a layer with a window: less.)
+    """
+    parameters = count_parameters(model)
+    length = model.sequence_len
+    # Both sides of the diagonal, which itself counts once.
+    pairs = sum(2 * attended_keys(length, window) - length for window in model.windows)
+    attention = 12 * model.num_heads * model.head_dim * pairs // length
+    return 6 * (parameters.total - parameters.embedding) + attention
+
+
+def training_length(config: PretrainConfig, model: GPTConfig) -> int:
+    """Optimizer steps of pretraining, at least 1: as set, by FLOPs, or by tokens a parameter.
+
+    20 tokens a parameter is about compute-optimal by Hoffmann et al., "Training Compute-Optimal Large Language Models"
+    (2022).
+    """
+    if config.num_iterations is not None:
+        return config.num_iterations
+    if config.target_flops is not None:
+        return max(1, round(config.target_flops / (flops_per_token(model) * config.batch_tokens)))
+    return max(1, int(config.tokens_per_param * count_parameters(model).total // config.batch_tokens))
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a step's tokens pass through the devices: `accumulation` times `rows` rows, `device_rows` on each device."""
+
+    device_rows: int
+    rows: int
+    accumulation: int
+
+
+def batch_plan(batch_tokens: int, device_rows: int, sequence_len: int, data_parallel: int) -> BatchPlan:
+    """Splits `batch_tokens` over `data_parallel` devices (data times fsdp) of `device_rows` rows at a time.
+
+    A batch with fewer rows for each device than that goes through at once.
+
+    Raises:
+      UserError: it does not divide; names the nearest batches and, where there are any, device rows that do.
+    """
+    row_tokens = sequence_len * data_parallel  # of one row on every device
+    device_total, rest_of_rows = divmod(batch_tokens, row_tokens)
+    if rest_of_rows == 0 and 0 < device_total < device_rows:
+        return BatchPlan(device_rows=device_total, rows=device_total * data_parallel, accumulation=1)
+    rows = device_rows * data_parallel
+    micro_tokens = rows * sequence_len
+    accumulation, rest = divmod(batch_tokens, micro_tokens)
+    if rest == 0 and accumulation > 0:
+        return BatchPlan(device_rows=device_rows, rows=rows, accumulation=accumulation)
+    unit = micro_tokens if batch_tokens > micro_tokens else row_tokens
+    below = batch_tokens // unit * unit
+    batches = [tokens for tokens in (below, below + unit) if tokens > 0]
+    remedies = [f"batch-tokens {_either(batches)}"]
+    if rest_of_rows == 0 and device_total > 0:
+        divisors = [d for d in range(1, device_total + 1) if device_total % d == 0]
+        below = [d for d in divisors if d < device_rows][-1:]
+        above = [d for d in divisors if d > device_rows][:1]
+        remedies.append(f"device-rows {_either(below + above)}")
+    raise UserError(
+        f"batch-tokens {batch_tokens} is not a multiple of {micro_tokens} (device-rows {device_rows} x {data_parallel} "
+        f"data-parallel devices x sequence-len {sequence_len}); nearest that work: {', or '.join(remedies)}"
+    )
+
+
+def _either(values: list[int]) -> str:
+    return " or ".join(map(str, values))
+
+
+def hours(flops: float, mfu: float, devices: int, peak: float) -> float:
+    """Hours for `flops` on `devices` of `peak` FLOP/s each, used to the fraction `mfu`."""
+    return flops / (mfu * devices * peak) / 3600
+
+
+def cost(hours: float, devices: int, dollars_per_device_hour: float) -> float:
+    """Dollars for renting `devices` for `hours`."""
+    return hours * devices * dollars_per_device_hour

@@ -1,0 +1,234 @@
+"""The command line: what it accepts, and that bad input is one readable line, exit code 2, and nothing lost."""
+
+import errno
+import json
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import launch
+from jaxchat.config import FinetuneConfig
+from jaxchat.errors import UserError
+from tests.tiny import ARGUMENTS, refusal, start, start_process
+
+
+class TestProcess:
+    """`python launch.py` itself."""
+
+    def test_list_and_help(self):
+        listed = start_process("--list")
+        assert listed.returncode == 0
+        assert [line.split()[0] for line in listed.stdout.splitlines()] == launch.experiment_names()
+        assert all(len(line.split()) > 3 for line in listed.stdout.splitlines())
+        helped = start_process("--help", "--experiment=quickstart")
+        assert helped.returncode == 0
+        for option in ("--dry-run", "--fresh", "--pretrain.num-iterations", "--rl.tasks"):
+            assert option in helped.stdout
+
+    def test_bad_input(self, tmp_path):
+        for arguments, expected in {
+            ("--experiment=quickstar",): "did you mean 'quickstart'?",
+            ("--experiment=quickstart", "--model.depth=two"): "--model.depth=two: the value must be a whole number",
+            (*ARGUMENTS, f"--data={tmp_path}"): "it is empty; put .parquet, .jsonl or .txt files there",
+        }.items():
+            message = refusal(start_process(*arguments, f"--run-dir={tmp_path / '..' / 'run'}"))
+            assert expected in message
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    {
+        "": "name an experiment: --experiment=d12|d32|d6|",
+        "quickstart": "name an experiment",
+        "--experiment": "--experiment needs a value",
+        "--experiment=": "unknown experiment ''. There are: d12, d32",
+        "--experiment=quickstar": "unknown experiment 'quickstar', did you mean 'quickstart'?",
+        "--help --experiment=speed": "did you mean 'speedrun'?",
+        "--experiment=d12 --fresh=yes": "--fresh takes no value",
+        "--experiment=d12 --stages": "--stages needs a value",
+        "--experiment=d12 stray": "'stray' is not an option",
+    }.items(),
+)
+def test_bad_command(capsys, arguments, expected):
+    assert expected in refused(capsys, arguments)
+
+
+def refused(capsys, arguments):
+    code = launch.main(arguments.split())
+    out, err = capsys.readouterr()
+    assert out == ""
+    return refusal((code, out, err))
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    {
+        "--pretrain.num-iteration=5": "unknown option --pretrain.num-iteration, did you mean '--pretrain.num-iteration",
+        "--dryrun": "unknown option --dryrun, did you mean '--dry-run'?",
+        "--zzz=1": "unknown option --zzz. See --help",
+        "-seed=3": "unknown option -seed, did you mean '--seed'?",
+        "--pretrain=3": "unknown option --pretrain",
+        # ill-typed
+        "--pretrain.num-iterations=abc": "--pretrain.num-iterations=abc: the value must be a whole number or None",
+        "--pretrain.num_iterations 1.5": "--pretrain.num_iterations 1.5: the value must be a whole number or None",
+        "--pretrain.num-iterations": "--pretrain.num-iterations needs a value: a whole number or None",
+        "--optimizer.matrix-lr=high": "--optimizer.matrix-lr=high: the value must be a number",
+        "--sft.schedule.decay=square": "--sft.schedule.decay=square: the value must be one of linear, cosine",
+        "--data.shuffle=True": "write --data.shuffle for yes, --data.no-shuffle for no",
+        "--data.no-shuffle=1": "write --data.shuffle for yes, --data.no-shuffle for no",
+        "--optimizer.newton-schulz-coefficients 1 2": "the value must be 3 numbers",
+        "--seed 3 4": "--seed 3 4: the value must be a whole number",
+        # The one at fault is named, not the one that is only possible together with another.
+        "--model.num-kv-heads=4 --seed=x --model.depth=8": "--seed=x: the value",
+        # impossible
+        "--model.depth=0": "--model.depth=0: model.depth is 0; it must be at least 1",
+        "--sft.num-iterations=0": "--sft.num-iterations=0: num-iterations is 0",
+        "--rl.samples-per-question=1": "must be at least 2",
+        "--pretrain.schedule.warmup-ratio=0.9": "--pretrain.schedule.warmup-ratio=0.9: ",
+    }.items(),
+)
+def test_bad_option(capsys, arguments, expected):
+    assert expected in refused(capsys, f"--experiment=quickstart {arguments}")
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    {
+        "--seed=-1": "seed is -1; it must lie between 0",
+        "--tokenizer.vocab-size=264": "tokenizer.vocab-size is 264; it must be at least 265",
+        "--mesh.fsdp=3": "does not divide the 4 devices here; choose a product among 1, 2, 4",
+        # found before the first stage, although a later one would trip over it
+        "--sft.batch-tokens=1000": "sft: batch-tokens 1000 is not a multiple of 256 (device-rows 1 x 4 data-parallel "
+        "devices x sequence-len 64); nearest that work: batch-tokens 768 or 1024",
+        "--rl.tasks=sums,leters": "rl.tasks: unknown task 'leters', did you mean 'letters'?",
+        "--midtrain.mixture=chat:many": "midtrain.mixture: mixture entry 'chat:many'",
+        "--model.vocab-size=999": "--model.vocab-size follows from the tokenizer; write --tokenizer.vocab-size",
+        "--num-processes=x": "--num-processes takes a whole number; see --help",
+        f"--data={__file__}": "test_launch.py' is a file; give --data the folder that it is in",
+        "--rl.tasks=chat": "rl.tasks: chat has no answers to check",
+        "--evaluate.tasks=sums,mine.jsonl": "evaluate.tasks: mine.jsonl has no answers to check",
+        "--evaluate.tasks=": "evaluate.tasks: unknown task ''",
+        "--evaluate.of=base": "evaluate.of names 'base'; the stages with a model are pretrain, midtrain, sft, rl",
+        "--stages=pretrian": "unknown stage 'pretrian', did you mean 'pretrain'?",
+        "--stages=sft,pretrain": "stages must be in order",
+        "--stages=": "unknown stage ''",
+    }.items(),
+)
+def test_bad_setting(tmp_path, arguments, expected):
+    assert expected in refusal(start(tmp_path / "run", *arguments.split()))
+    assert not (tmp_path / "run").exists()
+
+
+def test_impossible_settings_leave_the_earlier_run_in_place(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    refusal(start(tmp_path / "run", "--fresh", "--sft.batch-tokens=1000"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_dry_run_tells_what_windows_save(tmp_path):
+    code, out, err = start(tmp_path / "run", "--dry-run", "--model.depth=2", "--model.window-pattern=sl")
+    assert code == 0, err
+    # 6 x 442,368 multiplied parameters, and 12 x 128 for each of 64 keys, or of the band's 1,840 / 64.
+    assert "FLOPs a token 2.797e+06" in out
+    assert "windows       SL: 1 of 2 layers see 16 tokens back; 1.9% fewer FLOPs than with full attention in all" in out
+
+
+def write_parquet(path, **columns):
+    pq.write_table(pa.table(columns), path)
+
+
+def broken_jsonl(folder):
+    lines = [json.dumps({"text": f"line {i}"}) for i in range(9)]
+    (folder / "a.jsonl").write_text("\n".join([*lines, '{"text": "cut', *lines]))
+    (folder / "b.jsonl").write_text("\n".join(lines))
+
+
+BAD_FOLDERS = {
+    "empty": (lambda folder: None, "no text in {folder}; it is empty"),
+    "photos": (lambda folder: (folder / "cat.jpg").write_bytes(b"x"), "it holds cat.jpg; put .parquet, .jsonl or .txt"),
+    "no-parquet": (lambda folder: (folder / "a.parquet").write_bytes(b"rubbish" * 9), "{folder}/a.parquet is no"),
+    "no-column": (lambda folder: write_parquet(folder / "a.parquet", body=["x"]), "has no column 'text'; its columns"),
+    "numbers": (lambda folder: write_parquet(folder / "a.parquet", text=[1, 2]), "column 'text' holds int64, not"),
+    "broken-line": (broken_jsonl, "{folder}/a.jsonl:10: broken JSON"),
+    "no-text": (lambda folder: (folder / "a.jsonl").write_text('{"body": "x"}\n' * 9), "a.jsonl:1: no string field"),
+    "latin-1": (lambda folder: (folder / "a.txt").write_bytes(b"caf\xe9\n\n" * 9), "a.txt is not UTF-8 text"),
+    "one-document": (lambda folder: (folder / "a.txt").write_text("alone"), "too few documents"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_FOLDERS)
+def test_bad_data_folder(tmp_path, name):
+    make, expected = BAD_FOLDERS[name]
+    folder = tmp_path / name
+    folder.mkdir()
+    make(folder)
+    before = sorted(folder.iterdir())
+    message = refusal(start(tmp_path / "run", f"--data={folder}", "--stages=tokenizer"))
+    assert expected.format(folder=folder) in message
+    assert sorted(folder.iterdir()) == before
+
+
+def test_bad_data_options(tmp_path):
+    assert "data folder 'nowhere' does not exist" in refusal(start(tmp_path / "run", "--data=nowhere"))
+    assert "data folder '' does not exist" in refusal(start(tmp_path / "run", "--data="))
+    assert "data folder '/nowhere' does not exist" in refusal(start(tmp_path / "run", "--data.path=/nowhere"))
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    assert "is a file; give --data the folder that" in refusal(start(tmp_path / "run", f"--data={tmp_path / 'a.txt'}"))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "b.txt").write_text("three")
+    message = refusal(start(tmp_path / "run", f"--data={tmp_path}", "--data.val-shard=c", "--stages=tokenizer"))
+    assert "validation shard 'c' is not in" in message
+
+
+class TestOverride:
+    experiment = launch.load_experiment("quickstart")
+
+    def test_typed_fields(self):
+        changed = launch.override(
+            self.experiment,
+            ["--pretrain.num-iterations=7", "--model.num_kv_heads", "1", "--sft.schedule.decay=cosine",
+             "--data.no-shuffle", "--optimizer.matrix-lr=1e-3", "--rl.top-k=None",
+             "--optimizer.newton-schulz-coefficients", "1", "2", "3"],
+        )  # fmt: skip
+        assert changed.pretrain.num_iterations == 7
+        assert changed.model.num_kv_heads == 1
+        assert changed.sft.schedule.decay == "cosine"
+        assert changed.data.shuffle is False
+        assert changed.optimizer.matrix_lr == 1e-3
+        assert changed.rl.top_k is None
+        assert changed.optimizer.newton_schulz_coefficients == (1.0, 2.0, 3.0)
+        assert changed.midtrain == self.experiment.midtrain  # what is not named stays as the experiment has it
+
+    @pytest.mark.parametrize("words", [["--sft.mixture=chat:5,sums"], ["--sft.mixture", "chat:5", "sums"]])
+    def test_lists_by_spaces_or_commas(self, words):
+        assert launch.override(self.experiment, words).sft.mixture == ("chat:5", "sums")
+
+    def test_nothing_changes_without_arguments(self):
+        for name in launch.experiment_names():
+            experiment = launch.load_experiment(name)
+            assert launch.override(experiment, []) == experiment
+            assert experiment.name == name
+
+    def test_settings_that_are_impossible_only_together(self):
+        with pytest.raises(UserError, match="^schedule.warmup-ratio and"):
+            launch.override(self.experiment, ["--rl.schedule.warmup-ratio=0.6", "--rl.schedule.decay-ratio=0.6"])
+
+    def test_every_field_can_be_named(self):
+        fields = launch._fields(FinetuneConfig)
+        assert {"num-iterations", "schedule.decay", "mixture"} <= set(fields)
+        for kind in launch._fields(type(self.experiment)).values():
+            assert kind is bool or launch._describe(kind)
+
+
+def test_a_disk_that_fails_is_a_line(tmp_path, capsys, monkeypatch):
+    def fail(run):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run.directory / "metrics.jsonl"))
+
+    monkeypatch.setattr("jaxchat.stages.pipeline.run_stages", fail)
+    assert launch.main(["--experiment=quickstart", f"--run-dir={tmp_path / 'run'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    told = f"error: {tmp_path / 'run' / 'metrics.jsonl'}: No space left on device; put that right, and the same command"
+    assert line.startswith(told)

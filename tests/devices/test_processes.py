@@ -1,0 +1,309 @@
+"""Several processes as one, for real: on this machine, each with virtual devices of its own."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jaxchat.checkpoint import Checkpoints
+from jaxchat.data.text.lanes import place_in_epoch
+from jaxchat.devices.launchers import LOST, PREEMPTED
+from jaxchat.devices.processes import Preemption, agreed, exchange
+from tests.tiny import ARGUMENTS, ROOT, STEPS, copy, damage, record, start, values
+
+# What a process does to itself, when it asks for the batch of a step: `SIGKILL 1 3` in process 1 at step 3.
+PROGRAM = """
+import os, signal, sys
+import jax, launch
+from jaxchat.devices import processes as distributed
+from jaxchat.stages.training import Batches
+
+distributed.LOST_SECONDS, distributed.BEAT_SECONDS = 4.0, 0.5  # the tests do not wait long
+name, process, at = sys.argv[1].split()
+real = Batches.next_batch
+
+def next_batch(self, step, params):
+    if (step, jax.process_index()) == (int(at), int(process)):
+        os.kill(os.getpid(), getattr(signal, name))
+    return real(self, step, params)
+
+Batches.next_batch = next_batch
+sys.exit(launch.main(sys.argv[2:]))
+"""
+NEVER = "SIGKILL 0 -1"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def start_several(program, arguments, *, count=2, devices=2):
+    """Exit code, stdout and stderr of each of several processes that are started together."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    port = free_port()
+    processes = []
+    for i in range(count):
+        flags = [f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}", f"--process-id={i}"]
+        command = [sys.executable, "-c", *program, *arguments, *flags]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=env, text=True, **streams))
+    try:
+        ends = [process.communicate(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, out + err) for process, (out, err) in zip(processes, ends, strict=True)]
+
+
+def train(run, *arguments, fault=NEVER):
+    return start_several((PROGRAM, fault), [*ARGUMENTS, f"--run-dir={run}", *arguments])
+
+
+def assert_same(run, whole, stage):
+    """Sums over devices may be in another order: equal but for rounding."""
+    for name in ("loss", "grad_norm", "bpb"):
+        mine, theirs = values(run, stage, name), values(whole, stage, name)
+        assert [step for step, _ in mine] == [step for step, _ in theirs]
+        np.testing.assert_allclose([v for _, v in mine], [v for _, v in theirs], rtol=2e-5, err_msg=name)
+    assert record(run, stage)["tokens"] == record(whole, stage)["tokens"]
+    assert position(run, stage) == position(whole, stage)
+
+
+def position(run, stage):
+    newest = run / stage / "checkpoints" / str(Checkpoints(run / stage / "checkpoints").latest_step())
+    return json.loads((newest / "data" / "metadata").read_text())
+
+
+def last_line(err):
+    return err.splitlines()[-1]
+
+
+def test_asked_to_end_they_save_one_step_and_go_on_as_one_process(whole, tmp_path):
+    run = copy(whole, tmp_path / "run")
+    ends = train(run, "--stages=pretrain", fault="SIGTERM 1 2")  # one of the two is asked
+    assert [code for code, _ in ends] == [PREEMPTED, PREEMPTED], ends
+    assert all("stopped by SIGTERM, step 3 saved; the same command goes on from there" in err for _, err in ends)
+    assert Checkpoints(run / "pretrain" / "checkpoints").latest_step() == 3
+    code, _, err = start(run, "--stages=pretrain")
+    assert code == 0 and "resuming at step 3 of 6" in err, err
+    assert_same(run, whole, "pretrain")
+
+
+def test_each_reads_its_lanes_and_one_goes_on_with_those_of_all(tmp_path):
+    documents = [f"the {i} cats sat on {i} mats, {'and ' * (i % 7)}then went" for i in range(340)]
+    for name, texts in (("0", documents[:320]), ("1", documents[320:])):
+        pq.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet", row_group_size=20, use_dictionary=False)
+    for group in (2, 3):  # of four, which four lanes get one each of
+        damage(tmp_path / "0.parquet", group)
+    settings = [f"--data={tmp_path}", "--stages=tokenizer,pretrain", "--data.lanes=4", "--data.on-bad=skip"]
+    settings += ["--data.no-shuffle", "--data.packing=concat"]  # so that it is known who reads what
+    code, _, err = start(tmp_path / "whole", *settings)
+    assert code == 0, err
+    run = tmp_path / "run"
+    ends = train(run, *settings, fault="SIGTERM 0 3")
+    assert [code for code, _ in ends] == [PREEMPTED, PREEMPTED], ends
+    state = position(run, "pretrain")
+    assert state["of"] == len(state["lanes"]) == 4 and all(lane["blocks"] == 16 for lane in state["lanes"].values())
+    for group in (2, 3):
+        process = next(lane for lane in range(4) if place_in_epoch(42, 0, 0, lane, 4) == group) // 2
+        said = f"row group {group} cannot be read: .*left out \\(process {process}\\)"
+        assert [bool(re.search(said, out)) for _, out in ends] == [process == 0, process == 1], ends
+    code, _, err = start(run, *settings)
+    assert code == 0, err
+    assert_same(run, tmp_path / "whole", "pretrain")
+    for fact in ("packing", "left_out"):
+        assert record(run, "pretrain")[fact] == record(tmp_path / "whole", "pretrain")[fact]
+    assert record(run, "pretrain")["left_out"] == {"unreadable_blocks": 2}
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_when_one_is_killed_the_others_end_and_the_job_goes_on(whole, tmp_path, lost):
+    run = copy(whole, tmp_path / "run")
+    ends = train(run, "--stages=pretrain", fault=f"SIGKILL {lost} 3")
+    (killed, _), (code, err) = ends[lost], ends[1 - lost]
+    assert killed == -signal.SIGKILL and code == LOST, err
+    assert last_line(err).startswith(f"error: process {1 - lost} stops: process {lost} is lost"), err
+    assert last_line(err).endswith("the same command goes on from the last checkpoint")
+    if lost == 0:
+        code, _, err = start(run, "--stages=pretrain")
+        assert code == 0, err
+    else:
+        ends = train(run, "--stages=pretrain,sft,rl", "--rl.num-iterations=1", "--rl.eval-questions=2")
+        assert [code for code, _ in ends] == [0, 0], ends
+        assert_same(run, whole, "sft")
+        assert len(values(run, "rl")) == 1
+    assert [step for step, _ in values(run, "pretrain")] == list(range(STEPS))
+    assert_same(run, whole, "pretrain")
+
+
+def test_bad_input_is_told_once_and_ends_all(whole, tmp_path):
+    run = copy(whole, tmp_path / "run", "pretrain")
+    shutil.rmtree(run / "pretrain" / "checkpoints")
+    ends = train(run, "--stages=sft")
+    assert [code for code, _ in ends] == [2, 2], ends
+    assert all("left no checkpoint; run it again" in last_line(err) for _, err in ends)
+
+
+AGREEING = """
+import sys, time
+import jax
+import jax.numpy as jnp
+from jaxchat.devices import processes as d
+from jaxchat.devices.launchers import Cluster
+from jaxchat.config import MeshConfig
+from jaxchat.model.config import GPTConfig
+from jaxchat.errors import UserError
+from jaxchat.eval.chat import choose
+from jaxchat.infer.engine import Engine
+from jaxchat.devices.mesh import make_mesh, shardings
+from jaxchat.model.gpt import abstract_params, init_params
+from jaxchat.tokenizer import Tokenizer
+
+here = int(sys.argv[3].partition("=")[2])
+d.start(Cluster(sys.argv[1].partition("=")[2], 3, here))
+
+def work():
+    assert here == 0
+    time.sleep(0.3)
+    return {"steps": [1, 2]}
+
+def refuse():
+    raise UserError("no such thing")
+
+said = [d.exchange(f"{turn} from {here}") for turn in range(40)]
+assert said == [[f"{turn} from {i}" for i in range(3)] for turn in range(40)]
+assert d.agreed(work) == {"steps": [1, 2]}
+try:
+    d.agreed(refuse)
+except UserError as error:
+    assert str(error) == "no such thing"
+else:
+    raise AssertionError("the error of process 0 is everybody's")
+
+config = GPTConfig(depth=1, vocab_size=300, sequence_len=32)
+mesh = make_mesh(MeshConfig())
+tokenizer = Tokenizer.train_from_iterator(["A B C D and so on, over and over"] * 9, 270)
+place = shardings(mesh, abstract_params(config))
+params = jax.jit(init_params, static_argnums=0, out_shardings=place)(config, jax.random.key(0))
+engine = Engine(config, params, tokenizer, dtype=jnp.float32)
+chosen = choose(engine, [[1, 2, 3 + i] for i in range(7)], ["ABCD"] * 7, 4)
+assert set(chosen) <= set("ABCD") and d.exchange("".join(chosen)) == ["".join(chosen)] * 3
+d.finish()
+"""
+
+
+def test_agreement_of_three():
+    ends = start_several((AGREEING,), [], count=3, devices=1)
+    assert [code for code, _ in ends] == [0, 0, 0], ends
+
+
+SAVING = """
+import sys, threading
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxchat.devices import processes as d
+from jaxchat.checkpoint import Checkpoints
+from jaxchat.devices.launchers import Cluster
+from jaxchat.config import CheckpointConfig, MeshConfig
+from jaxchat.devices.mesh import make_mesh
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+d.start(Cluster(sys.argv[2].partition("=")[2], 2, int(sys.argv[4].partition("=")[2])))
+on_devices = multihost_utils.sync_global_devices
+
+def sync_global_devices(name):
+    assert threading.current_thread() is threading.main_thread(), "a program of all devices in a thread"
+    on_devices(name)
+
+multihost_utils.sync_global_devices = sync_global_devices
+mesh = make_mesh(MeshConfig(data=2, fsdp=2))
+place = {"params": {"w": NamedSharding(mesh, P("fsdp"))}, "step": NamedSharding(mesh, P())}
+
+@jax.jit(out_shardings=place)
+def begin():
+    return {"params": {"w": jnp.zeros((256, 128))}, "step": jnp.asarray(0)}
+
+@jax.jit(donate_argnums=0, out_shardings=(place, None))
+def step(state):
+    total = jnp.sum(state["params"]["w"])  # over the devices of both processes
+    state = {"params": {"w": state["params"]["w"] + 1}, "step": state["step"] + 1}
+    return state, total
+
+state, totals, beside = begin(), [], 0
+checkpoints = Checkpoints(sys.argv[1], CheckpointConfig(keep=6))
+checkpoints.prepare(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state))
+for number in range(1, 31):
+    state, total = step(state)
+    if number % 5 == 0:
+        copy = checkpoints.copy(state)
+        assert copy is not None
+    totals.append(total)
+    if number % 5 == 1 and number > 1:
+        checkpoints.save(number - 1, copy, data={"at": number - 1}, meta={}, is_copy=True)
+        beside += not (checkpoints.directory / str(number - 1)).exists()
+assert beside >= 3, "saves are waited for"
+checkpoints._snapshots.has_room = lambda tree: d.jax.process_index() == 0
+assert checkpoints.copy(state) is None  # as in the other process, which has none
+checkpoints.save(30, state, data={"at": 30}, meta={})
+assert [float(total) for total in totals] == [256 * 128 * i for i in range(30)]
+assert checkpoints.steps() == [5, 10, 15, 20, 25, 30]
+for number in checkpoints.steps():
+    restored, data, _ = checkpoints.restore(state, number)
+    assert data == {"at": number} and int(restored["step"]) == number
+    for shard in restored["params"]["w"].addressable_shards:
+        np.testing.assert_array_equal(shard.data, number)
+checkpoints.close()
+d.finish()
+"""
+
+
+def test_saves_go_on_beside_steps_in_which_all_devices_take_part(tmp_path):
+    ends = start_several((SAVING, str(tmp_path)), [])
+    assert [code for code, _ in ends] == [0, 0], ends
+
+
+def test_alone_nothing_is_shared():
+    assert exchange("mine") == ["mine"]
+    assert agreed(lambda: 7) == 7
+
+
+class TestPreemption:
+    def test_sigterm_is_noted_and_what_was_there_before_returns(self):
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(KeyError):  # as an exception on its way out, which says enough
+            with Preemption() as preemption:
+                assert not preemption.noted and not preemption.flag()
+                signal.raise_signal(signal.SIGTERM)
+                assert preemption.noted and preemption.flag()
+                raise KeyError
+        assert signal.getsignal(signal.SIGTERM) == before
+
+    def test_ctrl_c_is_still_itself_for_a_single_process(self):
+        with pytest.raises(KeyboardInterrupt):
+            with Preemption():
+                signal.raise_signal(signal.SIGINT)
+
+    def test_what_nobody_heeded_happens_at_the_end(self):
+        happened = []
+        before = signal.signal(signal.SIGTERM, lambda number, frame: happened.append(number))
+        try:
+            with Preemption():
+                signal.raise_signal(signal.SIGTERM)
+                assert not happened
+            assert happened == [signal.SIGTERM]
+        finally:
+            signal.signal(signal.SIGTERM, before)

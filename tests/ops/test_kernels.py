@@ -1,0 +1,114 @@
+"""The GPU's kernels against the plain formulas: by Pallas' interpreter on the CPU, or on a GPU, where there is one
+(`JAX_PLATFORMS=cuda pytest tests/model`)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxchat.config import MeshConfig
+from jaxchat.devices.mesh import make_mesh
+from jaxchat.model import layers
+from jaxchat.model.config import GPTConfig
+from jaxchat.model.gpt import hidden_states, init_params
+from jaxchat.ops import gpu, kernels
+from jaxchat.train.loss import Shape, cross_entropy_sum
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(gpu, "INTERPRET", gpu.capability() == 0)
+
+
+def draw(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def value_and_grads(function, *arguments):
+    """The results and the gradients of a random weighting of them: any mistake in either shows."""
+
+    def weighted(*arguments):
+        out = function(*arguments)
+        parts = [jnp.sum(x * draw(*x.shape, seed=9 + i)) for i, x in enumerate(jax.tree.leaves(out))]
+        return sum(parts), out
+
+    grads, out = jax.grad(weighted, argnums=tuple(range(len(arguments))), has_aux=True)(*arguments)
+    return jax.tree.leaves((out, grads))
+
+
+def assert_same(actual, expected, tolerance=1e-5):
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("width", [64, 96, 320], ids=["pow2", "masked", "wide"])
+def test_the_norm_that_branches_off(width):
+    x = draw(2, 6, width)
+    assert_same(value_and_grads(kernels.norm_branch, x), value_and_grads(lambda x: (x, layers.rms_norm(x)), x))
+
+
+def test_a_row_of_zeros_has_a_finite_norm_and_gradient():
+    x = jnp.zeros((1, 4, 64))
+    assert_same(value_and_grads(kernels.norm_branch, x), value_and_grads(lambda x: (x, layers.rms_norm(x)), x))
+
+
+@pytest.mark.parametrize("count, shape", [(1, (8, 16)), (5, (24, 40))])
+def test_a_stack(count, shape):
+    matrices = [draw(*shape, seed=seed) for seed in range(count)]
+    np.testing.assert_array_equal(kernels.stack(matrices), np.stack(matrices))
+
+
+@pytest.mark.parametrize("heads, size", [(1, 64), (3, 128), (2, 96)])
+def test_rope_and_the_norm_of_each_head(heads, size):
+    x = draw(2, 8, heads, size)
+    cos, sin = layers.rope_tables(jnp.arange(8)[None], size, 10_000.0)
+    plain = value_and_grads(lambda x: layers.rms_norm(layers.apply_rope(x, cos, sin)), x)
+    assert_same(value_and_grads(lambda x: kernels.rope_norm(x, cos[0, :, 0], sin[0, :, 0]), x), plain)
+
+
+def test_the_rows_of_the_loss():
+    rows, vocab, padded, cap = 6, 300, 384, 15.0
+    scores, weights = 8 * draw(rows, padded), jnp.abs(draw(rows, seed=1))
+    targets = jnp.array([0, 299, -1, 7, -1, 150])
+
+    def loss(scores):
+        capped = cap * jnp.tanh(scores / cap)
+        capped = jnp.where(jnp.arange(padded) < vocab, capped, -jnp.inf)
+        nll = -jax.nn.log_softmax(capped)[jnp.arange(rows), jnp.maximum(targets, 0)]
+        nll = jnp.where(targets >= 0, nll, 0.0)
+        return jnp.sum(weights * nll), nll
+
+    expected_grad, expected = jax.grad(loss, has_aux=True)(scores)
+    nll, factor, grad = kernels.cross_entropy_rows(scores, targets, vocab, cap)
+    assert_same((nll, (weights * factor)[:, None] * grad), (expected, expected_grad))
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+@pytest.mark.parametrize("spec", [P("data"), P("data", None, "tensor")])
+def test_a_mesh_runs_the_kernels_on_its_parts(spec):
+    mesh = make_mesh(MeshConfig(tensor=2), jax.devices()[:4])
+    x = draw(4, 6, 96)
+    expected = kernels.norm_branch(x)[1]
+    split = jax.jit(lambda x: kernels.norm_branch(x)[1])(jax.device_put(x, NamedSharding(mesh, spec)))
+    assert_same([split], [expected])
+
+
+def test_the_model_and_its_loss_are_the_same_with_kernels(monkeypatch):
+    config = GPTConfig(depth=2, sequence_len=16, vocab_size=120, num_kv_heads=1)
+    params = init_params(config, jax.random.key(0))
+    params = jax.tree.map(lambda p: p + 0.02 * draw(*p.shape), params)  # none of them zero
+    tokens = jax.random.randint(jax.random.key(1), (2, 17), 0, 120)
+    weights = jnp.ones((2, 16))
+
+    @jax.default_matmul_precision("highest")  # a GPU's default for fp32 is not
+    def loss(params):
+        hidden = hidden_states(config, params, tokens[:, :-1])
+        return cross_entropy_sum(hidden, params["head"]["kernel"], tokens[:, 1:], weights, Shape.of(config))
+
+    monkeypatch.setattr(gpu, "INTERPRET", True)
+    with_kernels = jax.value_and_grad(loss)(params)
+    monkeypatch.setattr(gpu, "INTERPRET", False)
+    jax.clear_caches()
+    assert_same(jax.tree.leaves(with_kernels), jax.tree.leaves(jax.value_and_grad(loss)(params)), 1e-4)

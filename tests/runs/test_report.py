@@ -1,0 +1,275 @@
+"""The report of a small run, value by value; its plots are drawn; what a run lacks is left out."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import matplotlib.image
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxchat.config import ModelConfig, CostConfig, DataConfig, Experiment
+from jaxchat.errors import UserError
+from jaxchat.runs.config_json import to_json
+from jaxchat.runs.metrics import Metrics
+from jaxchat.runs.plots import all_plots, curves, smoothed
+from jaxchat.runs.report import write_report
+
+GPU = {
+    "platform": "gpu",
+    "device_kind": "NVIDIA H200",
+    "device_count": 2,
+    "hosts": 1,
+    "cores": 16,
+    "memory_bytes": 64 * 2**30,
+    "jax": "0.10.2",
+    "python": "3.12.1",
+}
+CPU = {**GPU, "platform": "cpu", "device_kind": "cpu", "device_count": 1, "cores": 2}
+
+
+def finish(run_dir, stage, machine=GPU, **facts):
+    (run_dir / stage).mkdir(parents=True)
+    record = {"stage": stage, "parent": None, "steps": 0, "tokens": 0, "metrics": {}, "samples": [], **facts}
+    (run_dir / stage / "stage.json").write_text(json.dumps({**record, "machine": machine}))
+
+
+def begin(run_dir, **settings):
+    run_dir.mkdir(parents=True, exist_ok=True)
+    experiment = Experiment(name="tiny", model=ModelConfig(depth=4), **settings)
+    (run_dir / "config.json").write_text(to_json(experiment))
+
+
+def train(run_dir, stage, steps, **options):
+    with Metrics(run_dir, stage, live=False) as metrics:
+        for step in range(steps):
+            rates = {"lr_matrix": 0.02, "lr_embedding": 0.2, "lr_head": 0.004}
+            speed = {"tokens_per_second": 10.0 if step == 0 else 1000.0, "mfu": 0.5}
+            speed |= {"step_seconds": 2.0, "input_seconds": 0.2 if step == 0 else 0.0}
+            metrics.log(step, loss=1 + 5 / (step + 1), **rates, **speed)
+            if step % 4 == 0 and "bpb" in options:
+                metrics.log(step, bpb=2.0)
+        if "bpb" in options:
+            metrics.log(steps, bpb=options["bpb"])
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run of all stages, with numbers that are easy to check by hand."""
+    path = tmp_path_factory.mktemp("runs") / "my run"
+    begin(path, cost=CostConfig(dollars_per_device_hour=3.0), data=DataConfig(path="somewhere/books"))
+    finish(path, "tokenizer", seconds=36, metrics={"vocab_size": 4096})
+    train(path, "pretrain", 20, bpb=1.25)
+    sample = {"prompt": "The sea is", "completion": " *blue* and ```deep```."}
+    event = {"step": 12, "back_to": 10, "batches": 3, "why": "loss is nan at step 12"}
+    facts = {"samples": [sample], "divergences": [event]}
+    finish(path, "pretrain", seconds=1800, steps=20, tokens=20_480, peak_memory_bytes=3 * 2**29, **facts)
+    train(path, "sft", 10, bpb=0.75)
+    called = "<|python_start|>2+2<|python_end|><|output_start|>4<|output_end|>It is 4."
+    with Metrics(path, "sft", live=False) as metrics:
+        metrics.sample(10, "What is 2+2?", called)
+    finish(path, "sft", seconds=600, steps=10, tokens=10_240)
+    with Metrics(path, "rl", live=False) as metrics:
+        metrics.log(0, reward_eval=0.25)
+        for step in range(8):
+            metrics.log(step, loss=0.01 * (-1) ** step, reward=0.2 + 0.05 * step)
+        metrics.log(8, reward_eval=0.5)
+    finish(path, "rl", seconds=1164, steps=8, tokens=512)
+    with Metrics(path, "evaluate", live=False) as metrics:
+        metrics.log(10, of="sft", **{"score/sums": 0.5, "score/arc_easy": 0.25})
+        metrics.log(8, of="rl", **{"score/sums": 0.75, "core": 0.1})
+    write_report(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(run_dir):
+    return json.loads((run_dir / "report.json").read_text())
+
+
+def test_report_json(report):
+    assert report["name"] == "tiny"
+    assert report["seconds"] == 3600
+    assert report["cost"] == pytest.approx(6.0)  # one hour of two devices at 3 dollars
+    assert report["evaluation"] == {
+        "pretrain": {"bpb": 1.25},
+        "sft": {"bpb": 0.75, "sums": 0.5, "arc_easy": 0.25},
+        "rl": {"sums": 0.75},
+    }
+    assert report["rl"] == {"reward_before": 0.25, "reward_after": 0.5}
+    assert report["machine"] == GPU
+    assert list(report["stages"]) == ["tokenizer", "pretrain", "sft", "rl"]
+    pretrain = report["stages"]["pretrain"]
+    assert pretrain["cost"] == pytest.approx(3.0) and pretrain["steps"] == 20 and pretrain["tokens"] == 20_480
+    assert pretrain["tokens_per_second"] == 1000.0 and pretrain["mfu"] == 0.5
+    assert pretrain["input_share"] == pytest.approx(0.2 / 40)
+    assert pretrain["metrics"]["loss"] == pytest.approx(1.25) and pretrain["metrics"]["bpb"] == 1.25
+    assert report["stages"]["sft"]["samples"][0]["prompt"] == "What is 2+2?"
+    assert report["config"]["model"]["depth"] == 4
+    assert report["vocab_size"] == 4096
+    # Two tables of 4096 x 256; in each of 4 layers attention of 4 and an MLP of 8 squares of the width.
+    assert report["parameters"] == 2 * 4096 * 256 + 4 * 12 * 256**2
+
+
+def test_report_md_tells_the_story(run_dir):
+    text = (run_dir / "report.md").read_text()
+    assert "Of the steps' time, waiting for batches (in rl: sampling them): pretrain 0.5%" in text
+    assert text.startswith("# tiny\n\nA chatbot trained from nothing: 5.24M parameters (4 layers, 256 wide).")
+    story = " ".join(text.split("\n\n")[1].split())
+    assert "It has read 20.5k tokens of text from the folder `books`, then 10.2k tokens of conversations." in story
+    assert "Of held-out questions it answers right, after rl: sums 75%." in story
+    assert story.endswith("All that took 1 h 00 min on 2 × NVIDIA H200 and cost $6.00.")
+    assert f"    jaxchat chat --run '{run_dir}'\n" in text
+    assert "| held-out questions | after sft | after rl |\n| --- | ---: | ---: |\n| sums | 50.0% | 75.0% |" in text
+    assert "| arc easy | 25.0% |  |" in text
+    assert "1.250 after pretrain, 0.750 after sft." in text
+    assert "0.250 before reinforcement learning, 0.500 after." in text
+    assert "| pretrain | read text | 20 | 20.5k | 30 min 00 s | 1.00k | 50% | 1.5 GiB | $3.00 |" in text
+    assert "Not finished: midtrain, evaluate." in text
+    went_back = "pretrain: once back to a checkpoint, 3 batches left out (loss is nan at step 12, back to 10)."
+    assert went_back in text
+    assert "4,096 tokens" in text and "JAX 0.10.2, Python 3.12.1" in text
+
+
+def test_report_md_shows_samples_as_they_are(run_dir):
+    text = (run_dir / "report.md").read_text()
+    # The text itself has a fence of three, so the block around it needs four.
+    assert "````text\nThe sea is *blue* and ```deep```.\n````" in text
+    assert "```text\n> What is 2+2?\n[python: 2+2 → 4] It is 4.\n```" in text
+
+
+def test_report_md_shows_every_plot(run_dir):
+    files = sorted(path.name for path in (run_dir / "plots").iterdir())
+    assert files == ["bpb.png", "evaluation.png", "learning_rates.png", "loss.png", "reward.png"]
+    text = (run_dir / "report.md").read_text()
+    assert all(f"](plots/{name})" in text for name in files)
+
+
+@pytest.mark.parametrize("name", ["bpb", "evaluation", "learning_rates", "loss", "reward"])
+def test_plots_are_not_blank(run_dir, name):
+    image = matplotlib.image.imread(run_dir / "plots" / f"{name}.png")
+    height, width = image.shape[:2]
+    assert height >= 480 and width >= 720
+    assert (image[:3, :, :3] == 1).all()  # a light background
+    ink = (image[:, :, :3] < 0.97).any(axis=2)
+    assert ink.mean() > 0.01
+    # Every quarter of the picture has something in it.
+    assert all(part.any() for half in np.array_split(ink, 2) for part in np.array_split(half, 2, axis=1))
+
+
+def test_the_path_is_as_one_would_type_it(tmp_path, monkeypatch):
+    begin(tmp_path / "runs" / "tiny")
+    finish(tmp_path / "runs" / "tiny", "sft", seconds=1, steps=1)
+    monkeypatch.chdir(tmp_path)
+    write_report(tmp_path / "runs" / "tiny")
+    assert "jaxchat chat --run runs/tiny\n" in (tmp_path / "runs" / "tiny" / "report.md").read_text()
+
+
+def test_what_a_run_lacks_is_left_out(tmp_path):
+    begin(tmp_path)
+    train(tmp_path, "pretrain", 1, bpb=3.0)
+    finish(tmp_path, "pretrain", machine=CPU, seconds=5, steps=1, tokens=64)
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["rl"] == {} and report["evaluation"] == {"pretrain": {"bpb": 3.0}}
+    assert report["cost"] is None and "$" not in text  # the price is of a GPU
+    assert "5 s on 2 CPU cores" in text
+    assert "Talk to it" not in text and "What it says" not in text and "reward" not in text
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["bpb.png"]
+
+
+def test_a_skipped_stage_is_no_model_to_talk_to(tmp_path):
+    begin(tmp_path)
+    finish(tmp_path, "rl", seconds=0.0, skipped=True)
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| rl | skipped |" in text and "Talk to it" not in text
+
+
+def test_only_the_last_samples_of_a_stage_are_shown(tmp_path):
+    begin(tmp_path)
+    with Metrics(tmp_path, "pretrain", live=False) as metrics:
+        for step in (10, 20):
+            for prompt in ("One", "Two"):
+                metrics.sample(step, prompt, f" at {step}")
+    finish(tmp_path, "pretrain", seconds=1)
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "One at 20" in text and "Two at 20" in text and "at 10" not in text
+
+
+def test_a_run_that_has_only_begun(tmp_path):
+    begin(tmp_path)
+    write_report(tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["stages"] == report["evaluation"] == report["machine"] == {} and report["seconds"] == 0
+
+
+def test_the_price_is_of_the_devices_that_were_used(tmp_path):
+    begin(tmp_path, cost=CostConfig(devices=8, dollars_per_device_hour=2.0))
+    finish(tmp_path, "pretrain", seconds=1800, machine={**GPU, "device_count": 4})
+    write_report(tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["cost"] == pytest.approx(4.0)
+
+
+def test_bad_directories_are_the_users_error(tmp_path):
+    with pytest.raises(UserError, match="no config.json"):
+        write_report(tmp_path)
+    begin(tmp_path)
+    finish(tmp_path, "sft", seconds=1)
+    (tmp_path / "sft" / "stage.json").write_text("{")
+    with pytest.raises(UserError, match="sft/stage.json is damaged"):
+        write_report(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is damaged"):
+        write_report(tmp_path)
+
+
+def test_curves_are_sorted_and_finite():
+    records = [
+        {"stage": "sft", "step": 2, "time": 1.0, "loss": 2.0},
+        {"stage": "sft", "step": 1, "time": 2.0, "loss": 3},
+        {"stage": "sft", "step": 3, "time": 3.0, "loss": None, "sample": "text"},
+        {"stage": "evaluate", "of": "sft", "step": 3, "time": 3.0, "score/sums": 0.5},
+    ]
+    found = curves(records)
+    assert list(found) == ["sft"] and list(found["sft"]) == ["loss"]
+    steps, values = found["sft"]["loss"]
+    assert steps.tolist() == [1, 2] and values.tolist() == [3.0, 2.0]
+
+
+@given(
+    st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=200),
+    st.booleans(),
+    st.floats(-10, 10),
+)
+def test_a_trend_stays_within_the_data_and_moves_with_it(values, steep_start, shift):
+    values = np.array(values)
+    trend = smoothed(values, steep_start=steep_start)
+    assert trend.shape == values.shape
+    assert values.min() - 1e-6 <= trend.min() and trend.max() <= values.max() + 1e-6
+    np.testing.assert_allclose(smoothed(values + shift, steep_start=steep_start), trend + shift, atol=1e-6)
+
+
+def test_a_trend_follows_a_line_and_takes_out_noise():
+    line = np.linspace(10, 0, 300)
+    np.testing.assert_allclose(smoothed(line)[25:-25], line[25:-25], atol=1e-9)
+    noise = np.random.default_rng(0).normal(size=300)
+    assert smoothed(line + noise)[25:-25].std() < (line + noise)[25:-25].std()
+    assert np.abs(smoothed(noise)).max() < 0.75 < np.abs(noise).max()
+    steep = 10 / (1.0 + np.arange(300))
+    np.testing.assert_allclose(smoothed(steep, steep_start=True)[:40], steep[:40], rtol=0.1)
+
+
+def test_plots_do_not_depend_on_the_users_style():
+    records = [{"stage": "pretrain", "step": s, "time": 0.0, "loss": 1.0 / (s + 1)} for s in range(9)]
+    expected = all_plots(records, {})["loss.png"]
+    with matplotlib.rc_context({"figure.facecolor": "black", "font.size": 30}):
+        drawn = all_plots(records, {})["loss.png"]
+        assert matplotlib.rcParams["font.size"] == 30
+    first, second = (matplotlib.image.imread(io.BytesIO(png)) for png in (expected, drawn))
+    np.testing.assert_array_equal(first, second)
