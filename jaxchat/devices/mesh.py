@@ -84,12 +84,17 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map_with_path(place, tree)
 
 
+def data_shards(mesh: Mesh) -> int:
+    """The number of parts that a batch's rows are split into: the axes `data` and `fsdp` together."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def batch_share(mesh: Mesh) -> tuple[int, int]:
     """Which part of a batch's rows this process holds, of how many: (0, 1) for a single process.
 
     Processes between which only `tensor` is split hold the same part.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = data_shards(mesh)
     places = NamedSharding(mesh, BATCH_SPEC).devices_indices_map((shards,))
     held: dict[int, set[int]] = {}
     for device, (part,) in places.items():

@@ -1,7 +1,9 @@
-"""Whether a training step fits into a device's memory, by XLA's own analysis, and what it computes twice to do so.
+"""Compiles the training step so that it fits into a device's memory, as XLA's own analysis sees it.
 
-The least recomputation that fits is found by compiling: first the plain step, then, only if that is too large, those
-that keep less. What was compiled is what runs, so that a step that fits as it is costs nothing here.
+A step that needs too much keeps fewer activations and computes them a second time for the gradients
+(rematerialisation). The least of it that suffices is found by compiling: first the plain step, then, only if that is
+too large, those that keep less. The step that was compiled is the step that runs, so where the plain one fits, the
+search costs nothing.
 """
 
 from __future__ import annotations
@@ -22,16 +24,16 @@ from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import KEPT, Params
 from jaxchat.train.step import Batch, State, init_state, make_train_step
 
-LEVELS = ("none", *KEPT)  # from the least recomputation to the most
-# Of a device's memory, for what a step's analysis does not know: the next batch, gaps between arrays.
+LEVELS = ("none", *KEPT)  # from the least rematerialisation to the most
+# The part of a device's memory left for what the analysis does not see: the next batch, gaps between arrays.
 SPARE = 0.05
 GIB = 1 << 30
-MakeStep = Callable[[str], Any]  # from a level to the jitted step
+MakeStep = Callable[[str], Any]  # from a level of rematerialisation to the jitted step
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes a device: `held` by parameters, optimizer and batch, `used` by a step beside them."""
+    """Bytes per device: `held` by parameters, optimizer state and batch, and `used` by a step in addition."""
 
     held: int
     used: int
@@ -42,7 +44,7 @@ class StepMemory:
 
     @classmethod
     def of(cls, compiled: jax.stages.Compiled) -> StepMemory:
-        """XLA's analysis; all zero on a backend that gives none."""
+        """XLA's analysis of a compiled step; all zero on a backend that has none."""
         found = compiled.memory_analysis()
         if found is None:
             return cls(0, 0)
@@ -51,10 +53,11 @@ class StepMemory:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """A compiled step with the recomputation `remat`, and the memory of it and of those that were too large.
+class CompiledStep:
+    """A compiled training step, its level of rematerialisation, and the memory of every level that was tried.
 
-    `limit`: bytes a device that a step may take, None if unknown. `seconds`: what tracing and compiling took in all.
+    `limit` is what a step may take, in bytes per device, or None if that is unknown; `fits` says whether this one
+    stays within it in all processes. `seconds` is the time spent on tracing and on compiling all levels.
     """
 
     remat: str
@@ -69,18 +72,18 @@ class Fit:
         return self.memories[self.remat]
 
     def __str__(self) -> str:
-        """Such as `remat mlp: a step takes 50.1 of 74.3 GiB a device (with none 93.2)`."""
+        """Such as `remat mlp: a step takes 50.10 of 74.30 GiB per device (with none 93.20)`."""
         of = "" if self.limit is None else f" of {self.limit / GIB:.2f}"
         others = [f"{name} {memory.total / GIB:.2f}" for name, memory in self.memories.items() if name != self.remat]
         beside = f" (with {', '.join(others)})" if others else ""
-        return f"remat {self.remat}: a step takes {self.memory.total / GIB:.2f}{of} GiB a device{beside}"
+        return f"remat {self.remat}: a step takes {self.memory.total / GIB:.2f}{of} GiB per device{beside}"
 
     def too_large(self, stage: str, device_rows: int) -> str:
-        """One line for the user: that nothing fits, and what to lower."""
+        """The message for the user where no level fits: one line, with the settings to change."""
         spread = "spread parameters and optimizer over more devices with mesh.fsdp"
         lower = f"lower {stage}.device-rows, now {device_rows}, or {spread}"
-        helps = device_rows > 1 and self.memory.held < self.limit
-        return f"{stage} does not fit into memory: {self}; {lower if helps else spread}"
+        fewer_rows_help = device_rows > 1 and self.memory.held < self.limit
+        return f"{stage} does not fit into memory: {self}; {lower if fewer_rows_help else spread}"
 
 
 def plan_step(
@@ -92,8 +95,10 @@ def plan_step(
     dtype,
     in_fp8: bool = False,
 ) -> tuple[State, MakeStep]:
-    """The state for `params` (arrays or ShapeDtypeStructs) as ShapeDtypeStructs with their places on the mesh, and what
-    makes its jitted step."""
+    """The training state as ShapeDtypeStructs with their shardings, and a function that builds the jitted step.
+
+    `params` may be arrays or ShapeDtypeStructs; nothing is allocated.
+    """
     state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
     placed = shardings(mesh, state)
 
@@ -106,22 +111,17 @@ def plan_step(
 
 
 def usable_memory() -> int | None:
-    """Bytes that a step may take of each device of this process; None where a device does not say."""
+    """Bytes that a step may take on each device of this process; None where a device does not report its memory."""
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
     return None if None in limits else int((1 - SPARE) * min(limits))
 
 
-def _fits_everywhere(memory: StepMemory, limit: int | None) -> bool:
-    """In all processes, since they must run the same program, and their devices or compilers may differ a little."""
-    fits = limit is None or memory.total <= limit
-    return fits if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array(fits))))
+def compile_step(make_step: MakeStep, setting: str, limit: int | None, state: State, batch: Batch) -> CompiledStep:
+    """Compiles the step for `state` and `batch`: arrays, or ShapeDtypeStructs with shardings; nothing is allocated.
 
-
-def fit_step(make_step: MakeStep, setting: str, limit: int | None, state: State, batch: Batch) -> Fit:
-    """The step compiled for `state` and `batch` (arrays, or ShapeDtypeStructs with shardings: nothing is allocated).
-
-    With the setting "auto" it is the one with the least recomputation that takes at most `limit` bytes a device, or, if
-    none does, the one with the most; without a limit it is the plain one. Any other setting is obeyed.
+    Args:
+      setting: a level of rematerialisation, which is taken whether it fits or not; or "auto": the lowest level that
+        takes at most `limit` bytes per device, or, if none does, the highest; without a limit, "none".
     """
     levels = LEVELS if setting == "auto" else (setting,)
     memories, seconds = {}, {"trace": 0.0, "compile": 0.0}
@@ -136,27 +136,36 @@ def fit_step(make_step: MakeStep, setting: str, limit: int | None, state: State,
         fits = _fits_everywhere(memories[level], limit)
         if fits:
             break
-    return Fit(level, compiled, memories, limit, fits, seconds)
+    return CompiledStep(level, compiled, memories, limit, fits, seconds)
 
 
-class FittedStep:
-    """A training step that is compiled, by `fit_step`, once for each shape of batch; `accept` is told of each.
+def _fits_everywhere(memory: StepMemory, limit: int | None) -> bool:
+    """Whether it fits in all processes: they must run the same program, and their devices may differ a little."""
+    fits = limit is None or memory.total <= limit
+    return fits if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array(fits))))
 
-    It calls what was compiled and nothing else: a state that is laid out otherwise is an error, not a recompilation.
+
+class TrainStep:
+    """The training step as a function of state and batch, compiled by `compile_step` once per shape of batch.
+
+    `on_compiled` is called with each CompiledStep before it runs, and may refuse it by raising. A state with another
+    layout than the first one's is an error, never a silent recompilation.
     """
 
-    def __init__(self, make_step: MakeStep, setting: str, limit: int | None, accept: Callable[[Fit], None]):
-        self._make, self._setting, self._limit, self._accept = make_step, setting, limit, accept
-        self._fits: dict[tuple, Fit] = {}
+    def __init__(
+        self, make_step: MakeStep, setting: str, limit: int | None, on_compiled: Callable[[CompiledStep], None]
+    ):
+        self._make, self._setting, self._limit, self._on_compiled = make_step, setting, limit, on_compiled
+        self._by_shapes: dict[tuple, CompiledStep] = {}
 
-    def fit(self, state: State, batch: Batch) -> Fit:
-        """The step for batches of this shape."""
+    def compile(self, state: State, batch: Batch) -> CompiledStep:
+        """The step for batches of this shape; compiles it the first time."""
         shapes = tuple((name, batch[name].shape) for name in sorted(batch))
-        if shapes not in self._fits:
-            fit = fit_step(self._make, self._setting, self._limit, state, batch)
-            self._accept(fit)
-            self._fits[shapes] = fit
-        return self._fits[shapes]
+        if shapes not in self._by_shapes:
+            step = compile_step(self._make, self._setting, self._limit, state, batch)
+            self._on_compiled(step)
+            self._by_shapes[shapes] = step
+        return self._by_shapes[shapes]
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        return self.fit(state, batch).compiled(state, batch)
+        return self.compile(state, batch).compiled(state, batch)

@@ -1,4 +1,4 @@
-"""Which rematerialisation a step is compiled with, and that it changes nothing but memory."""
+"""Which level of rematerialisation a step is compiled with, and that it changes nothing but memory."""
 
 import dataclasses
 import os
@@ -14,10 +14,10 @@ from jaxchat.devices.mesh import make_mesh, set_xla_flags
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import abstract_params, hidden_states, init_params
 from jaxchat.optim.optimizer import make_optimizer
-from jaxchat.stages.run import planned_model
+from jaxchat.stages.workspace import planned_model
 from jaxchat.stages.training import abstract_batch
 from jaxchat.train.budget import batch_plan
-from jaxchat.train.memory import GIB, LEVELS, Fit, FittedStep, StepMemory, fit_step, plan_step
+from jaxchat.train.memory import GIB, LEVELS, CompiledStep, StepMemory, TrainStep, compile_step, plan_step
 from jaxchat.train.step import init_state
 
 CONFIG = GPTConfig(depth=2, sequence_len=64, vocab_size=128)
@@ -28,7 +28,7 @@ MEMORIES = {"none": StepMemory(GIB, 8 * GIB), "mlp": StepMemory(GIB, 5 * GIB), "
 
 @pytest.fixture(scope="module")
 def planned():
-    """The plan of a step: its state and batch as shapes, what compiles it, and its optimizer."""
+    """The abstract state and batch of a step, the function that builds it, and its optimizer."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     optimizer = make_optimizer(OptimizerConfig(), CONFIG, optax.constant_schedule(1.0), mesh=mesh)
     state, make_step = plan_step(CONFIG, optimizer, abstract_params(CONFIG), mesh=mesh, dtype=jnp.float32)
@@ -38,42 +38,42 @@ def planned():
 
 @pytest.fixture
 def memories(monkeypatch):
-    """XLA for the CPU undoes rematerialisation: what a GPU's steps might take stands for its analysis."""
+    """XLA for the CPU undoes rematerialisation, so its analysis is replaced by what steps might take on a GPU."""
     levels = iter(LEVELS)
     monkeypatch.setattr(StepMemory, "of", lambda compiled: MEMORIES[next(levels)])
 
 
-def test_a_compiled_step_knows_what_its_state_takes(planned):
+def test_a_compiled_step_knows_the_memory_of_its_state(planned):
     state, batch, make_step, _ = planned
-    memory = fit_step(make_step, "none", None, state, batch).memory
+    memory = compile_step(make_step, "none", None, state, batch).memory
     arrays = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state, batch)))
     assert arrays <= memory.held < 1.01 * arrays and memory.used > 0
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_least_recomputation_that_fits_is_taken(planned, memories, level):
+def test_the_lowest_level_that_fits_is_taken(planned, memories, level):
     state, batch, make_step, _ = planned
-    fit = fit_step(make_step, "auto", MEMORIES[level].total, state, batch)
-    assert (fit.remat, fit.fits, fit.memory) == (level, True, MEMORIES[level])
-    assert list(fit.memories) == list(LEVELS[: LEVELS.index(level) + 1])
+    step = compile_step(make_step, "auto", MEMORIES[level].total, state, batch)
+    assert (step.remat, step.fits, step.memory) == (level, True, MEMORIES[level])
+    assert list(step.memories) == list(LEVELS[: LEVELS.index(level) + 1])
 
 
 def test_without_a_known_limit_nothing_is_recomputed(planned):
     state, batch, make_step, _ = planned
-    assert fit_step(make_step, "auto", None, state, batch).remat == "none"
+    assert compile_step(make_step, "auto", None, state, batch).remat == "none"
 
 
-def test_what_does_not_fit_is_said_in_a_line(planned, memories):
+def test_a_step_that_does_not_fit_is_refused_in_one_line(planned, memories):
     state, batch, make_step, _ = planned
-    fit = fit_step(make_step, "auto", MEMORIES["full"].total - 1, state, batch)
-    assert (fit.remat, fit.fits) == ("full", False)
-    line = fit.too_large("pretrain", 8)
+    step = compile_step(make_step, "auto", MEMORIES["full"].total - 1, state, batch)
+    assert (step.remat, step.fits) == ("full", False)
+    line = step.too_large("pretrain", 8)
     assert "\n" not in line and "lower pretrain.device-rows, now 8" in line and "mesh.fsdp" in line
 
 
-def test_parameters_that_alone_do_not_fit_are_not_helped_by_fewer_rows():
-    fit = Fit("full", None, {"full": StepMemory(10 * GIB, GIB)}, 5 * GIB, False, {})
-    assert "device-rows" not in fit.too_large("pretrain", 8) and "mesh.fsdp" in fit.too_large("pretrain", 8)
+def test_fewer_rows_are_not_advised_where_the_parameters_alone_do_not_fit():
+    step = CompiledStep("full", None, {"full": StepMemory(10 * GIB, GIB)}, 5 * GIB, False, {})
+    assert "device-rows" not in step.too_large("pretrain", 8) and "mesh.fsdp" in step.too_large("pretrain", 8)
 
 
 @pytest.mark.parametrize("level", LEVELS[1:])
@@ -98,7 +98,7 @@ def test_a_step_is_traced_and_compiled_once(planned):
         traces.append(level)
         return make_step(level)
 
-    step = FittedStep(counted, "auto", None, accepted.append)
+    step = TrainStep(counted, "auto", None, accepted.append)
     state = init_state(init_params(CONFIG, jax.random.key(0)), optimizer)
     rows = {name: np.ones(x.shape, x.dtype) for name, x in batch.items()}
     rows = {name: jax.device_put(x, batch[name].sharding) for name, x in rows.items()}
@@ -110,7 +110,7 @@ def test_a_step_is_traced_and_compiled_once(planned):
     assert losses[2] < losses[1] < losses[0]
 
 
-def test_the_users_flags_of_xla_stand_behind(monkeypatch):
+def test_the_users_xla_flags_come_last_and_win(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
     for _ in range(2):
         set_xla_flags("--xla_a=1")
@@ -118,8 +118,8 @@ def test_the_users_flags_of_xla_stand_behind(monkeypatch):
         assert os.environ["XLA_FLAGS"] == flags
 
 
-def test_what_is_planned_is_what_is_trained():
-    """Also where attention stops at the border of a document, which costs memory and time."""
+def test_the_planned_model_is_the_trained_one():
+    """Also where attention stops at the boundary of a document, which costs memory and time."""
     for borders, expected in (("none", None), ("loss", None), ("attention", 0), ("both", 0)):
         data, tokenizer = DataConfig(path="text", mask_borders=borders), TokenizerConfig(vocab_size=300)
         model = planned_model(Experiment(data=data, tokenizer=tokenizer, model=CONFIG))
