@@ -30,6 +30,7 @@ from jaxchat.tokenizer.foreign.formats import (
     with_chat_tokens,
 )
 from jaxchat.tokenizer.patterns import SPLIT_PATTERN, TIKTOKEN_PATTERNS
+from jaxchat.tokenizer.text_files import read_batches
 
 if TYPE_CHECKING:
     import tiktoken
@@ -102,7 +103,7 @@ class Tokenizer(BaseTokenizer):
             check(path.endswith((".parquet", ".txt")), f"{path} is neither .parquet nor .txt; train from an iterator")
         with _user_errors():
             size = vocab_size - len(SPECIAL_TOKENS)
-            tokens, characters = rust.train_files(paths, size, pattern, max_chars, progress=progress)
+            tokens, characters = rust.train_arrow(read_batches(paths), size, pattern, max_chars, progress=progress)
         check_learnt(len(tokens), vocab_size)
         if progress is not None:
             progress("read", characters)

@@ -8,7 +8,7 @@ use std::sync::{Mutex, mpsc};
 use rustc_hash::FxBuildHasher;
 
 use crate::error::Error;
-use crate::key::{INLINE, inline_key, slot};
+use crate::piece_key::{INLINE, inline_key, slot};
 use crate::split::Splitter;
 
 /// 2^14 entries of 32 bytes are half of a usual second-level cache.
@@ -177,6 +177,41 @@ impl Batch {
     pub fn push(&mut self, text: &str) {
         self.text.push_str(text);
         self.ends.push(self.text.len());
+    }
+
+    /// Replaces the texts with those that Arrow stores in `bytes`: text i is `bytes[offsets[i]..offsets[i + 1]]`.
+    /// Otherwise says what is wrong, and holds no texts.
+    pub fn replace(&mut self, offsets: &[i64], bytes: &[u8]) -> Result<(), &'static str> {
+        self.clear();
+        let [first, ends @ ..] = offsets else { return Ok(()) };
+        let range = usize::try_from(*first).unwrap_or(usize::MAX)..offsets.last().map_or(0, |&end| end as usize);
+        let bytes = bytes.get(range).ok_or("the offsets lie outside the bytes")?;
+        self.text.push_str(std::str::from_utf8(bytes).map_err(|_| "a text is not UTF-8")?);
+        let mut start = *first;
+        for &end in ends {
+            let at = (end - first) as usize;
+            if end < start || !self.text.is_char_boundary(at) {
+                self.clear();
+                return Err("the offsets do not ascend, or lie inside a character");
+            }
+            self.ends.push(at);
+            start = end;
+        }
+        Ok(())
+    }
+
+    /// Drops the texts after the one in which the characters reach `limit`. Gives the number of characters left.
+    pub fn truncate(&mut self, limit: u64) -> u64 {
+        let (mut characters, mut kept) = (0, 0);
+        for text in self.texts() {
+            if characters >= limit {
+                break;
+            }
+            characters += text.chars().count() as u64;
+            kept += 1;
+        }
+        self.ends.truncate(kept);
+        characters
     }
 
     /// Makes room for other texts in the same allocation.

@@ -2,8 +2,8 @@
 
 use std::num::NonZero;
 
-use crate::cores::threads_or_all;
 use crate::error::Error;
+use crate::threads::threads_or_all;
 
 /// Most tokens are shorter. Copying always as many bytes takes fewer instructions than copying just enough.
 const WINDOW: usize = 16;

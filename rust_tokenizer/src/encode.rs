@@ -4,10 +4,10 @@ use std::num::NonZero;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::cores::threads_or_all;
 use crate::error::Error;
-use crate::key::{INLINE, inline_key, slot};
+use crate::piece_key::{INLINE, inline_key, slot};
 use crate::split::Splitter;
+use crate::threads::threads_or_all;
 use crate::vocab::Vocabulary;
 
 /// Below this many bytes a text is encoded faster than a thread starts.

@@ -1,7 +1,6 @@
 //! What can go wrong, in words for the user.
 
 use std::fmt;
-use std::path::PathBuf;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Error {
@@ -11,8 +10,8 @@ pub enum Error {
     Split(String),
     /// The tokens cannot make a vocabulary.
     Vocabulary(String),
-    /// A file of texts cannot be read.
-    File { path: PathBuf, why: String },
+    /// Texts in Arrow's layout are damaged; `source` is the caller's name for where they come from.
+    Texts { source: String, why: String },
     /// An id that no token has.
     Id { id: i64, size: usize },
     /// More distinct pieces than positions of 32 bits can count.
@@ -28,7 +27,7 @@ impl fmt::Display for Error {
             Self::Pattern(why) => write!(out, "the split pattern does not compile: {}", one_line(why)),
             Self::Split(why) => write!(out, "the split pattern fails on this text: {}", one_line(why)),
             Self::Vocabulary(why) => out.write_str(why),
-            Self::File { path, why } => write!(out, "{} cannot be read: {}", path.display(), one_line(why)),
+            Self::Texts { source, why } => write!(out, "{source} cannot be read: {why}"),
             Self::Id { id, size } => {
                 write!(out, "token id {id} is out of range: this tokenizer has ids 0 to {}", size - 1)
             }

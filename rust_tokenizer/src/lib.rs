@@ -3,17 +3,16 @@
 //! The core is pure Rust. `py.rs`, behind the feature `python`, is the binding.
 
 pub mod classes;
-pub mod cores;
 pub mod count;
 pub mod decode;
 pub mod dfa;
 pub mod encode;
 pub mod error;
-pub mod files;
-pub mod key;
+pub mod piece_key;
 #[cfg(feature = "python")]
 mod py;
 pub mod scan;
 pub mod split;
+pub mod threads;
 pub mod train;
 pub mod vocab;

@@ -2,7 +2,6 @@
 
 use std::borrow::Cow;
 use std::num::NonZero;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use numpy::{Element, IntoPyArray, PyArray1, PyReadonlyArray1};
@@ -12,13 +11,12 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyInt, PyIterator, PyList, PyString};
 
-use crate::cores::threads_or_all;
 use crate::count::{Batch, count_batches};
 use crate::decode::{Decoder, Id};
 use crate::encode;
 use crate::error::Error;
-use crate::files::Texts;
 use crate::split::{DEFAULT_PATTERN, Splitter};
+use crate::threads::threads_or_all;
 use crate::train::learn;
 use crate::vocab::Vocabulary;
 
@@ -118,13 +116,15 @@ fn train<'py>(
     Ok(list_of_bytes(py, &tokens))
 }
 
-/// `train` on the texts of files, which Python never sees: parquet with a column `text`, or plain text. Returns the
-/// tokens, and the number of characters read: at most `max_chars` and the rest of one text.
+/// `train` on texts in Arrow's layout. Each batch is `(source, offsets, bytes)`: text i of the batch is
+/// `bytes[offsets[i]:offsets[i + 1]]`, `offsets` is an array of int64, `bytes` one of uint8, and `source` names them in
+/// errors. About a megabyte a batch is best. Reads up to the text in which the characters reach `max_chars`; returns the
+/// tokens, and the number of characters read.
 #[pyfunction]
-#[pyo3(signature = (paths, size, pattern, max_chars=None, threads=None, progress=None))]
-fn train_files<'py>(
+#[pyo3(signature = (batches, size, pattern, max_chars=None, threads=None, progress=None))]
+fn train_arrow<'py>(
     py: Python<'py>,
-    paths: Vec<PathBuf>,
+    batches: &Bound<'py, PyAny>,
     size: usize,
     pattern: &str,
     max_chars: Option<u64>,
@@ -132,14 +132,33 @@ fn train_files<'py>(
     progress: Option<Py<PyAny>>,
 ) -> PyResult<(Vec<Bound<'py, PyBytes>>, u64)> {
     let splitter = Splitter::new(pattern)?;
-    let mut texts = Texts::new(paths, max_chars);
+    let iterator: Py<PyIterator> = batches.try_iter()?.unbind();
+    let limit = max_chars.unwrap_or(u64::MAX);
+    let mut characters = 0;
     let tokens = py.detach(|| {
         learn_from(&splitter, size, threads, progress.as_ref(), |reporter, batch| {
-            Python::attach(|py| reporter.report(py, "count", texts.characters()))?;
-            Ok(texts.fill(batch)?)
+            Python::attach(|py| {
+                reporter.report(py, "count", characters)?;
+                while batch.is_empty() && characters < limit {
+                    let Some(item) = iterator.bind(py).clone().next() else { break };
+                    characters += take_arrow(&item?, batch, limit - characters)?;
+                }
+                Ok(())
+            })
         })
     })?;
-    Ok((list_of_bytes(py, &tokens), texts.characters()))
+    Ok((list_of_bytes(py, &tokens), characters))
+}
+
+/// Fills a batch with texts in Arrow's layout until they have `limit` characters. Gives the number of characters.
+fn take_arrow(item: &Bound<'_, PyAny>, batch: &mut Batch, limit: u64) -> PyResult<u64> {
+    type Arrow<'py> = (String, PyReadonlyArray1<'py, i64>, PyReadonlyArray1<'py, u8>);
+    let (source, offsets, bytes): Arrow = item.extract()?;
+    let (offsets, bytes) = (slice_of(&offsets), slice_of(&bytes));
+    item.py().detach(|| {
+        batch.replace(&offsets, &bytes).map_err(|why| Error::Texts { source, why: why.into() })?;
+        Ok(batch.truncate(limit))
+    })
 }
 
 fn list_of_bytes<'py>(py: Python<'py>, tokens: &[Vec<u8>]) -> Vec<Bound<'py, PyBytes>> {
@@ -365,5 +384,5 @@ fn jaxchat_tokenizer(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("TokenizerError", module.py().get_type::<TokenizerError>())?;
     module.add_class::<Encoder>()?;
     module.add_function(wrap_pyfunction!(train, module)?)?;
-    module.add_function(wrap_pyfunction!(train_files, module)?)
+    module.add_function(wrap_pyfunction!(train_arrow, module)?)
 }

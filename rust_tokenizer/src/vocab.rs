@@ -6,7 +6,7 @@ use std::collections::{BinaryHeap, HashMap};
 use rustc_hash::FxBuildHasher;
 
 use crate::error::Error;
-use crate::key::{INLINE, inline_key};
+use crate::piece_key::{INLINE, inline_key};
 
 /// No merge, no neighbour.
 const NONE: u32 = u32::MAX;

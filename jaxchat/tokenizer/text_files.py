@@ -1,0 +1,78 @@
+"""Text files in Arrow's layout, the form in which the Rust trainer reads text without a Python string for each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int64, UInt8
+
+from jaxchat.errors import UserError, check
+from jaxchat.storage import first_line
+
+COLUMN = "text"
+ROWS = 256  # of parquet at once: about a megabyte, which fits a processor's cache
+BLOCK_BYTES = 1 << 20  # of plain text at once
+
+# The source of some texts, for error messages; their offsets; their UTF-8: text i is `utf8[offsets[i] : offsets[i + 1]]`.
+Batch = tuple[str, Int64[np.ndarray, "N+1"], UInt8[np.ndarray, "B"]]
+
+# A place where the default split pattern ends a piece too: between a line break and something visible in ASCII.
+_CUT = re.compile(rb"\n(?=[!-~])")
+
+
+def read_batches(paths: Iterable[str]) -> Iterator[Batch]:
+    """The texts of `.parquet` files (column `text`; rows without a value are skipped) and of plain text files, in order.
+
+    A row of parquet is one text. A plain file is cut into texts of about `BLOCK_BYTES`.
+
+    Raises:
+      UserError: a file is missing, damaged, has no column `text` of strings, or is not UTF-8.
+    """
+    for path in paths:
+        try:
+            yield from _read_parquet(path) if path.endswith(".parquet") else _read_plain(path)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+
+
+def _read_parquet(path: str) -> Iterator[Batch]:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        names = file.schema_arrow.names
+        check(COLUMN in names, f"{path} cannot be read: it has no column {COLUMN!r}; its columns are {', '.join(names)}")
+        kind = file.schema_arrow.field(COLUMN).type
+        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        check(is_text, f"{path} cannot be read: column {COLUMN!r} holds {kind}, not strings")
+        for batch in file.iter_batches(ROWS, columns=[COLUMN]):
+            # Large strings have offsets of 64 bits; the bytes stay where they are.
+            texts = batch.column(0).drop_null().cast(pa.large_string())
+            _, offsets, utf8 = texts.buffers()
+            offsets = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+            yield path, offsets, np.frombuffer(utf8 or b"", np.uint8)
+
+
+def _read_plain(path: str) -> Iterator[Batch]:
+    rest, start = b"", 0  # `start`: of `rest` in the file
+    with open(path, "rb") as file:
+        while True:
+            block = file.read(BLOCK_BYTES)
+            known, rest = len(rest), rest + block
+            is_last = len(block) < BLOCK_BYTES
+            cuts = (cut.end() for cut in _CUT.finditer(rest, max(0, known - 1)))
+            end = len(rest) if is_last else max(cuts, default=0)
+            text, rest = rest[:end], rest[end:]
+            _check_utf8(path, text, start)
+            yield path, np.array([0, end], np.int64), np.frombuffer(text, np.uint8)
+            if is_last:
+                return
+            start += end
+
+
+def _check_utf8(path: str, text: bytes, start: int) -> None:
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} cannot be read: byte {start + error.start} is not UTF-8") from None
