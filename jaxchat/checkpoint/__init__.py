@@ -1,4 +1,4 @@
-"""Checkpoints: saved behind the training's back, checked when read, restored onto any mesh."""
+"""Checkpoints: saved in the background, verified when read, restored onto any mesh."""
 
 from jaxchat.checkpoint.checkpoints import Checkpoints
 

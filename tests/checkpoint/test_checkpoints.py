@@ -1,4 +1,4 @@
-"""Checkpoints: same state back on any mesh, and no damaged one is ever used."""
+"""Checkpoints: the same state comes back on any mesh, and a damaged one is never used."""
 
 import json
 import os
@@ -15,9 +15,10 @@ import pytest
 
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import CheckpointConfig, MeshConfig, OptimizerConfig
-from jaxchat.devices.mesh import make_mesh, shardings
+from jaxchat.devices.mesh import make_mesh
 from jaxchat.errors import UserError
 from jaxchat.model.config import GPTConfig
+from jaxchat.model.parameters import shardings
 from jaxchat.optim.optimizer import make_optimizer
 
 OPTIMIZER = make_optimizer(OptimizerConfig(), GPTConfig(depth=2, vocab_size=256), lambda count: 1.0)
@@ -67,10 +68,12 @@ def test_comes_back_on_another_mesh(checkpoints, before, after):
     got, got_data, got_meta = checkpoints.restore(target)
     assert_same(got, saved)
     assert (got_data, got_meta) == (data, meta)
-    jax.tree.map(lambda g, t: g.sharding.is_equivalent_to(t.sharding, g.ndim) or pytest.fail("elsewhere"), got, target)
+    jax.tree.map(
+        lambda g, t: g.sharding.is_equivalent_to(t.sharding, g.ndim) or pytest.fail("another sharding"), got, target
+    )
 
 
-def test_training_goes_on_from_it_exactly(checkpoints):
+def test_training_resumes_from_it_exactly(checkpoints):
     @jax.jit
     def step(tree):
         updates, opt_state = OPTIMIZER.update(tree["params"], tree["opt_state"], tree["params"])
@@ -94,14 +97,14 @@ def test_training_goes_on_from_it_exactly(checkpoints):
 
 @pytest.fixture(params=["with room", "without room"])
 def room(request, monkeypatch):
-    """The devices have, or do not have, the memory for a second state; those of the CPU do not say."""
+    """The devices have, or do not have, the memory for a second state; CPU devices do not report it."""
     if request.param == "without room":
         full = {"bytes_limit": 1000, "peak_bytes_in_use": 1000}
         monkeypatch.setattr(type(jax.devices()[0]), "memory_stats", lambda device: full)
 
 
 @pytest.mark.parametrize("mesh", [ONE, ALL, SQUARE])
-def test_what_becomes_of_the_state_after_the_save_does_not_reach_the_checkpoint(checkpoints, room, mesh):
+def test_overwriting_the_state_after_the_save_does_not_change_the_checkpoint(checkpoints, room, mesh):
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
     for step in (1, 2):
         saved, expected = state(seed=step, width=256, step=step, mesh=mesh), state(seed=step, width=256, step=step)
@@ -113,7 +116,7 @@ def test_what_becomes_of_the_state_after_the_save_does_not_reach_the_checkpoint(
         assert_same(got, expected)
 
 
-def test_nothing_of_a_save_stays_on_the_devices(checkpoints):
+def test_a_save_leaves_nothing_on_the_devices(checkpoints):
     saved = state(mesh=SQUARE)
     before = len(jax.live_arrays())
     for step in (1, 2):
@@ -122,14 +125,12 @@ def test_nothing_of_a_save_stays_on_the_devices(checkpoints):
         assert len(jax.live_arrays()) == before
 
 
-def test_ctrl_c_in_the_wait_for_a_save_ends_nothing_else(checkpoints, monkeypatch):
-    monkeypatch.setattr(Checkpoints, "failed", False)
+def test_ctrl_c_while_waiting_for_a_save_ends_only_the_wait(checkpoints):
     saved = {"params": {"w": jax.random.normal(jax.random.key(0), 1 << 24)}, "step": jnp.asarray(1)}
     checkpoints.save(1, saved, data={}, meta={})
     threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         checkpoints.wait()
-    assert Checkpoints.failed  # who ends the program now does not wait
     assert_same(checkpoints.restore(saved)[0], saved)
 
 
@@ -142,7 +143,7 @@ def test_only_the_parameters(checkpoints):
     assert_same(checkpoints.restore_params(without_sharding, 5), saved["params"])
 
 
-def test_keeps_the_newest_and_any_step_can_be_asked_for(checkpoints):
+def test_keeps_the_newest_and_restores_any_step(checkpoints):
     assert checkpoints.latest_step() is None
     for step in (3, 20, 100):
         checkpoints.save(step, state(seed=step, step=step), data={"at": step}, meta={})
@@ -175,7 +176,7 @@ def test_no_checkpoint(checkpoints):
 
 
 @pytest.mark.parametrize("restore", ["state", "params"])
-def test_other_settings_are_told_apart(checkpoints, restore):
+def test_another_model_is_refused(checkpoints, restore):
     checkpoints.save(4, state(), data={}, meta={})
     other = state(width=32)
     with pytest.raises(UserError, match=r"params/blocks/0/attn/o is float32\[16,16\] there and float32\[32,32\] here"):
@@ -244,7 +245,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_refused_with_the_way_out(checkpoints, damage):
+def test_damage_is_refused_with_a_remedy(checkpoints, damage):
     for step in (10, 20):
         checkpoints.save(step, state(seed=step, step=step), data={"at": step}, meta={})
     checkpoints.close()
@@ -254,7 +255,7 @@ def test_damage_is_refused_with_the_way_out(checkpoints, damage):
     with pytest.raises(UserError) as error:
         fresh.restore(state())
     message = str(error.value)
-    assert "\n" not in message and message.endswith("delete that folder to go on from step 10")
+    assert "\n" not in message and message.endswith("delete that folder to resume from step 10")
     assert message.startswith(f"checkpoint {checkpoints.directory / '20'} is damaged (")
     assert_same(fresh.restore(state(), 10)[0], state(seed=10, step=10))
     shutil.rmtree(checkpoints.directory / "20")
@@ -265,18 +266,18 @@ def test_damage_is_refused_with_the_way_out(checkpoints, damage):
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, delete_metadata])
-def test_damaged_parameters_are_refused_and_without_a_good_step_fresh_is_the_way_out(checkpoints, damage):
+def test_without_a_good_step_the_remedy_for_damaged_parameters_is_fresh(checkpoints, damage):
     for step in (10, 20):
         checkpoints.save(step, state(), data={}, meta={})
     checkpoints.close()
     damage(checkpoints.directory / "10" / "params" if damage is not delete_metadata else checkpoints.directory / "10")
     damage(checkpoints.directory / "20" / "params" if damage is not delete_metadata else checkpoints.directory / "20")
-    with pytest.raises(UserError, match=r"/20 is damaged \(params/.*\); start again with --fresh$"):
+    with pytest.raises(UserError, match=r"/20 is damaged \(params/.*\); start over with --fresh$"):
         Checkpoints(checkpoints.directory).restore_params(state()["params"])
 
 
 def test_random_damage_never_gives_another_state(checkpoints, capsys):
-    """JAXCHAT_DAMAGES sets how many: of any file, a bit flipped, an end cut off, or all of it deleted."""
+    """Any file: a bit flipped, the end cut off, or deleted. JAXCHAT_DAMAGES sets how many times."""
     good = {step: state(seed=step, step=step) for step in (10, 20)}
     for step in good:
         checkpoints.save(step, good[step], data={"at": step}, meta={})
@@ -302,8 +303,8 @@ def test_random_damage_never_gives_another_state(checkpoints, capsys):
         except UserError as error:
             refused += 1
             assert str(folder) in str(error) and "\n" not in str(error)
-            assert "go on from step 10" in str(error) or "there is no checkpoint of step 20" in str(error)
-        else:  # what is not needed to read it
+            assert "resume from step 10" in str(error) or "there is no checkpoint of step 20" in str(error)
+        else:  # the file is not needed to restore
             assert path.parent == Path(folder), path
             assert_same(got, good[20])
             assert data == {"at": 20}
@@ -311,7 +312,7 @@ def test_random_damage_never_gives_another_state(checkpoints, capsys):
     assert_same(fresh.restore(state(), 10)[0], good[10])
     assert_same(fresh.restore(state(), 20)[0], good[20])
     with capsys.disabled():
-        print(f" {count} damages, {refused} refused, {count - refused} of what is not read ", end="")
+        print(f" {count} damages, {refused} refused, {count - refused} of files that are not read ", end="")
 
 
 def test_every_file_is_covered_by_the_manifest(checkpoints):
@@ -322,7 +323,7 @@ def test_every_file_is_covered_by_the_manifest(checkpoints):
     assert set(json.loads((folder / "manifest.json").read_text())) == here
 
 
-def test_what_a_killed_writer_left_is_no_checkpoint_and_is_cleared_by_the_next_save(checkpoints):
+def test_a_half_written_save_is_not_a_checkpoint_and_the_next_save_deletes_it(checkpoints):
     checkpoints.save(1, state(), data={}, meta={})
     checkpoints.close()
     half = checkpoints.directory / "2.orbax-checkpoint-tmp-0"
@@ -336,13 +337,13 @@ def test_what_a_killed_writer_left_is_no_checkpoint_and_is_cleared_by_the_next_s
     assert not half.exists()
 
 
-def kept(directory, config, worths=(), steps=range(1, 9)):
-    """The steps that are left after a save at each of them, each followed by what its evaluation says."""
-    checkpoints, worths = Checkpoints(directory, config), dict(worths)
+def kept(directory, config, scores=(), steps=range(1, 9)):
+    """The steps that are left after a save at each of these, each followed by the score of its evaluation."""
+    checkpoints, scores = Checkpoints(directory, config), dict(scores)
     for step in steps:
         checkpoints.save(step, {"params": {"w": jnp.zeros(2)}, "step": jnp.asarray(step)}, data={}, meta={})
-        if step in worths:
-            checkpoints.note_worth(step, worths[step])
+        if step in scores:
+            checkpoints.record_score(step, scores[step])
     left = checkpoints.steps()
     checkpoints.close()
     return left
@@ -352,9 +353,9 @@ def test_which_are_kept(tmp_path):
     assert kept(tmp_path / "newest", CheckpointConfig()) == [7, 8]
     assert kept(tmp_path / "one", CheckpointConfig(keep=1)) == [8]
     assert kept(tmp_path / "every", CheckpointConfig(keep=1, keep_every=3)) == [3, 6, 8]
-    worths = {2: -1.5, 4: -1.1, 6: -1.3}
-    assert kept(tmp_path / "best", CheckpointConfig(keep_best=True), worths) == [4, 7, 8]
-    # What was best is remembered by the next start; a better one takes its place.
+    scores = {2: -1.5, 4: -1.1, 6: -1.3}
+    assert kept(tmp_path / "best", CheckpointConfig(keep_best=True), scores) == [4, 7, 8]
+    # The best step so far is known after a restart too; a better one takes its place.
     assert kept(tmp_path / "best", CheckpointConfig(keep_best=True), steps=(9, 10)) == [4, 9, 10]
     assert kept(tmp_path / "best", CheckpointConfig(keep_best=True), {11: -1.0}, (11, 12, 13)) == [11, 12, 13]
     assert kept(tmp_path / "best", CheckpointConfig(), steps=(14, 15)) == [14, 15]

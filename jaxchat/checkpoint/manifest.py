@@ -1,4 +1,4 @@
-"""Whether a step's files are as they were written: `manifest.json` has the size and CRC-32 of each."""
+"""Whether a checkpoint's files are as they were written: `manifest.json` lists the size and CRC-32 of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHUNK = 1 << 22
 
 
 def write_manifest(folder: epath.Path, items: tuple[str, ...]) -> None:
-    """Of the files of these items, subfolders of a step's folder."""
+    """Writes the manifest of a step's folder, for the files in these subfolders."""
     paths = [path for item in items for path in _files(folder / item)]
     with ThreadPoolExecutor(4) as pool:
         sums = pool.map(_size_and_crc, paths)
@@ -26,12 +26,15 @@ def write_manifest(folder: epath.Path, items: tuple[str, ...]) -> None:
 
 
 def find_damage(folder: epath.Path, items: tuple[str, ...]) -> str | None:
-    """What is wrong with the items' files in a step's folder, by its manifest; None when they are as written."""
+    """What is wrong with the files in these subfolders of a step's folder; None if they match the manifest.
+
+    All processes must call it together: each verifies a share of the files, and all return the same.
+    """
     return next(filter(None, exchange(_find_own_damage(folder, items) or "")), None)
 
 
 def _find_own_damage(folder: epath.Path, items: tuple[str, ...]) -> str | None:
-    """The same for this process's share of the files."""
+    """What is wrong with this process's share of the files."""
     with readable(folder):
         try:
             data = (folder / MANIFEST).read_bytes()
