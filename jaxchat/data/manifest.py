@@ -1,7 +1,7 @@
-"""The manifest of a data folder: which files were downloaded, from where, and what their bytes are.
+"""The manifest of a data folder: which files were downloaded, where from, and their checksums.
 
-`manifest.json` lies beside `pretrain/`, `chat/` and `eval/`. It also pins the validation shard, so that no number of
-further shards ever turns it into training data.
+`manifest.json` is next to `pretrain/`, `chat/` and `eval/`. It also pins the validation shard, so that downloading more
+shards never turns it into training data.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ from jaxchat.storage import AnyPath
 
 FILE_NAME = "manifest.json"
 VERSION = 1
-_HASHED_AT_ONCE = 1 << 20
-_HASHING_THREADS = 4  # hashing lets other threads run
+_READ_BYTES = 1 << 20
+_HASHING_THREADS = 4  # hashing releases the interpreter lock
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a data set of the folder is from. `revision` is a commit, or the checksum of an archive; `validation` is
-    the file that is never trained on."""
+class Origin:
+    """Where a data set of the folder comes from.
+
+    Attributes:
+      source: the hub's path or an address.
+      revision: a commit, or the checksum of an archive.
+      validation: the file that is never trained on, for pretraining text.
+    """
 
     source: str
     revision: str
@@ -35,7 +40,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Record:
-    """A file as it was written: its data set, its size in bytes, its checksum, and the files it was made of."""
+    """A file as it was written: its data set, size in bytes and checksum, and the downloaded files it was made from."""
 
     dataset: str
     size: int
@@ -45,25 +50,28 @@ class Record:
 
 @dataclass
 class Manifest:
-    """What a data folder has; the keys of `files` are paths inside it, with slashes."""
+    """The data sets and files of a data folder; the keys of `files` are paths inside it, with slashes."""
 
     folder: AnyPath
-    datasets: dict[str, Source] = field(default_factory=dict)
+    datasets: dict[str, Origin] = field(default_factory=dict)
     files: dict[str, Record] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: AnyPath) -> Manifest:
-        """The folder's manifest, an empty one if it has none.
+        """Reads the folder's manifest; an empty one if it has none.
 
         Raises:
-          UserError: it is damaged, or of a later version.
+          UserError: it is damaged, or from a later version.
         """
         path = folder / FILE_NAME
         try:
             data = json.loads(path.read_bytes())
             version = data["version"]
-            check(version == VERSION, f"{path} is of version {version}; use the version of jaxchat that wrote it")
-            datasets = {name: Source(**source) for name, source in data["datasets"].items()}
+            check(
+                version == VERSION,
+                f"{path} has version {version}; use the version of jaxchat that wrote it",
+            )
+            datasets = {name: Origin(**origin) for name, origin in data["datasets"].items()}
             files = {name: Record(**record | {"made_of": tuple(record["made_of"])})
                      for name, record in data["files"].items()}  # fmt: skip
         except FileNotFoundError:
@@ -76,10 +84,10 @@ class Manifest:
         return cls(folder, datasets, files)
 
     def write(self) -> None:
-        """Replaces the file as a whole."""
+        """Writes `manifest.json`, replacing it in one step."""
         data = {
             "version": VERSION,
-            "datasets": {name: dataclasses.asdict(source) for name, source in sorted(self.datasets.items())},
+            "datasets": {name: dataclasses.asdict(origin) for name, origin in sorted(self.datasets.items())},
             "files": {name: dataclasses.asdict(record) for name, record in sorted(self.files.items())},
         }
         part = self.folder / f".{FILE_NAME}.part"
@@ -94,14 +102,14 @@ class Manifest:
         return {name: record for name, record in self.files.items() if record.dataset == dataset}
 
     def has(self, name: str) -> bool:
-        """Whether a recorded file is there with its size; its bytes are not read."""
+        """Whether a file is recorded and there with the recorded size; its bytes are not read."""
         try:
             return name in self.files and (self.folder / name).stat().st_size == self.files[name].size
         except OSError:
             return False
 
     def damage(self, names: list[str]) -> dict[str, str]:
-        """What is wrong with recorded files, by name, after reading all their bytes; those in order are left out."""
+        """Reads all bytes of recorded files; returns what is wrong with the damaged ones, by name."""
         with ThreadPoolExecutor(_HASHING_THREADS) as pool:
             found = zip(names, pool.map(self._damage, names), strict=True)
             return {name: wrong for name, wrong in found if wrong}
@@ -111,7 +119,7 @@ class Manifest:
         try:
             if (size := path.stat().st_size) != record.size:
                 return f"has {size:,} bytes, not {record.size:,}"
-            return None if file_sha256(path) == record.sha256 else "has other bytes than were downloaded"
+            return None if file_sha256(path) == record.sha256 else "has different bytes from those that were downloaded"
         except FileNotFoundError:
             return "is missing"
         except OSError as error:
@@ -119,20 +127,20 @@ class Manifest:
 
 
 def pinned_shard(text_folder: AnyPath) -> AnyPath | None:
-    """The validation shard that a manifest pins for the text in a folder; None where none does.
+    """The validation shard that a manifest pins for the text in a folder, or None.
 
     The folder is a data folder, or its `pretrain/`.
 
     Raises:
-      UserError: a damaged manifest.
+      UserError: the manifest is damaged.
     """
-    pinned = (m.folder / source.validation for m in _manifests(text_folder) for source in m.datasets.values()
-              if source.validation is not None)  # fmt: skip
+    pinned = (m.folder / origin.validation for m in _manifests(text_folder) for origin in m.datasets.values()
+              if origin.validation is not None)  # fmt: skip
     return next((path for path in pinned if path.parent == text_folder), None)
 
 
 def recorded_shards(text_folder: AnyPath) -> list[AnyPath]:
-    """The files of text that a manifest says are in a folder, which is as for `pinned_shard`."""
+    """The files of text that a manifest lists for a folder, given as to `pinned_shard`."""
     paths = (m.folder / name for m in _manifests(text_folder) for name, record in m.files.items()
              if m.datasets[record.dataset].validation is not None)  # fmt: skip
     return [path for path in paths if path.parent == text_folder]
@@ -148,13 +156,13 @@ def file_sha256(path: Path) -> str:
 
 
 def git_sha1(path: Path) -> str:
-    """The id that git gives to the bytes of a file: SHA-1 over `blob SIZE\\0` and the bytes."""
+    """The id that git gives to the contents of a file: SHA-1 of `blob SIZE\\0` and the bytes."""
     start = f"blob {path.stat().st_size}\0".encode()
     return _hash_file(path, hashlib.sha1(start, usedforsecurity=False))
 
 
 def _hash_file(path: Path, digest) -> str:
     with path.open("rb") as file:
-        while piece := file.read(_HASHED_AT_ONCE):
-            digest.update(piece)
+        while data := file.read(_READ_BYTES):
+            digest.update(data)
     return digest.hexdigest()

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 
-from jaxchat.data.text.shards import TextSide
+from jaxchat.data.text.shards import TextFiles
 from tests.data.hub_server import REPO, SHARDS, HubServer
 
 
@@ -21,11 +21,11 @@ def server(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def side(tmp_path_factory) -> TextSide:
+def side(tmp_path_factory) -> TextFiles:
     """Two shards of three row groups of three documents, and an empty document between them."""
     folder = tmp_path_factory.mktemp("text")
     texts = [f"the {i} cat sat " * (i % 4 + 1) for i in range(18)]
     files = tuple(folder / f"shard_{shard}.parquet" for shard in range(2))
     for shard, path in enumerate(files):
         pq.write_table(pa.table({"text": texts[9 * shard : 9 * shard + 9]}), path, row_group_size=3)
-    return TextSide(files, "parquet")
+    return TextFiles(files, "parquet")

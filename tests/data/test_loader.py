@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxchat.data.chat.packing import RenderedConversations
 from jaxchat.data.loader import chat_batches, count_rows
-from jaxchat.data.text import bestfit, packing
-from jaxchat.data.text.lanes import summed
-from jaxchat.data.text.packing import RenderedConversations
-from jaxchat.data.text.shards import TextSide, iterate_texts
+from jaxchat.data.positions import totals
+from jaxchat.data.text import rows as text_rows
+from jaxchat.data.text.shards import TextFiles, iterate_texts
 from jaxchat.errors import UserError
 from tests.data.small_text import BOS, PACKINGS, TOKENIZER, assert_same, take, text_batches
 
@@ -30,7 +30,7 @@ CHATS = [
 RENDERED = RenderedConversations(CHATS, TOKENIZER, 100)
 
 
-def tokens_of(side: TextSide) -> list[int]:
+def tokens_of(side: TextFiles) -> list[int]:
     return [token for text in iterate_texts(side) for token in [BOS, *TOKENIZER.encode(text)]]
 
 
@@ -103,9 +103,9 @@ def test_chats_go_on_from_any_batch(taken, rows):
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    monkeypatch.setattr(bestfit, "WINDOW_ROWS", 6)
-    monkeypatch.setattr(bestfit, "EPOCH_ROWS", 3)
-    monkeypatch.setattr(packing, "CHUNK_CHARS", 40)
+    monkeypatch.setattr(text_rows, "WINDOW_ROWS", 6)
+    monkeypatch.setattr(text_rows, "EPOCH_ROWS", 3)
+    monkeypatch.setattr(text_rows, "ENCODE_CHARS", 40)
 
 
 def best_fit_batches(side, **changes):
@@ -118,7 +118,7 @@ def test_best_fit_trains_on_every_token_once_and_begins_every_row_with_bos(tmp_p
     folder = tmp_path_factory.mktemp("text")
     texts = [f"{i} " + "cat" * length for i, length in enumerate(lengths)]
     pq.write_table(pa.table({"text": texts}), folder / "a.parquet", row_group_size=7)
-    side = TextSide((folder / "a.parquet",), "parquet")
+    side = TextFiles((folder / "a.parquet",), "parquet")
     found = []
     for batch in best_fit_batches(side, rows=rows, repeat=False):
         for inputs, targets in zip(batch["inputs"].tolist(), batch["targets"].tolist(), strict=True):
@@ -140,9 +140,9 @@ def test_best_fit_trains_on_every_token_once_and_begins_every_row_with_bos(tmp_p
 def test_best_fit_places_every_part_of_a_document_once_and_leaves_little_room(lengths, row_len):
     ends = np.cumsum(lengths).tolist()
     documents = list(zip([0, *ends[:-1]], ends, strict=True))
-    rows = bestfit.best_fit(documents, row_len)
+    rows = text_rows.best_fit(documents, row_len)
     used = [sum(end - start + (not whole) for start, end, whole in row) for row in rows]
-    assert max(used) <= row_len and min(used[:-1], default=row_len) >= row_len - max(2, row_len // bestfit.GAP)
+    assert max(used) <= row_len and min(used[:-1], default=row_len) >= row_len - max(2, row_len // text_rows.GAP)
     pieces = sorted(piece for row in rows for piece in row)
     assert all(start < end for start, end, _ in pieces)
     assert [start for start, _, _ in pieces] == [0, *(end for _, end, _ in pieces[:-1])] and pieces[-1][1] == ends[-1]
@@ -152,12 +152,12 @@ def test_best_fit_places_every_part_of_a_document_once_and_leaves_little_room(le
 def test_best_fit_cuts_few_documents_and_says_how_many(side):
     iterator = best_fit_batches(side, repeat=False, sequence_len=40)
     rows = sum(int((batch["targets"] >= 0).any(axis=1).sum()) for batch in iterator)
-    packed = summed(iterator.get_state())["packed"]
+    packed = totals(iterator.get_state())["packed"]
     assert (packed["documents"], packed["rows"]) == (18, rows) and 0 < packed["cut"] <= rows
     pieces = packed["targets"] + rows - len(tokens_of(side))  # a <|bos|> more each
     assert packed["cut"] <= pieces <= rows
     whole = best_fit_batches(side, repeat=False, sequence_len=5000)
-    assert len(list(whole)) == 1 and summed(whole.get_state())["packed"]["cut"] == 0
+    assert len(list(whole)) == 1 and totals(whole.get_state())["packed"]["cut"] == 0
 
 
 def test_borders_are_no_targets_if_wanted(side):
@@ -172,7 +172,7 @@ def test_borders_are_no_targets_if_wanted(side):
 def test_a_state_of_another_packing_is_refused(side):
     for packing_name, other in (PACKINGS, PACKINGS[::-1]):
         state = text_batches(side, packing=packing_name).get_state()
-        with pytest.raises(UserError, match=f"go on with --data.packing={packing_name}"):
+        with pytest.raises(UserError, match=f"resume with --data.packing={packing_name}"):
             text_batches(side, packing=other).set_state(state)
 
 
@@ -277,10 +277,10 @@ def test_a_program_may_end_while_a_thread_reads(side):
     program = f"""
 import pathlib
 from jaxchat.data.loader import pretrain_batches
-from jaxchat.data.text.shards import TextSide
+from jaxchat.data.text.shards import TextFiles
 from jaxchat.tokenizer import Tokenizer
 tokenizer = Tokenizer.train_from_iterator(["the cat sat on the mat"] * 3, 265)
-side = TextSide(tuple(map(pathlib.Path, {[str(path) for path in side.files]!r})), "parquet")
+side = TextFiles(tuple(map(pathlib.Path, {[str(path) for path in side.files]!r})), "parquet")
 iterator = pretrain_batches(side, tokenizer, rows=64, sequence_len=512, seed=0)
 print(next(iterator)["inputs"].shape)
 """
@@ -291,7 +291,7 @@ print(next(iterator)["inputs"].shape)
 def test_what_is_wrong_with_a_file_comes_out_of_next_as_it_is(tmp_path):
     lines = ['{"text": "the cat sat on the mat"}\n'] * 9 + ["nonsense\n"]
     (tmp_path / "a.jsonl").write_text("".join(lines))
-    iterator = text_batches(TextSide((tmp_path / "a.jsonl",), "jsonl"))
+    iterator = text_batches(TextFiles((tmp_path / "a.jsonl",), "jsonl"))
     for _ in range(2):
         with pytest.raises(UserError) as raised:
             next(iterator)
@@ -301,15 +301,15 @@ def test_what_is_wrong_with_a_file_comes_out_of_next_as_it_is(tmp_path):
 def test_too_little_text_and_other_data_are_refused(side, tmp_path):
     (tmp_path / "a.txt").write_text("the cat")
     with pytest.raises(UserError, match="a.txt holds only . tokens, fewer than the 17 of one row"):
-        next(text_batches(TextSide((tmp_path / "a.txt",), "txt")))
+        next(text_batches(TextFiles((tmp_path / "a.txt",), "txt")))
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(UserError, match="a.txt holds no text"):
-        next(text_batches(TextSide((tmp_path / "a.txt",), "txt"), repeat=False))
+        next(text_batches(TextFiles((tmp_path / "a.txt",), "txt"), repeat=False))
     state = text_batches(side).get_state()
-    with pytest.raises(UserError, match="has changed: 3 blocks now, 6 when"):
-        text_batches(TextSide(side.files[:1], "parquet")).set_state(state)
+    with pytest.raises(UserError, match="has changed: it has 3 blocks now, but had 6 when"):
+        text_batches(TextFiles(side.files[:1], "parquet")).set_state(state)
     with pytest.raises(UserError, match="no conversations"):
         chat_batches([], TOKENIZER, rows=1, sequence_len=8, seed=0)
     state = chats().get_state()
-    with pytest.raises(UserError, match="has changed: 5 conversations now, 60 when"):
+    with pytest.raises(UserError, match="has changed: it has 5 conversations now, but had 60 when"):
         chat_batches(CHATS[:5], TOKENIZER, rows=1, sequence_len=8, seed=0).set_state(state)

@@ -1,4 +1,4 @@
-"""The data sets that `jaxchat data get` knows: where they are, and which files of a data folder they become."""
+"""The data sets that `jaxchat data get` can download: where they are, and which files of a data folder they become."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ DEFAULT_SHARDS = 8  # two billion characters: what a tokenizer is trained on
 
 @dataclass(frozen=True)
 class Shards:
-    """Pretraining text as parquet files `shard_00000` to `shard_LAST` with a column `text`, shuffled all over. The last
-    one is for validation, however many others are taken."""
+    """Shuffled pretraining text as parquet files `shard_00000` to `shard_LAST` with a column `text`.
+
+    The last shard is for validation, however many others are used.
+    """
 
     last: int
     shard_bytes: int = 92_000_000
 
     def path(self, index: int) -> str:
-        """The file's path at the hub."""
+        """The path of a shard on the hub."""
         return f"shard_{index:05d}.parquet"
 
     def name(self, index: int) -> str:
-        """The file's path in a data folder."""
+        """The path of a shard in a data folder."""
         return f"pretrain/{self.path(index)}"
 
     @property
@@ -34,7 +36,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of the parquet files that `pattern` matches become the lines of `name` in a data folder."""
+    """Parquet files matching `pattern`, whose rows become the lines of the file `name` in a data folder."""
 
     pattern: str
     name: str
@@ -43,8 +45,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Archive:
-    """A zip file, not on the hub, that only its checksum tells apart from another one at the same address. What is in
-    its `folder` goes to `name` in a data folder."""
+    """A zip file outside the hub, whose checksum stands for its revision. The contents of its `folder` become the
+    folder `name` in a data folder."""
 
     url: str
     sha256: str
@@ -54,7 +56,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class Dataset:
-    """`repo` is the hub's data set, None for an archive; `size` is about how many bytes there are to download."""
+    """A data set. `repo` is its name on the hub, None for an archive; `size` is about how many bytes it downloads."""
 
     name: str
     about: str
@@ -116,7 +118,7 @@ DATASETS = (
 
 @dataclass(frozen=True)
 class Request:
-    """A data set to have; of pretraining text, the first `shards` shards beside the validation shard."""
+    """A data set to download; of pretraining text, the validation shard and the first `shards` others."""
 
     dataset: Dataset
     shards: int = 0
@@ -127,10 +129,10 @@ class Request:
 
 
 def parse_request(entry: str, shards: int | None = None) -> Request:
-    """`NAME`, or `NAME:SHARDS` for pretraining text; `shards` if the entry does not say how many.
+    """Parses `NAME`, or `NAME:SHARDS` for pretraining text; `shards` is used if the entry has no number.
 
     Raises:
-      UserError: no such data set, a number of shards that is none, or one for a data set that has no shards.
+      UserError: an unknown data set, an impossible number of shards, or one for a data set without shards.
     """
     name, colon, number = entry.partition(":")
     names = {dataset.name: dataset for dataset in DATASETS}
@@ -141,21 +143,21 @@ def parse_request(entry: str, shards: int | None = None) -> Request:
         check(not colon, f"{entry}: {name} is not pretraining text and has no shards; write {name}")
         return Request(dataset)
     check(not colon or number.isascii() and number.isdigit(), f"{entry}: write {name}:SHARDS, such as {name}:50")
-    check(not colon or shards in (None, int(number)), f"{entry} and --shards {shards} are not the same; write one")
+    check(not colon or shards in (None, int(number)), f"{entry} and --shards {shards} differ; write only one")
     wanted, most = int(number) if colon else DEFAULT_SHARDS if shards is None else shards, dataset.content.last
-    check(1 <= wanted <= most, f"{name} has 1 to {most:,} shards for training, not {wanted:,}")
+    check(1 <= wanted <= most, f"{name} has {most:,} shards for training; ask for 1 to {most:,}, not {wanted:,}")
     return Request(dataset, wanted)
 
 
 def parse_requests(entries: Sequence[str], shards: int | None = None) -> list[Request]:
-    """As `parse_request`, of several; at most one is pretraining text.
+    """Parses several entries as `parse_request` does; at most one may be pretraining text.
 
     Raises:
-      UserError: as `parse_request`; two texts; a number of shards, but no text.
+      UserError: as `parse_request`; two texts; `shards` without a text.
     """
     requests = list(dict.fromkeys(parse_request(entry, shards) for entry in entries))
     texts = [request.dataset.name for request in requests if request.is_text]
-    check(len(texts) == len(set(texts)), f"{''.join(texts[:1])} is asked for with several numbers of shards; write one")
-    check(len(texts) <= 1, f"{' and '.join(texts)} are pretraining texts; give each a folder of its own")
-    check(shards is None or bool(texts), f"{', '.join(entries)}: no pretraining text, and so no shards")
+    check(len(texts) == len(set(texts)), f"{''.join(texts[:1])} is requested with several numbers of shards; write one")
+    check(len(texts) <= 1, f"{' and '.join(texts)} are both pretraining text; download each to a separate folder")
+    check(shards is None or bool(texts), f"{', '.join(entries)} has no shards; leave --shards out")
     return requests

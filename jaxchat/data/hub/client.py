@@ -1,7 +1,7 @@
-"""Fetching single files, mostly from the Hugging Face hub: goes on where it stopped, waits when told to, and checks.
+"""Downloads single files, mostly from the Hugging Face hub: resumes, retries, waits when asked to, checks the bytes.
 
-The hub's own client (`huggingface_hub`) knows its addresses, its mirrors (`HF_ENDPOINT`), its tokens and its timeouts
-(`HF_HUB_DOWNLOAD_TIMEOUT`); its `hf_hub_download` throws a partial file away, which is why the bytes are received here.
+The hub's own client (`huggingface_hub`) knows addresses, mirrors (`HF_ENDPOINT`), tokens and timeouts
+(`HF_HUB_DOWNLOAD_TIMEOUT`). Its `hf_hub_download` discards partial files, which is why the bytes are received here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,17 +27,23 @@ from jaxchat.errors import UserError, check
 from jaxchat.runs.progress import format_duration
 from jaxchat.storage import first_line
 
-PATIENCE = 6  # failures in a row, without a byte between them, until the user is told
-LONGEST_WAIT = 120.0  # seconds; a server may ask for more
-WRONG_BYTES = 3  # downloads of a file whose checksum is wrong, until the user is told
+PATIENCE = 6  # failures in a row, without a byte between them, before giving up
+LONGEST_WAIT = 120.0  # seconds between attempts; a server may ask for more
+WRONG_BYTES = 3  # downloads of a file with a wrong checksum before giving up
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Remote:
-    """A file to fetch. `digest` is its SHA-256, or git's id where the hub knows no other; None if it is to be asked."""
+class RemoteFile:
+    """A file to download.
+
+    Attributes:
+      path: its path on the hub, or its name, for messages.
+      size: bytes; None if unknown.
+      digest: its SHA-256, or the id that git gives it if the hub knows no other; None if unknown.
+    """
 
     path: str
     url: str
@@ -46,20 +52,21 @@ class Remote:
 
 
 class Stopped(Exception):
-    """The download was told to stop."""
+    """The download was asked to stop."""
 
 
 class _CutShort(Exception):
-    """The answer ended before the file did."""
+    """The response ended before the file did."""
 
 
-class Hub:
-    """
+class HubClient:
+    """Asks the hub about files and downloads them, with retries.
+
     Args:
       say: prints a line for the user.
-      stop: ends every request and every waiting, with `Stopped`.
-      patience: failures in a row that are put up with; None for any number, which is for what nobody watches.
-      backoff: seconds to wait after the first of them, twice as long after the next, and so on.
+      stop: set it to end every request and every wait, which then raise `Stopped`.
+      patience: failures in a row before giving up; None for never, if nobody is watching.
+      backoff: seconds to wait after the first failure, twice as long after the next, and so on.
     """
 
     def __init__(
@@ -74,84 +81,82 @@ class Hub:
         self._endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
     def listing(self, repo: str, revision: str | None) -> tuple[str, list[str]]:
-        """The commit of a data set's revision (None for the latest), and the paths of its files; beyond a thousand the
-        hub may leave some out."""
+        """The commit of a data set's revision (None for the latest) and the paths of its files, of which the hub may
+        leave some out if there are over a thousand."""
         api = HfApi(endpoint=self._endpoint)
         seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
         info = self._persist(repo, lambda: api.dataset_info(repo, revision=revision, timeout=seconds))
         return info.sha, [sibling.rfilename for sibling in info.siblings or ()]
 
-    def remote(self, repo: str, revision: str, path: str) -> Remote:
-        """A file of a data set; nothing is asked yet."""
+    def locate(self, repo: str, revision: str, path: str) -> RemoteFile:
+        """A file of a data set, by its address alone, without a request."""
         url = hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=self._endpoint)
-        return Remote(path, url)
+        return RemoteFile(path, url)
 
-    def describe(self, remote: Remote) -> Remote:
-        """The same with size and digest, which the hub says without sending the file."""
-        if remote.digest is not None:
-            return remote
+    def describe(self, remote: RemoteFile) -> RemoteFile:
+        """The file with its size and digest, which the hub tells without sending the file."""
         seconds = constants.HF_HUB_ETAG_TIMEOUT
         found = self._persist(remote.path, lambda: get_hf_file_metadata(remote.url, timeout=seconds))
         check(
             found.etag is not None and len(found.etag) in (40, 64) and found.size is not None,
-            f"{self._endpoint} does not say size and checksum of {remote.path}; if it is a mirror, use another",
+            f"{self._endpoint} does not give the size and checksum of {remote.path}; if it is a mirror, use another",
         )
-        return Remote(remote.path, remote.url, found.size, found.etag)
+        return replace(remote, size=found.size, digest=found.etag)
 
-    def fetch(self, remote: Remote, part: Path, moved: Callable[[int], None]) -> None:
-        """Leaves the whole file in `part`, going on from what is there already.
+    def fetch(self, remote: RemoteFile, part: Path, count: Callable[[int], None]) -> None:
+        """Downloads the whole file to `part`, resuming from what is there already.
 
         Args:
-          moved: told how many bytes were written, and, with a minus, how many thrown away.
+          count: called with the number of bytes written, or, negative, discarded.
 
         Raises:
-          UserError: it is not there, not allowed, does not come in spite of all patience, or with the wrong bytes; the
-            disk is full. What has arrived stays, unless it is wrong.
+          UserError: the server does not have the file or refuses it, keeps failing, or keeps sending wrong bytes; the
+            disk is full. What has arrived is kept, unless it is wrong.
           Stopped: `stop` was set.
         """
         for _ in range(WRONG_BYTES):
-            self._persist(remote.path, lambda: self._receive(remote, part, moved), part)
+            self._persist(remote.path, lambda: self._receive(remote, part, count), part)
             with on_disk(part):
                 wrong = _wrong(remote, part)
                 if not wrong:
                     return
-                moved(-part.stat().st_size)
+                count(-part.stat().st_size)
                 part.unlink()
             self._say(f"{remote.path} {wrong}; downloading it again")
         raise UserError(
             f"{remote.path} {wrong}, {WRONG_BYTES} times; nothing of it was kept; "
-            "if HF_ENDPOINT is a mirror, use another, else try again later"
+            "if HF_ENDPOINT is a mirror, use another; otherwise try again later"
         )
 
-    def _receive(self, remote: Remote, part: Path, moved: Callable[[int], None]) -> None:
+    def _receive(self, remote: RemoteFile, part: Path, count: Callable[[int], None]) -> None:
         with on_disk(part):
             part.parent.mkdir(parents=True, exist_ok=True)
             have = part.stat().st_size if part.exists() else 0
         if remote.size is not None and have >= remote.size:
             return
-        token = None if remote.url.startswith(self._endpoint) else False  # nobody else is to see the hub's token
-        headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}  # ranges count the file's own bytes
+        token = None if remote.url.startswith(self._endpoint) else False  # no other server may see the hub's token
+        headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}  # ranges count uncompressed bytes
         if have:
             headers["Range"] = f"bytes={have}-"
         seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT  # without a byte
         with get_session().stream("GET", remote.url, headers=headers, timeout=seconds) as response:
-            if response.status_code == 416:  # there is no more: the checksum will say whether that is right
+            if response.status_code == 416:  # there are no more bytes; the checksum decides whether the file is whole
                 return
             hf_raise_for_status(response)
-            goes_on = response.status_code == 206
-            if have and not goes_on:
-                moved(-have)
+            resumes = response.status_code == 206
+            if have and not resumes:
+                count(-have)
                 have = 0
             length = response.headers.get("Content-Length", "")
             expected = remote.size if remote.size is not None else have + int(length) if length.isdigit() else None
             with on_disk(part):
-                file = part.open("ab" if goes_on else "wb", buffering=0)
+                file = part.open("ab" if resumes else "wb", buffering=0)
             with file:
-                for piece in response.iter_bytes():
+                for data in response.iter_bytes():
                     with on_disk(part):
-                        _write(file, piece)
-                    have += len(piece)
-                    moved(len(piece))
+                        _write(file, data)
+                    have += len(data)
+                    count(len(data))
                     if self._stop.is_set():
                         raise Stopped
                 with on_disk(part):
@@ -159,10 +164,10 @@ class Hub:
         if expected is not None and have < expected:
             raise _CutShort(f"ended after {have:,} of {expected:,} bytes")
 
-    # --- patience -----------------------------------------------------------------------------------------------
+    # --- retries --------------------------------------------------------------------------------------------------
 
     def _persist(self, name: str, attempt: Callable[[], T], part: Path | None = None) -> T:
-        """What `attempt` returns in the end. Failures count anew whenever `part` has grown."""
+        """Retries `attempt` until it succeeds. The count of failures starts again whenever `part` has grown."""
         failures, before = 0, _size(part)
         while True:
             if self._stop.is_set():
@@ -177,23 +182,23 @@ class Hub:
             before = _size(part)
             if self._patience is not None and failures > self._patience:
                 raise UserError(
-                    f"{name}: {reason}, {failures} times in a row; what has arrived is kept, the same command goes on "
-                    "from there"
+                    f"{name}: {reason}, {failures} times in a row; what has arrived is kept, and the same command "
+                    "resumes from there"
                 ) from None
             own = min(LONGEST_WAIT, self._backoff * 2 ** min(failures - 1, 20)) * random.uniform(0.75, 1.25)
-            wait = max(wait or 0.0, own)  # "at once", and a date that is past, are no invitation to hurry
+            wait = max(wait or 0.0, own)  # a server may ask for 0 seconds, or name a date in the past
             self._say(f"{name}: {reason}; trying again in {format_duration(wait)}")
             if self._stop.wait(wait):
                 raise Stopped
 
     def _judge(self, name: str, error: Exception) -> tuple[str, float | None]:
-        """What happened, in words, and the seconds that the server wants to be left alone, if it says so.
+        """What happened, in words, and how many seconds the server asks to wait, if it does.
 
         Raises:
-          UserError: trying again is of no use.
+          UserError: trying again would not help.
         """
         if isinstance(error, OfflineModeIsEnabled):
-            raise UserError(f"{name} has to be downloaded, but HF_HUB_OFFLINE is set; unset it") from None
+            raise UserError(f"{name} must be downloaded, but HF_HUB_OFFLINE is set; unset it") from None
         if isinstance(error, HfHubHTTPError):
             response = error.response
             if response.status_code in TRANSIENT:
@@ -202,11 +207,11 @@ class Hub:
             raise UserError(_refused(name, response.status_code, str(response.url))) from None
         if isinstance(error, _CutShort):
             return f"the connection {error}", None
-        if type(error).__module__.split(".")[0].startswith("httpx"):  # the client has changed this library before
+        if type(error).__module__.split(".")[0].startswith("httpx"):  # by name: the hub's client has changed it before
             return f"{self._host(error)}: {first_line(error)}", None
         if isinstance(error, ValueError):
             raise UserError(
-                f"{name}: {self._endpoint} does not answer as the hub does ({first_line(error)}); "
+                f"{name}: {self._endpoint} does not respond like the hub ({first_line(error)}); "
                 "check HF_ENDPOINT and the network's login page"
             ) from None
         raise error
@@ -216,18 +221,18 @@ class Hub:
         return f"no answer from {request.url.host if request is not None else self._endpoint}"
 
 
-def _wrong(remote: Remote, part: Path) -> str | None:
+def _wrong(remote: RemoteFile, part: Path) -> str | None:
     """What is wrong with the bytes that arrived."""
     size = part.stat().st_size
     if remote.size is not None and size != remote.size:
-        return f"came with {size:,} bytes instead of {remote.size:,}"
+        return f"arrived with {size:,} bytes instead of {remote.size:,}"
     found = git_sha1(part) if len(remote.digest or "") == 40 else file_sha256(part)
-    return None if remote.digest in (None, found) else f"came with the wrong bytes (checksum {found[:12]}…)"
+    return None if remote.digest in (None, found) else f"arrived with the wrong bytes (checksum {found[:12]}…)"
 
 
-def _write(file: Any, piece: bytes) -> None:
-    """An unbuffered file may take less than it was given."""
-    left = memoryview(piece)
+def _write(file: Any, data: bytes) -> None:
+    """Writes all of `data` to an unbuffered file, whose `write` may take only a part."""
+    left = memoryview(data)
     while left:
         left = left[file.write(left) :]
 
@@ -237,7 +242,7 @@ def _size(part: Path | None) -> int:
 
 
 def _asked_to_wait(response: Any) -> float | None:
-    """Seconds: the hub's own rate-limit header, or `Retry-After` as seconds or as a date (RFC 9110, 10.2.3)."""
+    """Seconds to wait, from the hub's rate-limit header or `Retry-After`, a number or a date (RFC 9110, 10.2.3)."""
     limit = parse_ratelimit_headers(response.headers)
     if response.status_code == 429 and limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds)
@@ -252,7 +257,7 @@ def _asked_to_wait(response: Any) -> float | None:
 
 def _refused(name: str, status: int, url: str) -> str:
     if status in (401, 403):
-        return f"{name}: the server answers {status} for {url}; log in with 'hf auth login' if the data set wants that"
+        return f"{name}: the server answers {status} for {url}; log in with 'hf auth login' if the data set requires it"
     if status == 404:
         return f"{name}: the server has no {url} (404); if HF_ENDPOINT is a mirror, it may lack this data set"
     return f"{name}: the server answers {status} for {url}"
@@ -260,12 +265,12 @@ def _refused(name: str, status: int, url: str) -> str:
 
 @contextlib.contextmanager
 def on_disk(path: Path) -> Iterator[None]:
-    """Turns what the file system refuses into a line for the user."""
+    """Turns an error of the file system into a `UserError`."""
     try:
         yield
     except OSError as error:
         if error.errno in DISK_FULL:
             raise UserError(
-                f"no space left for {path}; free some, and the same command goes on from what has arrived"
+                f"no space left for {path}; free some, and the same command resumes from what has arrived"
             ) from None
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None

@@ -1,4 +1,4 @@
-"""Downloaded files in the form that tasks read: parquet to JSON lines, an archive to its files. One row at a time."""
+"""Converts downloaded files to what tasks read: parquet to JSON lines, row by row, and an archive to its files."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from jaxchat.errors import UserError, check
 from jaxchat.tokenizer.conversation import checked_messages
 
 Row = dict[str, Any]
-ToItem = Callable[[Row], Row | None]  # an item as its task reads it; None for a row that no task could use
+ToItem = Callable[[Row], Row | None]  # gives the item as its task reads it; None for a row that no task can use
 
 _ROWS = 1024  # read at once
-_LEVEL = 5  # of gzip: a third smaller than 1, and twice as fast as 9
+_LEVEL = 5  # of gzip: a third smaller than level 1, and twice as fast as level 9
 
 
 def columns(*names: str) -> ToItem:
-    """Rows whose columns are named as the task wants them."""
+    """Takes columns that already have the names that the task expects."""
     return lambda row: {name: row[name] for name in names}
 
 
 def arc_item(row: Row) -> Row:
-    """ARC's choices are texts and labels, and its answer is a label: A to E, or 1 to 5."""
+    """Converts a question of ARC, whose choices have labels, A to E or 1 to 5, one of which is the answer."""
     choices = row["choices"]
     return {"query": row["question"], "choices": choices["text"], "gold": choices["label"].index(row["answerKey"])}
 
 
 def chat_item(row: Row) -> Row | None:
-    """A conversation that the tokenizer can render."""
+    """Converts a conversation; None if the tokenizer cannot render it."""
     messages = [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
     try:
         checked_messages({"messages": messages})
@@ -45,25 +45,26 @@ def chat_item(row: Row) -> Row | None:
 
 
 def write_items(sources: Sequence[Path], target: Path, to_item: ToItem) -> int:
-    """Writes the rows of parquet files as JSON lines, gzipped if `target` ends in `.gz`; the same rows give the same
-    bytes.
+    """Writes the rows of parquet files as JSON lines, gzipped if `target` ends in `.gz`.
+
+    The same rows always give the same bytes.
 
     Returns:
-      How many rows were of no use, and left out.
+      How many rows were left out because no task can use them.
 
     Raises:
-      UserError: a file that is no parquet, or has other columns than the task needs.
+      UserError: a file is not parquet, or lacks columns that the task needs.
     """
     left_out = written = 0
     with target.open("wb") as raw:
-        # Without a name and a time of its own, which would make the bytes differ.
+        # Without a name and a time stamp, which would make the bytes differ.
         packed = gzip.GzipFile("", "wb", _LEVEL, raw, mtime=0) if target.suffix == ".gz" else raw
         for source in sources:
             for row in _rows(source):
                 try:
                     item = to_item(row)
                 except (KeyError, ValueError, TypeError) as error:
-                    raise UserError(f"{source.name} is not made as jaxchat knows it: {error!r}") from None
+                    raise UserError(f"{source.name} does not have the format that jaxchat knows: {error!r}") from None
                 if item is None:
                     left_out += 1
                     continue
@@ -71,7 +72,7 @@ def write_items(sources: Sequence[Path], target: Path, to_item: ToItem) -> int:
                 written += 1
         if packed is not raw:
             packed.close()
-    check(written > 0, f"{', '.join(source.name for source in sources)}: no row is of use")
+    check(written > 0, f"{', '.join(source.name for source in sources)}: no row can be used")
     return left_out
 
 
@@ -80,17 +81,17 @@ def _rows(path: Path) -> Iterator[Row]:
         for batch in pq.ParquetFile(path).iter_batches(_ROWS):
             yield from batch.to_pylist()
     except pa.ArrowException as error:
-        raise UserError(f"{path.name} is no parquet file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path.name} is not a parquet file: {str(error).splitlines()[0]}") from None
 
 
 def unpack(archive: Path, target: Path, folder: str) -> list[str]:
-    """Unpacks what a zip file has in `folder` into `target`.
+    """Unpacks the contents of `folder` in a zip file into `target`.
 
     Returns:
       The paths of the files within `target`.
 
     Raises:
-      UserError: a damaged archive, one without that folder, or a path that leads out of it.
+      UserError: the archive is damaged, lacks the folder, or has a path that leads out of it.
     """
     names = []
     try:

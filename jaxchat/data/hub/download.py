@@ -1,9 +1,9 @@
-"""Data sets into a data folder: what is missing is fetched, checked, brought into form and recorded.
+"""Downloads data sets into a data folder: fetches what is missing, checks it, converts it and records it.
 
 DIR/manifest.json        what was downloaded
-DIR/pretrain/            shards of pretraining text, as the hub has them
-DIR/chat/, DIR/eval/     what tasks read, made of the hub's files
-DIR/.download/           what has arrived in part; a lock, for one download at a time
+DIR/pretrain/            shards of pretraining text, as they are on the hub
+DIR/chat/, DIR/eval/     what tasks read, converted from the hub's files
+DIR/.download/           partial downloads, and a lock that allows one download at a time
 """
 
 from __future__ import annotations
@@ -14,45 +14,50 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from huggingface_hub import is_offline_mode
 
 from jaxchat.data.hub.catalogue import Archive, Dataset, Request, Shards, Table
-from jaxchat.data.hub.client import PATIENCE, Hub, Remote, Stopped, on_disk
+from jaxchat.data.hub.client import PATIENCE, HubClient, RemoteFile, Stopped, on_disk
 from jaxchat.data.hub.convert import unpack, write_items
-from jaxchat.data.manifest import Manifest, Record, Source, file_sha256
+from jaxchat.data.manifest import Manifest, Origin, Record, file_sha256
 from jaxchat.data.text.shards import SUFFIXES
 from jaxchat.errors import UserError, check
 
-WORKERS = 4  # files at once: one connection rarely fills a line
+WORKERS = 4  # files at a time: one connection rarely uses the whole bandwidth
 FIRST_SHARDS = 8  # of the text, before anything else: what a tokenizer is trained on
 WORKING = ".download"
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What one worker does at a time: a shard, a table or an archive. `name` is the file or folder that it becomes."""
+class Job:
+    """What one worker does at a time: a shard, a table or an archive.
+
+    Attributes:
+      name: the file or folder that it becomes, as a path in the data folder.
+      size: bytes to download; an estimate until the server has been asked.
+      sources: the files' paths on the hub.
+    """
 
     dataset: Dataset
     name: str
     content: Shards | Table | Archive
-    size: int  # about, until the server has said
-    sources: tuple[str, ...] = ()  # paths at the hub
+    size: int
+    sources: tuple[str, ...] = ()
 
 
 class Download:
-    """Brings data sets into `folder`. Several threads or processes may try: one works, the others wait for it.
+    """Downloads data sets into `folder`. Of several threads or processes that do so, one works and the others wait.
 
     Args:
-      check_bytes: reads all that is there and fetches again what is damaged; otherwise only sizes are compared.
-      patience, backoff: as `Hub`.
+      check_bytes: reads every file and downloads damaged ones again; otherwise only sizes are compared.
+      patience, backoff: as in `HubClient`.
 
     Attributes:
-      bytes_total, bytes_done, pieces_total, pieces_done: of what was missing; the first is an estimate in the
-        beginning.
+      bytes_total, bytes_done, jobs_total, jobs_done: of what was missing; `bytes_total` is an estimate at first.
     """
 
     def __init__(
@@ -67,43 +72,43 @@ class Download:
     ):
         self.folder, self._requests, self._say, self._check_bytes = local_folder(folder), requests, say, check_bytes
         self._stop = threading.Event()
-        self._hub = Hub(say, self._stop, patience=patience, backoff=backoff)
+        self._hub = HubClient(say, self._stop, patience=patience, backoff=backoff)
         self._changed = threading.Condition()
-        self._queue: deque[Piece] = deque()
+        self._queue: deque[Job] = deque()
         self._error: BaseException | None = None
         self._manifest = Manifest(self.folder)
-        self._sources: dict[str, Source] = {}
-        self.bytes_total = self.bytes_done = self.pieces_total = self.pieces_done = 0
+        self._origins: dict[str, Origin] = {}
+        self.bytes_total = self.bytes_done = self.jobs_total = self.jobs_done = 0
 
     def run(self, watch: Callable[[Download], None] = lambda _: None, *, every: float = 0.2) -> None:
-        """Returns when everything is there.
+        """Returns once everything is there.
 
         Args:
-          watch: called every so many seconds while there is something to do.
+          watch: called every `every` seconds while there is work to do.
 
         Raises:
-          UserError: see `Hub.fetch`; not enough space; something of the user's own is in the way; a part is missing and
-            HF_HUB_OFFLINE is set. What has arrived stays.
+          UserError: see `HubClient.fetch`; there is not enough space; a file of the user's is in the way; a file is
+            missing and HF_HUB_OFFLINE is set. What has arrived is kept.
           Stopped: `stop` was called.
         """
         self._manifest = Manifest.read(self.folder)
         if not self._check_bytes and self._is_complete():
-            return  # also where nothing may be written
+            return  # before anything is written: the folder may be read-only
         lock = FileLock(self.folder / WORKING / "lock")
         with on_disk(self.folder):
             (self.folder / WORKING).mkdir(parents=True, exist_ok=True)
             self._acquire(lock, watch)
         try:
             self._manifest = Manifest.read(self.folder)
-            pieces = self._missing()
-            if pieces:
-                self._work(self._plan(pieces), watch, every)
+            missing = self._missing()
+            if missing:
+                self._work(self._plan(missing), watch, every)
             self._tidy()
         finally:
             lock.release()
 
     def stop(self) -> None:
-        """Makes `run` end soon, in whichever thread it is."""
+        """Makes `run` end soon, in whichever thread it is running."""
         self._stop.set()
 
     def _acquire(self, lock: FileLock, watch: Callable[[Download], None]) -> None:
@@ -114,7 +119,7 @@ class Download:
                 return
             except Timeout:
                 if not wait:
-                    self._say(f"another download is at work in {self.folder}; waiting for it")
+                    self._say(f"another process is downloading to {self.folder}; waiting for it")
                 wait = 0.5
                 watch(self)
                 if self._stop.is_set():
@@ -126,29 +131,24 @@ class Download:
             if not os.listdir(folder):
                 os.rmdir(folder)
 
-    # --- what is to be done -------------------------------------------------------------------------------------
+    # --- what there is to do --------------------------------------------------------------------------------------
 
-    def _pieces(self) -> list[Piece]:
-        return [piece for request in self._requests for piece in pieces_of(request)]
+    def _jobs(self) -> list[Job]:
+        return [job for request in self._requests for job in jobs_of(request)]
 
     def _is_complete(self) -> bool:
         self._check_texts()
-        return all(is_whole(piece, self._manifest) for piece in self._pieces())
+        return all(is_whole(job, self._manifest) for job in self._jobs())
 
-    def _check_texts(self) -> None:
-        for request in self._requests:
-            if request.is_text:
-                self._check_text(request.dataset)
-
-    def _missing(self) -> list[Piece]:
-        """The pieces that are not there or not whole, in the order in which they are wanted.
+    def _missing(self) -> list[Job]:
+        """The jobs whose files are missing or damaged, in the order in which they are requested.
 
         Raises:
-          UserError: other text is in the folder; offline.
+          UserError: the folder contains other text; something is missing while offline.
         """
         self._check_texts()
-        pieces = self._pieces()
-        recorded = {piece: recorded_files(piece, self._manifest) for piece in pieces}
+        jobs = self._jobs()
+        recorded = {job: recorded_files(job, self._manifest) for job in jobs}
         names = [name for found in recorded.values() for name in found]
         wrong = {name: "is missing or cut short" for name in names if not self._manifest.has(name)}
         if self._check_bytes and names:
@@ -157,30 +157,35 @@ class Download:
         for name in sorted(wrong):
             if (self.folder / name).exists():
                 self._say(f"{name} {wrong[name]}; downloading it again")
-        missing = [piece for piece in pieces if not recorded[piece] or any(name in wrong for name in recorded[piece])]
+        missing = [job for job in jobs if not recorded[job] or any(name in wrong for name in recorded[job])]
         if missing and is_offline_mode():
-            some = ", ".join(piece.name for piece in missing[:3]) + (", ..." if len(missing) > 3 else "")
-            sets = " ".join(dict.fromkeys(piece.dataset.name for piece in missing))
+            some = ", ".join(job.name for job in missing[:3]) + (", ..." if len(missing) > 3 else "")
+            sets = " ".join(dict.fromkeys(job.dataset.name for job in missing))
             raise UserError(
-                f"HF_HUB_OFFLINE is set, and {self.folder} lacks {len(missing):,} of {len(pieces):,} files of {sets}: "
+                f"HF_HUB_OFFLINE is set, and {self.folder} lacks {len(missing):,} of {len(jobs):,} files of {sets}: "
                 f"{some}; unset it, or run 'jaxchat data get {sets}' where there is a network"
             )
         return missing
 
+    def _check_texts(self) -> None:
+        for request in self._requests:
+            if request.is_text:
+                self._check_text(request.dataset)
+
     def _check_text(self, dataset: Dataset) -> None:
-        """One text a folder: shards of several would bear the same names."""
-        texts = [name for name, source in self._manifest.datasets.items() if source.validation]
+        """Allows one text a folder: the shards of two would have the same names."""
+        texts = [name for name, origin in self._manifest.datasets.items() if origin.validation]
         others = [name for name in texts if name != dataset.name]
         another = f"choose another folder for {dataset.name}"
-        check(not others, f"{self.folder / 'pretrain'} holds {', '.join(others)}; {another}")
+        check(not others, f"{self.folder / 'pretrain'} contains {', '.join(others)}; {another}")
         shards = {dataset.content.name(index) for index in range(dataset.content.last + 1)}
         own = [name for name in own_text(self.folder) if name not in shards]
-        check(not own, f"{self.folder} holds text of your own, such as {own[0] if own else ''}; {another}")
+        check(not own, f"{self.folder} contains text of your own, such as {own[0] if own else ''}; {another}")
 
-    def _plan(self, missing: list[Piece]) -> list[Piece]:
-        """The same pieces with their sources, of the revision that the folder began with."""
-        planned: list[Piece] = []
-        for dataset in dict.fromkeys(piece.dataset for piece in missing):
+    def _plan(self, missing: list[Job]) -> list[Job]:
+        """The jobs with their sources, from the revision that the folder began with, in the order of work."""
+        planned: list[Job] = []
+        for dataset in dict.fromkeys(job.dataset for job in missing):
             known = self._manifest.datasets.get(dataset.name)
             files: list[str] = []
             if dataset.repo is None:
@@ -190,43 +195,43 @@ class Download:
             else:
                 revision, files = self._hub.listing(dataset.repo, known.revision if known else None)
             pin = dataset.content.validation if isinstance(dataset.content, Shards) else None
-            self._sources[dataset.name] = Source(dataset.source, revision, pin)
-            planned += [self._with_sources(piece, files) for piece in missing if piece.dataset is dataset]
+            self._origins[dataset.name] = Origin(dataset.source, revision, pin)
+            planned += [self._with_sources(job, files) for job in missing if job.dataset is dataset]
         self._check_space(planned)
-        # What a tokenizer needs, then the small sets, then the long rest of the text.
-        text = [piece for piece in planned if isinstance(piece.content, Shards)]
-        tasks = [piece for piece in planned if not isinstance(piece.content, Shards)]
+        # First the text that a tokenizer needs, then the small sets, then the rest of the text.
+        text = [job for job in planned if isinstance(job.content, Shards)]
+        tasks = [job for job in planned if not isinstance(job.content, Shards)]
         return [*text[: FIRST_SHARDS + 1], *tasks, *text[FIRST_SHARDS + 1 :]]
 
-    def _with_sources(self, piece: Piece, files: list[str]) -> Piece:
-        if isinstance(piece.content, Shards):
-            return piece
-        self._check_own(piece)
-        if isinstance(piece.content, Archive):
-            return piece
-        found = tuple(sorted(fnmatch.filter(files, piece.content.pattern)))
-        check(bool(found), f"{piece.dataset.source} has no {piece.content.pattern}; it is not what it was")
-        return Piece(piece.dataset, piece.name, piece.content, piece.size, found)
+    def _with_sources(self, job: Job, files: list[str]) -> Job:
+        if isinstance(job.content, Shards):
+            return job
+        self._check_own(job)
+        if isinstance(job.content, Archive):
+            return job
+        found = tuple(sorted(fnmatch.filter(files, job.content.pattern)))
+        check(bool(found), f"{job.dataset.source} has no {job.content.pattern}; the data set has changed")
+        return replace(job, sources=found)
 
-    def _check_space(self, pieces: list[Piece]) -> None:
-        """A table and what it is made of are there at the same time, and so are an archive and its files."""
-        need = sum(piece.size * (1 if isinstance(piece.content, Shards) else 2) for piece in pieces)
+    def _check_space(self, jobs: list[Job]) -> None:
+        # A table or an archive takes space twice, since what it is made from is deleted last.
+        need = sum(job.size * (1 if isinstance(job.content, Shards) else 2) for job in jobs)
         need -= sum(path.stat().st_size for path in (self.folder / WORKING).rglob("*.part"))
         free = shutil.disk_usage(self.folder).free
-        fewer = ", or ask for fewer shards" if any(isinstance(piece.content, Shards) for piece in pieces) else ""
+        fewer = ", or ask for fewer shards" if any(isinstance(job.content, Shards) for job in jobs) else ""
         check(
             need <= free,
-            f"about {need / 1e9:,.1f} GB more are needed in {self.folder}, and {free / 1e9:,.1f} GB are free there; "
+            f"{self.folder} needs about {need / 1e9:,.1f} GB more, and {free / 1e9:,.1f} GB are free there; "
             f"free some space, choose another folder{fewer}",
         )
 
-    # --- doing it -----------------------------------------------------------------------------------------------
+    # --- doing it -------------------------------------------------------------------------------------------------
 
-    def _work(self, pieces: list[Piece], watch: Callable[[Download], None], every: float) -> None:
-        self._queue.extend(pieces)
-        self.pieces_total, self.bytes_total = len(pieces), sum(piece.size for piece in pieces)
-        # Daemons: at the end of the program nobody waits for them, as it would for those of a pool.
-        workers = [threading.Thread(target=self._worker, daemon=True) for _ in range(min(WORKERS, len(pieces)))]
+    def _work(self, jobs: list[Job], watch: Callable[[Download], None], every: float) -> None:
+        self._queue.extend(jobs)
+        self.jobs_total, self.bytes_total = len(jobs), sum(job.size for job in jobs)
+        # Daemon threads, so that the program can exit without waiting for them.
+        workers = [threading.Thread(target=self._worker, daemon=True) for _ in range(min(WORKERS, len(jobs)))]
         for worker in workers:
             worker.start()
         try:
@@ -238,20 +243,20 @@ class Download:
             watch(self)
             self._stop.set()
             for worker in workers:
-                worker.join(3.0)  # one that hears nothing from its server ends with the program
+                worker.join(3.0)  # one whose server is silent ends with the program
         if self._error is not None:
             raise self._error
-        if self.pieces_done < self.pieces_total:
+        if self.jobs_done < self.jobs_total:
             raise Stopped
 
     def _worker(self) -> None:
         while not self._stop.is_set():
             try:
-                piece = self._queue.popleft()
+                job = self._queue.popleft()
             except IndexError:
                 break
             try:
-                self._get(piece)
+                self._get(job)
             except Stopped:
                 break
             except BaseException as error:
@@ -260,123 +265,122 @@ class Download:
                 self._stop.set()
                 break
             with self._changed:
-                self.pieces_done += 1
+                self.jobs_done += 1
                 self._changed.notify_all()
         with self._changed:
             self._changed.notify_all()
 
-    def _get(self, piece: Piece) -> None:
-        dataset = piece.dataset
-        revision = self._sources[dataset.name].revision
-        working = self.folder / WORKING / dataset.name / revision[:12]
-        if isinstance(piece.content, Archive):
-            url = piece.content.url
-            remotes = [Remote(url.rpartition("/")[2], url, None, piece.content.sha256)]
+    def _get(self, job: Job) -> None:
+        revision = self._origins[job.dataset.name].revision
+        working = self.folder / WORKING / job.dataset.name / revision[:12]
+        if isinstance(job.content, Archive):
+            url = job.content.url
+            files = [RemoteFile(url.rpartition("/")[2], url, None, job.content.sha256)]
         else:
-            remotes = [self._hub.describe(self._hub.remote(dataset.repo, revision, path)) for path in piece.sources]
-        parts = [working / f"{remote.path}.part" for remote in remotes]
+            files = [self._hub.describe(self._hub.locate(job.dataset.repo, revision, path)) for path in job.sources]
+        parts = [working / f"{file.path}.part" for file in files]
         with self._changed:
-            known = sum(remote.size or 0 for remote in remotes)
-            self.bytes_total += known - piece.size if known else 0
+            known = sum(file.size or 0 for file in files)
+            self.bytes_total += known - job.size if known else 0
             self.bytes_done += sum(part.stat().st_size for part in parts if part.exists())
-        if isinstance(piece.content, Shards):
-            with on_disk(self.folder / piece.name):
-                if self._adopt(piece, remotes[0]):
+        if isinstance(job.content, Shards):
+            with on_disk(self.folder / job.name):
+                if self._adopt(job, files[0]):
                     return
-            self._check_own(piece)
-        for remote, part in zip(remotes, parts, strict=True):
-            self._hub.fetch(remote, part, self._moved)
-        with on_disk(self.folder / piece.name):
-            self._settle(piece, remotes, parts, working / "made" / piece.name)
+            self._check_own(job)
+        for file, part in zip(files, parts, strict=True):
+            self._hub.fetch(file, part, self._count_bytes)
+        with on_disk(self.folder / job.name):
+            self._finish(job, files, parts, working / "made" / job.name)
 
-    def _moved(self, count: int) -> None:
+    def _count_bytes(self, count: int) -> None:
         with self._changed:
             self.bytes_done += count
 
-    def _adopt(self, piece: Piece, remote: Remote) -> bool:
-        """Records a shard that is there already, as another program has left it, if it is the hub's."""
-        path = self.folder / piece.name
-        if piece.name in self._manifest.files or not path.is_file():
+    def _adopt(self, job: Job, file: RemoteFile) -> bool:
+        """Records a shard that another program has put there, if it is the same as the hub's."""
+        path = self.folder / job.name
+        if job.name in self._manifest.files or not path.is_file():
             return False
-        if path.stat().st_size != remote.size or (digest := file_sha256(path)) != remote.digest:
+        if path.stat().st_size != file.size or (digest := file_sha256(path)) != file.digest:
             return False
-        self._record(piece, [remote], {piece.name: (path, digest)})
-        self._moved(path.stat().st_size)
+        self._record(job, [file], {job.name: (path, digest)})
+        self._count_bytes(path.stat().st_size)
         return True
 
-    def _check_own(self, piece: Piece) -> None:
-        path = self.folder / piece.name
-        ours = recorded_files(piece, self._manifest) or not path.exists()
-        check(bool(ours), f"{path} is not from here and stays as it is; move it away, or choose another folder")
+    def _check_own(self, job: Job) -> None:
+        path = self.folder / job.name
+        ours = recorded_files(job, self._manifest) or not path.exists()
+        check(bool(ours), f"{path} was not downloaded and is left alone; move it away, or choose another folder")
 
-    def _settle(self, piece: Piece, remotes: list[Remote], parts: list[Path], made: Path) -> None:
-        """Brings what was fetched into form and to its place. The record comes first: what stands at its place without
-        one counts as the user's own."""
-        content, files = piece.content, {piece.name: made}
+    def _finish(self, job: Job, files: list[RemoteFile], parts: list[Path], made: Path) -> None:
+        """Converts what was downloaded and moves it to its place."""
+        content, outputs = job.content, {job.name: made}
         if isinstance(content, Shards):
-            files = {piece.name: parts[0]}
+            outputs = {job.name: parts[0]}
         else:
             made.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, Table):
             left_out = write_items(parts, made, content.to_item)
             if left_out:
-                self._say(f"{piece.name}: {left_out:,} rows that no task can use are left out")
+                self._say(f"{job.name}: {left_out:,} rows that no task can use are left out")
         if isinstance(content, Archive):
-            files = {f"{piece.name}/{name}": made / name for name in unpack(parts[0], made, content.folder)}
-        self._record(piece, remotes, {name: (path, file_sha256(path)) for name, path in files.items()})
-        for name, path in files.items():
+            outputs = {f"{job.name}/{name}": made / name for name in unpack(parts[0], made, content.folder)}
+        # Recorded before it is moved: a file that is there without a record counts as the user's own.
+        self._record(job, files, {name: (path, file_sha256(path)) for name, path in outputs.items()})
+        for name, path in outputs.items():
             place = self.folder / name
             place.parent.mkdir(parents=True, exist_ok=True)
             path.replace(place)
         for part in parts:
             part.unlink(missing_ok=True)
 
-    def _record(self, piece: Piece, remotes: list[Remote], files: dict[str, tuple[Path, str]]) -> None:
-        made_of = tuple(remote.path for remote in remotes)
+    def _record(self, job: Job, files: list[RemoteFile], outputs: dict[str, tuple[Path, str]]) -> None:
+        made_of = tuple(file.path for file in files)
         with self._changed:
-            self._manifest.datasets[piece.dataset.name] = self._sources[piece.dataset.name]
-            for name, (path, digest) in files.items():
-                self._manifest.files[name] = Record(piece.dataset.name, path.stat().st_size, digest, made_of)
+            self._manifest.datasets[job.dataset.name] = self._origins[job.dataset.name]
+            for name, (path, digest) in outputs.items():
+                self._manifest.files[name] = Record(job.dataset.name, path.stat().st_size, digest, made_of)
             self._manifest.write()
 
 
 def local_folder(folder: Path | str) -> Path:
-    """Where downloads can go.
+    """A folder that downloads can go to.
 
     Raises:
-      UserError: storage that has no local paths.
+      UserError: it is remote storage, which has no local paths.
     """
     check("://" not in str(folder), f"{folder} is not a local folder; download to one, and copy it from there")
     return Path(folder)
 
 
-def pieces_of(request: Request) -> list[Piece]:
-    """What a request comes to."""
+def jobs_of(request: Request) -> list[Job]:
+    """The jobs that a request consists of."""
     dataset, content = request.dataset, request.dataset.content
     if isinstance(content, Shards):
         # The validation shard first: nothing can begin without it.
-        return [Piece(dataset, content.name(index), content, content.shard_bytes, (content.path(index),))
+        return [Job(dataset, content.name(index), content, content.shard_bytes, (content.path(index),))
                 for index in (content.last, *range(request.shards))]  # fmt: skip
     if isinstance(content, Archive):
-        return [Piece(dataset, content.name, content, dataset.size)]
-    return [Piece(dataset, table.name, table, dataset.size // len(content)) for table in content]
+        return [Job(dataset, content.name, content, dataset.size)]
+    return [Job(dataset, table.name, table, dataset.size // len(content)) for table in content]
 
 
-def recorded_files(piece: Piece, manifest: Manifest) -> list[str]:
-    """The files that a piece became, by the manifest."""
-    if isinstance(piece.content, Archive):
-        return [name for name in manifest.files if name.startswith(f"{piece.name}/")]
-    return [piece.name] if piece.name in manifest.files else []
+def recorded_files(job: Job, manifest: Manifest) -> list[str]:
+    """The files that a job became, according to the manifest."""
+    if isinstance(job.content, Archive):
+        return [name for name in manifest.files if name.startswith(f"{job.name}/")]
+    return [job.name] if job.name in manifest.files else []
 
 
-def is_whole(piece: Piece, manifest: Manifest) -> bool:
-    """Whether all files of a piece are there with their sizes."""
-    files = recorded_files(piece, manifest)
+def is_whole(job: Job, manifest: Manifest) -> bool:
+    """Whether all files of a job are there with the recorded sizes."""
+    files = recorded_files(job, manifest)
     return bool(files) and all(manifest.has(name) for name in files)
 
 
 def own_text(folder: Path) -> list[str]:
-    """The files of pretraining text in a data folder that were not downloaded by this program."""
+    """The files of pretraining text in a data folder that this program has not downloaded."""
     place = folder / "pretrain" if (folder / "pretrain").is_dir() else folder
     ends = tuple(end for kind in SUFFIXES.values() for end in kind)
     try:
@@ -384,6 +388,7 @@ def own_text(folder: Path) -> list[str]:
     except OSError:
         return []
     names = [str((place / name).relative_to(folder)) for name in names if name.endswith(ends)]
-    # Read after the folder: a file is recorded before it is put there, which another process may be doing.
-    manifest = Manifest.read(folder) if names else None
-    return [name for name in names if name not in manifest.files]
+    # The manifest is read after the folder, because another process may be downloading: it records a file before it
+    # moves it there.
+    recorded = Manifest.read(folder).files if names else {}
+    return [name for name in names if name not in recorded]

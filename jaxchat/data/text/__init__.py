@@ -1,1 +1,1 @@
-"""Files of text, and rows of tokens made of them."""
+"""Files of text, and the rows of tokens made from them."""

@@ -1,50 +1,48 @@
-"""Text dealt out to lanes, so that each of several processes reads a part of it.
+"""Lanes: text dealt out so that each of several processes reads only its part.
 
-A lane is a sequence of rows by itself, from a part of the text's blocks. A batch takes equally many rows from each,
-those of a lane together, and a process reads no lanes but those in which its share of a batch's rows lies. How many
-there are is the experiment's choice and not the processes': so any number of these gives the same batches, and each
-goes on from what others have saved.
+A lane is an independent sequence of rows from a part of the text's blocks. A batch takes equally many rows from each
+lane, one lane's rows after another's, and a process reads only the lanes that its rows of the batch come from. The
+number of lanes belongs to the experiment, not to the processes: any number of processes makes the same batches, and
+each can resume from what others have saved.
 
-Each block goes to one lane an epoch, but lanes do not get equally much text: one whose blocks are short begins the next
-epoch while others have not ended this one. One lane, the default, reads everything once before anything twice.
+Each block goes to one lane an epoch, but lanes do not get equally much text: a lane with short blocks begins its next
+epoch while others are still in this one. One lane, the default, reads everything once before it reads anything twice.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import grain.python as grain
 import numpy as np
 
-from jaxchat.data.text.bestfit import BestFitRows
-from jaxchat.data.text.packing import IGNORE, CutRows
+from jaxchat.data import IGNORE
+from jaxchat.data.positions import TextPosition
+from jaxchat.data.shuffle import permutation
+from jaxchat.data.text.rows import BestFitRows, CutRows
 from jaxchat.errors import check
-
-Batch = dict[str, np.ndarray]
 
 
 def place_in_epoch(seed: int, epoch: int, index: int, lane: int, lanes: int) -> int:
-    """Which block of an epoch is a lane's `index`-th; there is none if the epoch has no such block.
+    """Which block of an epoch is a lane's `index`-th; beyond the epoch's last block there is none.
 
-    Of as many blocks as there are lanes, each lane gets one, by lot: else blocks that come in a rhythm, such as the
-    short last ones of files, would all go to the same.
+    Of every `lanes` consecutive blocks each lane gets one, drawn at random: otherwise blocks that recur with a period,
+    such as the short last block of every file, could all go to the same lane.
     """
-    bits = np.random.Philox(key=((seed << 32) + epoch, index)).random_raw(lanes)
-    return index * lanes + int(np.argsort(bits, kind="stable")[lane])
+    return index * lanes + int(permutation(lanes, ((seed << 32) + epoch, index))[lane])
 
 
 class LaneBatches(grain.DatasetIterator):
-    """A process's share of the batches that all lanes make together.
+    """One process's share of the batches that all lanes make together.
 
     Args:
-      open_lane: makes a lane's rows, of one token more than their targets.
-      lanes: how many there are; they divide the rows of a global batch.
-      rows, sequence_len: of this process's batches.
-      process_index, process_count: whose rows of a global batch these are.
-      bos: stands for what a row does not fill.
-      mask_borders: `bos` is no target.
+      open_lane: opens a lane's rows, which have one token more than targets.
+      lanes: lanes in all; they divide the rows of a global batch.
+      rows, sequence_len: the shape of this process's batches.
+      process_index, process_count: which part of a global batch's rows this process gets.
+      bos: the input at positions that a row does not fill.
+      mask_borders: makes the target -1 where it would be `bos`.
     """
 
     def __init__(
@@ -60,56 +58,41 @@ class LaneBatches(grain.DatasetIterator):
         mask_borders: bool,
     ):
         super().__init__()
-        self._shape = rows, sequence_len + 1
-        self._first, self._lanes, self._each = process_index * rows, lanes, process_count * rows // lanes
+        self._rows, self._sequence_len = rows, sequence_len
+        self._first_row = process_index * rows  # of this process, in a global batch
+        self._lane_count, self._lane_rows = lanes, process_count * rows // lanes
         self._bos, self._mask_borders = bos, mask_borders
-        mine = range(self._first // self._each, (self._first + rows - 1) // self._each + 1)
-        self._mine = {lane: open_lane(lane) for lane in mine}
+        first, last = self._first_row // self._lane_rows, (self._first_row + rows - 1) // self._lane_rows
+        self._lanes = {lane: open_lane(lane) for lane in range(first, last + 1)}
 
-    def __next__(self) -> Batch:
-        taken = {lane: rows.take(self._each) for lane, rows in self._mine.items()}
+    def __next__(self) -> dict[str, np.ndarray]:
+        taken = {lane: rows.take(self._lane_rows) for lane, rows in self._lanes.items()}
         if not any(map(len, taken.values())):
             raise StopIteration
-        batch = np.full(self._shape, IGNORE, np.int32)
+        batch = np.full((self._rows, self._sequence_len + 1), IGNORE, np.int32)
         for lane, rows in taken.items():
-            at = lane * self._each - self._first  # in this process's rows
-            mine = rows[max(0, -at) : max(0, self._shape[0] - at)]
-            batch[max(0, at) : max(0, at) + len(mine)] = mine
+            at = lane * self._lane_rows - self._first_row  # where in this process's rows the lane begins
+            own = rows[max(0, -at) : max(0, self._rows - at)]
+            batch[max(0, at) : max(0, at) + len(own)] = own
         inputs, targets = batch[:, :-1], batch[:, 1:]
         if self._mask_borders:
             targets = np.where(targets == self._bos, IGNORE, targets)
         return {"inputs": np.where(inputs == IGNORE, self._bos, inputs), "targets": np.ascontiguousarray(targets)}
 
     def get_state(self) -> dict[str, Any]:
-        return {"of": self._lanes, "lanes": {str(lane): rows.state for lane, rows in self._mine.items()}}
+        return TextPosition(self._lane_count, {lane: rows.position for lane, rows in self._lanes.items()}).to_json()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from a state in which this process's lanes are.
+        """Continues from a position that includes this process's lanes.
 
         Raises:
-          UserError: it is of other lanes; or as a lane's own state.
+          UserError: it has other lanes, another packing, or was saved for other text.
         """
-        if "of" not in state:
-            state = {"of": 1, "lanes": {"0": state}}  # saved before there were lanes
-        saved = state["of"]
+        position = TextPosition.from_json(state)
         check(
-            saved == self._lanes and all(str(lane) in state["lanes"] for lane in self._mine),
-            f"the position in the data was saved for {saved} lanes, not {self._lanes}; set data.lanes as it was then",
+            position.lane_count == self._lane_count and self._lanes.keys() <= position.lanes.keys(),
+            f"the position in the data was saved for {position.lane_count} lanes, not {self._lane_count}; set "
+            "data.lanes as it was then",
         )
-        for lane, rows in self._mine.items():
-            rows.state = state["lanes"][str(lane)]
-
-
-def joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the processes' states, one of each, are together: any number of processes can go on from it."""
-    lanes = {lane: rows for state in states for lane, rows in state["lanes"].items()}
-    return {"of": states[0]["of"], "lanes": {lane: lanes[lane] for lane in sorted(lanes, key=int)}}
-
-
-def summed(state: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """`packed` and `left_out` of all the state's lanes together."""
-    totals = {"packed": Counter(), "left_out": Counter()}
-    for rows in state["lanes"].values():
-        for name, total in totals.items():
-            total.update(rows[name])
-    return {name: dict(total) for name, total in totals.items()}
+        for lane, rows in self._lanes.items():
+            rows.position = position.lanes[lane]

@@ -1,6 +1,7 @@
-"""What text files hold: documents of parquet, jsonl and txt; lines that are broken, and files that cannot be read.
+"""The documents in parquet, jsonl and txt files, and what to do about damaged ones.
 
-Every reader is given `Findings`, which is told what is bad: it refuses, or counts and lets the reader go on without it.
+Readers report broken lines, unreadable files and the like to `Findings`, which either refuses them or counts them and
+lets the reader continue without them.
 """
 
 from __future__ import annotations
@@ -22,27 +23,27 @@ from jaxchat.storage import AnyPath, first_line, of_the_cloud, to_path
 
 OnBad = Literal["refuse", "skip"]
 
-BLOCK_BYTES = 4 << 20  # of jsonl or txt in a block: some thousand documents, read and parsed in about 50 ms
-PIECE_CHARS = 16_000  # a long txt file is cut at blank lines into documents of about this length
-LONGEST_CHARS = 10_000_000  # of a document; War and Peace has 3 million. More are lost line breaks, or no text
+BLOCK_BYTES = 4 << 20  # of jsonl or txt: a few thousand documents, read and parsed in about 50 ms
+TXT_DOCUMENT_CHARS = 16_000  # a long txt file is cut at blank lines into documents of about this length
+LONGEST_CHARS = 10_000_000  # of a document; War and Peace has 3 million. More mean lost line breaks, or not text
 _LINE_END, _BLANK_LINE, LONGEST_DELIMITER = re.compile(rb"\n"), re.compile(rb"\r?\n\r?\n"), 4
 
 
 class Findings:
-    """What is bad in a part of the text.
+    """The bad text found in a block.
 
     Args:
-      on_bad: whether what is bad ends the reading, or is left out.
-      tell: is told what was left out, in a line.
+      on_bad: whether bad text ends the reading or is left out.
+      say: prints a line for the user about each thing that is left out.
 
     Attributes:
-      left_out: how many there were of each kind: `empty_documents`, `long_documents`, `documents_not_utf8`,
+      left_out: how many of each kind were left out: `empty_documents`, `long_documents`, `documents_not_utf8`,
         `broken_lines`, `unreadable_blocks` (row groups of parquet, parts of other files), `unreadable_files`,
         `missing_files`.
     """
 
-    def __init__(self, on_bad: OnBad = "refuse", tell: Callable[[str], None] = print):
-        self._on_bad, self._tell = on_bad, tell
+    def __init__(self, on_bad: OnBad = "refuse", say: Callable[[str], None] = print):
+        self._on_bad, self._say = on_bad, say
         self.left_out: Counter[str] = Counter()
 
     def bad(self, kind: str, message: str) -> None:
@@ -53,10 +54,10 @@ class Findings:
         """
         check(self._on_bad == "skip", f"{message}; --data.on-bad=skip leaves it out")
         self.left_out[kind] += 1
-        self._tell(f"{message}; left out")
+        self._say(f"{message}; left out")
 
     def keep(self, texts: list[str | None], where: str) -> list[str]:
-        """The documents that have text, and not too much of it. Those without any are counted and never refused."""
+        """The documents that are neither empty nor too long. Empty ones are counted, and never refused."""
         kept = []
         for text in texts:
             if not text:
@@ -70,7 +71,7 @@ class Findings:
 
 
 class Unreadable(UserError):
-    """A file that cannot be read at all. `kind` is one of those that `Findings` counts."""
+    """A file cannot be read at all. `kind` is one of those that `Findings` counts."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -78,10 +79,10 @@ class Unreadable(UserError):
 
 
 def open_parquet(path: AnyPath) -> pq.ParquetFile:
-    """A parquet file with a column `text` of strings.
+    """Opens a parquet file that has a column `text` of strings.
 
     Raises:
-      Unreadable: no parquet, cut short, or gone.
+      Unreadable: it is not parquet, cut short, or missing.
       UserError: it has other columns.
     """
     try:
@@ -95,12 +96,12 @@ def open_parquet(path: AnyPath) -> pq.ParquetFile:
     check("text" in columns.names, f"{path} has no column 'text'; its columns are: {', '.join(columns.names)}")
     kind = columns.field("text").type
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    check(is_text, f"{path}: column 'text' holds {kind}, not strings")
+    check(is_text, f"{path}: column 'text' contains {kind}, not strings")
     return file
 
 
 def _source(path: AnyPath) -> Path | BinaryIO:
-    """What pyarrow can read: it has a storage of its own for this machine only."""
+    """A path that pyarrow can open itself, which it can on this machine only, or an open file."""
     return path if isinstance(path, Path) else path.open("rb")
 
 
@@ -134,20 +135,20 @@ def _decode_each(column: pa.ChunkedArray, where: str, findings: Findings) -> lis
 
 
 def _check_damage(path: AnyPath, error: Exception) -> None:
-    """Tells damage from a disk or a storage that fails, perhaps for a moment, and perhaps for one process of several.
+    """Distinguishes damage from a failure of the disk or storage, which may pass, and may affect one process alone.
 
     Raises:
-      UserError: it is the latter, which no text is left out for.
+      UserError: it is such a failure; text must not be left out because of it.
     """
     failed = of_the_cloud(error) or (isinstance(error, OSError) and error.errno is not None)
-    check(not failed, f"{path} cannot be read now: {first_line(error)}; put that right, and the same command goes on")
+    check(not failed, f"{path} cannot be read now: {first_line(error)}; fix that, and the same command continues")
 
 
 def _read_block(path: AnyPath, start: int, delimiter: re.Pattern[bytes]) -> tuple[bytes, int]:
-    """The whole records of the block at byte `start`, and where they begin.
+    """The whole records of the block at byte `start`, and the byte at which they begin.
 
-    A record belongs to the block in which the delimiter before it begins, so that each is read once, whatever its
-    length, and no index of the file is needed.
+    A record belongs to the block in which the delimiter before it begins. So each record is read once, whatever its
+    length, without an index of the file.
     """
     with path.open("rb") as file:
         begin = 0 if start == 0 else _after_delimiter(file, start, delimiter)
@@ -160,10 +161,10 @@ def _after_delimiter(file: BinaryIO, offset: int, delimiter: re.Pattern[bytes]) 
     """The position after the first delimiter that begins at or after `offset`; the file's size if there is none."""
     file.seek(offset)
     tail = b""
-    while piece := file.read(1 << 16):
-        if found := delimiter.search(tail + piece):
-            return file.tell() - len(tail) - len(piece) + found.end()
-        tail = (tail + piece)[-LONGEST_DELIMITER + 1 :]
+    while data := file.read(1 << 16):
+        if found := delimiter.search(tail + data):
+            return file.tell() - len(tail) - len(data) + found.end()
+        tail = (tail + data)[-LONGEST_DELIMITER + 1 :]
     return file.seek(0, 2)
 
 
@@ -214,24 +215,24 @@ def _parse_texts(path: AnyPath, data: bytes, lines_before: Callable[[], int], fi
     return texts
 
 
-def read_pieces(path: AnyPath, start: int, findings: Findings) -> list[str | None]:
-    """The documents of a long text's block, cut at blank lines."""
+def read_long_txt_block(path: AnyPath, start: int, findings: Findings) -> list[str | None]:
+    """The documents of one block of a long txt file, cut at blank lines."""
     block = _try_read_block(path, start, _BLANK_LINE, findings)
     if block is None:
         return []
     data, begin = block
-    pieces: list[str | None] = []
-    open_piece: list[str] = []
+    texts: list[str | None] = []
+    paragraphs: list[str] = []  # of the document that is being collected
     length = 0
     for paragraph in _paragraphs(path, data, begin, findings):
-        open_piece.append(paragraph)
+        paragraphs.append(paragraph)
         length += len(paragraph)
-        if length >= PIECE_CHARS:
-            pieces.append("\n\n".join(open_piece))
-            open_piece, length = [], 0
+        if length >= TXT_DOCUMENT_CHARS:
+            texts.append("\n\n".join(paragraphs))
+            paragraphs, length = [], 0
     if length:
-        pieces.append("\n\n".join(open_piece))
-    return pieces
+        texts.append("\n\n".join(paragraphs))
+    return texts
 
 
 def _paragraphs(path: AnyPath, data: bytes, begin: int, findings: Findings) -> list[str]:
@@ -246,8 +247,8 @@ def _paragraphs(path: AnyPath, data: bytes, begin: int, findings: Findings) -> l
         return [text for text in texts if text is not None]
 
 
-def read_files(paths: tuple[AnyPath, ...], findings: Findings) -> list[str | None]:
-    """Small text files, each a document."""
+def read_txt_files(paths: tuple[AnyPath, ...], findings: Findings) -> list[str | None]:
+    """The texts of short txt files, each a document."""
     texts = []
     for path in paths:
         data = _try_read(path, findings)
@@ -258,7 +259,7 @@ def read_files(paths: tuple[AnyPath, ...], findings: Findings) -> list[str | Non
 
 
 def _decode(path: AnyPath, data: bytes, begin: int, findings: Findings) -> str | None:
-    """None for what is no text; `begin` is where in the file it is."""
+    """The text of bytes from position `begin` of a file; None if they are not UTF-8."""
     try:
         return _plain(data)
     except UnicodeDecodeError as error:
@@ -294,7 +295,7 @@ def _unreadable(path: AnyPath, error: Exception) -> Unreadable:
 
 
 def read_jsonl(path: AnyPath) -> list[dict]:
-    """Reads one JSON object a line from a plain or gzip-compressed (`.gz`) file; blank lines are skipped.
+    """The JSON objects, one a line, of a plain or gzip-compressed (`.gz`) file; blank lines are skipped.
 
     Raises:
       UserError: the file cannot be read, or a line is not a JSON object (`FILE:LINE: ...`).
@@ -310,9 +311,9 @@ def read_jsonl(path: AnyPath) -> list[dict]:
 
 
 def _parse_object(line: bytes) -> dict:
-    """One JSON object. Raises ValueError for anything else, and for text that UTF-8 cannot hold."""
+    """Parses one JSON object. Raises ValueError for anything else, and for text that UTF-8 cannot represent."""
     try:
-        value = json.loads(line.decode("utf-8-sig"))  # by itself json lets surrogates through
+        value = json.loads(line.decode("utf-8-sig"))  # json alone accepts encoded surrogates
     except (ValueError, RecursionError) as error:
         raise ValueError(f"broken JSON ({first_line(error)}); fix or remove the line") from None
     if not isinstance(value, dict):
@@ -321,5 +322,5 @@ def _parse_object(line: bytes) -> dict:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError(r"half a surrogate pair (\ud800 to \udfff) is no text; fix or remove the line") from None
+            raise ValueError(r"half a surrogate pair (\ud800 to \udfff) is not text; fix or remove the line") from None
     return value

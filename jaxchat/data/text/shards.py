@@ -1,4 +1,4 @@
-"""Text folders: finding the files, splitting off the validation side, and reading them block by block."""
+"""Folders of text: which files they contain, which of them are for validation, and their blocks of documents."""
 
 from __future__ import annotations
 
@@ -18,23 +18,27 @@ from jaxchat.storage import AnyPath, is_folder, size_of, to_path
 Format = Literal["parquet", "jsonl", "txt"]
 SUFFIXES: dict[Format, tuple[str, ...]] = {"parquet": (".parquet",), "jsonl": (".jsonl", ".jsonl.gz"), "txt": (".txt",)}
 
-LONG_TEXT_BYTES = 100_000  # a longer txt file is a book or a corpus rather than one document
-_GET = "'jaxchat data get'"
-NAMED = 20  # of what is left out, so many are named, the rest is only counted
-HOLD_OUT = (50, 25, 12, 6, 3, 2)  # one file alone: one document in so many is for validation; the first that works
+LONG_TXT_BYTES = 100_000  # a longer txt file is a book or a corpus rather than one document
+REPORTED = 20  # of the bad text that is left out, this much is reported, and the rest only counted
+# Of a single file one document in this many is for validation: the first number that leaves documents on both sides.
+HOLD_OUT = (50, 25, 12, 6, 3, 2)
 
 
 @dataclass(frozen=True)
-class TextSide:
-    """One side of a text folder.
+class TextFiles:
+    """The files of one side of a text folder, for training or for validation.
 
-    A folder of one file has no file to spare for validation: then both sides read it, the documents whose CRC-32 is a
-    multiple of `hold_out` are for validation, and `held_out` says which of the two this side is.
+    A folder of one file has no other file for validation. Then both sides read that file: documents whose CRC-32 is a
+    multiple of `hold_out` are for validation, and `held_out` tells whether this is the validation side.
 
-    The files of a parquet side may still be on their way: then `wait` returns when the one it is given is there, and
-    raises when the function it is given too says that nobody wants it any more.
-
-    `on_bad` says what becomes of text that is damaged, and `tell` is told of each that is left out.
+    Attributes:
+      files: the files, in the order in which they are read.
+      format: what all of them contain.
+      hold_out, held_out: see above.
+      wait: given if the files (parquet only) may still be downloading. It takes a file and a function that says
+        whether nobody wants the file any more; it returns once the file is there, and raises if it will not come.
+      on_bad: whether damaged text ends the reading or is left out.
+      say: prints a line for the user about text that is left out.
     """
 
     files: tuple[AnyPath, ...]
@@ -43,7 +47,7 @@ class TextSide:
     held_out: bool = False
     wait: Callable[[AnyPath, Callable[[], bool]], None] | None = field(default=None, compare=False, repr=False)
     on_bad: OnBad = "refuse"
-    tell: Callable[[str], None] = field(default=print, compare=False, repr=False)
+    say: Callable[[str], None] = field(default=print, compare=False, repr=False)
 
     @property
     def complete(self) -> bool:
@@ -51,14 +55,16 @@ class TextSide:
         return self.wait is None or all(path.is_file() for path in self.files)
 
     def keeps(self, text: str) -> bool:
-        """Whether the document is on this side."""
+        """Whether a document is on this side."""
         return self.hold_out is None or (zlib.crc32(text.encode()) % self.hold_out == 0) == self.held_out
 
 
 @dataclass(frozen=True)
-class TextSplit:
-    train: TextSide
-    val: TextSide
+class TextSplits:
+    """The two sides of a text folder."""
+
+    train: TextFiles
+    val: TextFiles
 
 
 def find_text(
@@ -66,69 +72,80 @@ def find_text(
     val_shard: str | None = None,
     *,
     on_bad: OnBad = "refuse",
-    tell: Callable[[str], None] = print,
-) -> TextSplit:
-    """Finds the text of a folder, or of `pretrain/` inside it, and splits it.
+    say: Callable[[str], None] = print,
+) -> TextSplits:
+    """Finds the text in a folder, or in `pretrain/` inside it, and splits it into training and validation.
 
-    Files in order of their names; the last one is for validation, or the one that `val_shard` names (with or without
-    its suffix), or the one that the folder's manifest pins, which is never trained on. If there is only one, about
-    every 50th document is. Text files beside parquet or jsonl are taken for notes and left alone.
+    The files are sorted by name. Validation gets the one that `val_shard` names (with or without its suffix), else the
+    one that the folder's manifest pins, which is never trained on, else the last. Of a single file it gets about every
+    50th document. Text files beside parquet or jsonl are taken to be notes and ignored.
 
     Args:
-      on_bad, tell: as `TextSide`.
+      on_bad, say: as in `TextFiles`.
 
     Raises:
-      UserError: no such folder, no text in it, both parquet and jsonl, a parquet file without a column `text`, a
-        `val_shard` or pinned shard that is not there, a single document, a damaged manifest; unless they are to be
-        skipped, a parquet file that is none, and a shard of the manifest that is missing.
+      UserError: there is no such folder, no text in it, both parquet and jsonl, a parquet file without a column `text`,
+        a `val_shard` or pinned shard that is missing, a single document, or a damaged manifest; with `on_bad="refuse"`
+        also a file that is not parquet, and a shard that the manifest lists and the folder lacks.
     """
     folder = to_path(data_dir)
     check(is_folder(folder) or folder.exists(), f"data folder {folder} does not exist")
     check(folder.is_dir(), f"{folder} is not a folder")
     folder = folder / "pretrain" if (folder / "pretrain").is_dir() else folder
-    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    files = [path for path in paths if path.is_file()]
-    found = {kind: tuple(path for path in files if path.name.endswith(ends)) for kind, ends in SUFFIXES.items()}
-    names = [path.name for path in paths]
-    there = f"; it holds {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "; it is empty"
-    check(any(found.values()), f"no text in {folder}{there}; put .parquet, .jsonl or .txt files there")
-    both = f"{folder} holds parquet and jsonl files; keep one kind, or put each into a folder of its own"
-    check(not (found["parquet"] and found["jsonl"]), both)
-    kind = next(kind for kind in SUFFIXES if found[kind])
-    files = found[kind]
-    split = partial(TextSide, format=kind, on_bad=on_bad, tell=tell)
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    kind, files = _text_files(folder, entries)
+    sides = partial(TextFiles, format=kind, on_bad=on_bad, say=say)
     pinned = pinned_shard(folder)
     if pinned is not None:
-        check(pinned in files, f"{pinned}, the validation shard by {FILE_NAME}, is missing; {_GET} fetches it")
+        check(
+            pinned in files,
+            f"{pinned}, which {FILE_NAME} names as the validation shard, is missing; 'jaxchat data get' downloads it",
+        )
         files = tuple(sorted({*files, *recorded_shards(folder)}))
     if kind == "parquet":
         for path in files:
             _check_parquet(path, on_bad)
     if len(files) == 1:
-        check(val_shard in (None, *_short_names(files[0])), _no_such_shard(val_shard, folder, files))
-        check(pinned is None, f"{folder} holds no text for training beside {files[0].name}; {_GET} fetches more")
-        return _hold_out(split(files))
-    # The pinned shard is not trained on, even if another one is for validation.
+        check(val_shard in (None, *_names(files[0])), _no_such_shard(val_shard, folder, files))
+        check(pinned is None, _no_training_text(folder, files[0]))
+        return _hold_out(sides(files))
+    # The pinned shard is never trained on, even if another one is for validation.
     val = files[-1] if pinned is None else pinned
     if val_shard is not None:
-        val = next((path for path in files if val_shard in _short_names(path)), None)
-        check(val is not None, _no_such_shard(val_shard, folder, files))
+        named = next((path for path in files if val_shard in _names(path)), None)
+        if named is None:
+            raise UserError(_no_such_shard(val_shard, folder, files))
+        val = named
     if kind == "parquet":
         _check_parquet(val, "refuse")
     train = tuple(path for path in files if path not in (val, pinned))
-    check(bool(train), f"{folder} holds no text for training beside {val.name}; {_GET} fetches more")
-    return TextSplit(split(train), split((val,)))
+    check(bool(train), _no_training_text(folder, val))
+    return TextSplits(sides(train), sides((val,)))
+
+
+def _text_files(folder: AnyPath, entries: list[AnyPath]) -> tuple[Format, tuple[AnyPath, ...]]:
+    files = [path for path in entries if path.is_file()]
+    found = {kind: tuple(path for path in files if path.name.endswith(ends)) for kind, ends in SUFFIXES.items()}
+    names = [path.name for path in entries]
+    contents = f"it contains {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "it is empty"
+    check(any(found.values()), f"no text in {folder}; {contents}; put .parquet, .jsonl or .txt files there")
+    check(
+        not (found["parquet"] and found["jsonl"]),
+        f"{folder} contains both parquet and jsonl files; keep one kind, or move the other to a separate folder",
+    )
+    kind = next(kind for kind in SUFFIXES if found[kind])
+    return kind, found[kind]
 
 
 def _check_parquet(path: AnyPath, on_bad: OnBad) -> None:
     try:
         open_parquet(path)
     except Unreadable as error:
-        fetches = f"; {_GET} fetches it" if error.kind == "missing_files" else ""
-        check(on_bad == "skip", f"{error}{fetches}; --data.on-bad=skip leaves a file for training out")
+        remedy = "; 'jaxchat data get' downloads it" if error.kind == "missing_files" else ""
+        check(on_bad == "skip", f"{error}{remedy}; --data.on-bad=skip leaves out files that are for training")
 
 
-def _short_names(path: AnyPath) -> tuple[str, str]:
+def _names(path: AnyPath) -> tuple[str, str]:
     return path.name, path.name.split(".", 1)[0]
 
 
@@ -136,46 +153,52 @@ def _no_such_shard(val_shard: str | None, folder: AnyPath, files: tuple[AnyPath,
     return f"validation shard {val_shard!r} is not in {folder}{closest(str(val_shard), [path.name for path in files])}"
 
 
-def _hold_out(side: TextSide) -> TextSplit:
+def _no_training_text(folder: AnyPath, val: AnyPath) -> str:
+    return f"{folder} contains no text for training, only {val.name} for validation; 'jaxchat data get' downloads more"
+
+
+def _hold_out(side: TextFiles) -> TextSplits:
     for modulus in HOLD_OUT:
-        split = TextSplit(replace(side, hold_out=modulus), replace(side, hold_out=modulus, held_out=True))
-        quiet = (replace(half, tell=lambda line: None) for half in (split.train, split.val))
+        splits = TextSplits(replace(side, hold_out=modulus), replace(side, hold_out=modulus, held_out=True))
+        quiet = (replace(half, say=lambda line: None) for half in (splits.train, splits.val))
         if all(next(iterate_texts(half), None) is not None for half in quiet):
-            return split
-    raise UserError(f"{side.files[0]} holds too few documents to keep one for validation; add a second file")
+            return splits
+    raise UserError(f"{side.files[0]} has too few documents to keep one for validation; add a second file")
 
 
-def iterate_texts(side: TextSide) -> Iterator[str]:
-    """The documents of a side in order; one block is in memory at a time."""
-    for block in TextBlocks(side):
+def iterate_texts(text: TextFiles) -> Iterator[str]:
+    """The documents in order, with one block in memory at a time."""
+    for block in TextBlocks(text):
         yield from block
 
 
-def text_bytes(side: TextSide) -> int:
-    """About how many bytes of text the files of a side hold, for saying how far a reader is. A gzip file counts four
-    times, a file that is on its way as much as another."""
-    there = [path for path in side.files if side.wait is None or path.is_file()]
+def text_bytes(text: TextFiles) -> int:
+    """Estimates the bytes of text in the files, for showing progress.
+
+    A gzip file counts four times its size, a file that is still downloading as much as the average of the others.
+    """
+    there = [path for path in text.files if text.wait is None or path.is_file()]
     total = 0
     for path in there:
-        if side.format == "parquet":
+        if text.format == "parquet":
             try:
                 metadata = open_parquet(path).metadata
             except Unreadable:
-                continue  # it is told of when it is read
+                continue  # reported when it is read
             groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
             columns = (group.column(index) for group in groups for index in range(group.num_columns))
             total += sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "text")
         else:
             total += size_of(path) * (4 if path.suffix == ".gz" else 1)
-    return total * len(side.files) // max(1, len(there))
+    return total * len(text.files) // max(1, len(there))
 
 
-# Where the documents are, in words, and what reads them.
-_Reader = tuple[str, Callable[[Findings], list[str | None]]]
+# The name of a block for messages, and the function that reads its documents.
+_BlockReader = tuple[str, Callable[[Findings], list[str | None]]]
 
 
 class Block(list[str]):
-    """The documents of a block, and how many were left out of it, by kind (see `Findings`)."""
+    """The documents of a block, with `left_out`: how much bad text it has, by kind (see `Findings`)."""
 
     def __init__(self, texts: Sequence[str] = (), left_out: Mapping[str, int] | None = None):
         super().__init__(texts)
@@ -183,114 +206,112 @@ class Block(list[str]):
 
 
 class TextBlocks(Sequence[Block]):
-    """The blocks of a side as a random-access data source: element i is the list of block i's documents.
+    """The text as a random-access sequence of blocks, each a list of documents, read when it is asked for.
 
-    A block is a row group of parquet, about 4 MiB of jsonl or txt, or a whole `.jsonl.gz`. It is read when asked for.
-    Documents without any text are left out, so that a block may be empty. Where files are on their way, reading a block
-    waits for its file and those before it, and the length for all of them; whatever the order in which they come, the
-    blocks are the same.
+    A block is a row group of parquet, about 4 MiB of jsonl or txt, or a whole `.jsonl.gz`. Empty documents are left
+    out, so a block may be empty. While files are still downloading, reading a block waits for its file and those before
+    it, and `len` waits for all of them; the order in which they arrive makes no difference to the blocks.
 
-    Raises (when built or when a block is read), unless bad text is to be skipped:
+    Raises (when built or when a block is read, unless `on_bad` is "skip"):
       UserError: a file that cannot be read, a broken line (`FILE:LINE: ...`), a line or file without text, a document
-        of more than `LONGEST_CHARS` characters, or that is no UTF-8.
+        of more than `LONGEST_CHARS` characters, or one that is not UTF-8.
     """
 
-    def __init__(self, side: TextSide):
-        self._side = side
-        self.interrupted = threading.Event()  # ends a wait for a file
+    def __init__(self, text: TextFiles):
+        self._text = text
+        self.interrupted = threading.Event()  # set it to end a wait for a file
         self._lock = threading.Lock()
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._listed = 0  # files whose blocks are known
-        self._readers: list[_Reader] = []
-        if side.wait is None:
-            self._readers, self._listed = _list_blocks(side), len(side.files)
+        self._readers: list[_BlockReader] = []
+        if text.wait is None:
+            self._readers, self._listed = _list_blocks(text), len(text.files)
 
     def __len__(self) -> int:
-        while self._listed < len(self._side.files):
+        while self._listed < len(self._text.files):
             self._list_next()
         return len(self._readers)
 
     def __getitem__(self, index: int) -> Block:
         if not self.reaches(index):
             raise IndexError(f"block {index} of {len(self)}")
-        findings = Findings(self._side.on_bad, self._tell)
+        findings = Findings(self._text.on_bad, self._report)
         where, read = self._readers[index]
         texts = findings.keep(read(findings), where)
-        return Block([text for text in texts if self._side.keeps(text)], findings.left_out)
+        return Block([text for text in texts if self._text.keeps(text)], findings.left_out)
 
-    def _tell(self, line: str) -> None:
-        """Tells of each once, however often its block is read."""
+    def _report(self, line: str) -> None:
+        """Prints each line once, however often its block is read."""
         with self._lock:
-            new = line not in self._told and len(self._told) < NAMED
+            new = line not in self._reported and len(self._reported) < REPORTED
             if new:
-                self._told.add(line)
-                more = "; further ones are counted only" if len(self._told) == NAMED else ""
+                self._reported.add(line)
+                more = "; any more are only counted" if len(self._reported) == REPORTED else ""
         if new:
-            self._side.tell(line + more)
+            self._text.say(line + more)
 
     def reaches(self, index: int) -> bool:
-        """Whether there is a block `index`."""
-        while (index < 0 or index >= len(self._readers)) and self._listed < len(self._side.files):
+        """Whether there is a block `index`; waits for files only as far as needed to know."""
+        while (index < 0 or index >= len(self._readers)) and self._listed < len(self._text.files):
             self._list_next()
         return -len(self._readers) <= index < len(self._readers)
 
     @property
     def count(self) -> int | None:
-        """How many blocks there are; None as long as a file is on its way."""
-        return len(self) if self._listed == len(self._side.files) or self._side.complete else None
+        """How many blocks there are; None while a file is still downloading."""
+        return len(self) if self._listed == len(self._text.files) or self._text.complete else None
 
     def _list_next(self) -> None:
         at = self._listed
-        path = self._side.files[at]
-        self._side.wait(path, self.interrupted.is_set)
-        readers = _list_blocks(replace(self._side, files=(path,), wait=None))
+        path = self._text.files[at]
+        self._text.wait(path, self.interrupted.is_set)
+        readers = _list_blocks(replace(self._text, files=(path,), wait=None))
         with self._lock:
-            if self._listed == at:  # and no other thread was faster
+            if self._listed == at:  # another thread may have been faster
                 self._readers += readers
                 self._listed += 1
 
     def __repr__(self) -> str:
-        return f"TextBlocks({self._side.files[0].parent}, {len(self._side.files)} files)"
+        return f"TextBlocks({self._text.files[0].parent}, {len(self._text.files)} files)"
 
 
-def _list_blocks(side: TextSide) -> list[_Reader]:
-    readers: list[_Reader] = []
-    small: list[AnyPath] = []
+def _list_blocks(text: TextFiles) -> list[_BlockReader]:
+    if text.format == "parquet":
+        return [reader for path in text.files for reader in _list_row_groups(path, text.on_bad)]
+    readers: list[_BlockReader] = []
+    small: list[AnyPath] = []  # short txt files, which share a block
     small_bytes = 0
-    for path in side.files:
-        if side.format == "parquet":
-            readers += _list_row_groups(path, side.on_bad)
-            continue
+    for path in text.files:
         size = size_of(path)
         if path.suffix == ".gz":
             readers.append((f"{path}", partial(reading.read_json_gzip, path)))
-        elif side.format == "jsonl" or size > LONG_TEXT_BYTES:
-            read = reading.read_json_block if side.format == "jsonl" else reading.read_pieces
+        elif text.format == "jsonl" or size > LONG_TXT_BYTES:
+            read = reading.read_json_block if text.format == "jsonl" else reading.read_long_txt_block
             readers += [(f"{path}", partial(read, path, start)) for start in range(0, size, reading.BLOCK_BYTES)]
         else:
             if small_bytes + size > reading.BLOCK_BYTES:
-                readers.append((f"{small[0]} to {small[-1].name}", partial(reading.read_files, tuple(small))))
+                readers.append((f"{small[0]} to {small[-1].name}", partial(reading.read_txt_files, tuple(small))))
                 small, small_bytes = [], 0
             small, small_bytes = [*small, path], small_bytes + size
     if small:
-        readers.append((f"{small[0]} to {small[-1].name}", partial(reading.read_files, tuple(small))))
+        readers.append((f"{small[0]} to {small[-1].name}", partial(reading.read_txt_files, tuple(small))))
     return readers
 
 
-def _list_row_groups(path: AnyPath, on_bad: OnBad) -> list[_Reader]:
+def _list_row_groups(path: AnyPath, on_bad: OnBad) -> list[_BlockReader]:
     try:
         metadata = open_parquet(path).metadata
     except Unreadable as error:
         if on_bad == "refuse":
             raise
-        # A block of its own, so that it is counted in its place.
-        return [(f"{path}", partial(_tell_unreadable, error))]
+        # A block by itself, so that the file is counted in its place.
+        return [(f"{path}", partial(_report_unreadable, error))]
     return [
         (f"{path}: row group {group}", partial(reading.read_row_group, path, metadata, group))
         for group in range(metadata.num_row_groups)
     ]
 
 
-def _tell_unreadable(error: Unreadable, findings: Findings) -> list[str | None]:
+def _report_unreadable(error: Unreadable, findings: Findings) -> list[str | None]:
     findings.bad(error.kind, str(error))
     return []

@@ -75,13 +75,15 @@ def test_tasks_read_what_was_downloaded(tasks, tmp_path):
 
 def test_a_set_that_is_not_what_it_was(tasks, tmp_path):
     tasks.repos["openai/gsm8k"]["main/train-00000-of-00001.parquet"] = parquet({"problem": ["1"]})
-    with pytest.raises(UserError, match="train-00000-of-00001.parquet.* is not made as jaxchat knows it: KeyError"):
+    with pytest.raises(
+        UserError, match="train-00000-of-00001.parquet.* does not have the format that jaxchat knows: Key"
+    ):
         get(tmp_path / "a", "gsm8k")
     tasks.repos["openai/gsm8k"]["main/train-00000-of-00001.parquet"] = b"no parquet"
-    with pytest.raises(UserError, match="is no parquet file"):
+    with pytest.raises(UserError, match="is not a parquet file"):
         get(tmp_path / "b", "gsm8k")
     del tasks.repos["openai/gsm8k"]["main/train-00000-of-00001.parquet"]
-    with pytest.raises(UserError, match=r"has no main/train-\*.parquet; it is not what it was"):
+    with pytest.raises(UserError, match=r"has no main/train-\*.parquet; the data set has changed"):
         get(tmp_path / "c", "gsm8k")
 
 
@@ -111,7 +113,7 @@ def test_an_archive(server, tmp_path):
     assert server.gets("/bundle.zip") == [None, "bytes=100-"]
     get_archive(server, tmp_path, data)
     assert len(server.gets("/bundle.zip")) == 2
-    with pytest.raises(UserError, match="bundle.zip came with the wrong bytes"):
+    with pytest.raises(UserError, match="bundle.zip arrived with the wrong bytes"):
         get_archive(server, tmp_path / "b", data, "0" * 64)
     with pytest.raises(UserError, match=r"bundle/\.\./\.\./x leads out of the archive's folder"):
         get_archive(server, tmp_path / "c", archive({"bundle/../../x": "evil"}))

@@ -63,7 +63,9 @@ def test_the_validation_shard_is_pinned_whatever_its_name(server, tmp_path):
     (tmp_path / "pretrain" / "zzz.parquet").write_bytes(SHARDS["shard_00002.parquet"])
     assert [path.name for path in find_text(tmp_path).val.files] == [LAST]
     (tmp_path / "pretrain" / LAST).unlink()
-    with pytest.raises(UserError, match=f"{LAST}, the validation shard by manifest.json, is missing; 'jaxchat data"):
+    with pytest.raises(
+        UserError, match=f"{LAST}, which manifest.json names as the validation shard, is missing; 'jaxchat data"
+    ):
         find_text(tmp_path)
 
 
@@ -99,13 +101,13 @@ def test_wrong_bytes_are_thrown_away_and_fetched_again(server, tmp_path):
     server.faults[name].extend([Fault(first=50_000), Fault(wrong=True)])
     download = get(tmp_path, f"{TEXT}:1", said=said)
     assert_whole(tmp_path, name)
-    assert any(line.startswith(f"{name} came with the wrong bytes") for line in said)
+    assert any(line.startswith(f"{name} arrived with the wrong bytes") for line in said)
     assert download.bytes_done == download.bytes_total
 
 
 def test_a_server_of_wrong_bytes_only_is_given_up(server, tmp_path):
     server.faults[LAST].extend(Fault(wrong=True) for _ in range(9))
-    with pytest.raises(UserError, match=f"{LAST} came with the wrong bytes .* 3 times; nothing of it was kept"):
+    with pytest.raises(UserError, match=f"{LAST} arrived with the wrong bytes .* 3 times; nothing of it was kept"):
         get(tmp_path, f"{TEXT}:1")
     assert not (tmp_path / "pretrain" / LAST).exists() and f"pretrain/{LAST}" not in Manifest.read(tmp_path).files
 
@@ -172,7 +174,7 @@ def test_no_server_and_no_hub(server, tmp_path, monkeypatch):
     server.files[f"/api/datasets/{REPO}"] = b"<html>please log in</html>"
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setattr("tests.data.hub_server._Handler._listing", lambda self, *_: self._send(200, b"<html>"))
-    with pytest.raises(UserError, match="does not answer as the hub does .*; check HF_ENDPOINT"):
+    with pytest.raises(UserError, match="does not respond like the hub .*; check HF_ENDPOINT"):
         get(tmp_path, f"{TEXT}:1")
 
 
@@ -192,7 +194,7 @@ def test_a_full_disk_is_a_line_and_the_rest_stays(server, tmp_path, monkeypatch)
     assert_whole(tmp_path, LAST, "shard_00000.parquet")
     assert any(ranges for name in (LAST, "shard_00000.parquet") for ranges in server.gets(f"/{name}"))
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**8))
-    with pytest.raises(UserError, match="about 0.2 GB more are needed in .*, and 0.1 GB are free"):
+    with pytest.raises(UserError, match="needs about 0.2 GB more, and 0.1 GB are free"):
         get(tmp_path, f"{TEXT}:3")
 
 
@@ -265,7 +267,7 @@ def test_a_killed_command_goes_on_where_it_was(server, tmp_path):
     server.seconds_per_piece = 0
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert f"{tmp_path} has all of {TEXT} now: 0.00" in done.stdout
+    assert f"{tmp_path} now has all of {TEXT}: 0.00" in done.stdout
     assert_whole(tmp_path, *SHARDS)
     assert any(ranges for name in SHARDS for ranges in server.gets(f"/{name}"))
 
@@ -280,7 +282,7 @@ def test_two_at_a_time_share_the_work(server, tmp_path):
         thread.join()
     assert_whole(tmp_path, *SHARDS)
     assert [len(server.gets(f"/{name}")) for name in SHARDS] == [1] * 4
-    assert said == [f"another download is at work in {tmp_path}; waiting for it"]
+    assert said == [f"another process is downloading to {tmp_path}; waiting for it"]
 
 
 def test_what_is_there_is_enough_where_nothing_may_be_written(server, tmp_path, monkeypatch):
@@ -293,7 +295,7 @@ def test_what_is_there_is_enough_where_nothing_may_be_written(server, tmp_path, 
 
 def test_what_is_asked_for_twice_is_fetched_once():
     assert parse_requests(["gsm8k", "gsm8k"]) == parse_requests(["gsm8k"])
-    with pytest.raises(UserError, match="fineweb-edu is asked for with several numbers of shards"):
+    with pytest.raises(UserError, match="fineweb-edu is requested with several numbers of shards"):
         parse_requests(["fineweb-edu:1", "fineweb-edu:2"])
 
 
@@ -322,22 +324,22 @@ def test_what_was_damaged_later_is_fetched_again(server, tmp_path):
     said = []
     get(tmp_path, f"{TEXT}:2", check_bytes=True, said=said)
     assert_whole(tmp_path, *names)
-    assert f"pretrain/{names[1]} has other bytes than were downloaded; downloading it again" in said
+    assert f"pretrain/{names[1]} has different bytes from those that were downloaded; downloading it again" in said
 
 
 def test_text_of_the_users_own_and_other_text_stay(server, tmp_path):
     own = tmp_path / "own"
     own.mkdir()
     (own / "mine.txt").write_text("my text")
-    with pytest.raises(UserError, match="holds text of your own, such as mine.txt; choose another folder"):
+    with pytest.raises(UserError, match="contains text of your own, such as mine.txt; choose another folder"):
         get(own, f"{TEXT}:1")
     get(tmp_path / "a", f"{TEXT}:1")
-    with pytest.raises(UserError, match="holds fineweb-edu; choose another folder for climbmix"):
+    with pytest.raises(UserError, match="contains fineweb-edu; choose another folder for climbmix"):
         get(tmp_path / "a", "climbmix:1")
     other = tmp_path / "b" / "pretrain" / LAST
     other.parent.mkdir(parents=True)
     other.write_bytes(b"by somebody else")
-    with pytest.raises(UserError, match=f"{LAST} is not from here and stays as it is"):
+    with pytest.raises(UserError, match=f"{LAST} was not downloaded and is left alone"):
         get(tmp_path / "b", f"{TEXT}:1")
     # The same bytes, brought by another program, need not be fetched.
     other.write_bytes(SHARDS[LAST])
@@ -350,7 +352,7 @@ def test_text_of_the_users_own_and_other_text_stay(server, tmp_path):
 def test_a_damaged_manifest(server, tmp_path):
     for text, expected in [
         ("{", "is damaged"),
-        ('{"version": 9}', "is of version 9"),
+        ('{"version": 9}', "has version 9"),
         ('{"version": 1}', "is damaged"),
     ]:
         (tmp_path / "manifest.json").write_text(text)
@@ -362,12 +364,12 @@ def test_a_damaged_manifest(server, tmp_path):
     "arguments, expected",
     {
         "climbmx": "unknown data set 'climbmx', did you mean 'climbmix'? There are: climbmix, fineweb-edu, smoltalk",
-        "fineweb-edu --shards 0": "fineweb-edu has 1 to 1,822 shards for training, not 0",
-        "fineweb-edu:1823": "fineweb-edu has 1 to 1,822 shards for training, not 1,823",
+        "fineweb-edu --shards 0": "fineweb-edu has 1,822 shards for training; ask for 1 to 1,822, not 0",
+        "fineweb-edu:1823": "fineweb-edu has 1,822 shards for training; ask for 1 to 1,822, not 1,823",
         "fineweb-edu:x": "fineweb-edu:x: write fineweb-edu:SHARDS, such as fineweb-edu:50",
         "gsm8k:3": "gsm8k:3: gsm8k is not pretraining text and has no shards; write gsm8k",
-        "gsm8k --shards 3": "gsm8k: no pretraining text, and so no shards",
-        "climbmix fineweb-edu": "climbmix and fineweb-edu are pretraining texts; give each a folder of its own",
+        "gsm8k --shards 3": "gsm8k has no shards; leave --shards out",
+        "climbmix fineweb-edu": "climbmix and fineweb-edu are both pretraining text; download each to a separate",
         "gsm8k --folder gs://bucket/data": "gs://bucket/data is not a local folder",
         "": "the following arguments are required: NAME",
     }.items(),
@@ -384,9 +386,9 @@ def test_where_nobody_watches_lines_say_how_far_it_is(server, tmp_path, monkeypa
     assert main(["data", "get", TEXT, "--shards", "1", "--folder", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     assert re.search(r"^0.00\d+ of about 0.00\d+ GB, file \d of 2, \d+.\d MB/s, \ds left$", err, re.MULTILINE)
-    assert out.startswith(f"{tmp_path} has all of {TEXT} now: 0.00")
+    assert out.startswith(f"{tmp_path} now has all of {TEXT}: 0.00")
     assert main(["data", "get", TEXT, "--shards", "1", "--folder", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path} has all of {TEXT} already\n"
+    assert capsys.readouterr().out == f"{tmp_path} already has all of {TEXT}\n"
 
 
 def test_the_list_has_them_all(capsys):

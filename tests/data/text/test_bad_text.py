@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxchat.data.loader import pretrain_batches
-from jaxchat.data.manifest import Manifest, Record, Source
+from jaxchat.data.manifest import Manifest, Origin, Record
 from jaxchat.data.text import reading, shards
-from jaxchat.data.text.shards import TextBlocks, TextSide, find_text, iterate_texts
+from jaxchat.data.text.shards import TextBlocks, TextFiles, find_text, iterate_texts
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer
 from tests.tiny import damage, record, refusal, start
@@ -32,7 +32,7 @@ def write(path, texts, **options):
 def read(side, on_bad):
     """The documents, what was left out by kind, and what was said."""
     said = []
-    side = TextSide(side.files, side.format, on_bad=on_bad, tell=said.append)
+    side = TextFiles(side.files, side.format, on_bad=on_bad, say=said.append)
     blocks = list(TextBlocks(side))
     counts = {}
     for block in blocks:
@@ -43,7 +43,7 @@ def read(side, on_bad):
 
 def check_bad(files, kind, expected, *, left, counts):
     """Refused by a line, or left out with the same line."""
-    side = TextSide(tuple(files), kind)
+    side = TextFiles(tuple(files), kind)
     with pytest.raises(UserError, match=expected) as raised:
         read(side, "refuse")
     assert str(raised.value).endswith("--data.on-bad=skip leaves it out") and "\n" not in str(raised.value)
@@ -75,7 +75,7 @@ def test_flipped_bits_are_found_where_pages_have_checksums(tmp_path, compression
             1 << draw.randrange(8)
         )
         (tmp_path / "a.parquet").write_bytes(data)
-        kept, counts, said = read(TextSide((tmp_path / "a.parquet",), "parquet"), "skip")
+        kept, counts, said = read(TextFiles((tmp_path / "a.parquet",), "parquet"), "skip")
         assert kept in (texts, texts[50:]), "other text"
         assert (kept != texts) == (counts == {"unreadable_blocks": 1}) == (len(said) == 1)
         found += kept != texts
@@ -91,7 +91,7 @@ def test_cuts_and_flips_anywhere_never_end_in_a_traceback(tmp_path):
             data[draw.randrange(len(data))] ^= 1 << draw.randrange(8) if data else 0
         (tmp_path / "a.parquet").write_bytes(data)
         try:
-            read(TextSide((tmp_path / "a.parquet",), "parquet"), "skip")
+            read(TextFiles((tmp_path / "a.parquet",), "parquet"), "skip")
         except UserError as error:
             assert "a.parquet" in str(error)  # other columns than are wanted
 
@@ -101,10 +101,10 @@ def test_a_truncated_file_and_one_that_is_missing(tmp_path):
         write(tmp_path / f"{number}.parquet", numbered(100 * number, 100 * number + 100))
     whole = (tmp_path / "1.parquet").read_bytes()
     (tmp_path / "1.parquet").write_bytes(whole[:-100])
-    with pytest.raises(UserError, match=r"1.parquet is not a parquet file: .*; --data.on-bad=skip leaves a file for"):
+    with pytest.raises(UserError, match=r"1.parquet is not a parquet file: .*; --data.on-bad=skip leaves out files"):
         find_text(tmp_path)
     said = []
-    split = find_text(tmp_path, on_bad="skip", tell=said.append)
+    split = find_text(tmp_path, on_bad="skip", say=said.append)
     assert list(iterate_texts(split.train)) == numbered(0, 100) + numbered(200, 300)
     assert len(said) == 1 and "1.parquet is not a parquet file" in said[0]
     (tmp_path / "3.parquet").write_bytes(whole[:-100])  # the one for validation
@@ -122,14 +122,14 @@ def test_a_shard_that_the_manifest_has_and_the_folder_has_not(tmp_path):
     for name in names:
         write(tmp_path / name, numbered(0, 10))
     files = {name: Record("text", 1, "", ()) for name in names}
-    Manifest(tmp_path, {"text": Source("", "", names[-1])}, files).write()
+    Manifest(tmp_path, {"text": Origin("", "", names[-1])}, files).write()
     (tmp_path / names[1]).unlink()
     with pytest.raises(
-        UserError, match=r"shard_1.parquet is missing; 'jaxchat data get' fetches it; --data.on-bad=skip"
+        UserError, match=r"shard_1.parquet is missing; 'jaxchat data get' downloads it; --data.on-bad=skip"
     ):
         find_text(tmp_path)
     said = []
-    split = find_text(tmp_path, on_bad="skip", tell=said.append)
+    split = find_text(tmp_path, on_bad="skip", say=said.append)
     assert len(list(iterate_texts(split.train))) == 20 and "shard_1.parquet is missing; left out" in said[0]
 
 
@@ -151,7 +151,7 @@ def test_documents_that_are_no_utf8_cost_only_themselves(tmp_path):
 
 
 def test_a_long_text_loses_only_the_paragraph_that_is_no_utf8(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "LONG_TEXT_BYTES", 10)
+    monkeypatch.setattr(shards, "LONG_TXT_BYTES", 10)
     (tmp_path / "a.txt").write_bytes(b"first\r\n\nsecond \xff\n\nthird \xc3\xa9\n\nfourth")
     check_bad([tmp_path / "a.txt"], "txt", r"a.txt is not UTF-8 text \(byte 15\)", left=["first\n\nthird é\n\nfourth"],
               counts={"documents_not_utf8": 1})  # fmt: skip
@@ -180,10 +180,10 @@ def test_half_surrogates_as_bytes_are_no_utf8(tmp_path):
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_long_text_is_read_in_blocks_whatever_ends_its_lines(tmp_path, monkeypatch, end):
     monkeypatch.setattr(reading, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(shards, "LONG_TEXT_BYTES", 1000)
+    monkeypatch.setattr(shards, "LONG_TXT_BYTES", 1000)
     paragraphs = [f"{i} " + "words " * (i % 40) for i in range(200)]
     (tmp_path / "a.txt").write_bytes((end * 2).join(paragraphs).encode())
-    blocks = list(TextBlocks(TextSide((tmp_path / "a.txt",), "txt")))
+    blocks = list(TextBlocks(TextFiles((tmp_path / "a.txt",), "txt")))
     assert max(len(text) for block in blocks for text in block) < 1500
     assert [p for block in blocks for text in block for p in text.split("\n\n") if p] == paragraphs
 
@@ -192,10 +192,10 @@ def test_a_disk_that_fails_is_no_damage(tmp_path):
     """What is left out for it by one of several processes, or at one of two times, would make them read other text."""
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n')
-    blocks = TextBlocks(TextSide((path,), "jsonl", on_bad="skip"))
+    blocks = TextBlocks(TextFiles((path,), "jsonl", on_bad="skip"))
     path.unlink()
     path.mkdir()  # opens with an error of the system's
-    with pytest.raises(UserError, match="a.jsonl cannot be read now: .*; put that right, and the same command goes on"):
+    with pytest.raises(UserError, match="a.jsonl cannot be read now: .*; fix that, and the same command continues"):
         blocks[0]
 
 
@@ -209,17 +209,17 @@ def test_a_line_of_50_megabytes(tmp_path):
     check_bad([tmp_path / "a.jsonl"], "jsonl", expected, left=["one", "two"], counts={"long_documents": 1})
     (tmp_path / "a.jsonl").write_text("x" * 50_000_000 + "\n")  # nor is the line itself printed
     with pytest.raises(UserError, match="a.jsonl:1: broken JSON") as raised:
-        read(TextSide((tmp_path / "a.jsonl",), "jsonl"), "refuse")
+        read(TextFiles((tmp_path / "a.jsonl",), "jsonl"), "refuse")
     assert len(str(raised.value)) < 300
 
 
 def test_only_the_first_are_named_and_all_are_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text("nonsense\n" * 100)
     said = []
-    blocks = TextBlocks(TextSide((tmp_path / "a.jsonl",), "jsonl", on_bad="skip", tell=said.append))
+    blocks = TextBlocks(TextFiles((tmp_path / "a.jsonl",), "jsonl", on_bad="skip", say=said.append))
     for _ in range(2):
         assert blocks[0].left_out == {"broken_lines": 100}
-    assert len(said) == shards.NAMED and said[-1].endswith("left out; further ones are counted only")
+    assert len(said) == shards.REPORTED and said[-1].endswith("left out; any more are only counted")
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def bad_folder(tmp_path):
 
 @pytest.mark.parametrize("packing", ["best-fit", "concat"])
 def test_the_count_is_of_the_text_read_once_and_survives_a_resume(bad_folder, packing):
-    side = find_text(bad_folder, on_bad="skip", tell=lambda line: None).train
+    side = find_text(bad_folder, on_bad="skip", say=lambda line: None).train
     options = {"rows": 2, "sequence_len": 64, "seed": 0, "packing": packing}
 
     def batches():

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxchat.config import DataConfig, Experiment
-from jaxchat.data.text import bestfit
-from jaxchat.data.text.lanes import joined, place_in_epoch
-from jaxchat.data.text.shards import TextBlocks, TextSide, iterate_texts
+from jaxchat.data.positions import join_positions
+from jaxchat.data.text import rows as text_rows
+from jaxchat.data.text.lanes import place_in_epoch
+from jaxchat.data.text.shards import TextBlocks, TextFiles, iterate_texts
 from jaxchat.errors import UserError
 from tests.data.small_text import BOS, PACKINGS, TOKENIZER, assert_same, take, text_batches
 
@@ -40,7 +41,7 @@ def in_processes(make, count, batches, state=None):
         iterator.set_state(state)
     parts = [take(iterator, batches) for iterator in iterators]
     whole = [{k: np.concatenate([part[k] for part in b]) for k in b[0]} for b in zip(*parts, strict=True)]
-    return whole, json.loads(json.dumps(joined([iterator.get_state() for iterator in iterators])))
+    return whole, json.loads(json.dumps(join_positions([iterator.get_state() for iterator in iterators])))
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -61,7 +62,7 @@ def test_any_number_of_processes_makes_the_same_batches_of_lanes_and_goes_on_fro
 def test_each_process_reads_its_lanes_alone(side, packing, monkeypatch):
     read, block = [], TextBlocks.__getitem__
     monkeypatch.setattr(TextBlocks, "__getitem__", lambda self, i: read.append(i) or block(self, i))
-    monkeypatch.setattr(bestfit, "WINDOW_ROWS", 3)
+    monkeypatch.setattr(text_rows, "WINDOW_ROWS", 3)
     for i in range(3):
         iterator = text_batches(side, rows=1, process_index=i, process_count=3, packing=packing, lanes=3)
         take(iterator, 20)
@@ -88,7 +89,7 @@ def test_in_an_epoch_the_lanes_read_each_document_once(side):
 def test_a_lane_whose_blocks_are_empty_gets_others_in_the_next_epoch(tmp_path):
     texts = [f"the {i} cats" if i % 4 == 0 else "" for i in range(16)]  # every other row group has no text
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=2)
-    side = TextSide((tmp_path / "a.parquet",), "parquet")
+    side = TextFiles((tmp_path / "a.parquet",), "parquet")
     batches = take(text_batches(side, rows=8, sequence_len=8, lanes=8), 40)
     for lane in range(8):
         assert set(documents_of(batches, lane)) == {text for text in texts if text}
@@ -98,9 +99,9 @@ def test_a_lane_whose_blocks_are_empty_gets_others_in_the_next_epoch(tmp_path):
 
 
 def test_what_lanes_do_not_fit_is_refused(side):
-    with pytest.raises(UserError, match="data.lanes 3 does not divide a batch's 4 rows"):
+    with pytest.raises(UserError, match="data.lanes 3 does not divide the 4 rows of a batch"):
         text_batches(side, rows=4, lanes=3)
-    with pytest.raises(UserError, match="data.lanes is 7, but the text in .* has 6 blocks only"):
+    with pytest.raises(UserError, match="data.lanes is 7, but the text in .* has only 6 blocks"):
         text_batches(side, rows=7, lanes=7)
     with pytest.raises(ValueError, match="need text that repeats"):
         text_batches(side, rows=3, lanes=3, repeat=False)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxchat.data.text import reading, shards
 from jaxchat.data.text.reading import read_jsonl
-from jaxchat.data.text.shards import TextBlocks, TextSide, find_text, iterate_texts
+from jaxchat.data.text.shards import TextBlocks, TextFiles, find_text, iterate_texts
 from jaxchat.errors import UserError
 
 
@@ -95,9 +95,9 @@ def test_one_small_file_still_has_both_sides(tmp_path):
 def test_a_long_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
     paragraphs = [f"paragraph {i} " + "word " * (i % 700) for i in range(600)]
     (tmp_path / "book.txt").write_text("\n\n".join(paragraphs))
-    pieces = list(iterate_texts(TextSide((tmp_path / "book.txt",), "txt")))
+    pieces = list(iterate_texts(TextFiles((tmp_path / "book.txt",), "txt")))
     assert "\n\n".join(pieces).split("\n\n") == paragraphs
-    assert all(len(piece) < reading.PIECE_CHARS + 4000 for piece in pieces)
+    assert all(len(piece) < reading.TXT_DOCUMENT_CHARS + 4000 for piece in pieces)
     split = find_text(tmp_path)
     assert sorted([*iterate_texts(split.train), *iterate_texts(split.val)]) == sorted(pieces)
 
@@ -111,15 +111,15 @@ def test_each_line_and_paragraph_is_read_once_whatever_the_block_size(tmp_path_f
     (folder / "a.txt").write_text("\n\n".join(texts))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "BLOCK_BYTES", block)
-        patch.setattr(shards, "LONG_TEXT_BYTES", 1)
-        patch.setattr(reading, "PIECE_CHARS", 1)
-        assert list(iterate_texts(TextSide((folder / "a.jsonl",), "jsonl"))) == texts
-        assert list(iterate_texts(TextSide((folder / "a.txt",), "txt"))) == texts
+        patch.setattr(shards, "LONG_TXT_BYTES", 1)
+        patch.setattr(reading, "TXT_DOCUMENT_CHARS", 1)
+        assert list(iterate_texts(TextFiles((folder / "a.jsonl",), "jsonl"))) == texts
+        assert list(iterate_texts(TextFiles((folder / "a.txt",), "txt"))) == texts
 
 
 def test_documents_without_text_are_left_out(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["one", "", None, "two"])
-    assert list(iterate_texts(TextSide((tmp_path / "a.parquet",), "parquet"))) == ["one", "two"]
+    assert list(iterate_texts(TextFiles((tmp_path / "a.parquet",), "parquet"))) == ["one", "two"]
 
 
 def test_small_txt_files_share_blocks(tmp_path):
@@ -140,10 +140,10 @@ def test_missing_empty_or_mixed_folders(tmp_path):
         find_text(tmp_path / "empty")
     (tmp_path / "empty" / "table.csv").write_text("a,b")
     (tmp_path / "empty" / "chat").mkdir()
-    with fails("no text in .*; it holds chat, table.csv; put .parquet"):
+    with fails("no text in .*; it contains chat, table.csv; put .parquet"):
         find_text(tmp_path / "empty")
     write_parquet(tmp_path / "a.parquet", ["x"])
-    with fails("parquet and jsonl"):
+    with fails("both parquet and jsonl files"):
         find_text(tmp_path)
 
 
@@ -155,7 +155,7 @@ def test_bad_parquet(tmp_path):
     with fails("b.parquet has no column 'text'; its columns are: content"):
         find_text(tmp_path)
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "b.parquet")
-    with fails("b.parquet: column 'text' holds int64"):
+    with fails("b.parquet: column 'text' contains int64"):
         find_text(tmp_path)
     (tmp_path / "b.parquet").write_text("this is no parquet file\n" * 10)
     with fails("b.parquet is not a parquet file"):
@@ -174,7 +174,7 @@ def test_a_damaged_row_group_is_named(tmp_path):
         b"\xff" * group.total_compressed_size
     )
     path.write_bytes(data)
-    blocks = TextBlocks(TextSide((path,), "parquet"))
+    blocks = TextBlocks(TextFiles((path,), "parquet"))
     assert blocks[0] == numbered(0, 1000)
     with fails("a.parquet: row group 1 cannot be read"):
         blocks[1]
@@ -199,13 +199,13 @@ def test_a_broken_line_of_text_is_named_by_file_and_line(tmp_path, line, message
         patch.setattr(reading, "BLOCK_BYTES", 1000)
         for name in ("a.jsonl", "a.jsonl.gz"):
             with fails(rf"{name}:52: {message}"):
-                list(iterate_texts(TextSide((tmp_path / name,), "jsonl")))
+                list(iterate_texts(TextFiles((tmp_path / name,), "jsonl")))
 
 
 def test_broken_txt_and_gzip(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine \xff")
     with fails(r"a.txt is not UTF-8 text \(byte 5\)"):
-        list(iterate_texts(TextSide((tmp_path / "a.txt",), "txt")))
+        list(iterate_texts(TextFiles((tmp_path / "a.txt",), "txt")))
     for data in (b"not gzip", gzip.compress(b'{"text": "x"}\n' * 100)[:-20]):
         (tmp_path / "a.jsonl.gz").write_bytes(data)
         with fails("a.jsonl.gz cannot be read"):

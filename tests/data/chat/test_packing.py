@@ -1,87 +1,25 @@
-"""Rows hold every token once and in order; packed conversations stay whole, and their masks stay in place."""
+"""Packed conversations stay whole, and their masks stay in place."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxchat.data.text import packing
-from jaxchat.data.text.packing import BestFitPacker, RenderedConversations, TokenStream, cut_rows, pack_conversations
-from jaxchat.data.text.shards import Block
+from jaxchat.data.chat import packing
+from jaxchat.data.chat.packing import ConversationPacker, RenderedConversations, pack_conversations
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train_from_iterator(["the cat sat on the mat, and the cat sat on the hat"] * 3, 270)
-BLOCKS = st.lists(st.lists(st.text("the catsonm", min_size=1, max_size=30), max_size=4), min_size=1, max_size=4)
 
 
 def conversation(*contents: str) -> dict:
     return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]}
 
 
-def tokens_of(blocks: list[list[str]]) -> list[int]:
-    """What the stream must give, by the tokenizer's plain `encode`."""
-    bos = TOKENIZER.bos_token_id
-    return [token for block in blocks for text in block for token in [bos, *TOKENIZER.encode(text)]]
-
-
-def stream(blocks: list[list[str]], *, epochs: int | None, minimum: int = 0) -> TokenStream:
-    def block(epoch: int, index: int) -> Block | None:
-        return Block(blocks[index]) if index < len(blocks) else None
-
-    return TokenStream(block, lambda: len(blocks), TOKENIZER, epochs=epochs, minimum=minimum, name="the text")
-
-
-@settings(max_examples=60, deadline=None)
-@given(blocks=BLOCKS, epochs=st.integers(1, 3), steps=st.lists(st.integers(0, 25), max_size=12))
-def test_every_token_comes_once_and_in_order(blocks, epochs, steps):
-    expected = tokens_of(blocks) * epochs
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "CHUNK_CHARS", 20)
-        tokens = stream(blocks, epochs=epochs)
-        at = 0
-        for step in steps:
-            assert tokens.peek(step).tolist() == expected[at : at + step]
-            step = min(step, len(expected) - at)
-            tokens.skip(step)
-            at += step
-        assert tokens.peek(10_000).tolist() == expected[at:]
-
-
-@settings(max_examples=60, deadline=None)
-@given(blocks=BLOCKS.filter(lambda blocks: any(blocks)), skipped=st.integers(0, 200), chunk=st.integers(1, 80))
-def test_a_stream_goes_on_from_its_state(blocks, skipped, chunk):
-    first, second = stream(blocks, epochs=None), stream(blocks, epochs=None)
-    first.peek(skipped)
-    first.skip(skipped)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "CHUNK_CHARS", chunk)  # where chunks begin must not matter
-        second.state = first.state
-        assert second.state == first.state
-        np.testing.assert_array_equal(first.peek(100), second.peek(100))
-
-
-def test_a_text_shorter_than_a_row_is_refused_and_one_as_long_is_not():
-    blocks = [["the cat"], ["sat"]]
-    length = len(tokens_of(blocks))
-    assert len(stream(blocks, epochs=None, minimum=length).peek(5 * length)) == 5 * length
-    with pytest.raises(UserError, match=f"the text holds only {length} tokens, fewer than the {length + 1} of one row"):
-        stream(blocks, epochs=None, minimum=length + 1).peek(5 * length)
-    with pytest.raises(UserError, match="the text holds no text"):
-        stream([[], []], epochs=None, minimum=2).peek(1)
-
-
-def test_a_state_of_another_text_is_refused():
-    state = stream([["the cat"]], epochs=None).state
-    with pytest.raises(UserError, match="the text has changed: 2 blocks now, 1 when"):
-        stream([["the cat"], ["sat"]], epochs=None).state = state
-
-
-def test_rows_overlap_by_one_and_are_filled_up():
-    rows = cut_rows(np.arange(7, dtype=np.int32), rows=2, sequence_len=3)
-    assert rows.tolist() == [[0, 1, 2, 3], [3, 4, 5, 6]]
-    rows = cut_rows(np.arange(5, dtype=np.int32), rows=3, sequence_len=3)
-    assert rows.tolist() == [[0, 1, 2, 3], [3, 4, -1, -1], [-1, -1, -1, -1]]
+def in_order(order: list[int], per_epoch: int):
+    """The conversation at a place of an epoch, for the epochs one after the other in `order`."""
+    return lambda epoch, place: order[epoch * per_epoch + place]
 
 
 @settings(max_examples=80, deadline=None)
@@ -94,7 +32,7 @@ def test_no_conversation_is_split_or_lost_and_each_epoch_is_placed_whole(lengths
     order = list(range(len(lengths))) * epochs
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "LOOK_AHEAD", look_ahead)
-        packer = BestFitPacker(order.__getitem__, len(lengths), lengths.__getitem__, 20, epochs)
+        packer = ConversationPacker(in_order(order, len(lengths)), len(lengths), lengths.__getitem__, 20, epochs)
         rows = list(iter(packer.next_row, None))
         assert packer.next_row() is None
     assert all(row and sum(lengths[i] for i in row) <= 20 for row in rows)
@@ -106,24 +44,26 @@ def test_no_conversation_is_split_or_lost_and_each_epoch_is_placed_whole(lengths
 
 @settings(max_examples=40, deadline=None)
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=40), rows=st.integers(0, 30), seed=st.integers(0, 9))
-def test_a_plan_goes_on_from_its_state(lengths, rows, seed):
+def test_a_plan_resumes_at_its_position(lengths, rows, seed):
     order = np.random.default_rng(seed).permutation(len(lengths)).tolist() * 100
-    first, second = (BestFitPacker(order.__getitem__, len(lengths), lengths.__getitem__, 20, None) for _ in range(2))
+    first, second = (
+        ConversationPacker(in_order(order, len(lengths)), len(lengths), lengths.__getitem__, 20, None) for _ in range(2)
+    )
     for _ in range(rows):
         first.next_row()
-    second.state = first.state
+    second.position = first.position
     assert [first.next_row() for _ in range(30)] == [second.next_row() for _ in range(30)]
 
 
 def test_the_longest_that_fits_comes_next():
     lengths = [10, 3, 9, 7, 10, 8]
-    packer = BestFitPacker(int, 6, lengths.__getitem__, 20, 1)
+    packer = ConversationPacker(lambda epoch, place: place, 6, lengths.__getitem__, 20, 1)
     assert list(iter(packer.next_row, None)) == [[0, 4], [1, 2, 5], [3]]
 
 
 def test_rows_are_nearly_full():
     lengths = np.random.default_rng(0).integers(20, 1500, 3000).tolist()
-    packer = BestFitPacker(int, 3000, lengths.__getitem__, 2049, 1)
+    packer = ConversationPacker(lambda epoch, place: place, 3000, lengths.__getitem__, 2049, 1)
     rows = sum(1 for _ in iter(packer.next_row, None))
     assert sum(lengths) / (rows * 2049) > 0.98
 

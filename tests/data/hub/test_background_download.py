@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-import launch
-from jaxchat.data.hub.background import Arrivals
+from jaxchat.cli.experiments import load_experiment
+from jaxchat.cli.options import configure
+from jaxchat.data.hub.background_download import BackgroundDownload
 from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.data.loader import pretrain_batches
 from jaxchat.data.manifest import Manifest
-from jaxchat.data.text.shards import TextBlocks, TextSide, iterate_texts
+from jaxchat.data.text.shards import TextBlocks, TextFiles, iterate_texts
 from jaxchat.errors import UserError
 from jaxchat.runs.metrics import read_metrics
 from jaxchat.tokenizer import Tokenizer
@@ -24,9 +25,9 @@ TOKENIZER = Tokenizer.train_from_iterator(["the cat sat on a mat"] * 3, 265)
 NAMES = ["shard_00000.parquet", "shard_00001.parquet"]
 
 
-def arrivals(folder, *entries, said=None, **options):
+def background_download(folder, *entries, said=None, **options):
     say = (lambda line: None) if said is None else said.append
-    return Arrivals(folder, parse_requests(entries), say, **{"backoff": 0.01} | options)
+    return BackgroundDownload(folder, parse_requests(entries), say, **{"backoff": 0.01} | options)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def there(tmp_path_factory):
     folder = tmp_path_factory.mktemp("there")
     for name in SHARDS:
         (folder / name).write_bytes(SHARDS[name])
-    return TextSide(tuple(folder / name for name in NAMES), "parquet")
+    return TextFiles(tuple(folder / name for name in NAMES), "parquet")
 
 
 def batches(side, **options):
@@ -52,7 +53,7 @@ def assert_same(left, right, count):
 def test_training_begins_with_the_first_shard(server, tmp_path, there):
     server.held = {NAMES[1]}
     said = []
-    source = arrivals(tmp_path, f"{TEXT}:2", said=said)
+    source = background_download(tmp_path, f"{TEXT}:2", said=said)
     text = source.text()
     iterator, whole = batches(text.train), batches(there)
     assert_same(iterator, whole, 5)
@@ -71,12 +72,12 @@ def test_training_begins_with_the_first_shard(server, tmp_path, there):
     for _ in range(5):
         next(again)
     assert_same(resumed, again, 3)
-    assert any("in the background" in line for line in said) and "all is there" in said[-1]
+    assert any("in the background" in line for line in said) and "download complete" in said[-1]
 
 
 def test_lanes_begin_with_the_first_shard_too(server, tmp_path, there):
     server.held = {NAMES[1]}
-    iterator, whole = batches(arrivals(tmp_path, f"{TEXT}:2").text().train, lanes=2), batches(there, lanes=2)
+    iterator, whole = batches(background_download(tmp_path, f"{TEXT}:2").text().train, lanes=2), batches(there, lanes=2)
     assert_same(iterator, whole, 5)
     early = json.loads(json.dumps(iterator.get_state()))
     assert early["of"] == 2 and all(place["blocks"] is None for place in early["lanes"].values())
@@ -91,7 +92,7 @@ def test_lanes_begin_with_the_first_shard_too(server, tmp_path, there):
 
 def test_a_reader_that_waits_for_a_shard_is_let_go(server, tmp_path, there):
     server.held = {NAMES[1]}
-    iterator, whole = batches(arrivals(tmp_path, f"{TEXT}:2").text().train), batches(there)
+    iterator, whole = batches(background_download(tmp_path, f"{TEXT}:2").text().train), batches(there)
     state = iterator.get_state()
     for ends in (lambda: iterator.set_state(state), iterator.close):
         assert_same(iterator, whole, 5)
@@ -104,14 +105,14 @@ def test_a_reader_that_waits_for_a_shard_is_let_go(server, tmp_path, there):
 
 def test_shards_in_any_order_give_the_same_blocks(server, tmp_path, there):
     server.held = {NAMES[0]}
-    text = arrivals(tmp_path, f"{TEXT}:2").text()
+    text = background_download(tmp_path, f"{TEXT}:2").text()
     threading.Timer(0.3, server.gate.set).start()
     assert list(TextBlocks(text.train)) == list(TextBlocks(there))
 
 
 def test_a_download_that_fails_is_told_where_its_text_is_read(server, tmp_path):
     del server.repos[REPO][NAMES[1]]
-    iterator = batches(arrivals(tmp_path, f"{TEXT}:2").text().train, repeat=False)
+    iterator = batches(background_download(tmp_path, f"{TEXT}:2").text().train, repeat=False)
     with pytest.raises(UserError, match=rf"{NAMES[1]}: the server has no http\S+ \(404\)"):
         for _ in iterator:
             pass
@@ -119,33 +120,33 @@ def test_a_download_that_fails_is_told_where_its_text_is_read(server, tmp_path):
 
 def test_nobody_watches_and_so_patience_has_no_end(server, tmp_path):
     server.faults[NAMES[0]].extend(Fault(status=503) for _ in range(12))
-    assert len(list(iterate_texts(arrivals(tmp_path, f"{TEXT}:1", backoff=1e-4).text().train))) == 400
+    assert len(list(iterate_texts(background_download(tmp_path, f"{TEXT}:1", backoff=1e-4).text().train))) == 400
 
 
 def test_several_processes_have_one_download(server, tmp_path):
     server.seconds_per_piece = 0.002
-    sources = [arrivals(tmp_path, f"{TEXT}:2") for _ in range(3)]
+    sources = [background_download(tmp_path, f"{TEXT}:2") for _ in range(3)]
     sides = [source.text().train for source in sources]
     assert [len(list(iterate_texts(side))) for side in sides] == [800] * 3
     assert [len(server.gets(f"/{name}")) for name in NAMES] == [1, 1]
 
 
 def test_the_validation_shard_may_be_another_but_the_pinned_one_is_never_trained_on(server, tmp_path):
-    text = arrivals(tmp_path, f"{TEXT}:2").text("shard_00001")
+    text = background_download(tmp_path, f"{TEXT}:2").text("shard_00001")
     assert [path.name for path in text.train.files] == NAMES[:1] and text.val.files[0].name == NAMES[1]
     with pytest.raises(UserError, match="'shard_00009' is not among those of fineweb-edu"):
-        arrivals(tmp_path, f"{TEXT}:2").text("shard_00009")
-    with pytest.raises(UserError, match="there is only the shard for validation; ask for more"):
-        arrivals(tmp_path, f"{TEXT}:1").text("shard_00000")
+        background_download(tmp_path, f"{TEXT}:2").text("shard_00009")
+    with pytest.raises(UserError, match="the only shard requested is for validation; request more"):
+        background_download(tmp_path, f"{TEXT}:1").text("shard_00000")
 
 
 def test_text_of_the_users_own_is_used_instead(server, tmp_path):
     said = []
     for i in range(2):
         (tmp_path / f"{i}.txt").write_text(f"my text {i}")
-    source = arrivals(tmp_path, f"{TEXT}:2", said=said)
+    source = background_download(tmp_path, f"{TEXT}:2", said=said)
     assert list(iterate_texts(source.text().train)) == ["my text 0"]
-    assert said == [f"data      {tmp_path} holds text of your own, which is used instead of {TEXT}"]
+    assert said == [f"data      {tmp_path} contains text of your own, which is used instead of {TEXT}"]
     assert not server.asked
 
 
@@ -154,7 +155,7 @@ def test_tasks_are_waited_for_and_those_of_the_user_stay(server, tmp_path):
     name = "main/train-00000-of-00001.parquet"
     server.repos["openai/gsm8k"] = {name: parquet(question), name.replace("train", "test"): parquet(question)}
     server.held = {name}
-    source = arrivals(tmp_path, "gsm8k")
+    source = background_download(tmp_path, "gsm8k")
     threading.Timer(0.3, server.gate.set).start()
     began = time.monotonic()
     source.wait_for_tasks()
@@ -162,14 +163,14 @@ def test_tasks_are_waited_for_and_those_of_the_user_stay(server, tmp_path):
     own = tmp_path / "own" / "eval" / "gsm8k" / "test.jsonl"
     own.parent.mkdir(parents=True)
     own.write_text("{}")
-    arrivals(tmp_path / "own", "gsm8k").wait_for_tasks()
+    background_download(tmp_path / "own", "gsm8k").wait_for_tasks()
     assert own.read_text() == "{}" and not (own.parent / "train.jsonl").exists()
 
 
 def test_offline_a_run_hears_at_once_what_is_missing(server, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, and .* lacks 3 of 3 files of fineweb-edu"):
-        arrivals(tmp_path, f"{TEXT}:2").text()
+        background_download(tmp_path, f"{TEXT}:2").text()
     assert not server.asked
 
 
@@ -183,7 +184,7 @@ def test_an_experiment_downloads_what_it_names(server, tmp_path, monkeypatch):
     arguments.append("--data.packing=best-fit")
     code, out, err = start(tmp_path / "run", *arguments)
     assert code == 0, err
-    assert "came with the wrong bytes" in out and "429" in out
+    assert "arrived with the wrong bytes" in out and "429" in out
     assert record(tmp_path / "run", "pretrain")["steps"] == 6
     assert any("bpb" in line for line in read_metrics(tmp_path / "run"))
     assert Manifest.read(folder).datasets[TEXT].validation == f"pretrain/{LAST}"
@@ -195,11 +196,11 @@ def test_an_experiment_downloads_what_it_names(server, tmp_path, monkeypatch):
 
 def test_who_brings_text_gets_nothing_else_unless_asked_for(tmp_path):
     def downloads(*overrides):
-        return launch.configure("d12", list(overrides), str(tmp_path), ()).data.download
+        return configure("d12", list(overrides), str(tmp_path), ()).data.download
 
-    names = launch.load_experiment("d12").data.download
+    names = load_experiment("d12").data.download
     assert names[0] == f"{TEXT}:60" and downloads() == names
-    assert launch.configure("d12", [], None, ()).data.folder == "data"
+    assert configure("d12", [], None, ()).data.folder == "data"
     (tmp_path / "mine.jsonl").write_text("")
     assert downloads() == () and downloads("--data.download=gsm8k") == ("gsm8k",)
     (tmp_path / "mine.jsonl").unlink()

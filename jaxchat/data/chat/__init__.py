@@ -1,0 +1,1 @@
+"""Conversations, rendered to tokens and packed into rows."""
