@@ -32,19 +32,19 @@ _LOADERS: dict[str, Callable[[Split, AnyPath, int | None], Task]] = {
     "long_sums": partial(load_checkable, "long_sums"),
 }
 TASKS = tuple(_LOADERS)
-_CONVERSATIONS = ("chat", "smoltalk")  # for training only, as files of conversations are
+_CONVERSATIONS = ("chat", "smoltalk")  # for training only, like files of conversations
 _FILE_ENDS = (".jsonl", ".jsonl.gz")
 
 
 def load_task(name: str, split: Split, data_dir: AnyPath | str, limit: int | None = None) -> Task:
-    """The task `name`, one of `TASKS` from the data folder, or the path of a .jsonl of conversations.
+    """Loads the task `name`: one of `TASKS`, from the data folder, or the path of a .jsonl file of conversations.
 
     Args:
-      limit: at most so many items, evenly spread over the task.
+      limit: takes at most this many items, evenly spread over the task.
 
     Raises:
-      MissingData: the task's file for this split is not there; the message names it.
-      UserError: no such task, or a broken file.
+      MissingData: the task's file for this split is missing; the message names it.
+      UserError: an unknown task, or a broken file.
     """
     check(limit is None or limit >= 1, f"task {name} is limited to {limit} examples; take at least 1")
     if name.endswith(_FILE_ENDS):
@@ -55,10 +55,10 @@ def load_task(name: str, split: Split, data_dir: AnyPath | str, limit: int | Non
 
 
 def parse_mixture(entries: Sequence[str]) -> list[tuple[str, int | None]]:
-    """The (name, examples) of entries such as `chat` or `gsm8k:2000`.
+    """Parses entries such as `chat` or `gsm8k:2000` into pairs of a task and a number of examples (None for all).
 
     Raises:
-      UserError: an unknown task, or a number of examples that is none.
+      UserError: an unknown task, or an impossible number of examples.
     """
     parsed: list[tuple[str, int | None]] = []
     for entry in entries:
@@ -74,11 +74,11 @@ def parse_mixture(entries: Sequence[str]) -> list[tuple[str, int | None]]:
 
 
 def check_scorable(entries: Sequence[str]) -> None:
-    """Raises UserError, as `parse_mixture` does, and for conversations, whose answers nothing can check."""
+    """Raises UserError as `parse_mixture` does, and for conversations, whose answers cannot be checked."""
     for name, _ in parse_mixture(entries):
         check(
             name not in _CONVERSATIONS and not name.endswith(_FILE_ENDS),
-            f"{name} has no answers to check; name tasks that have, such as gsm8k",
+            f"{name} has no answers that can be checked; use tasks that have, such as gsm8k",
         )
 
 

@@ -1,4 +1,4 @@
-"""What a task is: conversations to learn from or to be asked, and a score for a completion."""
+"""What a task is: conversations to train on or to evaluate with, and a score for a completion."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Conversation = dict[str, Any]
 Split = Literal["train", "val", "test"]
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-VAL_EVERY = 20  # a file without a validation file of its own: every 20th item is validation's and not training's
+VAL_EVERY = 20  # where there is no validation file, every 20th item is for validation and not for training
 _TOOL_OUTPUT_END = "<|output_end|>"
 _NUMBER = re.compile(r"-?(?:\d+(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
 
@@ -25,8 +25,8 @@ _NUMBER = re.compile(r"-?(?:\d+(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
 class Task(ABC, Sequence[Conversation]):
     """A sequence of complete conversations, each ending with the right answer as the assistant's message.
 
-    `kind` says how the task is asked: "generative" completions go to `score`; for "multiple_choice" the conversation
-    has `letters`, the answer is one of them, and the likeliest letter is taken.
+    `kind` tells how to evaluate the task: "generative" completions go to `score`; with "multiple_choice" the
+    conversation has `letters`, one of which is the answer, and the most likely letter counts as the model's answer.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Task(ABC, Sequence[Conversation]):
 
     @abstractmethod
     def score(self, conversation: Conversation, completion: str) -> float:
-        """What `completion` (decoded, special tokens as text) is worth as the answer, in [0, 1]."""
+        """Scores `completion` (decoded, with special tokens as text) as the answer, in [0, 1]."""
 
     @overload
     def __getitem__(self, index: int) -> Conversation: ...
@@ -57,7 +57,7 @@ class Task(ABC, Sequence[Conversation]):
 
 
 class ListTask(Task):
-    """A task whose items lie in memory; a `limit` takes so many, evenly spread: files are often sorted by subject."""
+    """A task with its items in memory; `limit` takes a part, evenly spread, since files are often sorted by subject."""
 
     def __init__(self, name: str, items: Sequence[Any], limit: int | None = None):
         self.name = name
@@ -71,7 +71,7 @@ class ListTask(Task):
 
 
 class Mixture(Sequence[Conversation]):
-    """Tasks one after another, as one sequence; the loader shuffles it."""
+    """Several tasks as one sequence, one after another; the loader shuffles them."""
 
     def __init__(self, tasks: Sequence[Task]):
         self.tasks = tuple(tasks)
@@ -85,30 +85,35 @@ class Mixture(Sequence[Conversation]):
             return [self[i] for i in range(*index.indices(len(self)))]
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
-            raise IndexError(f"index {index} of a mixture of {len(self)}")
+            raise IndexError(f"index {index} of a mixture with {len(self)} conversations")
         which = bisect.bisect_right(self._ends, position)
         return self.tasks[which][position - (self._ends[which - 1] if which else 0)]
 
 
 def spread(items: Sequence[Any], limit: int | None) -> Sequence[Any]:
-    """At most `limit` of `items`, evenly spread and in their order."""
+    """At most `limit` of `items`, evenly spread, in their order."""
     if limit is None or limit >= len(items):
         return items
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
 def hold_out(items: Sequence[Any], split: Split) -> list[Any]:
-    """Training's or validation's part of items that come without a validation file."""
+    """The part of `items` for training or for validation, where there is no validation file."""
     return [item for i, item in enumerate(items) if (i % VAL_EVERY == VAL_EVERY - 1) == (split == "val")]
 
 
 def read_items(path: Path, keys: Sequence[str], task: str, *, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The objects of a file, all with `keys`, those in `texts` strings. `path` may leave out `.jsonl` or `.gz`: either
-    kind is looked for.
+    """Reads the JSON objects of a file.
+
+    Args:
+      path: with or without `.jsonl`; a plain file or else one with `.gz` is read.
+      keys: what each object must have.
+      task: the task's name, for messages.
+      texts: those of `keys` that must be strings.
 
     Raises:
-      MissingData: no such file.
-      UserError: a broken line, or one without what the task needs.
+      MissingData: there is no such file.
+      UserError: a broken line, or one that lacks what the task needs.
     """
     plain = path.with_name(path.name.removesuffix(".gz").removesuffix(".jsonl") + ".jsonl")
     candidates = [path] if path.name.endswith(".gz") else [plain, plain.with_name(f"{plain.name}.gz")]
@@ -123,39 +128,41 @@ def read_items(path: Path, keys: Sequence[str], task: str, *, texts: Sequence[st
         others = [key for key in texts if not isinstance(item[key], str)]
         if others:
             kind = type(item[others[0]]).__name__
-            raise UserError(f"{found}: object {number}: {others[0]!r} is no string but {kind}; {task} needs a string")
+            raise UserError(f"{found}: object {number}: {others[0]!r} is {kind}, not a string, which {task} needs")
     return items
 
 
-def conversation(question: str, answer: str | list[dict[str, str]], /, **extra: Any) -> Conversation:
+def question_and_answer(question: str, answer: str | list[dict[str, str]], /, **extra: Any) -> Conversation:
+    """A conversation of one question and its answer, with further entries from `extra`."""
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"messages": messages, **extra}
 
 
-def multiple_choice(question: str, choices: Sequence[str], gold: int, **extra: Any) -> Conversation:
-    """The question, then a line for each choice, its letter last: one token by itself, as it is in the answer.
+def multiple_choice_question(question: str, choices: Sequence[str], gold: int, **extra: Any) -> Conversation:
+    """A question with a line for each choice, ending in its letter; `gold` is the index of the right choice.
 
-    The letter comes behind the choice because a small model binds a letter more easily to what it has just read.
+    The letter comes after `=`, where it is a token by itself as in the answer, and after the choice, because a small
+    model associates it more easily with what it has just read.
     """
     letters = tuple(LETTERS[: len(choices)])
     lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters, strict=True))
     text = f"Multiple choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
-    return conversation(text, letters[gold], letters=letters, **extra)
+    return question_and_answer(text, letters[gold], letters=letters, **extra)
 
 
 def score_choice(conversation: Conversation, completion: str) -> float:
-    """1 if the answer begins with the right letter, standing alone."""
-    said = re.match(r"\W*([A-Z])(?!\w)", visible_answer(completion))
-    return float(said is not None and said[1] == conversation["messages"][-1]["content"])
+    """1 if the answer begins with the right letter, not followed by another."""
+    found = re.match(r"\W*([A-Z])(?!\w)", visible_answer(completion))
+    return float(found is not None and found[1] == conversation["messages"][-1]["content"])
 
 
 def visible_answer(completion: str) -> str:
-    """What is said behind the last tool output."""
+    """The text after the last tool output."""
     return completion.rpartition(_TOOL_OUTPUT_END)[2].removesuffix("<|assistant_end|>")
 
 
 def last_number(text: str) -> str | None:
-    """The last number in `text` as `canonical_number` writes it; None if there is none."""
+    """The last number in `text`, as `canonical_number` writes it, or None."""
     found = _NUMBER.findall(text)
     return canonical_number(found[-1]) if found else None
 

@@ -1,4 +1,4 @@
-"""Conversations to learn from: the data folder's own, SmolTalk, or any file of them."""
+"""Conversations to train on: the data folder's, SmolTalk, or any file of them."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from jaxchat.tasks.base import Conversation, ListTask, Split, hold_out, read_ite
 
 
 class Conversations(ListTask):
-    """Conversations without a checkable answer: for training only."""
+    """Conversations without an answer that can be checked, for training only."""
 
     def score(self, conversation: Conversation, completion: str) -> float:
         raise UserError(
-            f"{self.name} has no answers to check; evaluate and reward with a task that has, such as 'gsm8k'"
+            f"{self.name} has no answers that can be checked; evaluate and reward with a task that has, such as 'gsm8k'"
         )
 
 
 def load_chat(split: Split, data_dir: Path, limit: int | None) -> Conversations:
-    """`chat/{split}.jsonl`, or the same with `.gz`."""
+    """Loads `chat/{split}.jsonl`, or the same with `.gz`."""
     return Conversations("chat", read_items(data_dir / "chat" / split, ("messages",), "chat"), limit)
 
 
 def load_smoltalk(split: Split, data_dir: Path, limit: int | None) -> Conversations:
-    """`chat/smoltalk/{split}.jsonl`, or the same with `.gz`."""
+    """Loads `chat/smoltalk/{split}.jsonl`, or the same with `.gz`."""
     return Conversations(
         "smoltalk", read_items(data_dir / "chat" / "smoltalk" / split, ("messages",), "smoltalk"), limit
     )
 
 
 def load_file(path: Path, split: Split, limit: int | None) -> Conversations:
-    """Any file of conversations: every 20th line is for validation and test, the others for training."""
+    """Loads any file of conversations; every 20th line is for validation and test, the others for training."""
     items = read_items(path, ("messages",), str(path))
     return Conversations(str(path), hold_out(items, "train" if split == "train" else "val"), limit)

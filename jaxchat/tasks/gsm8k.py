@@ -1,4 +1,4 @@
-"""GSM8K: school arithmetic in words (Cobbe et al. 2021, arXiv:2110.14168), annotations as calls of the calculator."""
+"""GSM8K: school arithmetic in words (Cobbe et al. 2021, arXiv:2110.14168), with calls of the calculator."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from jaxchat.tasks.base import (
     ListTask,
     Split,
     canonical_number,
-    conversation,
     hold_out,
+    question_and_answer,
     read_items,
     visible_answer,
 )
@@ -22,22 +22,22 @@ _FINAL = re.compile(r"####\s*\$?\s*(-?[\d,]*\.?\d+)")
 
 
 class GSM8K(ListTask):
-    """Items of `question` and `answer`: the answer has `<<48/2=24>>` in each calculation and `#### 72` at the end."""
+    """Items with a `question` and an `answer`, which has `<<48/2=24>>` at each calculation and ends with `#### 72`."""
 
     def item(self, index: int) -> Conversation:
         item = self.items[index]
-        return conversation(
+        return question_and_answer(
             item["question"], answer_parts(item["answer"]), answer=final_answer(item["answer"]), source=self.name
         )
 
     def score(self, conversation: Conversation, completion: str) -> float:
-        """1 if the number behind the last #### is the reference's."""
-        said = final_answer(visible_answer(completion))
-        return float(said is not None and said == conversation["answer"])
+        """1 if the number after the last #### is the right one."""
+        found = final_answer(visible_answer(completion))
+        return float(found is not None and found == conversation["answer"])
 
 
 def answer_parts(answer: str) -> list[dict[str, str]]:
-    """Text, and for each annotation the expression for the tool and its output, written as the calculator does."""
+    """The text of an answer, and for each annotation the calculator's expression and its output as it writes it."""
     parts, start = [], 0
     for match in _ANNOTATION.finditer(answer):
         parts.append({"type": "text", "text": answer[start : match.start()]})
@@ -49,13 +49,13 @@ def answer_parts(answer: str) -> list[dict[str, str]]:
 
 
 def final_answer(text: str) -> str | None:
-    """The number behind the last ####, without commas; None if there is none."""
+    """The number after the last ####, without commas, or None."""
     found = _FINAL.findall(text)
     return canonical_number(found[-1]) if found else None
 
 
 def load_gsm8k(split: Split, data_dir: Path, limit: int | None) -> GSM8K:
-    """`eval/gsm8k/train.jsonl` for training, less every 20th problem, which is validation's, and `test.jsonl`."""
+    """Loads `eval/gsm8k/test.jsonl` or `train.jsonl`, of which every 20th problem is for validation."""
     path = data_dir / "eval" / "gsm8k" / ("test.jsonl" if split == "test" else "train.jsonl")
     items = read_items(path, ("question", "answer"), "gsm8k", texts=("question", "answer"))
     return GSM8K("gsm8k", items if split == "test" else hold_out(items, split), limit)

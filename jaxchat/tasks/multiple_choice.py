@@ -11,28 +11,29 @@ from jaxchat.tasks.base import (
     ListTask,
     Split,
     hold_out,
-    multiple_choice,
+    multiple_choice_question,
     read_items,
     score_choice,
 )
 
 
 class MultipleChoice(ListTask):
-    """Items of `question`, `choices` and `gold` (an index)."""
+    """Items with a `question`, `choices` and `gold`, the index of the right one."""
 
     kind = "multiple_choice"
 
     def item(self, index: int) -> Conversation:
         item = self.items[index]
-        return multiple_choice(item["question"], item["choices"], item["gold"], source=self.name)
+        return multiple_choice_question(item["question"], item["choices"], item["gold"], source=self.name)
 
     def score(self, conversation: Conversation, completion: str) -> float:
         return score_choice(conversation, completion)
 
 
 def load_mmlu(split: Split, data_dir: Path, limit: int | None) -> MultipleChoice:
-    """MMLU has no training questions of its own here (its `auxiliary_train` is other sets): training takes
-    `mmlu/dev.jsonl` and `mmlu/val.jsonl` less every 20th question, which is validation's. Test is the test file.
+    """Loads `eval/mmlu/test.jsonl`, or for the other splits `dev.jsonl` and `val.jsonl` together.
+
+    Of these every 20th question is for validation. MMLU's `auxiliary_train` is not used, since it is other data sets.
     """
     folder, keys = data_dir / "eval" / "mmlu", ("question", "choices", "answer")
     if split == "test":
@@ -44,7 +45,7 @@ def load_mmlu(split: Split, data_dir: Path, limit: int | None) -> MultipleChoice
 
 
 def load_arc(name: str, split: Split, data_dir: Path, limit: int | None) -> MultipleChoice:
-    """Test is `eval/{name}.jsonl`; the other splits are `eval/{name}/{split}.jsonl`, where somebody has put them."""
+    """Loads `eval/{name}.jsonl` for test, and `eval/{name}/{split}.jsonl` for the other splits."""
     path = data_dir / "eval" / (f"{name}.jsonl" if split == "test" else f"{name}/{split}.jsonl")
     items = read_items(path, ("query", "choices", "gold"), name)
     questions = [_item(name, i["query"].removeprefix("Question: "), i["choices"], i["gold"]) for i in items]
@@ -54,6 +55,6 @@ def load_arc(name: str, split: Split, data_dir: Path, limit: int | None) -> Mult
 def _item(task: str, question: str, choices: list[str], gold: int) -> dict[str, Any]:
     if not (isinstance(gold, int) and 0 <= gold < len(choices) <= 26):
         raise UserError(
-            f"{task}: the answer {gold!r} of {question[:50]!r} is not the index of one of {len(choices)} choices"
+            f"{task}: the answer {gold!r} to {question[:50]!r} is not the index of one of {len(choices)} choices"
         )
     return {"question": question, "choices": choices, "gold": gold}

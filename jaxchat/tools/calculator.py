@@ -1,8 +1,7 @@
-"""The calculator that the model calls: arithmetic, and counting inside a string. Nothing is ever executed.
+"""The calculator that the model calls: arithmetic, and counting in a string. Nothing is ever executed.
 
-An expression passes one regular expression, is parsed by Python's grammar, and its tree is walked by the few rules
-below; any node without a rule means no. Numbers, exponents, depth and length are bounded, so that every call returns at
-once.
+An expression must match a regular expression, is parsed by Python's grammar, and is evaluated by the few rules below; a
+node without a rule is refused. Numbers, exponents, depth and length are bounded, so that every call returns at once.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ import re
 
 MAX_LENGTH = 512
 MAX_DEPTH = 100
-MAX_DIGITS = 50  # of any number on the way, integers and floats alike
+MAX_DIGITS = 50  # of any intermediate result, integer or float
 
-# Most else that Python's grammar knows (names, subscripts, comparisons, escapes in strings) cannot be spelt with these.
+# Most else in Python's grammar (names, subscripts, comparisons, escapes in strings) cannot be spelled with these.
 _ALPHABET = re.compile(r"""(?:'[^'\\]*'|"[^"\\]*"|\.count\b|[0-9eE.+\-*/%(),_ \t])+""")
 _STRING_OR_GROUP = re.compile(r"""('[^']*'|"[^"]*")|(?<=\d),(?=\d{3}(?!\d))""")
 
@@ -32,15 +31,15 @@ _UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 class _Refused(Exception):
-    """The expression is not allowed."""
+    """An expression is not allowed."""
 
 
 def calculate(expression: str) -> str | None:
-    """The value of `expression` as the text that the model sees, or None when it is not allowed. Never raises.
+    """Evaluates `expression` to the text that the model sees, or None if it is not allowed. Never raises.
 
-    Allowed: + - * / // % ** (with Python's meaning) over numbers and parentheses, and `'word'.count('x')`. Commas
-    between groups of thousands are dropped. Whole numbers come without a point, others with at most 12 significant
-    digits: 0.1 + 0.2 is "0.3", 6 / 2 is "3".
+    Allowed are + - * / // % ** (with Python's meaning) with numbers and parentheses, and `'word'.count('x')`. Commas
+    between groups of three digits are dropped. Whole numbers are written without a point, others with at most 12
+    significant digits: 0.1 + 0.2 is "0.3", 6 / 2 is "3".
     """
     expression = expression.strip()
     if len(expression) > MAX_LENGTH or not _ALPHABET.fullmatch(expression):
@@ -81,7 +80,7 @@ def _number(node: ast.expr, depth: int) -> int | float:
 
 
 def _power(base: int | float, exponent: int | float) -> int | float | complex:
-    # Refused before it is computed: 9**9**9 would take the machine with it.
+    # Refused before it is computed: 9**9**9 would exhaust the machine.
     if abs(base) > 1 and exponent > 0 and exponent * math.log10(abs(base)) > MAX_DIGITS:
         raise _Refused
     return base**exponent

@@ -11,7 +11,7 @@ from jaxchat.eval.chat import choose, evaluate_task
 from jaxchat.infer.engine import Engine
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params, logits
-from jaxchat.tasks.base import ListTask, conversation, multiple_choice, score_choice
+from jaxchat.tasks.base import ListTask, multiple_choice_question, question_and_answer, score_choice
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train.step import init_state, make_train_step
 
@@ -39,12 +39,16 @@ def call(a, b, answer):
 
 @pytest.fixture(scope="module")
 def sums():
-    return Sums("sums", [conversation(f"{a} and {b}?", call(a, b, str(a + b)), answer=str(a + b)) for a, b in SUMS])
+    return Sums(
+        "sums", [question_and_answer(f"{a} and {b}?", call(a, b, str(a + b)), answer=str(a + b)) for a, b in SUMS]
+    )
 
 
 @pytest.fixture(scope="module")
 def choices():
-    return Choices("choices", [multiple_choice(f"{word}?", ("p", "q", "r", "s"), gold) for word, gold in CHOICES])
+    return Choices(
+        "choices", [multiple_choice_question(f"{word}?", ("p", "q", "r", "s"), gold) for word, gold in CHOICES]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +56,8 @@ def engine(sums, choices):
     tokenizer = Tokenizer.train_from_iterator(["Respond only with the letter of the correct answer. " * 3], 300)
     config = GPTConfig(depth=2, sequence_len=LENGTH, vocab_size=tokenizer.vocab_size)
     # It learns the last sum and the last choice wrong.
-    lessons = [*sums[:-1], conversation("8 and 1?", call(8, 1, "10")), *choices[:-1]]
-    lessons.append(multiple_choice("ice?", ("p", "q", "r", "s"), 0))
+    lessons = [*sums[:-1], question_and_answer("8 and 1?", call(8, 1, "10")), *choices[:-1]]
+    lessons.append(multiple_choice_question("ice?", ("p", "q", "r", "s"), 0))
     shape = (1, len(lessons), LENGTH)
     inputs, targets = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
     for i, lesson in enumerate(lessons):

@@ -1,14 +1,13 @@
-"""HumanEval's scoring really runs programs: right ones pass, wrong, endless and greedy ones do not."""
+"""HumanEval's scoring runs programs: right ones pass, wrong ones do not."""
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
 
 from jaxchat.tasks import load_task
-from jaxchat.tasks.humaneval import extract_code, run_program
+from jaxchat.tasks.humaneval import extract_code
 
 PROMPT = '''from typing import List
 
@@ -76,32 +75,6 @@ def test_the_first_python_fence_is_taken():
     assert extract_code("```python3\ncode\n```\nThat is it.") == "code\n"
     assert extract_code("Here:\n```Python title=a\ncode\n```") == "code\n"
     assert extract_code("Use ``` for fences.") == "Use ``` for fences."
-
-
-def test_endless_programs_are_stopped_with_what_they_started(tmp_path):
-    mark = tmp_path / "alive"
-    child = f"import time; time.sleep(1.5); open({str(mark)!r}, 'w')"
-    program = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {child!r}])\nwhile True:\n    pass\n"
-    start = time.monotonic()
-    assert not run_program(program, timeout=0.5)
-    assert time.monotonic() - start < 30
-    time.sleep(2)
-    assert not mark.exists()
-
-
-def test_memory_and_files_are_bounded(tmp_path):
-    assert not run_program("x = bytearray(3 << 30)\n", timeout=20)
-    assert run_program("x = bytearray(3 << 20)\n", timeout=20)
-    assert not run_program("open('big', 'wb').write(bytes(50 << 20))\n", timeout=20)
-
-
-def test_programs_run_elsewhere_with_an_empty_environment(monkeypatch):
-    monkeypatch.setenv("JAXCHAT_SECRET", "secret")
-    here = str(Path.cwd())
-    assert run_program(
-        f"import os\nassert 'JAXCHAT_SECRET' not in os.environ\nassert os.getcwd() != {here!r}\n", timeout=20
-    )
-    assert not run_program("assert False\n", timeout=20)
 
 
 @pytest.mark.skipif(not os.environ.get("JAXCHAT_DATA"), reason="JAXCHAT_DATA names no data folder")

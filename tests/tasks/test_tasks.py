@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxchat.data.synthetic import write_synthetic
-from jaxchat.data.synthetic.questions import split_of
+from jaxchat.data.synthetic.questions import purpose_of
 from jaxchat.errors import MissingData, UserError
 from jaxchat.tasks import TASKS, Mixture, load_task, parse_mixture
-from jaxchat.tasks.base import ListTask, canonical_number, last_number, multiple_choice, visible_answer
+from jaxchat.tasks.base import ListTask, canonical_number, last_number, multiple_choice_question, visible_answer
 from jaxchat.tasks.checkable import score_value
 from jaxchat.tasks.gsm8k import answer_parts, final_answer
 from jaxchat.tools.calculator import calculate
@@ -96,7 +96,7 @@ def test_conversations_are_found_plain_or_compressed(tmp_path):
         for split in ("train", "val")
     }
     assert len(own["train"]) == 38 and len(own["val"]) == 2 and not own["train"] & own["val"]
-    with pytest.raises(UserError, match="no answers to check"):
+    with pytest.raises(UserError, match="no answers that can be checked"):
         load_task("chat", "train", tmp_path).score(talk("q", "a"), "a")
 
 
@@ -189,7 +189,7 @@ def test_names_count_as_whole_words_and_alone():
 
 
 def test_choices_are_rendered_with_their_letters_last():
-    rendered = multiple_choice("Which is a pet?", ["stone", "cat"], 1)
+    rendered = multiple_choice_question("Which is a pet?", ["stone", "cat"], 1)
     assert rendered["messages"] == [
         {
             "role": "user",
@@ -272,7 +272,7 @@ def test_spelling_is_made_and_split_by_word():
                 assert word in question_of(item)
                 assert task.score(item, item["answer"][:-2]) == 0
             words[split].add(word)
-            assert split_of(word) == side
+            assert purpose_of(word) == side
         assert len(words[split]) > 50
     assert not words["train"] & words["test"] and not words["train"] & words["val"] and not words["val"] & words["test"]
 

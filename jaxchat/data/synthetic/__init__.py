@@ -1,7 +1,7 @@
-"""A corpus that the project makes itself: text, conversations and questions of a small world, without a download.
+"""The synthetic corpus: text, conversations and questions about a small invented world, generated without a download.
 
-Everything follows from the seed. No question of an `eval/*/test.jsonl` is in the text or in a conversation: facts are
-held out by (person, attribute), sums by their numbers, letter counting by the word.
+Everything follows from the seed. No question in an `eval/*/test.jsonl` occurs in the text or in a conversation: facts
+are held out by (person, attribute), sums by their numbers, letter counting by the word.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from jaxchat.data.synthetic.chats import write_conversation
 from jaxchat.data.synthetic.questions import (
-    Split,
+    Purpose,
     Sum,
     answer_letters,
     answer_sum,
@@ -44,21 +44,20 @@ def write_synthetic(
     seed: int,
     documents: int = 40_000,
     conversations: int = 40_000,
-    progress: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Writes `pretrain/`, `chat/` and `eval/` into `directory`, in the layout that `--data` takes.
+    """Writes `pretrain/`, `chat/` and `eval/` into `directory`, in the layout of a data folder.
 
     Args:
-      documents: texts for pretraining, of about 300 characters; 2 % more go into the last shard, for validation.
-      conversations: for `chat/train.jsonl`; 2 % more go into `chat/val.jsonl`.
-      progress: called with a line for each part.
+      documents: documents of about 300 characters for pretraining; 2 % more go into the last shard, for validation.
+      conversations: conversations in `chat/train.jsonl`; 2 % more go into `chat/val.jsonl`.
+      say: called with a line for each part.
 
     Raises:
       UserError: fewer than 100 documents or conversations.
     """
     check(documents >= 100, f"data.synthetic-documents is {documents}; it must be at least 100")
     check(conversations >= 100, f"data.synthetic-conversations is {conversations}; it must be at least 100")
-    say = progress or (lambda line: None)
     world = build_world(seed)
 
     rng = random.Random(f"pretrain {seed}")
@@ -78,8 +77,8 @@ def write_synthetic(
         say(f"chat/{name}.jsonl: {count:,} conversations")
 
     for name, make in QUESTION_MAKERS.items():
-        for side, split, count in (("train", "rl", RL_QUESTIONS), ("test", "test", TEST_QUESTIONS)):
-            items = make(world, random.Random(f"{name} {side} {seed}"), split, count)
+        for side, purpose, count in (("train", "rl", RL_QUESTIONS), ("test", "test", TEST_QUESTIONS)):
+            items = make(world, random.Random(f"{name} {side} {seed}"), purpose, count)
             _write_jsonl(directory / "eval" / name / f"{side}.jsonl", items)
             say(f"eval/{name}/{side}.jsonl: {len(items):,} questions")
 
@@ -96,44 +95,47 @@ def _item(source: str, question: str, content: Any, answer: str, others: list[st
     return item | ({"others": others} if others is not None else {})
 
 
-def make_sums(world: World, rng: random.Random, split: Split, count: int) -> list[dict[str, Any]]:
-    """Distinct sums of one side of the split."""
-    return _sums("sums", draw_sum, rng, split, count)
+def make_sums(world: World, rng: random.Random, purpose: Purpose, count: int) -> list[dict[str, Any]]:
+    """Distinct sums for one purpose."""
+    return _sums("sums", draw_sum, rng, purpose, count)
 
 
-def make_long_sums(world: World, rng: random.Random, split: Split, count: int) -> list[dict[str, Any]]:
-    """Distinct sums of longer numbers than any conversation has: what RL has left to teach."""
-    return _sums("long_sums", draw_long_sum, rng, split, count)
+def make_long_sums(world: World, rng: random.Random, purpose: Purpose, count: int) -> list[dict[str, Any]]:
+    """Distinct sums of longer numbers, which are rare in the conversations, so that RL has something left to teach."""
+    return _sums("long_sums", draw_long_sum, rng, purpose, count)
 
 
-def _sums(name: str, draw: Callable[[random.Random, Split], Sum], rng: random.Random, split: Split, count: int):
+def _sums(name: str, draw: Callable[[random.Random, Purpose], Sum], rng: random.Random, purpose: Purpose, count: int):
     drawn: dict[str, Sum] = {}
     while len(drawn) < count:
-        total = draw(rng, split)
+        total = draw(rng, purpose)
         drawn[total.expression] = total
     return [_item(name, ask_sum(t, rng), answer_sum(t, rng), str(t.value)) for t in drawn.values()]
 
 
-def make_letters(world: World, rng: random.Random, split: Split, count: int) -> list[dict[str, Any]]:
-    """Distinct pairs of word and letter, the words of one side of the split; the answers 0 to 3 are equally frequent,
-    so that no guess is right more often than one in four."""
+def make_letters(world: World, rng: random.Random, purpose: Purpose, count: int) -> list[dict[str, Any]]:
+    """Distinct pairs of a word and a letter, with words for one purpose.
+
+    The answers 0 to 3 are equally frequent, so that guessing is right one time in four at most.
+    """
     drawn = set()
     while len(drawn) < count:
-        drawn.add(draw_counted(rng, split, len(drawn) % 4))
+        drawn.add(draw_counted(rng, purpose, len(drawn) % 4))
     return [
         _item("letters", ask_letters(*pair, rng), answer_letters(*pair, rng), str(pair[0].count(pair[1])))
         for pair in sorted(drawn)
     ]
 
 
-def make_facts(world: World, rng: random.Random, split: Split, count: int) -> list[dict[str, Any]]:
-    """Test: every way of asking for every held-out fact. RL: the one way of asking for each open fact kept for it.
+def make_facts(world: World, rng: random.Random, purpose: Purpose, count: int) -> list[dict[str, Any]]:
+    """At most `count` questions about facts, shuffled.
 
-    `others` are the attribute's values that a right answer does not name. At most `count` questions, shuffled.
+    For "test": every form of question about every held-out fact. For "rl": the one form of question about each other
+    fact that is reserved for it. `others` are the values of the attribute that a right answer does not mention.
     """
     items = []
-    for person, attribute in world.pairs(held_out=split == "test"):
-        forms = range(len(QUESTIONS[attribute])) if split == "test" else [reserved_form(person, attribute)]
+    for person, attribute in world.pairs(held_out=purpose == "test"):
+        forms = range(len(QUESTIONS[attribute])) if purpose == "test" else [reserved_form(person, attribute)]
         for form in forms:
             value = person.facts[attribute]
             others = [other for other in VALUES[attribute] if other not in (value, person.name)]

@@ -1,4 +1,4 @@
-"""The conversations for fine-tuning: facts, sums and letters through the tool, spelling, stories, small talk, mixes."""
+"""The conversations for fine-tuning: facts, sums and letters with the tool, spelling, stories, small talk, mixtures."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def fact_turn(world: World, rng: random.Random) -> list[Message]:
 
 
 def fact_turns(world: World, rng: random.Random) -> list[Message]:
-    """A question about somebody and a second one that says only he or she."""
+    """A question about somebody, and a second one that refers to them by a pronoun only."""
     person = rng.choice(list(world.people.values()))
     known = [attribute for attribute in ATTRIBUTES if world.is_open(person.name, attribute)]
     first, second = rng.sample(known, 2)
@@ -111,7 +111,7 @@ def spelling_turn(world: World, rng: random.Random) -> list[Message]:
 
 
 def story_turn(world: World, rng: random.Random) -> list[Message]:
-    """Tells open facts only, so that no held-out fact is ever an answer."""
+    """A story that tells no held-out fact, so that none is ever in an answer."""
     story = None
     while story is None:
         hero = rng.choice(list(world.people.values()))
@@ -131,7 +131,7 @@ def small_talk_turn(rng: random.Random, talk: tuple) -> list[Message]:
     return _turn(rng.choice(questions), rng.choice(answers))
 
 
-# Kind of turn, its share, and the source that a conversation of only this kind names.
+# The kinds of turns, their shares, and the `source` of a conversation with only this kind.
 KINDS = (
     (fact_turn, 0.24, "facts"),
     (fact_turns, 0.07, "facts"),
@@ -148,7 +148,7 @@ SYSTEM_SHARE = 0.03
 
 
 def write_conversation(world: World, rng: random.Random) -> dict[str, Any]:
-    """One conversation in the form of the data folder, with its `source`."""
+    """One conversation, with its `source`, in the format of `chat/*.jsonl`."""
     kinds, shares, sources = zip(*KINDS, strict=True)
     drawn = rng.random()
     if drawn < SMALL_TALK_SHARE:

@@ -1,9 +1,9 @@
-"""Sums and letter counting: what is asked, how, and which side of the split it belongs to.
+"""Sums, letter counting and spelling: what is asked, in which forms, and for which purpose.
 
-Copying is what a tiny model must learn here, so most forms put the numbers and the word the same way into the question
-and into the expression. The tokenizer's split pattern gives `34 + 58` the same pieces wherever it stands. It also lets
-a word swallow the one character before it, so ` lantern` and `"lantern` differ; after ` "` and after `"` alone, the
-word's own letters are merged alike as long as no merge contains a quote, which the text here gives no reason for.
+What a tiny model must learn here is copying, so most forms write the numbers and the word in the question as in the
+expression. The tokenizer's split pattern cuts `34 + 58` into the same pieces everywhere. It also joins a word to the
+character before it, so ` lantern` and `"lantern` differ; but after ` "` and after `"` alone the word's letters
+are merged alike as long as no merge contains a quote, and nothing in this text makes such a merge frequent.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import zlib
 from dataclasses import dataclass
 from typing import Literal
 
-Split = Literal["train", "rl", "test"]
+Purpose = Literal["train", "rl", "test"]
 
 
-def split_of(key: str) -> Split:
-    """Which side of the split a question's key belongs to: 80 % train, 10 % rl, 10 % test, the same for every seed."""
+def purpose_of(key: str) -> Purpose:
+    """What the question with this key is for: 80 % train, 10 % rl, 10 % test, the same for every seed."""
     bucket = zlib.crc32(key.encode()) % 20
     return "test" if bucket < 2 else "rl" if bucket < 4 else "train"
 
@@ -49,7 +49,7 @@ SUM_ANSWERS = ("{e} = {v}.", "The answer is {v}.", "That makes {v}.", "{e} is {v
 
 @dataclass(frozen=True)
 class Sum:
-    """`numbers` joined by `operators` from left to right; multiplications only ever stand alone."""
+    """`numbers` joined by `operators` from left to right; a multiplication is always alone."""
 
     numbers: tuple[int, ...]
     operators: tuple[str, ...]
@@ -67,12 +67,12 @@ class Sum:
         return value
 
     @property
-    def split(self) -> Split:
-        """58 + 34 is on the same side as 34 + 58."""
+    def purpose(self) -> Purpose:
+        """What the sum is for; 58 + 34 has the same purpose as 34 + 58."""
         if self.operators[0] == "*":
-            return split_of("*" + " ".join(map(str, sorted(self.numbers))))
+            return purpose_of("*" + " ".join(map(str, sorted(self.numbers))))
         signs = ("+", *self.operators)
-        return split_of(" ".join(sorted(f"{sign}{number}" for sign, number in zip(signs, self.numbers, strict=True))))
+        return purpose_of(" ".join(sorted(f"{sign}{number}" for sign, number in zip(signs, self.numbers, strict=True))))
 
 
 def _number(rng: random.Random) -> int:
@@ -80,8 +80,8 @@ def _number(rng: random.Random) -> int:
     return rng.randint(low, high)
 
 
-def draw_sum(rng: random.Random, split: Split, *, operators: str = "+++--*3") -> Sum:
-    """Draws from the sums of one side of the split: results are never negative; `3` stands for three numbers."""
+def draw_sum(rng: random.Random, purpose: Purpose, *, operators: str = "+++--*3") -> Sum:
+    """Draws a sum for one purpose. Results are never negative; `3` among the operators means three numbers."""
     while True:
         kind = rng.choice(operators)
         if kind == "*":
@@ -91,21 +91,21 @@ def draw_sum(rng: random.Random, split: Split, *, operators: str = "+++--*3") ->
         else:
             a, b = _number(rng), _number(rng)
             drawn = Sum((max(a, b), min(a, b)) if kind == "-" else (a, b), (kind,))
-        if drawn.value >= 0 and drawn.split == split:
+        if drawn.value >= 0 and drawn.purpose == purpose:
             return drawn
 
 
-def draw_long_sum(rng: random.Random, split: Split) -> Sum:
-    """A sum or difference of two numbers of four digits, rare in the conversations: something left for RL to teach."""
+def draw_long_sum(rng: random.Random, purpose: Purpose) -> Sum:
+    """A sum or difference of two four-digit numbers, rare in the conversations, so that RL has something to teach."""
     while True:
         a, b = sorted((rng.randint(1000, 9999), rng.randint(1000, 9999)), reverse=True)
         drawn = Sum((a, b), (rng.choice("+-"),))
-        if drawn.split == split:
+        if drawn.purpose == purpose:
             return drawn
 
 
 def ask_sum(total: Sum, rng: random.Random) -> str:
-    """A question: four in five show the expression itself."""
+    """A question; four in five contain the expression itself."""
     kind = rng.random()
     if kind < 0.15 and len(total.numbers) == 2:
         return rng.choice(WORD_FORMS[total.operators[0]]).format(a=total.numbers[0], b=total.numbers[1])
@@ -168,30 +168,30 @@ PLAIN_LETTER_FORMS = (
 PLAIN_LETTER_SHARE = 0.1
 
 
-def draw_word(rng: random.Random, split: Split) -> str:
-    """A word of one side of the split: one of the list or, as often, one made of syllables, to teach copying."""
+def draw_word(rng: random.Random, purpose: Purpose) -> str:
+    """A word for one purpose: from the list or, as often, made of syllables, to teach copying."""
     while True:
         if rng.random() < 0.5:
             word = rng.choice(WORDS)
         else:
             syllables = [rng.choice(_ONSETS) + rng.choice("aeiou") for _ in range(rng.randint(1, 3))]
             word = "".join(syllables) + rng.choice(_CODAS)
-        if split_of(word) == split:
+        if purpose_of(word) == purpose:
             return word
 
 
 def draw_letter(rng: random.Random, word: str) -> str:
-    """A letter to count: mostly one of the word's, rather one that it has twice; sometimes any of the alphabet."""
+    """A letter to count: mostly one of the word's, preferably one that it has twice; sometimes any letter."""
     if rng.random() < 0.15:
         return rng.choice("abcdefghijklmnopqrstuvwxyz")
     repeated = sorted(letter for letter in set(word) if word.count(letter) > 1)
     return rng.choice(repeated) if repeated and rng.random() < 0.6 else rng.choice(word)
 
 
-def draw_counted(rng: random.Random, split: Split, count: int) -> tuple[str, str]:
-    """A word and a letter that it has `count` times; 0 to 3."""
+def draw_counted(rng: random.Random, purpose: Purpose, count: int) -> tuple[str, str]:
+    """A word and a letter that occurs in it `count` times, 0 to 3."""
     while True:
-        word = draw_word(rng, split)
+        word = draw_word(rng, purpose)
         letters = [letter for letter in "abcdefghijklmnopqrstuvwxyz" if word.count(letter) == count]
         if letters:
             return word, rng.choice(letters)

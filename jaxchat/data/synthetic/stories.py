@@ -1,4 +1,4 @@
-"""The text for pretraining: stories, portraits, who is who, questions with answers, sums, words."""
+"""The documents for pretraining: stories, portraits, who is who, questions with answers, sums, words."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable
 from jaxchat.data.synthetic.questions import SUM_FORMS, Sum, draw_sum, draw_word, spell
 from jaxchat.data.synthetic.world import ATTRIBUTES, STATEMENTS, VALUES, Person, World, ask, state, training_forms
 
-# Each plot is a list of slots, each slot a list of sentences to choose from. `{a}` is the hero, `{b}` somebody else
-# whom the hero meets; `{a_pet}` and the like are facts; `{n}`, `{m}` and `{total}` are numbers with n + m = total.
+# Each plot is a list of slots, each slot a list of sentences to choose from. `{a}` is the hero and `{b}` somebody whom
+# the hero meets; `{a_pet}` and the like are facts; `{n}`, `{m}` and `{total}` are numbers with n + m = total.
 PLOTS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (  # something is lost
         (
@@ -127,17 +127,17 @@ _FIELDS = {
 
 
 def _facts_in(sentence: str, a: Person, b: Person) -> list[tuple[str, str]]:
-    """The pairs (name, attribute) that the sentence tells."""
+    """The facts in the sentence, as pairs (name, attribute)."""
     people = {"a": a, "b": b}
-    split = (field.partition("_") for field in _FIELDS[sentence])
-    return [(people[who].name, what) for who, _, what in split if what in ATTRIBUTES]
+    parts = (field.partition("_") for field in _FIELDS[sentence])
+    return [(people[who].name, what) for who, _, what in parts if what in ATTRIBUTES]
 
 
 def write_story(world: World, rng: random.Random, hero: Person, *, may_tell: Callable[[str, str], bool]) -> str | None:
-    """A story about `hero` of about seven sentences, or None if the plot drawn cannot do without a fact not to tell."""
+    """A story of about seven sentences about `hero`, or None if its plot needs a fact that may not be told."""
     other = rng.choice([p for p in world.people.values() if p is not hero and p.name != hero.facts["friend"]])
     numbers = Sum((rng.randint(2, 30), rng.randint(2, 30)), ("+",))
-    while numbers.split != "train":
+    while numbers.purpose != "train":
         numbers = Sum((rng.randint(2, 30), rng.randint(2, 30)), ("+",))
     words = {"a": hero.name, "b": other.name, "n": numbers.numbers[0], "m": numbers.numbers[1], "total": numbers.value}
     for key, person in (("a", hero), ("b", other)):
@@ -154,7 +154,7 @@ def write_story(world: World, rng: random.Random, hero: Person, *, may_tell: Cal
 
 
 def write_portrait(rng: random.Random, person: Person, attributes: list[str]) -> str:
-    """What is known about one person, one sentence a fact; after the first by name or by pronoun."""
+    """A text about one person, one sentence a fact; sentences after the first may use a pronoun."""
     sentences = []
     for i, attribute in enumerate(rng.sample(attributes, len(attributes))):
         form = rng.randrange(len(STATEMENTS[attribute]))
@@ -175,7 +175,7 @@ def _portrait(world: World, rng: random.Random) -> str:
 
 
 def _who_is_who(world: World, rng: random.Random) -> str:
-    """One fact of many people, or all who share a value."""
+    """One attribute of eight people, or of all people who share a value."""
     attribute = rng.choice(ATTRIBUTES)
     if rng.random() < 0.5:
         people = rng.sample(list(world.people.values()), 8)
@@ -234,7 +234,7 @@ def _words(world: World, rng: random.Random) -> str:
     return "\n".join(lines)
 
 
-# Kind of document and its share of the documents.
+# The kinds of documents and their shares.
 KINDS = ((_story, 0.38), (_portrait, 0.22), (_who_is_who, 0.08), (_questions, 0.10), (_sums, 0.10), (_words, 0.12))
 
 

@@ -1,4 +1,4 @@
-"""The small world: twenty-four people of a valley, six facts about each, and the many ways to say and to ask them."""
+"""The small world: twenty-four people in a valley, six facts about each, many ways to state and ask for them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ VALUES = {
 ATTRIBUTES = tuple(VALUES)
 HELD_OUT_PEOPLE = 6  # of 24, for each attribute
 
-# {S} is the subject at the start of a sentence (Mira, She), {s} inside one (Mira, she); {P} and {p} the possessive;
-# {o} the object. The first two of each attribute also serve as answers.
+# {S} is the subject at the start of a sentence (Mira, She), {s} inside one (Mira, she); {P} and {p} are the possessive,
+# {o} the object. The first two statements of each attribute also serve as answers.
 STATEMENTS = {
     "home": (
         "{S} lives in {v}.",
@@ -139,7 +139,7 @@ QUESTIONS = {
     ),
 }
 
-# A second question about somebody whom the talk is already about.
+# A second question about somebody whom the conversation is already about.
 FOLLOW_UPS = {
     "home": "And where does {he} live?",
     "job": "And what is {his} job?",
@@ -159,7 +159,7 @@ class Person:
     facts: dict[str, str]  # attribute -> value
 
     def words(self, *, pronoun: bool) -> dict[str, str]:
-        """The fields of a statement's template, by name or by pronoun."""
+        """The fields of a statement's template, with the name or with pronouns."""
         if pronoun:
             return {"S": self.he.capitalize(), "s": self.he, "P": self.his.capitalize(), "p": self.his, "o": self.him}
         return {"S": self.name, "s": self.name, "P": f"{self.name}'s", "p": f"{self.name}'s", "o": self.name}
@@ -167,7 +167,7 @@ class Person:
 
 @dataclass(frozen=True)
 class World:
-    """`held_out` are the pairs (name, attribute) that are told in the text but never asked in it, nor in any chat."""
+    """The people, and the held-out facts (name, attribute), which the text states but no question or chat asks for."""
 
     people: dict[str, Person]
     held_out: frozenset[tuple[str, str]]
@@ -179,19 +179,19 @@ class World:
                     yield person, attribute
 
     def is_open(self, name: str, attribute: str) -> bool:
-        """Whether training conversations may speak of this fact."""
+        """Whether training conversations may mention this fact."""
         return (name, attribute) not in self.held_out
 
 
 def build_world(seed: int) -> World:
-    """Draws everybody's facts: each value is about equally common, best friends choose each other."""
+    """Draws everybody's facts: all values are about equally common, and best friends are mutual."""
     rng = random.Random(f"world {seed}")
     names = list(HE + SHE)
-    rng.shuffle(names)  # neighbours in this order, two by two, are best friends
+    rng.shuffle(names)  # in this order, each two people are best friends
     facts: dict[str, dict[str, str]] = {name: {} for name in names}
     held_out = set()
     for k, (attribute, values) in enumerate(VALUES.items()):
-        # Even starts and an even count keep both directions of a friendship on the same side.
+        # Even starts and an even count hold out both directions of a friendship or neither.
         hidden = {(4 * k + i) % len(names) for i in range(HELD_OUT_PEOPLE)}
         held_out |= {(names[i], attribute) for i in hidden}
         if attribute == "friend":
@@ -199,7 +199,7 @@ def build_world(seed: int) -> World:
         else:
             drawn = [values[i % len(values)] for i in range(len(names))]
             shown: set[str] = set()
-            while shown != set(values):  # somebody's question must be answered by each value: a new word is no answer
+            while shown != set(values):  # a value that is never an answer in training is not learnt
                 rng.shuffle(drawn)
                 shown = {value for i, value in enumerate(drawn) if i not in hidden}
         for name, value in zip(names, drawn, strict=True):
@@ -210,7 +210,7 @@ def build_world(seed: int) -> World:
 
 
 def state(person: Person, attribute: str, form: int, *, pronoun: bool = False) -> str:
-    """One sentence that tells the fact, such as `Mira lives in Oakford.`"""
+    """One sentence that states the fact, such as `Mira lives in Oakford.`"""
     template = STATEMENTS[attribute][form]
     return template.format(v=person.facts[attribute], **person.words(pronoun=pronoun))
 
@@ -221,12 +221,12 @@ def ask(person: Person, attribute: str, form: int) -> str:
 
 
 def reserved_form(person: Person, attribute: str) -> int:
-    """The one way of asking for this fact that is kept for reinforcement learning."""
+    """The one form of question about this fact that is reserved for reinforcement learning."""
     forms = len(QUESTIONS[attribute])
     return (sum(map(ord, person.name)) + ATTRIBUTES.index(attribute)) % forms
 
 
 def training_forms(person: Person, attribute: str) -> list[int]:
-    """The ways of asking for this fact that the pretraining text and the conversations use."""
+    """The forms of question about this fact that the pretraining text and the conversations use."""
     reserved = reserved_form(person, attribute)
     return [form for form in range(len(QUESTIONS[attribute])) if form != reserved]
