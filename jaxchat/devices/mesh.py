@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,13 +17,6 @@ from jaxchat.errors import check
 AXES = ("data", "fsdp", "tensor")
 # The rows of a batch: fsdp is data parallelism too, with sharded parameters.
 BATCH_SPEC = P(("data", "fsdp"))
-
-# By the end of a parameter's path. As in Megatron-LM (Shoeybi et al. 2019), a pair of matrices splits its inner
-# dimension over `tensor`, which costs one reduction a pair; fsdp splits the residual stream's dimension.
-PARTITIONS = (
-    (r"(attn/[qkv]|mlp/up|head)(/kernel)?$", P("fsdp", "tensor")),
-    (r"(attn/o|mlp/down|embed/embedding)(/kernel)?$", P("tensor", "fsdp")),
-)
 
 
 def set_xla_flags(*flags: str) -> None:
@@ -56,32 +48,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         f"{count} are here; set mesh.data to {data}, or to -1 for all that the others leave",
     )
     return jax.make_mesh((data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-
-
-def param_specs(tree: Any) -> Any:
-    """The PartitionSpec of each leaf by the end of its path; whatever the table does not know is replicated.
-
-    The optimizer's state holds trees like the parameters', whose paths end alike: it gets the parameters' specs.
-    """
-    return jax.tree.map_with_path(lambda path, leaf: _spec(path), tree)
-
-
-def _spec(path) -> P:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return next((spec for pattern, spec in PARTITIONS if re.search(pattern, name)), P())
-
-
-def shardings(mesh: Mesh, tree: Any) -> Any:
-    """The NamedSharding of each leaf of `tree` (arrays or ShapeDtypeStructs: parameters, optimizer state, or both).
-
-    A dimension that its mesh axis does not divide is replicated over that axis.
-    """
-
-    def place(path, leaf):
-        spec = [axis if leaf.shape[i] % mesh.shape[axis] == 0 else None for i, axis in enumerate(_spec(path))]
-        return NamedSharding(mesh, P(*spec))
-
-    return jax.tree.map_with_path(place, tree)
 
 
 def data_shards(mesh: Mesh) -> int:

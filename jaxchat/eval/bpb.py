@@ -9,13 +9,13 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxchat.devices.mesh import put_batch
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, hidden_states
-from jaxchat.train.loss import Shape, token_nll
+from jaxchat.ops.compute import FP32, Compute
+from jaxchat.train.loss import LossConfig, token_nll
 
 
 def evaluate_bpb(
@@ -24,8 +24,7 @@ def evaluate_bpb(
     batches: Iterable[dict[str, np.ndarray]],
     token_bytes: Int[np.ndarray, " V"],
     *,
-    dtype=jnp.float32,
-    mesh: Mesh | None = None,
+    compute: Compute = FP32,
 ) -> float:
     """Summed nats of the targets / (ln 2 · their summed bytes), over all batches.
 
@@ -33,17 +32,16 @@ def evaluate_bpb(
       batches: `inputs` and `targets`, int32[rows, T]; each process gives its part of the rows, see `batch_share`.
         Negative targets are left out.
       token_bytes: bytes of each token of the vocabulary; where it is 0 (special tokens) neither nats nor bytes count.
-      mesh: rows are shared out over its data and fsdp axes, which must divide them.
+      compute: the data and fsdp axes of its mesh must divide the rows.
 
     Returns NaN when there is no byte to predict.
     """
-    put = jax.device_put if mesh is None else functools.partial(put_batch, mesh)
+    put = jax.device_put if compute.mesh is None else functools.partial(put_batch, compute.mesh)
     token_bytes = np.asarray(token_bytes)
     sums = [
         _sums(
             config,
-            jnp.dtype(dtype).name,
-            mesh,
+            compute,
             params,
             token_bytes,
             put(b["inputs"]),
@@ -56,11 +54,10 @@ def evaluate_bpb(
     return nats / (math.log(2) * count) if count else math.nan
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _sums(
     config: GPTConfig,
-    dtype: str,
-    mesh: Mesh | None,
+    compute: Compute,
     params: Params,
     token_bytes: Int[Array, " V"],
     inputs: Int[Array, "B T"],
@@ -68,6 +65,7 @@ def _sums(
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Nats and bytes of one batch."""
     size = jnp.where(targets >= 0, token_bytes[jnp.maximum(targets, 0)], 0)
-    hidden = hidden_states(config, params, inputs, dtype, mesh=mesh)
-    nats = token_nll(hidden, params["head"]["kernel"], jnp.where(size > 0, targets, -1), Shape.of(config, mesh))
+    hidden = hidden_states(config, params, inputs, compute)
+    targets = jnp.where(size > 0, targets, -1)
+    nats = token_nll(hidden, params["head"]["kernel"], targets, LossConfig.of(config, compute.mesh))
     return jnp.sum(nats), jnp.sum(size)

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from jaxchat.errors import UserError, check
 from jaxchat.infer.engine import SHORTEST_PROMPT, Engine, bucket
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, hidden_states, logits
+from jaxchat.ops.compute import Compute
 from jaxchat.tasks.base import LETTERS, Conversation, Task, spread
 from jaxchat.tokenizer import BaseTokenizer
 
@@ -110,24 +110,23 @@ def choose(engine: Engine, prompts: list[list[int]], letters: list[Sequence[str]
             # Filled up with the first letter, which never wins over itself.
             candidates[row] = ids + ids[:1] * (len(LETTERS) - len(ids))
         arrays = map(engine.put, (tokens, lengths, candidates))
-        best = _likeliest(engine.model_config, engine.dtype, engine.mesh, engine.params, *arrays)
+        best = _likeliest(engine.model_config, Compute(engine.dtype, engine.mesh), engine.params, *arrays)
         best = np.asarray(process_allgather(best, tiled=True))
         for row, i in enumerate(rows):
             chosen[i] = letters[i][best[row]]
     return chosen
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _likeliest(
     config: GPTConfig,
-    dtype: str,
-    mesh: Mesh | None,
+    compute: Compute,
     params: Params,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     candidates: Int[Array, "B L"],
 ) -> Int[Array, " B"]:
     """Which of each row's candidates has the highest logit behind the row's last token; the first among equals."""
-    hidden = hidden_states(config, params, tokens, dtype, mesh=mesh)
+    hidden = hidden_states(config, params, tokens, compute)
     scores = logits(config, params, hidden[jnp.arange(len(lengths)), lengths - 1])
     return jnp.argmax(jnp.take_along_axis(scores, candidates, axis=1), axis=1)

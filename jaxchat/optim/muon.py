@@ -18,8 +18,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxchat.devices.mesh import shardings
-from jaxchat.ops import hopper, kernels
+from jaxchat.model.parameters import shardings
+from jaxchat.ops.stack import gram as gram_of
+from jaxchat.ops.stack import stack as stack_matrices
+from jaxchat.ops.stack import stack_product, symmetric_product
 
 NORM_EPS = 1e-7
 # With three, rounding to bf16 made one of a thousand small random matrices blow up: a Gram matrix that goes on without
@@ -52,7 +54,7 @@ def newton_schulz(
     a, b, c = coefficients
     tall = stack.shape[1] > stack.shape[2]
     x = stack.astype(dtype)
-    gram = hopper.gram(x, tall)
+    gram = gram_of(x, tall)
     # The iteration converges where no singular value is above 1, and none is above the Frobenius norm, whose square is
     # the trace of X X^T. That X is divided by it comes with the first products: no pass over X is spent on it.
     norm = jnp.sqrt(jnp.sum(jnp.diagonal(gram, axis1=1, axis2=2).astype(jnp.float32), 1))[:, None, None]
@@ -61,15 +63,15 @@ def newton_schulz(
     diagonal = jnp.arange(gram.shape[1])
     for first in range(0, steps, STEPS_AT_ONCE):
         if first > 0:
-            gram, scale = hopper.gram(x, tall), 1.0
+            gram, scale = gram_of(x, tall), 1.0
         last = min(first + STEPS_AT_ONCE, steps) - 1
         for step in range(first, last + 1):
             # Only the diagonal is written again, in its place.
-            factor = hopper.symmetric_product(gram, gram, c, b).at[:, diagonal, diagonal].add(a, unique_indices=True)
+            factor = symmetric_product(gram, gram, c, b).at[:, diagonal, diagonal].add(a, unique_indices=True)
             if step < last:
-                gram = hopper.symmetric_product(factor, hopper.symmetric_product(factor, gram))
-            product = hopper.symmetric_product(factor, product) if step > first else (scale * factor).astype(dtype)
-        x = hopper.stack_product(x, product) if tall else hopper.stack_product(product, x)
+                gram = symmetric_product(factor, symmetric_product(factor, gram))
+            product = symmetric_product(factor, product) if step > first else (scale * factor).astype(dtype)
+        x = stack_product(x, product) if tall else stack_product(product, x)
     return x
 
 
@@ -123,7 +125,7 @@ def _orthogonalize_stacks(matrices, orthogonalize, specs=None):
         groups[leaf.shape, specs[index] if specs else None].append(index)
     results = [None] * len(leaves)
     for (_, spec), members in groups.items():
-        stack = kernels.stack([leaves[index] for index in members])
+        stack = stack_matrices([leaves[index] for index in members])
         stack = orthogonalize(stack) if spec is None else orthogonalize(stack, spec)
         for row, index in enumerate(members):
             results[index] = stack[row]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
@@ -13,17 +12,12 @@ from jax.typing import DTypeLike
 
 from jaxchat.config import OptimizerConfig
 from jaxchat.model.config import GPTConfig
+from jaxchat.model.parameters import groups_of
 from jaxchat.optim.muon import scale_by_muon
 from jaxchat.optim.schedules import muon_momentum
 
 # The AdamW rates were tuned at the width of d12; others scale by the root of the ratio.
 REFERENCE_WIDTH = 768
-LABELS = {"blocks": "matrix", "embed": "embedding", "head": "head"}
-
-
-def labels(params: Any) -> Any:
-    """The tree of `params` with each leaf's group: `matrix`, `embedding` or `head`, by its first key."""
-    return jax.tree.map_with_path(lambda path, _: LABELS[path[0].key], params)
 
 
 def learning_rates(
@@ -74,4 +68,4 @@ def make_optimizer(
         optax.scale_by_learning_rate(lambda count: rates(count)["lr_matrix"]),
     )
     groups = {"matrix": muon, "embedding": adamw("lr_embedding"), "head": adamw("lr_head")}
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.multi_transform(groups, labels))
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.multi_transform(groups, groups_of))

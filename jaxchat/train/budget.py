@@ -1,4 +1,4 @@
-"""The arithmetic of a run: parameters, FLOPs, horizon, batch, hours and cost. No arrays, nothing measured."""
+"""The arithmetic of a run: parameters, FLOPs, number of steps, batch. No arrays, nothing measured."""
 
 from __future__ import annotations
 
@@ -7,27 +7,7 @@ from dataclasses import dataclass
 from jaxchat.config import PretrainConfig
 from jaxchat.errors import UserError
 from jaxchat.model.config import GPTConfig
-
-
-@dataclass(frozen=True)
-class ParameterCount:
-    """Parameters of a model by their kind, with the padded vocabulary."""
-
-    embedding: int
-    matrices: int
-    head: int
-
-    @property
-    def total(self) -> int:
-        return self.embedding + self.matrices + self.head
-
-
-def count_parameters(model: GPTConfig) -> ParameterCount:
-    """The exact number of parameters: norms have none, and nothing has a bias."""
-    table = model.padded_vocab_size * model.width
-    attention = 2 * model.width * model.head_dim * (model.num_heads + model.kv_heads)
-    mlp = 2 * model.width * 4 * model.width
-    return ParameterCount(embedding=table, matrices=model.depth * (attention + mlp), head=table)
+from jaxchat.model.parameters import count_parameters
 
 
 def attended_keys(length: int, window: int | None) -> int:
@@ -51,7 +31,7 @@ def flops_per_token(model: GPTConfig) -> int:
     # Both sides of the diagonal, which itself counts once.
     pairs = sum(2 * attended_keys(length, window) - length for window in model.windows)
     attention = 12 * model.num_heads * model.head_dim * pairs // length
-    return 6 * (parameters.total - parameters.embedding) + attention
+    return 6 * (parameters.matrices + parameters.head) + attention
 
 
 def training_length(config: PretrainConfig, model: GPTConfig) -> int:
@@ -110,13 +90,3 @@ def batch_plan(batch_tokens: int, device_rows: int, sequence_len: int, data_para
 
 def _either(values: list[int]) -> str:
     return " or ".join(map(str, values))
-
-
-def hours(flops: float, mfu: float, devices: int, peak: float) -> float:
-    """Hours for `flops` on `devices` of `peak` FLOP/s each, used to the fraction `mfu`."""
-    return flops / (mfu * devices * peak) / 3600
-
-
-def cost(hours: float, devices: int, dollars_per_device_hour: float) -> float:
-    """Dollars for renting `devices` for `hours`."""
-    return hours * devices * dollars_per_device_hour

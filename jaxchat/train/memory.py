@@ -17,12 +17,12 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
-from jaxchat.devices.mesh import shardings
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import KEPT, Params
-from jaxchat.train.step import Batch, State, init_state, make_train_step
+from jaxchat.model.parameters import shardings
+from jaxchat.ops.compute import Compute, Remat
+from jaxchat.train.step import AbstractBatch, Batch, State, init_state, make_train_step
 
 LEVELS = ("none", *KEPT)  # from the least rematerialisation to the most
 # The part of a device's memory left for what the analysis does not see: the next batch, gaps between arrays.
@@ -90,22 +90,17 @@ def plan_step(
     config: GPTConfig,
     optimizer: optax.GradientTransformation,
     params: Params,
-    *,
-    mesh: Mesh,
-    dtype,
-    in_fp8: bool = False,
+    compute: Compute,
 ) -> tuple[State, MakeStep]:
     """The training state as ShapeDtypeStructs with their shardings, and a function that builds the jitted step.
 
     `params` may be arrays or ShapeDtypeStructs; nothing is allocated.
     """
     state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
-    placed = shardings(mesh, state)
+    placed = shardings(compute.mesh, state)
 
-    def make_step(remat: str):
-        return make_train_step(
-            config, optimizer, mesh=mesh, state_shardings=placed, dtype=dtype, remat=remat, in_fp8=in_fp8
-        )
+    def make_step(remat: Remat):
+        return make_train_step(config, optimizer, compute.with_remat(remat), state_shardings=placed)
 
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed), make_step
 
@@ -116,7 +111,9 @@ def usable_memory() -> int | None:
     return None if None in limits else int((1 - SPARE) * min(limits))
 
 
-def compile_step(make_step: MakeStep, setting: str, limit: int | None, state: State, batch: Batch) -> CompiledStep:
+def compile_step(
+    make_step: MakeStep, setting: str, limit: int | None, state: State, batch: Batch | AbstractBatch
+) -> CompiledStep:
     """Compiles the step for `state` and `batch`: arrays, or ShapeDtypeStructs with shardings; nothing is allocated.
 
     Args:
@@ -158,7 +155,7 @@ class TrainStep:
         self._make, self._setting, self._limit, self._on_compiled = make_step, setting, limit, on_compiled
         self._by_shapes: dict[tuple, CompiledStep] = {}
 
-    def compile(self, state: State, batch: Batch) -> CompiledStep:
+    def compile(self, state: State, batch: Batch | AbstractBatch) -> CompiledStep:
         """The step for batches of this shape; compiles it the first time."""
         shapes = tuple((name, batch[name].shape) for name in sorted(batch))
         if shapes not in self._by_shapes:

@@ -9,14 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states
-from jaxchat.train.loss import Shape, cross_entropy_sum
+from jaxchat.ops.compute import FP32, Compute
+from jaxchat.train.loss import LossConfig, cross_entropy_sum
 
 State = dict[str, Any]  # {"params", "opt_state", "step"}
+AbstractBatch = dict[str, jax.ShapeDtypeStruct]  # a batch before there is one
 Batch = dict[str, jax.Array]  # {"inputs", "targets"[, "weights"]}: each [accumulation, rows, T]
 
 
@@ -28,32 +29,29 @@ def init_state(params, optimizer: optax.GradientTransformation) -> State:
 def make_train_step(
     config: GPTConfig,
     optimizer: optax.GradientTransformation,
+    compute: Compute = FP32,
     *,
-    mesh: Mesh | None = None,
     state_shardings: Any = None,
-    dtype=jnp.float32,
-    remat: str = "none",
-    in_fp8: bool = False,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """The jitted step `(state, batch) -> (state, metrics)`; the state's buffers are donated.
 
-    `state_shardings` (a tree like the state's) pins where the new state lies; else the compiler may move it, and the
-    second step would compile again. `remat` and `in_fp8` are as in `hidden_states`.
+    `state_shardings` (a tree like the state's) pins where the new state is placed; otherwise the compiler may move it,
+    and the second step would compile again.
 
     The loss is Σ weight · nll over the batch's real targets (those not negative) divided by their count in the whole
-    batch, over all micro-batches and devices: never a mean of means. Without targets it is 0 and the gradient with it.
+    batch, over all micro-batches and devices: never a mean of means. Without targets, loss and gradient are 0.
 
-    A batch with weights whose gradient is zero, as in RL where all samples of each question are worth the same, changes
-    nothing: left to itself the optimizer would go on along the gradients of before, and Muon at full length.
+    A batch with weights whose gradient is zero changes nothing, as in RL when all samples of each question earn the
+    same reward. The optimizer would otherwise keep moving along earlier gradients, and Muon by a full step.
 
     Metrics, still on the device: `loss` (nats a target), `grad_norm` (before clipping), `targets` (their count).
     """
-    shape = Shape.of(config, mesh)
+    loss_config = LossConfig.of(config, compute.mesh)
 
     def micro_loss(params, batch, scale):
-        hidden = hidden_states(config, params, batch["inputs"], dtype, mesh=mesh, remat=remat, in_fp8=in_fp8)
+        hidden = hidden_states(config, params, batch["inputs"], compute)
         weights = batch.get("weights", jnp.ones(batch["targets"].shape, jnp.float32))
-        return scale * cross_entropy_sum(hidden, params["head"]["kernel"], batch["targets"], weights, shape)
+        return scale * cross_entropy_sum(hidden, params["head"]["kernel"], batch["targets"], weights, loss_config)
 
     def step(state: State, batch: Batch):
         params = state["params"]
@@ -85,5 +83,5 @@ def make_train_step(
 
 
 def _unless(nothing: Bool[Array, ""], new: Array, old: Array) -> Array:
-    """The new values, or the old ones where there was nothing to learn; the optimizers' counts of steps go on."""
+    """The new values, or the old ones if there was nothing to learn; the optimizer still counts the step."""
     return jnp.where(nothing, old, new) if jnp.issubdtype(new.dtype, jnp.floating) else new

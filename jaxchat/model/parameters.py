@@ -1,0 +1,147 @@
+"""The table of parameters: what everything outside the modules has to know of each of them.
+
+A new parameter is a line in its module and a line here. A parameter without a row, or with two, is an error as soon as
+anything asks: none can be trained, split over devices or saved by accident.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxchat.model.config import GPTConfig
+from jaxchat.model.gpt import abstract_params
+
+Group = Literal["matrix", "embedding", "head"]
+GROUPS: tuple[Group, ...] = ("matrix", "embedding", "head")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A row of the table.
+
+    Attributes:
+      path: keys from the root of the parameter tree; {i} is a block's number.
+      group: the optimizer group. "matrix" is Muon's, and takes matrices only; the others are AdamW's, each with a
+        learning rate of its own.
+      spec: how the array is split over the mesh.
+      export: the name of the weight in transformers' NanoChat; {i} as above.
+      counted: whether the parameter counts towards the training horizon (tokens a parameter).
+    """
+
+    path: str
+    group: Group
+    spec: P
+    export: str
+    counted: bool = True
+
+    def match(self, path: str) -> re.Match[str] | None:
+        """Matches the end of `path`: optimizer states hold trees like the parameters', whose paths end alike."""
+        return re.search(f"(?:^|/){self.path.replace('{i}', r'(?P<i>[0-9]+)')}$", path)
+
+
+# As in Megatron-LM (Shoeybi et al. 2019), a pair of matrices splits its inner dimension over `tensor`, which costs one
+# reduction a pair. fsdp splits the dimension of the residual stream.
+INTO, OUT_OF = P("fsdp", "tensor"), P("tensor", "fsdp")
+TABLE = (
+    Parameter("embed/embedding", "embedding", OUT_OF, "model.embed_tokens.weight"),
+    Parameter("blocks/{i}/attn/q/kernel", "matrix", INTO, "model.layers.{i}.self_attn.q_proj.weight"),
+    Parameter("blocks/{i}/attn/k/kernel", "matrix", INTO, "model.layers.{i}.self_attn.k_proj.weight"),
+    Parameter("blocks/{i}/attn/v/kernel", "matrix", INTO, "model.layers.{i}.self_attn.v_proj.weight"),
+    Parameter("blocks/{i}/attn/o/kernel", "matrix", OUT_OF, "model.layers.{i}.self_attn.o_proj.weight"),
+    Parameter("blocks/{i}/mlp/up/kernel", "matrix", INTO, "model.layers.{i}.mlp.fc1.weight"),
+    Parameter("blocks/{i}/mlp/down/kernel", "matrix", OUT_OF, "model.layers.{i}.mlp.fc2.weight"),
+    Parameter("head/kernel", "head", INTO, "lm_head.weight"),
+)
+
+
+def row_of(path: str) -> Parameter:
+    """The row of the parameter at `path`, such as `blocks/0/attn/q/kernel`.
+
+    Raises:
+      LookupError: no row matches, or more than one.
+    """
+    rows = [row for row in TABLE if row.match(path)]
+    if len(rows) != 1:
+        raise LookupError(f"parameter {path} has {len(rows)} rows in jaxchat/model/parameters.py; it needs one")
+    return rows[0]
+
+
+def path_of(keys: tuple[Any, ...]) -> str:
+    """A path of JAX's tree functions as text."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def export_name(path: str) -> str:
+    """The name of the parameter at `path` in transformers' NanoChat."""
+    row = row_of(path)
+    return row.export.format(**row.match(path).groupdict())
+
+
+def groups_of(params: Any) -> Any:
+    """The tree of `params` with the optimizer group of each leaf.
+
+    Raises:
+      LookupError: as `row_of`.
+      ValueError: Muon's group has an array that is not a matrix.
+    """
+
+    def group(keys, leaf):
+        path = path_of(keys)
+        row = row_of(path)
+        if row.group == "matrix" and leaf.ndim != 2:
+            raise ValueError(f"parameter {path} has shape {leaf.shape}; the group 'matrix' is for matrices")
+        return row.group
+
+    return jax.tree.map_with_path(group, params)
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """The NamedSharding of each leaf of `tree`: arrays or ShapeDtypeStructs of parameters, optimizer state, or both.
+
+    Scalars are replicated, and so is a dimension that its mesh axis does not divide.
+
+    Raises:
+      LookupError: an array is not in the table.
+    """
+
+    def place(keys, leaf):
+        if leaf.ndim == 0:
+            return NamedSharding(mesh, P())
+        spec = row_of(path_of(keys)).spec
+        axes = (axis if _divides(mesh, axis, size) else None for axis, size in zip(spec, leaf.shape, strict=False))
+        return NamedSharding(mesh, P(*axes))
+
+    return jax.tree.map_with_path(place, tree)
+
+
+def _divides(mesh: Mesh, axis: str | None, size: int) -> bool:
+    return axis is not None and size % mesh.shape[axis] == 0
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """The number of parameters of each optimizer group, with the padded vocabulary, and of those that are `counted`."""
+
+    embedding: int
+    matrices: int
+    head: int
+    total: int
+
+
+def count_parameters(config: GPTConfig) -> ParameterCount:
+    """The exact numbers of parameters, by the table."""
+    sizes = [(row_of(path), leaf.size) for path, leaf in named_parameters(abstract_params(config))]
+    matrices, embedding, head = (sum(size for row, size in sizes if row.group == group) for group in GROUPS)
+    return ParameterCount(embedding, matrices, head, sum(size for row, size in sizes if row.counted))
+
+
+def named_parameters(params: Any) -> Iterator[tuple[str, Any]]:
+    """The path and the array of each parameter."""
+    return ((path_of(keys), leaf) for keys, leaf in jax.tree.leaves_with_path(params))

@@ -1,0 +1,99 @@
+"""Causal self-attention over all of the past or a window of it, over whole rows or against a KV cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxchat.devices.gpu import capability
+from jaxchat.ops.fp8 import Bounded
+
+BLOCK = 256  # queries at a time where XLA computes attention
+
+
+def attention_kernel(dtype: DTypeLike, head_dim: int) -> Literal["cudnn", "xla"]:
+    """What computes attention over whole rows in this process: cuDNN's flash attention where it runs, otherwise XLA.
+
+    cuDNN needs an NVIDIA GPU of the Ampere generation or later, bf16 or fp16, and a head size that 8 divides.
+    """
+    runs = capability() >= 8.0 and head_dim % 8 == 0
+    return "cudnn" if runs and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) else "xla"
+
+
+@jax.named_scope("attention")
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"] | Bounded,
+    *,
+    positions: Int[Array, "B T"] | None = None,
+    window: int | None = None,
+    documents: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T N H"] | Bounded:
+    """Scaled dot-product attention, softmax(q kᵀ / √H) v. K may divide N (grouped queries).
+
+    Causal: a token sees itself and all tokens before it or, with a `window`, the `window` tokens before it. Without
+    `positions`, T equals S and a token's index in its row is its position. With the queries' `positions`, k and v are
+    the slots of a cache, and a slot's index is its position.
+
+    With `documents`, the number of each token's document in its row, a token sees only its own document; whole rows.
+
+    `attention_kernel` computes whole rows. Where that is XLA, a long context is computed in blocks of queries: the
+    T x T scores are never held, and a block meets only the keys that its window reaches.
+    """
+    if isinstance(v, Bounded):
+        # The result is a weighted mean of the values: what bounds them bounds it.
+        mixed = attend(q, k, v.array, positions=positions, window=window, documents=documents)
+        return dataclasses.replace(v, array=mixed)
+    if positions is not None:
+        slots, own = jnp.arange(k.shape[1]), positions[:, None, :, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=_sees(own, slots, window))
+    length = q.shape[1]
+    if window is not None and window >= length - 1:
+        window = None
+    kernel = attention_kernel(q.dtype, q.shape[-1])
+    if length % 2:
+        kernel = "xla"  # JAX lets cuDNN train only on rows of even length
+    if kernel == "xla" and length > BLOCK and length % BLOCK == 0:
+        return _attend_in_blocks(q, k, v, window, documents)
+    # `is_causal` together with the window: without it cuDNN would see the future.
+    local = None if window is None else (window, 0)
+    # For cuDNN the mask becomes a T x T bias: it has no other way to express borders that differ from row to row.
+    mask = None if documents is None else (documents[:, :, None] == documents[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=True, local_window_size=local, implementation=kernel
+    )
+
+
+def _sees(query: Int[Array, "..."], key: Int[Array, "..."], window: int | None) -> Bool[Array, "..."]:
+    """Whether the token at position `query` attends to the one at position `key`."""
+    past = key <= query
+    return past if window is None else past & (key >= query - window)
+
+
+def _attend_in_blocks(q, k, v, window: int | None, documents: Array | None):
+    """Causal attention for one block of queries after another; the backward pass recomputes a block's scores."""
+    batch, length, heads, size = q.shape
+    reach = length if window is None else min(length, window + BLOCK)  # keys that a block can see
+
+    @jax.checkpoint
+    def block(start_and_queries):
+        start, queries = start_and_queries
+        first = jnp.maximum(start + BLOCK - reach, 0)
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, first, reach, axis=1) for x in (k, v))
+        sees = _sees(start + jnp.arange(BLOCK)[:, None], first + jnp.arange(reach), window)
+        sees = sees[None, None]
+        if documents is not None:
+            own = jax.lax.dynamic_slice_in_dim(documents, start, BLOCK, axis=1)
+            others = jax.lax.dynamic_slice_in_dim(documents, first, reach, axis=1)
+            sees = sees & (own[:, :, None] == others[:, None, :])[:, None]
+        return jax.nn.dot_product_attention(queries, keys, values, mask=sees)
+
+    blocks = jnp.moveaxis(q.reshape(batch, -1, BLOCK, heads, size), 1, 0)
+    out = jax.lax.map(block, (jnp.arange(0, length, BLOCK), blocks))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)

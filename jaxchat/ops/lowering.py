@@ -1,0 +1,77 @@
+"""Kernels lowered once for all layers, devices and processes that run them."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.export
+import jaxlib
+from etils import epath
+from jaxtyping import Array
+
+from jaxchat.devices.gpu import multiprocessors
+
+
+def lowered_once(call: Callable, operands: Sequence[Array], target: str) -> Any:
+    """Runs call(*operands), where `call` is a kernel that is slow to lower to the custom call `target`.
+
+    Lowering one Mosaic kernel takes half a second. A process lowers it once for operands of these shapes, however many
+    layers or devices run it, and other processes find it beside the compiled programs that JAX keeps. While a
+    function is traced for arrays that several devices may share (`shared_arrays`), nothing is lowered ahead: what
+    runs in the end is most likely the kernel for one device's part, of another shape.
+    """
+    jaxpr = jax.make_jaxpr(call)(*operands)
+    made_for = jax.__version__, jaxlib.__version__, multiprocessors(), jaxpr
+    key = hashlib.sha256(" ".join(map(str, made_for)).encode()).hexdigest()
+    if _shared.get() and jax.device_count() > 1:
+        return _deferred.setdefault(key, jax.jit(call))(*operands)
+    if key not in _lowered:
+        _lowered[key] = _read(key) or _lower(key, call, operands, target)
+    return _lowered[key].call(*operands)
+
+
+@contextlib.contextmanager
+def shared_arrays() -> Iterator[None]:
+    """Marks the tracing of a function on arrays of which each device may hold only a part."""
+    token = _shared.set(True)
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+_lowered: dict[str, jax.export.Exported] = {}
+_deferred: dict[str, Callable] = {}
+_shared = contextvars.ContextVar("shared", default=False)
+
+
+def _read(key: str) -> jax.export.Exported | None:
+    try:
+        return jax.export.deserialize(bytearray(_file(key).read_bytes()))
+    except Exception:  # missing, truncated, or from another version: in each case it can be made again
+        return None
+
+
+def _lower(key: str, call: Callable, operands: Sequence[Array], target: str) -> jax.export.Exported:
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(target)]
+    lowered = jax.export.export(jax.jit(call), platforms=["cuda"], disabled_checks=allowed)(*operands)
+    with contextlib.suppress(OSError):  # a full disk costs the next start half a second
+        file = _file(key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f"{file.name}.{os.getpid()}")
+        part.write_bytes(lowered.serialize())
+        part.replace(file)
+    return lowered
+
+
+def _file(key: str) -> epath.Path:
+    folder = jax.config.jax_compilation_cache_dir
+    if folder is None:
+        raise FileNotFoundError
+    return epath.Path(folder) / "kernels" / key
