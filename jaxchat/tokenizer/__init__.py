@@ -1,7 +1,7 @@
-"""Text to token ids and back: byte-pair encoding with nine special tokens, and the form conversations have in tokens.
+"""Text to token ids and back: byte-pair encoding with nine special tokens, and the token format of conversations.
 
-`Tokenizer` is jaxchat's own, in Rust; `HuggingFaceTokenizer` has the same interface for files that only Hugging Face's
-`tokenizers` can reproduce; `load_tokenizer` takes the one that fits.
+`Tokenizer` is jaxchat's own, in Rust. `HuggingFaceTokenizer` has the same interface for files that only Hugging Face's
+`tokenizers` can reproduce. `load_tokenizer` chooses the one that fits.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from etils import epath
 from jaxchat.errors import UserError
 from jaxchat.tokenizer.base import FILE_NAME, MIN_VOCAB, SPECIAL_TOKENS, BaseTokenizer
 from jaxchat.tokenizer.bpe import Tokenizer
-from jaxchat.tokenizer.foreign.formats import Unsupported
-from jaxchat.tokenizer.foreign.huggingface import HuggingFaceTokenizer
+from jaxchat.tokenizer.foreign.huggingface_backend import HuggingFaceTokenizer
 from jaxchat.tokenizer.patterns import SPLIT_PATTERN
+from jaxchat.tokenizer.vocabulary import Unsupported
 
 __all__ = [
     "FILE_NAME",
@@ -33,10 +33,14 @@ __all__ = [
 def load_tokenizer(
     path: epath.PathLike, backend: Literal["auto", "rust", "huggingface"] = "auto"
 ) -> Tokenizer | HuggingFaceTokenizer:
-    """The tokenizer of a folder with a `tokenizer.json`, of such a file, or of a `.tiktoken` file.
+    """Loads the tokenizer in a folder with a `tokenizer.json`, in such a file, or in a `.tiktoken` file.
 
-    `auto` is the Rust one, and the Hugging Face one for files that Rust cannot reproduce exactly. Raises `UserError`
-    when there is none, it is damaged, or not for the backend asked for."""
+    Args:
+      backend: "auto" uses Rust, or Hugging Face for files that Rust cannot reproduce exactly.
+
+    Raises:
+      UserError: the file is missing, damaged, or not possible with the backend.
+    """
     path = epath.Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     if path.suffix == ".tiktoken":

@@ -1,4 +1,4 @@
-"""What every tokenizer is, whichever library encodes: its special tokens, its interface, rendering and saving."""
+"""What all tokenizers share, whichever library encodes: special tokens, interface, rendering of chats, saving."""
 
 from __future__ import annotations
 
@@ -27,27 +27,29 @@ SPECIAL_TOKENS = (
 FILE_NAME = "tokenizer.json"
 MIN_VOCAB = NUM_BYTES + len(SPECIAL_TOKENS)
 
-# Training calls it now and then: with "count" and the characters read, then with "merge" and the number of tokens. What
-# it raises ends the training.
+# Called during training: with "count" and the characters read so far, then with "merge" and the tokens learnt so far.
+# An exception from it ends the training.
 Progress = Callable[[str, int], None]
 
 
 class BaseTokenizer(ABC):
-    """Text to ids and back. `special_tokens` are the names and ids of the special tokens: `SPECIAL_TOKENS`, and those
-    that a vocabulary from elsewhere brought along.
+    """Converts text to ids and back.
 
-    Encoding treats text that spells a special token as plain text; only `prepend`, `append`, `encode_special` and the
-    two `render_` methods write special tokens.
+    Encoding treats text that spells a special token as plain text. Only `prepend`, `append`, `encode_special` and the
+    two `render_` methods produce special tokens.
+
+    Attributes:
+      special_tokens: names and ids of the special tokens: `SPECIAL_TOKENS`, and others that a foreign vocabulary has.
     """
 
     special_tokens: dict[str, int]
 
-    # --- what the backends do -----------------------------------------------------------------------------------
+    # --- what each backend implements -----------------------------------------------------------------------------
 
     @classmethod
     @abstractmethod
     def from_file(cls, path: epath.PathLike) -> Self:
-        """Reads a tokenizer file. Raises `UserError` when it is missing, damaged or not for this backend."""
+        """Reads a tokenizer file. Raises `UserError` if it is missing, damaged or not possible with this backend."""
 
     @property
     @abstractmethod
@@ -56,45 +58,47 @@ class BaseTokenizer(ABC):
 
     @abstractmethod
     def tokens(self) -> list[bytes]:
-        """The bytes of every token in the order of ids; special tokens are spelled out."""
+        """The bytes of every token, by id; those of a special token are its name."""
 
     @abstractmethod
     def encode_to_numpy(
         self, texts: list[str], prepend: int | str | None = None, num_threads: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Flat ids, uint32[N], and offsets, int64[len(texts) + 1]: text i has `ids[offsets[i]:offsets[i + 1]]`."""
+        """Ids, uint32[N], and offsets, int64[len(texts) + 1], of texts: text i has `ids[offsets[i]:offsets[i + 1]]`."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of ids. Bytes that are not UTF-8 become U+FFFD; special tokens are spelled out. Raises `UserError` when
-        an id is out of range."""
+        """The text of ids. Bytes that are not UTF-8 become U+FFFD, special tokens their names.
+
+        Raises `UserError` if an id is out of range.
+        """
 
     @abstractmethod
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The exact bytes of ids: part of a character may stand at either end."""
+        """The exact bytes of ids, which may begin or end in the middle of a character."""
 
     @abstractmethod
     def decode_batch(self, ids: np.ndarray, offsets: np.ndarray) -> list[str]:
-        """The texts of flat ids and offsets: the inverse of `encode_to_numpy`."""
+        """The texts of ids and offsets: the inverse of `encode_to_numpy`."""
 
     @abstractmethod
     def to_json(self) -> str:
-        """The text of a `tokenizer.json` that Hugging Face's `tokenizers` reads with the same ids."""
+        """The text of a `tokenizer.json`, with which Hugging Face's `tokenizers` gives the same ids."""
 
     @abstractmethod
     def _encode(
         self, texts: list[str], prepend: int | None, append: int | None, num_threads: int | None
     ) -> list[list[int]]: ...
 
-    # --- what they share ----------------------------------------------------------------------------------------
+    # --- what backends share --------------------------------------------------------------------------------------
 
     @classmethod
     def from_directory(cls, directory: epath.PathLike) -> Self:
-        """Reads what `save` has written. Raises `UserError` when the file is missing or damaged."""
+        """Reads what `save` has written. Raises `UserError` if the file is missing or damaged."""
         return cls.from_file(epath.Path(directory) / FILE_NAME)
 
     def save(self, directory: epath.PathLike) -> None:
-        """Writes `tokenizer.json` into a directory, which is made if it is missing."""
+        """Writes `tokenizer.json` to a directory, which is created if necessary."""
         directory = epath.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / FILE_NAME).write_text(self.to_json(), encoding="utf-8")
@@ -105,7 +109,7 @@ class BaseTokenizer(ABC):
 
     def encode_special(self, name: str) -> int:
         """The id of a special token such as `<|bos|>`."""
-        if name not in self.special_tokens:  # rendering calls this for every message: no message is built in vain
+        if name not in self.special_tokens:  # not `check`, which would build the message each time
             raise UserError(f"no special token {name!r}{closest(name, self.special_tokens)}")
         return self.special_tokens[name]
 
@@ -116,8 +120,11 @@ class BaseTokenizer(ABC):
         append: int | str | None = None,
         num_threads: int | None = None,
     ) -> list[int] | list[list[int]]:
-        """Ids of a text, or of each of a list of texts. `prepend` and `append` are ids or names of special tokens, put
-        around each text. Lone surrogates count as U+FFFD."""
+        """The ids of a text, or of each text in a list.
+
+        `prepend` and `append` are ids or names of special tokens to add around each text. Lone surrogates are encoded
+        as U+FFFD.
+        """
         texts = [text] if isinstance(text, str) else text
         ids = self._encode(texts, self._id(prepend), self._id(append), num_threads)
         return ids[0] if isinstance(text, str) else ids
@@ -126,7 +133,7 @@ class BaseTokenizer(ABC):
         return self.decode_bytes([token])
 
     def token_bytes(self) -> np.ndarray:
-        """int32[vocab_size]: the bytes of text that each token stands for; 0 for special tokens."""
+        """How many bytes of text each token stands for, int32[vocab_size]; 0 for special tokens."""
         sizes = np.array([len(token) for token in self.tokens()], np.int32)
         sizes[list(self.special_tokens.values())] = 0
         return sizes
@@ -140,18 +147,23 @@ class BaseTokenizer(ABC):
     def render_conversation(
         self, conversation: Mapping[str, Any], max_tokens: int = 2048
     ) -> tuple[list[int], list[int]]:
-        """The ids of a conversation, cut to `max_tokens`, and a mask of the same length: 1 for what the model learns to
-        write (its text, its tool calls, its `<|assistant_end|>`), 0 for the rest, the output of tools included.
+        """The ids of a conversation and a mask of the same length, both cut to `max_tokens`.
 
-        `conversation["messages"]`: an optional system message, which is joined to the first of the user; then user and
-        assistant in turn. A message has a `role` and a `content`; the assistant's may be a list of parts, each with a
-        `type` (text, python, python_output) and a `text`. Raises `ValueError` for anything else."""
+        The mask is 1 for what the model learns to write (text, tool calls and `<|assistant_end|>` of the assistant),
+        and 0 for the rest, including the output of tools.
+
+        `conversation["messages"]` begins with an optional system message, which is joined to the user's first message;
+        then user and assistant alternate. A message has a `role` and a `content`. The assistant's content may be a list
+        of parts, each with a `type` (text, python, python_output) and a `text`. Raises `ValueError` for anything else.
+        """
         ids, mask = render(self, checked_messages(conversation))
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation: Mapping[str, Any]) -> list[int]:
-        """The ids of a conversation up to the assistant's next message: the last message is left out if it is the
-        assistant's, and `<|assistant_start|>` follows. Raises `ValueError` as `render_conversation` does."""
+        """The ids of a conversation up to and including the `<|assistant_start|>` of the assistant's next message.
+
+        A final message of the assistant is left out. Raises `ValueError` as `render_conversation` does.
+        """
         messages = checked_messages(conversation)
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
@@ -163,7 +175,7 @@ def out_of_range(token: int | None, size: int) -> str:
 
 
 def check_size(vocab_size: int) -> None:
-    """Raises `UserError` for a vocabulary that has no room for the bytes and the special tokens."""
+    """Raises `UserError` for a vocabulary too small for the bytes and the special tokens."""
     check(
         vocab_size >= MIN_VOCAB,
         f"the vocabulary size is {vocab_size}; it must be at least {MIN_VOCAB}: "
@@ -172,7 +184,7 @@ def check_size(vocab_size: int) -> None:
 
 
 def check_learnt(tokens: int, vocab_size: int) -> None:
-    """Raises `UserError` when training has found fewer `tokens`, bytes included and special ones not, than asked."""
+    """Raises `UserError` if training has learnt too few `tokens`, which include bytes but not special tokens."""
     supported = tokens + len(SPECIAL_TOKENS)
     check(
         supported == vocab_size,

@@ -1,7 +1,7 @@
-"""Byte-pair encoding by the Rust extension. The algorithms are in `rust_tokenizer/`.
+"""Byte-pair encoding with the Rust extension, whose algorithms are in `rust_tokenizer/`.
 
-Ids are those of `tiktoken` for the same ranks and those of Hugging Face's `tokenizers` for the same `tokenizer.json`;
-merges are those of `rustbpe` for the same text.
+Ids are the same as those of `tiktoken` for the same ranks, and of Hugging Face's `tokenizers` for the same
+`tokenizer.json`. Merges are the same as those of `rustbpe` for the same text.
 """
 
 from __future__ import annotations
@@ -18,66 +18,62 @@ from etils import epath
 
 from jaxchat.errors import UserError, check, closest
 from jaxchat.tokenizer.base import SPECIAL_TOKENS, BaseTokenizer, Progress, check_learnt, check_size
-from jaxchat.tokenizer.foreign.formats import (
-    Vocabulary,
-    about,
-    existing,
-    from_json,
-    from_ranks,
-    parse,
-    parse_ranks,
-    to_json,
-    with_chat_tokens,
-)
+from jaxchat.tokenizer.foreign.tiktoken_ranks import from_ranks, parse_ranks
+from jaxchat.tokenizer.foreign.tokenizer_json import from_json, parse, to_json
 from jaxchat.tokenizer.patterns import SPLIT_PATTERN, TIKTOKEN_PATTERNS
 from jaxchat.tokenizer.text_files import read_batches
+from jaxchat.tokenizer.vocabulary import Vocabulary, existing_file, naming_file, with_chat_tokens
 
 if TYPE_CHECKING:
     import tiktoken
 
 
 class Tokenizer(BaseTokenizer):
-    """A vocabulary of bytes. Ids of tokens come first, in the order in which they were learnt; then special tokens.
+    """A byte-level BPE tokenizer. Its ids are the tokens, in the order in which they were learnt, then special tokens.
 
-    Encoding releases the interpreter lock and uses all cores for many texts.
+    Encoding releases the interpreter lock, and uses all cores for several texts.
     """
 
     def __init__(self, tokens: Sequence[bytes], pattern: str = SPLIT_PATTERN):
-        """`tokens[id]` are the bytes of a token, among them every single byte; a token is merged before those behind
-        it. Raises `UserError` when they do not make a vocabulary or the pattern does not compile."""
+        """Creates a tokenizer from the bytes of its tokens.
+
+        Every single byte must be a token. Tokens with lower ids are merged first. Raises `UserError` if the tokens are
+        not a vocabulary or the pattern does not compile.
+        """
         self._set(Vocabulary(list(tokens), with_chat_tokens({}, len(tokens)), pattern))
 
     @classmethod
     def from_vocabulary(cls, vocabulary: Vocabulary) -> Self:
-        """A tokenizer with other rules or special tokens than those of one that was trained here."""
+        """Creates a tokenizer that may have other rules or special tokens than those that jaxchat trains."""
         self = cls.__new__(cls)
         self._set(vocabulary)
         return self
 
     def _set(self, vocabulary: Vocabulary) -> None:
         self._vocabulary, self.special_tokens = vocabulary, vocabulary.special
-        behind = [name for name, id in vocabulary.special.items() if id >= len(vocabulary.tokens)]
+        following = [name for name, id in vocabulary.special.items() if id >= len(vocabulary.tokens)]
         with _user_errors():
             self._rust = rust.Encoder(
                 vocabulary.tokens,
-                behind,
+                following,
                 vocabulary.pattern,
                 merges=vocabulary.merges,
                 whole_pieces=vocabulary.whole_pieces,
                 keep_gaps=vocabulary.keep_gaps,
             )
 
-    # --- where one comes from -----------------------------------------------------------------------------------
+    # --- training and loading -------------------------------------------------------------------------------------
 
     @classmethod
     def train_from_iterator(
         cls, texts: Iterable[str], vocab_size: int, *, pattern: str = SPLIT_PATTERN, progress: Progress | None = None
     ) -> Self:
-        """Learns `vocab_size` tokens, the special ones included, from texts that are read once.
+        """Learns `vocab_size` tokens, including the special ones, from texts that are read once.
 
-        Every step merges the most frequent pair of neighbours within the pieces of `pattern`, ties to the lowest
-        (left id, right id). Memory grows with the distinct pieces. Raises `UserError` when `vocab_size` is below 265 or
-        above what the texts support."""
+        Every step merges the most frequent pair of neighbours within the pieces of `pattern`, in a tie the one with the
+        lowest (left id, right id). Memory grows with the number of distinct pieces. Raises `UserError` if `vocab_size`
+        is below 265 or above what the texts support.
+        """
         check_size(vocab_size)
         with _user_errors():
             tokens = rust.train(texts, vocab_size - len(SPECIAL_TOKENS), pattern, progress=progress)
@@ -94,9 +90,11 @@ class Tokenizer(BaseTokenizer):
         max_chars: int | None = None,
         progress: Progress | None = None,
     ) -> Self:
-        """The same from files, which Rust reads by itself: parquet with a column `text`, or plain text. They are read
-        up to the text that reaches `max_chars`. `progress` hears at the end, with "read", how many characters that
-        were."""
+        """Learns from files, without a Python string for each text: parquet with a column `text`, or plain text.
+
+        Reading ends with the text that reaches `max_chars`. At the end `progress` is called with "read" and the number
+        of characters.
+        """
         check_size(vocab_size)
         paths = [os.fspath(path) for path in paths]
         for path in paths:
@@ -111,7 +109,7 @@ class Tokenizer(BaseTokenizer):
 
     @classmethod
     def from_mergeable_ranks(cls, ranks: Mapping[bytes, int], pattern: str = SPLIT_PATTERN) -> Self:
-        """A tokenizer from tiktoken's ranks, which must be 0, 1, 2, ... without gaps."""
+        """Creates a tokenizer from tiktoken's ranks, which must be 0, 1, 2, ... without gaps."""
         tokens = sorted(ranks, key=ranks.__getitem__)
         for expected, token in enumerate(tokens):
             check(
@@ -122,41 +120,45 @@ class Tokenizer(BaseTokenizer):
 
     @classmethod
     def from_tiktoken(cls, encoding: tiktoken.Encoding | str | os.PathLike, pattern: str | None = None) -> Self:
-        """A tokenizer from a `tiktoken.Encoding`, whose special tokens keep their ids, or from a `.tiktoken` file.
+        """Creates a tokenizer from a `tiktoken.Encoding`, whose special tokens keep their ids, or a `.tiktoken` file.
 
-        A file's pattern is the published one for its name (`cl100k_base.tiktoken`), or `pattern`. Raises `UserError`
-        when it has another name, is damaged, or its ranks leave gaps that cannot be filled."""
+        The split pattern is `pattern`, or the published one for the file's name, such as `cl100k_base.tiktoken`. Raises
+        `UserError` if neither is given, the file is damaged, or its ranks have gaps that cannot be filled.
+        """
         if not isinstance(encoding, str | os.PathLike):
             vocabulary = from_ranks(encoding._mergeable_ranks, encoding._special_tokens, pattern or encoding._pat_str)
             return cls.from_vocabulary(vocabulary)
-        path = existing(encoding)
+        path = existing_file(encoding)
         pattern = pattern or TIKTOKEN_PATTERNS.get(path.stem)
         check(
             pattern is not None,
-            f"which split pattern does {path} have? Pass pattern=, or give the file the name of a known encoding"
+            f"the split pattern of {path} is unknown; pass pattern=, or give the file the name of a known encoding"
             f"{closest(path.stem, TIKTOKEN_PATTERNS)}",
         )
-        with about(path):
+        with naming_file(path):
             return cls.from_vocabulary(from_ranks(parse_ranks(path.read_bytes().splitlines()), {}, pattern))
 
     @classmethod
     def from_file(cls, path: epath.PathLike) -> Self:
-        """Reads a `tokenizer.json`: what `save` has written, or a byte-level BPE of someone else's. Special tokens of a
-        foreign file keep their ids; those of `SPECIAL_TOKENS` that it lacks are appended.
+        """Reads a `tokenizer.json`: one that `save` has written, or another byte-level BPE tokenizer.
 
-        Raises `UserError` when the file is missing or damaged, or not exactly reproducible here."""
-        path = existing(path)
-        with about(path):
+        Special tokens of a foreign file keep their ids; the missing ones of `SPECIAL_TOKENS` are appended. Raises
+        `UserError` if the file is missing or damaged, or cannot be reproduced exactly.
+        """
+        path = existing_file(path)
+        with naming_file(path):
             return cls.from_text(path.read_text(encoding="utf-8"))
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """The tokenizer of a `tokenizer.json`'s text. Raises `Unsupported` when it is not exactly
-        reproducible here, and what `from_json` raises when it is damaged."""
+        """Reads the text of a `tokenizer.json`.
+
+        Raises `Unsupported` if it cannot be reproduced exactly, and what `from_json` raises if it is damaged.
+        """
         vocabulary = from_json(parse(text))
         return cls.from_vocabulary(vocabulary)
 
-    # --- what it is ---------------------------------------------------------------------------------------------
+    # --- the vocabulary -------------------------------------------------------------------------------------------
 
     @property
     def pattern(self) -> str:
@@ -168,7 +170,7 @@ class Tokenizer(BaseTokenizer):
 
     @property
     def mergeable_ranks(self) -> dict[bytes, int]:
-        """tiktoken's form of the vocabulary: bytes of a token to its id, without the special tokens."""
+        """The vocabulary as tiktoken has it: the id of each token's bytes, without the special tokens."""
         special = set(self.special_tokens.values())
         return {token: id for id, token in enumerate(self._vocabulary.tokens) if id not in special}
 
@@ -177,9 +179,10 @@ class Tokenizer(BaseTokenizer):
         return self._vocabulary.tokens + [name.encode() for name, id in self.special_tokens.items() if id >= size]
 
     def to_tiktoken(self) -> tiktoken.Encoding:
-        """The same tokenizer in `tiktoken`, which must be installed.
+        """The same tokenizer as a `tiktoken.Encoding`; `tiktoken` must be installed.
 
-        Raises `UserError` when its rules are not tiktoken's: a foreign `tokenizer.json` that lists its merges."""
+        Raises `UserError` if its rules differ from tiktoken's, as with a foreign `tokenizer.json` that lists merges.
+        """
         import tiktoken
 
         check(
@@ -224,13 +227,15 @@ class Tokenizer(BaseTokenizer):
         try:
             with _user_errors():
                 return decode(_plain(ids), *more)
-        except OverflowError:  # no number of 64 bits
+        except OverflowError:  # more than 64 bits
             raise UserError(f"a token id is out of range: this tokenizer has ids 0 to {self.vocab_size - 1}") from None
 
 
 def _plain(ids: Sequence[int] | np.ndarray) -> list[int] | np.ndarray:
-    """Ids in a form that Rust takes without a copy, an array of int64 or uint32, or the list where that is impossible:
-    then an id is out of range, and Rust says which."""
+    """Ids as an array of int64 or uint32, which Rust takes without a copy.
+
+    If that is impossible, an id is out of range; then the list is returned, and Rust reports which id it is.
+    """
     if isinstance(ids, list):
         try:
             return np.asarray(array("I", ids))  # three times as fast as any other way out of a list
@@ -242,7 +247,7 @@ def _plain(ids: Sequence[int] | np.ndarray) -> list[int] | np.ndarray:
 
 @contextlib.contextmanager
 def _user_errors() -> Iterator[None]:
-    """Errors of the Rust side are errors of its input."""
+    """Turns an error from Rust, which is always about the input, into a `UserError`."""
     try:
         yield
     except rust.TokenizerError as error:

@@ -1,7 +1,8 @@
-"""How well tokenizers compress: the bytes of text that a token stands for, on kinds of text that differ.
+"""Compares how well tokenizers compress: how many bytes of text a token stands for, by kind of text.
 
-More bytes a token mean fewer tokens for the same text: faster training and generation, and more text in a context. A
-vocabulary is best on what it was trained on, so the kinds are told apart; `samples/` has short ones of each.
+More bytes per token mean fewer tokens for the same text: faster training and generation, and more text in a context. A
+vocabulary compresses best what it was trained on, so each kind of text is measured separately; `samples/` has short
+texts of several kinds.
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ from importlib import resources
 
 from jaxchat.tokenizer import BaseTokenizer
 
-ENGLISH_AND_FORMAL = ("news", "code", "math")  # the first rows; other scripts follow by name
+FIRST_KINDS = ("news", "code", "math")  # the first rows; the other scripts follow in alphabetical order
 COLUMNS = 4  # tokenizers side by side in a table of at most 100 characters a line
 
 
 @dataclass(frozen=True)
 class Compression:
-    """What tokenizers make of one kind of text: `tokens[i]` and `restored[i]` (decoding gives the text back) are those
-    of tokenizer i."""
+    """How tokenizers compress one kind of text.
+
+    Attributes:
+      kind: the kind of text.
+      bytes: its size.
+      tokens: how many tokens each tokenizer needs.
+      restored: for each tokenizer, whether decoding gives the text back.
+    """
 
     kind: str
     bytes: int
@@ -30,15 +37,15 @@ class Compression:
         return self.bytes / max(1, self.tokens[i])
 
     def more_tokens(self, i: int) -> float:
-        """How many tokens more than the first one tokenizer i needs; a fraction, negative for fewer."""
+        """How many more tokens tokenizer i needs than the first, as a fraction; negative if fewer."""
         return self.tokens[i] / max(1, self.tokens[0]) - 1
 
 
 def samples() -> dict[str, list[str]]:
-    """Kind of text to its documents: those that come with jaxchat."""
+    """The documents that come with jaxchat, by kind of text."""
     files = [file for file in resources.files(__package__).joinpath("samples").iterdir() if file.name.endswith(".txt")]
     texts = {file.name.removesuffix(".txt"): [file.read_text(encoding="utf-8")] for file in files}
-    order = [*ENGLISH_AND_FORMAL, *sorted(set(texts) - set(ENGLISH_AND_FORMAL))]
+    order = [*FIRST_KINDS, *sorted(set(texts) - set(FIRST_KINDS))]
     return {kind: texts[kind] for kind in order}
 
 
@@ -57,8 +64,11 @@ def _measure(tokenizers: Sequence[BaseTokenizer], kind: str, texts: list[str]) -
 
 
 def table(names: Sequence[str], vocab_sizes: Sequence[int], rows: Sequence[Compression]) -> str:
-    """The comparison for people: a letter for each tokenizer, then bytes per token, the best of a row marked with `*`,
-    and the difference in tokens to the first. `!` marks text that does not come back, which cannot be the best."""
+    """Formats the comparison for reading.
+
+    Each tokenizer gets a letter. A row has bytes per token, the best marked with `*`, and the difference in tokens to
+    the first tokenizer. `!` marks a text that decoding does not give back, which cannot be the best.
+    """
     letters = [chr(ord("A") + i) for i in range(len(names))]
     width = max(map(len, names))
     lines = [

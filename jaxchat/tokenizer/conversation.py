@@ -1,4 +1,4 @@
-"""The form that conversations have in tokens."""
+"""The token format of conversations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxchat.tokenizer.base import BaseTokenizer
 
-# The parts of an assistant's message: the tokens around it, and whether the model is to learn it.
+# The types of parts in an assistant's message: the tokens around a part, and whether the model learns to write it.
 PARTS = {
     "text": ((), 1),
     "python": (("<|python_start|>", "<|python_end|>"), 1),
@@ -17,7 +17,7 @@ PARTS = {
 
 
 def render(tokenizer: BaseTokenizer, messages: list[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
-    """The ids of checked messages, and which of them are learnt (1) or not (0)."""
+    """The ids of checked messages, and a mask: 1 for ids that the model learns to write, else 0."""
     ids: list[int] = [tokenizer.bos_token_id]
     mask: list[int] = [0]
 
@@ -39,20 +39,21 @@ def render(tokenizer: BaseTokenizer, messages: list[Mapping[str, Any]]) -> tuple
 
 
 def checked_messages(conversation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The messages with the system's joined to the first of the user, all of them known to be well-formed.
+    """Checks the messages of a conversation and joins the system message to the user's first.
 
-    Raises `ValueError` for anything else."""
+    Raises `ValueError` if they are malformed.
+    """
     messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError("a conversation is a dict with a list of at least one message under 'messages'")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise ValueError(f"message {index} of the conversation has no 'role' or no 'content'")
+            raise ValueError(f"message {index} of the conversation lacks a 'role' or a 'content'")
     messages = list(messages)
     first = messages[0]
     if first["role"] == "system":
         if len(messages) == 1 or messages[1]["role"] != "user":
-            raise ValueError("a system message must be followed by a message of the user")
+            raise ValueError("a system message must be followed by a user message")
         for index in (0, 1):
             _check_text(messages[index], index)
         joined = first["content"] + "\n\n" + messages[1]["content"]
@@ -62,7 +63,7 @@ def checked_messages(conversation: Mapping[str, Any]) -> list[Mapping[str, Any]]
         if message["role"] != expected:
             raise ValueError(
                 f"message {index} of the conversation is from {message['role']!r}, expected {expected!r}: "
-                "roles alternate and the user begins"
+                "roles must alternate, beginning with the user"
             )
         if expected == "user" or isinstance(message["content"], str):
             _check_text(message, index)

@@ -1,4 +1,4 @@
-"""Split patterns: the published ones, and what the regex engines of the libraries make of a pattern.
+"""Split patterns: the published ones, and how the libraries' regex engines differ in reading a pattern.
 
 jaxchat and tiktoken split with Rust's `fancy-regex`, Hugging Face's `tokenizers` with Oniguruma.
 """
@@ -11,10 +11,10 @@ import jaxchat_tokenizer as rust
 
 SPLIT_PATTERN: str = rust.DEFAULT_PATTERN
 
-# GPT-2's, as Hugging Face's `ByteLevel` has it built in.
+# GPT-2's, which is built into Hugging Face's `ByteLevel`.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# OpenAI's, as tiktoken publishes them. r50k's cuts as GPT-2's does.
+# OpenAI's, as tiktoken publishes them. r50k's cuts text exactly as GPT-2's does.
 R50K_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 CL100K_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
@@ -34,7 +34,7 @@ O200K_PATTERN = "|".join(
     ]
 )
 
-# The pattern that belongs to a `.tiktoken` file of this name.
+# The pattern of a `.tiktoken` file with this name.
 TIKTOKEN_PATTERNS = {
     "gpt2": R50K_PATTERN,
     "r50k_base": R50K_PATTERN,
@@ -45,7 +45,7 @@ TIKTOKEN_PATTERNS = {
     "o200k_harmony": O200K_PATTERN,
 }
 
-# These match every character, and cut between `<|`, the letters and `|>`.
+# These patterns match every character, and cut between `<|`, the letters and `|>`.
 KNOWN = {SPLIT_PATTERN, GPT2_PATTERN, R50K_PATTERN, CL100K_PATTERN, O200K_PATTERN}
 
 _ITEM = re.compile(
@@ -62,10 +62,10 @@ _SAME_GROUPS = {"(", "(?:", "(?i:", "(?i)", "(?=", "(?!", "(?<=", "(?<!", "(?>"}
 
 
 def read_differently(pattern: str) -> str | None:
-    """The first part of a pattern that Oniguruma may understand in another way than fancy-regex; None for a pattern
-    made of what means the same to both.
+    """The first part of a pattern that Oniguruma may interpret differently from fancy-regex; None if there is none.
 
-    `^` and `$` are ends of lines to Oniguruma, `{1,3}+` is a repeated repetition, `\\w` leaves out joiners."""
+    To Oniguruma `^` and `$` are ends of lines, `{1,3}+` is a repetition of a repetition, and `\\w` excludes joiners.
+    """
     for item in _ITEM.finditer(pattern):
         kind, text = item.lastgroup, item[0]
         if kind == "class":
@@ -86,7 +86,7 @@ def read_differently(pattern: str) -> str | None:
 
 
 def for_oniguruma(pattern: str) -> str:
-    """The pattern with the ends of the text and possessive counts written so that Oniguruma understands them too."""
+    """The pattern with the ends of the text and possessive counts written in a way that Oniguruma understands."""
     out: list[str] = []
     for item in _ITEM.finditer(pattern):
         kind, text = item.lastgroup, item[0]
@@ -98,10 +98,10 @@ def for_oniguruma(pattern: str) -> str:
 
 
 def literal(text: str) -> str:
-    """The pattern that matches `text` alone."""
+    """The pattern that matches exactly `text`."""
     return re.sub(r"([\\.+*?()|\[\]{}^$#&~-])", r"\\\1", text)
 
 
 def cuts(name: str, pattern: str) -> bool:
-    """Whether no piece of any text can be `name`, the name of a special token."""
+    """Whether the pattern cuts every occurrence of `name`, a special token's, so that no piece can be `name`."""
     return pattern in KNOWN and re.fullmatch(r"<\|[a-zA-Z0-9_]*[a-zA-Z][a-zA-Z0-9_]*\|>", name) is not None

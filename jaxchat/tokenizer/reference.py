@@ -1,20 +1,20 @@
-"""Byte-pair encoding in plain Python, for reading; `rust_tokenizer/` does the same, fast.
+"""Byte-pair encoding in plain Python, written for reading; `rust_tokenizer/` does the same, fast.
 
-A language model reads numbers, so text must become a list of numbers, and that list should be short. Bytes would do,
-but they make long lists; a list of all words would never be complete. Byte-pair encoding lies between the two. Its
-tokens are all 256 single bytes, so that nothing is ever missing, and the sequences of bytes that are frequent.
+A language model reads numbers, so text must become a list of numbers, and that list should be short. Bytes would work,
+but the lists would be long; a list of all words would never be complete. Byte-pair encoding is between the two. Its
+tokens are all 256 single bytes, so that every text can be encoded, and frequent sequences of bytes.
 
-Training finds them: join the most frequent pair of neighbours to a new token, again and again, until there are enough.
-Encoding replays this: of all neighbours that make a token, join those whose token was learnt first. So a token's place
-in the list is two things at once: the number that the model sees, and the priority with which it is merged.
+Training finds these: it joins the most frequent pair of neighbours into a new token, again and again, until there are
+enough. Encoding repeats this: of all neighbours that make a token, it joins those whose token was learnt first. So a
+token's place in the list is two things at once: the number that the model sees, and the priority of its merge.
 
-Four tokens learnt from two words, which can be followed by hand:
+Here four tokens are learnt from two words, which can be followed by hand:
 
 >>> tokens = train(["banana bandana"], 260)
 >>> tokens[256:]
 [b'an', b'ban', b'ana', b' ban']
 
-`an` occurs four times and is first. Now there are `b|an|an|a` and ` |b|an|d|an|a`, in which `b|an` and `an|a` both
+`an` occurs four times and comes first. Now there are `b|an|an|a` and ` |b|an|d|an|a`, in which `b|an` and `an|a` both
 occur twice. The tie goes to the pair with the lowest ids, `b` (98) and `an` (256): `ban` is second and `ana` third.
 That leaves `ban|ana` and ` |ban|d|ana`, where every pair occurs once; the lowest is the space (32) with `ban` (257).
 
@@ -23,7 +23,7 @@ That leaves `ban|ana` and ` |ban|d|ana`, where every pair occurs once; the lowes
 >>> decode([257, 258, 115], tokens)
 'bananas'
 
-To watch this happen on a text of your own: python -m jaxchat.tokenizer.reference "banana bandana"
+To watch this with your own text: python -m jaxchat.tokenizer.reference "banana bandana"
 """
 
 from __future__ import annotations
@@ -36,22 +36,21 @@ from jaxchat.tokenizer.patterns import SPLIT_PATTERN
 
 
 def split(text: str, pattern: str = SPLIT_PATTERN) -> list[bytes]:
-    """The pieces of a text, in UTF-8. Merges happen within a piece only.
+    """Cuts a text into pieces, in UTF-8. Merges happen only within a piece.
 
-    Without this, frequent neighbours such as `e` and the space after it, or a word and its full stop, would become
-    tokens, and one word would be spelled in many ways. The default pattern cuts between words, numbers, punctuation
-    and line breaks, and leaves a space with the word behind it. What a pattern does not match is in no piece, so it is
-    lost.
+    Otherwise frequent neighbours such as `e` and the space after it, or a word and its full stop, would become tokens,
+    and the same word would be encoded in many ways. The default pattern cuts between words, numbers, punctuation and
+    line breaks, and keeps a space with the word after it. Text that the pattern does not match is dropped.
     """
     import regex  # unlike `re`, it knows classes of letters (\p{L}) and possessive repeats (++)
 
-    # Half of a surrogate pair can stand in a `str` but not in UTF-8; it becomes U+FFFD, the replacement character.
+    # Half of a surrogate pair can be in a `str` but not in UTF-8; it becomes U+FFFD, the replacement character.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return [found.group().encode() for found in regex.finditer(pattern, text) if found.group()]
 
 
 def train(texts: Iterable[str], size: int, pattern: str = SPLIT_PATTERN) -> list[bytes]:
-    """Learns `size` tokens, the bytes included; fewer if all pieces have become tokens before. The index is the id."""
+    """Learns `size` tokens, including bytes, or fewer if all pieces have become tokens. A token's index is its id."""
     tokens = [bytes([byte]) for byte in range(256)]
     pieces = Counter(piece for text in texts for piece in split(text, pattern))
     for left, right, _ in merges(pieces, size - len(tokens)):
@@ -60,12 +59,13 @@ def train(texts: Iterable[str], size: int, pattern: str = SPLIT_PATTERN) -> list
 
 
 def merges(pieces: Counter[bytes], number: int) -> Iterator[tuple[int, int, int]]:
-    """The first merges that the pieces ask for: the ids of the two sides, and how often they stood side by side. The
-    merged pair has the id 256 in the first merge, 257 in the second, and so on.
+    """The first `number` merges: the ids of the left and right token, and how often they are neighbours.
 
-    Language repeats itself: 100 MB of English have 20 million pieces, but 240,000 different ones. So equal pieces are
-    counted once and then treated as one with a weight. What is left to do for speed (see rust_tokenizer/src/train.rs)
-    is to count again only where a merge has changed something.
+    The first merge makes id 256, the second 257, and so on.
+
+    Language repeats itself: 100 MB of English have 20 million pieces, but only 240,000 different ones. So equal pieces
+    are counted once and then treated as one with a weight. To be fast, one also has to count again only what a merge
+    has changed (see rust_tokenizer/src/train.rs).
     """
     words = [(list(piece), count) for piece, count in pieces.items()]
     for new in range(256, 256 + number):
@@ -75,7 +75,7 @@ def merges(pieces: Counter[bytes], number: int) -> Iterator[tuple[int, int, int]
                 pairs[pair] += count
         if not pairs:
             return
-        # Any rule for ties would do, but there must be one: else the vocabulary depends on the order of the texts.
+        # Any rule for ties would do, but without one the vocabulary would depend on the order of the texts.
         left, right = min(pairs, key=lambda pair: (-pairs[pair], pair))
         yield left, right, pairs[left, right]
         for ids, _ in words:
@@ -87,7 +87,7 @@ def merges(pieces: Counter[bytes], number: int) -> Iterator[tuple[int, int, int]
 
 
 def encode(text: str, tokens: Sequence[bytes], pattern: str = SPLIT_PATTERN) -> list[int]:
-    """The ids of a text. `tokens` must have every single byte; special tokens are not known here."""
+    """The ids of a text. `tokens` must include every single byte. Special tokens are not handled here."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
     return [ranks[part] for piece in split(text, pattern) for part in encode_piece(piece, ranks)]
 
@@ -95,11 +95,11 @@ def encode(text: str, tokens: Sequence[bytes], pattern: str = SPLIT_PATTERN) -> 
 def encode_piece(piece: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """Cuts a piece into tokens by tiktoken's rule.
 
-    Every two neighbours whose bytes together are a token may be joined, whichever two training had joined for it. The
-    lowest rank goes first, since training joined in this order too; among equals the leftmost. It ends when no two
-    neighbours make a token.
+    Any two neighbours whose bytes together are a token may be joined, even if training made that token from two others.
+    The lowest rank comes first, since training joined in this order too; among equals the leftmost. This ends when no
+    two neighbours make a token.
     """
-    if piece in ranks:  # the merges nearly always lead there too; not in vocabularies that were not learnt by merging
+    if piece in ranks:  # merging nearly always leads there too, but not in vocabularies that were not learnt by merging
         return [piece]
     parts = [piece[at : at + 1] for at in range(len(piece))]
     while True:
@@ -111,12 +111,12 @@ def encode_piece(piece: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def decode(ids: Iterable[int], tokens: Sequence[bytes]) -> str:
-    """The text of ids. A token may end within a character; bytes that are no UTF-8 become U+FFFD."""
+    """The text of ids. A token may end within a character; bytes that are not UTF-8 become U+FFFD."""
     return b"".join(tokens[token] for token in ids).decode("utf-8", errors="replace")
 
 
 def main(text: str) -> None:
-    """Trains on a text as far as it goes and prints each merge, with what it makes of the pieces."""
+    """Trains on a text until nothing can be merged, and prints each merge with the pieces after it."""
     pieces = split(text)
     tokens = [bytes([byte]) for byte in range(256)]
 
@@ -131,7 +131,7 @@ def main(text: str) -> None:
 
 
 def show(token: bytes) -> str:
-    """Bytes as text on one line: `_` is a space."""
+    """Bytes as text on one line, with `_` for a space."""
     text = token.decode("utf-8", errors="backslashreplace").replace(" ", "_")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

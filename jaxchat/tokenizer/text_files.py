@@ -17,7 +17,7 @@ COLUMN = "text"
 ROWS = 256  # of parquet at once: about a megabyte, which fits a processor's cache
 BLOCK_BYTES = 1 << 20  # of plain text at once
 
-# The source of some texts, for error messages; their offsets; their UTF-8: text i is `utf8[offsets[i] : offsets[i + 1]]`.
+# Where some texts are from, for messages; their offsets; their UTF-8. Text i is `utf8[offsets[i] : offsets[i + 1]]`.
 Batch = tuple[str, Int64[np.ndarray, "N+1"], UInt8[np.ndarray, "B"]]
 
 # A place where the default split pattern ends a piece too: between a line break and something visible in ASCII.
@@ -25,7 +25,7 @@ _CUT = re.compile(rb"\n(?=[!-~])")
 
 
 def read_batches(paths: Iterable[str]) -> Iterator[Batch]:
-    """The texts of `.parquet` files (column `text`; rows without a value are skipped) and of plain text files, in order.
+    """The texts of `.parquet` files (column `text`; empty rows are skipped) and of plain text files, in order.
 
     A row of parquet is one text. A plain file is cut into texts of about `BLOCK_BYTES`.
 
@@ -42,7 +42,9 @@ def read_batches(paths: Iterable[str]) -> Iterator[Batch]:
 def _read_parquet(path: str) -> Iterator[Batch]:
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         names = file.schema_arrow.names
-        check(COLUMN in names, f"{path} cannot be read: it has no column {COLUMN!r}; its columns are {', '.join(names)}")
+        check(
+            COLUMN in names, f"{path} cannot be read: it has no column {COLUMN!r}; its columns are {', '.join(names)}"
+        )
         kind = file.schema_arrow.field(COLUMN).type
         is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
         check(is_text, f"{path} cannot be read: column {COLUMN!r} holds {kind}, not strings")

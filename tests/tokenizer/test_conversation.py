@@ -75,10 +75,10 @@ def test_render_for_completion(tokenizer):
 BAD = [
     ([], "at least one message"),
     ("hi", "at least one message"),
-    ([{"role": "user"}], "message 0 .* no 'role' or no 'content'"),
+    ([{"role": "user"}], "message 0 .* lacks a 'role' or a 'content'"),
     ([{"role": "assistant", "content": "a"}], "message 0 .* from 'assistant', expected 'user'"),
     ([{"role": "user", "content": "a"}] * 2, "message 1 .* from 'user', expected 'assistant'"),
-    ([{"role": "system", "content": "a"}], "must be followed by a message of the user"),
+    ([{"role": "system", "content": "a"}], "must be followed by a user message"),
     ([{"role": "system", "content": 1}, {"role": "user", "content": "a"}], "message 0, from 'system', is not a string"),
     ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "message 0, from 'user', is not a string"),
     ([{"role": "user", "content": "a"}, {"role": "assistant", "content": None}], "message 1 is neither"),

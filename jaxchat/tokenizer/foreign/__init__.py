@@ -1,1 +1,1 @@
-"""Other people's tokenizer formats."""
+"""Other people's formats and libraries: Hugging Face's `tokenizers`, tiktoken."""

@@ -196,7 +196,7 @@ UNSUPPORTED = {
     "dropout": (edited(model__dropout=0.1), "its model sets dropout"),
     "suffix": (edited(model__end_of_word_suffix="</w>"), "its model sets end_of_word_suffix"),
     "no splitting": (edited(pre_tokenizer=None), "it does not split text into bytes"),
-    "space": (edited(pre_tokenizer={**BYTE_LEVEL, "add_prefix_space": True}), "it puts a space before every text"),
+    "space": (edited(pre_tokenizer={**BYTE_LEVEL, "add_prefix_space": True}), "it adds a space before every text"),
     "no regex": (edited(pre_tokenizer={**BYTE_LEVEL, "use_regex": False}), "it splits text twice or not at all"),
     "digits": (
         edited(pre_tokenizer={"type": "Sequence", "pretokenizers": [

@@ -1,80 +1,26 @@
-"""Vocabularies as files: `tokenizer.json`, jaxchat's own and foreign ones, and tiktoken's ranks."""
+"""`tokenizer.json`, the format of Hugging Face's `tokenizers`: jaxchat's own files, and those of others.
+
+jaxchat saves its tokenizers in this format, with a few facts and a checksum of its own added.
+"""
 
 from __future__ import annotations
 
-import base64
-import binascii
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from etils import epath
-
 from jaxchat.config import NUM_BYTES
-from jaxchat.errors import UserError, check
 from jaxchat.tokenizer.base import SPECIAL_TOKENS
 from jaxchat.tokenizer.patterns import GPT2_PATTERN, KNOWN, cuts, for_oniguruma, literal, read_differently
-
-
-class Unsupported(UserError):
-    """A vocabulary that the Rust encoder cannot reproduce exactly. The message says why."""
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Everything that decides about the ids of a byte-level BPE tokenizer.
-
-    `tokens[id]` are the bytes of a token. `special` are names and ids, either directly behind the tokens or among
-    them; there the bytes are the name, and nothing may encode to it. `merges` are pairs of ids in the order of their
-    rank (Hugging Face's rule); None: any two tokens that make a third, the lowest id first (tiktoken's rule).
-    `whole_pieces`: a piece that is a token becomes it without merges. `keep_gaps`: text that the pattern does not match
-    is a piece; else it is dropped.
-    """
-
-    tokens: list[bytes]
-    special: dict[str, int]
-    pattern: str
-    merges: list[tuple[int, int]] | None = None
-    whole_pieces: bool = True
-    keep_gaps: bool = False
-
-
-def with_chat_tokens(special: Mapping[str, int], behind: int) -> dict[str, int]:
-    """`special` by id, with those of `SPECIAL_TOKENS` that are missing appended. The tokens end before `behind`."""
-    special = dict(sorted(special.items(), key=lambda item: item[1]))
-    following = max(behind, max(special.values(), default=0) + 1)
-    missing = [name for name in SPECIAL_TOKENS if name not in special]
-    return special | {name: following + i for i, name in enumerate(missing)}
-
-
-def existing(path: epath.PathLike) -> epath.Path:
-    path = epath.Path(path)
-    check(path.is_file(), f"no tokenizer at {path}; train one with the tokenizer stage")
-    return path
-
-
-@contextlib.contextmanager
-def about(path: epath.Path) -> Iterator[None]:
-    """Says which file an error is about."""
-    try:
-        yield
-    except Unsupported as error:
-        raise Unsupported(f"{path} needs the Hugging Face backend: {error}") from error
-    except UserError as error:
-        raise UserError(f"{path} is no vocabulary for jaxchat: {error}") from error
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} is damaged or no tokenizer ({type(error).__name__}: {error})") from error
-
-
-# --- tokenizer.json -------------------------------------------------------------------------------------------------
+from jaxchat.tokenizer.vocabulary import Unsupported, Vocabulary, with_chat_tokens
 
 
 def _alphabet() -> dict[int, int]:
-    """A printable character for every byte, GPT-2's, in the form of `str.translate`: itself if it is printable in
-    Latin-1, else the next free one from U+0100 on."""
+    """GPT-2's printable character for every byte, as a table for `str.translate`.
+
+    It is the byte itself if that is printable in Latin-1, else the next unused character from U+0100.
+    """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(NUM_BYTES) if byte not in printable)
     return {byte: byte for byte in printable} | {byte: 0x100 + i for i, byte in enumerate(others)}
@@ -86,24 +32,25 @@ _CHARACTERS = set(map(chr, _TO_BYTE))
 
 
 def bytes_of(name: str) -> bytes | None:
-    """The bytes that a byte-level vocabulary calls `name`; None if it is no such name."""
+    """The bytes that a byte-level vocabulary writes as `name`; None if `name` has other characters."""
     return name.translate(_TO_BYTE).encode("latin-1") if _CHARACTERS.issuperset(name) else None
 
 
 def parse(text: str | bytes) -> dict[str, Any]:
-    """A `tokenizer.json` as a dict with a model and a vocabulary, and the seal unbroken if it has one.
+    """Parses a `tokenizer.json` to a dict with a model and a vocabulary, and verifies its checksum if it has one.
 
-    Raises `ValueError` for anything else."""
+    Raises `ValueError` for anything else.
+    """
     data = json.loads(text)
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict) or "vocab" not in data["model"]:
         raise ValueError("it has no model with a vocabulary")
-    seal = data["model"].get("jaxchat")
-    if seal is not None and seal["sha256"] != _digest(data):
+    facts = data["model"].get("jaxchat")
+    if facts is not None and facts["sha256"] != _digest(data):
         raise ValueError("it was changed after it was written")
     return data
 
 
-def sealed(data: dict[str, Any], **facts: Any) -> str:
+def with_checksum(data: dict[str, Any], **facts: Any) -> str:
     """The text of a `tokenizer.json` with `facts` and a checksum, where other readers of the format ignore them."""
     data = {**data, "model": {**data["model"], "jaxchat": facts}}
     facts["sha256"] = _digest(data)
@@ -111,27 +58,30 @@ def sealed(data: dict[str, Any], **facts: Any) -> str:
 
 
 def _digest(data: dict[str, Any]) -> str:
-    seal = {name: value for name, value in data["model"]["jaxchat"].items() if name != "sha256"}
-    content = {**data, "model": {**data["model"], "jaxchat": seal}}
+    facts = {name: value for name, value in data["model"]["jaxchat"].items() if name != "sha256"}
+    content = {**data, "model": {**data["model"], "jaxchat": facts}}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def to_json(vocabulary: Vocabulary) -> str:
-    """A `tokenizer.json` with which Hugging Face's `tokenizers` gives the same ids, and from which `from_json` builds
-    the same vocabulary."""
+    """Writes a vocabulary as a `tokenizer.json`, with which Hugging Face's `tokenizers` gives the same ids.
+
+    `from_json` builds the same vocabulary from it.
+    """
     data = _to_dict(vocabulary)
     merges = "any" if vocabulary.merges is None else "listed"
-    return sealed(data, pattern=vocabulary.pattern, keep_gaps=vocabulary.keep_gaps, merges=merges)
+    return with_checksum(data, pattern=vocabulary.pattern, keep_gaps=vocabulary.keep_gaps, merges=merges)
 
 
 def from_json(data: dict[str, Any]) -> Vocabulary:
-    """The vocabulary of a parsed `tokenizer.json`.
+    """Reads the vocabulary of a parsed `tokenizer.json`.
 
-    Raises `Unsupported` for one that the Rust encoder cannot reproduce, `ValueError`, `KeyError`, `TypeError` or
-    `AttributeError` for a damaged one."""
+    Raises `Unsupported` if the Rust encoder cannot reproduce it, and `ValueError`, `KeyError`, `TypeError` or
+    `AttributeError` if it is damaged.
+    """
     facts = data["model"].get("jaxchat", {})
     if "pattern" not in facts:
-        return _from_unsealed(data) if _was_ours(data) else _from_foreign(data)
+        return _from_first_format(data) if _is_first_format(data) else _from_foreign(data)
     special = {token["content"]: token["id"] for token in data["added_tokens"]}
     names = sorted(data["model"]["vocab"], key=data["model"]["vocab"].__getitem__)
     tokens = [name.encode() if name in special else bytes_of(name) for name in names]
@@ -140,13 +90,13 @@ def from_json(data: dict[str, Any]) -> Vocabulary:
     return Vocabulary(tokens, special, facts["pattern"], merges, whole_pieces, facts["keep_gaps"])
 
 
-def _was_ours(data: dict[str, Any]) -> bool:
-    """Whether jaxchat wrote the file before there were seals. Hugging Face always lists `dropout`, too."""
+def _is_first_format(data: dict[str, Any]) -> bool:
+    """Whether jaxchat wrote the file, before it wrote checksums. Hugging Face always writes `dropout` too."""
     ours = any(token["content"] in SPECIAL_TOKENS for token in data.get("added_tokens") or [])
     return ours and data["model"].keys() == {"type", "ignore_merges", "vocab", "merges"}
 
 
-def _from_unsealed(data: dict[str, Any]) -> Vocabulary:
+def _from_first_format(data: dict[str, Any]) -> Vocabulary:
     try:
         foreign = _from_foreign(data)
     except Unsupported as error:
@@ -154,7 +104,7 @@ def _from_unsealed(data: dict[str, Any]) -> Vocabulary:
     vocabulary = Vocabulary(foreign.tokens, foreign.special, foreign.pattern)
     ranks = list(data["model"]["vocab"].values())
     if data != _to_dict(vocabulary) or ranks != list(range(len(ranks))):
-        raise ValueError("its parts do not fit together")
+        raise ValueError("its parts contradict each other")
     return vocabulary
 
 
@@ -166,7 +116,7 @@ def _to_dict(vocabulary: Vocabulary) -> dict[str, Any]:
     ]
     vocab = {name: id for id, name in enumerate(names)}
     if vocabulary.merges is None:
-        # Any two tokens that make a third may be merged, as in tiktoken, not only the pair that training merged.
+        # As in tiktoken, any two tokens that make a third may be merged, not only the pair that training merged.
         merges = [
             [name[:middle], name[middle:]]
             for name, id in vocab.items()
@@ -178,7 +128,7 @@ def _to_dict(vocabulary: Vocabulary) -> dict[str, Any]:
         merges = [[names[left], names[right]] for left, right in vocabulary.merges]
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    # "Isolated" keeps what the pattern does not match. The inverse's removal is what drops it.
+    # "Isolated" keeps what the pattern does not match; removing what the inverse matches drops it.
     isolated = vocabulary.keep_gaps or vocabulary.pattern in KNOWN
     split = {
         "type": "Split",
@@ -202,7 +152,7 @@ def _to_dict(vocabulary: Vocabulary) -> dict[str, Any]:
 def _from_foreign(data: dict[str, Any]) -> Vocabulary:
     model = data["model"]
     _supported(model.get("type", "BPE") == "BPE" and "merges" in model, f"its model is {model.get('type')}, not BPE")
-    # What BPE does with unknown characters (unk_token, byte_fallback) does not matter: there are none among bytes.
+    # How BPE treats unknown characters (unk_token, byte_fallback) does not matter: among bytes there are none.
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         _supported(not model.get(name), f"its model sets {name}")
     _supported(data.get("normalizer") is None, f"it normalizes text ({_type(data.get('normalizer'))})")
@@ -211,17 +161,17 @@ def _from_foreign(data: dict[str, Any]) -> Vocabulary:
 
     added = data.get("added_tokens") or []
     plain = next((token["content"] for token in added if not token["special"]), None)
-    _supported(plain is None, f"its added token {plain!r} is not special: it stands for text")
+    _supported(plain is None, f"its added token {plain!r} is not special but stands for text")
     special = {token["content"]: token["id"] for token in added}
     names = sorted(model["vocab"], key=model["vocab"].__getitem__)
     for expected, name in enumerate(names):
         found = model["vocab"][name]
         _supported(found == expected, f"its ids have a gap or are used twice ({found} at {expected})")
-    while names and names[-1] in special:  # special tokens that the vocabulary lists too
+    while names and names[-1] in special:  # special tokens that the vocabulary also lists
         names.pop()
     outer = {name: id for name, id in special.items() if model["vocab"].get(name, id) != id or id >= len(names)}
-    behind = list(range(len(names), len(names) + len(outer)))
-    _supported(list(outer.values()) == behind, "its added tokens do not follow the vocabulary")
+    following = list(range(len(names), len(names) + len(outer)))
+    _supported(list(outer.values()) == following, "its added tokens do not follow the vocabulary")
 
     whole_pieces = bool(model.get("ignore_merges"))
     merges = _merges(model, len(names))
@@ -232,7 +182,7 @@ def _from_foreign(data: dict[str, Any]) -> Vocabulary:
         _supported(safe, f"plain text may become its special token {name!r}")
     tokens = [name.encode() if name in special else bytes_of(name) for name in names]
     strange = next((name for name, token in zip(names, tokens, strict=True) if token is None), None)
-    _supported(strange is None, f"its vocabulary is not of bytes: {strange!r}")
+    _supported(strange is None, f"its vocabulary is not byte-level: {strange!r}")
     missing = sorted({bytes([byte]) for byte in range(NUM_BYTES)} - {*tokens})
     _supported(not missing, f"its vocabulary has no token for {len(missing)} of the 256 bytes")
     special = with_chat_tokens(special, len(tokens))
@@ -249,13 +199,13 @@ def _type(part: Mapping[str, Any] | None) -> str | None:
 
 
 def _split_of(part: dict[str, Any] | None) -> tuple[str, bool]:
-    """The split pattern of a pre-tokenizer, and whether it keeps what the pattern does not match."""
+    """The split pattern of a pre-tokenizer, and whether it keeps text that the pattern does not match."""
     _supported(part is not None, "it does not split text into bytes")
     parts = part["pretokenizers"] if part["type"] == "Sequence" else [part]
     types = [part["type"] for part in parts]
     _supported(types in (["ByteLevel"], ["Split", "ByteLevel"]), f"it splits text by {', '.join(types)}")
     split, byte_level = parts[0], parts[-1]
-    _supported(not byte_level.get("add_prefix_space", True), "it puts a space before every text")
+    _supported(not byte_level.get("add_prefix_space", True), "it adds a space before every text")
     _supported(byte_level.get("use_regex", True) == (len(parts) == 1), "it splits text twice or not at all")
     if len(parts) == 1:
         return GPT2_PATTERN, False
@@ -266,71 +216,22 @@ def _split_of(part: dict[str, Any] | None) -> tuple[str, bool]:
         _supported(pattern != "", "its split pattern is empty")
         pattern = literal(pattern)
     strange = read_differently(pattern)
-    _supported(strange is None, f"its split pattern has {strange!r}, which Hugging Face's engine reads in its own way")
+    _supported(strange is None, f"its split pattern has {strange!r}, which Hugging Face's engine reads differently")
     return pattern, rule == "Isolated" and pattern not in KNOWN
 
 
 def _merges(model: dict[str, Any], size: int | None = None) -> list[tuple[int, int]]:
-    """The pairs of ids in the order of their ranks. `size`: ids from there on are special tokens."""
+    """The pairs of ids in the order of their ranks. Ids from `size` on are special tokens."""
     vocab, pairs = model["vocab"], {}
     for merge in model["merges"]:
-        if isinstance(merge, str) and merge.startswith("#version"):  # the first line of older files of merges
+        if isinstance(merge, str) and merge.startswith("#version"):  # the first line of older merges files
             continue
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         for name in (left, right, left + right):
             if name not in vocab:
-                raise ValueError(f"its merge of {left!r} and {right!r} names {name!r}, which is no token")
+                raise ValueError(f"its merge of {left!r} and {right!r} needs {name!r}, which is not a token")
         _supported(size is None or vocab[left + right] < size, f"a merge makes the special token {left + right!r}")
         pair = vocab[left], vocab[right]
-        pairs.pop(pair, None)  # a pair listed twice has the later rank
+        pairs.pop(pair, None)  # a pair that is listed twice has the later rank
         pairs[pair] = None
     return list(pairs)
-
-
-# --- tiktoken -------------------------------------------------------------------------------------------------------
-
-
-def from_ranks(ranks: Mapping[bytes, int], special: Mapping[str, int], pattern: str) -> Vocabulary:
-    """A vocabulary by tiktoken's rule. Ids that nothing has become special tokens `<|unused_ID|>`.
-
-    Raises `UserError` when two tokens share an id, or when special tokens or unused ids lie among the ranks of a
-    pattern that does not keep them out of the text."""
-    by_id = {}
-    for token, id in [*ranks.items(), *special.items()]:
-        check(isinstance(id, int) and id >= 0 and id not in by_id, f"two tokens have the id {id}, or it is no id")
-        by_id[id] = token
-    check(bool(ranks), "there are no ranks")
-    behind, size = max(ranks.values()) + 1, max(by_id) + 1
-    check(
-        size - len(by_id) <= len(by_id),
-        f"{len(ranks)} ranks and {len(special)} special tokens do not fill the ids 0 to {size - 1}: "
-        f"ranks must be 0 to {len(ranks) - 1} without gaps",
-    )
-    special = dict(special) | {f"<|unused_{id}|>": id for id in range(size) if id not in by_id}
-    tokens: dict[int, bytes] = {id: token for token, id in ranks.items()}
-    for name, id in special.items():
-        if id < behind:
-            check(
-                cuts(name, pattern),
-                f"ranks must be 0 to {len(ranks) - 1} without gaps, and special tokens behind them; rank {id} is "
-                + ("missing" if id not in by_id else f"the special token {name!r}"),
-            )
-            tokens[id] = name.encode()
-    return Vocabulary([tokens[id] for id in range(behind)], with_chat_tokens(special, behind), pattern)
-
-
-def parse_ranks(lines: Iterable[bytes]) -> dict[bytes, int]:
-    """The ranks of a `.tiktoken` file: `BASE64 RANK` a line. Raises `ValueError` that names the line."""
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            token, rank = line.split()
-            token, rank = base64.b64decode(token, validate=True), int(rank)
-        except (ValueError, binascii.Error):
-            raise ValueError(f"line {number} is not a token in base64 and its rank") from None
-        if token in ranks:
-            raise ValueError(f"line {number} has a token again, of rank {ranks[token]}")
-        ranks[token] = rank
-    return ranks

@@ -267,7 +267,7 @@ def test_ids_with_gaps(last, works):
         tokenizer = HuggingFaceTokenizer(peer)
         assert tokenizer.vocab_size == 31 and sorted(tokenizer.special_tokens.values()) == [*range(3, 12)]
     else:
-        with pytest.raises(UserError, match="its ids have gaps, so that special tokens cannot be added"):
+        with pytest.raises(UserError, match="its ids have gaps, so special tokens cannot be added"):
             HuggingFaceTokenizer(peer)
 
 

@@ -1,4 +1,4 @@
-"""The interface of jaxchat's tokenizers over Hugging Face's `tokenizers`, for files that only that library reads."""
+"""A tokenizer that encodes with Hugging Face's `tokenizers`, for files that only that library can reproduce."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from etils import epath
 from jaxchat.config import NUM_BYTES
 from jaxchat.errors import UserError, check
 from jaxchat.tokenizer.base import SPECIAL_TOKENS, BaseTokenizer, Progress, check_learnt, check_size, out_of_range
-from jaxchat.tokenizer.foreign.formats import Vocabulary, about, bytes_of, existing, parse, sealed, to_json
+from jaxchat.tokenizer.foreign.tokenizer_json import bytes_of, parse, to_json, with_checksum
 from jaxchat.tokenizer.patterns import SPLIT_PATTERN
+from jaxchat.tokenizer.vocabulary import Vocabulary, existing_file, naming_file
 
 if TYPE_CHECKING:
     import tokenizers
 
 
 class HuggingFaceTokenizer(BaseTokenizer):
-    """A `tokenizers.Tokenizer`, with those of `SPECIAL_TOKENS` that it lacks added behind its ids.
+    """A `tokenizers.Tokenizer`, with the missing ones of `SPECIAL_TOKENS` added after its ids.
 
-    Its own post-processor, truncation and padding are not used: what surrounds a text is for the caller to say.
+    Its post-processor, truncation and padding are not used: the caller decides what surrounds a text.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
-        """Takes the tokenizer over: it is changed. Raises `UserError` when ids cannot be added to it."""
+        """Takes ownership of the tokenizer and changes it. Raises `UserError` if ids cannot be added to it."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # text that spells them is plain text
+        tokenizer.encode_special_tokens = True  # text that spells a special token is plain text
         before = set(tokenizer.get_vocab().values())
         tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
         added = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -39,7 +40,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
         self._size = max([*before, *added.values()]) + 1
         check(
             len(set(added.values())) == len(added) and len(before | set(new)) == tokenizer.get_vocab_size(),
-            "its ids have gaps, so that special tokens cannot be added",
+            "its ids have gaps, so special tokens cannot be added",
         )
         self.special_tokens = dict(sorted(added.items(), key=lambda item: item[1]))
         self._tokenizer = tokenizer
@@ -47,7 +48,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
         model = data["model"]
         self._byte_level = (data["decoder"] or {}).get("type") == "ByteLevel"
         self._byte_fallback = model.get("byte_fallback", False)
-        # What the model gives for text that it does not know is allowed in plain text.
+        # The token for unknown text is allowed in plain text.
         unknown = model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else model.get("unk_token")
         self._forbidden = {id for name, id in self.special_tokens.items() if name != unknown}
 
@@ -55,8 +56,10 @@ class HuggingFaceTokenizer(BaseTokenizer):
     def train_from_iterator(
         cls, texts: Iterable[str], vocab_size: int, *, pattern: str = SPLIT_PATTERN, progress: Progress | None = None
     ) -> Self:
-        """Byte-level BPE learnt by `tokenizers`, with the sizes and errors of `Tokenizer.train_from_iterator`. Ties
-        between pairs are broken in another way, so that the vocabulary differs a little."""
+        """Learns byte-level BPE with `tokenizers`; arguments and errors are those of `Tokenizer.train_from_iterator`.
+
+        It breaks ties between pairs differently, so the vocabulary differs a little from that of `Tokenizer`.
+        """
         check_size(vocab_size)
         library = _library()
         trainer = library.trainers.BpeTrainer(
@@ -71,14 +74,14 @@ class HuggingFaceTokenizer(BaseTokenizer):
 
     @classmethod
     def from_file(cls, path: epath.PathLike) -> Self:
-        path = existing(path)
+        path = existing_file(path)
         _library()
-        with about(path):
+        with naming_file(path):
             return cls.from_text(path.read_text(encoding="utf-8"))
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """The tokenizer of a `tokenizer.json`'s text. Raises `ValueError` when it is damaged."""
+        """Reads the text of a `tokenizer.json`. Raises `ValueError` if it is damaged."""
         parse(text)
         return cls(_from_str(text))
 
@@ -87,7 +90,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
         return self._size
 
     def to_json(self) -> str:
-        return sealed(json.loads(self._tokenizer.to_str()))
+        return with_checksum(json.loads(self._tokenizer.to_str()))
 
     def __reduce__(self):
         return HuggingFaceTokenizer.from_text, (self.to_json(),)
@@ -102,7 +105,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
         return np.fromiter((id for ids in lists for id in ids), np.uint32, int(offsets[-1])), offsets
 
     def _encode(self, texts, prepend, append, num_threads):
-        """One thread, or with any other number all of the library's."""
+        """Uses one thread if `num_threads` is 1, and otherwise as many as the library chooses."""
         before, after = [[] if token is None else [token] for token in (prepend, append)]
         texts = [_repaired(text) for text in texts]
         if num_threads == 1 or len(texts) == 1:
@@ -113,7 +116,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
         return [[*before, *ids, *after] for ids in plain]
 
     def _plain(self, text: str, ids: list[int]) -> list[int]:
-        """`ids` of `text`, encoded again in parts where the model itself takes a spelled special token for one."""
+        """`ids` of `text`; encodes it again in parts if the model has taken text for a special token."""
         if self._forbidden.isdisjoint(ids):
             return ids
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
@@ -134,12 +137,12 @@ class HuggingFaceTokenizer(BaseTokenizer):
                 added.get(id, name.encode() if token is None else token)
                 for id, (name, token) in enumerate(zip(names, own, strict=True))
             ]
-        # A token by itself may lose the space before it: here it stands behind another one.
+        # A token decoded alone may lose its leading space, so each is decoded after another token.
         anchor = next((id for id in self._tokenizer.encode("a", add_special_tokens=False).ids[-1:]), 0)
         alone = self._decode([anchor])
-        behind = self._tokenizer.decode_batch([[anchor, id] for id in range(self._size)], skip_special_tokens=False)
+        followed = self._tokenizer.decode_batch([[anchor, id] for id in range(self._size)], skip_special_tokens=False)
         tokens = []
-        for id, (name, text) in enumerate(zip(names, behind, strict=True)):
+        for id, (name, text) in enumerate(zip(names, followed, strict=True)):
             byte = re.fullmatch(r"<0x([0-9A-F]{2})>", name or "") if self._byte_fallback else None
             token = bytes.fromhex(byte[1]) if byte else text.removeprefix(alone).encode()
             tokens.append(added.get(id, token))
@@ -192,7 +195,7 @@ def _from_str(text: str) -> tokenizers.Tokenizer:
         return _library().Tokenizer.from_str(text)
     except UserError:
         raise
-    except Exception as error:  # the library raises nothing more special
+    except Exception as error:  # the library raises nothing more specific
         raise ValueError(str(error)) from None
 
 
@@ -214,7 +217,7 @@ def _counted(texts: Iterable[str], progress: Progress | None) -> Iterator[str]:
 
 
 def _repaired(text: str) -> str:
-    """The text with lone surrogates, which the library refuses, replaced, and pairs of them joined."""
+    """The text with lone surrogates, which the library refuses, replaced, and surrogate pairs joined."""
     if not isinstance(text, str):
         raise TypeError(f"a text is a str, not {type(text).__name__}")
     try:
