@@ -1,7 +1,7 @@
-"""Several processes that train as one: how they come together, agree, and stop. A single process does none of this.
+"""Several processes that train as one: how they connect, agree, and stop. A single process does none of this.
 
-The processes share the run directory. Process 0 alone writes to it what is not a checkpoint, and decides from what is
-there: `agreed` hands its answer to the others, so that they need not see the same files at the same moment.
+The processes share the run directory. Process 0 alone writes everything in it but checkpoints, and reads what decisions
+depend on: `on_process_zero` hands its answer to the others, which need not see the same files at the same moment.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ from jax.sharding import PartitionSpec as P
 from jaxchat.devices.launchers import LOST, Cluster
 from jaxchat.errors import UserError, check
 
-START_SECONDS = 300  # for all processes to come together
-BEAT_SECONDS = 2.0
-LOST_SECONDS = 30.0  # without a beat: then a process is lost
-LEAVE_SECONDS = 5.0  # that a process has to end in its own way, and write what it still has, when another one leaves
-# After which JAX itself ends the processes that are left, with a trace. It hears from each only every half of that, and
-# so may find one lost after half of it: later than we do even then.
-BACKUP_SECONDS = 100
-PATIENCE = 5.0  # seconds from SIGTERM to the end of a wait for a batch
-GO_ON = "the same command goes on from the last checkpoint"
+START_SECONDS = 300  # within which all processes must connect
+HEARTBEAT_SECONDS = 2.0
+LOST_SECONDS = 30.0  # a process without a heartbeat for so long is lost
+LEAVE_SECONDS = (
+    5.0  # when another process leaves, the time to end in the usual way and write what is still to be written
+)
+# JAX's own timeout, after which it ends the remaining processes with a stack trace: the last resort. JAX may take a
+# process for lost after half of it, which must still be later than LOST_SECONDS.
+JAX_TIMEOUT_SECONDS = 100
+PATIENCE = 5.0  # seconds from SIGTERM until a wait for a batch is interrupted
+RESUME = "the same command resumes from the last checkpoint"
 FOREVER_MS = 7 * 24 * 3600 * 1000
 
 
@@ -48,23 +50,24 @@ _watch: _Watch | None = None
 
 
 def start(cluster: Cluster | None) -> None:
-    """Connects the processes of the cluster; to be called before JAX is used. Without one, only on a TPU host.
+    """Connects the processes of the cluster, before JAX is used. Without one it does nothing, except on a TPU host.
+
+    Where not all connect in time, the process prints an error and ends with code 2 (JAX would abort).
 
     Raises:
       UserError: the coordinator's port is taken.
-    Where not all come together in time, a line says so and the process ends with code 2 (JAX would abort).
     """
     if cluster is None:
         if _on_tpu():
             jax.config.update("jax_enable_preemption_service", False)
-            jax.distributed.initialize(heartbeat_timeout_seconds=BACKUP_SECONDS)  # JAX asks the machine's metadata
+            jax.distributed.initialize(heartbeat_timeout_seconds=JAX_TIMEOUT_SECONDS)  # finds the others by itself
             _begin_watch()
         return
     host, port = cluster.coordinator.rsplit(":", 1)
     if cluster.process_id == 0:
         _check_free(int(port))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is for `Preemption`
+    jax.config.update("jax_enable_preemption_service", False)  # `Preemption` handles SIGTERM
     timer = threading.Timer(START_SECONDS, _give_up, (cluster, host.strip("[]"), int(port)))
     timer.daemon = True
     timer.start()
@@ -75,8 +78,8 @@ def start(cluster: Cluster | None) -> None:
         cluster.local_devices,
         cluster_detection_method="deactivate",
         initialization_timeout=START_SECONDS + 60,
-        heartbeat_timeout_seconds=BACKUP_SECONDS,
-        shutdown_timeout_seconds=BACKUP_SECONDS,
+        heartbeat_timeout_seconds=JAX_TIMEOUT_SECONDS,
+        shutdown_timeout_seconds=JAX_TIMEOUT_SECONDS,
     )
     timer.cancel()
     _begin_watch()
@@ -94,20 +97,20 @@ def _check_free(port: int) -> None:
         try:
             probe.bind(("", port))
         except OSError as error:
-            raise UserError(f"the coordinator cannot use port {port} ({error.strerror}); choose another one") from None
+            raise UserError(f"the coordinator cannot use port {port} ({error.strerror}); choose another port") from None
 
 
 def _give_up(cluster: Cluster, host: str, port: int) -> NoReturn:
-    reason = f"not all of the {cluster.num_processes} processes came"
+    reason = f"not all of the {cluster.num_processes} processes have connected"
     try:
         socket.create_connection((host, port), timeout=5).close()
     except OSError as error:
         reason = f"the coordinator {cluster.coordinator} cannot be reached ({error.strerror or error})"
-    _end(2, f"error: process {cluster.process_id} has waited for {START_SECONDS:.0f} s: {reason}")
+    _end(2, f"error: process {cluster.process_id} gives up after {START_SECONDS:.0f} s: {reason}")
 
 
 def finish() -> None:
-    """Waits until all processes are here, and leaves."""
+    """Waits until all processes have come here, and disconnects."""
     global _watch
     if _watch is not None:
         exchange("")
@@ -117,26 +120,26 @@ def finish() -> None:
 
 
 def active() -> bool:
-    """Whether `start` has connected this process with others."""
+    """Whether this process is connected with others."""
     return _watch is not None
 
 
 def leave(code: int, message: str) -> NoReturn:
-    """Ends this process with a line and an exit code, and with it the others, who may wait for it, by the same code."""
+    """Ends this process with a message and an exit code, and the others, which may be waiting for it, with the same."""
     here = jax.process_index()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _client().key_value_set(f"jaxchat/left/{here}", json.dumps([code, message]), allow_overwrite=True)
-        time.sleep(0 if here else 2 * BEAT_SECONDS)  # with process 0 ends what the others read
+        time.sleep(0 if here else 2 * HEARTBEAT_SECONDS)  # process 0 serves the message: the others must have read it
     _end(code, f"process {here}: {message}" if here else message)
 
 
 def await_verdict() -> None:
-    """After an error that the loss of a process may have caused: if so, this one ends here, with a line about it."""
-    time.sleep(LOST_SECONDS + 3 * BEAT_SECONDS)
+    """Waits, after an error, for as long as it takes to detect a lost process; if one is lost, this one ends here."""
+    time.sleep(LOST_SECONDS + 3 * HEARTBEAT_SECONDS)
 
 
 def _end(code: int, message: str) -> NoReturn:
-    # Not sys.exit: at the interpreter's end JAX would wait for the others.
+    # Not sys.exit: JAX would wait for the others when Python shuts down.
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
     os._exit(code)
@@ -155,54 +158,57 @@ _libc = ctypes.CDLL(None)
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(number: int) -> None:
-    """JAX aborts when process 0, the coordinator, is lost, at once, or another one, late. A handler of Python's own
-    would never run, since the thread that aborts is none of Python's. Any other abort goes on when this returns."""
+    """Ends the process with a message if JAX aborts because another one is lost; any other abort proceeds.
+
+    JAX aborts at once when process 0, the coordinator, is lost, and late for the others. The handler is set through C:
+    one set in Python would never run, since the aborting thread is not Python's.
+    """
     if _watch is None:
         return
     if _watch.verdict is not None:
         _end(*_watch.verdict)
     here, (process, silence) = jax.process_index(), _watch.most_silent()
-    if silence > 5 * BEAT_SECONDS:
+    if silence > 5 * HEARTBEAT_SECONDS:
         _end(LOST, _lost(here, process, silence))
     host, port = distributed.global_state.coordinator_address.rsplit(":", 1)
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError:
-        _end(LOST, f"error: process {here} stops: process 0 is lost; {GO_ON}")
+        _end(LOST, f"error: process {here} stops: process 0 is lost; {RESUME}")
 
 
 def _lost(here: int, process: int, silence: float) -> str:
-    return f"error: process {here} stops: process {process} is lost, silent for {silence:.0f} s; {GO_ON}"
+    return f"error: process {here} stops: process {process} is lost, silent for {silence:.0f} s; {RESUME}"
 
 
 class _Watch(threading.Thread):
-    """Ends this process when another one is lost or has left; the main thread may wait for that one for ever."""
+    """A thread that ends this process when another one is lost or has left: the main thread might wait forever."""
 
     def __init__(self, **options):
         super().__init__(**options)
         self._stopped = threading.Event()
-        self.verdict: tuple[int, str] | None = None  # by which another process has left
+        self.verdict: tuple[int, str] | None = None  # code and message with which another process has left
         others = set(range(jax.process_count())) - {jax.process_index()}
-        self._heard = {process: (time.monotonic(), "") for process in others}  # when, and which beat
+        self._heard = {process: (time.monotonic(), "") for process in others}  # when the last heartbeat came, and which
 
     def stop(self) -> None:
         self._stopped.set()
         self.join()
 
     def most_silent(self) -> tuple[int, float]:
-        """The process that was silent for the longest time, and the seconds of it."""
+        """The process that has been silent for longest, and for how many seconds."""
         process, (heard, _) = min(self._heard.items(), key=lambda item: item[1][0])
         return process, time.monotonic() - heard
 
     def run(self) -> None:
         client, here = _client(), jax.process_index()
         for beat in itertools.count():
-            if self._stopped.wait(BEAT_SECONDS):
+            if self._stopped.wait(HEARTBEAT_SECONDS):
                 return
             beats, left = {}, {}
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                client.key_value_set(f"jaxchat/beat/{here}", str(beat), allow_overwrite=True)
-                beats, left = _read(client, "jaxchat/beat/"), _read(client, "jaxchat/left/")
+                client.key_value_set(f"jaxchat/heartbeat/{here}", str(beat), allow_overwrite=True)
+                beats, left = _read(client, "jaxchat/heartbeat/"), _read(client, "jaxchat/left/")
             now = time.monotonic()
             for process, (heard, beat_then) in self._heard.items():
                 if process in left:
@@ -216,13 +222,13 @@ class _Watch(threading.Thread):
                     _end(LOST, _lost(here, process, now - heard))
 
 
-# --- agreement ------------------------------------------------------------------------------------------------------
+# --- agreement ----------------------------------------------------------------------------------------------------
 
 _turns = itertools.count()
 
 
 def _client() -> Any:
-    """JAX's client of the coordinator, with a small key-value store and barriers; it has no public name yet."""
+    """JAX's client of the coordinator: a small key-value store, and barriers. JAX has no public name for it yet."""
     return distributed.global_state.client
 
 
@@ -231,47 +237,50 @@ def _read(client: Any, folder: str) -> dict[int, str]:
 
 
 def exchange(text: str) -> list[str]:
-    """What each process says here, in their order. All must call it equally often; it waits for as long as it takes."""
+    """The texts that all processes pass, in their order; each must call it equally often, and waits for the others."""
     if not active():
         return [text]
     client, turn = _client(), next(_turns)
     client.key_value_set(f"jaxchat/turn/{turn}/{jax.process_index()}", text)
     client.wait_at_barrier(f"jaxchat/turn/{turn}", FOREVER_MS)
     if jax.process_index() == 0 and turn > 0:
-        client.key_value_delete(f"jaxchat/turn/{turn - 1}/")  # whoever is here has read it
-    said = _read(client, f"jaxchat/turn/{turn}/")
-    return [said[process] for process in range(jax.process_count())]
+        client.key_value_delete(f"jaxchat/turn/{turn - 1}/")  # all have read that one
+    texts = _read(client, f"jaxchat/turn/{turn}/")
+    return [texts[process] for process in range(jax.process_count())]
 
 
-def agreed(work: Callable[[], Any]) -> Any:
-    """What `work` gives (JSON) in process 0, in all of them; the others wait for it. Its UserError is everybody's."""
+def on_process_zero(work: Callable[[], Any]) -> Any:
+    """Runs `work` on process 0 and returns its result (JSON) on all processes; a UserError is raised on all.
+
+    All processes must call it; the others wait.
+    """
     if not active():
         return work()
-    said = ""
+    result = ""
     if jax.process_index() == 0:
         try:
-            said = json.dumps({"value": work()})
+            result = json.dumps({"value": work()})
         except UserError as error:
-            said = json.dumps({"error": str(error)})
-    answer = json.loads(exchange(said)[0])
-    check("error" not in answer, answer.get("error", ""))
-    return answer["value"]
+            result = json.dumps({"error": str(error)})
+    result = json.loads(exchange(result)[0])
+    check("error" not in result, result.get("error", ""))
+    return result["value"]
 
 
 @contextlib.contextmanager
-def ctrl_c_later() -> Iterator[None]:
-    """Ctrl-C interrupts the program where this ends, a second one at once."""
+def delay_ctrl_c() -> Iterator[None]:
+    """Delays Ctrl-C until the end of the block; a second one interrupts at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before, pressed = signal.getsignal(signal.SIGINT), False
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def on_ctrl_c(number: int, frame: FrameType | None) -> None:
         nonlocal pressed
         pressed = True
         signal.signal(signal.SIGINT, before)
 
-    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, on_ctrl_c)
     try:
         yield
     finally:
@@ -281,27 +290,27 @@ def ctrl_c_later() -> Iterator[None]:
 
 
 class Preemption:
-    """Notes SIGTERM, instead of what happens at it otherwise, while it is entered; what nobody heeded happens then.
+    """A context in which SIGTERM asks the training to stop; if the context ends without an error, it is sent again.
 
-    With several processes Ctrl-C in one of them is the same: they must agree on the step at which all stop, or their
-    checkpoint would be of two steps. Each brings its flag to every step; the sum is read with the step's metrics, one
-    step late, so that nothing waits for it.
+    With several processes Ctrl-C does the same: they must agree on the step after which all stop, or their checkpoint
+    would be of two different steps. Each brings its `flag` to every step, and the sum is read with the step's metrics,
+    one step late, so that nothing waits for it.
 
-    A single process that is `waiting`, perhaps for text that never comes, is not waited for: after `PATIENCE` seconds,
-    or at a second SIGTERM, a KeyboardInterrupt ends the wait.
+    A single process may be `waiting`, perhaps for text that never comes: after `PATIENCE` seconds, or at a second
+    SIGTERM, a KeyboardInterrupt ends the wait.
     """
 
     def __init__(self):
         self.waiting = False
-        self._noted: int | None = None
+        self._received: int | None = None  # the signal
         self._timer: threading.Timer | None = None
         self._signals = (signal.SIGTERM, signal.SIGINT) if active() else (signal.SIGTERM,)
         self._before: dict[signal.Signals, Any] = {}
         self._flags: dict[bool, jax.Array] = {}
 
     def __enter__(self) -> Preemption:
-        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-            self._before = {number: signal.signal(number, self._note) for number in self._signals}
+        if threading.current_thread() is threading.main_thread():  # the only one for which Python allows handlers
+            self._before = {number: signal.signal(number, self._on_signal) for number in self._signals}
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
@@ -309,34 +318,34 @@ class Preemption:
             self._timer.cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if error is None and self._noted is not None:
-            signal.raise_signal(self._noted)
+        if error is None and self._received is not None:
+            signal.raise_signal(self._received)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        again, self._noted = self._noted is not None, number
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        again, self._received = self._received is not None, number
         if signal.SIGINT in self._before:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is one
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C interrupts
         elif again and self.waiting:
             raise KeyboardInterrupt
         elif not again:
-            self._timer = threading.Timer(PATIENCE, self._insist)
+            self._timer = threading.Timer(PATIENCE, self._end_wait)
             self._timer.daemon = True
             self._timer.start()
 
-    def _insist(self) -> None:
+    def _end_wait(self) -> None:
         if self.waiting:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
     @property
-    def noted(self) -> bool:
-        """Whether to stop at this step: known at once by a single process, by several only from `flag`."""
-        return self._noted is not None and not active()
+    def requested(self) -> bool:
+        """Whether a single process is to stop after this step; of several processes only the sum of `flag` says so."""
+        return self._received is not None and not active()
 
     def flag(self) -> bool | jax.Array:
-        """Above 0 if any process is to stop; the same in all of them, who must call it at the same steps."""
-        noted = self._noted is not None
+        """Above 0 if any process was asked to stop, the same on all of them; all must call it at the same steps."""
+        received = self._received is not None
         if not active():
-            return noted
+            return received
         if not self._flags:
             mesh = Mesh(np.array(jax.devices()), ("all",))
             shape = (jax.local_device_count(),)
@@ -344,4 +353,4 @@ class Preemption:
                 part = np.full(shape, value, np.int32)
                 self._flags[value] = jax.make_array_from_process_local_data(NamedSharding(mesh, P("all")), part)
             self._sum = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, P()))
-        return self._sum(self._flags[noted])
+        return self._sum(self._flags[received])

@@ -1,7 +1,8 @@
-"""The only training loop: pretraining, midtraining, SFT and RL all run through `train`.
+"""The only training loop: pretraining, midtraining, SFT and RL all run through `Loop.train`.
 
-The next step is dispatched before the last one's metrics are read, so that the device never waits for the host. Nor
-does it for a save, if there is room for a copy of the state on the devices, and no evaluation is due.
+`_Attempt.one_step` shows a step from its batch to the evaluation after it. The next step is dispatched before the
+metrics of the last one are read, so that the devices never wait for the host. They do not wait for a save either, if
+they have room for a copy of the state.
 """
 
 from __future__ import annotations
@@ -18,21 +19,24 @@ import numpy as np
 
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.devices.launchers import Preempted
-from jaxchat.devices.processes import Preemption, active, ctrl_c_later
+from jaxchat.devices.machine import device_peak_flops
+from jaxchat.devices.machine import device_peak_flops
+from jaxchat.devices.processes import Preemption, active, delay_ctrl_c
 from jaxchat.errors import check
-from jaxchat.runs.metrics import Metrics, device_peak_flops
+from jaxchat.runs.metrics import Metrics
 from jaxchat.train.divergence import Diverged, LossWatch
 from jaxchat.train.step import Batch, State
 
-MAX_RETURNS = 3  # to one checkpoint: what goes on diverging has more than bad batches
-STOP = "stop"  # among a step's results: whether a process was asked to end
-WORTH = {"bpb": -1.0, "reward_eval": 1.0}  # what tells a stage's best checkpoint, and whether more or less is better
-Values = Iterable[tuple[str, Any]]
+MAX_RETURNS = 3  # to one checkpoint: a training that diverges more often suffers from more than bad batches
+STOP = "stop"  # in a step's results: how many processes were asked to stop
+# The metrics of an evaluation that rate a checkpoint, with the sign that makes higher better.
+SCORE_SIGNS = {"bpb": -1.0, "reward_eval": 1.0}
+RESUME = "the same command resumes from there"
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Where batches come from. Supervised sources ignore the parameters; RL samples with them: `samples`."""
+    """Where batches come from; in RL the current parameters write them: then `samples` is true."""
 
     samples = False
 
@@ -41,41 +45,43 @@ class Source(Protocol):
         ...
 
     def get_state(self) -> dict:
-        """The position behind the last batch, as JSON; `set_state` goes on from there exactly."""
+        """The position after the last batch, as JSON; after `set_state` the same batches follow."""
         ...
 
     def set_state(self, state: dict) -> None: ...
 
     def whole_state(self, state: dict) -> dict:
-        """What can go on with any number of processes, from the state of this one; all processes call it together."""
+        """The position from which any number of processes can resume, given that of this process.
+
+        All processes call it together.
+        """
         return state
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Runs every `every` steps, at the end, and, unless told otherwise, before step 0; yields (metric name, value)."""
+    """Measures the parameters every `every` steps, after the last step and, if `at_start`, before the first.
+
+    With 0 for `every` it does not run in between. `run` gets the number of steps done and the parameters, and yields
+    (metric name, value).
+    """
 
     every: int
-    run: Callable[[int, Any], Values]
+    run: Callable[[int, Any], Iterable[tuple[str, Any]]]
     at_start: bool = True
 
-
-class _Dispatched(NamedTuple):
-    step: int
-    tokens: int
-    result: dict[str, Any]
-    extra: dict[str, float]
-    position: dict  # of the data, behind its batch
-    copy: State | None = None  # of the state behind it, to be saved once its metrics are known to be good
+    def is_due(self, step: int, num_steps: int) -> bool:
+        """Whether it runs after `step` steps of `num_steps`."""
+        return step == num_steps or (self.every > 0 and step % self.every == 0)
 
 
 @dataclass
 class Loop:
-    """What one stage's training consists of.
+    """The training of one stage, and how far it has come.
 
-    `flops_per_token` gives the MFU, over `devices` of a known peak. Checkpoints are written every `save_every` steps
-    (0: only at the end) and when the run is interrupted. After a divergence `on_nan` lets it stop, or go on from the
-    newest one without the batches since then.
+    `flops_per_token` gives the MFU on devices whose peak is known. Checkpoints are saved every `save_every` steps (0:
+    only at the end) and when the run is interrupted. After a divergence the training stops, or, with `on_nan` "skip",
+    resumes from the newest checkpoint without the batches since then.
     """
 
     step_fn: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
@@ -89,23 +95,53 @@ class Loop:
     evaluators: tuple[Evaluator, ...] = ()
     on_nan: Literal["stop", "skip"] = "stop"
     meta: dict = field(default_factory=dict)
-    began: float = field(default_factory=time.perf_counter)  # the stage, in this sitting
-    startup: dict[str, float] = field(default_factory=dict)  # what the first step had to wait for, in seconds
-    train_seconds: float = 0.0  # of steps alone, over all sittings
+    began: float = field(default_factory=time.perf_counter)  # when this process began the stage
+    startup: dict[str, float] = field(default_factory=dict)  # seconds spent before the first step, by what on
+    # Over all processes that have trained the stage, one after another:
+    train_seconds: float = 0.0  # of steps alone
     tokens: int = 0
     divergences: list[dict] = field(default_factory=list)  # step, back_to, batches left out, why
-    _earlier: float = 0.0  # seconds of earlier sittings
-    _watch: LossWatch = field(default_factory=LossWatch)
-    _returns: Counter[int] = field(default_factory=Counter)  # to a checkpoint's step after a divergence
-    _started: bool = False
+    _earlier_seconds: float = 0.0
+    _loss_watch: LossWatch = field(default_factory=LossWatch)
+    _returns: Counter[int] = field(default_factory=Counter)  # after divergences, by the step of the checkpoint
+    _first_step_logged: bool = False
 
     @property
     def seconds(self) -> float:
-        """Of the stage, over all sittings: steps, compilation, evaluation, samples and checkpoints."""
-        return self._earlier + time.perf_counter() - self.began
+        """Of the stage, resumed or not: steps, compilation, evaluation, samples and checkpoints."""
+        return self._earlier_seconds + time.perf_counter() - self.began
+
+    def train(self, state: State) -> State:
+        """Trains until `num_steps`, from the newest checkpoint if there is one; returns the final state.
+
+        Raises:
+          UserError: the loss diverges, and the training cannot or must not resume without the batches at fault; or the
+            checkpoints are those of a training with another number of steps.
+          Preempted: after SIGTERM, at the end of the current step, when the state is saved.
+          KeyboardInterrupt: after the state was saved.
+        """
+        abstract = jax.tree.map(_abstract, state)
+        self.checkpoints.prepare(abstract)
+        step = self.checkpoints.latest_step()
+        if step is None:
+            step = 0
+        else:
+            jax.tree.map(lambda x: x.delete(), state)  # the caller may hold it, and its memory is needed
+            state = self._resume(abstract, step)
+        with Preemption() as preemption:
+            self._evaluate_at_start(step, state)
+            try:
+                while True:
+                    try:
+                        return _Attempt(self, state, step, preemption).run()
+                    except Diverged as error:
+                        diverged = error.with_traceback(None)  # a traceback would hold the state, and its memory
+                    state, step = self._return_to_checkpoint(abstract, diverged)
+            finally:
+                self.checkpoints.wait()  # however the training ends: a save in progress would end with the program
 
     def save(self, state: State, step: int, position: dict, is_copy: bool = False) -> None:
-        """Writes the state behind `step` steps, or its copy, with the data position that belongs to it."""
+        """Saves the state after `step` steps, or a copy of it, with the data position that belongs to it."""
         meta = {
             **self.meta,
             "num_steps": self.num_steps,
@@ -113,87 +149,101 @@ class Loop:
             "train_seconds": self.train_seconds,
             "tokens": self.tokens,
             "divergences": self.divergences,
-            "recent_losses": list(self._watch.recent),
+            "recent_losses": list(self._loss_watch.recent),
         }
-        self.metrics.flush()  # a resume goes on from here: what was logged before must not be missing
+        self.metrics.flush()  # whoever resumes from this checkpoint must find what was logged before it
         self.checkpoints.wait()
         data = self.source.whole_state(position)
-        with ctrl_c_later():  # what is saved by half cannot be saved again
+        with delay_ctrl_c():  # a half-written save cannot be retried
             self.checkpoints.save(step, state, data=data, meta=meta, is_copy=is_copy)
 
-    def train(self, state: State) -> State:
-        """Trains until `num_steps`, from the newest checkpoint if there is one; returns the final state.
+    def evaluate(self, evaluators: Iterable[Evaluator], step: int, params) -> None:
+        """Runs evaluators after `step` steps, logs what they measure, and rates the checkpoint of that step."""
+        for evaluator in evaluators:
+            values = dict(evaluator.run(step, params))
+            if values:
+                self.metrics.log(step, **values)
+            for name, sign in SCORE_SIGNS.items():
+                if name in values and np.isfinite(values[name]):
+                    self.checkpoints.record_score(step, sign * float(values[name]))
 
-        Raises:
-          UserError: the loss diverges, and `on_nan` or the circumstances do not allow to go on; the checkpoint
-            directory holds a run of another length.
-          Preempted: after SIGTERM, at the next step's end, and the state was saved.
-          KeyboardInterrupt: after the state was saved.
-        """
-        abstract = jax.tree.map(_abstract, state)
-        self.checkpoints.prepare(abstract)
-        start = self.checkpoints.latest_step()
-        if start is not None:
-            jax.tree.map(lambda x: x.delete(), state)  # the caller may keep it, and the memory is for the restored one
-            state, meta = self._restore(abstract, start)
-            self._earlier, self.train_seconds, self.divergences = (
-                meta["seconds"],
-                meta["train_seconds"],
-                meta["divergences"],
-            )
-            if start < self.num_steps:
-                self.metrics.note(f"resuming at step {start:,} of {self.num_steps:,}")
-        start = start or 0
-        with Preemption() as preemption:
-            # After a save at the same step too: whoever stopped behind it may not have come to the evaluation.
-            due = [e for e in self.evaluators if (self._due(e, start) if start else e.at_start)]
-            evaluating = time.perf_counter()
-            for evaluator in due:
-                self._run_evaluator(evaluator, start, state["params"])
-            if due:
-                self.startup["evaluation"] = time.perf_counter() - evaluating
-            try:
-                while True:
-                    try:
-                        state = self._steps(state, start, preemption)
-                        break
-                    except Diverged as error:
-                        diverged = error.with_traceback(None)  # which would keep the state, and its memory
-                    state, start = self._go_back(abstract, diverged)
-            finally:
-                self.checkpoints.wait()  # whatever ends the training: with the program a save that was begun would end
+    def log_step(self, step: int, batch_tokens: int, results: dict[str, float], extra: dict, seconds: float) -> None:
+        """Logs a step that took `seconds`, and counts it."""
+        values = {
+            "loss": results["loss"],
+            "grad_norm": results["grad_norm"],
+            **self.schedule_values(step),
+            "tokens": self.tokens + batch_tokens,
+            "tokens_per_second": batch_tokens / seconds,
+            "step_seconds": seconds,
+            **extra,
+        }
+        peak = device_peak_flops(jax.devices()[0].device_kind)
+        if peak:
+            values["mfu"] = batch_tokens / seconds * self.flops_per_token / (peak * jax.device_count())
+        self.metrics.log(step, **values)
+        # Counted last: an interruption above leaves the whole step unlogged, and it is logged again.
+        self.train_seconds += seconds
+        self.tokens += batch_tokens
+        if not self._first_step_logged:
+            self._first_step_logged = True
+            parts = ", ".join(f"{name} {spent:.1f}" for name, spent in self.startup.items())
+            elapsed = time.perf_counter() - self.began
+            self.metrics.note(f"first step after {elapsed:.1f} s{': ' if parts else ''}{parts}")
+        self.metrics.live(step + 1, **values)
+
+    def _resume(self, abstract: State, step: int) -> State:
+        """Restores the checkpoint of an earlier process, and adds to its time and divergences."""
+        state, meta = self._restore(abstract, step)
+        self._earlier_seconds, self.train_seconds = meta["seconds"], meta["train_seconds"]
+        self.divergences = meta["divergences"]
+        if step < self.num_steps:
+            self.metrics.note(f"resuming at step {step:,} of {self.num_steps:,}")
         return state
 
     def _restore(self, abstract: State, step: int) -> tuple[State, dict]:
         state, position, meta = self.checkpoints.restore(abstract, step)
         check(
             meta["num_steps"] == self.num_steps,
-            f"{self.checkpoints.directory} is of {meta['num_steps']} steps, not {self.num_steps}: the data or the "
-            "settings have changed; use the old ones, or --fresh to begin anew",
+            f"{self.checkpoints.directory} holds a training of {meta['num_steps']} steps, not {self.num_steps}: the "
+            "data or the settings have changed; use the old ones, or --fresh to start over",
         )
         self.source.set_state(position)
-        self.tokens, self._watch = meta["tokens"], LossWatch(meta["recent_losses"])
+        self.tokens, self._loss_watch = meta["tokens"], LossWatch(meta["recent_losses"])
         return state, meta
 
-    def _go_back(self, abstract: State, diverged: Diverged) -> tuple[State, int]:
-        """The state of the newest checkpoint and its step, with the data behind the batch that did the harm.
+    def _evaluate_at_start(self, step: int, state: State) -> None:
+        # Resumed, those that are due at this step run again: the last process may have stopped between its save and
+        # the evaluation.
+        due = [e for e in self.evaluators if (e.is_due(step, self.num_steps) if step else e.at_start)]
+        if due:
+            began = time.perf_counter()
+            self.evaluate(due, step, state["params"])
+            self.startup["evaluation"] = time.perf_counter() - began
 
-        As for PaLM (Chowdhery et al. 2022, section 5.1): a spike comes of batches that meet a certain state, so those
-        before it are left out too.
+    def _return_to_checkpoint(self, abstract: State, diverged: Diverged) -> tuple[State, int]:
+        """The state of the newest checkpoint and its step; the data continues after the batch that diverged.
+
+        As for PaLM (Chowdhery et al. 2022, section 5.1): a spike comes from certain batches meeting a certain state, so
+        the batches between the checkpoint and the spike are left out too.
+
+        Raises:
+          UserError: `on_nan` forbids it, there is no checkpoint, or this one was returned to too often.
         """
         step = self.checkpoints.latest_step()
         advice = "a lower lr-fraction, in another --run-dir"
-        check(step is not None, f"{diverged}, before the first checkpoint: begin again with {advice}")
+        check(step is not None, f"{diverged}, before the first checkpoint: start over with {advice}")
         folder = self.checkpoints.directory / str(step)
         check(
             self.on_nan == "skip",
-            f"{diverged}: the last good checkpoint is {folder}; go on from there without the batches since then by "
-            f"--on-nan=skip, or begin again with {advice}",
+            f"{diverged}: the last good checkpoint is {folder}; resume from it without the batches since then with "
+            f"--on-nan=skip, or start over with {advice}",
         )
         self._returns[step] += 1
         check(
             self._returns[step] <= MAX_RETURNS,
-            f"{diverged}, after {MAX_RETURNS} times of other batches from {folder} on: begin again with {advice}",
+            f"{diverged}, after resuming {MAX_RETURNS} times from {folder} with other batches: start over with "
+            f"{advice}",
         )
         state, _ = self._restore(abstract, step)
         self.source.set_state(diverged.position)
@@ -204,134 +254,148 @@ class Loop:
         self.metrics.note(f"{diverged}: back to step {step:,}, without the {batches:,} batches since then")
         return state, step
 
-    def _steps(self, state: State, start: int, preemption: Preemption) -> State:
-        """Trains from step `start` on."""
-        # `state`, `step` and `position` belong together, except while `moving` from one step to the next. What
-        # `pending` holds is dispatched and not yet logged.
-        step, position, moving = start, self.source.get_state(), False
-        pending: deque[_Dispatched] = deque()
-        before, stopping = time.perf_counter(), False
+
+class _DispatchedStep(NamedTuple):
+    """A step that the devices compute, or have computed, and that is not yet logged."""
+
+    step: int
+    tokens: int
+    results: dict[str, Any]  # on the devices
+    extra: dict[str, float]  # metrics that came with the batch
+    position: dict  # of the data, after its batch
+    copy: State | None = None  # of the state after it, to be saved when its metrics have turned out good
+
+
+class _Attempt:
+    """Training from one state until the end of the stage, an interruption, or a divergence.
+
+    `state` is the one after `step` steps, and `position` that of the data after their batches. While a step is being
+    dispatched the three do not belong together, and `consistent` is false: the step takes the old state's buffers.
+    """
+
+    def __init__(self, loop: Loop, state: State, step: int, preemption: Preemption):
+        self.loop, self.preemption = loop, preemption
+        self.state, self.step, self.position, self.consistent = state, step, loop.source.get_state(), True
+        self.first = step
+        self.dispatched: deque[_DispatchedStep] = deque()
+        self.clock = time.perf_counter()  # when the time of the next step to be logged began
+        self.stopping = False
+
+    def run(self) -> State:
+        """Trains; whatever ends it early, what is worth saving is saved, or left in the newest checkpoint.
+
+        Raises:
+          Diverged, Preempted, KeyboardInterrupt.
+        """
         try:
-            while step < self.num_steps:
-                asked, preemption.waiting = time.perf_counter(), True
-                batch, extra = self.source.next_batch(step, state["params"])
-                preemption.waiting = False
-                extra = {**extra, "input_seconds": time.perf_counter() - asked}
-                moving = True
-                state, result = self.step_fn(state, batch)
-                position = self.source.get_state()
-                result = {**result, STOP: preemption.flag()}
-                pending.append(_Dispatched(step, batch["inputs"].size, result, extra, position))
-                step, moving = step + 1, False
-                done = step == self.num_steps
-                save = done or (self.save_every and step % self.save_every == 0)
-                due = [e for e in self.evaluators if self._due(e, step)]
-                stopping = stopping or preemption.noted
-                # Sampling waits for the step's end too, and takes long.
-                left = 0 if done or due or stopping or self.source.samples else 1
-                before, stopping = self._settle(pending, left, before, stopping)
-                if save and pending and self._started:  # what a step needs beside the copy is known from one
-                    copy = self.checkpoints.copy(state)
-                    pending[-1], save = pending[-1]._replace(copy=copy), copy is None
-                if save or stopping:  # first save, then evaluate: a failing evaluation loses nothing
-                    before, stopping = self._settle(pending, 0, before, stopping)
-                    self.save(state, step, position)
-                if stopping:
-                    self.checkpoints.wait()
-                    raise Preempted(f"stopped by SIGTERM, step {step:,} saved; the same command goes on from there")
-                for evaluator in due:
-                    self._run_evaluator(evaluator, step, state["params"])
-                if save or due:
-                    before = time.perf_counter()
+            while self.step < self.loop.num_steps:
+                self.one_step()
+            return self.state
         except KeyboardInterrupt:
-            # Of several processes, one alone cannot save: this is somebody's second Ctrl-C.
-            if not active():
-                try:
-                    if not moving or _any_copy(pending):
-                        before, _ = self._settle(pending, 0, before)
-                except Diverged as diverged:  # the state is of no use; the checkpoint before is
-                    raise KeyboardInterrupt from diverged
-                if not moving and step > start:
-                    self.metrics.note(f"interrupted: saving step {step:,}; the same command goes on from here")
-                    self.save(state, step, position)
-                self.checkpoints.wait()
-            if preemption.noted:
-                raise Preempted(f"stopped by SIGTERM at step {step:,}; the same command goes on from there") from None
+            self.save_after_interrupt()
+            if self.preemption.requested:
+                raise Preempted(f"stopped by SIGTERM at step {self.step:,}; {RESUME}") from None
             raise
         except Diverged:
             raise
-        except Exception:  # bad text, for example: a save that was due is not lost
-            if _any_copy(pending):
+        except Exception:  # bad text, for example
+            if self.has_unsaved_copy():
                 with contextlib.suppress(Diverged):
-                    self._settle(pending, 0, before)
+                    self.log_dispatched()
             raise
         finally:
-            preemption.waiting = False
-        return state
+            self.preemption.waiting = False
 
-    def _settle(
-        self, pending: deque[_Dispatched], left: int, before: float, stopping: bool = False
-    ) -> tuple[float, bool]:
-        """Logs steps until so many are `left`, or none where the training is to stop, and saves the copies that come
-        with them; returns as `_log`.
+    def one_step(self) -> None:
+        """One step, from its batch to the evaluation after it."""
+        loop = self.loop
+        batch, extra = self.next_batch()
+        self.dispatch(batch, extra)
+
+        last = self.step == loop.num_steps
+        save = last or bool(loop.save_every and self.step % loop.save_every == 0)
+        due = [e for e in loop.evaluators if e.is_due(self.step, loop.num_steps)]
+        self.stopping = self.stopping or self.preemption.requested
+
+        # While the devices compute this step, read and log the one before. This one is read too if the host has to
+        # wait for its end anyway: to save, to evaluate, or to sample from its parameters, which takes long.
+        self.log_dispatched(leave=0 if last or due or self.stopping or loop.source.samples else 1)
+        if save and self.dispatched:
+            save = not self.copy_for_later_save()
+        if save or self.stopping:
+            self.log_dispatched()
+            loop.save(self.state, self.step, self.position)
+        if self.stopping:
+            loop.checkpoints.wait()
+            raise Preempted(f"stopped by SIGTERM, step {self.step:,} saved; {RESUME}")
+        if due:  # after the save: an evaluation that fails loses nothing
+            loop.evaluate(due, self.step, self.state["params"])
+        if save or due:
+            self.clock = time.perf_counter()
+
+    def next_batch(self) -> tuple[Batch, dict[str, float]]:
+        began, self.preemption.waiting = time.perf_counter(), True
+        batch, extra = self.loop.source.next_batch(self.step, self.state["params"])
+        self.preemption.waiting = False
+        return batch, {**extra, "input_seconds": time.perf_counter() - began}
+
+    def dispatch(self, batch: Batch, extra: dict[str, float]) -> None:
+        self.consistent = False
+        self.state, results = self.loop.step_fn(self.state, batch)
+        self.position = self.loop.source.get_state()
+        results = {**results, STOP: self.preemption.flag()}
+        self.dispatched.append(_DispatchedStep(self.step, batch["inputs"].size, results, extra, self.position))
+        self.step, self.consistent = self.step + 1, True
+
+    def log_dispatched(self, leave: int = 0) -> None:
+        """Waits for dispatched steps and logs them until `leave` are left, or none if the training is to stop.
+
+        Saves the copies of the state that belong to them.
 
         Raises:
-          Diverged: a step, which stays pending.
+          Diverged: a step, which is not logged.
         """
-        while len(pending) > (0 if stopping else left):
-            before, told = self._log(pending[0], before)
-            logged = pending.popleft()  # only now: an interruption above leaves it to be logged again
-            stopping = stopping or told
-            if logged.copy is not None:
-                self.save(logged.copy, logged.step + 1, logged.position, is_copy=True)
-        return before, stopping
+        while len(self.dispatched) > (0 if self.stopping else leave):
+            oldest = self.dispatched[0]
+            results = {name: float(value) for name, value in jax.device_get(oldest.results).items()}
+            now = time.perf_counter()
+            fault = self.loop._loss_watch.fault(results["loss"], results["grad_norm"])
+            if fault is not None:
+                raise Diverged(fault, oldest.step, oldest.position)
+            self.loop.log_step(oldest.step, oldest.tokens, results, oldest.extra, now - self.clock)
+            self.clock = now
+            self.dispatched.popleft()  # only now: after an interruption above it is logged again
+            self.stopping = self.stopping or results[STOP] > 0
+            if oldest.copy is not None:
+                self.loop.save(oldest.copy, oldest.step + 1, oldest.position, is_copy=True)
 
-    def _due(self, evaluator: Evaluator, step: int) -> bool:
-        return step == self.num_steps or (evaluator.every > 0 and step % evaluator.every == 0)
+    def copy_for_later_save(self) -> bool:
+        """Copies the state on the devices, to be saved once the step's metrics are known; False if there is no room.
 
-    def _run_evaluator(self, evaluator: Evaluator, step: int, params) -> None:
-        values = dict(evaluator.run(step, params))
-        if values:
-            self.metrics.log(step, **values)
-        for name, sign in WORTH.items():
-            if name in values and np.isfinite(values[name]):
-                self.checkpoints.note_worth(step, sign * float(values[name]))
+        Never at the first step: how much memory a step needs beside the copy is known only after one.
+        """
+        if not self.loop._first_step_logged:
+            return False
+        copy = self.loop.checkpoints.copy(self.state)
+        self.dispatched[-1] = self.dispatched[-1]._replace(copy=copy)
+        return copy is not None
 
-    def _log(self, dispatched: _Dispatched, before: float) -> tuple[float, bool]:
-        """Waits for the metrics of a step and writes them; returns when they were there, and whether to stop."""
-        step, batch_tokens, result, extra, position, _ = dispatched
-        result = {name: float(value) for name, value in jax.device_get(result).items()}
-        now = time.perf_counter()
-        elapsed = now - before
-        fault = self._watch.fault(result["loss"], result["grad_norm"])
-        if fault is not None:
-            raise Diverged(fault, step, position)
-        values = {
-            "loss": result["loss"],
-            "grad_norm": result["grad_norm"],
-            **self.schedule_values(step),
-            "tokens": self.tokens + batch_tokens,
-            "tokens_per_second": batch_tokens / elapsed,
-            "step_seconds": elapsed,
-            **extra,
-        }
-        peak = device_peak_flops(jax.devices()[0].device_kind)
-        if peak:
-            values["mfu"] = batch_tokens / elapsed * self.flops_per_token / (peak * jax.device_count())
-        self.metrics.log(step, **values)
-        # Last: an interruption above leaves the step unlogged as a whole, and it is logged again.
-        self.train_seconds += elapsed
-        self.tokens += batch_tokens
-        if not self._started:
-            self._started = True
-            parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.startup.items())
-            self.metrics.note(f"first step after {now - self.began:.1f} s{': ' if parts else ''}{parts}")
-        self.metrics.live(step + 1, **values)
-        return now, result[STOP] > 0
+    def has_unsaved_copy(self) -> bool:
+        return any(step.copy is not None for step in self.dispatched)
 
-
-def _any_copy(pending: Iterable[_Dispatched]) -> bool:
-    return any(dispatched.copy is not None for dispatched in pending)
+    def save_after_interrupt(self) -> None:
+        """Saves the state, unless it is lost because the interruption came while a step was dispatched."""
+        if active():  # one of several processes cannot save alone; there it takes a second Ctrl-C to come here
+            return
+        try:
+            if self.consistent or self.has_unsaved_copy():
+                self.log_dispatched()
+        except Diverged as diverged:  # the state is of no use; the checkpoint before it is
+            raise KeyboardInterrupt from diverged
+        if self.consistent and self.step > self.first:
+            self.loop.metrics.note(f"interrupted: saving step {self.step:,}; {RESUME}")
+            self.loop.save(self.state, self.step, self.position)
+        self.loop.checkpoints.wait()
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:

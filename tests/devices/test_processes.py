@@ -1,4 +1,4 @@
-"""Several processes as one, for real: on this machine, each with virtual devices of its own."""
+"""Several real processes that train as one, on this machine, each with its own virtual devices."""
 
 import json
 import os
@@ -17,17 +17,18 @@ import pytest
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.data.text.lanes import place_in_epoch
 from jaxchat.devices.launchers import LOST, PREEMPTED
-from jaxchat.devices.processes import Preemption, agreed, exchange
+from jaxchat.devices.processes import Preemption, exchange, on_process_zero
 from tests.tiny import ARGUMENTS, ROOT, STEPS, copy, damage, record, start, values
 
-# What a process does to itself, when it asks for the batch of a step: `SIGKILL 1 3` in process 1 at step 3.
+# A process that sends itself a signal when it asks for the batch of a step: `SIGKILL 1 3` in process 1 at step 3.
 PROGRAM = """
 import os, signal, sys
-import jax, launch
-from jaxchat.devices import processes as distributed
+import jax
+from jaxchat.cli.launch import main
+from jaxchat.devices import processes
 from jaxchat.stages.training import Batches
 
-distributed.LOST_SECONDS, distributed.BEAT_SECONDS = 4.0, 0.5  # the tests do not wait long
+processes.LOST_SECONDS, processes.HEARTBEAT_SECONDS = 4.0, 0.5  # so that the tests need not wait long
 name, process, at = sys.argv[1].split()
 real = Batches.next_batch
 
@@ -37,7 +38,7 @@ def next_batch(self, step, params):
     return real(self, step, params)
 
 Batches.next_batch = next_batch
-sys.exit(launch.main(sys.argv[2:]))
+sys.exit(main(sys.argv[2:]))
 """
 NEVER = "SIGKILL 0 -1"
 
@@ -49,7 +50,7 @@ def free_port():
 
 
 def start_several(program, arguments, *, count=2, devices=2):
-    """Exit code, stdout and stderr of each of several processes that are started together."""
+    """The exit code and the output of each of several processes that are started together."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     port = free_port()
@@ -72,7 +73,7 @@ def train(run, *arguments, fault=NEVER):
 
 
 def assert_same(run, whole, stage):
-    """Sums over devices may be in another order: equal but for rounding."""
+    """The same values up to rounding: sums over devices may be in another order."""
     for name in ("loss", "grad_norm", "bpb"):
         mine, theirs = values(run, stage, name), values(whole, stage, name)
         assert [step for step, _ in mine] == [step for step, _ in theirs]
@@ -90,25 +91,25 @@ def last_line(err):
     return err.splitlines()[-1]
 
 
-def test_asked_to_end_they_save_one_step_and_go_on_as_one_process(whole, tmp_path):
+def test_sigterm_to_one_saves_one_step_from_which_a_single_process_resumes(whole, tmp_path):
     run = copy(whole, tmp_path / "run")
     ends = train(run, "--stages=pretrain", fault="SIGTERM 1 2")  # one of the two is asked
     assert [code for code, _ in ends] == [PREEMPTED, PREEMPTED], ends
-    assert all("stopped by SIGTERM, step 3 saved; the same command goes on from there" in err for _, err in ends)
+    assert all("stopped by SIGTERM, step 3 saved; the same command resumes from there" in err for _, err in ends)
     assert Checkpoints(run / "pretrain" / "checkpoints").latest_step() == 3
     code, _, err = start(run, "--stages=pretrain")
     assert code == 0 and "resuming at step 3 of 6" in err, err
     assert_same(run, whole, "pretrain")
 
 
-def test_each_reads_its_lanes_and_one_goes_on_with_those_of_all(tmp_path):
+def test_each_reads_its_lanes_and_a_single_process_resumes_with_all_of_them(tmp_path):
     documents = [f"the {i} cats sat on {i} mats, {'and ' * (i % 7)}then went" for i in range(340)]
     for name, texts in (("0", documents[:320]), ("1", documents[320:])):
         pq.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet", row_group_size=20, use_dictionary=False)
-    for group in (2, 3):  # of four, which four lanes get one each of
+    for group in (2, 3):  # of four, one in each of four lanes
         damage(tmp_path / "0.parquet", group)
     settings = [f"--data={tmp_path}", "--stages=tokenizer,pretrain", "--data.lanes=4", "--data.on-bad=skip"]
-    settings += ["--data.no-shuffle", "--data.packing=concat"]  # so that it is known who reads what
+    settings += ["--data.no-shuffle", "--data.packing=concat"]  # so that the test knows which process reads what
     code, _, err = start(tmp_path / "whole", *settings)
     assert code == 0, err
     run = tmp_path / "run"
@@ -118,8 +119,8 @@ def test_each_reads_its_lanes_and_one_goes_on_with_those_of_all(tmp_path):
     assert state["of"] == len(state["lanes"]) == 4 and all(lane["blocks"] == 16 for lane in state["lanes"].values())
     for group in (2, 3):
         process = next(lane for lane in range(4) if place_in_epoch(42, 0, 0, lane, 4) == group) // 2
-        said = f"row group {group} cannot be read: .*left out \\(process {process}\\)"
-        assert [bool(re.search(said, out)) for _, out in ends] == [process == 0, process == 1], ends
+        message = f"row group {group} cannot be read: .*left out \\(process {process}\\)"
+        assert [bool(re.search(message, out)) for _, out in ends] == [process == 0, process == 1], ends
     code, _, err = start(run, *settings)
     assert code == 0, err
     assert_same(run, tmp_path / "whole", "pretrain")
@@ -129,13 +130,13 @@ def test_each_reads_its_lanes_and_one_goes_on_with_those_of_all(tmp_path):
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_when_one_is_killed_the_others_end_and_the_job_goes_on(whole, tmp_path, lost):
+def test_when_one_is_killed_the_others_end_and_the_job_resumes(whole, tmp_path, lost):
     run = copy(whole, tmp_path / "run")
     ends = train(run, "--stages=pretrain", fault=f"SIGKILL {lost} 3")
     (killed, _), (code, err) = ends[lost], ends[1 - lost]
     assert killed == -signal.SIGKILL and code == LOST, err
     assert last_line(err).startswith(f"error: process {1 - lost} stops: process {lost} is lost"), err
-    assert last_line(err).endswith("the same command goes on from the last checkpoint")
+    assert last_line(err).endswith("the same command resumes from the last checkpoint")
     if lost == 0:
         code, _, err = start(run, "--stages=pretrain")
         assert code == 0, err
@@ -148,7 +149,7 @@ def test_when_one_is_killed_the_others_end_and_the_job_goes_on(whole, tmp_path, 
     assert_same(run, whole, "pretrain")
 
 
-def test_bad_input_is_told_once_and_ends_all(whole, tmp_path):
+def test_bad_input_ends_all_with_the_same_message(whole, tmp_path):
     run = copy(whole, tmp_path / "run", "pretrain")
     shutil.rmtree(run / "pretrain" / "checkpoints")
     ends = train(run, "--stages=sft")
@@ -167,7 +168,8 @@ from jaxchat.model.config import GPTConfig
 from jaxchat.errors import UserError
 from jaxchat.eval.chat import choose
 from jaxchat.infer.engine import Engine
-from jaxchat.devices.mesh import make_mesh, shardings
+from jaxchat.devices.mesh import make_mesh
+from jaxchat.model.parameters import shardings
 from jaxchat.model.gpt import abstract_params, init_params
 from jaxchat.tokenizer import Tokenizer
 
@@ -182,15 +184,15 @@ def work():
 def refuse():
     raise UserError("no such thing")
 
-said = [d.exchange(f"{turn} from {here}") for turn in range(40)]
-assert said == [[f"{turn} from {i}" for i in range(3)] for turn in range(40)]
-assert d.agreed(work) == {"steps": [1, 2]}
+texts = [d.exchange(f"{turn} from {here}") for turn in range(40)]
+assert texts == [[f"{turn} from {i}" for i in range(3)] for turn in range(40)]
+assert d.on_process_zero(work) == {"steps": [1, 2]}
 try:
-    d.agreed(refuse)
+    d.on_process_zero(refuse)
 except UserError as error:
     assert str(error) == "no such thing"
 else:
-    raise AssertionError("the error of process 0 is everybody's")
+    raise AssertionError("an error of process 0 is raised on all")
 
 config = GPTConfig(depth=1, vocab_size=300, sequence_len=32)
 mesh = make_mesh(MeshConfig())
@@ -226,7 +228,7 @@ d.start(Cluster(sys.argv[2].partition("=")[2], 2, int(sys.argv[4].partition("=")
 on_devices = multihost_utils.sync_global_devices
 
 def sync_global_devices(name):
-    assert threading.current_thread() is threading.main_thread(), "a program of all devices in a thread"
+    assert threading.current_thread() is threading.main_thread(), "a program on all devices in a thread"
     on_devices(name)
 
 multihost_utils.sync_global_devices = sync_global_devices
@@ -256,8 +258,8 @@ for number in range(1, 31):
         checkpoints.save(number - 1, copy, data={"at": number - 1}, meta={}, is_copy=True)
         beside += not (checkpoints.directory / str(number - 1)).exists()
 assert beside >= 3, "saves are waited for"
-checkpoints._snapshots.has_room = lambda tree: d.jax.process_index() == 0
-assert checkpoints.copy(state) is None  # as in the other process, which has none
+checkpoints._copies.has_room = lambda tree: d.jax.process_index() == 0
+assert checkpoints.copy(state) is None  # because the other process has no room
 checkpoints.save(30, state, data={"at": 30}, meta={})
 assert [float(total) for total in totals] == [256 * 128 * i for i in range(30)]
 assert checkpoints.steps() == [5, 10, 15, 20, 25, 30]
@@ -271,33 +273,33 @@ d.finish()
 """
 
 
-def test_saves_go_on_beside_steps_in_which_all_devices_take_part(tmp_path):
+def test_saves_run_beside_steps_of_all_devices(tmp_path):
     ends = start_several((SAVING, str(tmp_path)), [])
     assert [code for code, _ in ends] == [0, 0], ends
 
 
-def test_alone_nothing_is_shared():
+def test_a_single_process_agrees_with_itself():
     assert exchange("mine") == ["mine"]
-    assert agreed(lambda: 7) == 7
+    assert on_process_zero(lambda: 7) == 7
 
 
 class TestPreemption:
-    def test_sigterm_is_noted_and_what_was_there_before_returns(self):
+    def test_sigterm_is_a_request_and_the_handler_before_returns(self):
         before = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(KeyError):  # as an exception on its way out, which says enough
+        with pytest.raises(KeyError):  # an error on its way out: the signal is not sent again
             with Preemption() as preemption:
-                assert not preemption.noted and not preemption.flag()
+                assert not preemption.requested and not preemption.flag()
                 signal.raise_signal(signal.SIGTERM)
-                assert preemption.noted and preemption.flag()
+                assert preemption.requested and preemption.flag()
                 raise KeyError
         assert signal.getsignal(signal.SIGTERM) == before
 
-    def test_ctrl_c_is_still_itself_for_a_single_process(self):
+    def test_ctrl_c_still_interrupts_a_single_process(self):
         with pytest.raises(KeyboardInterrupt):
             with Preemption():
                 signal.raise_signal(signal.SIGINT)
 
-    def test_what_nobody_heeded_happens_at_the_end(self):
+    def test_a_request_that_nobody_has_heeded_is_sent_again(self):
         happened = []
         before = signal.signal(signal.SIGTERM, lambda number, frame: happened.append(number))
         try:

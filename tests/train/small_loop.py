@@ -1,7 +1,6 @@
-"""The training loop on a state of one number, where every order of events can be seen."""
+"""The training loop on a state of one number, which shows in what order things happened."""
 
 import jax.numpy as jnp
-import numpy as np
 
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.runs.metrics import Metrics, read_metrics
@@ -20,7 +19,7 @@ class Counting(Source):
         if self.events is not None:
             self.events.append(f"batch {step}")
         self.position += 1
-        return {"inputs": np.full((1, 2, 4), self.position, np.int32)}, {"extra": float(step)}
+        return {"inputs": jnp.full((1, 2, 4), self.position, jnp.int32)}, {"extra": float(step)}
 
     def get_state(self):
         return {"position": self.position}
@@ -30,7 +29,7 @@ class Counting(Source):
 
 
 def step_fn(state, batch):
-    """Order matters: a batch left out or given twice changes everything that follows."""
+    """Depends on the order: a batch left out or repeated changes all later values."""
     x = 0.9 * state["params"]["x"] + batch["inputs"][0, 0, 0]
     return {"params": {"x": x}, "step": state["step"] + 1}, {"loss": x / 7, "grad_norm": x}
 

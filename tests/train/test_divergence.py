@@ -1,4 +1,4 @@
-"""What becomes of a training whose loss is no number, or spikes."""
+"""A training whose loss becomes NaN or infinite, or spikes."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from tests.train.small_loop import Counting, begin, loop, step_fn, table
 
 
 def diverging(number, name="loss", value=jnp.nan):
-    """A step that gives another value for the batch of this number, and spoils its parameters."""
+    """A step that reports `value` for the batch with this number, and spoils the parameters."""
 
     def step(state, batch):
         bad = batch["inputs"][0, 0, 0] == number
@@ -23,12 +23,12 @@ def diverging(number, name="loss", value=jnp.nan):
 
 
 @pytest.mark.parametrize("broken", ["loss", "grad_norm"])
-def test_what_is_no_number_ends_the_run_and_is_not_saved(tmp_path, broken):
+def test_nan_ends_the_run_and_is_not_saved(tmp_path, broken):
     trained = loop(tmp_path, step_fn=diverging(4, broken), save_every=2)
     with pytest.raises(UserError) as error:
         trained.train(begin())
     good = tmp_path / "pretrain" / "checkpoints" / "2"
-    assert str(error.value).startswith(f"{broken} is nan at step 3: the last good checkpoint is {good}; go on")
+    assert str(error.value).startswith(f"{broken} is nan at step 3: the last good checkpoint is {good}; resume")
     assert "--on-nan=skip" in str(error.value)
     assert trained.checkpoints.latest_step() == 2
 
@@ -38,13 +38,13 @@ def losses(directory):
 
 
 @pytest.mark.parametrize("value", [jnp.nan, 1e6])
-def test_a_divergence_is_gone_back_from_without_its_batches(tmp_path, monkeypatch, value):
-    monkeypatch.setattr("jaxchat.train.divergence.WINDOW", 3)  # the seventh step may spike
+def test_after_a_divergence_training_returns_to_the_checkpoint_without_the_batches_since(tmp_path, monkeypatch, value):
+    monkeypatch.setattr("jaxchat.train.divergence.WINDOW", 3)  # so that the seventh step can count as a spike
     skipping = loop(tmp_path / "skip", num_steps=10, step_fn=diverging(6, value=value), save_every=4, on_nan="skip")
     skipping.train(begin())
 
     class Without(Counting):
-        """Batches 1 to 4, and then 7: 5 and 6 are those between the checkpoint and the bad one, which is left out."""
+        """Batches 1 to 4, and then from 7 on: 5 follows the checkpoint, and 6 is the bad one."""
 
         def next_batch(self, step, params):
             if self.position == 4:
@@ -92,22 +92,22 @@ def test_a_training_that_always_diverges_ends(tmp_path):
         return state, {**result, "loss": result["loss"] * (jnp.nan if state["step"] == 4 else 1)}
 
     trained = loop(tmp_path, step_fn=diverge, save_every=2, on_nan="skip")
-    with pytest.raises(UserError, match="loss is nan at step 3, after 3 times of other batches from .*2 on"):
+    with pytest.raises(UserError, match="loss is nan at step 3, after resuming 3 times from .*2 with other batches"):
         trained.train(begin())
     assert [event["back_to"] for event in trained.divergences] == [2, 2, 2]
     with pytest.raises(UserError, match="loss is nan at step 3, before the first checkpoint"):
         loop(tmp_path / "early", step_fn=diverge, on_nan="skip").train(begin())
 
 
-def test_only_a_jump_out_of_all_that_was_is_a_spike():
+def test_only_a_loss_far_above_all_recent_ones_is_a_spike():
     watch = LossWatch()
     assert not any(watch.fault(loss, 1.0) for loss in [9.0, *np.linspace(10, 3, WINDOW)])
     normal = LossWatch(watch.recent)
     assert normal.fault(2 * 9.8, 1.0) is None
     assert LossWatch([0.01] * WINDOW).fault(0.9, 1.0) is None
-    assert "spikes to 25.00, from 10.00 at most" in watch.fault(25.0, 1.0)
+    assert "spikes to 25.00, from at most 10.00" in watch.fault(25.0, 1.0)
     assert 25.0 not in watch.recent
-    assert LossWatch([0.1] * (WINDOW - 1)).fault(9.0, 1.0) is None  # too little is known
-    nothing = LossWatch()  # as in RL, where no sample was right yet
+    assert LossWatch([0.1] * (WINDOW - 1)).fault(9.0, 1.0) is None  # too few steps to compare with
+    nothing = LossWatch()  # as in RL, as long as no sample is right
     assert not any(nothing.fault(0.0, 0.0) for _ in range(2 * WINDOW))
     assert nothing.fault(1.3, 1.0) is None and list(nothing.recent) == [1.3]

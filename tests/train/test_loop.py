@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.devices import processes as distributed
+from jaxchat.devices import processes
 from jaxchat.devices.launchers import Preempted
 from jaxchat.errors import UserError
 from jaxchat.runs.metrics import read_metrics
@@ -29,7 +29,7 @@ def test_logs_every_step(tmp_path):
     assert trained.tokens == 56 and 0 < trained.train_seconds <= trained.seconds
 
 
-def test_waiting_for_batches_is_logged(tmp_path):
+def test_the_wait_for_a_batch_is_logged(tmp_path):
     class Slow(Counting):
         def next_batch(self, step, params):
             time.sleep(0.05 * (step == 3))
@@ -62,10 +62,10 @@ def test_next_step_is_dispatched_before_the_last_is_read(tmp_path):
 
 @pytest.mark.parametrize("room", [True, False])
 def test_the_next_step_does_not_wait_for_a_save(tmp_path, room):
-    """Unless there is no room for a copy of the state, which the next step takes."""
+    """Unless there is no room for a copy of the state, which the next step overwrites."""
     events = []
 
-    class Told(Checkpoints):
+    class Recording(Checkpoints):
         def copy(self, state_tree):
             return super().copy(state_tree) if room else None
 
@@ -80,10 +80,10 @@ def test_the_next_step_does_not_wait_for_a_save(tmp_path, room):
         save_every=2,
         log=lambda step, **values: events.append(f"log {step}"),
     )
-    trained.checkpoints = Told(tmp_path / "pretrain" / "checkpoints")
+    trained.checkpoints = Recording(tmp_path / "pretrain" / "checkpoints")
     trained.train(begin())
-    around = ["batch 2", "log 1", "save 2"] if room else ["log 1", "save 2", "batch 2"]
-    assert events == ["batch 0", "batch 1", "log 0", *around, "batch 3", "log 2", "log 3", "save 4"]
+    events_around_save = ["batch 2", "log 1", "save 2"] if room else ["log 1", "save 2", "batch 2"]
+    assert events == ["batch 0", "batch 1", "log 0", *events_around_save, "batch 3", "log 2", "log 3", "save 4"]
     x = 0.9 * 1 + 2
     state, position, meta = trained.checkpoints.restore(begin(), 2)
     assert (float(state["params"]["x"]), int(state["step"]), position) == (pytest.approx(x), 2, {"position": 2})
@@ -92,7 +92,7 @@ def test_the_next_step_does_not_wait_for_a_save(tmp_path, room):
 
 @pytest.mark.parametrize("within", ["the next batch", "the next step"])
 @pytest.mark.parametrize("error", [UserError("bad text"), MemoryError("too little"), KeyboardInterrupt()], ids=repr)
-def test_a_save_that_is_due_outlasts_what_comes_before_it_was_begun(tmp_path, within, error):
+def test_an_error_before_a_due_save_has_begun_does_not_lose_it(tmp_path, within, error):
     class Source(Counting):
         def next_batch(self, number, params):
             if number == 4 and within == "the next batch":
@@ -135,8 +135,8 @@ def test_saves_before_it_evaluates(tmp_path):
     assert table(tmp_path) == table(tmp_path / "whole")
 
 
-def test_a_save_that_was_begun_is_finished_whatever_ends_the_training(tmp_path):
-    """Python's end would not wait for it."""
+def test_a_save_in_progress_is_finished_however_the_training_ends(tmp_path):
+    """Python would not wait for it."""
 
     def broken(step, params):
         raise RuntimeError("the evaluation failed")
@@ -147,8 +147,8 @@ def test_a_save_that_was_begun_is_finished_whatever_ends_the_training(tmp_path):
     assert Checkpoints(trained.checkpoints.directory).latest_step() == 4
 
 
-def test_an_evaluation_that_was_missed_is_made_up_for(tmp_path):
-    """Stopped between a save and the evaluation of the same step."""
+def test_a_missed_evaluation_is_run_after_resuming(tmp_path):
+    """The run stopped between a save and the evaluation of the same step."""
     ran = []
 
     def evaluate(step, params):
@@ -180,7 +180,7 @@ def test_when_evaluators_run(tmp_path):
 
 
 @pytest.mark.parametrize("save_every", [0, 2])
-def test_interrupted_anywhere_it_goes_on_alike(tmp_path, save_every):
+def test_interrupted_anywhere_it_resumes_with_the_same_losses(tmp_path, save_every):
     whole = loop(tmp_path / "whole", save_every=save_every)
     end = whole.train(begin())
     for stop in range(7):
@@ -189,7 +189,7 @@ def test_interrupted_anywhere_it_goes_on_alike(tmp_path, save_every):
         with pytest.raises(KeyboardInterrupt):
             interrupted.train(begin())
         assert interrupted.checkpoints.latest_step() == (stop or None)
-        assert len(table(directory)) == stop  # what was dispatched is logged, not lost
+        assert len(table(directory)) == stop  # what was dispatched is logged
         resumed = loop(directory, save_every=save_every)
         assert resumed.train(begin())["params"]["x"] == end["params"]["x"]
         assert table(directory) == table(tmp_path / "whole")
@@ -197,8 +197,8 @@ def test_interrupted_anywhere_it_goes_on_alike(tmp_path, save_every):
         assert resumed.seconds > interrupted.train_seconds
 
 
-def test_interrupted_within_a_step_it_saves_nothing(tmp_path):
-    """The old state's buffers may be gone, and the new one is not there."""
+def test_interrupted_while_dispatching_it_saves_nothing(tmp_path):
+    """The old state's buffers may be gone, and the new state does not exist yet."""
 
     def interrupted(state, batch):
         if int(state["step"]) == 3:
@@ -215,7 +215,7 @@ def test_interrupted_within_a_step_it_saves_nothing(tmp_path):
 def test_sigterm_saves_at_the_step_boundary(tmp_path, asked):
     whole = loop(tmp_path / "whole", save_every=3)
     end = whole.train(begin())
-    for stop in (0, 2, 3, 6):  # the first step, the two about a save, the last
+    for stop in (0, 2, 3, 6):  # the first step, the two around a save, the last
 
         def step(state, batch, stop=stop):
             if asked == "within the step" and int(state["step"]) == stop:
@@ -230,7 +230,7 @@ def test_sigterm_saves_at_the_step_boundary(tmp_path, asked):
 
         directory = tmp_path / f"at-{stop}"
         stopped = loop(directory, source=Source(), step_fn=step, save_every=3)
-        with pytest.raises(Preempted, match=f"stopped by SIGTERM, step {stop + 1} saved; the same command goes on"):
+        with pytest.raises(Preempted, match=f"stopped by SIGTERM, step {stop + 1} saved; the same command resumes"):
             stopped.train(begin())
         assert stopped.checkpoints.latest_step() == stop + 1
         assert len(table(directory)) == stop + 1
@@ -239,8 +239,8 @@ def test_sigterm_saves_at_the_step_boundary(tmp_path, asked):
 
 
 @pytest.mark.parametrize("patience, times", [(0.2, 1), (60.0, 2)])
-def test_sigterm_ends_a_wait_for_text_that_does_not_come(tmp_path, monkeypatch, patience, times):
-    monkeypatch.setattr(distributed, "PATIENCE", patience)
+def test_sigterm_ends_a_wait_for_text_that_never_comes(tmp_path, monkeypatch, patience, times):
+    monkeypatch.setattr(processes, "PATIENCE", patience)
 
     class Source(Counting):
         def next_batch(self, number, params):
@@ -252,7 +252,7 @@ def test_sigterm_ends_a_wait_for_text_that_does_not_come(tmp_path, monkeypatch, 
 
     end = loop(tmp_path / "whole").train(begin())
     began = time.monotonic()
-    with pytest.raises(Preempted, match="stopped by SIGTERM at step 3; the same command goes on from there"):
+    with pytest.raises(Preempted, match="stopped by SIGTERM at step 3; the same command resumes from there"):
         loop(tmp_path / "run", source=Source()).train(begin())
     assert time.monotonic() - began < 20
     resumed = loop(tmp_path / "run")
@@ -260,7 +260,7 @@ def test_sigterm_ends_a_wait_for_text_that_does_not_come(tmp_path, monkeypatch, 
     assert resumed.train(begin())["params"]["x"] == end["params"]["x"]
 
 
-def test_ctrl_c_in_a_save_waits_for_it(tmp_path):
+def test_ctrl_c_during_a_save_takes_effect_after_it(tmp_path):
     events = []
 
     class Slow(Checkpoints):
@@ -279,7 +279,7 @@ def test_ctrl_c_in_a_save_waits_for_it(tmp_path):
     assert stopped.checkpoints.steps() == [3, 4]
 
 
-def test_ctrl_c_is_heeded_where_the_last_step_has_diverged(tmp_path):
+def test_ctrl_c_ends_the_training_even_if_the_last_step_has_diverged(tmp_path):
     class Source(Counting):
         def next_batch(self, number, params):
             if number == 5:
@@ -296,7 +296,7 @@ def test_ctrl_c_is_heeded_where_the_last_step_has_diverged(tmp_path):
     assert stopped.checkpoints.latest_step() == 4
 
 
-def test_sigterm_that_comes_too_late_for_the_loop_is_not_lost(tmp_path):
+def test_sigterm_after_the_last_step_is_not_lost(tmp_path):
     def evaluate(step, params):
         if step == 7:
             signal.raise_signal(signal.SIGTERM)
@@ -312,9 +312,9 @@ def test_sigterm_that_comes_too_late_for_the_loop_is_not_lost(tmp_path):
     assert trained.checkpoints.latest_step() == 7
 
 
-def test_checkpoints_of_another_length_are_refused(tmp_path):
+def test_checkpoints_of_another_number_of_steps_are_refused(tmp_path):
     loop(tmp_path, num_steps=4).train(begin())
-    with pytest.raises(UserError, match="is of 4 steps, not 7"):
+    with pytest.raises(UserError, match="holds a training of 4 steps, not 7"):
         loop(tmp_path).train(begin())
 
 
