@@ -25,7 +25,7 @@ _CUT = re.compile(rb"\n(?=[!-~])")
 
 
 def read_batches(paths: Iterable[str]) -> Iterator[Batch]:
-    """The texts of `.parquet` files (column `text`; empty rows are skipped) and of plain text files, in order.
+    """The texts of `.parquet` files (column `text`; null rows are skipped) and of plain text files, in order.
 
     A row of parquet is one text. A plain file is cut into texts of about `BLOCK_BYTES`.
 
@@ -47,7 +47,7 @@ def _read_parquet(path: str) -> Iterator[Batch]:
         )
         kind = file.schema_arrow.field(COLUMN).type
         is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        check(is_text, f"{path} cannot be read: column {COLUMN!r} holds {kind}, not strings")
+        check(is_text, f"{path} cannot be read: column {COLUMN!r} contains {kind}, not strings")
         for batch in file.iter_batches(ROWS, columns=[COLUMN]):
             # Large strings have offsets of 64 bits; the bytes stay where they are.
             texts = batch.column(0).drop_null().cast(pa.large_string())
