@@ -25,10 +25,8 @@ from typing import Any
 
 from timing import say, table
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+from jaxchat.devices.machine import device_peak_flops
 from jaxchat.errors import UserError, check
-from jaxchat.runs.metrics import device_peak_flops
 
 HERE = Path(__file__).parent
 WORK = ("rows", "sequence_len", "vocab_size", "accumulation", "steps")

@@ -28,14 +28,14 @@ from typing import Any, NamedTuple
 import jax
 from timing import say
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import launch
 from jaxchat.checkpoint import Checkpoints
+from jaxchat.cli.launch import prepare_jax
+from jaxchat.cli.options import configure
+from jaxchat.cli.parser import option_strings
+from jaxchat.devices.machine import machine_info
 from jaxchat.errors import UserError, check
-from jaxchat.runs.metrics import machine_info
-from jaxchat.stages.run import Run, planned_model
 from jaxchat.stages.training import Training, fresh_params, random_batches
+from jaxchat.stages.workspace import Workspace, planned_model
 from jaxchat.train.step import State
 
 WARM_UP = 3
@@ -63,8 +63,8 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file")
     options, overrides = parser.parse_known_args()
     try:
-        experiment = launch.configure(options.experiment, overrides, None, launch.option_strings(parser))
-        launch._prepare_jax(experiment, dry_run=False)
+        experiment = configure(options.experiment, overrides, None, option_strings(parser))
+        prepare_jax()
         with tempfile.TemporaryDirectory(dir=options.directory) as folder:
             figures = measure(experiment, Path(folder), options.windows)
     except UserError as error:
@@ -82,11 +82,11 @@ def measure(experiment, folder: Path, windows: int) -> dict:
         experiment.pretrain.save_every > 0, "--pretrain.save-every must be at least 1: a save's cost is a share of it"
     )
     data = dataclasses.replace(experiment.data, path=None, generate=True)  # never written: the tokens are random
-    run = Run(dataclasses.replace(experiment, data=data), folder / "run", say=say)
+    workspace = Workspace(dataclasses.replace(experiment, data=data), folder / "run", say=say)
     model = planned_model(experiment)
-    training = Training(run, "pretrain", experiment.pretrain, model, None, 1_000_000)
-    source = random_batches(run, model)
-    state, step = training.fitted(lambda: fresh_params(run, model), source)
+    training = Training(workspace, "pretrain", experiment.pretrain, model, None, 1_000_000)
+    source = random_batches(workspace, model)
+    state, step = training.compiled(lambda: fresh_params(workspace, model), source)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
     def window(state, count: int, number: int | None) -> tuple[State, Window]:

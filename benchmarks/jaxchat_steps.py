@@ -19,7 +19,7 @@ from typing import Any
 
 from timing import say
 
-import launch
+from jaxchat.cli.launch import prepare_jax
 from jaxchat.config import Experiment
 from jaxchat.errors import UserError, check
 
@@ -66,7 +66,7 @@ def measure(work: Work, began: float) -> dict[str, Any]:
 
     set_xla_flags()
     if work.cached:
-        launch._prepare_jax(work.experiment, dry_run=False)
+        prepare_jax()
     while True:
         try:
             with tempfile.TemporaryDirectory() as directory:
@@ -87,7 +87,7 @@ def measure(work: Work, began: float) -> dict[str, Any]:
 def _measure(work: Work, began: float, directory: str) -> dict[str, Any]:
     import jax
 
-    from jaxchat.runs.metrics import device_peak_flops, machine_info, peak_memory_bytes
+    from jaxchat.devices.machine import device_peak_flops, machine_info, peak_memory_bytes
     from jaxchat.stages.training import Batches, Training, fresh_params
     from jaxchat.train.budget import count_parameters, flops_per_token
 
@@ -101,12 +101,12 @@ def _measure(work: Work, began: float, directory: str) -> dict[str, Any]:
     here = len(jax.devices())
     check(work.devices in (None, here), f"--devices {work.devices}: {here} can be used here; choose no more")
     times["data"] = time.time()
-    run, tokens = _run(work, directory)
-    model, source = _model_and_batches(run)
+    workspace, tokens = _workspace(work, directory)
+    model, source = _model_and_batches(workspace)
     total = 1 + WARM_UP + 2 * work.steps * work.windows  # the most there can be
-    training = Training(run, "pretrain", run.experiment.pretrain, model, None, total)
+    training = Training(workspace, "pretrain", workspace.experiment.pretrain, model, None, total)
     times["init"] = time.time()
-    state, step = training.prepare(lambda: fresh_params(run, model))
+    state, step = training.prepare(lambda: fresh_params(workspace, model))
     batch, _ = source.next_batch(0, state["params"])
     jax.block_until_ready((state, batch))
     times["trace"] = time.time()
@@ -131,7 +131,7 @@ def _measure(work: Work, began: float, directory: str) -> dict[str, Any]:
         "rows": work.rows,
         "accumulation": work.accumulation,
         "devices": here,
-        "mesh": dict(run.mesh.shape),
+        "mesh": dict(workspace.mesh.shape),
         "tokens_per_step": tokens,
         "parameters": count_parameters(model).total,
         "flops_per_token": flops_per_token(model),
@@ -146,7 +146,7 @@ def _measure(work: Work, began: float, directory: str) -> dict[str, Any]:
     state, warm, _ = _window(step, state, source, WARM_UP)
     count = max(LEAST, min(work.steps, int(work.seconds / statistics.median(warm))))
     kept: list[dict] = []
-    if run.experiment.data.path is not None:
+    if workspace.experiment.data.path is not None:
         source.iterator = _keep(source.iterator, kept)
     before = len(compilations)
     windows: dict[str, list[list[float]]] = {"": [], "ready_": []}
@@ -155,7 +155,7 @@ def _measure(work: Work, began: float, directory: str) -> dict[str, Any]:
         windows[""].append(window)
         if kept:
             # The same batches once more, now without reading, tokenizing and packing them.
-            state, window, metrics = _window(step, state, Batches(run, source.plan, iter(kept)), count)
+            state, window, metrics = _window(step, state, Batches(workspace, source.plan, iter(kept)), count)
             windows["ready_"].append(window)
             kept.clear()
     for name, measured in windows.items():
@@ -178,34 +178,34 @@ def _measure(work: Work, began: float, directory: str) -> dict[str, Any]:
     }
 
 
-def _run(work: Work, directory: str):
-    """A run for so many rows and micro-batches, and the tokens of its step."""
+def _workspace(work: Work, directory: str):
+    """A workspace for so many rows and micro-batches, and the tokens of its step."""
     from jaxchat.devices.mesh import make_mesh
-    from jaxchat.stages.run import Run
+    from jaxchat.stages.workspace import Workspace
 
     experiment = work.experiment
     mesh = make_mesh(experiment.mesh).shape
     tokens = work.accumulation * work.rows * mesh["data"] * mesh["fsdp"] * experiment.model.sequence_len
     pretrain = dataclasses.replace(experiment.pretrain, batch_tokens=tokens, device_rows=work.rows)
-    return Run(dataclasses.replace(experiment, pretrain=pretrain), Path(directory) / "run", say=say), tokens
+    return Workspace(dataclasses.replace(experiment, pretrain=pretrain), Path(directory) / "run", say=say), tokens
 
 
-def _model_and_batches(run):
+def _model_and_batches(workspace):
     """The model, and a source of random batches, or of the loader's with a tokenizer trained on the text or brought."""
     from jaxchat.data.text.shards import find_text
     from jaxchat.stages import tokenizer as tokenizer_stage
     from jaxchat.stages.pretrain import training_batches
-    from jaxchat.stages.run import planned_model
     from jaxchat.stages.training import random_batches
+    from jaxchat.stages.workspace import planned_model
 
-    experiment = run.experiment
+    experiment = workspace.experiment
     if experiment.data.path is None:
         model = planned_model(experiment)
-        return model, random_batches(run, model)
-    tokenizer_stage.run(run)
-    tokenizer = run.tokenizer()
-    text = find_text(run.text_dir, experiment.data.val_shard)
-    return run.model_config(tokenizer), training_batches(run, tokenizer, text)
+        return model, random_batches(workspace, model)
+    tokenizer_stage.run(workspace)
+    tokenizer = workspace.tokenizer()
+    text = find_text(workspace.text_dir, experiment.data.val_shard)
+    return workspace.model_config(tokenizer), training_batches(workspace, tokenizer, text)
 
 
 def _keep(iterator: Iterator[dict], kept: list[dict]) -> Iterator[dict]:

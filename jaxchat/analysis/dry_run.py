@@ -13,17 +13,19 @@ from rich.table import Table
 
 from jaxchat.config import Experiment, TrainConfig
 from jaxchat.data.hub.catalogue import parse_requests
-from jaxchat.data.hub.download import pieces_of
-from jaxchat.devices.mesh import make_mesh
+from jaxchat.data.hub.download import jobs_of
+from jaxchat.devices.machine import device_peak_flops
+from jaxchat.devices.mesh import data_shards, make_mesh
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import abstract_params
+from jaxchat.model.parameters import count_parameters
+from jaxchat.ops.compute import for_training
 from jaxchat.optim.optimizer import make_optimizer
-from jaxchat.runs.metrics import device_peak_flops
-from jaxchat.stages.run import compute_dtype, planned_model, trains_in_fp8
 from jaxchat.stages.tokenizer import load_brought
 from jaxchat.stages.training import abstract_batch
-from jaxchat.train.budget import batch_plan, cost, count_parameters, flops_per_token, hours, training_length
-from jaxchat.train.memory import GIB, Fit, fit_step, plan_step, usable_memory
+from jaxchat.stages.workspace import planned_model
+from jaxchat.train.budget import batch_plan, flops_per_token, training_length
+from jaxchat.train.memory import GIB, CompiledStep, compile_step, plan_step, usable_memory
 
 
 def dry_run(experiment: Experiment) -> None:
@@ -36,7 +38,7 @@ def dry_run(experiment: Experiment) -> None:
         load_brought(experiment.tokenizer)
     model, console = planned_model(experiment), Console(soft_wrap=True)
     mesh = make_mesh(experiment.mesh)
-    parallel = mesh.shape["data"] * mesh.shape["fsdp"]
+    parallel = data_shards(mesh)
     parameters = count_parameters(model)
     console.print(f"[bold]{experiment.name}[/bold]: d{model.depth}, width {model.width}, {model.num_heads} heads, "
                   f"context {model.sequence_len:,}, vocabulary {model.vocab_size:,}")  # fmt: skip
@@ -61,7 +63,7 @@ def _print_windows(console: Console, model: GPTConfig) -> None:
 def _print_data(console: Console, experiment: Experiment) -> None:
     requests = parse_requests(experiment.data.download)
     if requests:
-        size = sum(piece.size for request in requests for piece in pieces_of(request))
+        size = sum(job.size for request in requests for job in jobs_of(request))
         console.print(f"downloads     {', '.join(experiment.data.download)}: about {size / 1e9:.1f} GB to "
                       f"{experiment.data.folder}, less what is there", highlight=False)  # fmt: skip
 
@@ -87,8 +89,8 @@ def _print_stages(console: Console, experiment: Experiment, model: GPTConfig, pa
             continue
         tokens = steps * config.batch_tokens
         flops = tokens * flops_per_token(model)
-        taken = hours(flops, price.expected_mfu, price.devices, peak) if peak else None
-        dollars = f"${cost(taken, price.devices, price.dollars_per_device_hour):,.2f}" if peak else "unknown"
+        taken = price.hours(flops, peak) if peak else None
+        dollars = f"${price.dollars(taken):,.2f}" if peak else "unknown"
         table.add_row(
             stage, f"{steps:,}", f"{tokens:,}", rows, f"{flops:.3g}", f"{taken:.2f}" if peak else "unknown", dollars
         )
@@ -98,33 +100,33 @@ def _print_stages(console: Console, experiment: Experiment, model: GPTConfig, pa
 def _print_memory(console: Console, experiment: Experiment, model: GPTConfig, mesh) -> None:
     device, began = jax.devices()[0], time.perf_counter()
     with console.status(f"compiling the pretraining step for {mesh.size} x {device.device_kind}"):
-        fit = fit_pretraining(experiment, model, mesh, usable_memory())
-    memory = fit.memory
+        step = compile_pretraining(experiment, model, mesh, usable_memory())
+    memory = step.memory
     console.print(f"memory        {memory.total / GIB:.2f} GiB a device: {memory.held / GIB:.2f} parameters, optimizer "
                   f"and batch, {memory.used / GIB:.2f} in use by a step")  # fmt: skip
     console.print(f"              by XLA's analysis of the step as compiled for {device.platform} "
                   f"({time.perf_counter() - began:.0f} s)")  # fmt: skip
-    if fit.limit is None:
-        console.print(f"remat         {fit.remat}; how much memory a device has is not known here")
+    if step.limit is None:
+        console.print(f"remat         {step.remat}; how much memory a device has is not known here")
     else:
-        console.print(f"              {fit}")
-    if not fit.fits:
-        console.print(f"[yellow]warning[/yellow]: {fit.too_large('pretrain', experiment.pretrain.device_rows)}")
+        console.print(f"              {step}")
+    if not step.fits:
+        console.print(f"[yellow]warning[/yellow]: {step.too_large('pretrain', experiment.pretrain.device_rows)}")
     if device.platform == "cpu" and device_peak_flops(experiment.cost.device):
         console.print("              which computes bf16 in fp32: a GPU's step is expected to use half of it or less")
 
 
-def fit_pretraining(experiment: Experiment, model: GPTConfig, mesh, limit: int | None) -> Fit:
+def compile_pretraining(experiment: Experiment, model: GPTConfig, mesh, limit: int | None) -> CompiledStep:
     """The pretraining step as a run would compile it where a step may take `limit` bytes; nothing is allocated."""
     config = experiment.pretrain
-    parallel = mesh.shape["data"] * mesh.shape["fsdp"]
+    parallel = data_shards(mesh)
     plan = batch_plan(config.batch_tokens, config.device_rows, model.sequence_len, parallel)
     on_accelerator = experiment.precision in ("auto", "fp8") and device_peak_flops(experiment.cost.device)
-    dtype = jnp.bfloat16 if on_accelerator else compute_dtype(experiment)
+    compute = for_training(experiment, mesh)
+    if on_accelerator:
+        compute = dataclasses.replace(compute, dtype=jnp.bfloat16)
     optimizer = make_optimizer(
-        experiment.optimizer, model, optax.constant_schedule(1.0), mesh=mesh, newton_schulz_dtype=dtype
+        experiment.optimizer, model, optax.constant_schedule(1.0), mesh=mesh, newton_schulz_dtype=compute.dtype
     )
-    state, make_step = plan_step(
-        model, optimizer, abstract_params(model), mesh=mesh, dtype=dtype, in_fp8=trains_in_fp8(experiment)
-    )
-    return fit_step(make_step, experiment.remat, limit, state, abstract_batch(mesh, plan, model.sequence_len))
+    state, make_step = plan_step(model, optimizer, abstract_params(model), compute)
+    return compile_step(make_step, experiment.remat, limit, state, abstract_batch(mesh, plan, model.sequence_len))

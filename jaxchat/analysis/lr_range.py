@@ -24,16 +24,15 @@ from jaxtyping import Array, Float
 
 from jaxchat.config import ScheduleConfig
 from jaxchat.errors import check
-from jaxchat.optim.optimizer import LABELS, labels
+from jaxchat.model.parameters import GROUPS, groups_of
 from jaxchat.runs.plots import RangeCurve, lr_range_plot
 from jaxchat.runs.progress import LiveLine
 from jaxchat.stages import tokenizer
 from jaxchat.stages.pretrain import training_batches
-from jaxchat.stages.run import Run
 from jaxchat.stages.training import Training, fresh_params
+from jaxchat.stages.workspace import Workspace
 from jaxchat.train.step import State, init_state
 
-GROUPS = tuple(LABELS.values())
 MIN_STEPS = 20
 SPAN = 1000.0  # by default, from the configured rate over this to the configured rate times this
 DIVERGED = 4.0  # a loss of so many times the lowest smoothed one ends a test
@@ -63,7 +62,7 @@ def with_factors(optimizer: optax.GradientTransformation, steps: int) -> optax.G
     def update(grads, state, params=None):
         updates, inner = optimizer.update(grads, state.inner, params)
         factors = dict(zip(GROUPS, state.table[state.count], strict=True))
-        updates = jax.tree.map(lambda update, group: factors[group] * update, updates, labels(updates))
+        updates = jax.tree.map(lambda update, group: factors[group] * update, updates, groups_of(updates))
         return updates, Factors(state.count + 1, state.table, inner)
 
     return optax.GradientTransformation(init, update)
@@ -173,7 +172,9 @@ def _rounded(rate: float) -> float:
     return float(f"{rate:.2g}")
 
 
-def run(run: Run, steps: int, low: float | None, high: float | None, groups: Sequence[str]) -> list[RangeTest]:
+def run(
+    workspace: Workspace, steps: int, low: float | None, high: float | None, groups: Sequence[str]
+) -> list[RangeTest]:
     """Tests `groups`, and writes and says what came of it. Without `low` or `high`: the configured rate, over or times
     1000.
 
@@ -182,24 +183,24 @@ def run(run: Run, steps: int, low: float | None, high: float | None, groups: Seq
       KeyboardInterrupt: after what was measured is written.
     """
     check(steps >= MIN_STEPS, f"--steps is {steps}; it must be at least {MIN_STEPS}")
-    tests = [_planned(run, group, steps, low, high) for group in groups]
-    if not run.finished("tokenizer"):
-        tokenizer.run(run)
+    tests = [_planned(workspace, group, steps, low, high) for group in groups]
+    if not workspace.finished("tokenizer"):
+        tokenizer.run(workspace)
     device = jax.devices()[0]
-    run.say(
-        f"lr-range  {', '.join(groups)}: {steps:,} steps each of {run.experiment.pretrain.batch_tokens:,} tokens on "
+    workspace.say(
+        f"lr-range  {', '.join(groups)}: {steps:,} steps each of {workspace.experiment.pretrain.batch_tokens:,} tokens on "
         f"{jax.device_count()} x {device.device_kind}"
     )
     done: list[RangeTest] = []
     line = LiveLine("lr-range", steps * len(tests)) if jax.process_index() == 0 else None
     try:
-        fresh_state, step_fn, source = _prepare(run, steps)
+        fresh_state, step_fn, source = _prepare(workspace, steps)
         start = source.get_state()
         for i, test in enumerate(tests):
             source.set_state(start)
             done.append(test)
             measure(test, fresh_state(_table(test)), step_fn, source, _shower(line, i * steps))
-            _write(run, done)
+            _write(workspace, done)
             if line:
                 line.show_note(f"{test.group}: {_outcome(test)}")
     except KeyboardInterrupt:
@@ -208,18 +209,18 @@ def run(run: Run, steps: int, low: float | None, high: float | None, groups: Seq
                 test.stopped = "interrupted"
         done = [test for test in done if test.losses]
         if done:
-            _write(run, done)
-            run.say(f"lr-range  interrupted; what was measured is in {run.directory / JSON_NAME}")
+            _write(workspace, done)
+            workspace.say(f"lr-range  interrupted; what was measured is in {workspace.directory.path / JSON_NAME}")
         raise
     finally:
         if line:
             line.close()
-    _say(run, done)
+    _say(workspace, done)
     return done
 
 
-def _planned(run: Run, group: str, steps: int, low: float | None, high: float | None) -> RangeTest:
-    configured = getattr(run.experiment.optimizer, f"{group}_lr")
+def _planned(workspace: Workspace, group: str, steps: int, low: float | None, high: float | None) -> RangeTest:
+    configured = getattr(workspace.experiment.optimizer, f"{group}_lr")
     low = configured / SPAN if low is None else low
     high = configured * SPAN if high is None else high
     check(0 < low < math.inf, f"--min is {low:g}; a learning rate is above 0")
@@ -227,21 +228,21 @@ def _planned(run: Run, group: str, steps: int, low: float | None, high: float | 
     return RangeTest(group, configured, np.geomspace(low, high, steps))
 
 
-def _prepare(run: Run, steps: int):
+def _prepare(workspace: Workspace, steps: int):
     """A function from a table of factors to a state at step 0, the one compiled step, and pretraining's batches."""
-    experiment, tokens = run.experiment, run.tokenizer()
-    model = run.model_config(tokens)
+    experiment, tokens = workspace.experiment, workspace.tokenizer()
+    model = workspace.model_config(tokens)
     constant = dataclasses.replace(experiment.pretrain, schedule=ScheduleConfig(warmup_ratio=0.0, decay_ratio=0.0))
-    training = Training(run, "pretrain", constant, model, tokens, steps)
+    training = Training(workspace, "pretrain", constant, model, tokens, steps)
     training.optimizer = optimizer = with_factors(training.optimizer, steps)
-    batches = training_batches(run, tokens, run.text())
-    state, step_fn = training.fitted(lambda: fresh_params(run, model), batches)
+    batches = training_batches(workspace, tokens, workspace.text())
+    state, step_fn = training.compiled(lambda: fresh_params(workspace, model), batches)
     placed = jax.tree.map(lambda x: x.sharding, state)
     del state  # the step takes its state's memory, so that each test has to begin with one of its own
     init = jax.jit(lambda params: init_state(params, optimizer), out_shardings=placed)
 
     def fresh_state(table: np.ndarray) -> State:
-        state = init(fresh_params(run, model))
+        state = init(fresh_params(workspace, model))
         table = jax.device_put(table.astype(np.float32), placed["opt_state"].table)
         return {**state, "opt_state": state["opt_state"]._replace(table=table)}
 
@@ -297,10 +298,10 @@ def _outcome(test: RangeTest) -> str:
     return f"{lowest}; stopped: {test.stopped}" if test.stopped else lowest
 
 
-def _write(run: Run, tests: list[RangeTest]) -> None:
+def _write(workspace: Workspace, tests: list[RangeTest]) -> None:
     if jax.process_index() != 0:
         return
-    experiment = run.experiment
+    experiment = workspace.experiment
     record = {
         "experiment": experiment.name,
         "steps": len(tests[0].rates),
@@ -309,25 +310,25 @@ def _write(run: Run, tests: list[RangeTest]) -> None:
         "model": dataclasses.asdict(experiment.model),
         "groups": {test.group: test.record() for test in tests},
     }
-    (run.directory / JSON_NAME).write_text(json.dumps(record, indent=2) + "\n")
+    (workspace.directory.path / JSON_NAME).write_text(json.dumps(record, indent=2) + "\n")
     curves = []
     for test in tests:
         smoothed = smooth(test.losses, len(test.rates))
         value = test.suggest().value
         curves.append(RangeCurve(test.group, test.rates, test.losses, smoothed, test.configured, value))
-    (run.directory / PLOT_NAME).write_bytes(lr_range_plot(curves))
+    (workspace.directory.path / PLOT_NAME).write_bytes(lr_range_plot(curves))
 
 
-def _say(run: Run, tests: list[RangeTest]) -> None:
+def _say(workspace: Workspace, tests: list[RangeTest]) -> None:
     """The table of suggestions, and the options to pass."""
-    run.say(f"\n{'group':<11}{'configured':>11}{'suggested':>11}  why")
+    workspace.say(f"\n{'group':<11}{'configured':>11}{'suggested':>11}  why")
     options = []
     for test in tests:
         found = test.suggest()
         value = "none" if found.value is None else f"{found.value:g}"
-        run.say(f"{test.group:<11}{test.configured:>11g}{value:>11}  {found.why}")
+        workspace.say(f"{test.group:<11}{test.configured:>11g}{value:>11}  {found.why}")
         if found.value is not None:
             options.append(f"{test.option}={found.value:g}")
     if options:
-        run.say(f"\nto train with them: {' '.join(options)}")
-    run.say(f"curves:             {run.directory / PLOT_NAME}")
+        workspace.say(f"\nto train with them: {' '.join(options)}")
+    workspace.say(f"curves:             {workspace.directory.path / PLOT_NAME}")

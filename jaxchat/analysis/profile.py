@@ -11,8 +11,8 @@ import jax
 from jaxchat.analysis.trace import Breakdown, Program, break_down, read_trace
 from jaxchat.config import Experiment
 from jaxchat.errors import UserError, check
-from jaxchat.stages.run import Run, planned_model
 from jaxchat.stages.training import Training, fresh_params, random_batches
+from jaxchat.stages.workspace import Workspace, planned_model
 
 WARM_UP = 3
 LONGEST = 10
@@ -32,11 +32,11 @@ def profile(experiment: Experiment, *, steps: int, directory: Path) -> None:
         raise UserError(f"{directory} cannot be made ({error.strerror}); choose another --trace") from None
     data = dataclasses.replace(experiment.data, path=None, download=(), generate=True)  # never read: tokens are random
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(dataclasses.replace(experiment, data=data), Path(folder) / "run")
+        workspace = Workspace(dataclasses.replace(experiment, data=data), Path(folder) / "run")
         model = planned_model(experiment)
-        training = Training(run, "pretrain", experiment.pretrain, model, None, WARM_UP + steps)
-        source = random_batches(run, model)
-        state, step = training.fitted(lambda: fresh_params(run, model), source)
+        training = Training(workspace, "pretrain", experiment.pretrain, model, None, WARM_UP + steps)
+        source = random_batches(workspace, model)
+        state, step = training.compiled(lambda: fresh_params(workspace, model), source)
         batch, _ = source.next_batch(0, state["params"])
         compiled = step.fit(state, batch).compiled
 

@@ -15,15 +15,10 @@ import functools
 import json
 import math
 import os
-import platform
-import re
-import resource
-import sys
 import time
 import uuid
 from typing import Any
 
-import jax
 from etils import epath
 
 from jaxchat.errors import UserError
@@ -32,25 +27,6 @@ from jaxchat.storage import append_bytes, first_line, is_remote, storage_errors
 
 # An object store rewrites the whole file for an append, so lines for it are gathered.
 REMOTE_FLUSH_SECONDS = 30.0
-
-# Dense bf16 peaks in FLOP/s, from the makers' data sheets; GeForce with fp32 accumulation. The patterns are for JAX's
-# `device_kind`; what only resembles a card (L40 and L4, GH200 and H200, a laptop's 4090) must not match.
-_PEAK_FLOPS: tuple[tuple[str, float], ...] = (
-    (r"\bB200\b", 2250e12),
-    (r"\bH200\b(?! NVL)", 989.5e12),
-    (r"\bH100 PCIe\b", 756e12),
-    (r"\bH100 NVL\b", 835e12),
-    (r"\bH100\b", 989.5e12),
-    (r"\bA100\b", 312e12),
-    (r"\bL40S\b", 362e12),
-    (r"\bL4\b", 121e12),
-    (r"\bRTX 4090\b(?! (D|Laptop)\b)", 165e12),
-    (r"\bRTX 3090\b(?! Ti\b)", 71e12),
-    (r"^TPU v6( lite|e)$", 918e12),
-    (r"^TPU v5( lite|e)$", 197e12),
-    (r"^TPU v5p?$", 459e12),
-    (r"^TPU v4$", 275e12),
-)
 
 
 class Metrics:
@@ -80,10 +56,11 @@ class Metrics:
         wandb: bool = False,
         total_steps: int | None = None,
         live: bool = True,
+        enabled: bool = True,
     ):
         self._line: LiveLine | None = None
         self._sinks: list[_JsonLines | _TensorBoard | _WeightsAndBiases] = []
-        if jax.process_index() != 0:
+        if not enabled:
             return
         run_dir = epath.Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -295,36 +272,3 @@ class _WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
-
-
-def device_peak_flops(kind: str) -> float | None:
-    """Dense bf16 peak of one device in FLOP/s, by JAX's `device_kind`; None for a device that is not in the table."""
-    if "MIG" in kind:
-        return None
-    return next((peak for pattern, peak in _PEAK_FLOPS if re.search(pattern, kind)), None)
-
-
-def machine_info() -> dict[str, Any]:
-    """The machine as JSON: cores and memory of this host, JAX's devices (all hosts'), versions. No names or paths."""
-    devices = jax.devices()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "platform": devices[0].platform,
-        "device_kind": devices[0].device_kind,
-        "device_count": len(devices),
-        "hosts": jax.process_count(),
-        "cores": cores,
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def peak_memory_bytes() -> int:
-    """The most memory a device of this host has held, or this process where the backend does not say."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    peak = max(entry.get("peak_bytes_in_use", 0) for entry in stats)
-    if peak:
-        return peak
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return rss if sys.platform == "darwin" else 1024 * rss

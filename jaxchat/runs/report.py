@@ -18,14 +18,11 @@ from typing import Any
 
 from etils import epath
 
-from jaxchat.config import STAGES, CostConfig, Experiment
-from jaxchat.errors import UserError, check
-from jaxchat.runs.config_json import from_json
-from jaxchat.runs.progress import format_count, printable
+from jaxchat.config import STAGES, CostConfig
+from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.metrics import read_metrics
 from jaxchat.runs.plots import Curve, all_plots, curves
-from jaxchat.model.config import GPTConfig
-from jaxchat.train.budget import cost, count_parameters
+from jaxchat.runs.progress import format_count, printable
 
 _CAPTIONS = {
     "evaluation.png": "Held-out questions answered right after each stage, in per cent.",
@@ -47,15 +44,18 @@ _DONE = {
 }
 
 
-def write_report(run_dir: epath.PathLike) -> None:
+def write_report(directory: RunDirectory, *, vocab_size: int, parameters: int) -> None:
     """Writes `report.json`, `report.md` and `plots/*.png` into a run directory.
 
+    Args:
+      vocab_size: the size of the run's vocabulary.
+      parameters: the number of the model's parameters.
+
     Raises:
-      UserError: not a run directory, or a stage.json that cannot be read.
+      UserError: it is not a run directory, or a file in it is damaged.
     """
-    run_dir = epath.Path(run_dir)
-    records = read_metrics(run_dir)
-    report = build_report(run_dir, records)
+    run_dir, records = directory.path, read_metrics(directory.path)
+    report = build_report(directory, records, vocab_size, parameters)
     plots = all_plots(records, _scores(report["evaluation"]))
     (run_dir / "plots").mkdir(parents=True, exist_ok=True)
     for name, png in plots.items():
@@ -64,16 +64,18 @@ def write_report(run_dir: epath.PathLike) -> None:
     (run_dir / "report.md").write_text(_markdown(report, list(plots), _shown_path(run_dir)))
 
 
-def build_report(run_dir: epath.Path, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What `report.json` holds, from a run directory and its `read_metrics`.
+def build_report(
+    directory: RunDirectory, records: list[dict[str, Any]], vocab_size: int, parameters: int
+) -> dict[str, Any]:
+    """What `report.json` holds, from a run directory, its `read_metrics`, and the arguments of `write_report`.
 
     A stage has what its stage.json says, and its `cost`, its median speed, the last value of each of its `metrics` and
     its last `samples`. `seconds` are wall-clock seconds; `cost` is dollars at the experiment's price of a device-hour,
     None on a CPU, for which that price does not hold; `evaluation` has a stage's `bpb` and the share of each task
     answered right; `rl` the reward before and after, where it was evaluated.
     """
-    experiment = _experiment(run_dir)
-    stages = {stage: _read_json(path) for stage in STAGES if (path := run_dir / stage / "stage.json").exists()}
+    experiment = directory.read_config()
+    stages = {stage: record for stage in STAGES if (record := directory.read_record(stage)) is not None}
     by_stage = curves(records)
     for stage, entry in stages.items():
         own = [record for record in records if record["stage"] == stage]
@@ -83,12 +85,11 @@ def build_report(run_dir: epath.Path, records: list[dict[str, Any]]) -> dict[str
         entry["cost"] = _cost(experiment.cost, entry)
         entry.update(_speed(own))
     costs = [entry["cost"] for entry in stages.values() if entry["cost"] is not None]
-    vocab_size = stages.get("tokenizer", {}).get("metrics", {}).get("vocab_size", experiment.tokenizer.vocab_size)
     longest = max(stages.values(), key=lambda entry: entry.get("seconds") or 0, default={})
     return {
         "name": experiment.name,
         "vocab_size": vocab_size,
-        "parameters": count_parameters(GPTConfig.of(experiment.model, vocab_size)).total,
+        "parameters": parameters,
         "seconds": sum(entry.get("seconds") or 0 for entry in stages.values()),
         "cost": sum(costs) if costs else None,
         "evaluation": _evaluation(stages, records),
@@ -99,28 +100,12 @@ def build_report(run_dir: epath.Path, records: list[dict[str, Any]]) -> dict[str
     }
 
 
-def _experiment(run_dir: epath.Path) -> Experiment:
-    path = run_dir / "config.json"
-    check(path.exists(), f"{run_dir} is not a run: it has no config.json")
-    try:
-        return from_json(path.read_text())
-    except (json.JSONDecodeError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error})") from None
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it to run that stage again") from None
-
-
 def _cost(price: CostConfig, entry: dict[str, Any]) -> float | None:
     machine = entry.get("machine", {})
     if machine.get("platform") == "cpu":
         return None
     hours = (entry.get("seconds") or 0) / 3600
-    return cost(hours, machine.get("device_count", price.devices), price.dollars_per_device_hour)
+    return price.dollars(hours, machine.get("device_count", price.devices))
 
 
 def _speed(records: list[dict[str, Any]]) -> dict[str, float]:

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import time
 
-from jaxchat.devices.processes import agreed
+from jaxchat.devices.processes import on_process_zero
 from jaxchat.eval.chat import evaluate_task
 from jaxchat.infer.engine import Engine
 from jaxchat.runs.metrics import read_metrics
-from jaxchat.stages.run import Run
+from jaxchat.stages.workspace import Workspace
 
 
-def run(run: Run) -> None:
+def run(workspace: Workspace) -> None:
     """Scores the experiment's tasks on each finished stage it names; scores already in metrics.jsonl stay."""
-    config, tokenizer, began = run.experiment.evaluate, run.tokenizer(), time.time()
-    model = run.model_config(tokenizer)
-    tasks = run.load_tasks("evaluate", config.tasks, "test")
-    lines = agreed(lambda: [line for line in read_metrics(run.directory) if "of" in line])
+    config, tokenizer, began = workspace.experiment.evaluate, workspace.tokenizer(), time.time()
+    model = workspace.model_config(tokenizer)
+    tasks = workspace.load_tasks("evaluate", config.tasks, "test")
+    lines = on_process_zero(lambda: [line for line in read_metrics(workspace.directory.path) if "of" in line])
+    trained = workspace.stages_with_model()
     scored = {(line["of"], name) for line in lines for name in line}
-    with run.metrics("evaluate", len(tasks) * len(config.of)) as metrics:
+    with workspace.metrics("evaluate", len(tasks) * len(config.of)) as metrics:
         for stage in config.of:
-            if not (run.record(stage) or {}).get("steps"):
-                run.say(f"evaluate  {stage} left no model, and is not evaluated")
+            if stage not in trained:
+                workspace.say(f"evaluate  {stage} left no model, and is not evaluated")
                 continue
-            params, step = run.load_params(stage, model)
-            engine = Engine(model, params, tokenizer, dtype=run.dtype)
+            params, step = workspace.load_params(stage, model)
+            engine = Engine(model, params, tokenizer, dtype=workspace.dtype)
             for task in tasks:
                 if (stage, f"score/{task.name}") in scored:
                     continue
@@ -36,5 +37,5 @@ def run(run: Run) -> None:
                     batch_size=config.batch_rows,
                 )
                 metrics.log(step, of=stage, **{f"score/{task.name}": result.score, f"count/{task.name}": result.count})
-                run.say(f"evaluate  {stage:<9} {task.name:<14} {result.score:7.1%} of {result.count:,}")
-    run.finish("evaluate", parent=None, seconds=time.time() - began, started=began)
+                workspace.say(f"evaluate  {stage:<9} {task.name:<14} {result.score:7.1%} of {result.count:,}")
+    workspace.finish("evaluate", parent=None, seconds=time.time() - began, started=began)

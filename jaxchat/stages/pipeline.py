@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 from jaxchat.config import Experiment
 from jaxchat.data.hub.catalogue import parse_requests
-from jaxchat.devices.mesh import batch_share, make_mesh
-from jaxchat.devices.processes import agreed
+from jaxchat.devices.mesh import batch_share, data_shards, make_mesh
 from jaxchat.errors import UserError, check
-from jaxchat.model.attention import attention_kernel
-from jaxchat.runs.report import write_report
-from jaxchat.stages import evaluate, finetune, pretrain, rl, tokenizer
-from jaxchat.stages.run import TRAINED, Run, trains_in_fp8
+from jaxchat.ops.attention import attention_kernel
+from jaxchat.ops.compute import for_training
+from jaxchat.runs.directory import TRAINED
+from jaxchat.stages import evaluate, finetune, pretrain, report, rl, tokenizer
+from jaxchat.stages.workspace import Workspace
 from jaxchat.tasks import check_scorable, parse_mixture
 from jaxchat.tokenizer import MIN_VOCAB
 from jaxchat.train.budget import batch_plan
@@ -25,11 +25,11 @@ from jaxchat.train.budget import batch_plan
 RUNNERS = {
     "tokenizer": tokenizer.run,
     "pretrain": pretrain.run,
-    "midtrain": lambda run: finetune.run(run, "midtrain"),
-    "sft": lambda run: finetune.run(run, "sft"),
+    "midtrain": lambda workspace: finetune.run(workspace, "midtrain"),
+    "sft": lambda workspace: finetune.run(workspace, "sft"),
     "rl": rl.run,
     "evaluate": evaluate.run,
-    "report": lambda run: agreed(lambda: write_report(run.directory)),
+    "report": report.run,
 }
 
 
@@ -50,15 +50,13 @@ def check_possible(experiment: Experiment) -> None:
         parse_requests(experiment.data.download)
     mesh = make_mesh(experiment.mesh)
     batch_share(mesh)
-    shape = mesh.shape
     if not set(TRAINED).isdisjoint(experiment.stages):
-        trains_in_fp8(experiment)
+        for_training(experiment)
     for stage in experiment.stages:
         if stage in ("pretrain", "midtrain", "sft"):
             config = getattr(experiment, stage)
             with _told(stage):
-                parallel = shape["data"] * shape["fsdp"]
-                batch_plan(config.batch_tokens, config.device_rows, experiment.model.sequence_len, parallel)
+                batch_plan(config.batch_tokens, config.device_rows, experiment.model.sequence_len, data_shards(mesh))
         if stage in ("midtrain", "sft"):
             with _told(f"{stage}.mixture"):
                 parse_mixture(getattr(experiment, stage).mixture)
@@ -78,21 +76,21 @@ def _told(where: str) -> Iterator[None]:
         raise UserError(f"{where}: {error}") from None
 
 
-def run_stages(run: Run) -> None:
-    """Runs the experiment's stages in `run`'s directory."""
+def run_stages(workspace: Workspace) -> None:
+    """Runs the experiment's stages in the workspace's directory."""
     device = jax.devices()[0]
-    shape = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
-    kernel = attention_kernel(run.dtype, run.experiment.model.head_dim)
+    shape = ", ".join(f"{axis} {size}" for axis, size in workspace.mesh.shape.items())
+    kernel = attention_kernel(workspace.dtype, workspace.experiment.model.head_dim)
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    run.say(
+    workspace.say(
         f"devices   {jax.device_count()} x {device.device_kind}{processes} ({shape}), "
-        f"computing in {jnp.dtype(run.dtype).name}, attention by {kernel}"
+        f"computing in {jnp.dtype(workspace.dtype).name}, attention by {kernel}"
     )
-    run.say(f"run       {run.directory}")
-    for stage in run.experiment.stages:
-        if stage != "report" and run.finished(stage):
-            run.say(f"{stage:<9} finished before; skipped")
+    workspace.say(f"run       {workspace.directory}")
+    for stage in workspace.experiment.stages:
+        if stage != "report" and workspace.finished(stage):
+            workspace.say(f"{stage:<9} finished before; skipped")
             continue
         began = time.perf_counter()
-        RUNNERS[stage](run)
-        run.say(f"{stage:<9} finished in {time.perf_counter() - began:,.0f} s")
+        RUNNERS[stage](workspace)
+        workspace.say(f"{stage:<9} finished in {time.perf_counter() - began:,.0f} s")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 
 from jaxchat.data.loader import pretrain_batches
-from jaxchat.data.text.shards import TextSplit, iterate_texts
+from jaxchat.data.text.shards import TextSplits, iterate_texts
 from jaxchat.devices.mesh import batch_share
 from jaxchat.eval.bpb import evaluate_bpb
-from jaxchat.stages.run import Run
 from jaxchat.stages.training import Batches, Training, fresh_params, plan_batch, prompts_of_texts, take
+from jaxchat.stages.workspace import Workspace
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.budget import training_length
 from jaxchat.train.loop import Evaluator
@@ -17,15 +17,15 @@ from jaxchat.train.loop import Evaluator
 SAMPLES = 2
 
 
-def run(run: Run) -> None:
+def run(workspace: Workspace) -> None:
     """Trains from fresh parameters over the experiment's text."""
-    experiment, tokenizer = run.experiment, run.tokenizer()
-    config, model = experiment.pretrain, run.model_config(tokenizer)
-    plan = plan_batch(run, "pretrain", config)
-    text = run.text()
-    training = Training(run, "pretrain", config, model, tokenizer, training_length(config, model))
-    batches = training_batches(run, tokenizer, text)
-    index, count = batch_share(run.mesh)
+    experiment, tokenizer = workspace.experiment, workspace.tokenizer()
+    config, model = experiment.pretrain, workspace.model_config(tokenizer)
+    plan = plan_batch(workspace, "pretrain", config)
+    text = workspace.text()
+    training = Training(workspace, "pretrain", config, model, tokenizer, training_length(config, model))
+    batches = training_batches(workspace, tokenizer, text)
+    index, count = batch_share(workspace.mesh)
     validation = take(
         pretrain_batches(
             text.val,
@@ -41,21 +41,26 @@ def run(run: Run) -> None:
     )
 
     def validate(step, params):
-        yield "bpb", evaluate_bpb(params, model, validation, tokenizer.token_bytes(), dtype=run.dtype, mesh=run.mesh)
+        yield (
+            "bpb",
+            evaluate_bpb(
+                params, model, validation, tokenizer.token_bytes(), workspace.compute
+            ),
+        )
 
     prompts = prompts_of_texts(tokenizer, list(itertools.islice(iterate_texts(text.val), SAMPLES)))
     training.train(
-        lambda: fresh_params(run, model),
+        lambda: fresh_params(workspace, model),
         batches,
         lambda metrics: (Evaluator(config.eval_every, validate), training.sampler(metrics, prompts)),
     )
 
 
-def training_batches(run: Run, tokenizer: BaseTokenizer, text: TextSplit) -> Batches:
+def training_batches(workspace: Workspace, tokenizer: BaseTokenizer, text: TextSplits) -> Batches:
     """The batches that pretraining sees, from the first."""
-    experiment = run.experiment
-    plan = plan_batch(run, "pretrain", experiment.pretrain)
-    index, count = batch_share(run.mesh)
+    experiment = workspace.experiment
+    plan = plan_batch(workspace, "pretrain", experiment.pretrain)
+    index, count = batch_share(workspace.mesh)
     batches = pretrain_batches(
         text.train,
         tokenizer,
@@ -69,4 +74,4 @@ def training_batches(run: Run, tokenizer: BaseTokenizer, text: TextSplit) -> Bat
         process_index=index,
         process_count=count,
     )
-    return Batches(run, plan, batches)
+    return Batches(workspace, plan, batches)

@@ -14,12 +14,12 @@ import math
 import numpy as np
 
 from jaxchat.config import RLConfig
-from jaxchat.devices.mesh import put_whole
+from jaxchat.devices.mesh import data_shards, put_whole
 from jaxchat.errors import check
 from jaxchat.eval.chat import prompts_of
 from jaxchat.infer.engine import Completion, Engine
-from jaxchat.stages.run import Run
 from jaxchat.stages.training import MICRO_BATCH_SPEC, Training, prompts_of_chats
+from jaxchat.stages.workspace import Workspace
 from jaxchat.tasks import Conversation, Task
 from jaxchat.tasks.base import spread
 from jaxchat.tokenizer import BaseTokenizer
@@ -31,31 +31,31 @@ SAMPLES = 3
 EVALUATION_SEED = 0
 
 
-def run(run: Run) -> None:
+def run(workspace: Workspace) -> None:
     """Trains the parent's parameters on the rewards of their own samples; skipped where the data has none of the tasks.
 
     Raises:
       UserError: no question fits the context.
     """
-    experiment, tokenizer = run.experiment, run.tokenizer()
-    config, model = experiment.rl, run.model_config(tokenizer)
-    tasks = run.load_tasks("rl", config.tasks, "train")
+    experiment, tokenizer = workspace.experiment, workspace.tokenizer()
+    config, model = experiment.rl, workspace.model_config(tokenizer)
+    tasks = workspace.load_tasks("rl", config.tasks, "train")
     if not tasks:
-        run.say(f"rl        skipped: none of its tasks ({', '.join(config.tasks)}) is in the data folder")
-        run.finish("rl", parent=None, steps=0, tokens=0, seconds=0.0, skipped=True)
+        workspace.say(f"rl        skipped: none of its tasks ({', '.join(config.tasks)}) is in the data folder")
+        workspace.finish("rl", parent=None, steps=0, tokens=0, seconds=0.0, skipped=True)
         return
     questions = questions_of(tasks, tokenizer, model.sequence_len)
     check(bool(questions), f"rl: no question of its tasks fits into model.sequence-len {model.sequence_len}")
-    tests = run.load_tasks("rl", config.tasks, "test", quiet=True)
+    tests = workspace.load_tasks("rl", config.tasks, "test", quiet=True)
     held_out = questions_of(tests, tokenizer, model.sequence_len)
     if not held_out:
-        run.say("rl        its tasks have no test questions: reward_eval is of questions that are trained on")
+        workspace.say("rl        its tasks have no test questions: reward_eval is of questions that are trained on")
         held_out = questions
-    parent = run.parent_of("rl")
-    params, step = run.load_params(parent, model)
+    parent = workspace.parent_of("rl")
+    params, step = workspace.load_params(parent, model)
     steps = config.num_iterations or max(1, len(questions) // config.questions_per_step)
-    training = Training(run, "rl", config, model, tokenizer, steps, parent={"stage": parent, "step": step})
-    source = Rollouts(run, config, questions, training.engine(params))
+    training = Training(workspace, "rl", config, model, tokenizer, steps, parent={"stage": parent, "step": step})
+    source = Rollouts(workspace, config, questions, training.engine(params))
     asked = spread(held_out, config.eval_questions)
 
     def evaluate(step, params):
@@ -102,10 +102,10 @@ class Rollouts(Source):
 
     samples = True
 
-    def __init__(self, run: Run, config: RLConfig, questions: list[Question], engine: Engine):
-        self.run, self.config, self.questions, self.engine = run, config, questions, engine
+    def __init__(self, workspace: Workspace, config: RLConfig, questions: list[Question], engine: Engine):
+        self.workspace, self.config, self.questions, self.engine = workspace, config, questions, engine
         self.tokenizer = engine.tokenizer
-        parallel = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+        parallel = data_shards(workspace.mesh)
         rollouts = config.questions_per_step * config.samples_per_question
         self.micro_rows = min(config.device_rows, math.ceil(rollouts / parallel)) * parallel
         self.taken = 0  # batches: their questions and random numbers follow from this number alone
@@ -122,7 +122,7 @@ class Rollouts(Source):
         asked = [question for question in picked for _ in range(config.samples_per_question)]
         prompts = [self.tokenizer.render_for_completion(conversation) for _, conversation in asked]
         engine = dataclasses.replace(self.engine, params=params)
-        seed = self.run.experiment.seed * 1_000_003 + self.taken + 1
+        seed = self.workspace.experiment.seed * 1_000_003 + self.taken + 1
         completions = engine.generate(prompts, **sampling(config), seed=seed)
         rewards = np.array(score(asked, completions, self.tokenizer)).reshape(-1, config.samples_per_question)
         weights = WEIGHTS[config.method](rewards).reshape(-1)
@@ -132,12 +132,12 @@ class Rollouts(Source):
             "completion_tokens": float(np.mean([len(c.tokens) for c in completions])),
         }
         self.taken += 1
-        return {name: put_whole(self.run.mesh, array, MICRO_BATCH_SPEC) for name, array in batch.items()}, extra
+        return {name: put_whole(self.workspace.mesh, array, MICRO_BATCH_SPEC) for name, array in batch.items()}, extra
 
     def _pick(self, number: int) -> np.ndarray:
         """A batch's questions: each epoch is a fresh permutation of all."""
         places = number * self.config.questions_per_step + np.arange(self.config.questions_per_step)
-        seed, size = self.run.experiment.seed, len(self.questions)
+        seed, size = self.workspace.experiment.seed, len(self.questions)
         order = {epoch: np.random.default_rng((seed, epoch)).permutation(size) for epoch in set(places // size)}
         return np.array([order[place // size][place % size] for place in places])
 
@@ -151,7 +151,7 @@ class Rollouts(Source):
             rows.append((tokens, [False] * len(prompt) + completion.sampled + [True] * len(stop)))
         longest = max(len(tokens) for tokens, _ in rows) - 1
         # Few lengths, few compilations: the next power of two, within the context.
-        length = min(self.run.experiment.model.sequence_len, 1 << (longest - 1).bit_length())
+        length = min(self.workspace.experiment.model.sequence_len, 1 << (longest - 1).bit_length())
         count = math.ceil(len(rows) / self.micro_rows) * self.micro_rows
         inputs = np.zeros((count, length), np.int32)
         targets = np.full((count, length), -1, np.int32)

@@ -7,40 +7,42 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from jaxchat.config import TokenizerConfig
-from jaxchat.data.text.shards import TextSide, TextSplit, iterate_texts, text_bytes
-from jaxchat.devices.processes import agreed
+from jaxchat.data.text.shards import TextFiles, TextSplits, iterate_texts, text_bytes
+from jaxchat.devices.processes import on_process_zero
 from jaxchat.errors import UserError, check
 from jaxchat.runs.progress import format_count, format_duration
-from jaxchat.stages.run import Run
+from jaxchat.stages.workspace import Workspace
 from jaxchat.storage import is_remote
 from jaxchat.tokenizer import BaseTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 SAY_SECONDS = 5.0
 
 
-def run(run: Run) -> None:
+def run(workspace: Workspace) -> None:
     """Leaves `tokenizer/` in the run directory.
 
     Raises:
       UserError: the vocabulary is larger than the text supports, or smaller than bytes and special tokens; the
         tokenizer that the user brings is missing, damaged, or has another size than the experiment says.
     """
-    began, text = time.time(), run.text()
-    metrics = agreed(lambda: _make(run, text))
+    began, text = time.time(), workspace.text()
+    metrics = on_process_zero(lambda: _make(workspace, text))
     seconds = time.time() - began
-    run.say(f"tokenizer done in {seconds:.1f} s: {metrics['bytes_per_token']:.2f} bytes a token on validation text")
-    run.finish("tokenizer", parent=None, seconds=seconds, started=began, metrics=metrics)
+    workspace.say(
+        f"tokenizer done in {seconds:.1f} s: {metrics['bytes_per_token']:.2f} bytes a token on validation text"
+    )
+    workspace.finish("tokenizer", parent=None, seconds=seconds, started=began, metrics=metrics)
 
 
-def _make(run: Run, text: TextSplit) -> dict:
+def _make(workspace: Workspace, text: TextSplits) -> dict:
     """Saves the tokenizer; facts about it."""
-    config, seen = run.experiment.tokenizer, 0
+    config, seen = workspace.experiment.tokenizer, 0
     if config.path is not None:
         tokenizer = load_brought(config)
     else:
-        run.say(f"tokenizer training {config.vocab_size:,} tokens on {text.train.files[0].parent}")
-        tokenizer, seen = train(config, text.train, run.say)
-    tokenizer.save(run.directory / "tokenizer")
+        workspace.say(f"tokenizer training {config.vocab_size:,} tokens on {text.train.files[0].parent}")
+        tokenizer, seen = train(config, text.train, workspace.say)
+    tokenizer.save(workspace.directory.tokenizer)
     held_out = list(Limited(iterate_texts(text.val), 1_000_000))
     ids, _ = tokenizer.encode_to_numpy(held_out)
     bytes_per_token = sum(len(text.encode()) for text in held_out) / max(1, len(ids))
@@ -58,7 +60,7 @@ def load_brought(config: TokenizerConfig) -> BaseTokenizer:
     return tokenizer
 
 
-def train(config: TokenizerConfig, side: TextSide, say: Callable[[str], None]) -> tuple[BaseTokenizer, int]:
+def train(config: TokenizerConfig, side: TextFiles, say: Callable[[str], None]) -> tuple[BaseTokenizer, int]:
     """A tokenizer trained on one side of the text, and how many characters it has seen.
 
     Parquet that is on this machine is read by the trainer itself, where no documents are left out; the result is the

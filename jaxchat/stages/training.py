@@ -15,23 +15,25 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxchat.config import TrainConfig
-from jaxchat.data.text.lanes import joined, summed
-from jaxchat.devices.mesh import BATCH_SPEC, batch_share, put_batch, shardings
+from jaxchat.data.positions import join_positions, totals
+from jaxchat.devices.mesh import BATCH_SPEC, batch_share, data_shards, put_batch
 from jaxchat.devices.processes import exchange
 from jaxchat.errors import UserError, check
 from jaxchat.infer.engine import Engine
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, init_params
+from jaxchat.model.parameters import shardings
+from jaxchat.ops.compute import for_training
 from jaxchat.optim.optimizer import learning_rates, make_optimizer
 from jaxchat.optim.schedules import multiplier
 from jaxchat.runs.metrics import Metrics
 from jaxchat.runs.report import describe_data
-from jaxchat.stages.run import Run, trains_in_fp8
+from jaxchat.stages.workspace import Workspace
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.tokenizer.conversation import checked_messages
 from jaxchat.train.budget import BatchPlan, batch_plan, flops_per_token
 from jaxchat.train.loop import Evaluator, Loop, Source
-from jaxchat.train.memory import Fit, FittedStep, MakeStep, plan_step, usable_memory
+from jaxchat.train.memory import CompiledStep, MakeStep, TrainStep, plan_step, usable_memory
 from jaxchat.train.step import Batch, State, init_state
 
 MICRO_BATCH_SPEC = PartitionSpec(None, *BATCH_SPEC)  # [accumulation, rows, T]
@@ -41,10 +43,10 @@ StepFunction = Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
 Prompt = tuple[str, list[int]]  # as it is shown, and as the model gets it
 
 
-def plan_batch(run: Run, stage: str, config: TrainConfig) -> BatchPlan:
+def plan_batch(workspace: Workspace, stage: str, config: TrainConfig) -> BatchPlan:
     """How the optimizer step's tokens are spread over devices and micro-batches."""
-    parallel = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    return batch_plan(config.batch_tokens, config.device_rows, run.experiment.model.sequence_len, parallel)
+    parallel = data_shards(workspace.mesh)
+    return batch_plan(config.batch_tokens, config.device_rows, workspace.experiment.model.sequence_len, parallel)
 
 
 def abstract_batch(mesh: Mesh, plan: BatchPlan, sequence_len: int) -> Batch:
@@ -58,8 +60,8 @@ def abstract_batch(mesh: Mesh, plan: BatchPlan, sequence_len: int) -> Batch:
 class Batches(Source):
     """A loader's batches on the mesh, as `[accumulation, rows, T]`."""
 
-    def __init__(self, run: Run, plan: BatchPlan, iterator: Iterator[dict[str, np.ndarray]]):
-        self.run, self.plan, self.iterator = run, plan, iterator
+    def __init__(self, workspace: Workspace, plan: BatchPlan, iterator: Iterator[dict[str, np.ndarray]]):
+        self.workspace, self.plan, self.iterator = workspace, plan, iterator
 
     def next_batch(self, step: int, params) -> tuple[Batch, dict[str, float]]:
         rows = next(self.iterator)
@@ -69,11 +71,11 @@ class Batches(Source):
         # Rows that follow one another go to different micro-batches: so each micro-batch is the same whatever number of
         # processes has read a part of it.
         parts = array.reshape(-1, self.plan.accumulation, array.shape[-1]).swapaxes(0, 1)
-        return put_batch(self.run.mesh, parts, MICRO_BATCH_SPEC)
+        return put_batch(self.workspace.mesh, parts, MICRO_BATCH_SPEC)
 
     def abstract(self) -> Batch:
         """What `next_batch` gives, as ShapeDtypeStructs."""
-        return abstract_batch(self.run.mesh, self.plan, self.run.experiment.model.sequence_len)
+        return abstract_batch(self.workspace.mesh, self.plan, self.workspace.experiment.model.sequence_len)
 
     def get_state(self) -> dict:
         return self.iterator.get_state()
@@ -82,16 +84,14 @@ class Batches(Source):
         self.iterator.set_state(state)
 
     def whole_state(self, state: dict) -> dict:
-        if "lanes" not in state:  # all processes plan all rows
-            return state
-        return joined([json.loads(own) for own in exchange(json.dumps(state))])
+        return join_positions([json.loads(own) for own in exchange(json.dumps(state))])
 
 
 @dataclass
 class Training:
     """One stage's training: `start` makes or loads the parameters, `train` runs the loop and records the stage."""
 
-    run: Run
+    workspace: Workspace
     stage: str
     config: TrainConfig
     model: GPTConfig
@@ -100,21 +100,21 @@ class Training:
     parent: dict | None = None
 
     def __post_init__(self):
-        run = self.run
+        workspace = self.workspace
         self.schedule = multiplier(self.config.schedule, self.num_steps)
         self.optimizer = make_optimizer(
-            run.experiment.optimizer,
+            workspace.experiment.optimizer,
             self.model,
             self.schedule,
             lr_fraction=self.config.lr_fraction,
-            mesh=run.mesh,
-            newton_schulz_dtype=run.dtype,
+            mesh=workspace.mesh,
+            newton_schulz_dtype=workspace.dtype,
         )
-        self.in_fp8 = trains_in_fp8(run.experiment)
+        self.compute = for_training(workspace.experiment, workspace.mesh)
         self.startup: dict[str, float] = {}  # seconds of tracing and compiling the step
 
     def engine(self, params) -> Engine:
-        return Engine(self.model, params, self.tokenizer, dtype=self.run.dtype)
+        return Engine(self.model, params, self.tokenizer, dtype=self.workspace.dtype)
 
     def sampler(self, metrics: Metrics, prompts: list[Prompt]) -> Evaluator:
         """Writes what the model makes of a few prompts, greedily, every `sample_every` steps and at the end.
@@ -123,7 +123,7 @@ class Training:
         """
         prompts = [(text, ids) for text, ids in prompts if len(ids) < self.model.sequence_len]
 
-        def run(step: int, params):
+        def write_samples(step: int, params):
             completions = self.engine(params).generate(
                 [ids for _, ids in prompts], max_new_tokens=SAMPLE_TOKENS, temperature=0.0
             )
@@ -131,16 +131,16 @@ class Training:
                 metrics.sample(step, text, self.tokenizer.decode(completion.tokens))
             return ()
 
-        return Evaluator(self.config.sample_every, run, at_start=False)
+        return Evaluator(self.config.sample_every, write_samples, at_start=False)
 
     def prepare(self, start: Callable[[], Any]) -> tuple[State, StepFunction]:
         """The state of step 0 where it belongs on the mesh, and the jitted step that trains it; nothing is recomputed
-        where that is left to `fitted`."""
+        where that is left to `compiled`."""
         abstract, make_step = self._planned(start)
-        remat = self.run.experiment.remat
+        remat = self.workspace.experiment.remat
         return self._begin(start, abstract), make_step("none" if remat == "auto" else remat)
 
-    def fitted(self, start: Callable[[], Any], source: Source) -> tuple[State, FittedStep]:
+    def compiled(self, start: Callable[[], Any], source: Source) -> tuple[State, TrainStep]:
         """The state of step 0, and the step that fits into memory; compiled before anything is there to take memory,
         where the source knows its batches beforehand.
 
@@ -148,15 +148,15 @@ class Training:
           UserError: none fits.
         """
         abstract, make_step = self._planned(start)
-        step = FittedStep(make_step, self.run.experiment.remat, usable_memory(), self._accept)
+        step = TrainStep(make_step, self.workspace.experiment.remat, usable_memory(), self._accept)
         if isinstance(source, Batches):
-            step.fit(abstract, source.abstract())
+            step.compile(abstract, source.abstract())
         return self._begin(start, abstract), step
 
     def _planned(self, start: Callable[[], Any]) -> tuple[State, MakeStep]:
         params = jax.eval_shape(start)
         return plan_step(
-            self.model, self.optimizer, params, mesh=self.run.mesh, dtype=self.run.dtype, in_fp8=self.in_fp8
+            self.model, self.optimizer, params, self.compute
         )
 
     def _begin(self, start: Callable[[], Any], abstract: State) -> State:
@@ -166,14 +166,14 @@ class Training:
             start()
         )
 
-    def _accept(self, fit: Fit) -> None:
+    def _accept(self, step: CompiledStep) -> None:
         """Says what was chosen, where there was a choice; an explicit setting is obeyed, whether it fits or not."""
-        for name, spent in fit.seconds.items():
+        for name, spent in step.seconds.items():
             self.startup[name] = self.startup.get(name, 0.0) + spent
-        if self.run.experiment.remat != "auto" or fit.limit is None:
+        if self.workspace.experiment.remat != "auto" or step.limit is None:
             return
-        check(fit.fits, fit.too_large(self.stage, self.config.device_rows))
-        self.run.say(f"{self.stage:<9} {fit}")
+        check(step.fits, step.too_large(self.stage, self.config.device_rows))
+        self.workspace.say(f"{self.stage:<9} {step}")
 
     def train(
         self,
@@ -183,31 +183,33 @@ class Training:
         **facts,
     ) -> None:
         """Runs the loop to its end and writes stage.json; `start` gives the parameters of step 0."""
-        run, began, clock = self.run, time.time(), time.perf_counter()
-        state, step_fn = self.fitted(start, source)
-        rates = learning_rates(run.experiment.optimizer, self.model, self.schedule, lr_fraction=self.config.lr_fraction)
-        with run.metrics(self.stage, self.num_steps) as metrics:
+        workspace, began, clock = self.workspace, time.time(), time.perf_counter()
+        state, step_fn = self.compiled(start, source)
+        rates = learning_rates(
+            workspace.experiment.optimizer, self.model, self.schedule, lr_fraction=self.config.lr_fraction
+        )
+        with workspace.metrics(self.stage, self.num_steps) as metrics:
             loop = Loop(
                 step_fn=step_fn,
                 source=source,
                 num_steps=self.num_steps,
                 metrics=metrics,
-                checkpoints=run.checkpoints(self.stage),
+                checkpoints=workspace.checkpoints(self.stage),
                 schedule_values=lambda step: {name: float(rate) for name, rate in rates(step).items()},
                 flops_per_token=flops_per_token(self.model),
                 save_every=self.config.save_every,
                 evaluators=evaluators(metrics),
-                on_nan=run.experiment.on_nan,
+                on_nan=workspace.experiment.on_nan,
                 startup=self.startup,
                 began=clock,
-                meta={"stage": self.stage, "parent": self.parent, "config": dataclasses.asdict(run.experiment)},
+                meta={"stage": self.stage, "parent": self.parent, "config": dataclasses.asdict(workspace.experiment)},
             )
             loop.train(state)
             loop.checkpoints.close()
         facts |= self._data_facts(source.whole_state(source.get_state()))
         if line := describe_data(facts):
-            run.say(f"{self.stage:<9} {line}")
-        run.finish(
+            workspace.say(f"{self.stage:<9} {line}")
+        workspace.finish(
             self.stage,
             parent=self.parent,
             steps=self.num_steps,
@@ -221,31 +223,34 @@ class Training:
 
     def _data_facts(self, state: dict) -> dict[str, Any]:
         """How full the rows were, and what was left out of the text, by the loader's state."""
-        state = summed(state) if "lanes" in state else state
-        facts: dict[str, Any] = {"left_out": state["left_out"]} if state.get("left_out") else {}
-        packed = state.get("packed") or {}
+        counts = totals(state)
+        packed = counts["packed"]
+        facts: dict[str, Any] = {"left_out": counts["left_out"]} if counts["left_out"] else {}
         if packed.get("rows"):
             facts["packing"] = {**packed, "utilisation": packed["targets"] / packed["rows"] / self.model.sequence_len}
         return facts
 
 
-def fresh_params(run: Run, model: GPTConfig) -> Params:
+def fresh_params(workspace: Workspace, model: GPTConfig) -> Params:
     """New parameters by the experiment's seed, where they belong on the mesh."""
-    params = init_params(model, jax.random.key(run.experiment.seed))
-    return jax.device_put(params, shardings(run.mesh, params))
+    params = init_params(model, jax.random.key(workspace.experiment.seed))
+    return jax.device_put(params, shardings(workspace.mesh, params))
 
 
-def random_batches(run: Run, model: GPTConfig) -> Batches:
+def random_batches(workspace: Workspace, model: GPTConfig) -> Batches:
     """Pretraining's batches, but of tokens drawn evenly: for measuring, where no text is wanted."""
-    plan, draw = plan_batch(run, "pretrain", run.experiment.pretrain), np.random.default_rng(run.experiment.seed)
-    shape = (plan.rows * plan.accumulation // batch_share(run.mesh)[1], model.sequence_len + 1)
+    plan, draw = (
+        plan_batch(workspace, "pretrain", workspace.experiment.pretrain),
+        np.random.default_rng(workspace.experiment.seed),
+    )
+    shape = (plan.rows * plan.accumulation // batch_share(workspace.mesh)[1], model.sequence_len + 1)
 
     def rows():
         while True:
             tokens = draw.integers(0, model.vocab_size, shape, np.int32)
             yield {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
 
-    return Batches(run, plan, rows())
+    return Batches(workspace, plan, rows())
 
 
 def take(iterator: Iterator[dict[str, np.ndarray]], count: int) -> list[dict[str, np.ndarray]]:

@@ -369,7 +369,7 @@ def test_bad_input(tmp_path, capsys, arguments, expected):
 
 def test_run_of_other_settings_is_refused(pretrained, capsys):
     code = main(command(pretrained, "--model.depth=2"))
-    assert "was begun with" in refusal((code, *capsys.readouterr()))
+    assert "was started with" in refusal((code, *capsys.readouterr()))
 
 
 def test_outside_a_checkout(tmp_path):

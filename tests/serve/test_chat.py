@@ -202,10 +202,10 @@ def test_earlier_steps(run_dir, tmp_path):
     with contextlib.closing(
         Checkpoints(tmp_path / "sft" / "checkpoints", CheckpointConfig(keep=3, keep_best=True))
     ) as checkpoints:
-        for step, worth in ((151, -1.0), (152, -2.0)):
+        for step, score in ((151, -1.0), (152, -2.0)):
             changed = jax.tree.map(lambda x, step=step: x + step, params)
             checkpoints.save(step, {"params": changed, "step": jnp.asarray(step)}, data={}, meta={})
-            checkpoints.note_worth(step, worth)
+            checkpoints.record_score(step, score)
     for step, added in ((None, 152), ("150", 0), ("151", 151), ("best", 151)):
         loaded = load_model(tmp_path, "sft", step).params
         jax.tree.map(lambda x, y, added=added: np.testing.assert_array_equal(x, y + added), loaded, params)
@@ -218,7 +218,7 @@ def test_earlier_steps(run_dir, tmp_path):
         (["talk"], "invalid choice"),
         ([], "required"),
         (["chat", "--run", "no/such/run"], "there is no run directory no/such/run"),
-        (["chat", "--run", "RUN", "--stage", "stf"], "there is no stage 'stf' with a model, did you mean 'sft'?"),
+        (["chat", "--run", "RUN", "--stage", "stf"], "'stf' is not a stage with a model, did you mean 'sft'?"),
         (["chat", "--run", "RUN", "--stage", "midtrain"], "'midtrain' of RUN is not finished; finished: pretrain, sft"),
         (["chat", "--run", "RUN", "--stage", "rl"], "'rl' of RUN is not finished; finished: pretrain, sft"),
         (["chat", "--run", "RUN", "--step", "7"], "no checkpoint of step 7 in RUN/sft/checkpoints, only of 150"),

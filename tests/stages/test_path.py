@@ -92,6 +92,8 @@ class TestWholeRun:
             mine = record(finished, stage)
             for name in ("steps", "tokens", "seconds", "parent"):
                 assert report["stages"][stage].get(name) == mine.get(name)
+        assert report["vocab_size"] == 300
+        assert report["parameters"] == sum(array.size for array in parameters(finished, "pretrain").values())
         assert report["seconds"] == pytest.approx(sum(record(finished, s)["seconds"] for s in STAGES[:-1]))
         assert report["evaluation"]["pretrain"]["bpb"] == values(finished, "pretrain", "bpb")[-1][1]
         scores = {line["of"]: line["score/sums"] for line in read_metrics(finished) if "score/sums" in line}
@@ -142,7 +144,8 @@ class TestWholeRun:
         for damage in ('{"stage": "pre', "[]", ""):
             (run / "pretrain" / "stage.json").write_text(damage)
             message = refusal(start(run, "--stages=pretrain"))
-            assert str(run / "pretrain" / "stage.json") in message and "damaged" in message
+            assert message.startswith(f"{run / 'pretrain' / 'stage.json'} is damaged (")
+            assert message.endswith("; restore it, or delete it and run the stage 'pretrain' again")
         for damage in ('{"name": ', "[]", '{"model": {"depth": "x"}}'):
             (run / "config.json").write_text(damage)
             assert str(run / "config.json") in refusal(start(run))
@@ -222,7 +225,7 @@ def interrupt_at(monkeypatch, source, step, error=KeyboardInterrupt):
 
 KILL = """
 import os, signal, sys
-import launch
+from jaxchat.cli.launch import main
 from jaxchat.stages.training import Batches
 real = Batches.next_batch
 def next_batch(self, step, params):
@@ -230,7 +233,7 @@ def next_batch(self, step, params):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, step, params)
 Batches.next_batch = next_batch
-launch.main(sys.argv[1:])
+main(sys.argv[1:])
 """
 
 
@@ -291,7 +294,7 @@ class TestResume:
         largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
         largest.write_bytes(largest.read_bytes()[:-10])
         message = refusal(start(run, "--stages=pretrain"))
-        assert str(newest) in message and "damaged" in message and "go on from step 4" in message
+        assert str(newest) in message and "damaged" in message and "resume from step 4" in message
         shutil.rmtree(newest)
         code, _, err = start(run, "--stages=pretrain")
         assert code == 0, err

@@ -24,7 +24,7 @@ SETTINGS = [*ARGUMENTS, f"--pretrain.num-iterations={STEPS}", "--checkpoints.kee
 # Kills itself a while after it asked for the batch of a step: within a step, a save, an evaluation or a deletion.
 PROGRAM = """
 import os, signal, sys, threading
-import launch
+from jaxchat.cli.launch import main
 from jaxchat.stages.training import Batches
 
 at, delay, batches = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
@@ -41,7 +41,7 @@ def next_batch(self, step, params):
 
 import jax
 Batches.next_batch = next_batch
-sys.exit(launch.main(sys.argv[4:]))
+sys.exit(main(sys.argv[4:]))
 """
 
 

@@ -143,7 +143,7 @@ def test_gradient_is_reinforce(tokenizer, params):
         for i, (prompt, written) in enumerate(zip(prompts, own, strict=True)):
             advantage = rewards[i] - sum(rewards[i // 4 * 4 : i // 4 * 4 + 4]) / 4
             tokens = jnp.array(prompt + written + [0] * (CONTEXT - len(prompt + written)))[None]
-            scores = logits(MODEL, params, hidden_states(MODEL, params, tokens, jnp.float32))[0]
+            scores = logits(MODEL, params, hidden_states(MODEL, params, tokens))[0]
             log_p = jax.nn.log_softmax(scores[:, : MODEL.vocab_size], axis=-1)
             places = np.arange(len(prompt), len(prompt) + len(written))
             total += advantage * jnp.sum(log_p[places - 1, tokens[0, places]])
@@ -182,7 +182,7 @@ def test_a_few_steps_make_the_rewarded_likelier(tokenizer, params, method):
     prompt = jnp.array(tokenizer.render_for_completion(source.questions[0][1]))[None]
 
     def rewarded(params):
-        scores = logits(MODEL, params, hidden_states(MODEL, params, prompt, jnp.float32))[0, -1]
+        scores = logits(MODEL, params, hidden_states(MODEL, params, prompt))[0, -1]
         return float(jax.nn.softmax(scores)[ord("a") : ord("z") + 1].sum())
 
     assert rewarded(params) < 0.2

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from jaxchat.config import PretrainConfig
+from jaxchat.config import CostConfig, PretrainConfig
 from jaxchat.errors import UserError
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import abstract_params
@@ -15,10 +15,8 @@ from jaxchat.train.budget import (
     BatchPlan,
     attended_keys,
     batch_plan,
-    cost,
     count_parameters,
     flops_per_token,
-    hours,
     training_length,
 )
 
@@ -139,6 +137,7 @@ def test_no_nearer_batch_would_do(batch, device_rows):
 def test_hours_and_cost():
     speedrun = flops_per_token(D20) * 524_288 * 21_400
     assert speedrun == pytest.approx(3.917670e19, rel=1e-6)
-    assert hours(speedrun, 0.5, 8, 1e15) == pytest.approx(3.91767e19 / 0.5 / 8e15 / 3600, rel=1e-6)
-    assert hours(3600e12, 0.5, 2, 1e12) == 1.0
-    assert cost(hours=2.5, devices=8, dollars_per_device_hour=3.0) == 60.0
+    node = CostConfig(devices=8, dollars_per_device_hour=3.0, expected_mfu=0.5)
+    assert node.hours(speedrun, 1e15) == pytest.approx(3.91767e19 / 0.5 / 8e15 / 3600, rel=1e-6)
+    assert CostConfig(devices=2, expected_mfu=0.5).hours(3600e12, 1e12) == 1.0
+    assert node.dollars(2.5) == 60.0 and node.dollars(2.5, devices=2) == 15.0

@@ -1,0 +1,1 @@
+"""What a run leaves behind: its directory, metrics, progress and report."""

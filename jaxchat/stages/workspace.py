@@ -1,0 +1,229 @@
+"""What a stage works with: its run directory, the mesh, the data, the tokenizer, parameters, and where it reports.
+
+Of several processes, which must share the run directory, only process 0 writes to it (checkpoints excepted) and prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+from etils import epath
+
+from jaxchat.checkpoint import Checkpoints
+from jaxchat.config import Experiment
+from jaxchat.data.hub.background_download import BackgroundDownload
+from jaxchat.data.hub.catalogue import parse_requests
+from jaxchat.data.synthetic import write_synthetic
+from jaxchat.data.text.shards import TextSplits, find_text
+from jaxchat.devices.machine import machine_info, peak_memory_bytes
+from jaxchat.devices.mesh import make_mesh
+from jaxchat.devices.processes import on_process_zero
+from jaxchat.errors import MissingData, check
+from jaxchat.model.config import GPTConfig
+from jaxchat.model.gpt import Params, abstract_params
+from jaxchat.model.parameters import shardings
+from jaxchat.ops.compute import Compute, compute_dtype
+from jaxchat.runs.directory import TRAINED, RunDirectory
+from jaxchat.runs.metrics import Metrics
+from jaxchat.storage import AnyPath, is_folder, to_path, to_run_directory
+from jaxchat.tasks import Task, load_task, parse_mixture
+from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
+
+GENERATED = ("chat", "sums", "letters", "facts", "long_sums")  # the tasks of the generated corpus
+
+
+class Workspace:
+    """One experiment in one run directory, opened on this machine's devices. `say` prints a line for the user."""
+
+    def __init__(self, experiment: Experiment, directory: epath.PathLike, *, say=print, keep_config: bool = False):
+        """Opens the directory as `RunDirectory.open` does.
+
+        Raises:
+          UserError: the directory holds something else, or a run with other settings; the experiment has no text; the
+            mesh does not match the devices.
+        """
+        data = experiment.data
+        check(
+            data.folder is not None or data.generate,
+            f"{experiment.name} trains on your text: give it a folder with --data=DIR, "
+            "or name data sets with --data.download",
+        )
+        self.experiment, self.directory = experiment, RunDirectory(to_run_directory(directory))
+        self._say = say
+        self.say = say if jax.process_index() == 0 else lambda line: None
+        self.mesh = make_mesh(experiment.mesh)
+        self.compute = Compute(compute_dtype(experiment), self.mesh)
+        self.dtype = self.compute.dtype
+        on_process_zero(lambda: self.directory.open(experiment, keep_config=keep_config))
+        requests = parse_requests(data.download)
+        self._download = BackgroundDownload(data.folder, requests, self.say) if requests else None
+
+    # --- data and tokenizer -------------------------------------------------------------------------------------
+
+    @property
+    def text_dir(self) -> AnyPath:
+        """The folder of the pretraining text: the user's `pretrain/`, the user's folder, or the generated one."""
+        user = self.experiment.data.folder
+        if user is None:
+            return self._generated() / "pretrain"
+        path = to_path(user)
+        check(is_folder(path), f"data folder {user} does not exist; give --data a folder with text")
+        return path / "pretrain" if (path / "pretrain").is_dir() else path
+
+    def text(self) -> TextSplits:
+        """The pretraining text. Reading it waits for files that are still to be downloaded.
+
+        Raises:
+          UserError: as `find_text`; the download cannot start.
+        """
+        data = self.experiment.data
+        if self._download is not None:
+            split = self._download.text(data.val_shard, on_bad=data.on_bad)
+        else:
+            split = find_text(
+                self.text_dir, data.val_shard, on_bad=data.on_bad, say=lambda line: self.say(f"data      {line}")
+            )
+        if data.lanes > 1 and jax.process_count() > 1:
+            # Only the processes that read a lane see what is bad in it.
+            split = dataclasses.replace(split, train=dataclasses.replace(split.train, say=self._tell_as_process))
+        return split
+
+    def _tell_as_process(self, line: str) -> None:
+        self._say(f"data      {line} (process {jax.process_index()})")
+
+    def _generated(self) -> AnyPath:
+        """The generated corpus, written once; one that was left unfinished is written again."""
+        directory = to_path(self.directory.generated_data)
+        on_process_zero(lambda: self._generate(directory))
+        return directory
+
+    def _generate(self, directory: AnyPath) -> None:
+        if (directory / "complete").exists():
+            return
+        data, started = self.experiment.data, time.perf_counter()
+        self.say(f"data      generating the synthetic corpus in {directory}")
+        write_synthetic(
+            directory,
+            seed=self.experiment.seed,
+            documents=data.synthetic_documents,
+            conversations=data.synthetic_conversations,
+        )
+        (directory / "complete").touch()
+        self.say(f"data      done in {time.perf_counter() - started:.0f} s")
+
+    def load_tasks(self, stage: str, mixture: tuple[str, ...], split: str, *, quiet: bool = False) -> list[Task]:
+        """The tasks of `mixture` that the data has, after waiting for downloads.
+
+        The user's folder comes first. If it has no conversations, the tasks that jaxchat generates take their place. A
+        task that is found nowhere is left out, with a line for the user.
+        """
+        if self._download is not None:
+            self._download.wait_for_tasks()
+        tasks, missing = [], []
+        for name, limit in parse_mixture(mixture):
+            try:
+                tasks.append(self._load_task(name, split, limit))
+            except MissingData as error:
+                missing.append(f"{name} ({error})")
+        if missing and not quiet:
+            self.say(f"{stage:<9} left out, not in the data folder: {', '.join(missing)}")
+        return tasks
+
+    def _load_task(self, name: str, split: str, limit: int | None) -> Task:
+        user = self.experiment.data.folder
+        if user is not None:
+            try:
+                return load_task(name, split, user, limit)
+            except MissingData:
+                # The generated facts are about a world that the user's text does not know.
+                has_chat = (to_path(user) / "chat").exists()
+                if name not in GENERATED or name == "facts" or (name == "chat" and has_chat):
+                    raise
+        return load_task(name, split, self._generated(), limit)
+
+    def tokenizer(self) -> BaseTokenizer:
+        """The run's tokenizer.
+
+        Raises:
+          UserError: the tokenizer stage has not run.
+        """
+        check(self.finished("tokenizer"), f"{self.directory} has no tokenizer yet; run the stage 'tokenizer' first")
+        return load_tokenizer(self.directory.tokenizer)
+
+    # --- the model ----------------------------------------------------------------------------------------------
+
+    def model_config(self, tokenizer: BaseTokenizer) -> GPTConfig:
+        """The experiment's model for this tokenizer."""
+        return _model(self.experiment, tokenizer.vocab_size, tokenizer.bos_token_id)
+
+    def checkpoints(self, stage: str) -> Checkpoints:
+        return Checkpoints(self.directory.checkpoints(stage), self.experiment.checkpoints)
+
+    def load_params(self, stage: str, config: GPTConfig) -> tuple[Params, int]:
+        """The parameters that `stage` ended with, laid out on the mesh, and its last step."""
+        abstract = abstract_params(config)
+        abstract = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            abstract,
+            shardings(self.mesh, abstract),
+        )
+        checkpoints = self.checkpoints(stage)
+        step = checkpoints.latest_step()
+        check(step is not None, f"stage {stage!r} of {self.directory} left no checkpoint; run it again")
+        params = checkpoints.restore_params(abstract, step)
+        checkpoints.close()
+        return params, step
+
+    # --- the stages' records ------------------------------------------------------------------------------------
+
+    def finished(self, stage: str) -> bool:
+        return on_process_zero(lambda: self.directory.finished(stage))
+
+    def finish(self, stage: str, **facts: Any) -> None:
+        """Marks `stage` as finished; `facts` are `parent`, `steps`, `tokens`, `seconds`, `started`, `metrics`, ..."""
+        record = {"stage": stage, **facts, "finished": time.time(), "machine": machine_info()}
+        record["peak_memory_bytes"] = peak_memory_bytes()
+        on_process_zero(lambda: self.directory.write_record(stage, record))
+
+    def stages_with_model(self) -> list[str]:
+        """The finished stages that left parameters, in order."""
+        return on_process_zero(self.directory.stages_with_model)
+
+    def parent_of(self, stage: str) -> str:
+        """The last finished stage before `stage` that left parameters.
+
+        Raises:
+          UserError: there is none.
+        """
+        before = TRAINED[: TRAINED.index(stage)]
+        parents = [name for name in self.stages_with_model() if name in before]
+        check(bool(parents), f"{stage} needs an earlier stage's parameters; run one of {', '.join(before)} first")
+        return parents[-1]
+
+    def metrics(self, stage: str, total_steps: int | None = None) -> Metrics:
+        """The log of a stage, as a context manager; process 0 alone writes and shows it."""
+        log = self.experiment.logging
+        return Metrics(
+            self.directory.path,
+            stage,
+            tensorboard=log.tensorboard,
+            wandb=log.wandb,
+            total_steps=total_steps,
+            enabled=jax.process_index() == 0,
+        )
+
+
+def planned_model(experiment: Experiment) -> GPTConfig:
+    """The experiment's model before there is a tokenizer, with the vocabulary size that the experiment asks for.
+
+    It is for random tokens: id 0 stands for the token that begins a document.
+    """
+    return _model(experiment, experiment.tokenizer.vocab_size, 0)
+
+
+def _model(experiment: Experiment, vocab_size: int, bos_token_id: int) -> GPTConfig:
+    border = bos_token_id if experiment.data.mask_borders in ("attention", "both") else None
+    return GPTConfig.of(experiment.model, vocab_size, border)
