@@ -1,4 +1,4 @@
-"""A hub for the tests of downloads."""
+"""A hub for the tests of downloads, and a small text."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +22,7 @@ def server(monkeypatch):
 
 @pytest.fixture(scope="module")
 def side(tmp_path_factory) -> TextFiles:
-    """Two shards of three row groups of three documents, and an empty document between them."""
+    """Two shards of three row groups of three documents."""
     folder = tmp_path_factory.mktemp("text")
     texts = [f"the {i} cat sat " * (i % 4 + 1) for i in range(18)]
     files = tuple(folder / f"shard_{shard}.parquet" for shard in range(2))

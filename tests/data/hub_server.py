@@ -1,4 +1,4 @@
-"""A server on this machine that speaks the hub's protocol to the real client, and misbehaves when told to.
+"""A server on this machine that speaks the hub's protocol to the real client, and misbehaves on request.
 
 `/datasets/REPO/resolve/...` answers as the hub does, with a redirect to the file's bytes under another host name, where
 ranges work. Everything else is what huggingface_hub asks for before it.
@@ -27,8 +27,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Fault:
-    """What happens instead of a right answer, once: only `first` bytes and the connection breaks; a `status` with
-    `headers`; `wrong` bytes; `stall` seconds of silence; `whole`, whatever range was asked for."""
+    """What happens once instead of the right response.
+
+    The connection breaks after `first` bytes; a `status` with `headers`; `wrong` bytes; `stall` seconds of silence; the
+    `whole` file, whatever range was requested.
+    """
 
     first: int | None = None
     status: int | None = None
@@ -46,9 +49,9 @@ class HubServer(ThreadingHTTPServer):
         self.repos: dict[str, dict[str, bytes]] = {}
         self.files: dict[str, bytes] = {}  # outside the hub, by path
         self.faults: dict[str, deque[Fault]] = defaultdict(deque)  # by the end of the path: for the bytes of a file,
-        self.early: dict[str, deque[Fault]] = defaultdict(deque)  # and for what is asked before them
+        self.early: dict[str, deque[Fault]] = defaultdict(deque)  # and for the requests before that
         self.asked: list[tuple[str, str, str | None]] = []  # method, path, range
-        self.tokens: list[tuple[str, str]] = []  # method and path of what came with a token
+        self.tokens: list[tuple[str, str]] = []  # method and path of requests with a token
         self.gate = threading.Event()  # while not set, the bytes of files named in `held` are not sent
         self.held: set[str] = set()
         self.seconds_per_piece = 0.0
@@ -60,11 +63,11 @@ class HubServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def gets(self, name: str) -> list[str | None]:
-        """The ranges that were asked for of a file's bytes, in order."""
+        """The ranges of a file's bytes that were requested, in order."""
         return [ranges for method, path, ranges in self.asked if method == "GET" and path.endswith(name)]
 
     def handle_error(self, request, client_address):
-        pass  # a client that goes away is part of the tests
+        pass  # some tests close the connection
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Small batches of text and what compares them, for the tests of the loader."""
+"""Small batches of text, and their comparison, for the tests of the loader."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Batches over the whole path from files: order, shares of processes, epochs, resuming, threads."""
+"""Batches from files to the end: order, shares of processes, epochs, resuming, threads."""
 
 import gc
 import json
@@ -38,7 +38,7 @@ def chats(**changes):
     return chat_batches(RENDERED, TOKENIZER, **{"rows": 2, "sequence_len": 100, "seed": 0} | changes)
 
 
-def test_text_is_read_in_order_again_and_again_without_a_seam(side):
+def test_text_is_read_in_order_repeatedly_without_a_gap(side):
     expected = tokens_of(side)
     batches = take(text_batches(side), 3 * len(expected) // 32)
     assert all(b["inputs"].shape == b["targets"].shape == (2, 16) for b in batches)
@@ -79,7 +79,7 @@ def test_shuffling_reorders_blocks_by_seed_and_epoch_and_loses_none(side):
 
 @settings(max_examples=40, deadline=None)
 @given(taken=st.integers(0, 70), shuffle=st.booleans(), rows=st.integers(1, 3), packing=st.sampled_from(PACKINGS))
-def test_text_goes_on_from_any_batch(side, taken, shuffle, rows, packing):
+def test_text_resumes_from_any_batch(side, taken, shuffle, rows, packing):
     iterator = text_batches(side, shuffle=shuffle, rows=rows, packing=packing)
     take(iterator, taken)
     state = json.loads(json.dumps(iterator.get_state()))
@@ -91,7 +91,7 @@ def test_text_goes_on_from_any_batch(side, taken, shuffle, rows, packing):
 
 @settings(max_examples=25, deadline=None)
 @given(taken=st.integers(0, 40), rows=st.integers(1, 3))
-def test_chats_go_on_from_any_batch(taken, rows):
+def test_chats_resume_from_any_batch(taken, rows):
     iterator = chats(rows=rows)
     take(iterator, taken)
     state = json.loads(json.dumps(iterator.get_state()))
@@ -124,7 +124,7 @@ def test_best_fit_trains_on_every_token_once_and_begins_every_row_with_bos(tmp_p
         for inputs, targets in zip(batch["inputs"].tolist(), batch["targets"].tolist(), strict=True):
             assert inputs[0] == BOS
             length = next((i for i, target in enumerate(targets) if target < 0), len(targets))
-            assert targets[length:] == [-1] * (len(targets) - length), "what is not filled is at the end"
+            assert targets[length:] == [-1] * (len(targets) - length), "the unfilled part is at the end"
             row = [*inputs[: length + 1], *targets[length - 1 : length]] if length == 16 else inputs[: length + 1]
             assert row[1:] == targets[:length]
             starts = [i for i, token in enumerate(row) if token == BOS]
@@ -149,18 +149,18 @@ def test_best_fit_places_every_part_of_a_document_once_and_leaves_little_room(le
     assert [start for start, _, whole in pieces if whole] == [start for start, _ in documents]
 
 
-def test_best_fit_cuts_few_documents_and_says_how_many(side):
+def test_best_fit_cuts_few_documents_and_counts_them(side):
     iterator = best_fit_batches(side, repeat=False, sequence_len=40)
     rows = sum(int((batch["targets"] >= 0).any(axis=1).sum()) for batch in iterator)
     packed = totals(iterator.get_state())["packed"]
     assert (packed["documents"], packed["rows"]) == (18, rows) and 0 < packed["cut"] <= rows
-    pieces = packed["targets"] + rows - len(tokens_of(side))  # a <|bos|> more each
+    pieces = packed["targets"] + rows - len(tokens_of(side))  # each has one more <|bos|>
     assert packed["cut"] <= pieces <= rows
     whole = best_fit_batches(side, repeat=False, sequence_len=5000)
     assert len(list(whole)) == 1 and totals(whole.get_state())["packed"]["cut"] == 0
 
 
-def test_borders_are_no_targets_if_wanted(side):
+def test_borders_are_not_targets_if_masked(side):
     for packing_name in PACKINGS:
         plain, masked = (take(text_batches(side, packing=packing_name, mask_borders=mask), 5) for mask in (False, True))
         for a, b in zip(plain, masked, strict=True):
@@ -169,7 +169,7 @@ def test_borders_are_no_targets_if_wanted(side):
         assert any((batch["targets"] == BOS).any() for batch in plain)
 
 
-def test_a_state_of_another_packing_is_refused(side):
+def test_a_position_of_another_packing_is_refused(side):
     for packing_name, other in (PACKINGS, PACKINGS[::-1]):
         state = text_batches(side, packing=packing_name).get_state()
         with pytest.raises(UserError, match=f"resume with --data.packing={packing_name}"):
@@ -188,7 +188,7 @@ def test_processes_share_the_rows_of_the_same_global_batches(side, count):
     assert_same(joined(chats), take(chats(rows=2 * count), 12))
 
 
-def test_a_state_fits_any_number_of_processes_and_rows(side):
+def test_a_position_fits_any_number_of_processes_and_rows(side):
     for make in (partial(text_batches, side), partial(best_fit_batches, side), chats):
         one = make(rows=4)
         take(one, 5)
@@ -209,7 +209,7 @@ def test_finite_iterators_of_all_processes_end_together(side, count):
         assert targets == sum((b["targets"] >= 0).sum() for b in make(rows=50))
 
 
-def test_each_epoch_holds_every_conversation_whole_and_once():
+def test_each_epoch_has_every_conversation_whole_and_once():
     rows = count_rows(CHATS, TOKENIZER, sequence_len=100, seed=0)
     rendered = sorted(TOKENIZER.render_conversation(chat, max_tokens=101)[0] for chat in CHATS)
     assert sum(map(len, rendered)) / (101 * rows) > 0.9
@@ -252,7 +252,7 @@ def test_conversations_are_rendered_once_for_counting_and_training():
         chat_batches(rendered, counting, rows=2, sequence_len=50, seed=0)
 
 
-def test_a_state_is_small():
+def test_a_position_is_small():
     many = chat_batches(CHATS * 100, TOKENIZER, rows=4, sequence_len=200, seed=0)
     take(many, 3)
     assert len(json.dumps(many.get_state())) < 3000
@@ -288,7 +288,7 @@ print(next(iterator)["inputs"].shape)
     assert (done.returncode, done.stdout, done.stderr) == (0, "(64, 512)\n", "")
 
 
-def test_what_is_wrong_with_a_file_comes_out_of_next_as_it_is(tmp_path):
+def test_an_error_in_a_file_comes_out_of_next_unchanged(tmp_path):
     lines = ['{"text": "the cat sat on the mat"}\n'] * 9 + ["nonsense\n"]
     (tmp_path / "a.jsonl").write_text("".join(lines))
     iterator = text_batches(TextFiles((tmp_path / "a.jsonl",), "jsonl"))

@@ -1,4 +1,4 @@
-"""The generated corpus: right answers, consistent facts, and nothing of the test questions in what is trained on."""
+"""The synthetic corpus has right answers and consistent facts, and no test question in what is trained on."""
 
 import collections
 import hashlib
@@ -95,7 +95,7 @@ def test_too_small_a_corpus_is_refused(tmp_path):
         write_synthetic(tmp_path, seed=0, conversations=10)
 
 
-def test_roles_alternate_behind_an_optional_system_message(chats):
+def test_roles_alternate_after_an_optional_system_message(chats):
     for conversation in chats:
         roles = [message["role"] for message in conversation["messages"]]
         roles = roles[1:] if roles[0] == "system" else roles
@@ -104,7 +104,7 @@ def test_roles_alternate_behind_an_optional_system_message(chats):
     assert any(len(conversation["messages"]) >= 6 for conversation in chats)
 
 
-def test_every_tool_call_is_right_and_said(corpus, chats):
+def test_every_tool_call_is_right_and_in_the_answer(corpus, chats):
     items = [item for name, split in SPLITS[:6] for item in read(corpus / "eval" / name / f"{split}.jsonl")]
     calls = list(tool_calls(chats + items))
     assert len(calls) > 2000
@@ -209,7 +209,7 @@ def test_the_text_never_contradicts_itself(texts):
     assert all(len(values) == 1 for values in told.values()), told
 
 
-def test_every_fact_is_told_in_many_ways(texts):
+def test_every_fact_is_stated_in_many_ways(texts):
     world = build_world(SEED)
     text = "\n".join(texts)
     for attribute in ATTRIBUTES:

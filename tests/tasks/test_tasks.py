@@ -164,7 +164,7 @@ def test_numbers_in_text():
     assert canonical_number(".50") == "0.5" and canonical_number("-0.0") == "0" and canonical_number("007") == "7"
 
 
-def test_only_what_is_said_behind_the_tool_counts():
+def test_only_the_text_after_the_tools_output_counts():
     completion = "<|python_start|>34 + 58<|python_end|><|output_start|>92<|output_end|>"
     assert visible_answer(completion + "It is 92.<|assistant_end|>") == "It is 92."
     assert score_value("92", (), completion + "34 + 58 = 92.") == 1
@@ -174,7 +174,7 @@ def test_only_what_is_said_behind_the_tool_counts():
     assert score_value("1250", (), "It is 1,250.") == 1
 
 
-def test_names_count_as_whole_words_and_alone():
+def test_names_count_as_whole_words_and_without_others():
     others = ["Redhill", "Seaview"]
     assert score_value("Oakford", others, "Mira lives in Oakford.") == 1
     assert score_value("Oakford", others, "oakford") == 1
@@ -252,7 +252,7 @@ def test_gsm8k_annotations_become_tool_calls(tmp_path):
 # --- spelling
 
 
-def test_spelling_is_made_and_split_by_word():
+def test_spelling_is_generated_and_split_by_word():
     words = {}
     for split, side in (("train", "train"), ("val", "rl"), ("test", "test")):
         task = load_task("spelling", split, Path("/nowhere"), limit=400)
@@ -291,7 +291,7 @@ def test_spelling_takes_the_words_of_the_data_folder(tmp_path):
 # --- generated corpus
 
 
-def test_the_generated_corpus_serves_every_task_that_it_should(tmp_path):
+def test_the_synthetic_corpus_has_every_task_that_it_should(tmp_path):
     write_synthetic(tmp_path, seed=1, documents=100, conversations=100)
     for name in ("chat", "sums", "letters", "facts"):
         train, val = load_task(name, "train", tmp_path), load_task(name, "val", tmp_path)

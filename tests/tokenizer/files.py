@@ -1,4 +1,4 @@
-"""Tokenizers of several kinds as files, and Hugging Face's ids by them."""
+"""Tokenizers of several kinds as files, and the ids that Hugging Face gives with them."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from jaxchat.tokenizer.patterns import (
 )
 from tests.tokenizer.texts import corpus
 
-GAPS = r"[a-z]+|\p{N}{1,3}| \p{Lu}"  # most of the text is in no match
-EMPTY = r"[a-z]*|\s+"  # matches nothing at all, too
+GAPS = r"[a-z]+|\p{N}{1,3}| \p{Lu}"  # matches only a small part of a text
+EMPTY = r"[a-z]*|\s+"  # also matches the empty string
 PATTERNS = [SPLIT_PATTERN, GPT2_PATTERN, R50K_PATTERN, CL100K_PATTERN, O200K_PATTERN, GAPS, EMPTY]
 END = "<|endoftext|>"
 
 
 @cache
 def huggingface(file: str, spelled: bool = True) -> tokenizers.Tokenizer:
-    """Hugging Face's tokenizer of a tokenizer.json; it takes spelled special tokens for those, if told to."""
+    """Hugging Face's tokenizer for a file; with `spelled`, text that spells special tokens becomes these."""
     peer = tokenizers.Tokenizer.from_str(file)
     peer.encode_special_tokens = not spelled
     return peer
 
 
 def ids_of(text: str, file: str) -> list[int]:
-    """Hugging Face's."""
+    """Hugging Face's ids of a text."""
     return huggingface(file, spelled=False).encode(text, add_special_tokens=False).ids
 
 
@@ -64,7 +64,7 @@ PRE_TOKENIZERS = {
 
 @cache
 def foreign(kind: str, *, ignore_merges: bool = False, special: tuple[str, ...] = (END, "[PAD]")) -> str:
-    """The tokenizer.json of a vocabulary trained by Hugging Face; its special tokens are behind, and not listed."""
+    """The tokenizer.json of a vocabulary trained by Hugging Face; its special tokens follow it and are not listed."""
     peer = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
     peer.pre_tokenizer = PRE_TOKENIZERS.get(kind, PRE_TOKENIZERS["gpt2"])()
     peer.decoder = decoders.ByteLevel()

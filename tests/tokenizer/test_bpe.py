@@ -33,7 +33,7 @@ def test_training_does_not_depend_on_how_the_text_arrives():
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Parquet files as they come, and the texts in them."""
+    """Typical parquet files, and the texts in them."""
     folder, texts = tmp_path_factory.mktemp("shards"), corpus(8, 20_000)
     kinds = [("zstd", pa.string()), ("snappy", pa.large_string()), ("gzip", pa.string()), ("none", pa.string())]
     quarter = len(texts) // 4
@@ -51,7 +51,7 @@ def test_training_from_files_equals_training_on_their_texts(shards, max_chars, p
     files, texts = shards
     if max_chars is not None:
         ends = np.cumsum([len(text) for text in texts])
-        texts = texts[: int(np.argmax(ends >= max_chars)) + 1]  # with the text that reaches the limit
+        texts = texts[: int(np.argmax(ends >= max_chars)) + 1]  # including the text that reaches the limit
     size = 265 if max_chars == 1 else 500
     calls = []
     tokenizer = Tokenizer.train_from_files(
@@ -70,20 +70,20 @@ def test_files_that_cannot_be_read(shards, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_other_kinds_of_files_are_not_taken_for_text(tmp_path):
+def test_files_of_other_kinds_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "abc"}')
     with pytest.raises(UserError, match=r"a.jsonl is neither .parquet nor .txt"):
         Tokenizer.train_from_files([tmp_path / "a.jsonl"], 265)
 
 
-def test_training_tells_how_far_it_is():
+def test_training_reports_its_progress():
     calls: list[tuple[str, int]] = []
     texts = corpus(9, 30_000) * 10
 
     def slowly():
         for i, text in enumerate(texts):
             if i % 1000 == 0:
-                time.sleep(0.12)  # longer than the least time between two calls
+                time.sleep(0.12)  # longer than the minimum time between two calls
             yield text
 
     Tokenizer.train_from_iterator(slowly(), 400, progress=lambda *call: calls.append(call))
@@ -193,7 +193,7 @@ def test_token_bytes(tokenizer):
     assert sizes[tokenizer.encode(text)].sum() == len(text.encode())
 
 
-def test_a_trained_one_can_be_brought_along(tokenizer):
+def test_a_tokenizer_from_mergeable_ranks(tokenizer):
     ranks = tokenizer.mergeable_ranks
     swapped = {**ranks, b"a": ranks[b"b"], b"b": ranks[b"a"]}  # ids of bytes need not be the bytes
     brought = Tokenizer.from_mergeable_ranks(swapped, pattern=r"\w+|\W+")
@@ -234,7 +234,7 @@ def test_bad_ids(tokenizer):
         tokenizer.encode_special("<|bas|>")
 
 
-def test_what_is_no_text(tokenizer):
+def test_input_that_is_not_text(tokenizer):
     with pytest.raises(TypeError):
         tokenizer.encode([1])
     with pytest.raises(TypeError):
@@ -261,7 +261,7 @@ def test_ctrl_c_stops_training(train, shards):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "ready\n"
-        time.sleep(0.5)  # now it is in Rust
+        time.sleep(0.5)  # by now it is in Rust
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:

@@ -12,7 +12,7 @@ BYTES = [bytes([byte]) for byte in range(256)]
 
 @pytest.fixture
 def tokenizers():
-    """Single bytes only; pairs of `a` too; one that knows nothing but lower case."""
+    """One with single bytes only, one with pairs of `a` too, and one that has only lower case."""
     return [Tokenizer(BYTES), Tokenizer([*BYTES, b"aa"]), Tokenizer(BYTES, "[a-z]+")]
 
 
@@ -63,7 +63,7 @@ SCRIPTS = {
 
 
 def test_samples():
-    """Each is what its name says, and long enough to count on."""
+    """Each is what its name says, and long enough for reliable counts."""
     texts = samples()
     assert list(texts) == ["news", "code", "math", *SCRIPTS]
     assert all(2000 < len(texts[kind][0].encode()) < 5000 for kind in ("news", "code", "math"))

@@ -25,7 +25,7 @@ PATTERNS = {
     "with a backreference": r"(\p{L})\1+|\p{L}+?(?=(\p{L})\2)|\p{L}+|[^\p{L}]",
     "with a lookbehind": r"(?<=\s)\p{L}+|(?<![\s\p{L}])\p{L}{1,2}|[\s\p{N}]+",
 }
-# Letters that came to Unicode lately are not letters in every library yet: only those that Python knows.
+# Only characters that Python knows: recent letters of Unicode are not letters in every library yet.
 KNOWN = st.characters(exclude_categories=["Cs", "Cn"])
 TEXT = (
     st.text(KNOWN, max_size=40)
@@ -38,7 +38,7 @@ TEXT = (
 
 @functools.cache
 def learnt(name: str) -> tuple[list[bytes], rust.Encoder, tiktoken.Encoding]:
-    """150 merges of a pattern, in the two that encode with them."""
+    """The tokenizers of 150 merges of a pattern, in both libraries."""
     tokens = reference.train(corpus(0, 1500), 406, PATTERNS[name])
     return tokens, *encoders(tokens, PATTERNS[name])
 
@@ -63,10 +63,10 @@ def test_training_on_a_corpus(name):
 
 @given(st.lists(TEXT, max_size=5), st.sampled_from(sorted(PATTERNS)), st.integers(256, 300))
 @example([], "ours", 300)
-@example(["a" * 30, "ab" * 9], "ours", 300)  # ties all the way, and merges that overlap themselves
+@example(["a" * 30, "ab" * 9], "ours", 300)  # only ties, and merges that overlap themselves
 @settings(max_examples=300, deadline=None)
 def test_training_on_any_text(texts, name, size):
-    """Most of these texts have less to merge than asked for: all that there is comes back."""
+    """Most of these texts have fewer merges than requested; then all of them are learnt."""
     assert rust.train(texts, size, PATTERNS[name]) == reference.train(texts, size, PATTERNS[name])
 
 
@@ -89,7 +89,7 @@ def test_encoding(text, name):
 )
 @settings(max_examples=200, deadline=None)
 def test_encoding_with_a_vocabulary_that_was_not_learnt(longer, text, rng):
-    """Any bytes can be tokens, at any rank: some that no merges lead to, some that two pairs of neighbours make."""
+    """Any bytes can be tokens, at any rank: some unreachable by merges, some made by two pairs of neighbours."""
     tokens = [bytes([byte]) for byte in range(256)] + longer
     rng.shuffle(tokens)
     encoder, peer = encoders(tokens, SPLIT_PATTERN)

@@ -20,7 +20,7 @@ from tests.tokenizer.texts import ANY, corpus
 
 @cache
 def encoding(name: str) -> tiktoken.Encoding:
-    """Small ones of the shape of the published ones: where their special tokens are, and what they leave unused."""
+    """Small encodings that resemble the published ones in the places of special tokens and unused ids."""
     pattern = {"r50k": R50K_PATTERN, "p50k": R50K_PATTERN, "cl100k": CL100K_PATTERN, "o200k": O200K_PATTERN}[name]
     ranks = Tokenizer.train_from_iterator(corpus(25, 10_000), 500, pattern=pattern).mergeable_ranks
     n = len(ranks)
@@ -81,9 +81,9 @@ def test_special_tokens_of_an_encoding(name, tmp_path):
     assert same(Tokenizer.from_tiktoken(back), tokenizer)
 
 
-def test_ids_that_nothing_has():
+def test_unused_ids():
     tokenizer, back, _ = from_encoding("cl100k")
-    unused = encoding("cl100k").max_token_value - 20  # directly behind the ranks
+    unused = encoding("cl100k").max_token_value - 20  # directly after the ranks
     assert tokenizer.special_tokens[f"<|unused_{unused}|>"] == unused
     assert tokenizer.decode([unused]) == f"<|unused_{unused}|>"
 
@@ -138,7 +138,7 @@ def test_a_damaged_tiktoken_file(tmp_path, content):
         load_tokenizer(path)
 
 
-def test_encodings_that_cannot_be(tokenizer):
+def test_impossible_encodings(tokenizer):
     ranks = tokenizer.mergeable_ranks
 
     def load(ranks, special, pattern=r"[a-z]+|\s"):
@@ -158,6 +158,6 @@ def test_encodings_that_cannot_be(tokenizer):
         Tokenizer.from_tiktoken(tokenizer.to_tiktoken(), pattern="(")
 
 
-def test_what_tiktoken_has_no_rule_for():
+def test_vocabularies_that_tiktoken_cannot_represent():
     with pytest.raises(UserError, match="tiktoken has no rule for the merges of this vocabulary"):
         Tokenizer.from_text(foreign("gpt2")).to_tiktoken()

@@ -1,4 +1,4 @@
-"""Texts that tokenizers may trip over."""
+"""Texts that are difficult for tokenizers."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The calculator against Python's own arithmetic, and against input that wants more than arithmetic."""
+"""The calculator against Python's own arithmetic, and against input that is more than arithmetic."""
 
 import math
 import operator
@@ -124,7 +124,7 @@ def _grow(inner):
 
 
 class Bounded:
-    """A number whose arithmetic is Python's, and ends where a value on the way leaves the bounds."""
+    """A number with Python's arithmetic, which ends once an intermediate value leaves the bounds."""
 
     def __init__(self, value):
         self.value = value

@@ -68,7 +68,7 @@ def test_rows_are_nearly_full():
     assert sum(lengths) / (rows * 2049) > 0.98
 
 
-def test_a_packed_row_holds_the_conversations_and_trains_on_what_the_assistant_writes():
+def test_a_packed_row_has_the_conversations_and_trains_on_what_the_assistant_writes():
     chats = [conversation("the cat", "sat"), conversation("on", "the mat", "and", "the hat")]
     rendered = RenderedConversations(chats, TOKENIZER, 80)
     inputs, targets = pack_conversations([[1, 0], []], rendered, rows=3)

@@ -1,4 +1,4 @@
-"""Text and tasks are used while they are still being downloaded, and are the same as if they had been there."""
+"""Text and tasks are used while they are still downloading, with the same result as if they had been there."""
 
 import json
 import threading
@@ -59,7 +59,7 @@ def test_training_begins_with_the_first_shard(server, tmp_path, there):
     assert_same(iterator, whole, 5)
     assert len(list(iterate_texts(text.val))) == 400
     assert not (tmp_path / "pretrain" / NAMES[1]).exists()
-    # What is saved now can go on when all is there, and the other way round.
+    # A position saved now can be resumed when all files are there, and the reverse.
     early = json.loads(json.dumps(iterator.get_state()))
     assert early["lanes"]["0"]["blocks"] is None
     server.gate.set()
@@ -90,7 +90,7 @@ def test_lanes_begin_with_the_first_shard_too(server, tmp_path, there):
     assert_same(resumed, again, 3)
 
 
-def test_a_reader_that_waits_for_a_shard_is_let_go(server, tmp_path, there):
+def test_a_reader_that_waits_for_a_shard_can_be_interrupted(server, tmp_path, there):
     server.held = {NAMES[1]}
     iterator, whole = batches(background_download(tmp_path, f"{TEXT}:2").text().train), batches(there)
     state = iterator.get_state()
@@ -110,7 +110,7 @@ def test_shards_in_any_order_give_the_same_blocks(server, tmp_path, there):
     assert list(TextBlocks(text.train)) == list(TextBlocks(there))
 
 
-def test_a_download_that_fails_is_told_where_its_text_is_read(server, tmp_path):
+def test_a_failed_download_is_an_error_where_its_text_is_read(server, tmp_path):
     del server.repos[REPO][NAMES[1]]
     iterator = batches(background_download(tmp_path, f"{TEXT}:2").text().train, repeat=False)
     with pytest.raises(UserError, match=rf"{NAMES[1]}: the server has no http\S+ \(404\)"):
@@ -118,12 +118,12 @@ def test_a_download_that_fails_is_told_where_its_text_is_read(server, tmp_path):
             pass
 
 
-def test_nobody_watches_and_so_patience_has_no_end(server, tmp_path):
+def test_a_background_download_never_gives_up(server, tmp_path):
     server.faults[NAMES[0]].extend(Fault(status=503) for _ in range(12))
     assert len(list(iterate_texts(background_download(tmp_path, f"{TEXT}:1", backoff=1e-4).text().train))) == 400
 
 
-def test_several_processes_have_one_download(server, tmp_path):
+def test_several_processes_share_one_download(server, tmp_path):
     server.seconds_per_piece = 0.002
     sources = [background_download(tmp_path, f"{TEXT}:2") for _ in range(3)]
     sides = [source.text().train for source in sources]
@@ -131,7 +131,7 @@ def test_several_processes_have_one_download(server, tmp_path):
     assert [len(server.gets(f"/{name}")) for name in NAMES] == [1, 1]
 
 
-def test_the_validation_shard_may_be_another_but_the_pinned_one_is_never_trained_on(server, tmp_path):
+def test_another_shard_may_be_for_validation_but_the_pinned_one_is_never_trained_on(server, tmp_path):
     text = background_download(tmp_path, f"{TEXT}:2").text("shard_00001")
     assert [path.name for path in text.train.files] == NAMES[:1] and text.val.files[0].name == NAMES[1]
     with pytest.raises(UserError, match="'shard_00009' is not among those of fineweb-edu"):
@@ -140,7 +140,7 @@ def test_the_validation_shard_may_be_another_but_the_pinned_one_is_never_trained
         background_download(tmp_path, f"{TEXT}:1").text("shard_00000")
 
 
-def test_text_of_the_users_own_is_used_instead(server, tmp_path):
+def test_the_users_text_is_used_instead(server, tmp_path):
     said = []
     for i in range(2):
         (tmp_path / f"{i}.txt").write_text(f"my text {i}")
@@ -150,7 +150,7 @@ def test_text_of_the_users_own_is_used_instead(server, tmp_path):
     assert not server.asked
 
 
-def test_tasks_are_waited_for_and_those_of_the_user_stay(server, tmp_path):
+def test_tasks_are_waited_for_and_the_users_stay(server, tmp_path):
     question = {"question": ["1 + 1?"], "answer": ["#### 2"]}
     name = "main/train-00000-of-00001.parquet"
     server.repos["openai/gsm8k"] = {name: parquet(question), name.replace("train", "test"): parquet(question)}
@@ -167,7 +167,7 @@ def test_tasks_are_waited_for_and_those_of_the_user_stay(server, tmp_path):
     assert own.read_text() == "{}" and not (own.parent / "train.jsonl").exists()
 
 
-def test_offline_a_run_hears_at_once_what_is_missing(server, tmp_path, monkeypatch):
+def test_offline_a_run_fails_at_once_if_something_is_missing(server, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, and .* lacks 3 of 3 files of fineweb-edu"):
         background_download(tmp_path, f"{TEXT}:2").text()
@@ -175,7 +175,7 @@ def test_offline_a_run_hears_at_once_what_is_missing(server, tmp_path, monkeypat
 
 
 def test_an_experiment_downloads_what_it_names(server, tmp_path, monkeypatch):
-    """From the command to checkpoints, with a server that fails on the way; a second start needs no server."""
+    """From the command to checkpoints, with a server that fails at times; a second start needs no server."""
     server.faults[NAMES[0]].extend([Fault(first=70_000), Fault(wrong=True)])
     server.early[LAST].append(Fault(status=429, headers={"Retry-After": "0"}))
     folder = tmp_path / "data"
@@ -194,7 +194,7 @@ def test_an_experiment_downloads_what_it_names(server, tmp_path, monkeypatch):
     assert len(server.asked) == before
 
 
-def test_who_brings_text_gets_nothing_else_unless_asked_for(tmp_path):
+def test_with_the_users_text_nothing_is_downloaded_unless_requested(tmp_path):
     def downloads(*overrides):
         return configure("d12", list(overrides), str(tmp_path), ()).data.download
 

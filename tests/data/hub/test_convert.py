@@ -1,4 +1,4 @@
-"""Task files and archives: downloaded, and brought into the form that tasks read; or refused."""
+"""Task files and archives are downloaded and converted to what tasks read, or refused."""
 
 import hashlib
 import io
@@ -73,7 +73,7 @@ def test_tasks_read_what_was_downloaded(tasks, tmp_path):
     assert (tmp_path / "chat/smoltalk/train.jsonl.gz").read_bytes() == before
 
 
-def test_a_set_that_is_not_what_it_was(tasks, tmp_path):
+def test_a_data_set_whose_format_has_changed(tasks, tmp_path):
     tasks.repos["openai/gsm8k"]["main/train-00000-of-00001.parquet"] = parquet({"problem": ["1"]})
     with pytest.raises(
         UserError, match="train-00000-of-00001.parquet.* does not have the format that jaxchat knows: Key"

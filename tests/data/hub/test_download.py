@@ -1,4 +1,4 @@
-"""Downloads by the real client from a server that fails in every way: what arrives is whole, or it is not there."""
+"""The real client downloads from a server that fails in every way; a file is whole or not there."""
 
 import contextlib
 import errno
@@ -50,7 +50,7 @@ def test_text_arrives_with_a_manifest_that_pins_the_validation_shard(server, tmp
         assert record["sha256"] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
     split = find_text(tmp_path)
     assert [path.name for path in split.val.files] == [LAST] and len(split.train.files) == 2
-    # More shards later leave it where it is, and what is there is not asked for again.
+    # More shards later do not move it, and files that are there are not requested again.
     before = len(server.asked)
     get(tmp_path, f"{TEXT}:3")
     assert {path.rpartition("/")[2] for _, path, _ in server.asked[before:]} == {"shard_00002.parquet"}
@@ -58,7 +58,7 @@ def test_text_arrives_with_a_manifest_that_pins_the_validation_shard(server, tmp
 
 
 def test_the_validation_shard_is_pinned_whatever_its_name(server, tmp_path):
-    """nanochat's was whichever came last in the folder."""
+    """In nanochat it was whichever file came last in the folder."""
     get(tmp_path, f"{TEXT}:1")
     (tmp_path / "pretrain" / "zzz.parquet").write_bytes(SHARDS["shard_00002.parquet"])
     assert [path.name for path in find_text(tmp_path).val.files] == [LAST]
@@ -69,7 +69,7 @@ def test_the_validation_shard_is_pinned_whatever_its_name(server, tmp_path):
         find_text(tmp_path)
 
 
-def test_a_file_that_breaks_off_goes_on_where_it_stopped(server, tmp_path):
+def test_an_interrupted_file_resumes_where_it_stopped(server, tmp_path):
     name, said = "shard_00000.parquet", []
     server.faults[name].extend([Fault(first=50_000), Fault(first=0), Fault(first=30_000)])
     get(tmp_path, f"{TEXT}:1", said=said)
@@ -79,7 +79,7 @@ def test_a_file_that_breaks_off_goes_on_where_it_stopped(server, tmp_path):
     assert len([line for line in said if name in line and "trying again" in line]) == 3
 
 
-def test_a_server_without_ranges_begins_anew(server, tmp_path):
+def test_a_server_without_ranges_starts_again(server, tmp_path):
     name = "shard_00000.parquet"
     server.faults[name].extend([Fault(first=50_000), Fault(whole=True)])
     download = get(tmp_path, f"{TEXT}:1")
@@ -96,7 +96,7 @@ def test_silence_is_a_failure(server, tmp_path, monkeypatch):
     assert server.gets(f"/{name}")[-1] == "bytes=20000-"
 
 
-def test_wrong_bytes_are_thrown_away_and_fetched_again(server, tmp_path):
+def test_wrong_bytes_are_discarded_and_downloaded_again(server, tmp_path):
     name, said = "shard_00000.parquet", []
     server.faults[name].extend([Fault(first=50_000), Fault(wrong=True)])
     download = get(tmp_path, f"{TEXT}:1", said=said)
@@ -105,7 +105,7 @@ def test_wrong_bytes_are_thrown_away_and_fetched_again(server, tmp_path):
     assert download.bytes_done == download.bytes_total
 
 
-def test_a_server_of_wrong_bytes_only_is_given_up(server, tmp_path):
+def test_a_server_that_sends_only_wrong_bytes_is_given_up(server, tmp_path):
     server.faults[LAST].extend(Fault(wrong=True) for _ in range(9))
     with pytest.raises(UserError, match=f"{LAST} arrived with the wrong bytes .* 3 times; nothing of it was kept"):
         get(tmp_path, f"{TEXT}:1")
@@ -123,7 +123,7 @@ def test_a_busy_server_is_waited_for(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("headers", [{"Retry-After": "7"}, {"RateLimit": '"resolvers";r=0;t=7'}])
-def test_a_server_is_left_alone_as_long_as_it_asks(server, tmp_path, headers):
+def test_the_wait_is_as_long_as_the_server_asks(server, tmp_path, headers):
     said = []
     server.faults[LAST].append(Fault(status=429, headers=headers))
     download = Download(tmp_path, parse_requests([f"{TEXT}:1"]), say=said.append)
@@ -137,7 +137,7 @@ def test_a_server_is_left_alone_as_long_as_it_asks(server, tmp_path, headers):
     assert said == [f"{LAST}: the server answers 429 Too Many Requests; trying again in 7s"]
 
 
-def test_a_server_that_says_at_once_is_not_hurried(server, tmp_path):
+def test_a_server_that_asks_for_no_wait_still_gets_one(server, tmp_path):
     past = "Wed, 21 Oct 2015 07:28:00 GMT"
     server.faults[LAST].extend(Fault(status=503, headers={"Retry-After": after}) for after in ("0", past, "0"))
     began = time.monotonic()
@@ -145,7 +145,7 @@ def test_a_server_that_says_at_once_is_not_hurried(server, tmp_path):
     assert time.monotonic() - began > 0.75 * (0.2 + 0.4 + 0.8)
 
 
-def test_without_patience_left_a_line_says_so_and_what_came_stays(server, tmp_path):
+def test_when_patience_ends_a_line_says_so_and_what_has_arrived_stays(server, tmp_path):
     server.faults[LAST].append(Fault(first=60_000))
     server.faults[LAST].extend(Fault(status=503) for _ in range(4))
     with pytest.raises(UserError, match=f"{LAST}: the server answers 503 .*4 times in a row; what has arrived is kept"):
@@ -160,7 +160,7 @@ def test_without_patience_left_a_line_says_so_and_what_came_stays(server, tmp_pa
     [(404, r"the server has no http\S+ \(404\); if HF_ENDPOINT is a mirror"), (403, "log in with 'hf auth login'"),
      (418, "the server answers 418 for http")],
 )  # fmt: skip
-def test_a_refusal_is_not_tried_again(server, tmp_path, status, expected):
+def test_a_refusal_is_not_retried(server, tmp_path, status, expected):
     server.faults[LAST].extend(Fault(status=status) for _ in range(2))
     with pytest.raises(UserError, match=expected):
         get(tmp_path, f"{TEXT}:1")
@@ -178,7 +178,7 @@ def test_no_server_and_no_hub(server, tmp_path, monkeypatch):
         get(tmp_path, f"{TEXT}:1")
 
 
-def test_a_full_disk_is_a_line_and_the_rest_stays(server, tmp_path, monkeypatch):
+def test_a_full_disk_gives_a_line_and_the_rest_stays(server, tmp_path, monkeypatch):
     write = hub._write
 
     def full(file, piece):
@@ -210,15 +210,15 @@ FAULTS = {
     "no range": lambda draw: Fault(whole=True),
     "429": lambda draw: Fault(status=429, headers={"Retry-After": "0"}),
     "503": lambda draw: Fault(status=503),
-    "stopped": None,  # the download is, and begins again
+    "stopped": None,  # the download is stopped, and starts again
 }
 
 
 def download_through_faults(server, folder: Path, seed: int) -> Counter:
-    """Downloads four files through a few faults, at random; how many of each kind there were."""
+    """Downloads four files with a few random faults; returns how many of each kind there were."""
     draw, injected, waiting = random.Random(seed), Counter(), {}
     for name in (f"/{name}" for name in SHARDS):
-        kinds = draw.sample(list(FAULTS) * 2, k=4)  # wrong bytes three times would be refused
+        kinds = draw.sample(list(FAULTS) * 2, k=4)  # sending wrong bytes three times would be refused
         server.faults[name].extend(FAULTS[kind](draw) for kind in kinds if FAULTS[kind])
         server.early[name].extend(Fault(status=draw.choice([429, 503])) for _ in range(draw.randrange(2)))
         injected.update(kinds)
@@ -232,16 +232,16 @@ def download_through_faults(server, folder: Path, seed: int) -> Counter:
     get(folder, f"{TEXT}:3", backoff=0.001, patience=30)
     assert_whole(folder, *SHARDS)
     for name, kinds in waiting.items():
-        injected.subtract(kinds[len(kinds) - len(server.faults[name]) :])  # the file was whole before their turn
+        injected.subtract(kinds[len(kinds) - len(server.faults[name]) :])  # the file was complete before these faults
     return injected
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_whatever_happens_in_whatever_order_all_is_there_in_the_end(server, tmp_path, seed):
+def test_any_faults_in_any_order_end_with_all_files(server, tmp_path, seed):
     assert download_through_faults(server, tmp_path, seed).total() > 4
 
 
-def test_stopping_and_going_on(server, tmp_path):
+def test_stopping_and_resuming(server, tmp_path):
     server.seconds_per_piece = 0.02
     download = Download(tmp_path, parse_requests([f"{TEXT}:3"]), say=lambda line: None)
     with pytest.raises(Stopped):
@@ -252,8 +252,8 @@ def test_stopping_and_going_on(server, tmp_path):
     assert any(ranges for name in SHARDS for ranges in server.gets(f"/{name}"))
 
 
-def test_a_killed_command_goes_on_where_it_was(server, tmp_path):
-    """The command itself, in its own process, by the variables that users set."""
+def test_a_killed_command_resumes_where_it_was(server, tmp_path):
+    """The command itself, in a separate process, with the environment variables that users set."""
     server.seconds_per_piece = 0.05
     command = [sys.executable, "-m", "jaxchat.cli.main", "data", "get", TEXT, "--shards", "3", "--folder", tmp_path]
     environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}
@@ -285,21 +285,21 @@ def test_two_at_a_time_share_the_work(server, tmp_path):
     assert said == [f"another process is downloading to {tmp_path}; waiting for it"]
 
 
-def test_what_is_there_is_enough_where_nothing_may_be_written(server, tmp_path, monkeypatch):
+def test_a_complete_folder_may_be_read_only(server, tmp_path, monkeypatch):
     get(tmp_path, f"{TEXT}:1")
-    monkeypatch.setattr("jaxchat.data.hub.download.on_disk", None)  # what every write goes through
+    monkeypatch.setattr("jaxchat.data.hub.download.on_disk", None)  # every write uses it
     before = len(server.asked)
     get(tmp_path, f"{TEXT}:1")
     assert len(server.asked) == before
 
 
-def test_what_is_asked_for_twice_is_fetched_once():
+def test_a_data_set_named_twice_is_downloaded_once():
     assert parse_requests(["gsm8k", "gsm8k"]) == parse_requests(["gsm8k"])
     with pytest.raises(UserError, match="fineweb-edu is requested with several numbers of shards"):
         parse_requests(["fineweb-edu:1", "fineweb-edu:2"])
 
 
-def test_offline_what_is_there_is_enough_and_what_is_not_is_named(server, tmp_path, monkeypatch):
+def test_offline_a_complete_folder_is_enough_and_missing_files_are_named(server, tmp_path, monkeypatch):
     get(tmp_path, f"{TEXT}:1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     before = len(server.asked)
@@ -309,7 +309,7 @@ def test_offline_what_is_there_is_enough_and_what_is_not_is_named(server, tmp_pa
     assert len(server.asked) == before
 
 
-def test_what_was_damaged_later_is_fetched_again(server, tmp_path):
+def test_files_damaged_later_are_downloaded_again(server, tmp_path):
     names = ["shard_00000.parquet", "shard_00001.parquet", LAST]
     get(tmp_path, f"{TEXT}:2")
     cut, flipped, gone = (tmp_path / "pretrain" / name for name in names)
@@ -327,7 +327,7 @@ def test_what_was_damaged_later_is_fetched_again(server, tmp_path):
     assert f"pretrain/{names[1]} has different bytes from those that were downloaded; downloading it again" in said
 
 
-def test_text_of_the_users_own_and_other_text_stay(server, tmp_path):
+def test_the_users_text_and_other_text_stay(server, tmp_path):
     own = tmp_path / "own"
     own.mkdir()
     (own / "mine.txt").write_text("my text")
@@ -341,7 +341,7 @@ def test_text_of_the_users_own_and_other_text_stay(server, tmp_path):
     other.write_bytes(b"by somebody else")
     with pytest.raises(UserError, match=f"{LAST} was not downloaded and is left alone"):
         get(tmp_path / "b", f"{TEXT}:1")
-    # The same bytes, brought by another program, need not be fetched.
+    # The same bytes, put there by another program, are not downloaded.
     other.write_bytes(SHARDS[LAST])
     before = len(server.gets(LAST))
     get(tmp_path / "b", f"{TEXT}:1")
@@ -380,7 +380,7 @@ def test_bad_arguments(arguments, expected, capsys):
     assert expected in err and len(err.splitlines()) == 1
 
 
-def test_where_nobody_watches_lines_say_how_far_it_is(server, tmp_path, monkeypatch, capsys):
+def test_without_a_terminal_lines_show_the_progress(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "PLAIN_SECONDS", 0.0)
     server.seconds_per_piece = 0.02
     assert main(["data", "get", TEXT, "--shards", "1", "--folder", str(tmp_path)]) == 0
@@ -391,12 +391,12 @@ def test_where_nobody_watches_lines_say_how_far_it_is(server, tmp_path, monkeypa
     assert capsys.readouterr().out == f"{tmp_path} already has all of {TEXT}\n"
 
 
-def test_the_list_has_them_all(capsys):
+def test_the_list_has_all_data_sets(capsys):
     assert main(["data", "list"]) == 0
     out = capsys.readouterr().out
     assert all(dataset.name in out and dataset.license in out for dataset in DATASETS)
     assert "1,822 shards of 0.09 GB" in out
 
 
-def test_an_unattended_request():
+def test_the_default_number_of_shards():
     assert parse_request("fineweb-edu").shards == 8

@@ -1,4 +1,4 @@
-"""Text that is damaged: refused by a line that names it, or named, counted and left out; never silently."""
+"""Damaged text is refused with a line that names it, or named, counted and left out, but never silently."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ def write(path, texts, **options):
 
 
 def read(side, on_bad):
-    """The documents, what was left out by kind, and what was said."""
+    """The documents, what was left out by kind, and the lines that were printed."""
     said = []
     side = TextFiles(side.files, side.format, on_bad=on_bad, say=said.append)
     blocks = list(TextBlocks(side))
@@ -93,7 +93,7 @@ def test_cuts_and_flips_anywhere_never_end_in_a_traceback(tmp_path):
         try:
             read(TextFiles((tmp_path / "a.parquet",), "parquet"), "skip")
         except UserError as error:
-            assert "a.parquet" in str(error)  # other columns than are wanted
+            assert "a.parquet" in str(error)  # the damage may change the columns' names
 
 
 def test_a_truncated_file_and_one_that_is_missing(tmp_path):
@@ -107,7 +107,7 @@ def test_a_truncated_file_and_one_that_is_missing(tmp_path):
     split = find_text(tmp_path, on_bad="skip", say=said.append)
     assert list(iterate_texts(split.train)) == numbered(0, 100) + numbered(200, 300)
     assert len(said) == 1 and "1.parquet is not a parquet file" in said[0]
-    (tmp_path / "3.parquet").write_bytes(whole[:-100])  # the one for validation
+    (tmp_path / "3.parquet").write_bytes(whole[:-100])  # the validation file
     with pytest.raises(UserError, match="3.parquet is not a parquet file"):
         find_text(tmp_path, on_bad="skip")
     blocks = TextBlocks(split.train)
@@ -116,7 +116,7 @@ def test_a_truncated_file_and_one_that_is_missing(tmp_path):
         {}, {}, {"unreadable_files": 1}, {"missing_files": 1}, {"missing_files": 1}]  # fmt: skip
 
 
-def test_a_shard_that_the_manifest_has_and_the_folder_has_not(tmp_path):
+def test_a_shard_that_is_in_the_manifest_but_not_in_the_folder(tmp_path):
     names = [f"pretrain/shard_{number}.parquet" for number in (0, 1, 2, 9)]
     (tmp_path / "pretrain").mkdir()
     for name in names:
@@ -133,7 +133,7 @@ def test_a_shard_that_the_manifest_has_and_the_folder_has_not(tmp_path):
     assert len(list(iterate_texts(split.train))) == 20 and "shard_1.parquet is missing; left out" in said[0]
 
 
-def test_documents_that_are_no_utf8_cost_only_themselves(tmp_path):
+def test_only_documents_that_are_not_utf8_are_lost(tmp_path):
     good = [text.encode() for text in numbered(0, 8)]
     binary = pa.array([*good[:3], b"fine \xff\xfe", None, b"", *good[3:]], pa.binary())
     text = pa.Array.from_buffers(pa.string(), len(binary), binary.buffers())  # unchecked, as other writers are
@@ -150,7 +150,7 @@ def test_documents_that_are_no_utf8_cost_only_themselves(tmp_path):
               counts={"documents_not_utf8": 1})  # fmt: skip
 
 
-def test_a_long_text_loses_only_the_paragraph_that_is_no_utf8(tmp_path, monkeypatch):
+def test_a_long_text_loses_only_the_paragraph_that_is_not_utf8(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "LONG_TXT_BYTES", 10)
     (tmp_path / "a.txt").write_bytes(b"first\r\n\nsecond \xff\n\nthird \xc3\xa9\n\nfourth")
     check_bad([tmp_path / "a.txt"], "txt", r"a.txt is not UTF-8 text \(byte 15\)", left=["first\n\nthird é\n\nfourth"],
@@ -169,7 +169,7 @@ def test_broken_lines_and_gzip(tmp_path):
     check_bad([tmp_path / "b.jsonl.gz"], "jsonl", "b.jsonl.gz cannot be read", left=[], counts={"unreadable_blocks": 1})
 
 
-def test_half_surrogates_as_bytes_are_no_utf8(tmp_path):
+def test_encoded_surrogates_are_not_utf8(tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_bytes(b'{"text": "good"}\n{"text": "bad \xed\xa0\x80"}\n')
     left, counts = ["good"] * 2, {"broken_lines": 2}
@@ -188,13 +188,13 @@ def test_a_long_text_is_read_in_blocks_whatever_ends_its_lines(tmp_path, monkeyp
     assert [p for block in blocks for text in block for p in text.split("\n\n") if p] == paragraphs
 
 
-def test_a_disk_that_fails_is_no_damage(tmp_path):
-    """What is left out for it by one of several processes, or at one of two times, would make them read other text."""
+def test_a_failing_disk_is_not_damage(tmp_path):
+    """If one of several processes, or of two runs, left text out because of it, they would read different text."""
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n')
     blocks = TextBlocks(TextFiles((path,), "jsonl", on_bad="skip"))
     path.unlink()
-    path.mkdir()  # opens with an error of the system's
+    path.mkdir()  # opening it is an error of the operating system
     with pytest.raises(UserError, match="a.jsonl cannot be read now: .*; fix that, and the same command continues"):
         blocks[0]
 
@@ -207,7 +207,7 @@ def test_a_line_of_50_megabytes(tmp_path):
         "a.jsonl: the document beginning 'word word word word ' has 50,000,000 characters, more than the 10,000,000"
     )
     check_bad([tmp_path / "a.jsonl"], "jsonl", expected, left=["one", "two"], counts={"long_documents": 1})
-    (tmp_path / "a.jsonl").write_text("x" * 50_000_000 + "\n")  # nor is the line itself printed
+    (tmp_path / "a.jsonl").write_text("x" * 50_000_000 + "\n")  # and the line itself is not printed
     with pytest.raises(UserError, match="a.jsonl:1: broken JSON") as raised:
         read(TextFiles((tmp_path / "a.jsonl",), "jsonl"), "refuse")
     assert len(str(raised.value)) < 300
@@ -257,7 +257,7 @@ def test_the_count_is_of_the_text_read_once_and_survives_a_resume(bad_folder, pa
         assert resumed.get_state() == seen[-1]
 
 
-def test_a_run_refuses_and_then_goes_on_without_it(bad_folder, tmp_path):
+def test_a_run_refuses_bad_text_and_then_continues_without_it(bad_folder, tmp_path):
     arguments = [f"--data={bad_folder}", "--stages=tokenizer,pretrain,report", "--data.mask-borders=both"]
     arguments.append("--data.packing=best-fit")
     assert "0.parquet: row group 3 cannot be read" in refusal(start(tmp_path / "run", *arguments))

@@ -29,13 +29,13 @@ def test_each_block_of_an_epoch_goes_to_one_lane(blocks, count, epochs, seed):
         assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
-def test_blocks_in_a_rhythm_go_to_all_lanes():
+def test_periodic_blocks_go_to_all_lanes():
     tails = [[place_in_epoch(0, 0, i, lane, 8) % 2 for i in range(200)] for lane in range(8)]
     assert all(70 < sum(odd) < 130 for odd in tails)
 
 
 def in_processes(make, count, batches, state=None):
-    """What so many processes make of 12 rows a batch, together, and their state behind it."""
+    """The batches of 12 rows that several processes make together, and their joint position afterwards."""
     iterators = [make(rows=12 // count, process_index=i, process_count=count) for i in range(count)]
     for iterator in iterators if state else ():
         iterator.set_state(state)
@@ -46,7 +46,7 @@ def in_processes(make, count, batches, state=None):
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_any_number_of_processes_makes_the_same_batches_of_lanes_and_goes_on_from_any(side, packing, shuffle):
+def test_any_number_of_processes_makes_the_same_batches_of_lanes_and_resumes_from_any(side, packing, shuffle):
     make = partial(text_batches, side, packing=packing, shuffle=shuffle, lanes=3)
     whole, end = in_processes(make, 1, 9)
     assert end["of"] == len(end["lanes"]) == 3
@@ -59,7 +59,7 @@ def test_any_number_of_processes_makes_the_same_batches_of_lanes_and_goes_on_fro
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_each_process_reads_its_lanes_alone(side, packing, monkeypatch):
+def test_each_process_reads_only_its_lanes(side, packing, monkeypatch):
     read, block = [], TextBlocks.__getitem__
     monkeypatch.setattr(TextBlocks, "__getitem__", lambda self, i: read.append(i) or block(self, i))
     monkeypatch.setattr(text_rows, "WINDOW_ROWS", 3)
@@ -73,7 +73,7 @@ def test_each_process_reads_its_lanes_alone(side, packing, monkeypatch):
 
 
 def documents_of(batches: list[dict], lane: int) -> list[str]:
-    """The whole documents of a lane of one row a batch, in their order."""
+    """The complete documents of a lane with one row a batch, in order."""
     inputs = np.concatenate([batch["inputs"][lane] for batch in batches])
     starts = np.flatnonzero(inputs == BOS)
     return [TOKENIZER.decode(inputs[a + 1 : b].tolist()) for a, b in itertools.pairwise(starts)]
@@ -98,7 +98,7 @@ def test_a_lane_whose_blocks_are_empty_gets_others_in_the_next_epoch(tmp_path):
         next(text_batches(side, rows=8, lanes=8))
 
 
-def test_what_lanes_do_not_fit_is_refused(side):
+def test_impossible_lanes_are_refused(side):
     with pytest.raises(UserError, match="data.lanes 3 does not divide the 4 rows of a batch"):
         text_batches(side, rows=4, lanes=3)
     with pytest.raises(UserError, match="data.lanes is 7, but the text in .* has only 6 blocks"):
@@ -115,7 +115,7 @@ def test_what_lanes_do_not_fit_is_refused(side):
         text_batches(side, rows=3, process_index=1, process_count=2, lanes=2).set_state(one)
 
 
-def test_a_position_from_before_there_were_lanes_is_that_of_one(side):
+def test_a_position_saved_before_there_were_lanes_is_read_as_one_lane(side):
     iterator, resumed = text_batches(side), text_batches(side)
     take(iterator, 3)
     resumed.set_state(iterator.get_state()["lanes"]["0"])

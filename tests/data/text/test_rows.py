@@ -16,7 +16,7 @@ BLOCKS = st.lists(st.lists(st.text("the catsonm", min_size=1, max_size=30), max_
 
 
 def tokens_of(blocks: list[list[str]]) -> list[int]:
-    """What the stream must give, by the tokenizer's plain `encode`."""
+    """The expected tokens, from the tokenizer's plain `encode`."""
     bos = TOKENIZER.bos_token_id
     return [token for block in blocks for text in block for token in [bos, *TOKENIZER.encode(text)]]
 

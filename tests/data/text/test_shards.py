@@ -1,4 +1,4 @@
-"""Finding, splitting and reading text folders; every kind of bad input is one clear line."""
+"""Finding, splitting and reading text folders; every kind of bad input gives one clear line."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Other people's tokenizer.json, with the ids of the library that wrote it."""
+"""A foreign tokenizer.json gives the same ids as the library that wrote it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.tokenizer.texts import ANY, corpus
 
 @cache
 def loaded(kind: str, ignore_merges: bool) -> tuple[Tokenizer, str, str]:
-    """A foreign one, its file, and the file that we make of it."""
+    """A foreign tokenizer, its file, and the file that jaxchat writes for it."""
     file = foreign(kind, ignore_merges=ignore_merges)
     tokenizer = Tokenizer.from_text(file)
     return tokenizer, file, tokenizer.to_json()
@@ -84,12 +84,12 @@ def test_any_merges_in_any_order(pairs, unreachable, rng, ignore_merges, texts):
 
 @pytest.mark.parametrize("kind", sorted(PRE_TOKENIZERS))
 @pytest.mark.parametrize("ignore_merges", [False, True])
-def test_a_foreign_one_is_saved_as_it_is(tmp_path, kind, ignore_merges):
+def test_a_foreign_tokenizer_is_saved_unchanged(tmp_path, kind, ignore_merges):
     tokenizer, _, _ = loaded(kind, ignore_merges)
     tokenizer.save(tmp_path)
     assert same(load_tokenizer(tmp_path), tokenizer)
     assert same(pickle.loads(pickle.dumps(tokenizer)), tokenizer)
-    # By way of Hugging Face, which drops our notes.
+    # Through Hugging Face, which drops the facts that jaxchat adds.
     again = Tokenizer.from_text(huggingface(tokenizer.to_json()).to_str())
     text = " ".join(corpus(22, 500))
     assert again.encode(text) == tokenizer.encode(text)
@@ -106,7 +106,7 @@ def test_whole_pieces_and_merges_differ():
     assert len(whole.encode("the")) == 1 and whole.encode(" the there") != plain.encode(" the there")
 
 
-def test_special_tokens_of_a_foreign_one():
+def test_special_tokens_of_a_foreign_tokenizer():
     file = foreign("gpt2", special=(END, "<|bos|>", "[PAD]"))
     tokenizer, peer = Tokenizer.from_text(file), huggingface(file)
     assert [tokenizer.special_tokens[name] for name in (END, "<|bos|>", "[PAD]")] == [600, 601, 602]
@@ -151,7 +151,7 @@ def test_special_tokens_that_the_vocabulary_lists(place):
 def test_merges_as_strings_and_twice():
     data = json.loads(foreign("gpt2"))
     merges = data["model"]["merges"]
-    data["model"]["merges"] = [merges[5], *merges[:5], merges[9], *merges[5:]]  # the later rank holds
+    data["model"]["merges"] = [merges[5], *merges[:5], merges[9], *merges[5:]]  # the later rank counts
     twice = json.dumps(data)
     data["model"]["merges"] = ["#version: 0.2", *map(" ".join, data["model"]["merges"])]
     strings = json.dumps(data)
@@ -213,7 +213,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_what_only_huggingface_can(tmp_path, name):
+def test_vocabularies_for_hugging_face_only(tmp_path, name):
     data, why = UNSUPPORTED[name]
     data["model"]["merges"] = [m for m in data["model"]["merges"] if "the" not in ("".join(m), *m)]
     (tmp_path / FILE_NAME).write_text(json.dumps(data))
@@ -225,7 +225,7 @@ def test_what_only_huggingface_can(tmp_path, name):
         assert isinstance(load_tokenizer(tmp_path), HuggingFaceTokenizer)
 
 
-def test_what_is_plain_text_for_a_special_token():
+def test_plain_text_that_would_become_a_special_token():
     """With whole pieces, `no` would become the special token of that name."""
     data = json.loads(foreign("gpt2", ignore_merges=True))
     vocab = data["model"]["vocab"]

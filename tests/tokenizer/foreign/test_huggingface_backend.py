@@ -110,7 +110,7 @@ def test_training_has_the_sizes_and_errors_of_the_other_backend(trained):
 
 
 def test_training_on_pieces_of_a_pattern():
-    """What no piece holds is no token, and progress is told."""
+    """Text outside all pieces does not become tokens, and progress is reported."""
     calls = []
     texts = ["ab12 ab12", "ab12\ud800"]
     tokenizer = HuggingFaceTokenizer.train_from_iterator(
@@ -122,8 +122,8 @@ def test_training_on_pieces_of_a_pattern():
     assert learnt.tokens()[256] == b"ab" and learnt.decode(learnt.encode("ab12 ab")) == "abab"
 
 
-def test_the_compression_is_that_of_the_other_backend(trained):
-    """Ties between pairs are broken otherwise; that is all."""
+def test_the_compression_equals_that_of_the_other_backend(trained):
+    """Only ties between pairs are broken differently."""
     other = Tokenizer.train_from_iterator(corpus(30, 20_000), 700)
     text = corpus(31, 5000)
     sizes = [len(tokenizer.encode_to_numpy(text)[0]) for tokenizer in (trained, other)]
@@ -196,7 +196,7 @@ def test_save_and_load(trained, foreign, tmp_path):
         assert type(loaded[1]) is (HuggingFaceTokenizer if tokenizer is foreign else Tokenizer)
 
 
-def test_special_tokens_of_a_foreign_one(foreign):
+def test_special_tokens_of_a_foreign_tokenizer(foreign):
     own = [id for name, id in foreign.special_tokens.items() if name not in SPECIAL_TOKENS]
     assert len(own) == 3
     ids = [foreign.encode_special(name) for name in SPECIAL_TOKENS]
@@ -209,7 +209,7 @@ def test_special_tokens_of_a_foreign_one(foreign):
 
 @given(SPELLED)
 @example("</s>")
-@example("the cat</s></s> \uff1c/s>")  # the first sign becomes `<` when it is normalized
+@example("the cat</s></s> \uff1c/s>")  # normalization turns the first character into `<`
 @settings(max_examples=100, deadline=None)
 def test_spelled_special_tokens_are_plain_text(foreign, text):
     forbidden = {id for name, id in foreign.special_tokens.items() if name not in ("<unk>", "[UNK]")}
@@ -240,8 +240,8 @@ def test_a_file_that_would_cut_or_pad():
     assert tokenizer.encode(["", "the"])[0] == []
 
 
-def test_added_tokens_that_stand_for_text(trained):
-    """Those that are not special are found in the text, as Hugging Face finds them."""
+def test_added_tokens_that_are_not_special(trained):
+    """They are found in text, as Hugging Face finds them."""
     data = json.loads(trained.to_json())
     del data["model"]["jaxchat"]
     data["added_tokens"].append({**data["added_tokens"][0], "id": 700, "content": "<tool>", "special": False})
@@ -251,7 +251,7 @@ def test_added_tokens_that_stand_for_text(trained):
 
 
 def test_a_chat_token_that_was_plain():
-    """A vocabulary may know a name of ours as a word."""
+    """A vocabulary may have the name of one of our special tokens as a word."""
     data = json.loads(unigram().to_str())
     data["model"]["vocab"].append(["<|bos|>", -1.0])
     tokenizer = HuggingFaceTokenizer.from_text(json.dumps(data))
@@ -261,7 +261,7 @@ def test_a_chat_token_that_was_plain():
 
 @pytest.mark.parametrize("last, works", [(30, True), (9, False)])
 def test_ids_with_gaps(last, works):
-    """The library counts new ids from the number of tokens, which may be taken."""
+    """The library gives new tokens ids from the number of tokens on, which may be in use."""
     peer = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": last}, unk_token="[UNK]"))
     if works:
         tokenizer = HuggingFaceTokenizer(peer)

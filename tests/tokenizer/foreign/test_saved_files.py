@@ -1,4 +1,4 @@
-"""Our own files: with the ids of Hugging Face, read back as they were, and never damaged ones."""
+"""Saved files give the same ids in Hugging Face, are read back unchanged, and refused if damaged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.tokenizer.texts import ANY, corpus
 @example("1234567 \n\n  x \n", CL100K_PATTERN)
 @example("AB cd, 12345 -- ef", GAPS)
 @settings(max_examples=500, deadline=None)
-def test_huggingface_gives_the_ids_of_a_saved_one(text, pattern):
+def test_huggingface_gives_the_ids_of_a_saved_tokenizer(text, pattern):
     tokenizer, file = trained(pattern)
     assert ids_of(text, file) == tokenizer.encode(text)
 
@@ -57,15 +57,15 @@ def test_save_and_load(tmp_path, pattern):
     assert same(pickle.loads(pickle.dumps(tokenizer)), tokenizer)
 
 
-def test_one_that_huggingface_has_written_again(tokenizer):
-    """It has no checksum then, and its merges are those that it lists."""
+def test_a_file_that_huggingface_has_rewritten(tokenizer):
+    """It has no checksum, and its merges are those that it lists."""
     text = " ".join(corpus(27, 2000))
     again = Tokenizer.from_text(huggingface(tokenizer.to_json()).to_str())
     assert again.encode(text) == tokenizer.encode(text) and again.special_tokens == tokenizer.special_tokens
 
 
 def unsealed(text: str) -> str:
-    """A file of the time before there was a checksum in it."""
+    """A file from before checksums."""
     data = json.loads(text)
     del data["model"]["jaxchat"]
     return json.dumps(data)
@@ -107,7 +107,7 @@ HOWS += ["other specials", "pattern"]
 
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("kind", ["own", "foreign", "huggingface"])
-def test_a_damaged_file_is_nothing_else(tokenizer, tmp_path, how, kind):
+def test_a_damaged_file_is_refused(tokenizer, tmp_path, how, kind):
     one = {
         "own": tokenizer,
         "foreign": Tokenizer.from_text(foreign("gpt2")),
