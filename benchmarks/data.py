@@ -25,8 +25,6 @@ from typing import Any
 
 from timing import Failed, alone, machine, say, table
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from jaxchat.errors import UserError, check
 
 PEER = Path(__file__).parent / "nanochat_loader.py"
@@ -136,7 +134,7 @@ def load(text: Path, tokenizer: Path, cores: int, batches: int, packing: str, wo
     """Reads so many batches on so many cores, in this process."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     from jaxchat.data.loader import pretrain_batches
-    from jaxchat.data.text.lanes import summed
+    from jaxchat.data.positions import totals
     from jaxchat.data.text.shards import find_text
     from jaxchat.tokenizer import load_tokenizer
 
@@ -146,7 +144,7 @@ def load(text: Path, tokenizer: Path, cores: int, batches: int, packing: str, wo
     for _ in range(batches):
         next(iterator)
     seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-    packed = summed(iterator.get_state())["packed"]
+    packed = totals(iterator.get_state())["packed"]
     utilisation = packed["targets"] / packed["rows"] / work["sequence_len"]
     tokens = batches * work["rows"] * work["sequence_len"]
     figures = {"seconds": seconds, "cpu_seconds": cpu_seconds, "tokens": tokens, "utilisation": utilisation}

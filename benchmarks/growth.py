@@ -15,12 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from timing import table
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from timing import table
 
 from jaxchat.errors import UserError, check
 from jaxchat.runs import plots

@@ -25,16 +25,13 @@ import sys
 import tempfile
 import time
 from datetime import date
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from jaxchat_steps import Work, measure
 from timing import Failed, alone, say, table
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from jaxchat_steps import Work, measure
-
-import launch
+from jaxchat.cli.options import override
+from jaxchat.cli.parser import option_strings
 from jaxchat.config import Experiment, ModelConfig
 from jaxchat.errors import UserError, check
 
@@ -50,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     options, overrides = parser.parse_known_args(argv)
     try:
-        works = _works(options, overrides, launch.option_strings(parser))
+        works = _works(options, overrides, option_strings(parser))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -132,7 +129,7 @@ def _experiment(options: argparse.Namespace, overrides: list[str], depth: int, n
         data=dataclasses.replace(base.data, path=None if random else os.path.abspath(options.data), generate=random),
         tokenizer=dataclasses.replace(base.tokenizer, vocab_size=options.vocab_size, max_chars=TOKENIZER_CHARS),
     )
-    return launch.override(base, overrides, names)
+    return override(base, overrides, names)
 
 
 def _figures(work: Work, cold: bool) -> dict[str, Any]:

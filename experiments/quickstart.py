@@ -1,6 +1,8 @@
 """A small chatbot on a laptop: about ten minutes on 2 CPU cores, no GPU, no download.
 
-python launch.py --experiment=quickstart
+    python launch.py --experiment=quickstart
+
+The text, a made-up world with its stories and conversations, is generated.
 """
 
 from jaxchat.config import (

@@ -1,4 +1,4 @@
-"""Paths on this machine, or in the storage of a cloud: gs://, s3://, az://, hf://."""
+"""Paths on this machine or in cloud storage: gs://, s3://, az://, hf://."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from etils import epath
 from jaxchat.errors import UserError, check, closest
 
 AnyPath = Path | epath.Path
-# The fsspec protocol that epath takes for a scheme, and the package that has it.
+# The fsspec protocol that epath uses for a scheme, and the package that implements it.
 _SCHEMES = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs"), "az": ("az", "adlfs"), "hf": ("hf", "huggingface_hub")}
-_FOR_RUNS = ("gs", "s3")  # what TensorStore, which writes the arrays of checkpoints, knows
-# What the libraries of a storage raise beside the system's errors.
+_FOR_RUNS = ("gs", "s3")  # those of TensorStore, which writes the arrays of checkpoints
+# What the libraries of cloud storage raise besides OSError.
 _ERRORS = {
     "botocore.exceptions": ("BotoCoreError", "ClientError"),
     "google.auth.exceptions": ("GoogleAuthError",),
@@ -27,37 +27,46 @@ _ERRORS = {
     "gcsfs.retry": ("HttpError",),
     "aiohttp": ("ClientError",),
 }
-# A listing that is remembered does not show what other processes, or TensorStore, have written since.
-for _scheme in _FOR_RUNS:
-    fsspec.config.conf.setdefault(_SCHEMES[_scheme][0], {}).setdefault("use_listings_cache", False)
 
 
 def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is in cloud storage."""
     return "://" in os.fspath(path)
 
 
 def to_path(path: str | os.PathLike) -> AnyPath:
-    """The path, of `pathlib` if it is on this machine, else of `etils.epath`, whose methods have the same names.
+    """The path as one of `pathlib` on this machine, of `etils.epath`, with methods of the same names, elsewhere.
 
     Raises:
-      UserError: a scheme that is not known, or whose package is not installed.
+      UserError: an unknown scheme, or one whose package is not installed.
     """
     text = os.fspath(path)
     if not is_remote(text):
         return Path(text)
     scheme = text.partition("://")[0]
     known = ", ".join(f"{name}://" for name in _SCHEMES)
-    check(scheme in _SCHEMES, f"{text}: no such storage{closest(scheme, _SCHEMES)} There are: {known}")
+    check(scheme in _SCHEMES, f"{text}: unknown storage {scheme!r}{closest(scheme, _SCHEMES)} Known: {known}")
     protocol, package = _SCHEMES[scheme]
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError:
         raise UserError(f"{text} needs {package}, which is not installed; pip install {package}") from None
+    if scheme in _FOR_RUNS:
+        _list_folders_afresh(protocol)
     return epath.Path(text)
 
 
+def _list_folders_afresh(protocol: str) -> None:
+    """Stops fsspec from caching listings, which do not show what TensorStore or other processes have written since.
+
+    This is a setting in fsspec's configuration, since it is `epath` that opens the storage, without options. What the
+    user has configured stays.
+    """
+    fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+
+
 def to_run_directory(path: str | os.PathLike) -> epath.Path:
-    """The path of a run, on this machine or in storage that checkpoints can be written to.
+    """The path of a run directory, on this machine or in storage that checkpoints can be written to.
 
     Raises:
       UserError: other storage, a bucket that does not exist, or as `to_path` and `is_folder`.
@@ -66,22 +75,22 @@ def to_run_directory(path: str | os.PathLike) -> epath.Path:
         return epath.Path(path)
     scheme, _, name = os.fspath(path).partition("://")
     runs = " and ".join(f"{name}://" for name in _FOR_RUNS)
-    check(scheme in _FOR_RUNS, f"{path}: runs live on this machine, or in {runs}; choose such a --run-dir")
+    check(scheme in _FOR_RUNS, f"{path}: a run must be on this machine or in {runs}; choose another --run-dir")
     found = to_path(path)
     bucket = f"{scheme}://{name.partition('/')[0]}"
     check(bucket != f"{scheme}://", f"{path} names no bucket; write {scheme}://BUCKET/RUN")
-    check(is_folder(epath.Path(bucket)), f"there is no bucket {bucket}; create it, or correct the name")
+    check(is_folder(epath.Path(bucket)), f"the bucket {bucket} does not exist; create it, or correct its name")
     return found
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
-    """What reading and writing may raise where the storage, not the program, is at fault."""
+    """The exceptions of reading and writing for which the storage is to blame, not the program."""
     loaded = [(sys.modules[module], names) for module, names in _ERRORS.items() if module in sys.modules]
     return OSError, *(getattr(module, name) for module, names in loaded for name in names)
 
 
 def of_the_cloud(error: BaseException) -> bool:
-    """Whether a storage is at fault: an error of its library, or one of the system's that such a library has raised."""
+    """Whether cloud storage is to blame: an error of its library, or an OSError that such a library raised."""
     if not isinstance(error, storage_errors()):
         return False
     kinds = tuple(kind for kind in storage_errors() if kind is not OSError)
@@ -93,19 +102,19 @@ def of_the_cloud(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def readable(path: AnyPath) -> Iterator[None]:
-    """Errors of storage, which may pass, are no damage, but a line for the user."""
-    # TensorStore raises ValueError, whatever has gone wrong in a storage.
+    """Turns errors of the storage into a `UserError`: a file that cannot be read now need not be damaged."""
+    # TensorStore raises ValueError for whatever went wrong in cloud storage.
     errors = (*storage_errors(), ValueError) if is_remote(path) else storage_errors()
     try:
         yield
     except FileNotFoundError:
         raise
     except errors as error:
-        raise UserError(f"{path} cannot be read ({reason(error)}); put that right, and try again") from error
+        raise UserError(f"{path} cannot be read ({reason(error)}); correct that, and try again") from error
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in the system's words where they are among those of the libraries."""
+    """What went wrong, in the words of the operating system where the message contains them."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     found = re.search(r"No space left on device|Read-only file system|Permission denied|File too large", str(error))
@@ -113,43 +122,43 @@ def reason(error: Exception) -> str:
 
 
 def is_folder(path: AnyPath) -> bool:
-    """Whether there is a folder.
+    """Whether the path is an existing folder.
 
     Raises:
-      UserError: the storage does not answer, or not to this user.
+      UserError: the storage does not answer, or denies access.
     """
     if not is_remote(path):
         return path.is_dir()
     files, name = fsspec.core.url_to_fs(os.fspath(path))
     try:
-        # Not `isdir`, for which a storage that refuses to answer has no folder.
+        # Not `isdir`, which takes a storage that does not answer for one without the folder.
         if "/" in name.strip("/"):
             return files.info(name)["type"] == "directory"
         files.ls(name)  # a bucket, which may be empty
         return True
     except FileNotFoundError:
         return False
-    except Exception as error:  # each storage has errors of its own
+    except Exception as error:  # each kind of storage has its own exceptions
         problem = first_line(error)
         raise UserError(f"{path} cannot be reached ({problem}); check the name and your credentials") from None
 
 
 def append_bytes(path: AnyPath, data: bytes) -> None:
-    """Appends to a file, which is made if it is not there; in storage it is read and written as a whole."""
+    """Appends to a file, creating it if needed; in cloud storage the whole file is read and written again."""
     if not is_remote(path):
         with path.open("ab") as file:
             file.write(data)
         return
-    # Not by a file object: where writing fails, its end would try again, and complain on stderr.
+    # Not with a file object: after a failed write its destructor would try again, and complain on stderr.
     files, name = fsspec.core.url_to_fs(os.fspath(path))
     files.pipe_file(name, (files.cat_file(name) if files.exists(name) else b"") + data)
 
 
 def first_line(error: Exception) -> str:
-    """Of its message; the name of its type if it has none."""
+    """The first line of an error's message, or the name of its type if it has no message."""
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 def size_of(path: AnyPath) -> int:
-    """Bytes of a file."""
+    """The size of a file in bytes."""
     return path.stat().st_size if isinstance(path, Path) else path.stat().length

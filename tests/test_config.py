@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import launch
+from jaxchat.cli.experiments import experiment_names, load_experiment
 from jaxchat.config import (
     STAGES,
     CostConfig,
@@ -59,13 +59,13 @@ def test_known_models():
     [
         (lambda: ModelConfig(depth=0), "model.depth is 0"),
         (lambda: ModelConfig(sequence_len=1), "model.sequence-len is 1"),
-        (lambda: ModelConfig(window_pattern="SXL"), "model.window-pattern is 'SXL'; write a letter a layer, S for"),
+        (lambda: ModelConfig(window_pattern="SXL"), "model.window-pattern is 'SXL'; write one letter per layer, S for"),
         (lambda: ModelConfig(window_pattern=""), "model.window-pattern is ''"),
         (lambda: ModelConfig(depth=12, num_kv_heads=4), "must divide the 6 heads of depth 12"),
         (lambda: ModelConfig(depth=12, num_kv_heads=0), "model.num-kv-heads is 0"),
         (
             lambda: Experiment(model=ModelConfig(depth=12, num_kv_heads=3), mesh=MeshConfig(tensor=2)),
-            "mesh.tensor is 2, and shares out attention's heads: it must divide the 3 of keys and values",
+            "mesh.tensor is 2; it must divide the 3 heads of keys and values",
         ),
         (lambda: MeshConfig(fsdp=0), "mesh.fsdp and mesh.tensor"),
         (lambda: MeshConfig(data=-2), "mesh.data"),
@@ -74,7 +74,7 @@ def test_known_models():
         (lambda: ScheduleConfig(warmup_ratio=0.6, decay_ratio=0.6), "sum to at most 1"),
         (lambda: ScheduleConfig(final_fraction=1.5), "schedule.final-fraction"),
         (lambda: TokenizerConfig(max_chars=0), "tokenizer.max-chars"),
-        (lambda: PretrainConfig(batch_tokens=0), "batch-tokens and device-rows"),
+        (lambda: PretrainConfig(batch_tokens=0), "batch-tokens is 0; it must be at least 1"),
         (lambda: PretrainConfig(num_iterations=0), "num-iterations is 0"),
         (lambda: PretrainConfig(lr_fraction=0.0), "lr-fraction"),
         (lambda: FinetuneConfig(mixture=()), "mixture is empty"),
@@ -104,9 +104,9 @@ def test_impossible_settings(build, words):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", launch.experiment_names())
+@pytest.mark.parametrize("name", experiment_names())
 def test_experiments_survive_as_json(name):
-    experiment = launch.load_experiment(name)
+    experiment = load_experiment(name)
     assert from_json(to_json(experiment)) == experiment
 
 

@@ -21,10 +21,10 @@ from etils.epath import backend
 from gcp_storage_emulator import server as emulator
 from moto.server import ThreadedMotoServer
 
-import launch
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.cli.main import main as chat
-from jaxchat.data.manifest import Manifest, Record, Source
+from jaxchat.cli.options import configure
+from jaxchat.data.manifest import Manifest, Origin, Record
 from jaxchat.data.text.shards import find_text, iterate_texts
 from jaxchat.errors import UserError
 from jaxchat.runs import metrics
@@ -92,7 +92,7 @@ def test_text_in_a_bucket(bucket, tmp_path):
     assert size_of(to_path(bucket / "lines" / "0.jsonl")) == (tmp_path / "lines" / "0.jsonl").stat().st_size
     names = [f"pretrain/{number}.parquet" for number in range(3)]
     manifest = Manifest(
-        tmp_path / "text", {"text": Source("", "", names[0])}, dict.fromkeys(names, Record("text", 1, "", ()))
+        tmp_path / "text", {"text": Origin("", "", names[0])}, dict.fromkeys(names, Record("text", 1, "", ()))
     )
     manifest.write()
     (bucket / "text" / "manifest.json").write_text((tmp_path / "text" / "manifest.json").read_text())
@@ -119,7 +119,7 @@ def test_a_run_reads_its_text_from_a_bucket_and_lives_in_one(bucket):
     assert (bucket / "run" / "tokenizer" / "tokenizer.json").exists()
     code, out, err = start(bucket / "run", *arguments)
     assert code == 0 and "tokenizer finished before" in out
-    assert launch.configure("d12", [], f"{bucket}/text", ()).data.download == ()
+    assert configure("d12", [], f"{bucket}/text", ()).data.download == ()
     assert read_metrics(bucket / "run") == []
     assert "--fresh moves aside what is on this machine" in refusal(start(bucket / "run", "--fresh", *arguments))
 
@@ -146,7 +146,7 @@ def test_a_training_in_a_bucket_is_the_same_and_goes_on(bucket, whole):
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     (bucket / "run" / "sft" / "stage.json").unlink()
     message = refusal(start(bucket / "run", "--stages=sft"))
-    assert f"checkpoint {steps / str(STEPS)} is damaged" in message and f"to go on from step {STEPS - 2}" in message
+    assert f"checkpoint {steps / str(STEPS)} is damaged" in message and f"to resume from step {STEPS - 2}" in message
 
 
 def test_two_processes_train_in_a_bucket_and_one_goes_on(bucket, whole):
@@ -206,7 +206,7 @@ def test_checkpoints_in_googles_storage(tmp_path, monkeypatch):
         monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
     monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "project")
     # Nobody to log in as is searched for on this machine or in its network.
-    monkeypatch.setitem(fsspec.config.conf, "gcs", {**fsspec.config.conf["gcs"], "token": "anon"})
+    monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
     # One thread, as it has by itself, would wait for a client that keeps its connection while others wait for it.
     monkeypatch.setattr(
         emulator, "server", SimpleNamespace(**vars(emulator.server) | {"HTTPServer": ThreadingHTTPServer})
@@ -235,14 +235,14 @@ def test_checkpoints_in_googles_storage(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "path, expected",
     {
-        "s4://bucket": "s4://bucket: no such storage, did you mean 's3'? There are: gs://, s3://, az://, hf://",
+        "s4://bucket": "s4://bucket: unknown storage 's4', did you mean 's3'? Known: gs://, s3://, az://, hf://",
         "az://bucket": "az://bucket needs adlfs, which is not installed; pip install adlfs",
     }.items(),
 )
 def test_storage_that_is_not_there(path, expected, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "adlfs", None)  # as if it were not installed
     assert expected in refusal(start(tmp_path / "run", f"--data={path}"))
-    assert "runs live on this machine, or in gs:// and s3://" in refusal(start(f"{path}/run"))
+    assert "a run must be on this machine or in gs:// and s3://" in refusal(start(f"{path}/run"))
 
 
 def test_errors_of_storage_and_others(bucket):
@@ -256,8 +256,8 @@ def test_errors_of_storage_and_others(bucket):
 
 def test_storage_for_runs(server):
     assert "s3:// names no bucket; write s3://BUCKET/RUN" in refusal(start("s3://"))
-    assert "runs live on this machine, or in gs:// and s3://" in refusal(start("hf://datasets/a/b"))
-    assert refusal(start("s3://none/run")).startswith("there is no bucket s3://none; create it")
+    assert "a run must be on this machine or in gs:// and s3://" in refusal(start("hf://datasets/a/b"))
+    assert refusal(start("s3://none/run")).startswith("the bucket s3://none does not exist; create it")
 
 
 def test_storage_that_does_not_answer(bucket, server, capsys):

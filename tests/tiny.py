@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-import launch
+from jaxchat.cli.launch import main
 from jaxchat.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +34,7 @@ def start(directory, *arguments):
     """Exit code, stdout and stderr of `launch.py` in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = launch.main([*ARGUMENTS, f"--run-dir={directory}", *arguments])
+        code = main([*ARGUMENTS, f"--run-dir={directory}", *arguments])
     return code, out.getvalue(), err.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""`jaxchat data get` and `jaxchat data list`: data sets downloaded ahead of a run, and what there is to download."""
+"""`jaxchat data get` and `jaxchat data list`: downloads data sets before a run, and lists those that there are."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from jaxchat.runs.progress import PLAIN_SECONDS, format_duration
 
 
-def add_data(commands: Any) -> None:
-    """Adds the command `data` to the console command's."""
-    data = commands.add_parser("data", help="download data sets, and list them")
-    data_commands = data.add_subparsers(metavar="COMMAND", required=True)
+def add_command(commands: Any) -> None:
+    """Adds `data` to the commands of `jaxchat`."""
+    data = commands.add_parser("data", help="Download data sets, and list them.")
+    data_commands = data.add_commands()
     get = data_commands.add_parser(
         "get",
-        help="download data sets into a data folder",
-        description="Downloads what is missing; stopped and started again, it goes on from where it was. Every file is "
-        "checked against the hub's checksum and recorded in DIR/manifest.json, with the text's validation shard.",
-        epilog="HF_ENDPOINT names a mirror, HF_TOKEN logs in, HF_HUB_OFFLINE=1 only looks at what is there.",
+        help="Download data sets to a data folder.",
+        description="Downloads what is missing; started again after a stop, it resumes. Every file is checked against "
+        "the hub's checksum and recorded in DIR/manifest.json, together with the validation shard of the text.",
+        epilog="HF_ENDPOINT names a mirror, HF_TOKEN logs in, HF_HUB_OFFLINE=1 only checks what is there.",
     )
-    get.add_argument("names", nargs="+", metavar="NAME", help="of 'jaxchat data list'; NAME:SHARDS for text")
-    get.add_argument("--shards", type=int, metavar="N", help="of the text, beside its validation shard (default 8)")
-    get.add_argument("--folder", default="data", metavar="DIR", help="the data folder (default data)")
-    get.add_argument("--check", action="store_true", help="read what is there, and fetch again what is damaged")
+    get.add_argument("names", nargs="+", metavar="NAME", help="Name from 'jaxchat data list'; NAME:SHARDS for text.")
+    get.add_argument(
+        "--shards", type=int, metavar="N", help="Shards of text, besides the validation shard. (default 8)"
+    )
+    get.add_argument("--folder", default="data", metavar="DIR", help="The data folder. (default data)")
+    get.add_argument("--check", action="store_true", help="Read all files that are there, and replace damaged ones.")
     get.set_defaults(command=_get)
-    data_commands.add_parser("list", help="what there is to download").set_defaults(command=_list)
+    data_commands.add_parser("list", help="List the data sets.").set_defaults(command=_list)
 
 
 def _get(arguments: argparse.Namespace) -> int:
@@ -43,20 +45,20 @@ def _get(arguments: argparse.Namespace) -> int:
     with progress:
         download.run(progress.watch)
     names = " ".join(request.dataset.name for request in requests)
-    if not download.pieces_total:
-        print(f"{folder} has all of {names} already")
+    if not download.jobs_total:
+        print(f"{folder} already has all of {names}")
     else:
         took = format_duration(time.monotonic() - began)
-        print(f"{folder} has all of {names} now: {_gigabytes(download.bytes_done)} GB in {took}")
+        print(f"{folder} now has all of {names}: {_gigabytes(download.bytes_done)} GB in {took}")
     return 0
 
 
 class _Lines:
-    """A line every ten seconds."""
+    """Progress as a line every ten seconds."""
 
     def __init__(self):
         self._first: tuple[float, int] | None = None
-        self._said = 0.0
+        self._printed = 0.0
 
     def __enter__(self):
         return self
@@ -70,21 +72,21 @@ class _Lines:
     def watch(self, download: Any) -> None:
         now, done, total = time.monotonic(), download.bytes_done, download.bytes_total
         if self._first is None:
-            self._first, self._said = (now, done), now
-        too_early = now - self._said < PLAIN_SECONDS or now == self._first[0]
-        if not total or too_early or download.pieces_done == download.pieces_total:
+            self._first, self._printed = (now, done), now
+        too_early = now - self._printed < PLAIN_SECONDS or now == self._first[0]
+        if not total or too_early or download.jobs_done == download.jobs_total:
             return
-        self._said = now
+        self._printed = now
         rate = (done - self._first[1]) / (now - self._first[0])
         left = f", {format_duration((total - done) / rate)} left" if rate > 0 else ""
         self.say(
-            f"{_gigabytes(done)} of about {_gigabytes(total)} GB, file {download.pieces_done + 1} of "
-            f"{download.pieces_total}, {rate / 1e6:.1f} MB/s{left}"
+            f"{_gigabytes(done)} of about {_gigabytes(total)} GB, file {download.jobs_done + 1} of "
+            f"{download.jobs_total}, {rate / 1e6:.1f} MB/s{left}"
         )
 
 
 class _Bar:
-    """A bar on a terminal."""
+    """Progress as a bar on a terminal."""
 
     def __init__(self):
         self._progress = Progress(
@@ -108,8 +110,8 @@ class _Bar:
         self._progress.console.print(line, markup=False, highlight=False)
 
     def watch(self, download: Any) -> None:
-        if download.pieces_total:
-            files = f"{download.pieces_done:,} of {download.pieces_total:,} files"
+        if download.jobs_total:
+            files = f"{download.jobs_done:,} of {download.jobs_total:,} files"
             total = max(download.bytes_total, download.bytes_done)
             self._progress.update(self._task, description=files, total=total, completed=download.bytes_done)
 

@@ -1,108 +1,34 @@
-"""`jaxchat tokenizer eval`: how well a tokenizer compresses, beside others."""
+"""`jaxchat tokenizer eval`: how well a tokenizer compresses, and how others do."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-
-from etils import epath
-
-from jaxchat.data.text.shards import SUFFIXES, TextSide, find_text, iterate_texts
-from jaxchat.errors import UserError, check
-from jaxchat.tokenizer import BaseTokenizer, Tokenizer, load_tokenizer
-from jaxchat.tokenizer.compare import Compression, measure, samples, table
-from jaxchat.tokenizer.patterns import TIKTOKEN_PATTERNS
-
-TEXT_BYTES = 2_000_000  # of the user's text, of each side
+import argparse
+from typing import Any
 
 
-def evaluate(path: str, against: Sequence[str], text: str | None, *, pattern: str | None, as_json: bool) -> int:
-    """Prints the compression of the tokenizer in `path` and of those in `against`, on the samples that come with
-    jaxchat and on the user's text: that of `text`, a folder or file, else what the run in `path` was trained on.
-    `pattern` is the split pattern of `.tiktoken` files whose names are of no known encoding.
+def add_command(commands: Any) -> None:
+    """Adds `tokenizer` to the commands of `jaxchat`."""
+    tokenizer = commands.add_parser("tokenizer", help="Measure how well a tokenizer compresses, and compare it.")
+    tokenizer_commands = tokenizer.add_commands()
+    parser = tokenizer_commands.add_parser(
+        "eval",
+        help="Bytes per token on several kinds of text.",
+        description="Bytes per token on news, code, math, other scripts, and the training text; more is better. "
+        "PATH and FILE are a run directory, a folder with a tokenizer.json, or a .json or .tiktoken file.",
+    )
+    add = parser.add_argument
+    add("path", metavar="PATH", help="The tokenizer.")
+    add("--against", nargs="+", default=[], metavar="FILE", help="Tokenizers to compare it with.")
+    add("--text", metavar="TEXT", help="Folder or file of text. (default: the text of the run in PATH)")
+    add(
+        "--pattern", metavar="REGEX", help="Split pattern of .tiktoken files that are not named after a known encoding."
+    )
+    add("--json", action="store_true", help="Print JSON instead of a table.")
+    parser.set_defaults(command=_evaluate)
 
-    Raises:
-      UserError: a tokenizer or text that is missing or damaged.
-    """
-    paths = [path, *against]
-    tokenizers = [_load(one, pattern) for one in paths]
-    texts = samples() | (_run_texts(path) if text is None else _user_texts(Path(text)))
-    rows = measure(tokenizers, texts)
-    sizes = [tokenizer.vocab_size for tokenizer in tokenizers]
-    print(_to_json(paths, sizes, rows) if as_json else table(paths, sizes, rows))
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from jaxchat.analysis.compression import evaluate  # slow to import: --help and bad options need not wait for it
+
+    evaluate(arguments.path, arguments.against, arguments.text, pattern=arguments.pattern, as_json=arguments.json)
     return 0
-
-
-def _load(name: str, pattern: str | None) -> BaseTokenizer:
-    """The tokenizer of a run directory, or of a folder or file of its own."""
-    path = epath.Path(name)
-    path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
-    if path.suffix != ".tiktoken" or path.stem in TIKTOKEN_PATTERNS or not path.exists():
-        return load_tokenizer(path)
-    known = ", ".join(TIKTOKEN_PATTERNS)
-    check(pattern is not None, f"{path} has no split pattern; give --pattern REGEX, or call it one of {known}")
-    return Tokenizer.from_tiktoken(path, pattern)
-
-
-def _user_texts(path: Path) -> dict[str, list[str]]:
-    if not path.is_file():
-        return _split_texts(path)
-    kind = next((kind for kind, ends in SUFFIXES.items() if path.name.endswith(ends)), None)
-    if kind is None:
-        raise UserError(f"{path} is no text that jaxchat reads; give a .parquet, .jsonl or .txt file, or a folder")
-    texts = _first(iterate_texts(TextSide((path,), kind)))
-    check(bool(texts), f"{path} holds no text")
-    return {"text": texts}
-
-
-def _run_texts(path: str) -> dict[str, list[str]]:
-    """The text of a run's configuration; nothing for a tokenizer outside a run. Text that has gone is no error, since
-    the tokenizer is still there, but the user hears of it."""
-    if not (epath.Path(path) / "config.json").exists():
-        return {}
-    from jaxchat.stages.run import read_config  # imports JAX: a tokenizer alone need not wait for it
-
-    data = read_config(path).data
-    try:
-        return _split_texts(Path(data.folder or Path(path) / "data"), data.val_shard)
-    except UserError as error:
-        print(f"the run's own text is left out ({error}); --text names another", file=sys.stderr)
-        return {}
-
-
-def _split_texts(folder: Path, val_shard: str | None = None) -> dict[str, list[str]]:
-    split = find_text(folder, val_shard)
-    sides = {"training text": split.train, "validation text": split.val}
-    return {kind: _first(iterate_texts(side)) for kind, side in sides.items()}
-
-
-def _first(texts: Iterable[str]) -> list[str]:
-    """Documents until they have `TEXT_BYTES` bytes."""
-    taken, size = [], 0
-    for text in texts:
-        taken.append(text)
-        size += len(text.encode())
-        if size >= TEXT_BYTES:
-            break
-    return taken
-
-
-def _to_json(paths: list[str], sizes: list[int], rows: list[Compression]) -> str:
-    numbers = range(len(paths))
-    data = {
-        "tokenizers": [{"path": path, "vocab_size": size} for path, size in zip(paths, sizes, strict=True)],
-        "texts": [
-            {
-                "text": row.kind,
-                "bytes": row.bytes,
-                "tokens": row.tokens,
-                "bytes_per_token": [row.bytes_per_token(i) for i in numbers],
-                "more_tokens_than_first": [row.more_tokens(i) for i in numbers],
-                "gives_text_back": row.restored,
-            }
-            for row in rows
-        ],
-    }
-    return json.dumps(data, indent=2)

@@ -8,19 +8,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import launch
+from jaxchat.cli.experiments import experiment_names, load_experiment
+from jaxchat.cli.launch import main
+from jaxchat.cli.options import describe, field_types, override
 from jaxchat.config import FinetuneConfig
 from jaxchat.errors import UserError
 from tests.tiny import ARGUMENTS, refusal, start, start_process
 
 
 class TestProcess:
-    """`python launch.py` itself."""
+    """`python py` itself."""
 
     def test_list_and_help(self):
         listed = start_process("--list")
         assert listed.returncode == 0
-        assert [line.split()[0] for line in listed.stdout.splitlines()] == launch.experiment_names()
+        assert [line.split()[0] for line in listed.stdout.splitlines()] == experiment_names()
         assert all(len(line.split()) > 3 for line in listed.stdout.splitlines())
         helped = start_process("--help", "--experiment=quickstart")
         assert helped.returncode == 0
@@ -40,10 +42,10 @@ class TestProcess:
 @pytest.mark.parametrize(
     "arguments, expected",
     {
-        "": "name an experiment: --experiment=d12|d32|d6|",
-        "quickstart": "name an experiment",
+        "": "no experiment given; write --experiment=d12|d32|d6|",
+        "quickstart": "no experiment given",
         "--experiment": "--experiment needs a value",
-        "--experiment=": "unknown experiment ''. There are: d12, d32",
+        "--experiment=": "unknown experiment ''. Experiments: d12, d32",
         "--experiment=quickstar": "unknown experiment 'quickstar', did you mean 'quickstart'?",
         "--help --experiment=speed": "did you mean 'speedrun'?",
         "--experiment=d12 --fresh=yes": "--fresh takes no value",
@@ -56,7 +58,7 @@ def test_bad_command(capsys, arguments, expected):
 
 
 def refused(capsys, arguments):
-    code = launch.main(arguments.split())
+    code = main(arguments.split())
     out, err = capsys.readouterr()
     assert out == ""
     return refusal((code, out, err))
@@ -67,7 +69,7 @@ def refused(capsys, arguments):
     {
         "--pretrain.num-iteration=5": "unknown option --pretrain.num-iteration, did you mean '--pretrain.num-iteration",
         "--dryrun": "unknown option --dryrun, did you mean '--dry-run'?",
-        "--zzz=1": "unknown option --zzz. See --help",
+        "--zzz=1": "unknown option --zzz. python launch.py --experiment=NAME --help lists all",
         "-seed=3": "unknown option -seed, did you mean '--seed'?",
         "--pretrain=3": "unknown option --pretrain",
         # ill-typed
@@ -98,17 +100,20 @@ def test_bad_option(capsys, arguments, expected):
     {
         "--seed=-1": "seed is -1; it must lie between 0",
         "--tokenizer.vocab-size=264": "tokenizer.vocab-size is 264; it must be at least 265",
-        "--mesh.fsdp=3": "does not divide the 4 devices here; choose a product among 1, 2, 4",
+        "--mesh.fsdp=3": "does not divide the number of devices, 4; choose a product among 1, 2, 4",
         # found before the first stage, although a later one would trip over it
         "--sft.batch-tokens=1000": "sft: batch-tokens 1000 is not a multiple of 256 (device-rows 1 x 4 data-parallel "
         "devices x sequence-len 64); nearest that work: batch-tokens 768 or 1024",
         "--rl.tasks=sums,leters": "rl.tasks: unknown task 'leters', did you mean 'letters'?",
         "--midtrain.mixture=chat:many": "midtrain.mixture: mixture entry 'chat:many'",
         "--model.vocab-size=999": "--model.vocab-size follows from the tokenizer; write --tokenizer.vocab-size",
-        "--num-processes=x": "--num-processes takes a whole number; see --help",
-        f"--data={__file__}": "test_launch.py' is a file; give --data the folder that it is in",
-        "--rl.tasks=chat": "rl.tasks: chat has no answers to check",
-        "--evaluate.tasks=sums,mine.jsonl": "evaluate.tasks: mine.jsonl has no answers to check",
+        "--model.border_token=1": "--model.border_token follows from the tokenizer; write --data.mask-borders",
+        "--rl.batch-tokens=64": "--rl.batch-tokens follows from the answers that a step samples; "
+        "write --rl.questions-per-step and --rl.samples-per-question",
+        "--num-processes=x": "--num-processes takes a whole number; see launch.py --help",
+        f"--data={__file__}": "test_launch.py' is a file; give --data the folder that contains it",
+        "--rl.tasks=chat": "rl.tasks: chat has no answers that can be checked",
+        "--evaluate.tasks=sums,mine.jsonl": "evaluate.tasks: mine.jsonl has no answers that can be checked",
         "--evaluate.tasks=": "evaluate.tasks: unknown task ''",
         "--evaluate.of=base": "evaluate.of names 'base'; the stages with a model are pretrain, midtrain, sft, rl",
         "--stages=pretrian": "unknown stage 'pretrian', did you mean 'pretrain'?",
@@ -176,7 +181,7 @@ def test_bad_data_options(tmp_path):
     assert "data folder '' does not exist" in refusal(start(tmp_path / "run", "--data="))
     assert "data folder '/nowhere' does not exist" in refusal(start(tmp_path / "run", "--data.path=/nowhere"))
     (tmp_path / "a.txt").write_text("one\n\ntwo")
-    assert "is a file; give --data the folder that" in refusal(start(tmp_path / "run", f"--data={tmp_path / 'a.txt'}"))
+    assert "is a file; give --data the folder" in refusal(start(tmp_path / "run", f"--data={tmp_path / 'a.txt'}"))
     assert not (tmp_path / "run").exists()
     (tmp_path / "b.txt").write_text("three")
     message = refusal(start(tmp_path / "run", f"--data={tmp_path}", "--data.val-shard=c", "--stages=tokenizer"))
@@ -184,10 +189,10 @@ def test_bad_data_options(tmp_path):
 
 
 class TestOverride:
-    experiment = launch.load_experiment("quickstart")
+    experiment = load_experiment("quickstart")
 
     def test_typed_fields(self):
-        changed = launch.override(
+        changed = override(
             self.experiment,
             ["--pretrain.num-iterations=7", "--model.num_kv_heads", "1", "--sft.schedule.decay=cosine",
              "--data.no-shuffle", "--optimizer.matrix-lr=1e-3", "--rl.top-k=None",
@@ -204,31 +209,33 @@ class TestOverride:
 
     @pytest.mark.parametrize("words", [["--sft.mixture=chat:5,sums"], ["--sft.mixture", "chat:5", "sums"]])
     def test_lists_by_spaces_or_commas(self, words):
-        assert launch.override(self.experiment, words).sft.mixture == ("chat:5", "sums")
+        assert override(self.experiment, words).sft.mixture == ("chat:5", "sums")
 
     def test_nothing_changes_without_arguments(self):
-        for name in launch.experiment_names():
-            experiment = launch.load_experiment(name)
-            assert launch.override(experiment, []) == experiment
+        for name in experiment_names():
+            experiment = load_experiment(name)
+            assert override(experiment, []) == experiment
             assert experiment.name == name
 
     def test_settings_that_are_impossible_only_together(self):
         with pytest.raises(UserError, match="^schedule.warmup-ratio and"):
-            launch.override(self.experiment, ["--rl.schedule.warmup-ratio=0.6", "--rl.schedule.decay-ratio=0.6"])
+            override(self.experiment, ["--rl.schedule.warmup-ratio=0.6", "--rl.schedule.decay-ratio=0.6"])
 
     def test_every_field_can_be_named(self):
-        fields = launch._fields(FinetuneConfig)
+        fields = field_types(FinetuneConfig)
         assert {"num-iterations", "schedule.decay", "mixture"} <= set(fields)
-        for kind in launch._fields(type(self.experiment)).values():
-            assert kind is bool or launch._describe(kind)
+        for kind in field_types(type(self.experiment)).values():
+            assert kind is bool or describe(kind)
 
 
 def test_a_disk_that_fails_is_a_line(tmp_path, capsys, monkeypatch):
-    def fail(run):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run.directory / "metrics.jsonl"))
+    def fail(workspace):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(workspace.directory.path / "metrics.jsonl"))
 
     monkeypatch.setattr("jaxchat.stages.pipeline.run_stages", fail)
-    assert launch.main(["--experiment=quickstart", f"--run-dir={tmp_path / 'run'}"]) == 2
+    assert main(["--experiment=quickstart", f"--run-dir={tmp_path / 'run'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    told = f"error: {tmp_path / 'run' / 'metrics.jsonl'}: No space left on device; put that right, and the same command"
-    assert line.startswith(told)
+    assert line == (
+        f"error: {tmp_path / 'run' / 'metrics.jsonl'}: No space left on device; "
+        "correct that, and the same command resumes from here"
+    )

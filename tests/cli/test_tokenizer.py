@@ -109,7 +109,7 @@ def test_text_of_a_run_that_has_gone(made, tmp_path, capsys):
         (["news", "--against", "gone.tiktoken"], "gone.tiktoken"),
         (["news", "--text", "gone"], "gone"),
         (["news", "--text", "news.tiktoken"], "give a .parquet, .jsonl or .txt file"),
-        (["news", "--text", "empty.txt"], "empty.txt holds no text"),
+        (["news", "--text", "empty.txt"], "empty.txt contains no text"),
         ([], "the following arguments are required"),
     ],
 )

@@ -1,4 +1,6 @@
-"""One experiment a file: `experiment` is its settings, its docstring what it takes and what it gives."""
+"""Settings that several experiments share."""
+
+from __future__ import annotations
 
 from jaxchat.config import (
     CostConfig,
@@ -24,15 +26,17 @@ def on_text(
     midtrain_tokens: int = 131_072,
     sft_rows: int = 8,
 ) -> Experiment:
-    """The recipe of every depth on real text: pretraining of 20 tokens a parameter, midtraining and SFT on what tasks
-    the data folder has, RL on GSM8K.
+    """Training on real text: 20 pretraining tokens per parameter, then midtraining and SFT, then RL on GSM8K.
+
+    Midtraining and SFT leave out the tasks that the data folder does not have.
 
     Args:
-      devices, mfu: what the dry run expects to run on: so many H100s, used to this fraction.
-      shards: of FineWeb-Edu, each about 53 million tokens, where the user brings no text.
-      device_rows: rows of 2,048 tokens that a device takes at once; as many as its memory holds.
+      devices: H100s that the dry run expects.
+      mfu: fraction of their peak FLOP/s that it expects training to use.
+      shards: shards of FineWeb-Edu, about 53 million tokens each, to download where the user brings no text.
+      device_rows: rows of 2,048 tokens that a device computes at once; as many as fit into its memory.
       pretrain_tokens, midtrain_tokens: tokens of an optimizer step.
-      sft_rows: rows that a device takes at once in SFT, whose step is 16,384 tokens.
+      sft_rows: rows that a device computes at once in SFT, whose steps are 16,384 tokens.
     """
     return Experiment(
         data=DataConfig(download=(f"fineweb-edu:{shards}", "smoltalk", "mmlu", "arc", "gsm8k", "humaneval")),

@@ -1,0 +1,119 @@
+"""How a command ends: its exit code, a line on stderr about what stopped it, and other processes that stop with it.
+
+| code | |
+| ---: | --- |
+| 0 | the command has done its work |
+| 1 | a bug in jaxchat: the traceback says where |
+| 2 | bad input, or a disk or storage that failed |
+| 75 | SIGTERM; what a training had reached is saved |
+| 76 | another process of the same training was lost (`jaxchat.devices.processes` ends this one) |
+| 130 | Ctrl-C |
+| 141 | whatever read the output has gone |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import NoReturn
+
+from jaxchat.devices.launchers import PREEMPTED, Preempted
+from jaxchat.errors import UserError
+
+BUG, BAD_INPUT, INTERRUPTED, OUTPUT_CLOSED = 1, 2, 130, 141
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+RESUME = "the same command resumes from here"
+
+
+def run_command(command: Callable[[], int], *, resumes: bool = False) -> int:
+    """Runs a command and returns its exit code; what stops it becomes one line on stderr.
+
+    An exception that is nobody's fault but the program's is raised. Of several processes, one that ends otherwise than
+    with 0 ends the others with it.
+
+    Args:
+      resumes: started again, the command resumes where it stopped, and the line says so.
+    """
+    try:
+        return command()
+    except (Exception, KeyboardInterrupt) as error:
+        stopped = _explain(error, resumes)
+        if stopped is None:
+            if not several_processes():
+                raise
+            processes().await_verdict()
+            traceback.print_exc()
+            stopped = BUG, f"error: {type(error).__name__}: {error}"
+        code, line = stopped
+        if several_processes():
+            processes().leave(code, line)
+        if line:
+            print(line, file=sys.stderr)
+        return code
+
+
+def _explain(error: BaseException, resumes: bool) -> tuple[int, str] | None:
+    """The exit code and the line for the user; None for a bug."""
+    retry = RESUME if resumes else "try again"
+    if isinstance(error, UserError):
+        return BAD_INPUT, f"error: {error}"
+    if isinstance(error, Preempted):
+        return PREEMPTED, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, f"stopped; {RESUME}" if resumes else "stopped"
+    if isinstance(error, OSError) and error.errno in DISK:
+        where = f"{error.filename}: " if error.filename else ""
+        return BAD_INPUT, f"error: {where}{error.strerror}; correct that, and {retry}"
+    from jaxchat.storage import first_line, of_the_cloud  # slow to import
+
+    if of_the_cloud(error):
+        return BAD_INPUT, f"error: the storage failed ({first_line(error)}); {retry}"
+    if isinstance(error, BrokenPipeError):
+        # The interpreter flushes stdout at exit, and would complain too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OUTPUT_CLOSED, ""
+    return None
+
+
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises `Preempted`. The training loop has a handler of its own, which saves first."""
+
+    def stop(number, frame):
+        raise Preempted(f"stopped by SIGTERM; {RESUME}")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def processes() -> ModuleType:
+    """`jaxchat.devices.processes`, which imports JAX: a command that ends early need not wait for it."""
+    return importlib.import_module("jaxchat.devices.processes")
+
+
+def several_processes() -> bool:
+    """Whether this process is connected with others."""
+    return "jaxchat.devices.processes" in sys.modules and processes().active()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process, after a failure without waiting for threads: those of a failed save wait for ten minutes."""
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

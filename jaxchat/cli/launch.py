@@ -1,0 +1,173 @@
+"""Runs an experiment: trains a chatbot from nothing, stage by stage.
+
+    python launch.py --experiment=quickstart
+    python launch.py --experiment=d12 --pretrain.num-iterations=200
+    python launch.py --experiment=d12 --data=DIR
+    python launch.py --list
+
+A run lives in runs/NAME. Started again, the same command skips finished stages
+and resumes the unfinished one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from jaxchat.cli.exits import processes, run_command, several_processes, sigterm_raises
+from jaxchat.cli.experiments import load_experiment, summaries
+from jaxchat.cli.field_help import add_fields
+from jaxchat.cli.options import configure
+from jaxchat.cli.parser import HelpFormatter, Parser, option_strings
+from jaxchat.config import STAGES, Experiment
+from jaxchat.devices.launchers import find_cluster
+from jaxchat.errors import check
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `launch.py ...` and returns its exit code, one of those of `jaxchat.cli.exits`."""
+    return run_command(lambda: _run(sys.argv[1:] if argv is None else argv), resumes=True)
+
+
+def _run(argv: list[str]) -> int:
+    parser = launch_parser()
+    with sigterm_raises():
+        options, overrides = parser.parse_known_args(argv)
+        if options.list:
+            return _list()
+        if options.help:
+            return _help(parser, options.experiment)
+        experiment = configure(options.experiment, overrides, options.data, option_strings(parser))
+        if options.stages is not None:
+            experiment = dataclasses.replace(experiment, stages=tuple(options.stages.split(",")))
+        prepare_jax()
+        if options.dry_run:
+            return _dry_run(experiment)
+        return _train(experiment, options)
+
+
+def launch_parser() -> Parser:
+    """The options of launch.py, without the fields of an experiment."""
+    parser = Parser(
+        prog="launch.py",
+        usage="python launch.py --experiment=NAME [OPTIONS] [--SECTION.FIELD=VALUE ...]",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(overrides=())
+    add = parser.add_argument
+    add("-h", "--help", action="store_true", help="Show this page; with --experiment, all its fields too.")
+    add("--list", action="store_true", help="List the experiments.")
+    add("--experiment", metavar="NAME", help="The experiment: a file in experiments/.")
+    add("--stages", metavar="A,B", help=f"Run only these stages, of {', '.join(STAGES)}.")
+    add("--run-dir", metavar="DIR", help="Where the run lives. (default runs/NAME)")
+    add(
+        "--data",
+        metavar="DIR",
+        help="Folder with your text (parquet, jsonl or txt), or with pretrain/, chat/ and eval/. The experiment's data "
+        "sets are downloaded to a folder without text. (default data/)",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="Show parameters, steps, FLOPs, memory, hours and cost, without training.",
+    )
+    add("--fresh", action="store_true", help="Start over; an earlier run is renamed, not deleted.")
+    several = parser.add_argument_group(
+        "several processes", "Needed only where no launcher sets them: see deploy/README.md."
+    ).add_argument
+    several("--coordinator", metavar="HOST:PORT", help="Host of process 0, and a free port there.")
+    several("--num-processes", metavar="N", type=int, help="Number of processes; 1 to train alone.")
+    several("--process-id", metavar="I", type=int, help="Number of this process, from 0.")
+    return parser
+
+
+def _list() -> int:
+    for name, summary in summaries().items():
+        print(f"{name:<12} {summary}")
+    return 0
+
+
+def _help(parser: Parser, name: str | None) -> int:
+    if name is not None:
+        add_fields(parser, load_experiment(name))
+    parser.print_help()
+    return 0
+
+
+def prepare_jax() -> None:
+    """Sets XLA's flags and keeps compiled programs between starts; to be called before JAX is used."""
+    from jaxchat.devices.compile_cache import keep_compiled
+    from jaxchat.devices.mesh import set_xla_flags
+
+    set_xla_flags()
+    keep_compiled()
+
+
+def _dry_run(experiment: Experiment) -> int:
+    import jax
+
+    if experiment.cost.devices > 1 and jax.config.jax_num_cpu_devices <= 1:
+        jax.config.update("jax_num_cpu_devices", experiment.cost.devices)  # a CPU stands for the experiment's devices
+    from jaxchat.analysis.dry_run import dry_run
+    from jaxchat.stages.pipeline import check_possible
+
+    check_possible(experiment)
+    dry_run(experiment)
+    return 0
+
+
+def _train(experiment: Experiment, options: argparse.Namespace) -> int:
+    cluster = find_cluster(os.environ, options.coordinator, options.num_processes, options.process_id)
+    processes().start(cluster)
+    from jaxchat.stages.pipeline import check_possible, run_stages
+    from jaxchat.stages.workspace import Workspace
+
+    check_possible(experiment)
+    directory = options.run_dir or f"runs/{experiment.name}"
+    if options.fresh:
+        processes().on_process_zero(lambda: _set_aside(directory))
+    run_stages(Workspace(experiment, directory))
+    if several_processes():
+        processes().finish()
+        return 0
+    if experiment.stages[-1] == "report":
+        return _talk(directory)
+    return 0
+
+
+def _set_aside(name: str) -> None:
+    """Renames an earlier run to the first free NAME.old-K.
+
+    Raises:
+      UserError: the directory is not a run.
+    """
+    check("://" not in name, f"--fresh renames runs on this machine only, not {name}; choose another --run-dir")
+    directory = Path(name).absolute()
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    check((directory / "config.json").exists(), f"{directory} is not a run of jaxchat; choose another --run-dir")
+    number = 1
+    while (aside := directory.with_name(f"{directory.name}.old-{number}")).exists():
+        number += 1
+    directory.rename(aside)
+    print(f"the earlier run is now {aside}")
+
+
+def _talk(directory: str) -> int:
+    """Points to the report and the chat; starts the chat where somebody is at a terminal."""
+    # Without an activated environment the command is beside this Python.
+    command = "jaxchat" if shutil.which("jaxchat") else os.path.relpath(Path(sys.executable).with_name("jaxchat"))
+    print(f"\nreport:     {directory}/report.md\ntalk to it: {command} chat --run {directory}")
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return 0
+    from jaxchat.cli.main import main as jaxchat
+
+    print()
+    return jaxchat(["chat", "--run", directory])

@@ -1,0 +1,52 @@
+"""`jaxchat lr-range`: how high the learning rates may be."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from jaxchat.cli.options import configure
+from jaxchat.cli.parser import take_overrides
+
+
+def add_command(commands: Any) -> None:
+    """Adds `lr-range` to the commands of `jaxchat`."""
+    parser = commands.add_parser(
+        "lr-range",
+        help="Find learning rates: a suggestion for each group of parameters.",
+        description="Raises the learning rate of one group of parameters after another, each time from a fresh model, "
+        "until the loss suffers, and suggests a rate for each. Writes lr_range.png and lr_range.json to the run's "
+        "directory and changes nothing else there.",
+        epilog="Fields of the experiment can be given too, such as --model.depth=6; "
+        "python launch.py --experiment=NAME --help lists them.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--experiment", metavar="NAME", help="The experiment: a file in experiments/.")
+    add("--run-dir", metavar="DIR", help="Where the run lives. (default runs/NAME)")
+    add("--data", metavar="DIR", help="Folder with your text, as for launch.py.")
+    add("--steps", type=int, default=200, metavar="N", help="Optimizer steps for each group. (default 200)")
+    add("--min", type=float, metavar="RATE", help="First learning rate. (default: the configured one / 1000)")
+    add("--max", type=float, metavar="RATE", help="Last learning rate. (default: the configured one x 1000)")
+    add(
+        "--group",
+        choices=("matrix", "embedding", "head", "all"),
+        default="all",
+        help="Group to test. (default all)",
+    )
+    take_overrides(parser, _lr_range)
+
+
+def _lr_range(arguments: argparse.Namespace) -> int:
+    experiment = configure(arguments.experiment, arguments.overrides, arguments.data, arguments.options)
+    from jaxchat.analysis.lr_range import GROUPS, run  # imports JAX: --help and bad options need not wait for it
+    from jaxchat.devices.compile_cache import keep_compiled
+    from jaxchat.stages.pipeline import check_possible
+    from jaxchat.stages.workspace import Workspace
+
+    keep_compiled()
+    check_possible(experiment)
+    workspace = Workspace(experiment, arguments.run_dir or f"runs/{experiment.name}", keep_config=True)
+    groups = GROUPS if arguments.group == "all" else (arguments.group,)
+    run(workspace, arguments.steps, arguments.min, arguments.max, groups)
+    return 0

@@ -1,0 +1,161 @@
+"""Options of an experiment: fields given on the command line, such as `--pretrain.num-iterations=100`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
+
+from jaxchat.cli.experiments import experiment_names, load_experiment
+from jaxchat.config import Experiment
+from jaxchat.errors import UserError, check, closest
+
+# What is not a field of an experiment, although one might look for it there.
+INSTEAD = {
+    "--model.vocab-size": "follows from the tokenizer; write --tokenizer.vocab-size",
+    "--model.border-token": "follows from the tokenizer; write --data.mask-borders",
+    "--rl.batch-tokens": "follows from the answers that a step samples; write --rl.questions-per-step and "
+    "--rl.samples-per-question",
+}
+
+
+def configure(name: str | None, overrides: list[str], data: str | None, options: Sequence[str]) -> Experiment:
+    """Experiment `name` with the user's overrides and data folder.
+
+    Args:
+      data: the folder; None leaves the experiment's own.
+      options: the command's own options, for hints about misspelt ones.
+
+    Raises:
+      UserError: no name or an unknown one, a folder that does not exist, or as `override`.
+    """
+    if name is None:
+        raise UserError(f"no experiment given; write --experiment={'|'.join(experiment_names())}")
+    experiment = override(load_experiment(name), overrides, options)
+    folder = experiment.data.path if data is None else data
+    if folder is None:
+        return experiment
+    from jaxchat.storage import is_folder, is_remote, to_path  # slow to import, as what follows
+
+    check(not os.path.isfile(folder), f"{folder!r} is a file; give --data the folder that contains it")
+    exists = folder != "" and is_folder(to_path(folder))
+    check(exists, f"data folder {folder!r} does not exist; give --data a folder with text")
+    settings: dict[str, Any] = {"path": folder if is_remote(folder) else os.path.abspath(folder)}
+    if experiment.data.download and not any(word.startswith("--data.download") for word in overrides):
+        from jaxchat.data.hub.download import own_text
+
+        if is_remote(folder) or own_text(Path(folder)):
+            settings["download"] = ()  # the user's own text is all that is trained on
+    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, **settings))
+
+
+def override(experiment: Experiment, arguments: list[str], options: Sequence[str] = ()) -> Experiment:
+    """`experiment` with the fields named in `arguments`, such as `--pretrain.num-iterations=100`.
+
+    The values of a field that is a list are separated by spaces or commas. The closest name to a misspelt option is
+    looked for among the fields and `options`.
+
+    Raises:
+      UserError: an unknown field, a value of the wrong type, or an impossible one.
+    """
+    for word in arguments:
+        name = word.partition("=")[0]
+        instead = INSTEAD.get(name.replace("_", "-"))
+        check(instead is None, f"{name} {instead}")
+    fields = field_types(type(experiment))
+    groups = _by_option(arguments, fields, options)
+    try:
+        return _parse(experiment, [word for group in groups for word in group])
+    except (SystemExit, UserError) as error:
+        # The option at fault fails in the same way when it is the only one.
+        for group in groups:
+            try:
+                _parse(experiment, group)
+            except SystemExit:
+                if isinstance(error, SystemExit):
+                    raise UserError(_explain(group, fields)) from None
+            except UserError as alone:
+                if str(alone) == str(error):
+                    raise UserError(f"{' '.join(group)}: {alone}") from None
+        raise UserError(str(error)) from None
+
+
+def _parse(experiment: Experiment, arguments: list[str]) -> Experiment:
+    """Raises SystemExit, silently, for what tyro does not understand, and UserError for impossible values."""
+    unread = io.StringIO()
+    with contextlib.redirect_stderr(unread), contextlib.redirect_stdout(unread):
+        return tyro.cli(Experiment, default=experiment, args=arguments)
+
+
+def field_types(config: type, prefix: str = "") -> dict[str, Any]:
+    """The type of each field of a configuration class, by the field's name on the command line."""
+    fields: dict[str, Any] = {}
+    for name, kind in get_type_hints(config).items():
+        path = prefix + name.replace("_", "-")
+        fields |= field_types(kind, f"{path}.") if dataclasses.is_dataclass(kind) else {path: kind}
+    return fields
+
+
+def _by_option(arguments: list[str], fields: dict[str, Any], options: Sequence[str]) -> list[list[str]]:
+    """Each option with its values, as tyro wants them: `--rl.tasks=a,b` becomes `--rl.tasks a b`."""
+    groups: list[list[str]] = []
+    for argument in arguments:
+        if re.match(r"--?[A-Za-z]", argument) is None:
+            check(bool(groups), f"{argument!r} is not an option; options begin with --, see --help")
+            groups[-1].append(argument)
+            continue
+        flag, equals, value = argument.partition("=")
+        kind = fields.get(_field(flag, fields))
+        if kind is None:
+            hint = closest(flag, [*(f"--{name}" for name in fields), *options])
+            raise UserError(f"unknown option {flag}{hint} python launch.py --experiment=NAME --help lists all")
+        groups.append([flag, *value.split(",")] if equals and _is_list(kind) else [argument])
+    return groups
+
+
+def _is_list(kind: Any) -> bool:
+    return get_args(kind)[-1:] == (Ellipsis,)
+
+
+def _field(flag: str, fields: dict[str, Any]) -> str:
+    """The field of an option; that of `--data.no-shuffle` is `data.shuffle`."""
+    name = flag.removeprefix("--").replace("_", "-")
+    section, _, last = name.rpartition(".")
+    positive = f"{section}.{last.removeprefix('no-')}"
+    return positive if fields.get(positive) is bool else name
+
+
+def _negative(name: str) -> str:
+    section, _, last = name.rpartition(".")
+    return f"{section}.no-{last}"
+
+
+def _explain(group: list[str], fields: dict[str, Any]) -> str:
+    """What an option takes, when it was given something else."""
+    flag = group[0].partition("=")[0]
+    name = _field(flag, fields)
+    if fields[name] is bool:
+        return f"{' '.join(group)}: write --{name} for yes, --{_negative(name)} for no, without a value"
+    if group == [flag]:
+        return f"{flag} needs a value: {describe(fields[name])}"
+    return f"{' '.join(group)}: the value must be {describe(fields[name])}"
+
+
+def describe(kind: Any) -> str:
+    """The values of a type, in words."""
+    words = {int: "a whole number", float: "a number", str: "text", type(None): "None"}
+    if kind in words:
+        return words[kind]
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(parts)}"
+    if get_origin(kind) is tuple:
+        return "words" if _is_list(kind) else f"{len(parts)} numbers separated by spaces"
+    return " or ".join(map(describe, parts))
