@@ -28,7 +28,7 @@ from jaxchat.checkpoint.step_folder import ITEMS, META, PARAMS, leaf_types
 from jaxchat.config import CheckpointConfig
 from jaxchat.devices.processes import exchange, on_process_zero
 from jaxchat.errors import UserError, check
-from jaxchat.storage import first_line, is_remote, readable, reason, storage_errors
+from jaxchat.storage import first_line, is_remote, readable, reason, storage_errors, to_path
 
 SCORES = "worths.json"
 
@@ -44,7 +44,7 @@ class Checkpoints:
 
     def __init__(self, directory: epath.PathLike, config: CheckpointConfig | None = None):
         _silence_orbax()
-        path = epath.Path(directory)
+        path = epath.Path(to_path(directory))
         # Orbax wants an absolute path, and epath's `absolute` takes gs://bucket for a relative one.
         self.directory = path if path.is_absolute() else path.absolute()
         if str(self.directory).startswith("s3://"):

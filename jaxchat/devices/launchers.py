@@ -1,4 +1,4 @@
-"""Which process among several this one is: by flags, or by what a launcher has put into the environment."""
+"""Finds out which of several processes this one is, from flags or from what a launcher has put into the environment."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 from jaxchat.errors import check
 
-PREEMPTED, LOST = 75, 76  # exit codes; 75 is sysexits' "temporary failure"
-PORTS = range(61440, 65536)  # above the ports that Linux gives to outgoing connections
+PREEMPTED, LOST = 75, 76  # exit codes; 75 is "temporary failure" in sysexits.h
+PORTS = range(61440, 65536)  # above those that Linux uses for outgoing connections
 
 
 class Preempted(Exception):
-    """The process was asked to end (SIGTERM), and what is worth keeping is saved."""
+    """The process was asked to end (SIGTERM), and has saved what is worth keeping."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """This process among `num_processes`; `local_devices` are the GPUs of this host that are its own, None for all."""
+    """This process among `num_processes`; `local_devices` are the GPUs of this host that it uses, None for all."""
 
     coordinator: str
     num_processes: int
@@ -30,7 +30,10 @@ class Cluster:
     def __post_init__(self):
         count = self.num_processes
         check(count >= 1, f"the number of processes is {count}; it must be at least 1")
-        check(0 <= self.process_id < count, f"process id {self.process_id} is not among the {count}, 0 to {count - 1}")
+        check(
+            0 <= self.process_id < count,
+            f"the process id is {self.process_id}; with {count} processes it must be 0 to {count - 1}",
+        )
         host, colon, port = self.coordinator.rpartition(":")
         check(
             bool(host and colon) and port.isdecimal() and 0 < int(port) < 1 << 16,
@@ -44,13 +47,13 @@ def find_cluster(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> Cluster | None:
-    """The cluster that the flags say, or the environment; None for a single process.
+    """The cluster given by flags or by the environment; None for a single process.
 
-    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` stand for the flags. In a Kubernetes job the
-    id is the pod's JOB_COMPLETION_INDEX. Open MPI comes before Slurm, which may have started its `mpirun`.
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` may replace the flags. In a Kubernetes job the
+    id is the pod's JOB_COMPLETION_INDEX. Open MPI takes precedence over Slurm, which may have started its `mpirun`.
 
     Raises:
-      UserError: what is said is not enough, or contradicts itself.
+      UserError: something is missing or impossible.
     """
     coordinator = coordinator or environ.get("JAX_COORDINATOR_ADDRESS")
     num_processes = _number(environ, "JAX_NUM_PROCESSES") if num_processes is None else num_processes
@@ -66,26 +69,28 @@ def find_cluster(
     if num_processes is None and process_id is None and coordinator is None:
         check(
             not index,
-            f"this is pod {index} of a Kubernetes job that does not say with whom it trains: set JAX_NUM_PROCESSES "
-            "and JAX_COORDINATOR_ADDRESS as deploy/jobset.yaml does",
+            f"this is pod {index} of a Kubernetes job, but the other pods are unknown: set JAX_NUM_PROCESSES and "
+            "JAX_COORDINATOR_ADDRESS as deploy/jobset.yaml does",
         )
         return None
     process_id = index if process_id is None else process_id
     given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     missing = next((name for name, value in given.items() if value is None), None)
-    check(missing is None, f"{missing} is missing: several processes need {', '.join(given)}")
+    check(missing is None, f"{missing} is missing; several processes need all of {', '.join(given)}")
     return Cluster(coordinator, num_processes, process_id)
 
 
 def _number(environ: Mapping[str, str], name: str) -> int | None:
     value = environ.get(name)
-    check(value is None or value.isdecimal(), f"{name} is {value!r} in the environment; it must be a whole number")
+    check(
+        value is None or value.isdecimal(), f"the environment variable {name} is {value!r}; it must be a whole number"
+    )
     return None if value is None else int(value)
 
 
 def _numbers(environ: Mapping[str, str], launcher: str, *names: str) -> list[int]:
     missing = [name for name in names if name not in environ]
-    check(not missing, f"{launcher} has not set {' and '.join(missing)}; say --num-processes=1 to train alone")
+    check(not missing, f"{launcher} has not set {' and '.join(missing)}; use --num-processes=1 to train in one process")
     return [_number(environ, name) for name in names]
 
 
@@ -94,13 +99,13 @@ def _open_mpi(environ: Mapping[str, str], coordinator: str | None) -> Cluster | 
     size, rank, here, local = _numbers(environ, "Open MPI", *(f"OMPI_COMM_WORLD_{name}" for name in names))
     if size == 1:
         return None
-    # Where mpirun runs, and so rank 0: `1962541056.0;tcp://192.0.2.2,10.0.0.2:59391`. Version 5 does not tell.
+    # The host of mpirun, where rank 0 runs too: `1962541056.0;tcp://192.0.2.2,10.0.0.2:59391`. Unset in version 5.
     uri = environ.get("OMPI_MCA_orte_hnp_uri", "")
     found = re.search(r"tcp://([^,:]+)", uri)
     host = "127.0.0.1" if here == size else found and found[1]
     check(
         bool(host or coordinator),
-        "Open MPI does not say on which host its first process is; name it and a free port: "
+        "Open MPI does not tell on which host its first process runs; name the host and a free port with "
         "mpirun -x JAX_COORDINATOR_ADDRESS=HOST:PORT ...",
     )
     job = environ.get("PMIX_NAMESPACE", uri)
@@ -112,19 +117,19 @@ def _slurm(environ: Mapping[str, str], coordinator: str | None) -> Cluster | Non
     if "SLURM_STEP_NODELIST" not in environ:  # the batch script itself, or the shell of salloc
         check(
             tasks == 1,
-            f"this Slurm job has {tasks} tasks, and the process was not started by srun: write srun before the "
-            "command, or --num-processes=1 to train alone",
+            f"this Slurm job has {tasks} tasks, but the process was not started by srun; write srun before the "
+            "command, or use --num-processes=1 to train in one process",
         )
         return None
     names = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
     size, rank, local, node = _numbers(environ, "Slurm", *names)
     if size == 1:
         return None
-    nodes = environ["SLURM_STEP_NODELIST"]  # gpu1, gpu[1-4,7], gpu[001-004],other5: the first is enough
+    nodes = environ["SLURM_STEP_NODELIST"]  # such as gpu1, gpu[1-4,7] or gpu[001-004],other5
     first = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
-    check(first is not None, f"SLURM_STEP_NODELIST is {nodes!r} in the environment: no host is in it")
+    check(first is not None, f"the environment variable SLURM_STEP_NODELIST is {nodes!r}; it must name a host")
     job = f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_STEP_ID', '')}"
-    # 2(x3),1: two tasks on each of three nodes, then one.
+    # 2(x3),1 means two tasks on each of three nodes, then one.
     counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     here = [int(count) for count, times in counts for _ in range(int(times or 1))][node : node + 1] or [1]
     bound = "SLURM_GPUS_PER_TASK" in environ or "SLURM_GPU_BIND" in environ
@@ -134,12 +139,12 @@ def _slurm(environ: Mapping[str, str], coordinator: str | None) -> Cluster | Non
 
 
 def _port(job: str) -> int:
-    """The same for all processes of a job; seldom the same for two jobs on one host."""
+    """A port that is the same for all processes of a job, and rarely the same for two jobs on one host."""
     return PORTS[zlib.crc32(job.encode()) % len(PORTS)]
 
 
 def _local_devices(environ: Mapping[str, str], processes: int, local: int) -> tuple[int, ...] | None:
-    """This process's share of the host's GPUs, where several processes see them all."""
+    """This process's share of the host's GPUs if each of several processes sees all of them; None for all it sees."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     count = len(glob.glob("/dev/nvidia[0-9]*")) if visible is None else len([v for v in visible.split(",") if v])
     if processes == 1 or count < processes or "JAX_LOCAL_DEVICE_IDS" in environ:

@@ -33,7 +33,8 @@ def state(seed=0, width=16, step=0, mesh=None):
     def array(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    block = {"attn": {"q": array(width, width), "o": array(width, width)}, "mlp": {"up": array(width, 4 * width)}}
+    attn = {name: {"kernel": array(width, width)} for name in ("q", "o")}
+    block = {"attn": attn, "mlp": {"up": {"kernel": array(width, 4 * width)}}}
     params = {"embed": {"embedding": array(32, width)}, "blocks": {"0": block}, "head": {"kernel": array(width, 32)}}
     opt_state = OPTIMIZER.init(params)
     opt_state = jax.tree.map(lambda x: array(*x.shape) if x.ndim else x + step, opt_state)
@@ -179,11 +180,13 @@ def test_no_checkpoint(checkpoints):
 def test_another_model_is_refused(checkpoints, restore):
     checkpoints.save(4, state(), data={}, meta={})
     other = state(width=32)
-    with pytest.raises(UserError, match=r"params/blocks/0/attn/o is float32\[16,16\] there and float32\[32,32\] here"):
+    with pytest.raises(
+        UserError, match=r"params/blocks/0/attn/o/kernel is float32\[16,16\] there and float32\[32,32\] here"
+    ):
         checkpoints.restore(other) if restore == "state" else checkpoints.restore_params(other["params"])
     fewer = state()
     del fewer["params"]["blocks"]
-    with pytest.raises(UserError, match="params/blocks/0/attn/o is .* there and missing here"):
+    with pytest.raises(UserError, match="params/blocks/0/attn/o/kernel is .* there and missing here"):
         checkpoints.restore(fewer) if restore == "state" else checkpoints.restore_params(fewer["params"])
 
 

@@ -138,7 +138,7 @@ def test_a_disk_that_cannot_be_read_is_not_taken_for_damage(tmp_path):
         (tmp_path / name).mkdir()  # the system refuses to open it as a file
     fresh = Checkpoints(tmp_path, CheckpointConfig(keep_best=True))
     for work in (lambda: fresh.restore(state), fresh.best_step, lambda: fresh.save(30, state, data={}, meta={})):
-        with pytest.raises(UserError, match=f"{tmp_path}.* cannot be read .Is a directory.; put that right"):
+        with pytest.raises(UserError, match=f"{tmp_path}.* cannot be read .Is a directory.; correct that"):
             work()
     assert fresh.steps() == [10, 20]
 
