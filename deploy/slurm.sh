@@ -9,17 +9,17 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@180
-# One task a GPU. Three minutes before the time is up, and whenever the job is preempted, the tasks get SIGTERM: they save
-# and end with code 75. After that, or after the loss of a process (76), the job queues up again and goes on.
+# One task per GPU. Three minutes before the time limit, and whenever the job is preempted, the tasks get SIGTERM: they save
+# and end with code 75. After that, or after the loss of a process (76), the job is requeued and resumes.
 set -u
 cd "$SLURM_SUBMIT_DIR"
 
-# Not --kill-on-bad-exit: when one ends, the others do so by themselves, and in their own way. Some versions of srun do not
-# take the number of CPUs over from above.
+# --kill-on-bad-exit=0, since the other processes end by themselves when one does, with the right messages and codes.
+# --cpus-per-task, since some versions of srun do not inherit it from the options above.
 srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${PYTHON:-.venv/bin/python}" launch.py "$@" &
 step=$!
 trap 'scancel --signal=TERM "$SLURM_JOB_ID.0"' TERM
-while kill -0 $step 2>/dev/null; do wait $step; done # a signal ends a wait too
+while kill -0 $step 2>/dev/null; do wait $step; done # a signal interrupts wait
 wait $step
 code=$?
 case $code in 75 | 76 | 137) scontrol requeue "$SLURM_JOB_ID" ;; esac

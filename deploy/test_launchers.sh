@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Two processes of two virtual devices each under Slurm and Open MPI, on one machine, compared with one process of four:
-# trained, preempted, one of them killed. As root on Debian, with a development environment:
+# Trains under Slurm and Open MPI on one machine, in two processes with two virtual devices each, and compares the losses
+# with those of one process with four: undisturbed, preempted, and with one process killed. Run as root on Debian, with a
+# development environment:
 #
 #   apt-get install slurmctld slurmd slurm-client munge openmpi-bin
 #   PYTHON=.venv/bin/python deploy/test_launchers.sh
@@ -22,7 +23,7 @@ fail() { say "FAILED: $*"; tail -n 40 "$work"/*.log; exit 1; }
 settings=$("$PYTHON" -c 'from tests.tiny import ARGUMENTS; print(*ARGUMENTS)')
 settings+=" --stages=tokenizer,pretrain --pretrain.num-iterations=60 --pretrain.save-every=20 --pretrain.eval-every=30"
 
-alike() { # RUN: the losses of its 60 steps are those of one process, but for rounding
+alike() { # RUN: its 60 losses equal those of one process, up to rounding
   "$PYTHON" - "$work/one" "$1" <<'PYTHON'
 import sys
 from jaxchat.runs.metrics import read_metrics
@@ -31,7 +32,7 @@ one, run = ({line["step"]: line["loss"] for line in read_metrics(run) if "loss" 
 assert sorted(one) == sorted(run) == list(range(60)), f"steps {sorted(run)}"
 worst = max(abs(run[step] / one[step] - 1) for step in one)
 assert worst < 1e-3, f"the losses differ by {worst:.1e}"
-print(f"          60 steps, losses equal to {worst:.0e} of their size")
+print(f"          60 steps, losses equal up to a relative difference of {worst:.0e}")
 PYTHON
 }
 
@@ -40,14 +41,14 @@ reached() { # RUN STEP: waits until the run has logged that step
     grep -q "\"step\": $2,.*\"loss\"" "$1/metrics.jsonl" 2>/dev/null && return
     sleep 0.1
   done
-  fail "$1 has not come to step $2"
+  fail "$1 has not reached step $2"
 }
 
-processes() { pgrep -f "launch.py.*--run-dir=$1( |\$)" | while read -r pid; do # RUN: not the launchers themselves
+processes() { pgrep -f "launch.py.*--run-dir=$1( |\$)" | while read -r pid; do # RUN: its Python processes, without the launchers
   [[ $(readlink "/proc/$pid/exe") == *python* ]] && echo "$pid"
 done; }
 
-say "one process of four devices"
+say "one process with four devices"
 JAX_NUM_CPU_DEVICES=4 "$PYTHON" launch.py $settings --run-dir="$work/one" >"$work/one.log" 2>&1 || fail "one process"
 
 # --- Slurm -----------------------------------------------------------------------------------------------------------
@@ -82,12 +83,12 @@ slurmctld && slurmd
 for _ in $(seq 60); do sinfo -h -t idle -o %n | grep -q . && break || sleep 1; done
 say "Slurm $(slurmctld -V | cut -d' ' -f2): $(sinfo -h -o '%D node, %t')"
 
-submit() { # NAME: the number of the job
+submit() { # NAME: prints the job's number
   sbatch --parsable --nodes=1 --ntasks-per-node=2 --gpus-per-node=0 --cpus-per-task=1 --output="$work/$1.log" \
     deploy/slurm.sh $settings --run-dir="$work/$1"
 }
 
-finished() { # JOB NAME: waits until it has completed; a job that queues up again has to wait for two minutes
+finished() { # JOB NAME: waits until it has completed; Slurm makes a requeued job wait for two minutes
   for _ in $(seq 360); do
     case $(scontrol -o show job "$1" | grep -o "JobState=[A-Z_]*") in
       JobState=COMPLETED) return ;;
@@ -96,7 +97,7 @@ finished() { # JOB NAME: waits until it has completed; a job that queues up agai
     esac
     sleep 1
   done
-  fail "job $2 does not end"
+  fail "job $2 has not ended"
 }
 
 say "Slurm: train"
@@ -105,7 +106,7 @@ finished "$job" slurm
 grep -o "devices .* of 2 processes" "$work/slurm.log" | sed 's/^/          /'
 alike "$work/slurm"
 
-say "Slurm: preempt, as before the end of the time"
+say "Slurm: preempt, as before the time limit"
 job=$(submit preempted)
 reached "$work/preempted" 25
 scancel --batch --signal=TERM "$job"
@@ -118,7 +119,7 @@ say "Slurm: kill one of the processes"
 job=$(submit killed)
 reached "$work/killed" 25
 kill -9 "$(processes "$work/killed" | tail -n 1)" && began=$SECONDS
-until grep -q "is lost" "$work/killed.log"; do sleep 0.2; ((SECONDS - began < 60)) || fail "the other goes on"; done
+until grep -q "is lost" "$work/killed.log"; do sleep 0.2; ((SECONDS - began < 60)) || fail "the other has not ended"; done
 say "          the other has ended after $((SECONDS - began)) s"
 finished "$job" killed
 grep -h "is lost\|resuming" "$work/killed.log" | sed 's/^/          /'
@@ -126,7 +127,7 @@ alike "$work/killed"
 
 # --- Open MPI --------------------------------------------------------------------------------------------------------
 
-mpi() { # NAME: exit code in $code
+mpi() { # NAME: leaves the exit code in $code
   code=0
   mpirun --allow-run-as-root --oversubscribe -np 2 --mca odls_base_sigkill_timeout 3 \
     "$PYTHON" launch.py $settings --run-dir="$work/$1" >>"$work/$1.log" 2>&1 || code=$?
@@ -140,7 +141,7 @@ alike "$work/mpi"
 
 say "Open MPI: SIGTERM to mpirun"
 mpi preempted-mpi &
-reached "$work/preempted-mpi" 5 # mpirun waits before it hands SIGTERM on
+reached "$work/preempted-mpi" 5 # early, since mpirun waits before it passes SIGTERM on
 pkill -TERM -f "mpirun.*$work/preempted-mpi"
 wait
 grep -q "stopped by SIGTERM" "$work/preempted-mpi.log" || fail "it was not preempted"
