@@ -14,7 +14,7 @@ from jaxchat.errors import UserError, check
 from jaxchat.storage import first_line
 
 COLUMN = "text"
-ROWS = 256  # of parquet at once: about a megabyte, which fits a processor's cache
+ROWS = 128  # of parquet at once: about a megabyte, which fits a processor's cache
 BLOCK_BYTES = 1 << 20  # of plain text at once
 
 # Where some texts are from, for messages; their offsets; their UTF-8. Text i is `utf8[offsets[i] : offsets[i + 1]]`.
