@@ -9,8 +9,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@180
-# One task per GPU. Three minutes before the time limit, and whenever the job is preempted, the tasks get SIGTERM: they save
-# and end with code 75. After that, or after the loss of a process (76), the job is requeued and resumes.
+# One task per GPU. Three minutes before the time limit, and whenever the job is preempted, the tasks get SIGTERM: they
+# save and end with code 75. After that, or after the loss of a process (76), the job is requeued and resumes.
 set -u
 cd "$SLURM_SUBMIT_DIR"
 

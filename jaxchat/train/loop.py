@@ -20,7 +20,6 @@ import numpy as np
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.devices.launchers import Preempted
 from jaxchat.devices.machine import device_peak_flops
-from jaxchat.devices.machine import device_peak_flops
 from jaxchat.devices.processes import Preemption, active, delay_ctrl_c
 from jaxchat.errors import check
 from jaxchat.runs.metrics import Metrics
