@@ -46,7 +46,7 @@ def run(workspace: Workspace, stage: str) -> None:
     def validate(step, params):
         if validation:
             bpb = evaluate_bpb(
-                params, model, validation, tokenizer.token_bytes(), workspace.compute
+                params, model, validation, tokenizer.token_bytes(), compute=workspace.compute
             )
             yield "bpb", bpb
 

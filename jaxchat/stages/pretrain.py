@@ -44,7 +44,7 @@ def run(workspace: Workspace) -> None:
         yield (
             "bpb",
             evaluate_bpb(
-                params, model, validation, tokenizer.token_bytes(), workspace.compute
+                params, model, validation, tokenizer.token_bytes(), compute=workspace.compute
             ),
         )
 
