@@ -1,9 +1,10 @@
-"""Text, tasks and runs in the storage of a cloud: here servers on this machine that speak their protocols."""
+"""Text, tasks and runs in cloud storage: here, servers on this machine that speak its protocols."""
 
 import io
 import json
 import logging
 import os
+import subprocess
 import sys
 import time
 from http.server import ThreadingHTTPServer
@@ -33,11 +34,11 @@ from jaxchat.stages.training import Batches
 from jaxchat.storage import is_folder, of_the_cloud, size_of, to_path
 from jaxchat.tasks import load_task
 from tests.devices.test_processes import free_port, train
-from tests.tiny import STEPS, record, refusal, start, values
+from tests.tiny import ROOT, STEPS, record, refusal, start, values
 
 
 def forget():
-    """The clients that were made for another server."""
+    """Drops the clients that were made for another server."""
     s3fs.S3FileSystem.clear_instance_cache()
     backend._FileSystemSpecBackend._get_filesystem.cache_clear()
 
@@ -63,7 +64,7 @@ def server():
 
 @pytest.fixture
 def bucket(server, request):
-    """A bucket of the test's own."""
+    """A bucket for one test."""
     name = "".join(c if c.isalnum() else "-" for c in request.node.name.replace("_", "-"))[:60].strip("-")
     s3fs.S3FileSystem().mkdir(name)
     return epath.Path(f"s3://{name}")
@@ -102,6 +103,30 @@ def test_text_in_a_bucket(bucket, tmp_path):
         find_text(bucket / "text")
 
 
+def test_listings_show_what_others_have_written(bucket):
+    (bucket / "folder" / "0").write_text("x")
+    forget()
+    folder, other = to_path(f"{bucket}/folder"), s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    assert [path.name for path in folder.iterdir()] == ["0"]
+    other.pipe_file(f"{bucket}/folder/1", b"y")  # as TensorStore or another process would
+    assert sorted(path.name for path in folder.iterdir()) == ["0", "1"] and is_folder(folder)
+
+
+def test_the_configuration_of_fsspec_is_changed_only_for_what_is_opened(monkeypatch):
+    program = """
+import fsspec
+from jaxchat.storage import to_path
+print(fsspec.config.conf)
+to_path("runs/x"), to_path("s3://bucket/run")
+print(fsspec.config.conf)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["{}", "{'s3': {'use_listings_cache': False}}"]
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"use_listings_cache": True, "anon": True})  # the user's own stays
+    to_path("s3://bucket/run")
+    assert fsspec.config.conf["s3"] == {"use_listings_cache": True, "anon": True}
+
+
 def test_tasks_in_a_bucket(bucket):
     (bucket / "chat" / "train.jsonl").write_text(
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
@@ -121,16 +146,16 @@ def test_a_run_reads_its_text_from_a_bucket_and_lives_in_one(bucket):
     assert code == 0 and "tokenizer finished before" in out
     assert configure("d12", [], f"{bucket}/text", ()).data.download == ()
     assert read_metrics(bucket / "run") == []
-    assert "--fresh moves aside what is on this machine" in refusal(start(bucket / "run", "--fresh", *arguments))
+    assert "--fresh renames runs on this machine only" in refusal(start(bucket / "run", "--fresh", *arguments))
 
 
-def test_a_training_in_a_bucket_is_the_same_and_goes_on(bucket, whole):
+def test_a_training_in_a_bucket_is_the_same_and_resumes(bucket, whole):
     code, _, err = start(bucket / "run", "--stages=tokenizer,pretrain,sft,report")
     assert code == 0, err
     for stage in ("pretrain", "sft"):
         assert values(bucket / "run", stage) == values(whole, stage)
     report = json.loads((bucket / "run" / "report.json").read_text())
-    assert list((bucket / "run" / "data" / "pretrain").glob("*.parquet"))  # made up there
+    assert list((bucket / "run" / "data" / "pretrain").glob("*.parquet"))  # generated there
     assert report["stages"]["pretrain"]["steps"] == STEPS and (bucket / "run" / "plots" / "loss.png").exists()
     # As after `kill -9` in the middle of the last save of the last stage.
     steps = bucket / "run" / "sft" / "checkpoints"
@@ -141,7 +166,7 @@ def test_a_training_in_a_bucket_is_the_same_and_goes_on(bucket, whole):
     assert code == 0 and f"resuming at step {STEPS - 2} of {STEPS}" in err
     assert values(bucket / "run", "sft") == values(whole, "sft")
     assert Checkpoints(steps).steps() == [STEPS - 2, STEPS]
-    # What was changed there since is noticed.
+    # A change to the files is noticed.
     damaged = next(path for path in sorted((steps / str(STEPS) / "params" / "d").iterdir()))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     (bucket / "run" / "sft" / "stage.json").unlink()
@@ -149,7 +174,7 @@ def test_a_training_in_a_bucket_is_the_same_and_goes_on(bucket, whole):
     assert f"checkpoint {steps / str(STEPS)} is damaged" in message and f"to resume from step {STEPS - 2}" in message
 
 
-def test_two_processes_train_in_a_bucket_and_one_goes_on(bucket, whole):
+def test_two_processes_train_in_a_bucket_and_one_resumes(bucket, whole):
     ends = train(bucket / "run", "--stages=tokenizer,pretrain,sft", fault="SIGTERM 1 3")
     assert [code for code, _ in ends] == [75, 75], ends
     assert Checkpoints(bucket / "run" / "pretrain" / "checkpoints").steps() == [4, 5]  # agreed on with step 4's metrics
@@ -205,9 +230,9 @@ def test_checkpoints_in_googles_storage(tmp_path, monkeypatch):
     for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
     monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "project")
-    # Nobody to log in as is searched for on this machine or in its network.
+    # Do not look for credentials on this machine or in its network.
     monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
-    # One thread, as it has by itself, would wait for a client that keeps its connection while others wait for it.
+    # Its own single thread would wait for a client that keeps its connection open, while other clients wait for it.
     monkeypatch.setattr(
         emulator, "server", SimpleNamespace(**vars(emulator.server) | {"HTTPServer": ThreadingHTTPServer})
     )
@@ -273,8 +298,8 @@ def test_storage_that_does_not_answer(bucket, server, capsys):
             (bucket / "x").read_bytes()
         assert of_the_cloud(failed.value)
         assert chat(["chat", "--run", str(bucket / "run"), "-p", "hello"]) == 2
-        told = capsys.readouterr().err
-        assert "cannot be reached" in told and told.count("\n") == 1
+        err = capsys.readouterr().err
+        assert "cannot be reached" in err and err.count("\n") == 1
     finally:
         server.start()
     assert not os.path.exists("runs/none")

@@ -95,24 +95,36 @@ def value_of(experiment, name):
     return experiment
 
 
-@pytest.mark.parametrize("name", experiment_names())
-def test_every_listed_option_can_be_used(name):
-    """With its default and, where that is None, the value None; all of them together too."""
-    experiment = load_experiment(name)
+def listed_options(experiment):
+    """Each listed option with its default, as words of the command line."""
     parser = argparse.ArgumentParser(add_help=False)
     add_fields(parser, experiment)
-    listed = {action.option_strings[0]: action for action in parser._actions}
-    assert [*listed] and {option.removeprefix("--") for option in listed} == set(field_types(Experiment)) - {*UNLISTED}
-    everything = []
-    for option, action in listed.items():
+    for action in parser._actions:
+        option = action.option_strings[0]
         value = value_of(experiment, option.removeprefix("--"))
         if isinstance(value, bool):
-            words = [action.option_strings[not value]]
+            yield [action.option_strings[not value]]
         else:
-            words = [option, *map(str, value if isinstance(value, tuple) else [value])]
-        assert override(experiment, words) == experiment, words
-        everything += words
-    assert override(experiment, everything) == experiment
+            yield [option, *map(str, value if isinstance(value, tuple) else [value])]
+
+
+LISTED = [*listed_options(load_experiment("quickstart"))]
+
+
+@pytest.mark.parametrize("words", LISTED, ids=lambda words: words[0])
+def test_every_listed_option_can_be_used(words):
+    experiment = load_experiment("quickstart")
+    assert override(experiment, words) == experiment
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_all_listed_options_can_be_used_together(name):
+    experiment = load_experiment(name)
+    words = [*listed_options(experiment)]
+    assert {option.removeprefix("--").replace(".no-", ".") for option, *_ in words} == set(field_types(Experiment)) - {
+        *UNLISTED
+    }
+    assert override(experiment, sum(words, [])) == experiment
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])

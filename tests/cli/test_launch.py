@@ -153,10 +153,10 @@ def broken_jsonl(folder):
 
 BAD_FOLDERS = {
     "empty": (lambda folder: None, "no text in {folder}; it is empty"),
-    "photos": (lambda folder: (folder / "cat.jpg").write_bytes(b"x"), "it holds cat.jpg; put .parquet, .jsonl or .txt"),
+    "photos": (lambda folder: (folder / "cat.jpg").write_bytes(b"x"), "it contains cat.jpg; put .parquet, .jsonl"),
     "no-parquet": (lambda folder: (folder / "a.parquet").write_bytes(b"rubbish" * 9), "{folder}/a.parquet is no"),
     "no-column": (lambda folder: write_parquet(folder / "a.parquet", body=["x"]), "has no column 'text'; its columns"),
-    "numbers": (lambda folder: write_parquet(folder / "a.parquet", text=[1, 2]), "column 'text' holds int64, not"),
+    "numbers": (lambda folder: write_parquet(folder / "a.parquet", text=[1, 2]), "column 'text' contains int64, not"),
     "broken-line": (broken_jsonl, "{folder}/a.jsonl:10: broken JSON"),
     "no-text": (lambda folder: (folder / "a.jsonl").write_text('{"body": "x"}\n' * 9), "a.jsonl:1: no string field"),
     "latin-1": (lambda folder: (folder / "a.txt").write_bytes(b"caf\xe9\n\n" * 9), "a.txt is not UTF-8 text"),
