@@ -83,7 +83,7 @@ def pretrain_batches(
       ValueError: several lanes of text that does not repeat; one would end before the other.
     """
     blocks = TextBlocks(text)
-    count = blocks.count  # None while files are still being downloaded
+    count = blocks.known_count  # None while files are still being downloaded
     check(count != 0, f"{text.files[0]} has no documents")
     order = EpochOrder(blocks, seed if shuffle else None)
     name = f"{text.files[0]}" if len(text.files) == 1 else f"the text in {text.files[0].parent}"
@@ -103,7 +103,7 @@ def pretrain_batches(
 
         stream = TokenStream(
             read_block,
-            lambda: blocks.count,
+            lambda: blocks.known_count,
             tokenizer,
             epochs=None if repeat else 1,
             minimum=sequence_len + 1 if repeat and lanes == 1 else 2,

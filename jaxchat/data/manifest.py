@@ -12,10 +12,9 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from jaxchat.errors import UserError, check
-from jaxchat.storage import AnyPath
+from jaxchat.storage import AnyPath, size_of
 
 FILE_NAME = "manifest.json"
 VERSION = 1
@@ -104,7 +103,7 @@ class Manifest:
     def has(self, name: str) -> bool:
         """Whether a file is recorded and there with the recorded size; its bytes are not read."""
         try:
-            return name in self.files and (self.folder / name).stat().st_size == self.files[name].size
+            return name in self.files and size_of(self.folder / name) == self.files[name].size
         except OSError:
             return False
 
@@ -117,7 +116,7 @@ class Manifest:
     def _damage(self, name: str) -> str | None:
         record, path = self.files[name], self.folder / name
         try:
-            if (size := path.stat().st_size) != record.size:
+            if (size := size_of(path)) != record.size:
                 return f"has {size:,} bytes, not {record.size:,}"
             return None if file_sha256(path) == record.sha256 else "has different bytes from those that were downloaded"
         except FileNotFoundError:
@@ -151,17 +150,17 @@ def _manifests(text_folder: AnyPath) -> list[Manifest]:
     return [Manifest.read(folder) for folder in folders]
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: AnyPath) -> str:
     return _hash_file(path, hashlib.sha256())
 
 
-def git_sha1(path: Path) -> str:
+def git_sha1(path: AnyPath) -> str:
     """The id that git gives to the contents of a file: SHA-1 of `blob SIZE\\0` and the bytes."""
-    start = f"blob {path.stat().st_size}\0".encode()
+    start = f"blob {size_of(path)}\0".encode()
     return _hash_file(path, hashlib.sha1(start, usedforsecurity=False))
 
 
-def _hash_file(path: Path, digest) -> str:
+def _hash_file(path: AnyPath, digest) -> str:
     with path.open("rb") as file:
         while data := file.read(_READ_BYTES):
             digest.update(data)

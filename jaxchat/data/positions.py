@@ -66,8 +66,8 @@ class LanePosition:
     def from_json(cls, state: Json) -> LanePosition:
         row, left_out = state.get("row"), state.get("left_out", {})  # the first versions counted nothing
         before = left_out if row is None else state["left_out_before"]
-        place = TokenPlace(*(state[name] for name in ("epoch", "block", "document", "token", "blocks")), before)
-        return cls(place, left_out, state.get("packed", {}), row)
+        place = {name: state[name] for name in ("epoch", "block", "document", "token", "blocks")}
+        return cls(TokenPlace(**place, left_out=before), left_out, state.get("packed", {}), row)
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ class ChatPosition:
 
     @classmethod
     def from_json(cls, state: Json) -> ChatPosition:
-        names = ("epoch", "taken", "waiting", "conversations")
-        return cls(*(state[name] for name in names), state.get("packed", {}))
+        place = {name: state[name] for name in ("epoch", "taken", "waiting", "conversations")}
+        return cls(**place, packed=state.get("packed", {}))
 
 
 def join_positions(states: Sequence[Json]) -> Json:

@@ -7,11 +7,11 @@ import itertools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, overload
 
 from jaxchat.data.text.reading import read_jsonl
 from jaxchat.errors import MissingData, UserError
+from jaxchat.storage import AnyPath
 
 Conversation = dict[str, Any]
 Split = Literal["train", "val", "test"]
@@ -22,26 +22,14 @@ _TOOL_OUTPUT_END = "<|output_end|>"
 _NUMBER = re.compile(r"-?(?:\d+(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
 
 
-class Task(ABC, Sequence[Conversation]):
-    """A sequence of complete conversations, each ending with the right answer as the assistant's message.
-
-    `kind` tells how to evaluate the task: "generative" completions go to `score`; with "multiple_choice" the
-    conversation has `letters`, one of which is the answer, and the most likely letter counts as the model's answer.
-    """
+class _Conversations(ABC, Sequence[Conversation]):
+    """A sequence of conversations, each made by `item` when it is asked for."""
 
     name: str
-    kind: Literal["generative", "multiple_choice"] = "generative"
-
-    @abstractmethod
-    def __len__(self) -> int: ...
 
     @abstractmethod
     def item(self, index: int) -> Conversation:
         """The conversation at `index`, 0 <= index < len(self)."""
-
-    @abstractmethod
-    def score(self, conversation: Conversation, completion: str) -> float:
-        """Scores `completion` (decoded, with special tokens as text) as the answer, in [0, 1]."""
 
     @overload
     def __getitem__(self, index: int) -> Conversation: ...
@@ -54,6 +42,20 @@ class Task(ABC, Sequence[Conversation]):
         if not 0 <= position < len(self):
             raise IndexError(f"{self.name}: index {index} of {len(self)}")
         return self.item(position)
+
+
+class Task(_Conversations):
+    """A sequence of complete conversations, each ending with the right answer as the assistant's message.
+
+    `kind` tells how to evaluate the task: "generative" completions go to `score`; with "multiple_choice" the
+    conversation has `letters`, one of which is the answer, and the most likely letter counts as the model's answer.
+    """
+
+    kind: Literal["generative", "multiple_choice"] = "generative"
+
+    @abstractmethod
+    def score(self, conversation: Conversation, completion: str) -> float:
+        """Scores `completion` (decoded, with special tokens as text) as the answer, in [0, 1]."""
 
 
 class ListTask(Task):
@@ -70,8 +72,10 @@ class ListTask(Task):
         return self.items[index]
 
 
-class Mixture(Sequence[Conversation]):
+class Mixture(_Conversations):
     """Several tasks as one sequence, one after another; the loader shuffles them."""
+
+    name = "the mixture"
 
     def __init__(self, tasks: Sequence[Task]):
         self.tasks = tuple(tasks)
@@ -80,14 +84,9 @@ class Mixture(Sequence[Conversation]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        position = index + len(self) if index < 0 else index
-        if not 0 <= position < len(self):
-            raise IndexError(f"index {index} of a mixture with {len(self)} conversations")
-        which = bisect.bisect_right(self._ends, position)
-        return self.tasks[which][position - (self._ends[which - 1] if which else 0)]
+    def item(self, index: int) -> Conversation:
+        which = bisect.bisect_right(self._ends, index)
+        return self.tasks[which].item(index - (self._ends[which - 1] if which else 0))
 
 
 def spread(items: Sequence[Any], limit: int | None) -> Sequence[Any]:
@@ -102,7 +101,7 @@ def hold_out(items: Sequence[Any], split: Split) -> list[Any]:
     return [item for i, item in enumerate(items) if (i % VAL_EVERY == VAL_EVERY - 1) == (split == "val")]
 
 
-def read_items(path: Path, keys: Sequence[str], task: str, *, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
+def read_items(path: AnyPath, keys: Sequence[str], task: str, *, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Reads the JSON objects of a file.
 
     Args:

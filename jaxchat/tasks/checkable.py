@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
+from jaxchat.storage import AnyPath
 from jaxchat.tasks.base import (
     Conversation,
     ListTask,
@@ -37,7 +37,7 @@ def _mentions(value: str, text: str) -> bool:
     return re.search(rf"(?<![\w-]){re.escape(value)}(?![\w-])", text, re.IGNORECASE) is not None
 
 
-def load_checkable(name: str, split: Split, data_dir: Path, limit: int | None) -> Checkable:
+def load_checkable(name: str, split: Split, data_dir: AnyPath, limit: int | None) -> Checkable:
     """Loads `eval/{name}/test.jsonl` or `train.jsonl`, of which every 20th question is for validation."""
     path = data_dir / "eval" / name / ("test.jsonl" if split == "test" else "train.jsonl")
     items = read_items(path, ("messages", "answer"), name, texts=("answer",))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
+from jaxchat.storage import AnyPath
 from jaxchat.tasks.base import (
     Conversation,
     ListTask,
@@ -54,7 +54,7 @@ def final_answer(text: str) -> str | None:
     return canonical_number(found[-1]) if found else None
 
 
-def load_gsm8k(split: Split, data_dir: Path, limit: int | None) -> GSM8K:
+def load_gsm8k(split: Split, data_dir: AnyPath, limit: int | None) -> GSM8K:
     """Loads `eval/gsm8k/test.jsonl` or `train.jsonl`, of which every 20th problem is for validation."""
     path = data_dir / "eval" / "gsm8k" / ("test.jsonl" if split == "test" else "train.jsonl")
     items = read_items(path, ("question", "answer"), "gsm8k", texts=("question", "answer"))

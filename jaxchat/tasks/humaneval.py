@@ -6,9 +6,9 @@ Scoring runs what the model has written, in a limited process (see `tools.python
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from jaxchat.errors import MissingData
+from jaxchat.storage import AnyPath
 from jaxchat.tasks.base import Conversation, ListTask, Split, question_and_answer, read_items, visible_answer
 from jaxchat.tools.python import run_program
 
@@ -58,7 +58,7 @@ def build_program(code: str, prompt: str, entry_point: str, test: str) -> str:
     return f"{solution}\n\n{test}\n\ncheck({entry_point})\n"
 
 
-def load_humaneval(split: Split, data_dir: Path, limit: int | None) -> HumanEval:
+def load_humaneval(split: Split, data_dir: AnyPath, limit: int | None) -> HumanEval:
     """Loads `eval/humaneval.jsonl`, a test set only."""
     if split != "test":
         raise MissingData(f"humaneval has no {split} split; it is a test set ({data_dir / 'eval' / 'humaneval.jsonl'})")

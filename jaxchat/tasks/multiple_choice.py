@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from jaxchat.errors import UserError
+from jaxchat.storage import AnyPath
 from jaxchat.tasks.base import (
     Conversation,
     ListTask,
@@ -30,7 +30,7 @@ class MultipleChoice(ListTask):
         return score_choice(conversation, completion)
 
 
-def load_mmlu(split: Split, data_dir: Path, limit: int | None) -> MultipleChoice:
+def load_mmlu(split: Split, data_dir: AnyPath, limit: int | None) -> MultipleChoice:
     """Loads `eval/mmlu/test.jsonl`, or for the other splits `dev.jsonl` and `val.jsonl` together.
 
     Of these every 20th question is for validation. MMLU's `auxiliary_train` is not used, since it is other data sets.
@@ -44,7 +44,7 @@ def load_mmlu(split: Split, data_dir: Path, limit: int | None) -> MultipleChoice
     return MultipleChoice("mmlu", [_item("mmlu", i["question"], i["choices"], i["answer"]) for i in items], limit)
 
 
-def load_arc(name: str, split: Split, data_dir: Path, limit: int | None) -> MultipleChoice:
+def load_arc(name: str, split: Split, data_dir: AnyPath, limit: int | None) -> MultipleChoice:
     """Loads `eval/{name}.jsonl` for test, and `eval/{name}/{split}.jsonl` for the other splits."""
     path = data_dir / "eval" / (f"{name}.jsonl" if split == "test" else f"{name}/{split}.jsonl")
     items = read_items(path, ("query", "choices", "gold"), name)

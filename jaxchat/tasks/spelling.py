@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 from jaxchat.data.synthetic.questions import (
     Purpose,
@@ -16,6 +15,7 @@ from jaxchat.data.synthetic.questions import (
     spell,
 )
 from jaxchat.errors import UserError
+from jaxchat.storage import AnyPath
 from jaxchat.tasks.base import Conversation, Split, Task, question_and_answer
 from jaxchat.tasks.checkable import score_value
 
@@ -34,7 +34,7 @@ class Spelling(Task):
     def __init__(self, split: Split, words: tuple[str, ...] = (), limit: int | None = None):
         self.split = split
         purposes: dict[Split, Purpose] = {"train": "train", "val": "rl", "test": "test"}
-        self.purpose = purposes[split]
+        self.purpose: Purpose = purposes[split]
         self.words = tuple(word for word in words if purpose_of(word) == self.purpose)
         if words and not self.words:
             raise UserError(
@@ -58,7 +58,7 @@ class Spelling(Task):
         return score_value(conversation["answer"], (), completion)
 
 
-def load_spelling(split: Split, data_dir: Path, limit: int | None) -> Spelling:
+def load_spelling(split: Split, data_dir: AnyPath, limit: int | None) -> Spelling:
     """Uses the words of `eval/words.txt` (one a line, lower case), if the data folder has that file."""
     path = data_dir / "eval" / "words.txt"
     words = path.read_text(encoding="utf-8").split() if path.is_file() else []

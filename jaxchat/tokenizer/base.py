@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
 from etils import epath
@@ -113,13 +113,23 @@ class BaseTokenizer(ABC):
             raise UserError(f"no special token {name!r}{closest(name, self.special_tokens)}")
         return self.special_tokens[name]
 
+    @overload
     def encode(
         self,
-        text: str | list[str],
+        text: str,
         prepend: int | str | None = None,
         append: int | str | None = None,
         num_threads: int | None = None,
-    ) -> list[int] | list[list[int]]:
+    ) -> list[int]: ...
+    @overload
+    def encode(
+        self,
+        text: list[str],
+        prepend: int | str | None = None,
+        append: int | str | None = None,
+        num_threads: int | None = None,
+    ) -> list[list[int]]: ...
+    def encode(self, text, prepend=None, append=None, num_threads=None):
         """The ids of a text, or of each text in a list.
 
         `prepend` and `append` are ids or names of special tokens to add around each text. Lone surrogates are encoded

@@ -12,10 +12,10 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Self
 
-import jaxchat_tokenizer as rust
 import numpy as np
 from etils import epath
 
+import jaxchat_tokenizer as rust
 from jaxchat.errors import UserError, check, closest
 from jaxchat.tokenizer.base import SPECIAL_TOKENS, BaseTokenizer, Progress, check_learnt, check_size
 from jaxchat.tokenizer.foreign.tiktoken_ranks import from_ranks, parse_ranks
@@ -130,11 +130,11 @@ class Tokenizer(BaseTokenizer):
             return cls.from_vocabulary(vocabulary)
         path = existing_file(encoding)
         pattern = pattern or TIKTOKEN_PATTERNS.get(path.stem)
-        check(
-            pattern is not None,
-            f"the split pattern of {path} is unknown; pass pattern=, or give the file the name of a known encoding"
-            f"{closest(path.stem, TIKTOKEN_PATTERNS)}",
-        )
+        if pattern is None:
+            raise UserError(
+                f"the split pattern of {path} is unknown; pass pattern=, or give the file the name of a known encoding"
+                f"{closest(path.stem, TIKTOKEN_PATTERNS)}"
+            )
         with naming_file(path):
             return cls.from_vocabulary(from_ranks(parse_ranks(path.read_bytes().splitlines()), {}, pattern))
 

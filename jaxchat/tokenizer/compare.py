@@ -43,7 +43,8 @@ class Compression:
 
 def samples() -> dict[str, list[str]]:
     """The documents that come with jaxchat, by kind of text."""
-    files = [file for file in resources.files(__package__).joinpath("samples").iterdir() if file.name.endswith(".txt")]
+    folder = resources.files("jaxchat.tokenizer").joinpath("samples")
+    files = [file for file in folder.iterdir() if file.name.endswith(".txt")]
     texts = {file.name.removesuffix(".txt"): [file.read_text(encoding="utf-8")] for file in files}
     order = [*FIRST_KINDS, *sorted(set(texts) - set(FIRST_KINDS))]
     return {kind: texts[kind] for kind in order}

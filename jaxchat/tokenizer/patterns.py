@@ -67,7 +67,7 @@ def read_differently(pattern: str) -> str | None:
     To Oniguruma `^` and `$` are ends of lines, `{1,3}+` is a repetition of a repetition, and `\\w` excludes joiners.
     """
     for item in _ITEM.finditer(pattern):
-        kind, text = item.lastgroup, item[0]
+        kind, text = str(item.lastgroup), item[0]
         if kind == "class":
             text = re.sub(r"\\[pP]\{\^?\w+\}", "", text[2:-1] if text[1] == "^" else text[1:-1])
             escapes = re.findall(r"\\(.)", text, re.DOTALL)

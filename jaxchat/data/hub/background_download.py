@@ -52,10 +52,9 @@ class BackgroundDownload:
         self._uses_other_text = self._text is not None and self._has_other_text(self._text.dataset.name)
         self._wanted = [request for request in requests if not self._is_users_own(request)]
         self._manifest = Manifest.read(self.folder)
-        self._options: dict[str, Any] = {"patience": patience, "backoff": backoff}
         self._lock = threading.Lock()
+        self._download = Download(self.folder, self._wanted, say=self._say, patience=patience, backoff=backoff)
         self._thread: threading.Thread | None = None
-        self._download: Download | None = None
         self._error: BaseException | None = None
 
     def _has_other_text(self, name: str) -> bool:
@@ -86,13 +85,15 @@ class BackgroundDownload:
         self._start()
         if self._text is None or self._uses_other_text:
             return find_text(self.folder, val_shard, on_bad=on_bad, say=self._say)
-        content = self._text.dataset.content
-        pinned = self.folder / content.validation
-        train = [self.folder / content.name(index) for index in range(self._text.shards)]
+        shards = self._text.dataset.shards
+        pinned = self.folder / shards.validation
+        train = [self.folder / shards.name(index) for index in range(self._text.shards)]
         val = pinned
         if val_shard is not None:
-            val = next((path for path in (pinned, *train) if val_shard in (path.name, path.stem)), None)
-            check(val is not None, f"validation shard {val_shard!r} is not among those of {self._text.dataset.name}")
+            named = next((path for path in (pinned, *train) if val_shard in (path.name, path.stem)), None)
+            if named is None:
+                raise UserError(f"validation shard {val_shard!r} is not among those of {self._text.dataset.name}")
+            val = named
         sides = (tuple(path for path in train if path != val), (val,))
         check(bool(sides[0]), f"{self.folder}: the only shard requested is for validation; request more shards")
         common: dict[str, Any] = {"format": "parquet", "wait": self.wait, "on_bad": on_bad, "say": self._say}
@@ -137,7 +138,7 @@ class BackgroundDownload:
         while not there():
             if given_up():
                 raise Stopped
-            if not self._thread.is_alive() and not there():
+            if not self._is_running() and not there():
                 raise self._error or UserError(f"{name} was not downloaded to {self.folder}")
             now = time.monotonic()
             if now - said >= SAY_EVERY:
@@ -146,6 +147,9 @@ class BackgroundDownload:
             time.sleep(POLL_SECONDS)
         if time.monotonic() - began >= SAY_AFTER:
             self._say(f"{name} arrived after {format_duration(time.monotonic() - began)}")
+
+    def _is_running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     def _progress(self) -> str:
         done, total = self._download.bytes_done, self._download.bytes_total
@@ -156,7 +160,6 @@ class BackgroundDownload:
     def _start(self) -> None:
         with self._lock:
             if self._thread is None:
-                self._download = Download(self.folder, self._wanted, say=self._say, **self._options)
                 if is_offline_mode():  # to fail now rather than in hours if something is missing
                     self._download.run()
                 self._thread = threading.Thread(target=self._run, name="download", daemon=True)

@@ -56,14 +56,25 @@ class Archive:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set. `repo` is its name on the hub, None for an archive; `size` is about how many bytes it downloads."""
+    """A data set. `repo` is its name on the hub, "" for an archive; `size` is about how many bytes it downloads."""
 
     name: str
     about: str
     license: str
-    repo: str | None
+    repo: str
     content: Shards | tuple[Table, ...] | Archive
     size: int
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is pretraining text."""
+        return isinstance(self.content, Shards)
+
+    @property
+    def shards(self) -> Shards:
+        """The shards of pretraining text."""
+        assert isinstance(self.content, Shards), f"{self.name} has no shards"
+        return self.content
 
     @property
     def source(self) -> str:
@@ -109,7 +120,7 @@ DATASETS = (
     Dataset("humaneval", "164 Python functions to write", "MIT", "openai/openai_humaneval", (
         Table("openai_humaneval/test-*.parquet", "eval/humaneval.jsonl", _HUMANEVAL),
     ), 84_000),
-    Dataset("core", "the 22 tasks of the CORE score", "of each task", None, Archive(
+    Dataset("core", "the 22 tasks of the CORE score", "of each task", "", Archive(
         "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip",
         "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200", "eval_bundle", "eval/eval_bundle",
     ), 162_000_000),
@@ -125,7 +136,7 @@ class Request:
 
     @property
     def is_text(self) -> bool:
-        return isinstance(self.dataset.content, Shards)
+        return self.dataset.is_text
 
 
 def parse_request(entry: str, shards: int | None = None) -> Request:

@@ -86,7 +86,11 @@ class HubClient:
         api = HfApi(endpoint=self._endpoint)
         seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
         info = self._persist(repo, lambda: api.dataset_info(repo, revision=revision, timeout=seconds))
-        return info.sha, [sibling.rfilename for sibling in info.siblings or ()]
+        check(
+            info.sha is not None,
+            f"{self._endpoint} does not give the revision of {repo}; if it is a mirror, use another",
+        )
+        return str(info.sha), [sibling.rfilename for sibling in info.siblings or ()]
 
     def locate(self, repo: str, revision: str, path: str) -> RemoteFile:
         """A file of a data set, by its address alone, without a request."""
@@ -114,6 +118,7 @@ class HubClient:
             disk is full. What has arrived is kept, unless it is wrong.
           Stopped: `stop` was set.
         """
+        wrong = None
         for _ in range(WRONG_BYTES):
             self._persist(remote.path, lambda: self._receive(remote, part, count), part)
             with on_disk(part):

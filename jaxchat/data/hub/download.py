@@ -178,7 +178,7 @@ class Download:
         others = [name for name in texts if name != dataset.name]
         another = f"choose another folder for {dataset.name}"
         check(not others, f"{self.folder / 'pretrain'} contains {', '.join(others)}; {another}")
-        shards = {dataset.content.name(index) for index in range(dataset.content.last + 1)}
+        shards = {dataset.shards.name(index) for index in range(dataset.shards.last + 1)}
         own = [name for name in own_text(self.folder) if name not in shards]
         check(not own, f"{self.folder} contains text of your own, such as {own[0] if own else ''}; {another}")
 
@@ -188,13 +188,13 @@ class Download:
         for dataset in dict.fromkeys(job.dataset for job in missing):
             known = self._manifest.datasets.get(dataset.name)
             files: list[str] = []
-            if dataset.repo is None:
+            if isinstance(dataset.content, Archive):
                 revision = dataset.content.sha256
-            elif isinstance(dataset.content, Shards) and known:
+            elif dataset.is_text and known:
                 revision = known.revision
             else:
                 revision, files = self._hub.listing(dataset.repo, known.revision if known else None)
-            pin = dataset.content.validation if isinstance(dataset.content, Shards) else None
+            pin = dataset.shards.validation if dataset.is_text else None
             self._origins[dataset.name] = Origin(dataset.source, revision, pin)
             planned += [self._with_sources(job, files) for job in missing if job.dataset is dataset]
         self._check_space(planned)

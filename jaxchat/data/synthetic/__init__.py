@@ -77,7 +77,8 @@ def write_synthetic(
         say(f"chat/{name}.jsonl: {count:,} conversations")
 
     for name, make in QUESTION_MAKERS.items():
-        for side, purpose, count in (("train", "rl", RL_QUESTIONS), ("test", "test", TEST_QUESTIONS)):
+        files: tuple[tuple[str, Purpose, int], ...] = (("train", "rl", RL_QUESTIONS), ("test", "test", TEST_QUESTIONS))
+        for side, purpose, count in files:
             items = make(world, random.Random(f"{name} {side} {seed}"), purpose, count)
             _write_jsonl(directory / "eval" / name / f"{side}.jsonl", items)
             say(f"eval/{name}/{side}.jsonl: {len(items):,} questions")
@@ -118,12 +119,12 @@ def make_letters(world: World, rng: random.Random, purpose: Purpose, count: int)
 
     The answers 0 to 3 are equally frequent, so that guessing is right one time in four at most.
     """
-    drawn = set()
+    drawn: set[tuple[str, str]] = set()
     while len(drawn) < count:
         drawn.add(draw_counted(rng, purpose, len(drawn) % 4))
     return [
-        _item("letters", ask_letters(*pair, rng), answer_letters(*pair, rng), str(pair[0].count(pair[1])))
-        for pair in sorted(drawn)
+        _item("letters", ask_letters(word, letter, rng), answer_letters(word, letter, rng), str(word.count(letter)))
+        for word, letter in sorted(drawn)
     ]
 
 

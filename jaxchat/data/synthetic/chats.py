@@ -112,11 +112,11 @@ def spelling_turn(world: World, rng: random.Random) -> list[Message]:
 
 def story_turn(world: World, rng: random.Random) -> list[Message]:
     """A story that tells no held-out fact, so that none is ever in an answer."""
-    story = None
-    while story is None:
+    while True:
         hero = rng.choice(list(world.people.values()))
         story = write_story(world, rng, hero, may_tell=world.is_open)
-    return _turn(rng.choice(STORY_REQUESTS).format(n=hero.name), story)
+        if story is not None:
+            return _turn(rng.choice(STORY_REQUESTS).format(n=hero.name), story)
 
 
 def portrait_turn(world: World, rng: random.Random) -> list[Message]:

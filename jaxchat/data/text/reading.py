@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import IO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -100,7 +100,7 @@ def open_parquet(path: AnyPath) -> pq.ParquetFile:
     return file
 
 
-def _source(path: AnyPath) -> Path | BinaryIO:
+def _source(path: AnyPath) -> Path | IO[bytes]:
     """A path that pyarrow can open itself, which it can on this machine only, or an open file."""
     return path if isinstance(path, Path) else path.open("rb")
 
@@ -157,7 +157,7 @@ def _read_block(path: AnyPath, start: int, delimiter: re.Pattern[bytes]) -> tupl
         return file.read(end - begin), begin
 
 
-def _after_delimiter(file: BinaryIO, offset: int, delimiter: re.Pattern[bytes]) -> int:
+def _after_delimiter(file: IO[bytes], offset: int, delimiter: re.Pattern[bytes]) -> int:
     """The position after the first delimiter that begins at or after `offset`; the file's size if there is none."""
     file.seek(offset)
     tail = b""

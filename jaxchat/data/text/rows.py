@@ -296,8 +296,8 @@ class BestFitRows:
     def take(self, count: int) -> Int32[np.ndarray, "rows row_len"]:
         """The next rows, fewer only when the stream ends."""
         parts = [np.empty((0, self._row_len), np.int32)]
-        while count and (self._window is not None or self._open_window()):
-            part = self._window[self._row : self._row + count]
+        while count and (window := self._open_window() if self._window is None else self._window) is not None:
+            part = window[self._row : self._row + count]
             parts.append(part)
             count -= len(part)
             self._row += len(part)
@@ -305,25 +305,26 @@ class BestFitRows:
                 self._begin(self._packed_after)
         return np.concatenate(parts)
 
-    def _open_window(self) -> bool:
-        """Reads and packs the next window; False at the end of the stream."""
+    def _open_window(self) -> np.ndarray | None:
+        """Reads and packs the next window; None at the end of the stream."""
         documents = self._read_window()
         if not documents:
-            return False
+            return None
         ids = np.concatenate([part.ids for part in documents])
         begins = np.cumsum([0, *(len(part.ids) for part in documents[:-1])])
         starts = np.concatenate([part.offsets[:-1] + at for part, at in zip(documents, begins, strict=True)])
         ends = np.append(starts[1:], len(ids))
         rows = best_fit(list(zip(starts.tolist(), ends.tolist(), strict=True)), self._row_len)
         self._start = documents[0].place(0, self._stream.count_blocks())
-        self._window = self._fill([rows[row] for row in self._shuffled(len(rows), self._start)], ids)
+        window = self._fill([rows[row] for row in self._shuffled(len(rows), self._start)], ids)
         self._left_out = documents[-1].after
-        tokens = int(np.count_nonzero(self._window != IGNORE))
+        tokens = int(np.count_nonzero(window != IGNORE))
         inner_ends = {end for row in rows for _, end, _ in row} - set(ends.tolist())
         cut = len(set(np.searchsorted(starts, list(inner_ends), side="left").tolist()))
         packed = Counter(rows=len(rows), targets=tokens - len(rows), documents=len(starts), cut=cut)
         self._packed_after = self._packed_before + packed
-        return True
+        self._window = window
+        return window
 
     def _read_window(self) -> list[EncodedDocuments]:
         documents: list[EncodedDocuments] = []

@@ -125,7 +125,9 @@ def find_text(
 
 def _text_files(folder: AnyPath, entries: list[AnyPath]) -> tuple[Format, tuple[AnyPath, ...]]:
     files = [path for path in entries if path.is_file()]
-    found = {kind: tuple(path for path in files if path.name.endswith(ends)) for kind, ends in SUFFIXES.items()}
+    found: dict[Format, tuple[AnyPath, ...]] = {
+        kind: tuple(path for path in files if path.name.endswith(ends)) for kind, ends in SUFFIXES.items()
+    }
     names = [path.name for path in entries]
     contents = f"it contains {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "it is empty"
     check(any(found.values()), f"no text in {folder}; {contents}; put .parquet, .jsonl or .txt files there")
@@ -133,8 +135,7 @@ def _text_files(folder: AnyPath, entries: list[AnyPath]) -> tuple[Format, tuple[
         not (found["parquet"] and found["jsonl"]),
         f"{folder} contains both parquet and jsonl files; keep one kind, or move the other to a separate folder",
     )
-    kind = next(kind for kind in SUFFIXES if found[kind])
-    return kind, found[kind]
+    return next((kind, files) for kind, files in found.items() if files)
 
 
 def _check_parquet(path: AnyPath, on_bad: OnBad) -> None:
@@ -205,7 +206,7 @@ class Block(list[str]):
         self.left_out = dict(left_out or {})
 
 
-class TextBlocks(Sequence[Block]):
+class TextBlocks:
     """The text as a random-access sequence of blocks, each a list of documents, read when it is asked for.
 
     A block is a row group of parquet, about 4 MiB of jsonl or txt, or a whole `.jsonl.gz`. Empty documents are left
@@ -243,12 +244,11 @@ class TextBlocks(Sequence[Block]):
     def _report(self, line: str) -> None:
         """Prints each line once, however often its block is read."""
         with self._lock:
-            new = line not in self._reported and len(self._reported) < REPORTED
-            if new:
-                self._reported.add(line)
-                more = "; any more are only counted" if len(self._reported) == REPORTED else ""
-        if new:
-            self._text.say(line + more)
+            if line in self._reported or len(self._reported) == REPORTED:
+                return
+            self._reported.add(line)
+            more = "; any more are only counted" if len(self._reported) == REPORTED else ""
+        self._text.say(line + more)
 
     def reaches(self, index: int) -> bool:
         """Whether there is a block `index`; waits for files only as far as needed to know."""
@@ -257,14 +257,15 @@ class TextBlocks(Sequence[Block]):
         return -len(self._readers) <= index < len(self._readers)
 
     @property
-    def count(self) -> int | None:
+    def known_count(self) -> int | None:
         """How many blocks there are; None while a file is still downloading."""
         return len(self) if self._listed == len(self._text.files) or self._text.complete else None
 
     def _list_next(self) -> None:
         at = self._listed
         path = self._text.files[at]
-        self._text.wait(path, self.interrupted.is_set)
+        if self._text.wait is not None:
+            self._text.wait(path, self.interrupted.is_set)
         readers = _list_blocks(replace(self._text, files=(path,), wait=None))
         with self._lock:
             if self._listed == at:  # another thread may have been faster

@@ -134,7 +134,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
         if self._byte_level:
             own = (b"" if name is None else bytes_of(name) for name in names)
             return [
-                added.get(id, name.encode() if token is None else token)
+                added.get(id, str(name).encode() if token is None else token)
                 for id, (name, token) in enumerate(zip(names, own, strict=True))
             ]
         # A token decoded alone may lose its leading space, so each is decoded after another token.
@@ -162,12 +162,12 @@ class HuggingFaceTokenizer(BaseTokenizer):
         return b"".join(map(self._tokens.__getitem__, ids)) if self._byte_level else self._decode(ids).encode()
 
     def decode_batch(self, ids: np.ndarray, offsets: np.ndarray) -> list[str]:
-        ids, offsets = self._checked(ids), np.asarray(offsets).tolist()
+        checked, ends = self._checked(ids), np.asarray(offsets).tolist()
         check(
-            offsets == sorted(offsets) and (not offsets or 0 <= offsets[0] and offsets[-1] <= len(ids)),
-            f"offsets must ascend and end at {len(ids)}, the number of ids",
+            ends == sorted(ends) and (not ends or 0 <= ends[0] and ends[-1] <= len(checked)),
+            f"offsets must ascend and end at {len(checked)}, the number of ids",
         )
-        return [self._decode(ids[start:end]) for start, end in zip(offsets, offsets[1:], strict=False)]
+        return [self._decode(checked[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
 
     def _decode(self, ids: list[int]) -> str:
         if self._byte_level:
@@ -175,11 +175,11 @@ class HuggingFaceTokenizer(BaseTokenizer):
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def _checked(self, ids: Sequence[int] | np.ndarray) -> list[int]:
-        ids = np.asarray(ids, np.int64).tolist()
-        for id in ids:
+        checked: list[int] = np.asarray(ids, np.int64).tolist()
+        for id in checked:
             if not 0 <= id < self._size:
                 raise UserError(out_of_range(id, self._size))
-        return ids
+        return checked
 
 
 def _library():

@@ -84,10 +84,17 @@ def from_json(data: dict[str, Any]) -> Vocabulary:
         return _from_first_format(data) if _is_first_format(data) else _from_foreign(data)
     special = {token["content"]: token["id"] for token in data["added_tokens"]}
     names = sorted(data["model"]["vocab"], key=data["model"]["vocab"].__getitem__)
-    tokens = [name.encode() if name in special else bytes_of(name) for name in names]
+    tokens = [_token(name, special) for name in names]
     merges = None if facts["merges"] == "any" else _merges(data["model"])
     whole_pieces = data["model"]["ignore_merges"]
     return Vocabulary(tokens, special, facts["pattern"], merges, whole_pieces, facts["keep_gaps"])
+
+
+def _token(name: str, special: Mapping[str, int]) -> bytes:
+    token = name.encode() if name in special else bytes_of(name)
+    if token is None:
+        raise Unsupported(f"its vocabulary is not byte-level: {name!r}")
+    return token
 
 
 def _is_first_format(data: dict[str, Any]) -> bool:
@@ -180,9 +187,7 @@ def _from_foreign(data: dict[str, Any]) -> Vocabulary:
     for name in inner:
         safe = name not in made and (not whole_pieces or cuts(name, pattern))
         _supported(safe, f"plain text may become its special token {name!r}")
-    tokens = [name.encode() if name in special else bytes_of(name) for name in names]
-    strange = next((name for name, token in zip(names, tokens, strict=True) if token is None), None)
-    _supported(strange is None, f"its vocabulary is not byte-level: {strange!r}")
+    tokens = [_token(name, special) for name in names]
     missing = sorted({bytes([byte]) for byte in range(NUM_BYTES)} - {*tokens})
     _supported(not missing, f"its vocabulary has no token for {len(missing)} of the 256 bytes")
     special = with_chat_tokens(special, len(tokens))
@@ -200,7 +205,8 @@ def _type(part: Mapping[str, Any] | None) -> str | None:
 
 def _split_of(part: dict[str, Any] | None) -> tuple[str, bool]:
     """The split pattern of a pre-tokenizer, and whether it keeps text that the pattern does not match."""
-    _supported(part is not None, "it does not split text into bytes")
+    if part is None:
+        raise Unsupported("it does not split text into bytes")
     parts = part["pretokenizers"] if part["type"] == "Sequence" else [part]
     types = [part["type"] for part in parts]
     _supported(types in (["ByteLevel"], ["Split", "ByteLevel"]), f"it splits text by {', '.join(types)}")

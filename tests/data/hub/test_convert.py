@@ -98,7 +98,7 @@ def archive(files: dict[str, str]) -> bytes:
 def get_archive(server, folder, data: bytes, sha256: str | None = None) -> None:
     server.files["/bundle.zip"] = data
     content = Archive(f"{server.url}/bundle.zip", sha256 or hashlib.sha256(data).hexdigest(), "bundle", "eval/bundle")
-    dataset = Dataset("bundle", "tasks", "none", None, content, len(data))
+    dataset = Dataset("bundle", "tasks", "none", "", content, len(data))
     Download(folder, [Request(dataset)], say=lambda line: None, backoff=0.01).run()
 
 
