@@ -104,7 +104,8 @@ def _rounds(options: argparse.Namespace, depth: int, directory: Path) -> list[di
     ours = [sys.executable, str(HERE / "train.py"), *work, "--windows=1", f"--seconds={LONG}", "--devices=1"]
     ours += ["--precision=fp8"] if options.fp8 else []
     ours += [] if options.window_pattern == "L" else [f"--model.window-pattern={options.window_pattern}"]
-    theirs = [options.python, str(HERE / "nanochat_steps.py"), str(Path(options.checkout).absolute()), *work]
+    checkout = str(Path(options.checkout).absolute())
+    theirs = [options.python, str(HERE / "nanochat_steps.py"), checkout, *work]
     theirs += [f"--window-pattern={options.window_pattern}", *(["--fp8"] if options.fp8 else [])]
     # Later rounds need not compile again; base_train.py sets the allocator.
     caches = {"JAX_COMPILATION_CACHE_DIR": f"{directory}/jax", "TORCHINDUCTOR_CACHE_DIR": f"{directory}/inductor"}
@@ -113,8 +114,8 @@ def _rounds(options: argparse.Namespace, depth: int, directory: Path) -> list[di
     rounds = []
     for number in range(options.rounds):
         figures = {}
-        for name, command in (("jaxchat", ours), ("nanochat", theirs)):
-            figures[name] = _run(name, command, environment, result)
+        for name, command, more in (("jaxchat", ours, {}), ("nanochat", theirs, {"PYTHONPATH": checkout})):
+            figures[name] = _run(name, command, environment | more, result)
             speed, memory = figures[name]["tokens_per_second"], _gib(figures[name])
             say(f"d{depth}, round {number + 1} of {options.rounds}: {name} {speed:,.0f} tokens/s, {memory} GiB")
         rounds.append(figures)

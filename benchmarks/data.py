@@ -121,10 +121,11 @@ def _round(options: argparse.Namespace, cores: int, folder: Path, text: Path, ch
     if checkout is None:
         return
     result = folder / "result.json"
-    command = [options.python, str(PEER), str(checkout), f"--text={text}", f"--ranks={folder / 'ranks.json'}"]
+    command = [options.python, str(PEER), f"--text={text}", f"--ranks={folder / 'ranks.json'}"]
     command += [f"--rows={options.rows}", f"--sequence-len={options.sequence_len}", f"--batches={options.batches}"]
     command += [f"--cores={cores}", f"--json={result}"]
     environment = {**os.environ, "NANOCHAT_BASE_DIR": str(folder / "nanochat"), "OMP_NUM_THREADS": str(cores)}
+    environment["PYTHONPATH"] = str(checkout.absolute())
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     check(done.returncode == 0, f"nanochat's loader failed: {(done.stderr.splitlines() or ['no output'])[-1]}")
     yield "nanochat", json.loads(result.read_text())

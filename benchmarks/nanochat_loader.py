@@ -1,4 +1,5 @@
-"""Batches of a nanochat checkout's loader; `data.py` starts it with a Python that has torch, tiktoken and rustbpe.
+"""Batches of a nanochat checkout's loader; `data.py` starts it, with the checkout on PYTHONPATH, with a Python that has
+torch, tiktoken and rustbpe.
 
 The loader and its tokenizer are the checkout's own, with the ranks that jaxchat has learnt: the same text gives the
 same tokens. What is thrown away is what the tokenizer gave, less what was handed out and what waits in the buffer.
@@ -11,21 +12,18 @@ import base64
 import json
 import os
 import resource
-import sys
 import time
 from pathlib import Path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkout", type=Path)
     for name in ("text", "ranks", "json"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     for name in ("rows", "sequence-len", "batches", "cores"):
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
-    sys.path.insert(0, str(options.checkout))
     options.json.write_text(json.dumps(measure(options)))
 
 

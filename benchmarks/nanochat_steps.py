@@ -31,7 +31,6 @@ def main() -> None:
     parser.add_argument("--fp8", action="store_true")
     parser.add_argument("--json", required=True)
     options = parser.parse_args()
-    sys.path.insert(0, str(options.checkout))
     figures = measure(options)
     Path(options.json).write_text(json.dumps(figures))
 

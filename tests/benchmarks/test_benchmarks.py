@@ -1,6 +1,5 @@
 """The benchmarks run, and measure what they say."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -11,10 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import timing
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "benchmarks"))  # for the processes that timing.alone starts, too
-timing = importlib.import_module("timing")
 
 
 def panic():

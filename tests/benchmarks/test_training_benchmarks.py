@@ -16,13 +16,13 @@ from jaxchat.model.config import GPTConfig
 from jaxchat.train.budget import count_parameters, flops_per_token
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
 SMALL = "--rows 2 --sequence-len 32 --steps 2 --windows 2 --precision fp32".split()
 
 PEER = f"""#!{sys.executable}
-import sys
-sys.path.insert(0, {str(ROOT / "benchmarks")!r})
-import nanochat_steps
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("nanochat_steps", {str(ROOT / "benchmarks" / "nanochat_steps.py")!r})
+nanochat_steps = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(nanochat_steps)
 del sys.argv[0]
 names = "depth rows sequence_len vocab_size accumulation steps window_pattern fp8".split()
 nanochat_steps.measure = lambda options: dict(
@@ -55,6 +55,7 @@ def check_figures(record, tokens):
     assert record["first_step_seconds_from_start"] == pytest.approx(sum(parts)) and min(parts) > 0
 
 
+@pytest.mark.slow
 def test_train_on_one_device_and_two(tmp_path):
     options = ["--depth", 1, "--devices", 1, 2, "--vocab-size", 270, "--accumulation", 3]
     records, table = measured(tmp_path / "all.json", *options)
@@ -68,6 +69,7 @@ def test_train_on_one_device_and_two(tmp_path):
     assert f"d1: 1 device, and 2 {times:.3f} times that speed" in table
 
 
+@pytest.mark.slow
 def test_train_on_text_sharded_and_from_the_cache(tmp_path):
     (tmp_path / "text").mkdir()
     for name in "ab":
