@@ -62,7 +62,7 @@ def _list_folders_afresh(protocol: str) -> None:
     This is a setting in fsspec's configuration, since it is `epath` that opens the storage, without options. What the
     user has configured stays.
     """
-    fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+    fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def to_run_directory(path: str | os.PathLike) -> epath.Path:
@@ -76,7 +76,7 @@ def to_run_directory(path: str | os.PathLike) -> epath.Path:
     scheme, _, name = os.fspath(path).partition("://")
     runs = " and ".join(f"{name}://" for name in _FOR_RUNS)
     check(scheme in _FOR_RUNS, f"{path}: a run must be on this machine or in {runs}; choose another --run-dir")
-    found = to_path(path)
+    found = epath.Path(to_path(path))
     bucket = f"{scheme}://{name.partition('/')[0]}"
     check(bucket != f"{scheme}://", f"{path} names no bucket; write {scheme}://BUCKET/RUN")
     check(is_folder(epath.Path(bucket)), f"the bucket {bucket} does not exist; create it, or correct its name")
@@ -154,7 +154,7 @@ def append_bytes(path: AnyPath, data: bytes) -> None:
     files.pipe_file(name, (files.cat_file(name) if files.exists(name) else b"") + data)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type if it has no message."""
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 

@@ -69,6 +69,7 @@ def field_help(config: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for base in reversed([base for base in config.__mro__ if dataclasses.is_dataclass(base)]):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(definition, ast.ClassDef)
         for field, below in pairwise(definition.body):
             if (
                 isinstance(field, ast.AnnAssign)

@@ -113,7 +113,7 @@ def prepare_jax() -> None:
 def _dry_run(experiment: Experiment) -> int:
     import jax
 
-    if experiment.cost.devices > 1 and jax.config.jax_num_cpu_devices <= 1:
+    if experiment.cost.devices > 1 and jax.config.jax_num_cpu_devices <= 1:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_num_cpu_devices", experiment.cost.devices)  # a CPU stands for the experiment's devices
     from jaxchat.analysis.dry_run import dry_run
     from jaxchat.stages.pipeline import check_possible

@@ -99,7 +99,8 @@ def field_types(config: type, prefix: str = "") -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, kind in get_type_hints(config).items():
         path = prefix + name.replace("_", "-")
-        fields |= field_types(kind, f"{path}.") if dataclasses.is_dataclass(kind) else {path: kind}
+        is_section = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        fields |= field_types(kind, f"{path}.") if is_section else {path: kind}
     return fields
 
 

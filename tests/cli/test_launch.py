@@ -98,7 +98,7 @@ def test_bad_option(capsys, arguments, expected):
 @pytest.mark.parametrize(
     "arguments, expected",
     {
-        "--seed=-1": "seed is -1; it must lie between 0",
+        "--seed=-1": "seed is -1; it must be between 0",
         "--tokenizer.vocab-size=264": "tokenizer.vocab-size is 264; it must be at least 265",
         "--mesh.fsdp=3": "does not divide the number of devices, 4; choose a product among 1, 2, 4",
         # found before the first stage, although a later one would trip over it
