@@ -92,7 +92,7 @@ def test_no_suggestion_without_a_rise(steps, height, noise, seed):
 @given(st.integers(MIN_STEPS, 300), st.floats(0.05, 1))
 def test_no_suggestion_without_a_fall(steps, slope):
     found = suggest(np.geomspace(0.5, 7, steps), 2 + slope * np.arange(steps))
-    assert found.value is None and "does not fall from 0.5 on; try a lower --min" in found.why
+    assert found.value is None and "does not fall above 0.5; try a lower --min" in found.why
 
 
 @given(st.floats(1e-6, 1e6))
@@ -275,7 +275,7 @@ def test_training_goes_on_from_it(fresh):
     directory, _, _ = fresh
     before = hashes(directory / "tokenizer")
     code, out, err = start(directory, CONSTANT, "--stages=tokenizer,pretrain")
-    assert code == 0 and "tokenizer finished before; skipped" in out, err
+    assert code == 0 and "tokenizer already finished; skipped" in out, err
     assert hashes(directory / "tokenizer") == before
     assert (directory / "lr_range.json").exists()
 
@@ -328,7 +328,7 @@ def test_interrupted(pretrained, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
-    assert "interrupted; what was measured is in" in out
+    assert "interrupted; the measurements so far are in" in out
     test = result(tmp_path / "run")["groups"]["matrix"]
     assert test["stopped"] == "interrupted" and test["suggested"] is None and 1 <= len(test["loss"]) < 50000
     assert (tmp_path / "run" / "lr_range.png").stat().st_size > 1000
@@ -350,8 +350,8 @@ def test_interrupted(pretrained, tmp_path):
         "--experiment=quickstart --steps=19": "--steps is 19; it must be at least 20",
         "--experiment=quickstart --min=1 --max=1": "the matrix rate cannot rise from --min 1 to --max 1",
         "--experiment=quickstart --min=30": "the matrix rate cannot rise from --min 30 to --max 20",
-        "--experiment=quickstart --min=0": "--min is 0; a learning rate is above 0",
-        "--experiment=quickstart --min=nan": "--min is nan; a learning rate is above 0",
+        "--experiment=quickstart --min=0": "--min is 0; a learning rate must be above 0",
+        "--experiment=quickstart --min=nan": "--min is nan; a learning rate must be above 0",
         "--experiment=quickstart --max=inf": "the matrix rate cannot rise from --min 2e-05 to --max inf",
         "--experiment=quickstart --group=heads": "argument --group: invalid choice: 'heads'",
         "--experiment=quickstart --data=nowhere": "data folder 'nowhere' does not exist",
@@ -378,6 +378,6 @@ def test_outside_a_checkout(tmp_path):
     (tmp_path / "installed" / "jaxchat").symlink_to(ROOT / "jaxchat")
     arguments = [sys.executable, "-m", "jaxchat.cli.main", "lr-range", "--experiment=quickstar"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "PYTHONSAFEPATH": "1"}
-    for folder, expected in {tmp_path: "start this in the folder that has launch.py", ROOT: "'quickstart'?"}.items():
+    for folder, expected in {tmp_path: "start the command in the folder that has launch.py", ROOT: "'quickstart'?"}.items():
         done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True)
         assert expected in refusal(done)
