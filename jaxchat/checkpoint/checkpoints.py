@@ -55,9 +55,9 @@ class Checkpoints:
         self._retention = Retention(self._config)
         self._scores: dict[int, float] | None = None  # None until read
         self._copies = DeviceCopies()
-        # The manager is made by the first save, and from then on called by this one thread alone.
+        # The first save makes the manager; from then on only this one thread calls it.
         self._manager: ocp.CheckpointManager | None = None
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread = ThreadPoolExecutor(1)
         self._error: BaseException | None = None  # raised in the thread, and not yet here
         self._saving: int | None = None
 
@@ -110,7 +110,6 @@ class Checkpoints:
             on_process_zero(self._make_directory)
             # Not earlier: the manager deletes what a killed writer has left, and somebody who only reads must not.
             self._manager = step_folder.make_manager(self.directory, self._retention, self._write_manifest)
-            self._thread = ThreadPoolExecutor(1)
 
     def _make_directory(self) -> None:
         with self._write_errors():
@@ -129,7 +128,7 @@ class Checkpoints:
             self._await(self._in_background(self._manager.wait_until_finished))
 
     def close(self) -> None:
-        """Waits, and ends the threads."""
+        """Waits, and ends the threads; what is closed can still be read from, but not saved to."""
         if self._manager is not None:
             closed, self._manager = self._in_background(self._manager.close), None
             self._thread.shutdown(wait=False)  # it still does what it was given

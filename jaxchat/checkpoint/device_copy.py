@@ -15,7 +15,8 @@ class DeviceCopies:
     """Copies trees of `jax.Array`, and decides whether the devices have the memory for one."""
 
     def __init__(self):
-        self._peak_with_copy: dict[jax.Device, int] = {}  # the highest peak that our copies explain, in bytes
+        # The highest peak that our copies explain, in bytes.
+        self._peak_with_copy: dict[jax.Device, int] = {}  # pyright: ignore[reportInvalidTypeForm]
 
     def prepare(self, abstract_tree: Any) -> None:
         """Compiles the copy of such a tree, so that the first one need not wait; leaves are ShapeDtypeStructs."""
@@ -50,9 +51,9 @@ class _Memory(NamedTuple):
     limit: int
 
 
-def _device_memory(tree: Any) -> dict[jax.Device, _Memory]:
+def _device_memory(tree: Any) -> dict[jax.Device, _Memory]:  # pyright: ignore[reportInvalidTypeForm]
     """For each of the tree's devices that belongs to this process and reports its memory."""
-    sizes: Counter[jax.Device] = Counter()
+    sizes: Counter[jax.Device] = Counter()  # pyright: ignore[reportInvalidTypeForm]
     for leaf in jax.tree.leaves(tree):
         size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         sizes.update(dict.fromkeys(leaf.sharding.addressable_devices, size))

@@ -23,10 +23,10 @@ def enable() -> None:
 
 
 @functools.wraps(_build_spec)
-def _build_spec_with_s3(directory: str | os.PathLike, *args: Any, **options: Any) -> dict[str, Any]:
+def _build_spec_with_s3(directory: str | os.PathLike[str], *args: Any, **options: Any) -> dict[str, Any]:
     scheme, _, path = os.fspath(directory).partition("://")
     if scheme != "s3":
-        return _build_spec(directory, *args, **options)
+        return _build_spec(os.fspath(directory), *args, **options)
     return _with_s3_driver(_build_spec(f"gs://{path}", *args, **options))
 
 

@@ -99,8 +99,12 @@ def _handlers() -> dict[str, ocp.CheckpointHandler]:
         "enable_pinned_host_transfer": False,
         "multiprocessing_options": _all_processes(),
     }
-    trees = {name: ocp.PyTreeCheckpointHandler(**settings) for name in (PARAMS, TRAINING)}
-    return trees | {name: ocp.JsonCheckpointHandler() for name in (DATA, META)}
+    return {
+        PARAMS: ocp.PyTreeCheckpointHandler(**settings),
+        TRAINING: ocp.PyTreeCheckpointHandler(**settings),
+        DATA: ocp.JsonCheckpointHandler(),
+        META: ocp.JsonCheckpointHandler(),
+    }
 
 
 # --- restore ------------------------------------------------------------------------------------------------------

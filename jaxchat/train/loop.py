@@ -21,7 +21,7 @@ from jaxchat.checkpoint import Checkpoints
 from jaxchat.devices.launchers import Preempted
 from jaxchat.devices.machine import device_peak_flops
 from jaxchat.devices.processes import Preemption, active, delay_ctrl_c
-from jaxchat.errors import check
+from jaxchat.errors import UserError, check
 from jaxchat.runs.metrics import Metrics
 from jaxchat.train.divergence import Diverged, LossWatch
 from jaxchat.train.step import Batch, State
@@ -231,7 +231,8 @@ class Loop:
         """
         step = self.checkpoints.latest_step()
         advice = "a lower lr-fraction, in another --run-dir"
-        check(step is not None, f"{diverged}, before the first checkpoint: start over with {advice}")
+        if step is None:
+            raise UserError(f"{diverged}, before the first checkpoint: start over with {advice}")
         folder = self.checkpoints.directory / str(step)
         check(
             self.on_nan == "skip",

@@ -28,7 +28,7 @@ LEVELS = ("none", *KEPT)  # from the least rematerialisation to the most
 # The part of a device's memory left for what the analysis does not see: the next batch, gaps between arrays.
 SPARE = 0.05
 GIB = 1 << 30
-MakeStep = Callable[[str], Any]  # from a level of rematerialisation to the jitted step
+MakeStep = Callable[[Remat], Any]  # from a level of rematerialisation to the jitted step
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class CompiledStep:
         """The message for the user where no level fits: one line, with the settings to change."""
         spread = "spread parameters and optimizer over more devices with mesh.fsdp"
         lower = f"lower {stage}.device-rows, now {device_rows}, or {spread}"
-        fewer_rows_help = device_rows > 1 and self.memory.held < self.limit
+        fewer_rows_help = device_rows > 1 and self.limit is not None and self.memory.held < self.limit
         return f"{stage} does not fit into memory: {self}; {lower if fewer_rows_help else spread}"
 
 
@@ -97,7 +97,7 @@ def plan_step(
     `params` may be arrays or ShapeDtypeStructs; nothing is allocated.
     """
     state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
-    placed = shardings(compute.mesh, state)
+    placed = shardings(compute.mesh, state)  # pyright: ignore[reportArgumentType]
 
     def make_step(remat: Remat):
         return make_train_step(config, optimizer, compute.with_remat(remat), state_shardings=placed)
@@ -107,8 +107,10 @@ def plan_step(
 
 def usable_memory() -> int | None:
     """Bytes that a step may take on each device of this process; None where a device does not report its memory."""
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
-    return None if None in limits else int((1 - SPARE) * min(limits))
+    reported = [device.memory_stats() or {} for device in jax.local_devices()]
+    if not all("bytes_limit" in stats for stats in reported):
+        return None
+    return int((1 - SPARE) * min(stats["bytes_limit"] for stats in reported))
 
 
 def compile_step(
@@ -120,7 +122,7 @@ def compile_step(
       setting: a level of rematerialisation, which is taken whether it fits or not; or "auto": the lowest level that
         takes at most `limit` bytes per device, or, if none does, the highest; without a limit, "none".
     """
-    levels = LEVELS if setting == "auto" else (setting,)
+    levels: tuple[Any, ...] = LEVELS if setting == "auto" else (setting,)
     memories, seconds = {}, {"trace": 0.0, "compile": 0.0}
     for level in levels:
         began = time.perf_counter()

@@ -91,6 +91,8 @@ def last_line(err):
     return err.splitlines()[-1]
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_sigterm_to_one_saves_one_step_from_which_a_single_process_resumes(whole, tmp_path):
     run = copy(whole, tmp_path / "run")
     ends = train(run, "--stages=pretrain", fault="SIGTERM 1 2")  # one of the two is asked
@@ -102,6 +104,8 @@ def test_sigterm_to_one_saves_one_step_from_which_a_single_process_resumes(whole
     assert_same(run, whole, "pretrain")
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_each_reads_its_lanes_and_a_single_process_resumes_with_all_of_them(tmp_path):
     documents = [f"the {i} cats sat on {i} mats, {'and ' * (i % 7)}then went" for i in range(340)]
     for name, texts in (("0", documents[:320]), ("1", documents[320:])):
@@ -129,6 +133,8 @@ def test_each_reads_its_lanes_and_a_single_process_resumes_with_all_of_them(tmp_
     assert record(run, "pretrain")["left_out"] == {"unreadable_blocks": 2}
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_when_one_is_killed_the_others_end_and_the_job_resumes(whole, tmp_path, lost):
     run = copy(whole, tmp_path / "run")
@@ -149,6 +155,8 @@ def test_when_one_is_killed_the_others_end_and_the_job_resumes(whole, tmp_path, 
     assert_same(run, whole, "pretrain")
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_bad_input_ends_all_with_the_same_message(whole, tmp_path):
     run = copy(whole, tmp_path / "run", "pretrain")
     shutil.rmtree(run / "pretrain" / "checkpoints")
@@ -206,6 +214,7 @@ d.finish()
 """
 
 
+@pytest.mark.multiprocess
 def test_agreement_of_three():
     ends = start_several((AGREEING,), [], count=3, devices=1)
     assert [code for code, _ in ends] == [0, 0, 0], ends
@@ -273,6 +282,7 @@ d.finish()
 """
 
 
+@pytest.mark.multiprocess
 def test_saves_run_beside_steps_of_all_devices(tmp_path):
     ends = start_several((SAVING, str(tmp_path)), [])
     assert [code for code, _ in ends] == [0, 0], ends

@@ -13,11 +13,12 @@ from jaxchat.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, 
 from jaxchat.devices.mesh import make_mesh, set_xla_flags
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import abstract_params, hidden_states, init_params
+from jaxchat.ops.compute import Compute
 from jaxchat.optim.optimizer import make_optimizer
-from jaxchat.stages.workspace import planned_model
 from jaxchat.stages.training import abstract_batch
-from jaxchat.train.budget import batch_plan
-from jaxchat.train.memory import GIB, LEVELS, CompiledStep, StepMemory, TrainStep, compile_step, plan_step
+from jaxchat.stages.workspace import planned_model
+from jaxchat.train.budget import split_batch
+from jaxchat.train.memory import GIB, LEVELS, StepMemory, TrainStep, compile_step, plan_step
 from jaxchat.train.step import init_state
 
 CONFIG = GPTConfig(depth=2, sequence_len=64, vocab_size=128)
@@ -31,8 +32,8 @@ def planned():
     """The abstract state and batch of a step, the function that builds it, and its optimizer."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     optimizer = make_optimizer(OptimizerConfig(), CONFIG, optax.constant_schedule(1.0), mesh=mesh)
-    state, make_step = plan_step(CONFIG, optimizer, abstract_params(CONFIG), mesh=mesh, dtype=jnp.float32)
-    batch = abstract_batch(mesh, batch_plan(4 * 64, 4, 64, 1), 64)
+    state, make_step = plan_step(CONFIG, optimizer, abstract_params(CONFIG), Compute(mesh=mesh))
+    batch = abstract_batch(mesh, split_batch(4 * 64, 4, 64, 1), 64)
     return state, batch, make_step, optimizer
 
 
@@ -71,8 +72,10 @@ def test_a_step_that_does_not_fit_is_refused_in_one_line(planned, memories):
     assert "\n" not in line and "lower pretrain.device-rows, now 8" in line and "mesh.fsdp" in line
 
 
-def test_fewer_rows_are_not_advised_where_the_parameters_alone_do_not_fit():
-    step = CompiledStep("full", None, {"full": StepMemory(10 * GIB, GIB)}, 5 * GIB, False, {})
+def test_fewer_rows_are_not_advised_where_the_parameters_alone_do_not_fit(planned):
+    state, batch, make_step, _ = planned
+    compiled = compile_step(make_step, "none", None, state, batch)
+    step = dataclasses.replace(compiled, memories={"none": StepMemory(10 * GIB, GIB)}, limit=5 * GIB, fits=False)
     assert "device-rows" not in step.too_large("pretrain", 8) and "mesh.fsdp" in step.too_large("pretrain", 8)
 
 
@@ -83,7 +86,7 @@ def test_the_gradient_is_the_same(level):
     tokens = jax.random.randint(jax.random.key(2), (2, 64), 0, 128)
 
     def loss(params, remat):
-        return jnp.sum(jnp.square(hidden_states(CONFIG, params, tokens, remat=remat)[..., :7]))
+        return jnp.sum(jnp.square(hidden_states(CONFIG, params, tokens, Compute(remat=remat))[..., :7]))
 
     plain, again = (jax.tree.leaves(jax.jit(jax.grad(loss), static_argnums=1)(params, r)) for r in ("none", level))
     for a, b in zip(plain, again, strict=True):
