@@ -27,7 +27,7 @@ SPECIAL_TOKENS = (
 FILE_NAME = "tokenizer.json"
 MIN_VOCAB = NUM_BYTES + len(SPECIAL_TOKENS)
 
-# Called during training: with "count" and the characters read so far, then with "merge" and the tokens learnt so far.
+# Called during training: with "count" and the characters read so far, then with "merge" and the tokens learned so far.
 # An exception from it ends the training.
 Progress = Callable[[str, int], None]
 
@@ -193,8 +193,8 @@ def check_size(vocab_size: int) -> None:
     )
 
 
-def check_learnt(tokens: int, vocab_size: int) -> None:
-    """Raises `UserError` if training has learnt too few `tokens`, which include bytes but not special tokens."""
+def check_learned(tokens: int, vocab_size: int) -> None:
+    """Raises `UserError` if training has learned too few `tokens`, which include bytes but not special tokens."""
     supported = tokens + len(SPECIAL_TOKENS)
     check(
         supported == vocab_size,

@@ -17,7 +17,7 @@ from etils import epath
 
 import jaxchat_tokenizer as rust
 from jaxchat.errors import UserError, check, closest
-from jaxchat.tokenizer.base import SPECIAL_TOKENS, BaseTokenizer, Progress, check_learnt, check_size
+from jaxchat.tokenizer.base import SPECIAL_TOKENS, BaseTokenizer, Progress, check_learned, check_size
 from jaxchat.tokenizer.foreign.tiktoken_ranks import from_ranks, parse_ranks
 from jaxchat.tokenizer.foreign.tokenizer_json import from_json, parse, to_json
 from jaxchat.tokenizer.patterns import SPLIT_PATTERN, TIKTOKEN_PATTERNS
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(BaseTokenizer):
-    """A byte-level BPE tokenizer. Its ids are the tokens, in the order in which they were learnt, then special tokens.
+    """A byte-level BPE tokenizer. Its ids are the tokens, in the order in which they were learned, then special tokens.
 
     Encoding releases the interpreter lock, and uses all cores for several texts.
     """
@@ -77,7 +77,7 @@ class Tokenizer(BaseTokenizer):
         check_size(vocab_size)
         with _user_errors():
             tokens = rust.train(texts, vocab_size - len(SPECIAL_TOKENS), pattern, progress=progress)
-        check_learnt(len(tokens), vocab_size)
+        check_learned(len(tokens), vocab_size)
         return cls(tokens, pattern)
 
     @classmethod
@@ -102,7 +102,7 @@ class Tokenizer(BaseTokenizer):
         with _user_errors():
             size = vocab_size - len(SPECIAL_TOKENS)
             tokens, characters = rust.train_arrow(read_batches(paths), size, pattern, max_chars, progress=progress)
-        check_learnt(len(tokens), vocab_size)
+        check_learned(len(tokens), vocab_size)
         if progress is not None:
             progress("read", characters)
         return cls(tokens, pattern)

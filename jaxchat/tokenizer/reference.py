@@ -5,10 +5,10 @@ but the lists would be long; a list of all words would never be complete. Byte-p
 tokens are all 256 single bytes, so that every text can be encoded, and frequent sequences of bytes.
 
 Training finds these: it joins the most frequent pair of neighbours into a new token, again and again, until there are
-enough. Encoding repeats this: of all neighbours that make a token, it joins those whose token was learnt first. So a
+enough. Encoding repeats this: of all neighbours that make a token, it joins those whose token was learned first. So a
 token's place in the list is two things at once: the number that the model sees, and the priority of its merge.
 
-Here four tokens are learnt from two words, which can be followed by hand:
+Here four tokens are learned from two words, which can be followed by hand:
 
 >>> tokens = train(["banana bandana"], 260)
 >>> tokens[256:]
@@ -99,7 +99,9 @@ def encode_piece(piece: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     The lowest rank comes first, since training joined in this order too; among equals the leftmost. This ends when no
     two neighbours make a token.
     """
-    if piece in ranks:  # merging nearly always leads there too, but not in vocabularies that were not learnt by merging
+    if (
+        piece in ranks
+    ):  # merging nearly always leads there too, but not in vocabularies that were not learned by merging
         return [piece]
     parts = [piece[at : at + 1] for at in range(len(piece))]
     while True:

@@ -37,7 +37,7 @@ TEXT = (
 
 
 @functools.cache
-def learnt(name: str) -> tuple[list[bytes], rust.Encoder, tiktoken.Encoding]:
+def learned(name: str) -> tuple[list[bytes], rust.Encoder, tiktoken.Encoding]:
     """The tokenizers of 150 merges of a pattern, in both libraries."""
     tokens = reference.train(corpus(0, 1500), 406, PATTERNS[name])
     return tokens, *encoders(tokens, PATTERNS[name])
@@ -66,7 +66,7 @@ def test_training_on_a_corpus(name):
 @example(["a" * 30, "ab" * 9], "ours", 300)  # only ties, and merges that overlap themselves
 @settings(max_examples=300, deadline=None)
 def test_training_on_any_text(texts, name, size):
-    """Most of these texts have fewer merges than requested; then all of them are learnt."""
+    """Most of these texts have fewer merges than requested; then all of them are learned."""
     assert rust.train(texts, size, PATTERNS[name]) == reference.train(texts, size, PATTERNS[name])
 
 
@@ -76,7 +76,7 @@ def test_training_on_any_text(texts, name, size):
 @example("z" * 300 + "ka" * 100, "ours")
 @settings(max_examples=400, deadline=None)
 def test_encoding(text, name):
-    tokens, encoder, peer = learnt(name)
+    tokens, encoder, peer = learned(name)
     ids = reference.encode(text, tokens, PATTERNS[name])
     assert encoder.encode([text]) == [ids]
     assert peer.encode_ordinary(text) == ids
@@ -88,7 +88,7 @@ def test_encoding(text, name):
     st.randoms(),
 )
 @settings(max_examples=200, deadline=None)
-def test_encoding_with_a_vocabulary_that_was_not_learnt(longer, text, rng):
+def test_encoding_with_a_vocabulary_that_was_not_learned(longer, text, rng):
     """Any bytes can be tokens, at any rank: some unreachable by merges, some made by two pairs of neighbours."""
     tokens = [bytes([byte]) for byte in range(256)] + longer
     rng.shuffle(tokens)
@@ -102,7 +102,7 @@ def test_encoding_with_a_vocabulary_that_was_not_learnt(longer, text, rng):
 @given(st.lists(st.integers(0, 405), max_size=40))
 @settings(max_examples=200, deadline=None)
 def test_decoding(ids):
-    tokens, encoder, peer = learnt("ours")
+    tokens, encoder, peer = learned("ours")
     assert reference.decode(ids, tokens) == encoder.decode(ids).decode(errors="replace") == peer.decode(ids)
 
 

@@ -199,7 +199,7 @@ def build_world(seed: int) -> World:
         else:
             drawn = [values[i % len(values)] for i in range(len(names))]
             shown: set[str] = set()
-            while shown != set(values):  # a value that is never an answer in training is not learnt
+            while shown != set(values):  # a value that is never an answer in training is not learned
                 rng.shuffle(drawn)
                 shown = {value for i, value in enumerate(drawn) if i not in hidden}
         for name, value in zip(names, drawn, strict=True):

@@ -13,7 +13,7 @@ from etils import epath
 
 from jaxchat.config import NUM_BYTES
 from jaxchat.errors import UserError, check
-from jaxchat.tokenizer.base import SPECIAL_TOKENS, BaseTokenizer, Progress, check_learnt, check_size, out_of_range
+from jaxchat.tokenizer.base import SPECIAL_TOKENS, BaseTokenizer, Progress, check_learned, check_size, out_of_range
 from jaxchat.tokenizer.foreign.tokenizer_json import bytes_of, parse, to_json, with_checksum
 from jaxchat.tokenizer.patterns import SPLIT_PATTERN
 from jaxchat.tokenizer.vocabulary import Vocabulary, existing_file, naming_file
@@ -69,7 +69,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
         )
         tokenizer = _untrained(pattern)
         tokenizer.train_from_iterator(_counted(texts, progress), trainer)
-        check_learnt(tokenizer.get_vocab_size(), vocab_size)
+        check_learned(tokenizer.get_vocab_size(), vocab_size)
         return cls(tokenizer)
 
     @classmethod

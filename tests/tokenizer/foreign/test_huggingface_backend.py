@@ -118,8 +118,8 @@ def test_training_on_pieces_of_a_pattern():
     )
     assert tokenizer.tokens()[256] == b"ab" and calls == [("count", 9), ("count", 14)]
     assert tokenizer.decode(tokenizer.encode("ab12 ab")) == "abab"
-    learnt = Tokenizer.train_from_iterator(texts, 266, pattern="[a-z]+")
-    assert learnt.tokens()[256] == b"ab" and learnt.decode(learnt.encode("ab12 ab")) == "abab"
+    learned = Tokenizer.train_from_iterator(texts, 266, pattern="[a-z]+")
+    assert learned.tokens()[256] == b"ab" and learned.decode(learned.encode("ab12 ab")) == "abab"
 
 
 def test_the_compression_equals_that_of_the_other_backend(trained):
