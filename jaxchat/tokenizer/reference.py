@@ -99,9 +99,7 @@ def encode_piece(piece: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     The lowest rank comes first, since training joined in this order too; among equals the leftmost. This ends when no
     two neighbours make a token.
     """
-    if (
-        piece in ranks
-    ):  # merging nearly always leads there too, but not in vocabularies that were not learned by merging
+    if piece in ranks:  # merging nearly always leads there too, except in vocabularies not learned by merging
         return [piece]
     parts = [piece[at : at + 1] for at in range(len(piece))]
     while True:

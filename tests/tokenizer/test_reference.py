@@ -5,12 +5,12 @@ from __future__ import annotations
 import doctest
 import functools
 
-import jaxchat_tokenizer as rust
 import pytest
 import tiktoken
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import jaxchat_tokenizer as rust
 from jaxchat.tokenizer import reference
 from jaxchat.tokenizer.patterns import CL100K_PATTERN, O200K_PATTERN, R50K_PATTERN, SPLIT_PATTERN
 from tests.tokenizer.texts import HARD, WORDS, corpus
