@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxchat.errors import check
+from jaxchat.errors import UserError, check
 
 PREEMPTED, LOST = 75, 76  # exit codes; 75 is "temporary failure" in sysexits.h
 PORTS = range(61440, 65536)  # above those that Linux uses for outgoing connections
@@ -76,7 +76,8 @@ def find_cluster(
     process_id = index if process_id is None else process_id
     given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     missing = next((name for name, value in given.items() if value is None), None)
-    check(missing is None, f"{missing} is missing; several processes need all of {', '.join(given)}")
+    if coordinator is None or num_processes is None or process_id is None:
+        raise UserError(f"{missing} is missing; several processes need all of {', '.join(given)}")
     return Cluster(coordinator, num_processes, process_id)
 
 
@@ -91,7 +92,7 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
 def _numbers(environ: Mapping[str, str], launcher: str, *names: str) -> list[int]:
     missing = [name for name in names if name not in environ]
     check(not missing, f"{launcher} has not set {' and '.join(missing)}; use --num-processes=1 to train in one process")
-    return [_number(environ, name) for name in names]
+    return [_number(environ, name) or 0 for name in names]
 
 
 def _open_mpi(environ: Mapping[str, str], coordinator: str | None) -> Cluster | None:
@@ -127,7 +128,8 @@ def _slurm(environ: Mapping[str, str], coordinator: str | None) -> Cluster | Non
         return None
     nodes = environ["SLURM_STEP_NODELIST"]  # such as gpu1, gpu[1-4,7] or gpu[001-004],other5
     first = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
-    check(first is not None, f"the environment variable SLURM_STEP_NODELIST is {nodes!r}; it must name a host")
+    if first is None:
+        raise UserError(f"the environment variable SLURM_STEP_NODELIST is {nodes!r}; it must name a host")
     job = f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_STEP_ID', '')}"
     # 2(x3),1 means two tasks on each of three nodes, then one.
     counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))

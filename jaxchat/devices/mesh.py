@@ -26,7 +26,7 @@ def set_xla_flags(*flags: str) -> None:
     os.environ["XLA_FLAGS"] = " ".join([*ours, *users])
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:  # pyright: ignore[reportInvalidTypeForm]
     """The mesh over `devices` (default: all) in the shape that `config` sets.
 
     Raises:

@@ -170,7 +170,7 @@ def _on_abort(number: int) -> None:
     here, (process, silence) = jax.process_index(), _watch.most_silent()
     if silence > 5 * HEARTBEAT_SECONDS:
         _end(LOST, _lost(here, process, silence))
-    host, port = distributed.global_state.coordinator_address.rsplit(":", 1)
+    host, port = distributed.global_state.coordinator_address.rsplit(":", 1)  # pyright: ignore[reportOptionalMemberAccess]
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError:
@@ -334,7 +334,7 @@ class Preemption:
 
     def _end_wait(self) -> None:
         if self.waiting:
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     @property
     def requested(self) -> bool:

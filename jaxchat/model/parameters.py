@@ -81,7 +81,9 @@ def path_of(keys: tuple[Any, ...]) -> str:
 def export_name(path: str) -> str:
     """The name of the parameter at `path` in transformers' NanoChat."""
     row = row_of(path)
-    return row.export.format(**row.match(path).groupdict())
+    found = row.match(path)
+    assert found, "row_of gives a row that matches"
+    return row.export.format(**found.groupdict())
 
 
 def groups_of(params: Any) -> Any:

@@ -201,7 +201,8 @@ quantize = {dtype: quantizer(lambda x: x, 1, dtype) for dtype in (E4M3, E5M2)}
 def quantized(quantize: Callable, largest: Array, dtype, *arrays: Array) -> Activation:
     """The arrays through `quantize`, whose results have no magnitude above `largest`."""
     scale = _scale(largest, dtype)
-    return Activation(*quantize(*arrays, scale), 1.0 / scale)
+    rows, columns = quantize(*arrays, scale)
+    return Activation(rows, columns, 1.0 / scale)
 
 
 @partitioned("b t d -> b t d, d b t, b t", ("d",))
@@ -255,7 +256,8 @@ def normed(x: Float[Array, "B T D"]) -> tuple[Activation, Float[Array, "B T"]]:
 def side_by_side(parts: Sequence[Float[Array, "B T _"]], largest: Array) -> Activation:
     """The arrays in e5m2, joined along their last axis; no magnitude in them exceeds `largest`."""
     scale = _scale(largest, E5M2)
-    return Activation(*_side_by_side(len(parts))(*parts, scale), 1.0 / scale)
+    rows, columns = _side_by_side(len(parts))(*parts, scale)
+    return Activation(rows, columns, 1.0 / scale)
 
 
 @functools.cache
@@ -274,7 +276,7 @@ def _side_by_side(count: int) -> Callable:
         for array in arrays:
             both = _write_part(array, scale, both, start, tokens, shape)
             start += array.shape[2]
-        return _unflatten(both, shape)
+        return _unflatten(both, shape)  # pyright: ignore[reportArgumentType]
 
     return quantize
 

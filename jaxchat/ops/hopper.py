@@ -296,7 +296,7 @@ class _Block:
 
     def compute(self, first, matrix, row, column) -> None:
         plan, group = self.plan, self.group
-        accumulator = plgpu.ACC((PIECE, COLUMNS), jnp.float32)
+        accumulator = plgpu.ACC((PIECE, COLUMNS), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
         total = pl.run_scoped(functools.partial(self.multiply, first), accumulator)
         slots = [lax.rem(first + plan.steps + i, STAGES) for i in range(plan.beside_steps)]
         for slot in slots:
@@ -352,7 +352,8 @@ class _Block:
 
 
 def _sides(x: Array, flipped: bool) -> tuple[int, int]:
-    return x.shape[:0:-1] if flipped else x.shape[1:]
+    rows, columns = x.shape[1:]
+    return (columns, rows) if flipped else (rows, columns)
 
 
 def below_diagonal(index: Array, side: int) -> tuple[Array, Array]:

@@ -27,7 +27,7 @@ def lowered_once(call: Callable, operands: Sequence[Array], target: str) -> Any:
     runs in the end is most likely the kernel for one device's part, of another shape.
     """
     jaxpr = jax.make_jaxpr(call)(*operands)
-    made_for = jax.__version__, jaxlib.__version__, multiprocessors(), jaxpr
+    made_for = jax.__version__, jaxlib.__version__, multiprocessors(), jaxpr  # pyright: ignore[reportPrivateImportUsage]
     key = hashlib.sha256(" ".join(map(str, made_for)).encode()).hexdigest()
     if _shared.get() and jax.device_count() > 1:
         return _deferred.setdefault(key, jax.jit(call))(*operands)
@@ -65,13 +65,13 @@ def _lower(key: str, call: Callable, operands: Sequence[Array], target: str) -> 
         file = _file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(f"{file.name}.{os.getpid()}")
-        part.write_bytes(lowered.serialize())
+        part.write_bytes(bytes(lowered.serialize()))
         part.replace(file)
     return lowered
 
 
 def _file(key: str) -> epath.Path:
-    folder = jax.config.jax_compilation_cache_dir
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if folder is None:
         raise FileNotFoundError
     return epath.Path(folder) / "kernels" / key

@@ -42,7 +42,7 @@ def partitioned(rule: str, whole: tuple[str, ...] = (), summed: tuple[str, ...] 
             )
             over = split[summed[0]] if summed else ()
             part = (lambda *parts: jax.lax.psum(call(*parts), over)) if over else call
-            return mesh, part, out_of if len(out_of) > 1 else out_of[0], into
+            return mesh, part, out_of if len(out_of) > 1 else out_of[0], into  # pyright: ignore[reportGeneralTypeIssues]
 
         wrapped = custom_partitioning(whole_call)
         settings = str((rule, whole, summed))
@@ -63,7 +63,7 @@ def partitioned(rule: str, whole: tuple[str, ...] = (), summed: tuple[str, ...] 
             # the old one, the code's digest goes into the name of a function around the call: names are in the key.
             text = f"{_CODE} {settings} {jax.make_jaxpr(whole_call)(*arrays)}"
             around = functools.partial(wrapped)
-            around.__name__ = f"{call.__name__}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+            around.__name__ = f"{call.__name__}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"  # pyright: ignore[reportAttributeAccessIssue]
             return jax.jit(around)(*arrays)
 
         return named
@@ -105,4 +105,4 @@ def _digest(folder: Path) -> str:
 
 
 # What a device's part is computed with: JAX, and all operations as they were when this process imported them.
-_CODE = f"{jax.__version__} {jaxlib.__version__} {_digest(Path(__file__).parent)}"
+_CODE = f"{jax.__version__} {jaxlib.__version__} {_digest(Path(__file__).parent)}"  # pyright: ignore[reportPrivateImportUsage]

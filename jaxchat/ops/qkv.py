@@ -78,10 +78,10 @@ def _norm_heads_forward(x, q, k, v, cos, sin):
 
 
 def _norm_heads_backward(kept, grads):
-    x, weights, q, k, tables = kept
+    x, weights, q, k, (cos, sin) = kept
     with jax.named_scope("rope"):
         q_grad, k_grad = (
-            rope_norm_gradient(*heads, *tables, grad)[0] for heads, grad in zip((q, k), grads, strict=False)
+            rope_norm_gradient(y, scale, cos, sin, grad)[0] for (y, scale), grad in zip((q, k), grads, strict=False)
         )
     grads = [grad.reshape(*grad.shape[:2], -1) for grad in (q_grad, k_grad, grads[2])]
     return input_gradient(grads, weights), *(weight_gradient(x, grad) for grad in grads), None, None

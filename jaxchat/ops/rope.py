@@ -113,7 +113,8 @@ def _rope_norm_forward(x, cos, sin):
 
 @jax.named_scope("rope")
 def _rope_norm_backward(kept, grad):
-    return rope_norm_gradient(*kept, grad)[0], None, None  # no gradient for the tables
+    y, scale, cos, sin = kept
+    return rope_norm_gradient(y, scale, cos, sin, grad)[0], None, None  # no gradient for the tables
 
 
 _rope_norm.defvjp(_rope_norm_forward, _rope_norm_backward)

@@ -95,10 +95,10 @@ def scale_by_muon(
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
         return MuonState(jnp.zeros((), jnp.int32), zeros)
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
         mu = momentum(state.count)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
         buffer = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, state.momentum, grads)
         nesterov = jax.tree.map(lambda m, g: (mu * m + (1 - mu) * g).astype(dtype), buffer, grads)
         # Both come out of one pass: else XLA computes the second again where the matrices are stacked.
@@ -108,7 +108,7 @@ def scale_by_muon(
         else:
             directions = _orthogonalize_stacks(nesterov, orthogonalize)
         updates = jax.tree.map(lambda d: d.astype(jnp.float32) * max(1.0, d.shape[1] / d.shape[0]) ** 0.5, directions)
-        return updates, MuonState(optax.safe_increment(state.count), buffer)
+        return updates, MuonState(optax.safe_increment(state.count), buffer)  # pyright: ignore[reportArgumentType]
 
     return optax.GradientTransformation(init, update)
 

@@ -67,5 +67,5 @@ def make_optimizer(
         ),
         optax.scale_by_learning_rate(lambda count: rates(count)["lr_matrix"]),
     )
-    groups = {"matrix": muon, "embedding": adamw("lr_embedding"), "head": adamw("lr_head")}
+    groups: dict = {"matrix": muon, "embedding": adamw("lr_embedding"), "head": adamw("lr_head")}
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.multi_transform(groups, groups_of))

@@ -54,7 +54,7 @@ _STYLE = {
 
 def style() -> AbstractContextManager[None]:
     """The project's look, and nothing of the user's matplotlibrc, for what is drawn and written inside."""
-    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE})
+    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE})  # pyright: ignore[reportArgumentType]
 
 
 def png(figure: Figure) -> bytes:

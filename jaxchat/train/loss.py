@@ -58,7 +58,7 @@ def _loss_and_grads(hidden, head, targets, weights, config: LossConfig, axes: tu
     # The plain formula holds a chunk's logits in fp32, the kernel in the dtype of `hidden`.
     chosen = loss_and_gradients.choose(hidden, head, targets, weights, *vocabulary)
     itemsize = 4 if chosen is loss_and_gradients.formula else hidden.dtype.itemsize
-    chunks = _chunks(*targets.shape, head.shape[1], itemsize)
+    chunks = _chunks(targets.shape[0], targets.shape[1], head.shape[1], itemsize)
 
     def add_chunk(head_grad, chunk):
         hidden, targets, weights = chunk
@@ -122,7 +122,7 @@ def token_nll(
     hidden: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"], config: LossConfig
 ) -> Float[Array, "B T"]:
     """-log p(target) in nats of each token, 0 where the target is negative; for evaluation, no gradient is formed."""
-    chunks = _chunks(*targets.shape, head.shape[1])
+    chunks = _chunks(targets.shape[0], targets.shape[1], head.shape[1])
     head = head.astype(hidden.dtype)
     parts = (_split(hidden, chunks), _split(targets, chunks))
 
