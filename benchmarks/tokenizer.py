@@ -102,7 +102,7 @@ def ranks(tokenizer: Any) -> dict[bytes, int]:
 
 
 def training(args: Args) -> dict[str, Any]:
-    """Time, from a list in memory; jaxchat also from the files, which Rust reads."""
+    """Time, from a list in memory; jaxchat also from the files."""
     files = text_files(args.folder)
     texts = list(stream(files, args.train_mb))
     characters = sum(map(len, texts))
