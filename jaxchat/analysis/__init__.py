@@ -1,1 +1,1 @@
-"""Looks at a training instead of doing it: dry run, profile, learning-rate range test."""
+"""Inspects a training instead of running it: dry run, profile, learning-rate range test, tokenizer compression."""

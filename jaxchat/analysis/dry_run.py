@@ -1,4 +1,4 @@
-"""What an experiment would take, without training: parameters, steps, FLOPs, memory, hours and cost."""
+"""The dry run: what an experiment would take, in parameters, steps, FLOPs, memory, hours and dollars."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from jaxchat.config import Experiment, TrainConfig
+from jaxchat.config import Experiment
 from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.data.hub.download import jobs_of
 from jaxchat.devices.machine import device_peak_flops
@@ -21,21 +21,21 @@ from jaxchat.model.gpt import abstract_params
 from jaxchat.model.parameters import count_parameters
 from jaxchat.ops.compute import for_training
 from jaxchat.optim.optimizer import make_optimizer
-from jaxchat.stages.tokenizer import load_brought
+from jaxchat.stages.tokenizer import load_users_tokenizer
 from jaxchat.stages.training import abstract_batch
 from jaxchat.stages.workspace import planned_model
-from jaxchat.train.budget import batch_plan, flops_per_token, training_length
+from jaxchat.train.budget import flops_per_token, split_batch, training_length
 from jaxchat.train.memory import GIB, CompiledStep, compile_step, plan_step, usable_memory
 
 
 def dry_run(experiment: Experiment) -> None:
-    """Prints the plan; compiles the train step for the devices here, to read XLA's own memory analysis.
+    """Prints the plan. The train step is compiled for the devices here, for XLA's memory analysis.
 
     Raises:
-      UserError: batch or mesh do not fit together; a tokenizer is brought along that has another size.
+      UserError: the batch or the mesh does not divide; the user's tokenizer is not of the size that is asked for.
     """
     if experiment.tokenizer.path is not None:
-        load_brought(experiment.tokenizer)
+        load_users_tokenizer(experiment.tokenizer)
     model, console = planned_model(experiment), Console(soft_wrap=True)
     mesh = make_mesh(experiment.mesh)
     parallel = data_shards(mesh)
@@ -65,13 +65,13 @@ def _print_data(console: Console, experiment: Experiment) -> None:
     if requests:
         size = sum(job.size for request in requests for job in jobs_of(request))
         console.print(f"downloads     {', '.join(experiment.data.download)}: about {size / 1e9:.1f} GB to "
-                      f"{experiment.data.folder}, less what is there", highlight=False)  # fmt: skip
+                      f"{experiment.data.folder}, minus what is already there", highlight=False)  # fmt: skip
 
 
 def _print_stages(console: Console, experiment: Experiment, model: GPTConfig, parallel: int) -> None:
     price = experiment.cost
     peak = device_peak_flops(price.device)
-    rate = f"{price.expected_mfu:.0%} MFU" if peak else "no known peak"
+    rate = f"{price.expected_mfu:.0%} MFU" if peak else "peak speed unknown"
     console.print(f"expected on   {price.devices} x {price.device}, {rate}, ${price.dollars_per_device_hour:.2f} "
                   "a device-hour")  # fmt: skip
     table = Table("stage", *("steps", "tokens", "rows x accum.", "FLOPs", "hours", "cost"), box=None)
@@ -80,8 +80,8 @@ def _print_stages(console: Console, experiment: Experiment, model: GPTConfig, pa
     for stage in ("pretrain", "midtrain", "sft"):
         if stage not in experiment.stages:
             continue
-        config: TrainConfig = getattr(experiment, stage)
-        plan = batch_plan(config.batch_tokens, config.device_rows, model.sequence_len, parallel)
+        config = getattr(experiment, stage)
+        plan = split_batch(config.batch_tokens, config.device_rows, model.sequence_len, parallel)
         rows = f"{plan.rows} x {plan.accumulation}"
         steps = training_length(config, model) if stage == "pretrain" else config.num_iterations
         if steps is None:
@@ -90,7 +90,7 @@ def _print_stages(console: Console, experiment: Experiment, model: GPTConfig, pa
         tokens = steps * config.batch_tokens
         flops = tokens * flops_per_token(model)
         taken = price.hours(flops, peak) if peak else None
-        dollars = f"${price.dollars(taken):,.2f}" if peak else "unknown"
+        dollars = f"${price.dollars(taken):,.2f}" if taken is not None else "unknown"
         table.add_row(
             stage, f"{steps:,}", f"{tokens:,}", rows, f"{flops:.3g}", f"{taken:.2f}" if peak else "unknown", dollars
         )
@@ -104,23 +104,23 @@ def _print_memory(console: Console, experiment: Experiment, model: GPTConfig, me
     memory = step.memory
     console.print(f"memory        {memory.total / GIB:.2f} GiB a device: {memory.held / GIB:.2f} parameters, optimizer "
                   f"and batch, {memory.used / GIB:.2f} in use by a step")  # fmt: skip
-    console.print(f"              by XLA's analysis of the step as compiled for {device.platform} "
+    console.print(f"              according to XLA's analysis of the step, compiled for {device.platform} "
                   f"({time.perf_counter() - began:.0f} s)")  # fmt: skip
     if step.limit is None:
-        console.print(f"remat         {step.remat}; how much memory a device has is not known here")
+        console.print(f"remat         {step.remat}; the devices here do not say how much memory they have")
     else:
         console.print(f"              {step}")
     if not step.fits:
         console.print(f"[yellow]warning[/yellow]: {step.too_large('pretrain', experiment.pretrain.device_rows)}")
     if device.platform == "cpu" and device_peak_flops(experiment.cost.device):
-        console.print("              which computes bf16 in fp32: a GPU's step is expected to use half of it or less")
+        console.print("              a CPU computes bf16 in fp32: expect a GPU's step to use half of that or less")
 
 
 def compile_pretraining(experiment: Experiment, model: GPTConfig, mesh, limit: int | None) -> CompiledStep:
-    """The pretraining step as a run would compile it where a step may take `limit` bytes; nothing is allocated."""
+    """The pretraining step as a run would compile it if a step may take `limit` bytes; nothing is allocated."""
     config = experiment.pretrain
     parallel = data_shards(mesh)
-    plan = batch_plan(config.batch_tokens, config.device_rows, model.sequence_len, parallel)
+    plan = split_batch(config.batch_tokens, config.device_rows, model.sequence_len, parallel)
     on_accelerator = experiment.precision in ("auto", "fp8") and device_peak_flops(experiment.cost.device)
     compute = for_training(experiment, mesh)
     if on_accelerator:

@@ -1,8 +1,8 @@
 """The learning-rate range test: the rate of one parameter group rises until the loss suffers.
 
-For one group after the other, from the same fresh parameters and over the same batches of the pretraining text, the
-group's rate rises by a constant factor a step, from `low` to `high`, while the others stay at their configured rates.
-It leaves `lr_range.json` and `lr_range.png` in the run directory, and a tokenizer where there was none.
+The groups are tested in turn, from the same fresh parameters and on the same batches of pretraining text: the rate of
+one group rises from `low` to `high` by a constant factor per step, while the others stay at their configured rates. The
+results are `lr_range.json` and `lr_range.png` in the run directory, and a tokenizer if there was none.
 
 Source: L. N. Smith, "Cyclical Learning Rates for Training Neural Networks" (2017), arXiv:1506.01186, section 3.3.
 """
@@ -34,15 +34,15 @@ from jaxchat.stages.workspace import Workspace
 from jaxchat.train.step import State, init_state
 
 MIN_STEPS = 20
-SPAN = 1000.0  # by default, from the configured rate over this to the configured rate times this
-DIVERGED = 4.0  # a loss of so many times the lowest smoothed one ends a test
-RISEN = 1.1  # a smoothed loss of so many times the lowest one has risen
-START = 0.25  # of the steps, in which the loss falls because of the other groups
+SPAN = 1000.0  # by default, rates from the configured one divided by this to the configured one times this
+DIVERGED = 4.0  # times the lowest smoothed loss: a loss above that ends the test
+RISEN = 1.1  # times the lowest smoothed loss: a smoothed loss above that has risen
+START = 0.25  # of the steps: there the loss falls because of the other groups
 JSON_NAME, PLOT_NAME = "lr_range.json", "lr_range.png"
 
 
 class Factors(NamedTuple):
-    """`count` updates done; `table`, what each group's update is multiplied by; `inner`, the optimizer's state."""
+    """The number of updates so far, the factors that multiply each group's updates, and the optimizer's state."""
 
     count: Array
     table: Float[Array, "steps groups"]
@@ -50,17 +50,17 @@ class Factors(NamedTuple):
 
 
 def with_factors(optimizer: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
-    """`optimizer` with each group's rate times a factor that the state has for each update, at first 1.
+    """`optimizer` with each group's rate multiplied by a factor from the state, one per update, initially 1.
 
-    A group's update is in proportion to its rate, weight decay included. The factors are data and not code: all groups
-    are tested by one compiled step.
+    A group's update is proportional to its rate, weight decay included. The factors are data, not code, so that one
+    compiled step tests all groups.
     """
 
     def init(params):
         return Factors(jnp.zeros((), jnp.int32), jnp.ones((steps, len(GROUPS))), optimizer.init(params))
 
-    def update(grads, state, params=None):
-        updates, inner = optimizer.update(grads, state.inner, params)
+    def update(updates, state, params=None):
+        updates, inner = optimizer.update(updates, state.inner, params)
         factors = dict(zip(GROUPS, state.table[state.count], strict=True))
         updates = jax.tree.map(lambda update, group: factors[group] * update, updates, groups_of(updates))
         return updates, Factors(state.count + 1, state.table, inner)
@@ -70,7 +70,7 @@ def with_factors(optimizer: optax.GradientTransformation, steps: int) -> optax.G
 
 @dataclass(frozen=True)
 class Suggestion:
-    """`value` to try, or None; `why`, in words. `lowest` and `steepest`: the rates there, None without such a place."""
+    """The rate to try, or None, and why; the rates where the loss is `lowest` and falls `steepest`, if any."""
 
     value: float | None
     why: str
@@ -80,7 +80,7 @@ class Suggestion:
 
 @dataclass
 class RangeTest:
-    """One group's test: `losses` (nats a token) of the first of `rates`; `stopped` says why there are no more."""
+    """The test of one group: `losses` (nats per token) at the first of `rates`, and why it stopped early, if it did."""
 
     group: str
     configured: float
@@ -102,7 +102,7 @@ class RangeTest:
         return suggest(self.rates, self.losses, diverged=self.diverged)
 
     def record(self) -> dict[str, Any]:
-        """As it stands in lr_range.json."""
+        """The test's entry in lr_range.json."""
         done, found = len(self.losses), self.suggest()
         return {
             "option": self.option,
@@ -119,9 +119,9 @@ class RangeTest:
 
 
 def smooth(losses: Sequence[float], steps: int) -> np.ndarray:
-    """The exponential moving average over about a twentieth of `steps`, corrected for its start at 0.
+    """The exponential moving average over about a twentieth of `steps`, corrected for starting at 0.
 
-    The correction is that of Kingma and Ba, "Adam" (2014), section 3.
+    Source of the correction: Kingma and Ba, "Adam" (2014), section 3.
     """
     decay = 1 - MIN_STEPS / steps
     averages, average = [], 0.0
@@ -132,14 +132,15 @@ def smooth(losses: Sequence[float], steps: int) -> np.ndarray:
 
 
 def suggest(rates: np.ndarray, losses: Sequence[float], *, diverged: bool = False) -> Suggestion:
-    """The rate to try, by `losses` at the first of `rates` (rising by a constant factor).
+    """The rate to try, from the `losses` at the first of `rates` (which rise by a constant factor).
 
     It is a tenth of the rate at which the smoothed loss is lowest before it rises by a tenth (or diverges), or the rate
-    at which it falls most steeply if that is smaller. The two are the usual readings of Smith's curve; each alone errs
-    here. A tenth of the lowest is far too high for the head, without which nothing is learnt until its rate is nearly
-    right. The steepest fall of the others is the start of every training, which the test of one group repeats while
-    its rate is still next to nothing: so the first quarter of the steps does not count, nor a fall that only goes on
-    from there. Where the loss does not rise there is no suggestion: within the range the rate is not too high anywhere.
+    at which the loss falls most steeply if that is smaller. These are the two usual readings of Smith's curve, and
+    either alone is wrong here. A tenth of the lowest is far too high for the head, because nothing is learned until its
+    rate is nearly right. For the other groups the steepest fall is the start of every training, which their test
+    repeats while their rate is still close to zero: the first quarter of the steps is therefore ignored, and so is a
+    fall that merely continues from there. If the loss does not rise, there is no suggestion: no rate in the range is
+    too high.
     """
     smoothed, reach = smooth(losses, len(rates)), max(1, len(rates) // 30)
     lowest, risen = 0, diverged
@@ -150,9 +151,9 @@ def suggest(rates: np.ndarray, losses: Sequence[float], *, diverged: bool = Fals
             risen = True
             break
     if not risen:
-        return Suggestion(None, f"the loss does not rise up to {_rounded(rates[-1]):g}; keep it, or raise --max")
+        return Suggestion(None, f"the loss does not rise up to {_rounded(rates[-1]):g}; keep the rate, or raise --max")
     if lowest == 0:
-        return Suggestion(None, f"the loss does not fall from {_rounded(rates[0]):g} on; try a lower --min")
+        return Suggestion(None, f"the loss does not fall above {_rounded(rates[0]):g}; try a lower --min")
     value, steepest = rates[lowest] / 10, None
     why = f"a tenth of {_rounded(rates[lowest]):g}, where the loss is lowest before it rises"
     # falls[j] is the fall over 2 * reach steps around step first + j.
@@ -164,7 +165,7 @@ def suggest(rates: np.ndarray, losses: Sequence[float], *, diverged: bool = Fals
         if steepest < value:
             value, why = steepest, "where the loss falls most steeply"
     if value < rates[0]:
-        why += f"; that is below the range, try a lower --min than {_rounded(rates[0]):g}"
+        why += f"; it is below the range: try a --min lower than {_rounded(rates[0]):g}"
     return Suggestion(_rounded(value), why, _rounded(rates[lowest]), steepest and _rounded(steepest))
 
 
@@ -175,20 +176,23 @@ def _rounded(rate: float) -> float:
 def run(
     workspace: Workspace, steps: int, low: float | None, high: float | None, groups: Sequence[str]
 ) -> list[RangeTest]:
-    """Tests `groups`, and writes and says what came of it. Without `low` or `high`: the configured rate, over or times
-    1000.
+    """Tests `groups`, writes the results to the run directory and prints the suggestions.
+
+    Args:
+      low, high: the first and last rate; by default the configured rate divided by 1000 and times 1000.
 
     Raises:
-      UserError: too few steps, rates that are not above 0 or do not rise; as the tokenizer stage.
-      KeyboardInterrupt: after what was measured is written.
+      UserError: there are too few steps, or the rates are not above 0 or do not rise; as the tokenizer stage.
+      KeyboardInterrupt: once the measurements so far are written.
     """
     check(steps >= MIN_STEPS, f"--steps is {steps}; it must be at least {MIN_STEPS}")
     tests = [_planned(workspace, group, steps, low, high) for group in groups]
     if not workspace.finished("tokenizer"):
         tokenizer.run(workspace)
     device = jax.devices()[0]
+    tokens = workspace.experiment.pretrain.batch_tokens
     workspace.say(
-        f"lr-range  {', '.join(groups)}: {steps:,} steps each of {workspace.experiment.pretrain.batch_tokens:,} tokens on "
+        f"lr-range  {', '.join(groups)}: {steps:,} steps each of {tokens:,} tokens on "
         f"{jax.device_count()} x {device.device_kind}"
     )
     done: list[RangeTest] = []
@@ -210,7 +214,9 @@ def run(
         done = [test for test in done if test.losses]
         if done:
             _write(workspace, done)
-            workspace.say(f"lr-range  interrupted; what was measured is in {workspace.directory.path / JSON_NAME}")
+            workspace.say(
+                f"lr-range  interrupted; the measurements so far are in {workspace.directory.path / JSON_NAME}"
+            )
         raise
     finally:
         if line:
@@ -221,15 +227,15 @@ def run(
 
 def _planned(workspace: Workspace, group: str, steps: int, low: float | None, high: float | None) -> RangeTest:
     configured = getattr(workspace.experiment.optimizer, f"{group}_lr")
-    low = configured / SPAN if low is None else low
-    high = configured * SPAN if high is None else high
-    check(0 < low < math.inf, f"--min is {low:g}; a learning rate is above 0")
-    check(low < high < math.inf, f"the {group} rate cannot rise from --min {low:g} to --max {high:g}")
-    return RangeTest(group, configured, np.geomspace(low, high, steps))
+    first: float = configured / SPAN if low is None else low
+    last: float = configured * SPAN if high is None else high
+    check(0 < first < math.inf, f"--min is {first:g}; a learning rate must be above 0")
+    check(first < last < math.inf, f"the {group} rate cannot rise from --min {first:g} to --max {last:g}")
+    return RangeTest(group, configured, np.geomspace(first, last, steps))
 
 
 def _prepare(workspace: Workspace, steps: int):
-    """A function from a table of factors to a state at step 0, the one compiled step, and pretraining's batches."""
+    """A function from a table of factors to a state at step 0, the compiled step, and the batches of pretraining."""
     experiment, tokens = workspace.experiment, workspace.tokenizer()
     model = workspace.model_config(tokens)
     constant = dataclasses.replace(experiment.pretrain, schedule=ScheduleConfig(warmup_ratio=0.0, decay_ratio=0.0))
@@ -238,7 +244,7 @@ def _prepare(workspace: Workspace, steps: int):
     batches = training_batches(workspace, tokens, workspace.text())
     state, step_fn = training.compiled(lambda: fresh_params(workspace, model), batches)
     placed = jax.tree.map(lambda x: x.sharding, state)
-    del state  # the step takes its state's memory, so that each test has to begin with one of its own
+    del state  # the step donates its state, so that each test needs a new one
     init = jax.jit(lambda params: init_state(params, optimizer), out_shardings=placed)
 
     def fresh_state(table: np.ndarray) -> State:
@@ -256,11 +262,11 @@ def _table(test: RangeTest) -> np.ndarray:
 
 
 def measure(test: RangeTest, state: State, step_fn, source, show: Callable[[int, RangeTest], None]) -> None:
-    """Trains over the rates of `test`, and notes the losses there until one diverges."""
+    """Trains through the rates of `test` and records the losses until one diverges."""
     steps, waiting = len(test.rates), None
     for step in range(steps + 1):
         dispatched = None
-        if step < steps:  # before the last loss is read, so that the device never waits
+        if step < steps:  # before the previous loss is read, so that the device never waits
             batch, _ = source.next_batch(step, state["params"])
             state, metrics = step_fn(state, batch)
             dispatched = metrics["loss"]
@@ -281,7 +287,7 @@ def measure(test: RangeTest, state: State, step_fn, source, show: Callable[[int,
 
 
 def _shower(line: LiveLine | None, before: int) -> Callable[[int, RangeTest], None]:
-    """Shows a step of a test, `before` it the steps of the earlier ones."""
+    """A function that shows a step of a test; `before` is the number of steps of earlier tests."""
 
     def show(step: int, test: RangeTest) -> None:
         if line:
@@ -320,7 +326,7 @@ def _write(workspace: Workspace, tests: list[RangeTest]) -> None:
 
 
 def _say(workspace: Workspace, tests: list[RangeTest]) -> None:
-    """The table of suggestions, and the options to pass."""
+    """Prints the table of suggestions and the options to pass."""
     workspace.say(f"\n{'group':<11}{'configured':>11}{'suggested':>11}  why")
     options = []
     for test in tests:

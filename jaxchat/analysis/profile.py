@@ -1,4 +1,4 @@
-"""A few training steps under the profiler: where a step's time goes."""
+"""Runs a few training steps under the profiler to show where a step's time goes."""
 
 from __future__ import annotations
 
@@ -20,25 +20,28 @@ NAME_LENGTH = 60  # of a kernel; a library's can be a whole C++ type
 
 
 def profile(experiment: Experiment, *, steps: int, directory: Path) -> None:
-    """Pretrains on random tokens for a few steps, keeps their trace in `directory`, and prints where the time went.
+    """Pretrains on random tokens for `steps` steps, keeps their trace in `directory`, and prints where the time went.
 
     Raises:
-      UserError: the experiment's batch or mesh do not fit the devices; the trace shows no kernels.
+      UserError: the experiment's batch or mesh does not match the devices; the trace shows no kernels.
     """
     check(steps >= 1, f"--steps is {steps}; it must be at least 1")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{directory} cannot be made ({error.strerror}); choose another --trace") from None
-    data = dataclasses.replace(experiment.data, path=None, download=(), generate=True)  # never read: tokens are random
+        raise UserError(f"{directory} cannot be created ({error.strerror}); choose another --trace") from None
+    data = dataclasses.replace(
+        experiment.data, path=None, download=(), generate=True
+    )  # never read: the tokens are random
     with tempfile.TemporaryDirectory() as folder:
         workspace = Workspace(dataclasses.replace(experiment, data=data), Path(folder) / "run")
         model = planned_model(experiment)
-        training = Training(workspace, "pretrain", experiment.pretrain, model, None, WARM_UP + steps)
+        # Random tokens need no tokenizer.
+        training = Training(workspace, "pretrain", experiment.pretrain, model, None, WARM_UP + steps)  # pyright: ignore[reportArgumentType]
         source = random_batches(workspace, model)
         state, step = training.compiled(lambda: fresh_params(workspace, model), source)
         batch, _ = source.next_batch(0, state["params"])
-        compiled = step.fit(state, batch).compiled
+        compiled = step.compile(state, batch).compiled
 
         def train(state, count: int):
             for _ in range(count):
@@ -52,9 +55,9 @@ def profile(experiment: Experiment, *, steps: int, directory: Path) -> None:
         with jax.profiler.trace(str(directory), profiler_options=options):
             train(state, steps)
     file = max(Path(directory).glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-    program = Program.parse(compiled.as_text())
+    program = Program.parse(compiled.as_text() or "")
     devices = read_trace(file, program)
-    check(bool(devices), f"{file} shows no kernels of the step: the profiler does not know this device")
+    check(bool(devices), f"{file} shows no kernels of the step: the profiler does not support this device")
     device = jax.devices()[0].device_kind
     print(f"{experiment.name}: {steps} steps of {batch['inputs'].size:,} tokens on {jax.device_count()} x {device}\n")
     print(table(break_down(devices, program), program, len(devices) * steps))
@@ -63,7 +66,7 @@ def profile(experiment: Experiment, *, steps: int, directory: Path) -> None:
 
 
 def table(breakdown: Breakdown, program: Program, steps: int) -> str:
-    """Two Markdown tables, of the parts and of the longest kernels; `steps` is how many the times are of."""
+    """Two Markdown tables, one of the parts and one of the longest kernels; the times add up `steps` steps."""
 
     def figures(time: float, count: int | None = None) -> str:
         kernels = "" if count is None else f"{count / steps:,.0f}"
@@ -73,7 +76,7 @@ def table(breakdown: Breakdown, program: Program, steps: int) -> str:
     lines = ["| part of a step | ms | share | kernels |", "| --- | ---: | ---: | ---: |"]
     lines += [f"| {part} | {figures(total.time, total.count)}" for part, total in breakdown.parts.items()]
     if breakdown.overlap > 0.001 * breakdown.span:
-        lines.append(f"| at the same time as others | {figures(-breakdown.overlap)}")
+        lines.append(f"| overlap with other kernels | {figures(-breakdown.overlap)}")
     lines += [f"| idle | {figures(breakdown.idle)}", f"| **a step** | {figures(breakdown.span, count)}"]
     lines += ["", "| kernel | part | ms | share | runs | HLO instruction, its place in the code |"]
     lines += ["| --- | --- | ---: | ---: | ---: | --- |"]

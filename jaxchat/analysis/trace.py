@@ -1,8 +1,8 @@
-"""What a profiler's trace says about a training step: which part of the model each kernel belongs to, and idle time.
+"""Reads a profiler's trace of a training step: which part of the model each kernel belongs to, and idle time.
 
-A kernel carries the name of its HLO instruction, and the compiled program tells that instruction's path through the
-code, such as `jit(step)/transpose(jvp(jit(_run_block)))/attention/dot_general`: with the names that `jax.named_scope`
-has put there. Where that says nothing, the instruction's kind decides, and the kernel's own name last.
+A kernel carries the name of its HLO instruction, and the compiled program has that instruction's path through the code,
+such as `jit(step)/transpose(jvp(jit(_run_block)))/attention/dot_general`, with the names from `jax.named_scope`. If the
+path does not tell, the kind of the instruction decides, and finally the kernel's own name.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 from jax.profiler import ProfileData
 
 MATMULS, COMMUNICATION, COPIES, ELEMENTWISE = "matmuls of the blocks", "communication", "copies", "element-wise"
-# Everything inside such a scope is of that part; of nested scopes the outermost decides.
+# Everything inside such a scope belongs to that part; the outermost of nested scopes decides.
 PARTS = {"optimizer": "optimizer", "loss": "head and loss", "head": "head and loss", "attention": "attention"}
-# Such a scope tells the element-wise work apart; the innermost decides.
+# Such a scope subdivides the element-wise work; the innermost decides.
 DETAILS = ("norm", "rope", "mlp", "embed")
 ROWS = ("attention", MATMULS, "head and loss", "optimizer", COMMUNICATION)
 
@@ -33,15 +33,15 @@ _NAMES_OF_KERNELS = (
 )
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = .*?(?<= )([a-z][\w\-]*)\(")
-# Names in a path that are no function's: `jit(norm)` is the function `norm`, `jvp(norm)` and `norm` are a scope.
+# The names in a path that are scopes, not functions: `jit(norm)` is a function, `jvp(norm)` and `norm` are scopes.
 _SCOPE = re.compile(r"(?<!jit\()\b([A-Za-z_]\w*)\b(?!\()")
-_ONE_KERNEL = 'xla_cpu_small_call="true"'  # a call, in particular of a short loop, that XLA compiles as a whole
-_WITH_CHILDREN = ("while", "call", "conditional")  # they run other computations, and take no time themselves
+_ONE_KERNEL = 'xla_cpu_small_call="true"'  # a call that XLA compiles as one kernel, such as a short loop
+_WITH_CHILDREN = ("while", "call", "conditional")  # they run other computations and take no time of their own
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One of HLO: its kind, its path through the code, the library function it calls, the computation it calls."""
+    """An HLO instruction: its kind, its path through the code, and the library function and computation it calls."""
 
     opcode: str
     path: str = ""
@@ -59,7 +59,7 @@ class Program:
 
     @classmethod
     def parse(cls, text: str) -> Program:
-        """From what `compiled.as_text()` gives."""
+        """Parses the text of `compiled.as_text()`."""
         head = re.match(r"HloModule ([\w.\-]+)", text)
         instructions: dict[str, Instruction] = {}
         computations: dict[str, list[str]] = defaultdict(list)
@@ -81,7 +81,7 @@ class Program:
         return {re.sub(r"[.\-]", "_", name): name for name in self.instructions}
 
     def find(self, op: str | None, kernel: str) -> list[Instruction]:
-        """The instruction that a kernel runs, and behind it those fused into it; [] if the program does not tell.
+        """The instruction that a kernel runs, followed by those fused into it; [] if the program does not say.
 
         XLA names its own kernels after their instructions, with `_` for dots and dashes; that counts where `op` is
         unknown, such as a command buffer, or a loop round the instruction.
@@ -114,7 +114,7 @@ class Kernel:
 
 
 def part_of(kernel: Kernel, program: Program) -> str:
-    """The row of the table that a kernel counts for."""
+    """The row of the table that a kernel belongs to."""
     found = program.find(kernel.op, kernel.name)
     opcodes = {instruction.opcode for instruction in found}
     by_name = next((part for part, pattern in _NAMES_OF_KERNELS if pattern.search(kernel.name)), None)
@@ -138,7 +138,7 @@ def part_of(kernel: Kernel, program: Program) -> str:
 
 
 def _decide(values: Sequence[str | None]) -> str | None:
-    """The first value, which is a kernel's own; else what most of those fused into it have."""
+    """The first value, which is the kernel's own; without one, the most frequent of those fused into it."""
     if values and values[0]:
         return values[0]
     counts = Counter(value for value in values if value)
@@ -156,7 +156,7 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 
 @dataclass
 class Total:
-    """Time in nanoseconds and number of some kernels, and the instructions they ran."""
+    """The time in nanoseconds and the number of some kernels, and the instructions they ran."""
 
     time: float = 0.0
     count: int = 0
@@ -170,10 +170,10 @@ class Total:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Where the time of the traced steps went, in nanoseconds, added up over the devices.
+    """Where the time of the traced steps went, in nanoseconds, summed over devices.
 
-    `kernels` has totals by kernel name and part. The parts' times add up to `span` minus `idle` plus `overlap`, the
-    time in which more than one kernel ran.
+    `kernels` has totals by kernel name and part. The times of the parts sum to `span` - `idle` + `overlap`; overlap is
+    the time in which more than one kernel ran.
     """
 
     span: float
@@ -184,7 +184,7 @@ class Breakdown:
 
 
 def break_down(devices: Sequence[Sequence[Kernel]], program: Program) -> Breakdown:
-    """The breakdown of the kernels of each device, from the program's first to its last."""
+    """The breakdown of each device's kernels, from the first to the last one of `program`."""
     span = busy = time = 0.0
     parts: dict[str, Total] = defaultdict(Total)
     kernels: dict[tuple[str, str], Total] = defaultdict(Total)
@@ -234,7 +234,7 @@ def _kernel(event) -> Kernel:
 
 
 def _ran_on_cpu(kernel: Kernel, program: Program) -> bool:
-    """Whether it is an instruction, and none that only holds others."""
+    """Whether the kernel is an instruction of `program` that does not merely contain others."""
     if kernel.module != program.module or kernel.op not in program.instructions:
         return False
     return program.instructions[kernel.op].opcode not in _WITH_CHILDREN

@@ -1,1 +1,1 @@
-"""What a model is worth: bits per byte on text, scores on tasks."""
+"""Evaluation: bits per byte on text, scores on tasks."""

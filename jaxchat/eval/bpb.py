@@ -1,4 +1,4 @@
-"""Bits per byte: a loss that can be compared between tokenizers."""
+"""Bits per byte: a loss that is comparable between tokenizers."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def evaluate_bpb(
     *,
     compute: Compute = FP32,
 ) -> float:
-    """Summed nats of the targets / (ln 2 · their summed bytes), over all batches.
+    """Bits per byte over all batches: summed nats of the targets / (ln 2 · their summed bytes).
 
     Args:
-      batches: `inputs` and `targets`, int32[rows, T]; each process gives its part of the rows, see `batch_share`.
-        Negative targets are left out.
-      token_bytes: bytes of each token of the vocabulary; where it is 0 (special tokens) neither nats nor bytes count.
+      batches: `inputs` and `targets`, int32[rows, T]; each process passes its part of the rows, see `batch_share`.
+        Negative targets are ignored.
+      token_bytes: bytes of each token of the vocabulary. A target with 0 bytes (a special token) does not count.
       compute: the data and fsdp axes of its mesh must divide the rows.
 
-    Returns NaN when there is no byte to predict.
+    Returns NaN if there is no byte to predict.
     """
     put = jax.device_put if compute.mesh is None else functools.partial(put_batch, compute.mesh)
     token_bytes = np.asarray(token_bytes)
@@ -49,7 +49,7 @@ def evaluate_bpb(
         )
         for b in batches
     ]
-    # Read once, at the end: a batch is dispatched while the one before it is computed.
+    # Read once, at the end, so that a batch is dispatched while the one before it is computed.
     nats, count = np.sum(np.array(jax.device_get(sums), np.float64).reshape(-1, 2), axis=0)
     return nats / (math.log(2) * count) if count else math.nan
 
@@ -63,7 +63,7 @@ def _sums(
     inputs: Int[Array, "B T"],
     targets: Int[Array, "B T"],
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Nats and bytes of one batch."""
+    """The nats and bytes of one batch."""
     size = jnp.where(targets >= 0, token_bytes[jnp.maximum(targets, 0)], 0)
     hidden = hidden_states(config, params, inputs, compute)
     targets = jnp.where(size > 0, targets, -1)

@@ -1,4 +1,4 @@
-"""Tasks asked of a chat model: completions that are scored, and multiple choice by one forward pass."""
+"""Tasks for a chat model: completions that are scored, and multiple choice in one forward pass."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def evaluate_task(
 ) -> TaskResult:
     """Asks the task's questions and scores the answers.
 
-    Generative tasks: a completion with tools, scored by the task. Multiple choice: the likeliest of the letters as the
-    next token. A question that fills the model's context gets no answer and scores 0.
+    The answer is a completion with tools, which the task scores; in multiple choice, the most likely of the letters as
+    the next token. A question that fills the model's context gets no answer and scores 0.
 
     Args:
-      limit: at most so many questions, evenly spread over the task.
+      limit: the most questions to ask, evenly spread over the task.
       batch_size: rows that go through the model at once.
 
     Raises:
-      UserError: the task is empty, or a question malformed.
+      UserError: the task is empty, or a question is malformed.
     """
     questions = spread(task, limit)
     check(len(questions) > 0, f"task {task.name} has no questions")
@@ -75,10 +75,10 @@ def evaluate_task(
 
 
 def prompts_of(task: Task, questions: Sequence[Conversation], tokenizer: BaseTokenizer) -> list[list[int]]:
-    """The ids of each question up to the assistant's answer.
+    """The token ids of each question, up to where the assistant's answer starts.
 
     Raises:
-      UserError: one that is malformed.
+      UserError: a question is malformed.
     """
     prompts = []
     for index, question in enumerate(questions):
@@ -95,9 +95,9 @@ def _example(question: Conversation, answer: str, score: float) -> tuple[str, st
 
 
 def choose(engine: Engine, prompts: list[list[int]], letters: list[Sequence[str]], batch_size: int) -> list[str]:
-    """For each prompt the one of its letters that the model finds likeliest as the next token."""
+    """For each prompt, the one of its letters that is most likely as the next token."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    chosen = [""] * len(prompts)
+    chosen: list[str] = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         size = engine.batch_size(len(rows))
@@ -107,13 +107,13 @@ def choose(engine: Engine, prompts: list[list[int]], letters: list[Sequence[str]
         for row, i in enumerate(rows):
             tokens[row, : len(prompts[i])], lengths[row] = prompts[i], len(prompts[i])
             ids = [engine.tokenizer.encode(letter)[0] for letter in letters[i]]  # each letter is a token
-            # Filled up with the first letter, which never wins over itself.
+            # Padded with the first letter, which cannot win against itself.
             candidates[row] = ids + ids[:1] * (len(LETTERS) - len(ids))
         arrays = map(engine.put, (tokens, lengths, candidates))
         best = _likeliest(engine.model_config, Compute(engine.dtype, engine.mesh), engine.params, *arrays)
         best = np.asarray(process_allgather(best, tiled=True))
         for row, i in enumerate(rows):
-            chosen[i] = letters[i][best[row]]
+            chosen[i] = letters[i][int(best[row])]
     return chosen
 
 
@@ -126,7 +126,7 @@ def _likeliest(
     lengths: Int[Array, " B"],
     candidates: Int[Array, "B L"],
 ) -> Int[Array, " B"]:
-    """Which of each row's candidates has the highest logit behind the row's last token; the first among equals."""
+    """The index of each row's candidate with the highest logit after the row's last token; the first among equals."""
     hidden = hidden_states(config, params, tokens, compute)
     scores = logits(config, params, hidden[jnp.arange(len(lengths)), lengths - 1])
     return jnp.argmax(jnp.take_along_axis(scores, candidates, axis=1), axis=1)

@@ -1,13 +1,14 @@
-"""Batched generation with a KV cache, and the tool calls inside it.
+"""Batched generation with a KV cache, including tool calls.
 
-A prompt goes through the model once (prefill), then `DECODE_STEPS` tokens are decoded in one dispatch, and the host
-reads what all rows wrote in it. What a row does next is decided on the device, so that nothing waits for the host
-within a dispatch: a row runs, pauses after it wrote <|python_end|>, or is done. The host answers the paused rows, and
-the next dispatch forces the answer's tokens in before such a row samples again. Paused, finished and filling rows
-recompute their last token in place, which changes nothing.
+A batch of prompts goes through the model once (`_prefill`). After that each dispatch (`_decode`) generates
+`DECODE_STEPS` tokens for every row, and the host reads what the rows wrote. Within a dispatch nothing waits for the
+host, because the device itself decides what a row does next: it runs, pauses after <|python_end|>, or is done. The host
+runs the tools of paused rows, and the next dispatch forces the tokens of their answers in before such a row samples
+again. Rows that are paused or done, and rows that only fill the batch, recompute their last token in place, which
+changes nothing.
 
-Lengths and batch sizes are rounded up to a few sizes; each combination compiles once in a process, whatever the
-parameters: they are arguments.
+Lengths and batch sizes are rounded up to a few sizes. Each combination compiles once in a process; parameters are
+arguments, so that other parameters do not compile again.
 """
 
 from __future__ import annotations
@@ -43,10 +44,12 @@ Chunk = list[tuple[int, int, bool]]
 
 @dataclass(frozen=True)
 class Completion:
-    """What a row wrote after its prompt, without the token that stopped it.
+    """What a row wrote after its prompt.
 
-    `sampled[i]` is False where `tokens[i]` was forced in by a tool. `stop` is that token, or None for a row that ran
-    out of tokens or of context.
+    Attributes:
+      tokens: without the token that stopped the row.
+      sampled: False for each token that was forced in as a tool's answer.
+      stop: the token that stopped the row; None if it reached `max_new_tokens` or the end of the context.
     """
 
     tokens: list[int]
@@ -55,35 +58,35 @@ class Completion:
 
     @property
     def finished(self) -> bool:
-        """Whether a stop token came."""
+        """Whether the row ended with a stop token."""
         return self.stop is not None
 
 
 class _Rows(NamedTuple):
-    """The device's side of a batch; everything has one entry a row."""
+    """The state of a batch on the device, with one entry per row."""
 
     cache: list[dict[str, Array]]
     token: Array  # the newest token, not yet in the cache
     position: Array  # its place in the sequence
     count: Array  # tokens written after the prompt
-    limit: Array  # as many as may be
+    limit: Array  # of `count`
     key: Array
-    queue: Array  # [B, FORCED], filled at its end: the last `queued` of them are still to be forced in
+    queue: Array  # [B, FORCED]: its last `queued` tokens are still to be forced in
     queued: Array
     status: Array
 
 
 class _Drawing(NamedTuple):
-    """How the next token is chosen; traced, so that no value of these compiles anew."""
+    """How the next token is chosen; traced, so that other values do not compile again."""
 
-    temperature: Array
-    stops: Array
-    pause: Array  # the id of <|python_end|>, or -1 without tools
+    temperature: Any
+    stops: Array | np.ndarray
+    pause: Array | np.integer  # the id of <|python_end|>, or -1 without tools
 
 
 @dataclass(frozen=True)
 class _Program:
-    """What a compiled program depends on, besides the shapes."""
+    """What a compiled program depends on, apart from shapes."""
 
     config: GPTConfig
     dtype: str
@@ -105,7 +108,7 @@ def _prefill(
     seed: Array,
     drawing: _Drawing,
 ) -> tuple[_Rows, Array]:
-    """Reads the prompts (right-padded) and draws each row's first token. Rows with a limit of 0 only fill the batch."""
+    """Reads the prompts (right-padded) and draws each row's first token. Rows with limit 0 only fill the batch."""
     batch, longest = prompts.shape
     rows = jnp.arange(batch)
     # Attention in here is over the prompt's slots only; the others are added after it.
@@ -134,10 +137,10 @@ def _prefill(
 def _decode(
     program: _Program, params: Params, state: _Rows, answers: Int[Array, "B _"], drawing: _Drawing
 ) -> tuple[_Rows, Array]:
-    """`DECODE_STEPS` tokens for every row that runs.
+    """Generates `DECODE_STEPS` tokens for every row that runs.
 
-    `answers[b]` is -1 first where nothing was answered; else the number of tokens to force in, with which the row runs
-    again, and the queue that ends in them.
+    `answers[b]` starts with -1 if row b has no answer. Otherwise it is the number of tokens to force in, followed by a
+    queue that ends with them, and the row runs again.
     """
     answered = answers[:, 0] >= 0
     state = state._replace(
@@ -159,7 +162,7 @@ def _decode(
 def _write(
     program: _Program, params: Params, hidden: Float[Array, "B D"], state: _Rows, drawing: _Drawing
 ) -> tuple[_Rows, Int[Array, " B"]]:
-    """Gives each running row its next token: 2 · token + (1 if it was sampled), or -1 where a row does not run."""
+    """Gives each running row its next token; returns 2 · token + (1 if sampled), or -1 for a row that does not run."""
     scores = logits(program.config, params, hidden)
     keys = jax.vmap(jax.random.fold_in)(state.key, state.count)
     drawn = sample(scores, keys, 0 if program.greedy else drawing.temperature, program.top_k)
@@ -182,7 +185,7 @@ def _write(
 
 
 def _for_host(program: _Program, written: Array) -> Array:
-    """Whole on every device, so that each process of several reads all rows."""
+    """Replicates the result, so that each of several processes can read all rows."""
     return written if program.everywhere is None else jax.lax.with_sharding_constraint(written, program.everywhere)
 
 
@@ -192,34 +195,34 @@ def _cast(params: Params, dtype: str) -> Params:
 
 
 def bucket(length: int, smallest: int) -> int:
-    """The next power of two, at least `smallest`."""
+    """`length` rounded up to a power of two that is at least `smallest`."""
     return max(smallest, 1 << (length - 1).bit_length())
 
 
 @dataclass
 class _Writing:
-    """The host's side of a row."""
+    """The state of a row on the host."""
 
     number: int
     limit: int
     count: int = 0
     status: int = RUNNING
-    call: list[int] | None = None  # what it wrote since <|python_start|>
+    call: list[int] | None = None  # tokens since <|python_start|>, if a call is open
     answer: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
 class Engine:
-    """Generates for many prompts at once. `dataclasses.replace(engine, params=...)` compiles nothing anew.
+    """Generates for many prompts at once. `dataclasses.replace(engine, params=...)` compiles nothing again.
 
     Args:
-      model_config: the model's.
-      params: its parameters; held in `dtype`, so that no step casts them.
-      tokenizer: for the special tokens, the tool calls and their answers.
+      model_config: the model.
+      params: its parameters, which the engine keeps in `dtype`, so that no step casts them.
+      tokenizer: for special tokens, tool calls and their answers.
       dtype: of the computation and the cache.
 
-    On a mesh the rows are shared out over its data and fsdp axes; with several processes each calls with the same
-    prompts and gets all completions.
+    On a mesh the rows are split over the data and fsdp axes. Of several processes each must pass the same prompts, and
+    gets all completions.
     """
 
     model_config: GPTConfig
@@ -245,9 +248,10 @@ class Engine:
 
     @functools.cached_property
     def mesh(self) -> Mesh | None:
-        """That the parameters lie on, if they lie on one."""
+        """The mesh that the parameters are on; None if they are on a single device."""
         sharding = jax.tree.leaves(self.params)[0].sharding
-        return sharding.mesh if isinstance(sharding, NamedSharding) else None
+        mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        return mesh if isinstance(mesh, Mesh) else None
 
     def generate(self, prompts: Sequence[Sequence[int]], **options) -> list[Completion]:
         """The completions of `prompts`, in their order. Options and errors are those of `stream`."""
@@ -275,33 +279,36 @@ class Engine:
         tools: bool = True,
         max_batch: int = 256,
     ) -> Iterator[Chunk]:
-        """Yields what the rows write as it comes: lists of (row, token, sampled), a row's tokens in order.
+        """Yields tokens as they are generated, as lists of (row, token, sampled); the tokens of a row come in order.
 
         A row ends with a stop token (<|assistant_end|> or <|bos|>, yielded as its last), after `max_new_tokens`, or
-        where the context of `sequence_len` tokens is full. With `tools`, an expression between <|python_start|> and
-        <|python_end|> is answered by the calculator: <|output_start|>, the value, <|output_end|> follow with sampled
-        False, and count as new tokens like all others. For an expression that it refuses the output is empty, lest the
-        model invent one; a <|python_end|> that closes nothing is left alone.
+        when the context of `sequence_len` tokens is full.
 
-        Temperature 0 takes the likeliest token. Row r's draws come from (seed, r, how many tokens the row has written):
-        not from its companions, nor from `max_batch`, the most rows that go through the model at once.
+        With `tools`, the calculator answers an expression between <|python_start|> and <|python_end|>:
+        <|output_start|>, the value and <|output_end|> follow with sampled False, and count as new tokens like all
+        others. If the calculator refuses the expression, the output is empty, so that the model does not invent one. A
+        <|python_end|> without a start is ignored.
+
+        At temperature 0 the most likely token is taken. The random numbers of row r depend only on seed, r and how many
+        tokens the row has written: not on other rows, nor on `max_batch`, the most rows that go through the model at
+        once.
 
         Raises:
-          UserError: an empty prompt or one that fills the context, or an option out of its range.
+          UserError: a prompt is empty or fills the context, or an option is out of range.
         """
         context, special = self.model_config.sequence_len, self.tokenizer.encode_special
         check(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        check(0 <= temperature < math.inf, f"temperature is {temperature}; it must be 0 (greedy) or above")
+        check(0 <= temperature < math.inf, f"temperature is {temperature}; it must be 0 (greedy) or more")
         check(top_k is None or top_k >= 1, f"top_k is {top_k}; it must be at least 1, or None for the whole vocabulary")
         check(max_batch >= 1, f"max_batch is {max_batch}; it must be at least 1")
         for number, prompt in enumerate(prompts):
             check(
                 1 <= len(prompt) < context,
-                f"prompt {number} has {len(prompt)} tokens; it must have at least 1, and fewer than the {context} of "
-                "the model's context",
+                f"prompt {number} has {len(prompt)} tokens; it must have at least 1, and fewer than the model's "
+                f"context of {context}",
             )
-        batch_of = {} if self.mesh is None else {"rows": BATCH_SPEC, "everywhere": P()}
-        placed = {name: NamedSharding(self.mesh, spec) for name, spec in batch_of.items()}
+        specs = {"rows": BATCH_SPEC, "everywhere": P()}
+        placed = {} if self.mesh is None else {name: NamedSharding(self.mesh, spec) for name, spec in specs.items()}
         program = _Program(
             self.model_config,
             self.dtype,
@@ -315,7 +322,7 @@ class Engine:
             np.array(self.stops, np.int32),
             np.int32(special("<|python_end|>") if tools else -1),
         )
-        # Rows of like length go together, so that short prompts do not pay for long ones.
+        # Prompts of similar length go together, so that short ones are not padded to the length of long ones.
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
         for start in range(0, len(order), max_batch):
             numbers = order[start : start + max_batch]
@@ -344,24 +351,24 @@ class Engine:
             waiting = any(row.status == PAUSED for row in rows)
             answers = self.put(self._answers(rows, size)) if waiting else nothing
             running = any(row.status == RUNNING for row in rows)
-            if running:  # the device goes on while the caller looks at the chunk
+            if running:  # the device works while the caller uses the chunk
                 state, written = _decode(program, self.params, state, answers, drawing)
             yield chunk
             if not running:
                 return
 
     def batch_size(self, rows: int) -> int:
-        """What so many rows are filled up to: a power of two, or the next multiple of the devices that share them."""
+        """`rows` rounded up to a power of two, and then to a multiple of the devices that share them."""
         shards = 1 if self.mesh is None else int(np.prod([self.mesh.shape[axis] for axis in BATCH_SPEC[0]]))
         return -(-bucket(rows, 1) // shards) * shards
 
     def put(self, array: np.ndarray) -> Array:
-        """The rows of `array` on the engine's devices."""
+        """Puts `array` on the engine's devices, split by rows."""
         return jax.device_put(array) if self.mesh is None else put_whole(self.mesh, array)
 
     def _read(self, step: list[int], rows: list[_Writing], drawing: _Drawing) -> Iterator[tuple[int, int, bool]]:
-        """One step's tokens; follows what the device decided for each row."""
-        for code, row in zip(step, rows, strict=False):  # the rows that only fill the batch come last
+        """The tokens of one step; the rows follow what the device has decided."""
+        for code, row in zip(step, rows, strict=False):  # rows that only fill the batch come last
             if code < 0:
                 continue
             token, sampled = code >> 1, bool(code & 1)
@@ -377,14 +384,14 @@ class Engine:
                 row.call.append(token)
 
     def _answer(self, call: list[int] | None) -> list[int]:
-        """The tokens to force in after a tool call."""
+        """The tokens to force in after the tool call `call`; none if no call was open."""
         if call is None:
             return []
         value = calculate(self.tokenizer.decode(call)) or ""
         return self.tokenizer.encode(value, "<|output_start|>", "<|output_end|>")
 
     def _answers(self, rows: list[_Writing], size: int) -> np.ndarray:
-        """The paused rows' answers as `_decode` wants them; these rows run again."""
+        """The answers for paused rows as `_decode` takes them; these rows run again."""
         answers = np.full((size, 1 + FORCED), -1, np.int32)
         for i, row in enumerate(rows):
             if row.status == PAUSED:

@@ -10,11 +10,11 @@ from jaxtyping import Array, Float, Int, Key
 def sample(
     logits: Float[Array, "B V"], keys: Key[Array, " B"], temperature: float | Array, top_k: int | None = None
 ) -> Int[Array, " B"]:
-    """One id a row, drawn from softmax(logits / temperature) over the `top_k` highest logits (all when None).
+    """Draws one id per row from softmax(logits / temperature) over the `top_k` highest logits (None: over all).
 
-    `keys` holds one key a row, so that a row's draw does not depend on its companions. A temperature that is the Python
-    number 0 means the highest logit (the lowest id among equals); as an array it must be above 0, and can then change
-    without a new compilation. Ids whose logit is -1e30, the vocabulary's padding, are never drawn.
+    `keys` has one key per row, so that a row's draw does not depend on the other rows. If the temperature is the Python
+    number 0, the highest logit wins (the lowest id among equals). As an array it must be above 0, and other values do
+    not compile again. Ids whose logit is -1e30, the padding of the vocabulary, are never drawn.
     """
     if isinstance(temperature, int | float) and temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

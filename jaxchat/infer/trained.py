@@ -12,10 +12,10 @@ from jaxchat.errors import check, closest
 from jaxchat.infer.engine import Engine
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, abstract_params
+from jaxchat.ops.compute import compute_dtype
 from jaxchat.runs.directory import TRAINED, RunDirectory
 from jaxchat.storage import is_folder
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
-from jaxchat.ops.compute import compute_dtype
 
 
 class TrainedModel(NamedTuple):

@@ -1,4 +1,4 @@
-"""Configuration as JSON, as a run keeps it in its `config.json`."""
+"""Experiments as JSON, the format of `config.json` in a run directory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def from_json(text: str, cls: type = Experiment) -> Any:
     """Builds `cls` (a dataclass of jaxchat.config) from `to_json`'s text.
 
     Raises:
-      UserError: a field the class does not know, as an older or newer version would have written.
+      UserError: a field that the class does not have, as an older or newer version may have written.
     """
     return _build(cls, json.loads(text))
 
 
-# Fields of earlier versions that followed from others, or that nothing read.
+# Fields of earlier versions that are now derived from others, or that nothing ever read.
 RETIRED = {"ModelConfig": {"vocab_size", "border_token"}, "RLConfig": {"batch_tokens"}}
 
 

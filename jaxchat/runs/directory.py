@@ -154,7 +154,7 @@ class RunDirectory:
         return self.read_record(stage) is not None
 
     def stages_with_model(self) -> list[str]:
-        """The finished stages that left parameters, in order; a stage that had nothing to train on is not among them."""
+        """The finished stages that left parameters, in order: not those that had nothing to train on."""
         return [stage for stage in TRAINED if (self.read_record(stage) or {}).get("steps")]
 
 

@@ -1,12 +1,12 @@
-"""What a run measures: `metrics.jsonl`, the live line, TensorBoard and Weights & Biases; and facts about the machine.
+"""The log of a run: `metrics.jsonl`, the live line, TensorBoard, and Weights & Biases.
 
 `metrics.jsonl` has one JSON object a line, in the order of logging:
 
     {"stage": "pretrain", "step": 120, "time": 1767225600.125, "loss": 3.21, "tokens_per_second": 412000.0}
 
-`time` is seconds since 1970. JSON knows neither NaN nor infinity: such a value is written as null. The first line that
-a process writes for a stage has `"start": true`: after a resume at step s, the stage's earlier lines from step s on are
-superseded, and `read_metrics` leaves them out.
+`time` is seconds since 1970. JSON has neither NaN nor infinity; they are written as null. The first line that
+a process writes for a stage has `"start": true`: after a resume at step s, it supersedes the stage's earlier lines from
+step s on, and `read_metrics` leaves them out.
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ REMOTE_FLUSH_SECONDS = 30.0
 
 
 class Metrics:
-    """Logs one stage of a run. Only process 0 writes and shows; on the others every method does nothing.
+    """Logs one stage of a run.
 
-    Values may be Python, NumPy or JAX scalars, or text. A JAX array would be waited for: pass host floats in a loop
-    that must not sync with its device. Use as a context manager, or call `close`.
+    Values may be Python, NumPy or JAX scalars, or text. Reading a JAX array waits for it: pass host
+    floats in a loop that must not wait for its device. Use it as a context manager, or call `close`.
 
     Args:
       run_dir: the run directory, anything `etils.epath` opens.
       stage: name of the stage, in every line.
       tensorboard: also write event files to `run_dir/tensorboard/stage`.
       wandb: also log to Weights & Biases (project "jaxchat", grouped by run); `WANDB_MODE=offline` needs no account.
-      total_steps: for the live line: `1234/5000` and the time left.
+      total_steps: for the live line, which then shows `1234/5000` and the time left.
       live: show the live line and samples on stderr.
+      enabled: False makes every method do nothing, as in all processes except process 0.
 
     Raises:
-      UserError: TensorBoard or Weights & Biases is asked for but not installed, or does not start.
+      UserError: TensorBoard or Weights & Biases is not installed, or does not start.
     """
 
     def __init__(
@@ -81,32 +82,32 @@ class Metrics:
             self._line.remember(values)
 
     def live(self, step: int, **values: Any) -> None:
-        """Updates the live line; it shows these values and the last ones logged."""
+        """Updates the live line, which shows these values and the last ones logged."""
         if self._line:
             self._line.update(int(step), {name: _plain(value) for name, value in values.items()})
 
     def sample(self, step: int, prompt: str, completion: str) -> None:
-        """Logs what the model makes of a prompt, as `prompt` and `sample`, and prints it above the live line."""
+        """Logs the model's completion of a prompt as `prompt` and `sample`, and prints it above the live line."""
         self.log(step, prompt=prompt, sample=completion)
         if self._line:
             self._line.show_sample(int(step), prompt, completion)
 
     def note(self, text: str) -> None:
-        """Prints a line about the stage above the live line; it is not logged."""
+        """Prints a line above the live line without logging it."""
         if self._line:
             self._line.show_note(text)
 
     def flush(self) -> None:
-        """Writes what waits for more to be written with it; what storage does not take now stays for the next time."""
+        """Writes lines that wait to be written together; if remote storage fails, they stay for the next time."""
         for sink in self._sinks:
             if isinstance(sink, _JsonLines):
                 sink.flush()
 
     def close(self) -> None:
-        """Writes what is left and ends the live line; a second call does nothing.
+        """Writes the remaining lines and ends the live line; a second call does nothing.
 
         Raises:
-          UserError: storage does not take it.
+          UserError: remote storage does not accept them.
         """
         if self._line:
             self._line.close()
@@ -124,14 +125,14 @@ class Metrics:
 def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` in file order, without those that a later line supersedes; [] without the file.
 
-    Superseded are a stage's lines from step s on when it was resumed at s (except for what the resumed one does not
-    log again at s itself), and all but the last of the lines with one stage, step and set of names. A resume supersedes
-    no evaluation result (a line with `of`, the stage evaluated): to evaluate one stage again leaves the others'
-    results. A line cut short by a crash is left out.
+    When a stage is resumed at step s, its lines from step s on are superseded (at s itself, only those that are logged
+    again). Of several lines with the same stage, step and names, only the last one counts. A resume never supersedes an
+    evaluation result (a line with `of`, the stage evaluated), so that evaluating one stage again keeps the results of
+    the others. A line cut short by a crash is left out.
     """
     path = epath.Path(run_dir) / "metrics.jsonl"
     kept: dict[tuple, dict[str, Any]] = {}
-    # Not splitlines: it also splits at U+2028 and its like, which a sample may contain.
+    # Not splitlines, which also splits at characters such as U+2028 that a sample may contain.
     for line in path.read_text().split("\n") if path.exists() else ():
         try:
             record = json.loads(line)
@@ -147,23 +148,23 @@ def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def _supersedes(start: dict[str, Any], earlier: dict[str, Any]) -> bool:
-    """Whether a process that began with the line `start` went back to before the line `earlier`."""
+    """Whether the line `earlier` is superseded by a process whose first line is `start`."""
     if earlier["stage"] != start["stage"] or "of" in earlier:
         return False
-    # An evaluation of step s, made before the process stopped, holds when the training goes on with step s.
+    # An evaluation at step s before the process stopped remains valid when training resumes at step s.
     same_names = set(earlier) & set(start) - {"stage", "step", "time"}
     return earlier["step"] > start["step"] or (earlier["step"] == start["step"] and bool(same_names))
 
 
 def _plain(value: Any) -> Any:
-    """A Python scalar or text of a Python, NumPy or JAX scalar or text."""
+    """The value as a Python scalar or text."""
     if isinstance(value, (str, bool, int, float)) or value is None:
         return value
     return value.item()
 
 
 class _JsonLines:
-    """Appends to a JSON-lines file; the first line says that a process started here."""
+    """Appends to a JSON-lines file; the first line is marked as the start of a process."""
 
     def __init__(self, path: epath.Path, stage: str):
         self._path, self._stage = path, stage
@@ -192,7 +193,7 @@ class _JsonLines:
         except storage_errors():
             if not self._remote:
                 raise
-            self._flushed = time.monotonic()  # it may answer again later; a training of hours does not end for this
+            self._flushed = time.monotonic()  # it may recover; hours of training must not end because of a log
 
     def _append(self) -> None:
         if self._waiting:
@@ -207,22 +208,22 @@ class _JsonLines:
             if not self._remote:
                 raise
             problem = f"{self._path} cannot be written ({first_line(error)})"
-            raise UserError(f"{problem}; the same command goes on from the last checkpoint") from error
+            raise UserError(f"{problem}; the same command resumes from the last checkpoint") from error
 
 
 class _TensorBoard:
-    """Event files; a curve has the metric's name and its stage is a run, so that stages share a plot."""
+    """Event files with one TensorBoard run per stage, so that stages share the plot of a metric."""
 
     def __init__(self, run_dir: epath.Path, stage: str):
         try:
-            import tensorboardX
+            import tensorboardX  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise UserError("TensorBoard logging needs tensorboardX: pip install jaxchat[tensorboard]") from None
         self._open = functools.partial(tensorboardX.SummaryWriter, os.fspath(run_dir / "tensorboard" / stage))
         self._writer = None
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        # Opened at the first step, since after a resume TensorBoard drops what it has from there on (purge_step).
+        # Opened at the first step: after a resume TensorBoard drops everything from there on (purge_step).
         self._writer = self._writer or self._open(purge_step=step)
         for name, value in values.items():
             if isinstance(value, str):
@@ -236,11 +237,11 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """One W&B run a stage, grouped by run directory; its id is kept in the run directory and reused after a resume."""
+    """One W&B run per stage, grouped by run directory, where its id is kept so that a resume continues it."""
 
     def __init__(self, run_dir: epath.Path, stage: str):
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise UserError("Weights & Biases logging needs wandb: pip install jaxchat[wandb]") from None
         folder = run_dir / "wandb"
@@ -264,7 +265,7 @@ class _WeightsAndBiases:
             raise UserError(
                 f"Weights & Biases does not start ({reason}); run `wandb login`, or set WANDB_MODE=offline"
             ) from None
-        # Its own step may only rise, and an evaluation of step s can be logged after the loss of step s + 1.
+        # W&B's own step must not decrease, but an evaluation of step s can be logged after the loss of step s + 1.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The live line on stderr while a stage runs, and the short numbers it is made of."""
+"""The live line on stderr while a stage runs, and how it formats counts and durations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REDRAW_SECONDS = 0.2
 
 
 class LiveLine:
-    """One line on stderr: redrawn in place on a terminal, otherwise printed about every ten seconds and at the end."""
+    """One line on stderr, redrawn in place on a terminal; elsewhere printed about every ten seconds and at the end."""
 
     def __init__(self, stage: str, total_steps: int | None):
         self._stage, self._total = stage, total_steps
@@ -30,14 +30,14 @@ class LiveLine:
         self._rich: Live | None = None
 
     def remember(self, values: dict[str, Any]) -> None:
-        """Keeps values to show with the next update."""
+        """Keeps values to be shown by the next update."""
         self._values.update({name: value for name, value in values.items() if value is not None})
 
     def update(self, step: int, values: dict[str, Any]) -> None:
-        """Shows a step; costs next to nothing when it is not yet time to draw."""
+        """Shows a step; costs almost nothing if it is not yet time to draw."""
         self.remember(values)
         self._step = step
-        # The clock for the time left starts after the first step, which compiles.
+        # The estimate of the time left starts after the first step, which compiles.
         self._first = self._first or (time.monotonic(), step)
         if time.monotonic() - self._drawn_at >= (REDRAW_SECONDS if self._terminal else PLAIN_SECONDS):
             self._draw()
@@ -64,7 +64,7 @@ class LiveLine:
         self._print(Text(f"{self._stage}  {text}"))
 
     def show_sample(self, step: int, prompt: str, completion: str) -> None:
-        """Prints a prompt and what the model made of it above the line."""
+        """Prints a prompt and the model's completion above the line."""
         title = f"{self._stage}  sample at step {step:,}: "
         self._print(Text.assemble((title, "dim"), (printable(prompt), "bold"), printable(completion)))
 
@@ -75,7 +75,7 @@ class LiveLine:
             print(text.plain, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leaves the last step's line standing."""
+        """Ends the line, leaving the last step on the screen."""
         if self._step != self._drawn_step:
             self._draw()
         if self._rich:
@@ -83,14 +83,14 @@ class LiveLine:
 
 
 def printable(text: str) -> str:
-    """A model may write anything; control characters would act on the terminal."""
+    """Replaces control characters, which a model may write and which would act on the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def format_live(
     stage: str, step: int, total_steps: int | None, values: dict[str, Any], seconds_left: float | None
 ) -> str:
-    """Such as `pretrain  1234/5000  loss 2.345  bpb 1.234  412k tok/s  MFU 48%  12m left`, of what there is."""
+    """The line, such as `pretrain  1234/5000  loss 2.345  412k tok/s  12m 05s left`, without unknown values."""
     parts = [stage, f"{step:>{len(str(total_steps))}}/{total_steps}" if total_steps else f"{step}"]
     for name, digits in (("loss", 3), ("bpb", 3), ("reward", 2), ("reward_eval", 2)):
         if name in values:
@@ -114,13 +114,13 @@ def format_count(number: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """The two largest units that matter: 8s, 12m, 1h 05m, 2d 03h."""
+    """The two largest units that matter: 8s, 9m 41s, 1h 05m, 2d 03h."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m {seconds % 60:02}s"
     minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes}m"
     if minutes < 24 * 60:
         return f"{minutes // 60}h {minutes % 60:02}m"
     hours = round(minutes / 60)

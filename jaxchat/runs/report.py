@@ -1,7 +1,7 @@
-"""The report of a run: what was trained, on what, for how long, what it can do now, and how to talk to it.
+"""The report of a run: what was trained, on what and for how long, what it can do, and how to talk to it.
 
 `write_report` reads what the stages left (`config.json`, `metrics.jsonl`, `STAGE/stage.json`) and writes `report.json`
-for programs, `report.md` for people, and `plots/*.png`. What a run does not have is left out.
+for programs, `report.md` for people, and `plots/*.png`. The report leaves out what a run does not have.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Any
 
 from etils import epath
 
-from jaxchat.config import STAGES, CostConfig
+from jaxchat.config import STAGES, CostConfig, model_width
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.metrics import read_metrics
 from jaxchat.runs.plots import Curve, all_plots, curves
-from jaxchat.runs.progress import format_count, printable
+from jaxchat.runs.progress import format_count, format_duration, printable
 
 _CAPTIONS = {
-    "evaluation.png": "Held-out questions answered right after each stage, in per cent.",
-    "loss.png": "Training loss: thin as measured, thick its trend. The first steps of pretraining are cut off.",
-    "bpb.png": "Bits per byte on validation text that was not trained on, lower is better.",
-    "reward.png": "Mean reward over the steps of reinforcement learning.",
+    "evaluation.png": "Held-out questions answered correctly after each stage, in percent.",
+    "loss.png": "Training loss: measured (thin) and its trend (thick). The first steps of pretraining are cut off.",
+    "bpb.png": "Bits per byte on validation text; lower is better.",
+    "reward.png": "Mean reward during reinforcement learning.",
     "learning_rates.png": "Learning rates of the parameter groups.",
 }
 _TOOL_CALL = re.compile(
@@ -37,10 +37,10 @@ _TOOL_CALL = re.compile(
 _DONE = {
     "tokenizer": "learned the vocabulary",
     "pretrain": "read text",
-    "midtrain": "learned the form of a conversation",
+    "midtrain": "learned to hold a conversation",
     "sft": "learned to answer",
-    "rl": "practised on questions with checked answers",
-    "evaluate": "was examined",
+    "rl": "practiced on questions with checkable answers",
+    "evaluate": "answered held-out questions",
 }
 
 
@@ -67,12 +67,12 @@ def write_report(directory: RunDirectory, *, vocab_size: int, parameters: int) -
 def build_report(
     directory: RunDirectory, records: list[dict[str, Any]], vocab_size: int, parameters: int
 ) -> dict[str, Any]:
-    """What `report.json` holds, from a run directory, its `read_metrics`, and the arguments of `write_report`.
+    """The contents of `report.json`, from a run directory, its `read_metrics`, and the arguments of `write_report`.
 
-    A stage has what its stage.json says, and its `cost`, its median speed, the last value of each of its `metrics` and
-    its last `samples`. `seconds` are wall-clock seconds; `cost` is dollars at the experiment's price of a device-hour,
-    None on a CPU, for which that price does not hold; `evaluation` has a stage's `bpb` and the share of each task
-    answered right; `rl` the reward before and after, where it was evaluated.
+    Each entry of `stages` is the stage's record with its `cost`, its median speed, the last value of each of its
+    `metrics` and its last `samples`. `seconds` are wall-clock seconds. `cost` is in dollars at the experiment's price
+    of a device-hour; None on a CPU, which that price is not for. `evaluation` has each stage's `bpb` and the share of
+    each task answered correctly, `rl` the reward before and after if it was evaluated.
     """
     experiment = directory.read_config()
     stages = {stage: record for stage in STAGES if (record := directory.read_record(stage)) is not None}
@@ -109,8 +109,10 @@ def _cost(price: CostConfig, entry: dict[str, Any]) -> float | None:
 
 
 def _speed(records: list[dict[str, Any]]) -> dict[str, float]:
-    """Medians over the stage's steps: compilation and evaluations do not count. And which share of the steps' time the
-    program waited for batches (in RL: made them)."""
+    """Medians over the stage's steps, which exclude compilation and evaluations.
+
+    `input_share` is the share of the steps' time spent waiting for batches (in RL: sampling them).
+    """
     medians = {}
     for name in ("tokens_per_second", "mfu", "step_seconds"):
         values = [record[name] for record in records if record.get(name) is not None]
@@ -169,14 +171,14 @@ def _markdown(report: dict[str, Any], plots: list[str], shown_path: str) -> str:
 
 
 def _shown_path(run_dir: epath.Path) -> str:
-    """As one would type it: relative where the run lies below the working directory."""
+    """The path as one would type it: relative if the run is below the working directory."""
     return os.fspath(run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir)
 
 
 def _story(report: dict[str, Any]) -> str:
     config, stages = report["config"], report["stages"]
     depth = config["model"]["depth"]
-    size = f"{format_count(report['parameters'])} parameters ({depth} layers, {64 * depth} wide)"
+    size = f"{format_count(report['parameters'])} parameters ({depth} layers, {model_width(depth)} wide)"
     sentences = [f"A chatbot trained from nothing: {size}."]
     path, sets = config["data"]["path"], config["data"]["download"]
     source = f"text from the folder `{Path(path).name}`" if path else "stories of a small world that jaxchat made up"
@@ -191,9 +193,11 @@ def _story(report: dict[str, Any]) -> str:
     if scores:
         stage, found = list(scores.items())[-1]
         results = ", ".join(f"{task.replace('_', ' ')} {score:.0%}" for task, score in found.items())
-        sentences.append(f"Of held-out questions it answers right, after {stage}: {results}.")
+        sentences.append(f"After {stage} it answers these shares of held-out questions correctly: {results}.")
     if stages:
-        sentences.append(f"All that took {_duration(report['seconds'])}{_on(report['machine'])}{_for(report['cost'])}.")
+        sentences.append(
+            f"All of it took {format_duration(report['seconds'])}{_on(report['machine'])}{_for(report['cost'])}."
+        )
     return textwrap.fill(" ".join(sentences), 120)
 
 
@@ -235,7 +239,7 @@ def _can_do(report: dict[str, Any], plots: list[str]) -> str:
     if report["rl"]:
         before, after = report["rl"]["reward_before"], report["rl"]["reward_after"]
         parts.append(
-            f"Mean reward on the evaluation questions: {before:.3f} before reinforcement learning, {after:.3f} after."
+            f"Mean reward on evaluation questions: {before:.3f} before reinforcement learning, {after:.3f} after it."
         )
     return "\n\n".join(["## What it can do", *parts]) if parts else ""
 
@@ -250,7 +254,7 @@ def _samples(report: dict[str, Any]) -> str:
 
 
 def _sample_text(stage: str, sample: dict[str, str]) -> str:
-    """As a fenced block, since a model's text is not Markdown."""
+    """The sample as a fenced block, since a model's text is not Markdown."""
     prompt, completion = printable(sample["prompt"]), _TOOL_CALL.sub(_tool_call, printable(sample["completion"]))
     text = prompt + completion if stage == "pretrain" else f"> {prompt}\n{completion}"
     lines = [line for whole in text.split("\n") for line in textwrap.wrap(whole, 100) or [""]]
@@ -276,13 +280,13 @@ def _road(report: dict[str, Any]) -> str:
             "skipped" if entry.get("skipped") else _DONE.get(stage, ""),
             f"{entry['steps']:,}" if entry.get("steps") else "",
             format_count(entry["tokens"]) if entry.get("tokens") else "",
-            _duration(entry.get("seconds") or 0),
+            format_duration(entry.get("seconds") or 0),
             format_count(entry["tokens_per_second"]) if "tokens_per_second" in entry else "",
             f"{entry['mfu']:.0%}" if "mfu" in entry else "",
             f"{memory / 2**30:.1f} GiB" if memory else "",
             f"${entry['cost']:,.2f}" if entry["cost"] else "",
         ])  # fmt: skip
-    total = ["**all**", "", "", "", f"**{_duration(report['seconds'])}**", "", "", ""]
+    total = ["**all**", "", "", "", f"**{format_duration(report['seconds'])}**", "", "", ""]
     rows.append([*total, f"**${report['cost']:,.2f}**" if report["cost"] else ""])
     used = [i for i in range(len(header)) if any(row[i] for row in rows)]
     table = _table([[row[i] for i in used] for row in [header, *rows]], left=2)
@@ -291,7 +295,9 @@ def _road(report: dict[str, Any]) -> str:
     waited = ", ".join(
         f"{stage} {entry['input_share']:.1%}" for stage, entry in stages.items() if "input_share" in entry
     )
-    waits = f"\n\nOf the steps' time, waiting for batches (in rl: sampling them): {waited}." if waited else ""
+    waits = (
+        f"\n\nShare of the steps' time spent waiting for batches (in rl: sampling them): {waited}." if waited else ""
+    )
     missing = [s for s in report["config"]["stages"] if s not in stages and s != "report"]
     unfinished = f"\n\nNot finished: {', '.join(missing)}." if missing else ""
     diverged = "".join(
@@ -303,7 +309,7 @@ def _road(report: dict[str, Any]) -> str:
 
 
 def describe_data(entry: dict[str, Any]) -> str:
-    """What a stage's record says about its rows, and about what was left out of its text."""
+    """Describes how full a stage's rows were and what was left out of its text, from its record."""
     parts = []
     if packing := entry.get("packing"):
         parts.append(f"rows {packing['utilisation']:.1%} full")
@@ -321,14 +327,15 @@ def _went_back(entry: dict[str, Any]) -> str:
     batches = sum(event["batches"] for event in events)
     reasons = "; ".join(f"{event['why']}, back to {event['back_to']:,}" for event in events)
     times = "once" if len(events) == 1 else f"{len(events)} times"
-    return f"{times} back to a checkpoint, {batches:,} batches left out ({reasons})."
+    return f"went back to a checkpoint {times}, skipping {batches:,} batches ({reasons})."
 
 
 def _settings(report: dict[str, Any]) -> str:
     config, machine = report["config"], report["machine"]
     model, optimizer = config["model"], config["optimizer"]
     rows = [
-        ["model", f"depth {model['depth']}, width {64 * model['depth']}, context {model['sequence_len']:,} tokens"],
+        ["model", f"depth {model['depth']}, width {model_width(model['depth'])}, "
+                  f"context {model['sequence_len']:,} tokens"],
         ["tokenizer", f"{report['vocab_size']:,} tokens"],
         ["optimizer", f"Muon {optimizer['matrix_lr']:g}; AdamW {optimizer['embedding_lr']:g} (embedding), "
                       f"{optimizer['head_lr']:g} (head)"],
@@ -344,7 +351,7 @@ def _settings(report: dict[str, Any]) -> str:
         host = "" if machine["platform"] == "cpu" else f"; host with {machine['cores']} CPU cores"
         rows.append(["machine", f"{_device(machine)}{host}, {machine['memory_bytes'] / 2**30:.0f} GiB of memory"])
         rows.append(["software", f"JAX {machine['jax']}, Python {machine['python']}"])
-    return "## Settings\n\n" + _table([["", ""], *rows], left=2) + "\n\nAll of them are in `config.json`."
+    return "## Settings\n\n" + _table([["", ""], *rows], left=2) + "\n\n`config.json` has all settings."
 
 
 def _plot(name: str) -> str:
@@ -352,7 +359,7 @@ def _plot(name: str) -> str:
 
 
 def _table(rows: list[list[str]], left: int = 1) -> str:
-    """A Markdown table; the first row is its header, columns after the `left` first are aligned right."""
+    """A Markdown table. The first row is the header; all but the first `left` columns are right-aligned."""
     header, *body = rows
     rule = ["---" if i < left else "---:" for i in range(len(header))]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *body])
@@ -360,14 +367,3 @@ def _table(rows: list[list[str]], left: int = 1) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
-
-
-def _duration(seconds: float) -> str:
-    """Such as 7 s, 9 min 41 s, 3 h 05 min."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02} min"

@@ -1,4 +1,4 @@
-"""The chat in the terminal: a conversation kept in tokens, answers written out as they come."""
+"""Chat in the terminal: the conversation is kept as tokens, and answers are printed as they are generated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 import secrets
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -21,10 +21,10 @@ from jaxchat.tokenizer import BaseTokenizer
 
 HELP = """\
 /clear   forget the conversation
-/quit    leave (or Ctrl-D)
-/help    this list
+/quit    leave (or press Ctrl-D)
+/help    show this list
 Ctrl-C stops an answer."""
-# What a model writes shall not steer the terminal; line breaks and tabs may stay.
+# Control characters written by a model must not reach the terminal, except line breaks and tabs.
 _CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
 
 Styled = tuple[str, str]  # a piece of text, and rich's style for it
@@ -32,16 +32,16 @@ Styled = tuple[str, str]  # a piece of text, and rich's style for it
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer as the model saw and wrote them, special tokens included."""
+    """A question and its answer as token ids, with special tokens."""
 
     question: list[int]
     answer: list[int]
 
 
 class Conversation:
-    """The turns so far; makes the prompts, and forgets the oldest turns when the context is full.
+    """The turns so far, as the prompt of the next one; when the context is full, the oldest turns are forgotten.
 
-    A base model (`base`) has no turns: it continues each text by itself.
+    A base model (`base`) has no turns: it continues each text on its own.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class Conversation:
         self.sampling = {"temperature": temperature, "top_k": top_k}
         self.seed = seed
         self.turns: list[Turn] = []
-        self.forgets = False  # whether the context has ever been full
+        self.forgets = False  # whether turns have been forgotten
 
-    def ask(self, text: str) -> tuple[bool, Iterator[list[int]]]:
-        """Whether turns were forgotten for the first time to make room, and the answer's tokens as they come.
+    def ask(self, text: str) -> tuple[bool, Generator[list[int], None, None]]:
+        """Whether turns were forgotten now for the first time, and the answer's tokens in chunks.
 
-        The turn is kept when the chunks are used up or closed.
+        The turn is added when the chunks are exhausted or closed.
 
         Raises:
           UserError: the text alone leaves no room in the context.
@@ -81,7 +81,7 @@ class Conversation:
     def _prompt(self, bos: list[int], question: list[int]) -> list[int]:
         return bos + [token for turn in self.turns for token in turn.question + turn.answer] + question
 
-    def _answer(self, prompt: list[int], question: list[int]) -> Iterator[list[int]]:
+    def _answer(self, prompt: list[int], question: list[int]) -> Generator[list[int], None, None]:
         stream = self.engine.stream(
             [prompt], max_new_tokens=self.max_tokens, **self.sampling, seed=self.seed, tools=not self.base
         )
@@ -99,7 +99,7 @@ class Conversation:
 
 
 class Writer:
-    """Turns tokens into text for a reader: whole characters only, tool calls as `⟨34 + 58 → 92⟩` in a quiet style."""
+    """Turns tokens into styled text: whole characters only, tool calls dimmed as `⟨34 + 58 → 92⟩`."""
 
     def __init__(self, tokenizer: BaseTokenizer):
         self._tokenizer = tokenizer
@@ -126,7 +126,7 @@ class Writer:
             self._in_call = in_call
 
     def close(self) -> Iterator[Styled]:
-        """What is still held back at the end of an answer."""
+        """The text still held back at the end of an answer."""
         yield self._flush()
         if self._in_call:
             yield "⟩", "dim"
@@ -141,8 +141,10 @@ class Writer:
 
 
 class _Interrupt:
-    """While it is entered, Ctrl-C sets `pressed` instead of breaking into the middle of a computation; pressed again
-    it interrupts as usual."""
+    """A context in which the first Ctrl-C sets `pressed`, so that no computation breaks off in the middle.
+
+    A second Ctrl-C interrupts as usual.
+    """
 
     pressed = False
 
@@ -160,8 +162,8 @@ class _Interrupt:
 
 
 @contextlib.contextmanager
-def _ctrl_c_ends_all() -> Iterator[None]:
-    """For the time of loading: Orbax's threads wait for ever on one that was interrupted, and nothing can be lost."""
+def _ctrl_c_kills() -> Iterator[None]:
+    """Ctrl-C kills the process while a model is loaded: Orbax's threads would wait forever for an interrupted one."""
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
@@ -180,23 +182,23 @@ def chat(
     seed: int | None,
     max_tokens: int,
 ) -> int:
-    """`jaxchat chat`: one answer if there is a `prompt`, else questions from standard input until its end.
+    """Answers `prompt` if there is one, otherwise questions from standard input until it ends. Returns the exit code.
 
     Raises:
       UserError: no such run, stage or step, or an option out of its range.
     """
     finite = math.isfinite(temperature)
-    check(finite and temperature >= 0, f"--temperature is {temperature}; it must be 0 (the likeliest token) or above")
+    check(finite and temperature >= 0, f"--temperature is {temperature}; it must be 0 (the most likely token) or more")
     check(top_k is None or top_k >= 1, f"--top-k is {top_k}; it must be at least 1")
     check(max_tokens >= 1, f"--max-tokens is {max_tokens}; it must be at least 1")
-    check(prompt is None or bool(prompt.strip()), "the prompt is empty; say something")
+    check(prompt is None or bool(prompt.strip()), "the prompt is empty; give --prompt some text")
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     out, notes = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
     if notes.is_terminal:
         notes.print(f"loading {run_dir}", style="dim", markup=False)
-    with _ctrl_c_ends_all():
+    with _ctrl_c_kills():
         model = load_model(run_dir, stage, step)
     base = model.stage == "pretrain"
     conversation = Conversation(
@@ -210,7 +212,7 @@ def chat(
     if prompt is not None:
         return 130 if _reply(conversation, prompt, out, notes) else 0
     if sys.stdin.isatty():
-        what = "a base model: it continues your text" if base else "/help lists the commands"
+        what = "a base model, which continues your text" if base else "/help lists the commands"
         notes.print(f"{run_dir} · {model.stage} · {what}", style="dim", markup=False)
     for line in _lines():
         if not line.startswith("/"):
@@ -226,12 +228,12 @@ def chat(
             conversation.turns.clear()
             notes.print("forgotten", style="dim")
         else:
-            notes.print(HELP if line == "/help" else f"no command {line}\n{HELP}", style="dim", markup=False)
+            notes.print(HELP if line == "/help" else f"unknown command {line}\n{HELP}", style="dim", markup=False)
     return 0
 
 
 def _lines() -> Iterator[str]:
-    """Lines that say something, until Ctrl-D or the end of the input."""
+    """The lines that are not blank, until Ctrl-D or the end of the input."""
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
@@ -246,19 +248,19 @@ def _lines() -> Iterator[str]:
         except KeyboardInterrupt:
             if not interactive:
                 raise
-            print("\n(/quit or Ctrl-D leaves)")
+            print("\n(press Ctrl-D or type /quit to leave)")
             continue
         if line:
             yield line
 
 
 def _reply(conversation: Conversation, text: str, out: Console, notes: Console) -> bool:
-    """Asks, and writes the answer as it comes; whether it was interrupted."""
+    """Asks, and prints the answer as it is generated. Returns whether it was interrupted."""
     writer = Writer(conversation.engine.tokenizer)
     with _Interrupt() as interrupt:
         forgets, chunks = conversation.ask(text)
         if forgets:
-            notes.print("(the context is full: from here on the oldest turns are forgotten)", style="dim")
+            notes.print("(the context is full: the oldest turns are now being forgotten)", style="dim")
         with contextlib.closing(chunks):
             for tokens in chunks:
                 _print(out, writer.write(tokens))

@@ -1,4 +1,4 @@
-"""The evaluate stage: the same questions to every stage's model."""
+"""The evaluate stage: every stage's model answers the same questions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxchat.stages.workspace import Workspace
 
 
 def run(workspace: Workspace) -> None:
-    """Scores the experiment's tasks on each finished stage it names; scores already in metrics.jsonl stay."""
+    """Scores the experiment's tasks with the model of each stage that it names; scores in metrics.jsonl are kept."""
     config, tokenizer, began = workspace.experiment.evaluate, workspace.tokenizer(), time.time()
     model = workspace.model_config(tokenizer)
     tasks = workspace.load_tasks("evaluate", config.tasks, "test")
@@ -22,7 +22,7 @@ def run(workspace: Workspace) -> None:
     with workspace.metrics("evaluate", len(tasks) * len(config.of)) as metrics:
         for stage in config.of:
             if stage not in trained:
-                workspace.say(f"evaluate  {stage} left no model, and is not evaluated")
+                workspace.say(f"evaluate  {stage} left no model: not evaluated")
                 continue
             params, step = workspace.load_params(stage, model)
             engine = Engine(model, params, tokenizer, dtype=workspace.dtype)

@@ -1,13 +1,16 @@
-"""Midtraining and SFT: the model learns to converse. The same stage twice, with another mixture and other rates."""
+"""Midtraining and SFT: the model learns to converse. The two stages differ only in their mixture and learning rates."""
 
 from __future__ import annotations
+
+import itertools
 
 from jaxchat.data.chat.packing import RenderedConversations
 from jaxchat.data.loader import chat_batches, count_rows
 from jaxchat.devices.mesh import batch_share
 from jaxchat.errors import UserError
 from jaxchat.eval.bpb import evaluate_bpb
-from jaxchat.stages.training import Batches, Training, plan_batch, prompts_of_chats, take
+from jaxchat.stages.samples import prompts_of_chats
+from jaxchat.stages.training import Batches, Training
 from jaxchat.stages.workspace import Workspace
 from jaxchat.tasks import Mixture
 from jaxchat.train.loop import Evaluator
@@ -16,17 +19,17 @@ SAMPLES = 3
 
 
 def run(workspace: Workspace, stage: str) -> None:
-    """Fine-tunes the parent's parameters on `stage`'s mixture; only what the assistant writes is trained on.
+    """Fine-tunes the parent's parameters on the mixture of `stage`; only what the assistant writes is trained on.
 
     Raises:
-      UserError: no task of the mixture is in the data.
+      UserError: the data has no task of the mixture.
     """
     experiment, tokenizer = workspace.experiment, workspace.tokenizer()
     config, model = getattr(experiment, stage), workspace.model_config(tokenizer)
-    plan = plan_batch(workspace, stage, config)
+    plan = workspace.batch_plan(config)
     tasks = workspace.load_tasks(stage, config.mixture, "train")
     if not tasks:
-        raise UserError(f"{stage}: none of its tasks ({', '.join(config.mixture)}) is in the data folder")
+        raise UserError(f"{stage}: the data folder has none of its tasks ({', '.join(config.mixture)})")
     rendered = RenderedConversations(Mixture(tasks), tokenizer, model.sequence_len)
     parent = workspace.parent_of(stage)
     common = {"tokenizer": tokenizer, "sequence_len": model.sequence_len, "seed": experiment.seed}
@@ -41,14 +44,12 @@ def run(workspace: Workspace, stage: str) -> None:
     validation = []
     if held_out:
         source = chat_batches(Mixture(held_out), rows=plan.rows // count, epochs=1, **part, **common)
-        validation = take(source, max(1, config.eval_tokens // (plan.rows * model.sequence_len)))
+        count = max(1, config.eval_tokens // (plan.rows * model.sequence_len))
+        validation = list(itertools.islice(source, count))
 
     def validate(step, params):
         if validation:
-            bpb = evaluate_bpb(
-                params, model, validation, tokenizer.token_bytes(), compute=workspace.compute
-            )
-            yield "bpb", bpb
+            yield "bpb", evaluate_bpb(params, model, validation, tokenizer.token_bytes(), compute=workspace.compute)
 
     params, step = workspace.load_params(parent, model)
     training = Training(workspace, stage, config, model, tokenizer, steps, parent={"stage": parent, "step": step})

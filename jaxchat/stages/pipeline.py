@@ -1,4 +1,4 @@
-"""An experiment's stages, one after another: finished ones are skipped, an unfinished one goes on where it stopped."""
+"""Runs an experiment's stages in order: finished ones are skipped, an unfinished one resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxchat.stages import evaluate, finetune, pretrain, report, rl, tokenizer
 from jaxchat.stages.workspace import Workspace
 from jaxchat.tasks import check_scorable, parse_mixture
 from jaxchat.tokenizer import MIN_VOCAB
-from jaxchat.train.budget import batch_plan
+from jaxchat.train.budget import split_batch
 
 RUNNERS = {
     "tokenizer": tokenizer.run,
@@ -34,19 +34,19 @@ RUNNERS = {
 
 
 def check_possible(experiment: Experiment) -> None:
-    """Finds before the first stage what would stop a later one, hours into the run.
+    """Checks before the first stage what would otherwise stop a later one, hours into the run.
 
     Raises:
-      UserError: a batch or mesh that does not divide, an unknown task, a stage without a model to evaluate, a
-        vocabulary or seed out of range, an unknown data set.
+      UserError: a batch or mesh does not divide, a task or data set is unknown, a stage to evaluate has no model, or
+        the vocabulary size or the seed is out of range.
     """
-    check(0 <= experiment.seed < 1 << 31, f"seed is {experiment.seed}; it must lie between 0 and {(1 << 31) - 1}")
+    check(0 <= experiment.seed < 1 << 31, f"seed is {experiment.seed}; it must be between 0 and {(1 << 31) - 1}")
     vocabulary = experiment.tokenizer.vocab_size
     check(
         vocabulary >= MIN_VOCAB,
         f"tokenizer.vocab-size is {vocabulary}; it must be at least {MIN_VOCAB}: the bytes and the special tokens",
     )
-    with _told("data.download"):
+    with _naming("data.download"):
         parse_requests(experiment.data.download)
     mesh = make_mesh(experiment.mesh)
     batch_share(mesh)
@@ -55,21 +55,21 @@ def check_possible(experiment: Experiment) -> None:
     for stage in experiment.stages:
         if stage in ("pretrain", "midtrain", "sft"):
             config = getattr(experiment, stage)
-            with _told(stage):
-                batch_plan(config.batch_tokens, config.device_rows, experiment.model.sequence_len, data_shards(mesh))
+            with _naming(stage):
+                split_batch(config.batch_tokens, config.device_rows, experiment.model.sequence_len, data_shards(mesh))
         if stage in ("midtrain", "sft"):
-            with _told(f"{stage}.mixture"):
+            with _naming(f"{stage}.mixture"):
                 parse_mixture(getattr(experiment, stage).mixture)
         if stage in ("rl", "evaluate"):
-            with _told(f"{stage}.tasks"):
+            with _naming(f"{stage}.tasks"):
                 check_scorable(getattr(experiment, stage).tasks)
     for stage in experiment.evaluate.of:
         check(stage in TRAINED, f"evaluate.of names {stage!r}; the stages with a model are {', '.join(TRAINED)}")
 
 
 @contextlib.contextmanager
-def _told(where: str) -> Iterator[None]:
-    """Says which setting a UserError is about."""
+def _naming(where: str) -> Iterator[None]:
+    """Puts the setting that a UserError is about before its message."""
     try:
         yield
     except UserError as error:
@@ -89,7 +89,7 @@ def run_stages(workspace: Workspace) -> None:
     workspace.say(f"run       {workspace.directory}")
     for stage in workspace.experiment.stages:
         if stage != "report" and workspace.finished(stage):
-            workspace.say(f"{stage:<9} finished before; skipped")
+            workspace.say(f"{stage:<9} already finished; skipped")
             continue
         began = time.perf_counter()
         RUNNERS[stage](workspace)

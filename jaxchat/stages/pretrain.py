@@ -8,7 +8,8 @@ from jaxchat.data.loader import pretrain_batches
 from jaxchat.data.text.shards import TextSplits, iterate_texts
 from jaxchat.devices.mesh import batch_share
 from jaxchat.eval.bpb import evaluate_bpb
-from jaxchat.stages.training import Batches, Training, fresh_params, plan_batch, prompts_of_texts, take
+from jaxchat.stages.samples import prompts_of_texts
+from jaxchat.stages.training import Batches, Training, fresh_params
 from jaxchat.stages.workspace import Workspace
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.budget import training_length
@@ -18,35 +19,29 @@ SAMPLES = 2
 
 
 def run(workspace: Workspace) -> None:
-    """Trains from fresh parameters over the experiment's text."""
+    """Trains fresh parameters on the experiment's text."""
     experiment, tokenizer = workspace.experiment, workspace.tokenizer()
     config, model = experiment.pretrain, workspace.model_config(tokenizer)
-    plan = plan_batch(workspace, "pretrain", config)
+    plan = workspace.batch_plan(config)
     text = workspace.text()
     training = Training(workspace, "pretrain", config, model, tokenizer, training_length(config, model))
     batches = training_batches(workspace, tokenizer, text)
     index, count = batch_share(workspace.mesh)
-    validation = take(
-        pretrain_batches(
-            text.val,
-            tokenizer,
-            rows=plan.rows // count,
-            sequence_len=model.sequence_len,
-            seed=experiment.seed,
-            repeat=False,
-            process_index=index,
-            process_count=count,
-        ),
-        max(1, config.eval_tokens // (plan.rows * model.sequence_len)),
+    held_out = pretrain_batches(
+        text.val,
+        tokenizer,
+        rows=plan.rows // count,
+        sequence_len=model.sequence_len,
+        seed=experiment.seed,
+        repeat=False,
+        process_index=index,
+        process_count=count,
     )
+    # Kept on the host, so that every evaluation sees the same batches.
+    validation = list(itertools.islice(held_out, max(1, config.eval_tokens // (plan.rows * model.sequence_len))))
 
     def validate(step, params):
-        yield (
-            "bpb",
-            evaluate_bpb(
-                params, model, validation, tokenizer.token_bytes(), compute=workspace.compute
-            ),
-        )
+        yield "bpb", evaluate_bpb(params, model, validation, tokenizer.token_bytes(), compute=workspace.compute)
 
     prompts = prompts_of_texts(tokenizer, list(itertools.islice(iterate_texts(text.val), SAMPLES)))
     training.train(
@@ -57,9 +52,9 @@ def run(workspace: Workspace) -> None:
 
 
 def training_batches(workspace: Workspace, tokenizer: BaseTokenizer, text: TextSplits) -> Batches:
-    """The batches that pretraining sees, from the first."""
+    """The batches of pretraining, from the first one on."""
     experiment = workspace.experiment
-    plan = plan_batch(workspace, "pretrain", experiment.pretrain)
+    plan = workspace.batch_plan(experiment.pretrain)
     index, count = batch_share(workspace.mesh)
     batches = pretrain_batches(
         text.train,

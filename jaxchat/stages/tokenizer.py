@@ -1,4 +1,4 @@
-"""The tokenizer stage: trains a BPE vocabulary on the experiment's text, or takes one that the user brings."""
+"""The tokenizer stage: trains a BPE vocabulary on the experiment's text, or copies the user's own tokenizer."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def run(workspace: Workspace) -> None:
     """Leaves `tokenizer/` in the run directory.
 
     Raises:
-      UserError: the vocabulary is larger than the text supports, or smaller than bytes and special tokens; the
-        tokenizer that the user brings is missing, damaged, or has another size than the experiment says.
+      UserError: the vocabulary is larger than the text supports, or smaller than the bytes and special tokens; the
+        user's tokenizer is missing, damaged, or not of the size that the experiment asks for.
     """
     began, text = time.time(), workspace.text()
     metrics = on_process_zero(lambda: _make(workspace, text))
     seconds = time.time() - began
     workspace.say(
-        f"tokenizer done in {seconds:.1f} s: {metrics['bytes_per_token']:.2f} bytes a token on validation text"
+        f"tokenizer done in {seconds:.1f} s: {metrics['bytes_per_token']:.2f} bytes per token on validation text"
     )
     workspace.finish("tokenizer", parent=None, seconds=seconds, started=began, metrics=metrics)
 
 
 def _make(workspace: Workspace, text: TextSplits) -> dict:
-    """Saves the tokenizer; facts about it."""
+    """Saves the tokenizer; returns the `metrics` of its record."""
     config, seen = workspace.experiment.tokenizer, 0
     if config.path is not None:
-        tokenizer = load_brought(config)
+        tokenizer = load_users_tokenizer(config)
     else:
         workspace.say(f"tokenizer training {config.vocab_size:,} tokens on {text.train.files[0].parent}")
         tokenizer, seen = train(config, text.train, workspace.say)
@@ -49,8 +49,13 @@ def _make(workspace: Workspace, text: TextSplits) -> dict:
     return {"vocab_size": tokenizer.vocab_size, "characters": seen, "bytes_per_token": bytes_per_token}
 
 
-def load_brought(config: TokenizerConfig) -> BaseTokenizer:
-    """The tokenizer that the user brings, which has the size of the experiment's vocabulary."""
+def load_users_tokenizer(config: TokenizerConfig) -> BaseTokenizer:
+    """The user's own tokenizer at `config.path`.
+
+    Raises:
+      UserError: it is missing or damaged, or its size is not `config.vocab_size`.
+    """
+    assert config.path is not None, "the caller asks for the user's tokenizer"
     tokenizer = load_tokenizer(config.path)
     check(
         tokenizer.vocab_size == config.vocab_size,
@@ -61,10 +66,10 @@ def load_brought(config: TokenizerConfig) -> BaseTokenizer:
 
 
 def train(config: TokenizerConfig, side: TextFiles, say: Callable[[str], None]) -> tuple[BaseTokenizer, int]:
-    """A tokenizer trained on one side of the text, and how many characters it has seen.
+    """A tokenizer trained on the text, and the number of characters that it has seen.
 
-    Parquet that is on this machine is read by the trainer itself, where no documents are left out; the result is the
-    same."""
+    Local parquet files of which no document is left out are read by the trainer itself; the result is the same.
+    """
     progress = Progress(say, min(config.max_chars, text_bytes(side)), config.vocab_size)
     whole = side.complete and side.hold_out is None and side.on_bad == "refuse" and not is_remote(side.files[0])
     if config.backend == "rust" and side.format == "parquet" and whole:
@@ -73,7 +78,9 @@ def train(config: TokenizerConfig, side: TextFiles, say: Callable[[str], None]) 
                 side.files, config.vocab_size, max_chars=config.max_chars, progress=progress
             )
         except UserError:
-            collections.deque(Limited(iterate_texts(side), config.max_chars), maxlen=0)  # says more, if text is damaged
+            collections.deque(
+                Limited(iterate_texts(side), config.max_chars), maxlen=0
+            )  # names the place, if text is damaged
             raise
         return tokenizer, progress.characters
     texts = Limited(iterate_texts(side), config.max_chars)
@@ -82,10 +89,10 @@ def train(config: TokenizerConfig, side: TextFiles, say: Callable[[str], None]) 
 
 
 class Progress:
-    """Says every few seconds how far a training is, and how long it will take at this rate."""
+    """Tells the user every few seconds how far the training is, and how long it will take at this rate."""
 
     def __init__(self, say: Callable[[str], None], characters: int, tokens: int):
-        """`characters`: about as many as there are to read."""
+        """`characters` is about how many there are to read; `tokens` is the size of the vocabulary."""
         self.characters = 0
         self._say, self._totals = say, {"count": characters, "merge": tokens}
         self._phase, self._began, self._first, self._said = "", 0.0, 0, time.monotonic()
@@ -102,12 +109,12 @@ class Progress:
         left = (now - self._began) / (done - self._first) * max(0, total - done)
         what = f"{format_count(done)} of about {format_count(total)} characters read"
         if phase == "merge":
-            what = f"{done:,} of {total:,} tokens learnt"
+            what = f"{done:,} of {total:,} tokens learned"
         self._say(f"tokenizer {what}, {format_duration(left)} left")
 
 
 class Limited:
-    """Texts until `max_chars` characters are through."""
+    """Texts until they have `max_chars` characters; `chars` counts them."""
 
     def __init__(self, texts: Iterable[str], max_chars: int):
         self.texts, self.max_chars, self.chars = texts, max_chars, 0

@@ -1,9 +1,8 @@
-"""What every stage that trains shares: batch arithmetic, optimizer, state on the mesh, the loop, and its record."""
+"""What the stages that train share: their batches on the mesh, the optimizer, the loop, and the record."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -12,13 +11,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jaxchat.config import TrainConfig
 from jaxchat.data.positions import join_positions, totals
-from jaxchat.devices.mesh import BATCH_SPEC, batch_share, data_shards, put_batch
+from jaxchat.devices.mesh import batch_share, put_batch
 from jaxchat.devices.processes import exchange
-from jaxchat.errors import UserError, check
+from jaxchat.errors import check
 from jaxchat.infer.engine import Engine
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, init_params
@@ -28,37 +27,28 @@ from jaxchat.optim.optimizer import learning_rates, make_optimizer
 from jaxchat.optim.schedules import multiplier
 from jaxchat.runs.metrics import Metrics
 from jaxchat.runs.report import describe_data
+from jaxchat.stages.samples import Prompt
 from jaxchat.stages.workspace import Workspace
 from jaxchat.tokenizer import BaseTokenizer
-from jaxchat.tokenizer.conversation import checked_messages
-from jaxchat.train.budget import BatchPlan, batch_plan, flops_per_token
+from jaxchat.train.budget import BatchPlan, flops_per_token
 from jaxchat.train.loop import Evaluator, Loop, Source
 from jaxchat.train.memory import CompiledStep, MakeStep, TrainStep, plan_step, usable_memory
-from jaxchat.train.step import Batch, State, init_state
+from jaxchat.train.step import MICRO_BATCH_SPEC, Batch, State, init_state
 
-MICRO_BATCH_SPEC = PartitionSpec(None, *BATCH_SPEC)  # [accumulation, rows, T]
 SAMPLE_TOKENS = 96
-PROMPT_TOKENS = 12
 StepFunction = Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
-Prompt = tuple[str, list[int]]  # as it is shown, and as the model gets it
-
-
-def plan_batch(workspace: Workspace, stage: str, config: TrainConfig) -> BatchPlan:
-    """How the optimizer step's tokens are spread over devices and micro-batches."""
-    parallel = data_shards(workspace.mesh)
-    return batch_plan(config.batch_tokens, config.device_rows, workspace.experiment.model.sequence_len, parallel)
 
 
 def abstract_batch(mesh: Mesh, plan: BatchPlan, sequence_len: int) -> Batch:
-    """A supervised step's batch as ShapeDtypeStructs with their places on the mesh."""
+    """The batch of a supervised step as ShapeDtypeStructs with shardings."""
     rows = jax.ShapeDtypeStruct(
         (plan.accumulation, plan.rows, sequence_len), np.int32, sharding=NamedSharding(mesh, MICRO_BATCH_SPEC)
     )
-    return {"inputs": rows, "targets": rows}
+    return {"inputs": rows, "targets": rows}  # pyright: ignore[reportReturnType]
 
 
 class Batches(Source):
-    """A loader's batches on the mesh, as `[accumulation, rows, T]`."""
+    """The batches of a loader, put on the mesh as `[accumulation, rows, T]`."""
 
     def __init__(self, workspace: Workspace, plan: BatchPlan, iterator: Iterator[dict[str, np.ndarray]]):
         self.workspace, self.plan, self.iterator = workspace, plan, iterator
@@ -68,20 +58,20 @@ class Batches(Source):
         return {name: self._put(array) for name, array in rows.items()}, {}
 
     def _put(self, array: np.ndarray) -> jax.Array:
-        # Rows that follow one another go to different micro-batches: so each micro-batch is the same whatever number of
-        # processes has read a part of it.
+        # Successive rows go to different micro-batches, which makes each micro-batch the same for any number of
+        # processes that read a part of it.
         parts = array.reshape(-1, self.plan.accumulation, array.shape[-1]).swapaxes(0, 1)
         return put_batch(self.workspace.mesh, parts, MICRO_BATCH_SPEC)
 
     def abstract(self) -> Batch:
-        """What `next_batch` gives, as ShapeDtypeStructs."""
+        """What `next_batch` returns, as ShapeDtypeStructs."""
         return abstract_batch(self.workspace.mesh, self.plan, self.workspace.experiment.model.sequence_len)
 
     def get_state(self) -> dict:
-        return self.iterator.get_state()
+        return self.iterator.get_state()  # pyright: ignore[reportAttributeAccessIssue]
 
     def set_state(self, state: dict) -> None:
-        self.iterator.set_state(state)
+        self.iterator.set_state(state)  # pyright: ignore[reportAttributeAccessIssue]
 
     def whole_state(self, state: dict) -> dict:
         return join_positions([json.loads(own) for own in exchange(json.dumps(state))])
@@ -89,7 +79,10 @@ class Batches(Source):
 
 @dataclass
 class Training:
-    """One stage's training: `start` makes or loads the parameters, `train` runs the loop and records the stage."""
+    """The training of one stage.
+
+    `parent` is the stage and step whose parameters it starts from, as stage.json records it; None for fresh ones.
+    """
 
     workspace: Workspace
     stage: str
@@ -117,9 +110,9 @@ class Training:
         return Engine(self.model, params, self.tokenizer, dtype=self.workspace.dtype)
 
     def sampler(self, metrics: Metrics, prompts: list[Prompt]) -> Evaluator:
-        """Writes what the model makes of a few prompts, greedily, every `sample_every` steps and at the end.
+        """Logs the model's greedy completions of `prompts` every `sample_every` steps and at the end.
 
-        A prompt that fills the context is left out: there is no room for an answer.
+        A prompt that fills the context is left out, since it leaves no room for an answer.
         """
         prompts = [(text, ids) for text, ids in prompts if len(ids) < self.model.sequence_len]
 
@@ -134,18 +127,22 @@ class Training:
         return Evaluator(self.config.sample_every, write_samples, at_start=False)
 
     def prepare(self, start: Callable[[], Any]) -> tuple[State, StepFunction]:
-        """The state of step 0 where it belongs on the mesh, and the jitted step that trains it; nothing is recomputed
-        where that is left to `compiled`."""
+        """The state at step 0, laid out on the mesh, and the jitted step.
+
+        With `remat` "auto" nothing is recomputed: only `compiled` knows what fits into memory.
+        """
         abstract, make_step = self._planned(start)
         remat = self.workspace.experiment.remat
         return self._begin(start, abstract), make_step("none" if remat == "auto" else remat)
 
     def compiled(self, start: Callable[[], Any], source: Source) -> tuple[State, TrainStep]:
-        """The state of step 0, and the step that fits into memory; compiled before anything is there to take memory,
-        where the source knows its batches beforehand.
+        """The state at step 0, laid out on the mesh, and the step that fits into memory.
+
+        `start` returns the parameters, which are taken over. If the source knows the shapes of its batches, the step
+        is compiled first, while no arrays take up memory.
 
         Raises:
-          UserError: none fits.
+          UserError: no step fits into memory.
         """
         abstract, make_step = self._planned(start)
         step = TrainStep(make_step, self.workspace.experiment.remat, usable_memory(), self._accept)
@@ -155,19 +152,17 @@ class Training:
 
     def _planned(self, start: Callable[[], Any]) -> tuple[State, MakeStep]:
         params = jax.eval_shape(start)
-        return plan_step(
-            self.model, self.optimizer, params, self.compute
-        )
+        return plan_step(self.model, self.optimizer, params, self.compute)
 
     def _begin(self, start: Callable[[], Any], abstract: State) -> State:
-        # What `start` gives is taken over, not copied: else a stage would hold its parent's parameters to its end.
+        # The parameters are donated, not copied: a copy would keep the parent's parameters until the stage ends.
         placed = jax.tree.map(lambda x: x.sharding, abstract)
         return jax.jit(lambda params: init_state(params, self.optimizer), out_shardings=placed, donate_argnums=0)(
             start()
         )
 
     def _accept(self, step: CompiledStep) -> None:
-        """Says what was chosen, where there was a choice; an explicit setting is obeyed, whether it fits or not."""
+        """Tells the user what was chosen, if anything was; an explicit `remat` is used even if it does not fit."""
         for name, spent in step.seconds.items():
             self.startup[name] = self.startup.get(name, 0.0) + spent
         if self.workspace.experiment.remat != "auto" or step.limit is None:
@@ -182,7 +177,16 @@ class Training:
         evaluators: Callable[[Metrics], tuple[Evaluator, ...]],
         **facts,
     ) -> None:
-        """Runs the loop to its end and writes stage.json; `start` gives the parameters of step 0."""
+        """Runs the loop to its end and marks the stage as finished.
+
+        Args:
+          start: returns the parameters of step 0, which are taken over.
+          evaluators: from the stage's log to what is evaluated on the way.
+          facts: more for stage.json.
+
+        Raises:
+          UserError: as `Loop.train` and `compiled`.
+        """
         workspace, began, clock = self.workspace, time.time(), time.perf_counter()
         state, step_fn = self.compiled(start, source)
         rates = learning_rates(
@@ -222,7 +226,7 @@ class Training:
         )
 
     def _data_facts(self, state: dict) -> dict[str, Any]:
-        """How full the rows were, and what was left out of the text, by the loader's state."""
+        """From the loader's position: how full the rows were, and what was left out of the text."""
         counts = totals(state)
         packed = counts["packed"]
         facts: dict[str, Any] = {"left_out": counts["left_out"]} if counts["left_out"] else {}
@@ -232,17 +236,15 @@ class Training:
 
 
 def fresh_params(workspace: Workspace, model: GPTConfig) -> Params:
-    """New parameters by the experiment's seed, where they belong on the mesh."""
+    """New parameters drawn from the experiment's seed, laid out on the mesh."""
     params = init_params(model, jax.random.key(workspace.experiment.seed))
     return jax.device_put(params, shardings(workspace.mesh, params))
 
 
 def random_batches(workspace: Workspace, model: GPTConfig) -> Batches:
-    """Pretraining's batches, but of tokens drawn evenly: for measuring, where no text is wanted."""
-    plan, draw = (
-        plan_batch(workspace, "pretrain", workspace.experiment.pretrain),
-        np.random.default_rng(workspace.experiment.seed),
-    )
+    """Batches of pretraining's shape with uniformly random tokens, for measurements that need no text."""
+    plan = workspace.batch_plan(workspace.experiment.pretrain)
+    draw = np.random.default_rng(workspace.experiment.seed)
     shape = (plan.rows * plan.accumulation // batch_share(workspace.mesh)[1], model.sequence_len + 1)
 
     def rows():
@@ -251,33 +253,3 @@ def random_batches(workspace: Workspace, model: GPTConfig) -> Batches:
             yield {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
 
     return Batches(workspace, plan, rows())
-
-
-def take(iterator: Iterator[dict[str, np.ndarray]], count: int) -> list[dict[str, np.ndarray]]:
-    """The first `count` batches, kept on the host: the same ones for every evaluation."""
-    return list(itertools.islice(iterator, count))
-
-
-def prompts_of_texts(tokenizer: BaseTokenizer, texts: list[str]) -> list[Prompt]:
-    """The beginnings of a few documents, as prompts for a base model."""
-    beginnings = [tokenizer.encode(text)[:PROMPT_TOKENS] for text in texts]
-    return [(tokenizer.decode(ids), [tokenizer.bos_token_id, *ids]) for ids in beginnings]
-
-
-def prompts_of_chats(tokenizer: BaseTokenizer, conversations: list[dict]) -> list[Prompt]:
-    """The first questions of a few conversations.
-
-    Raises:
-      UserError: one that is malformed.
-    """
-    prompts = []
-    for conversation in conversations:
-        try:
-            checked_messages(conversation)
-        except ValueError as error:
-            raise UserError(f"a conversation cannot be used: {error}") from None
-        messages = conversation["messages"]
-        first = next(i for i, message in enumerate(messages) if message["role"] == "user")
-        opening = {"messages": messages[: first + 1]}
-        prompts.append((messages[first]["content"], tokenizer.render_for_completion(opening)))
-    return prompts

@@ -13,15 +13,15 @@ import jax
 from etils import epath
 
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import Experiment
+from jaxchat.config import Experiment, SupervisedConfig
 from jaxchat.data.hub.background_download import BackgroundDownload
 from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.data.synthetic import write_synthetic
 from jaxchat.data.text.shards import TextSplits, find_text
 from jaxchat.devices.machine import machine_info, peak_memory_bytes
-from jaxchat.devices.mesh import make_mesh
+from jaxchat.devices.mesh import data_shards, make_mesh
 from jaxchat.devices.processes import on_process_zero
-from jaxchat.errors import MissingData, check
+from jaxchat.errors import MissingData, UserError, check
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, abstract_params
 from jaxchat.model.parameters import shardings
@@ -30,7 +30,9 @@ from jaxchat.runs.directory import TRAINED, RunDirectory
 from jaxchat.runs.metrics import Metrics
 from jaxchat.storage import AnyPath, is_folder, to_path, to_run_directory
 from jaxchat.tasks import Task, load_task, parse_mixture
+from jaxchat.tasks.base import Split
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
+from jaxchat.train.budget import BatchPlan, split_batch
 
 GENERATED = ("chat", "sums", "letters", "facts", "long_sums")  # the tasks of the generated corpus
 
@@ -59,7 +61,7 @@ class Workspace:
         self.dtype = self.compute.dtype
         on_process_zero(lambda: self.directory.open(experiment, keep_config=keep_config))
         requests = parse_requests(data.download)
-        self._download = BackgroundDownload(data.folder, requests, self.say) if requests else None
+        self._download = BackgroundDownload(data.folder, requests, self.say) if requests and data.folder else None
 
     # --- data and tokenizer -------------------------------------------------------------------------------------
 
@@ -114,7 +116,7 @@ class Workspace:
         (directory / "complete").touch()
         self.say(f"data      done in {time.perf_counter() - started:.0f} s")
 
-    def load_tasks(self, stage: str, mixture: tuple[str, ...], split: str, *, quiet: bool = False) -> list[Task]:
+    def load_tasks(self, stage: str, mixture: tuple[str, ...], split: Split, *, quiet: bool = False) -> list[Task]:
         """The tasks of `mixture` that the data has, after waiting for downloads.
 
         The user's folder comes first. If it has no conversations, the tasks that jaxchat generates take their place. A
@@ -132,7 +134,7 @@ class Workspace:
             self.say(f"{stage:<9} left out, not in the data folder: {', '.join(missing)}")
         return tasks
 
-    def _load_task(self, name: str, split: str, limit: int | None) -> Task:
+    def _load_task(self, name: str, split: Split, limit: int | None) -> Task:
         user = self.experiment.data.folder
         if user is not None:
             try:
@@ -159,6 +161,15 @@ class Workspace:
         """The experiment's model for this tokenizer."""
         return _model(self.experiment, tokenizer.vocab_size, tokenizer.bos_token_id)
 
+    def batch_plan(self, config: SupervisedConfig) -> BatchPlan:
+        """How an optimizer step of the stage with `config` is split over devices and micro-batches.
+
+        Raises:
+          UserError: as `split_batch`.
+        """
+        sequence_len = self.experiment.model.sequence_len
+        return split_batch(config.batch_tokens, config.device_rows, sequence_len, data_shards(self.mesh))
+
     def checkpoints(self, stage: str) -> Checkpoints:
         return Checkpoints(self.directory.checkpoints(stage), self.experiment.checkpoints)
 
@@ -172,7 +183,8 @@ class Workspace:
         )
         checkpoints = self.checkpoints(stage)
         step = checkpoints.latest_step()
-        check(step is not None, f"stage {stage!r} of {self.directory} left no checkpoint; run it again")
+        if step is None:
+            raise UserError(f"stage {stage!r} of {self.directory} left no checkpoint; run it again")
         params = checkpoints.restore_params(abstract, step)
         checkpoints.close()
         return params, step

@@ -11,20 +11,19 @@ from jaxchat.model.parameters import count_parameters
 
 
 def attended_keys(length: int, window: int | None) -> int:
-    """Pairs of a token and one that it attends to, in a row of `length` tokens: itself and, of those before it, all or
-    the last `window`."""
+    """Pairs of a token and one that it attends to, itself included, in a row of `length` tokens."""
     width = length if window is None else min(length, window + 1)
     return width * (width + 1) // 2 + (length - width) * width  # the first tokens have fewer before them
 
 
 def flops_per_token(model: GPTConfig) -> int:
-    """FLOPs that training needs for a token of a full sequence, forward and backward.
+    """FLOPs of training on one token of a full sequence, forward and backward.
 
-    6 for each parameter that is multiplied (2 forward, 4 backward; the embedding is looked up), and for attention's
-    two products 12 * heads * head_dim for each key that a token sees. A layer without a window counts `sequence_len`
-    keys, as if it saw the future too: Chowdhery et al., "PaLM" (2022), appendix B. nanochat estimates alike, so that an
-    MFU compares with its. A window is counted in the same way, w tokens to both sides: what the two kinds of layers
-    count is then in proportion to what their causal masks hold. (nanochat counts w for a layer with a window: less.)
+    6 for each parameter in a matrix product (2 forward, 4 backward; the embedding is only looked up), and for the two
+    products of attention 12 * heads * head_dim for each key that a token sees. A layer without a window counts
+    `sequence_len` keys, as if attention were not causal: Chowdhery et al., "PaLM" (2022), appendix B. nanochat
+    counts in the same way, so that MFU is comparable. A window counts w tokens on both sides, which keeps the two kinds
+    of layers in proportion to their causal masks. (nanochat counts only w for such a layer.)
     """
     parameters = count_parameters(model)
     length = model.sequence_len
@@ -35,9 +34,9 @@ def flops_per_token(model: GPTConfig) -> int:
 
 
 def training_length(config: PretrainConfig, model: GPTConfig) -> int:
-    """Optimizer steps of pretraining, at least 1: as set, by FLOPs, or by tokens a parameter.
+    """The number of optimizer steps of pretraining, at least 1: as set, or from FLOPs, or from tokens per parameter.
 
-    20 tokens a parameter is about compute-optimal by Hoffmann et al., "Training Compute-Optimal Large Language Models"
+    20 tokens per parameter is about compute-optimal: Hoffmann et al., "Training Compute-Optimal Large Language Models"
     (2022).
     """
     if config.num_iterations is not None:
@@ -49,20 +48,21 @@ def training_length(config: PretrainConfig, model: GPTConfig) -> int:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a step's tokens pass through the devices: `accumulation` times `rows` rows, `device_rows` on each device."""
+    """How an optimizer step's rows pass through the devices: `accumulation` times `rows`, `device_rows` on each."""
 
     device_rows: int
     rows: int
     accumulation: int
 
 
-def batch_plan(batch_tokens: int, device_rows: int, sequence_len: int, data_parallel: int) -> BatchPlan:
-    """Splits `batch_tokens` over `data_parallel` devices (data times fsdp) of `device_rows` rows at a time.
+def split_batch(batch_tokens: int, device_rows: int, sequence_len: int, data_parallel: int) -> BatchPlan:
+    """Splits `batch_tokens` over `data_parallel` devices (data times fsdp), each taking `device_rows` rows at a time.
 
-    A batch with fewer rows for each device than that goes through at once.
+    A batch with fewer rows a device than that goes through at once.
 
     Raises:
-      UserError: it does not divide; names the nearest batches and, where there are any, device rows that do.
+      UserError: the batch does not divide evenly; the message names the nearest `batch_tokens` and, if there are any,
+        `device_rows` that do.
     """
     row_tokens = sequence_len * data_parallel  # of one row on every device
     device_total, rest_of_rows = divmod(batch_tokens, row_tokens)

@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool
 
+from jaxchat.devices.mesh import BATCH_SPEC
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states
 from jaxchat.ops.compute import FP32, Compute
@@ -19,6 +21,7 @@ from jaxchat.train.loss import LossConfig, cross_entropy_sum
 State = dict[str, Any]  # {"params", "opt_state", "step"}
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]  # a batch before there is one
 Batch = dict[str, jax.Array]  # {"inputs", "targets"[, "weights"]}: each [accumulation, rows, T]
+MICRO_BATCH_SPEC = PartitionSpec(None, *BATCH_SPEC)  # how a batch is laid out on the mesh
 
 
 def init_state(params, optimizer: optax.GradientTransformation) -> State:

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from jaxchat.config import MeshConfig
-from jaxchat.devices.mesh import make_mesh, shardings
+from jaxchat.devices.mesh import make_mesh
 from jaxchat.eval.bpb import evaluate_bpb
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params, logits
+from jaxchat.model.parameters import shardings
+from jaxchat.ops.compute import Compute
 
 CONFIG = GPTConfig(depth=2, sequence_len=16, vocab_size=200)
 TOKEN_BYTES = np.array([0 if i % 7 == 0 else 1 + i % 5 for i in range(200)], np.int32)
@@ -61,14 +63,18 @@ def test_a_mesh_changes_nothing(params, batches):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2))
     spread = jax.device_put(params, shardings(mesh, params))
     one = evaluate_bpb(params, CONFIG, batches, TOKEN_BYTES)
-    assert evaluate_bpb(spread, CONFIG, batches, TOKEN_BYTES, mesh=mesh) == pytest.approx(one, rel=1e-6)
+    assert evaluate_bpb(spread, CONFIG, batches, TOKEN_BYTES, compute=Compute(mesh=mesh)) == pytest.approx(
+        one, rel=1e-6
+    )
 
 
 def test_a_model_that_knows_nothing_needs_the_logarithm_of_the_vocabulary(batches):
     params = init_params(CONFIG, jax.random.key(0))  # its head is zero: all tokens are equally likely
     size = np.ones(CONFIG.vocab_size, np.int32)
     for dtype, tolerance in ((jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)):
-        assert evaluate_bpb(params, CONFIG, batches, size, dtype=dtype) == pytest.approx(math.log2(200), rel=tolerance)
+        assert evaluate_bpb(params, CONFIG, batches, size, compute=Compute(dtype)) == pytest.approx(
+            math.log2(200), rel=tolerance
+        )
 
 
 def test_nothing_to_predict_is_not_a_number(params, batches):

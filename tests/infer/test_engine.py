@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from jaxchat.config import MeshConfig
-from jaxchat.devices.mesh import make_mesh, shardings
+from jaxchat.devices.mesh import make_mesh
 from jaxchat.errors import UserError
 from jaxchat.infer import engine as engine_module
 from jaxchat.infer.engine import Engine
 from jaxchat.model.gpt import hidden_states, logits
+from jaxchat.model.parameters import shardings
 
 # Prompts and limits below share few buckets of lengths and rows on purpose: what takes time here is compilation.
 

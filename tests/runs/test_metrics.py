@@ -201,7 +201,7 @@ def test_on_a_terminal_one_line_is_redrawn_and_samples_stand_above_it(tmp_path):
 def test_format_live_leaves_out_what_is_not_known():
     assert format_live("rl", 7, None, {}, None) == "rl  7"
     values = {"loss": 2.3451, "bpb": 1.2, "tokens_per_second": 412e3, "mfu": 0.48}
-    expected = "pretrain  1234/5000  loss 2.345  bpb 1.200  412k tok/s  MFU 48%  12m left"
+    expected = "pretrain  1234/5000  loss 2.345  bpb 1.200  412k tok/s  MFU 48%  12m 00s left"
     assert format_live("pretrain", 1234, 5000, values, 720.0) == expected
     assert format_live("sft", 1, 10, {"loss": float("nan")}, None) == "sft   1/10  loss nan"
 
@@ -217,7 +217,8 @@ def test_format_count(number, text):
 
 @pytest.mark.parametrize(
     "seconds, text",
-    [(0, "0s"), (59.4, "59s"), (59.6, "1m"), (720, "12m"), (3599, "1h 00m"), (3900, "1h 05m"), (86399, "1d 00h"),
+    [(0, "0s"), (59.4, "59s"), (59.6, "1m 00s"), (581, "9m 41s"), (3599.4, "59m 59s"), (3599.6, "1h 00m"),
+     (3900, "1h 05m"), (86399, "1d 00h"),
      (2 * 86400 + 3 * 3600, "2d 03h")],
 )  # fmt: skip
 def test_format_duration(seconds, text):

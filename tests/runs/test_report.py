@@ -120,20 +120,20 @@ def test_report_json(report):
 
 def test_report_md_tells_the_story(run_dir):
     text = (run_dir / "report.md").read_text()
-    assert "Of the steps' time, waiting for batches (in rl: sampling them): pretrain 0.5%" in text
+    assert "Share of the steps' time spent waiting for batches (in rl: sampling them): pretrain 0.5%" in text
     assert text.startswith("# tiny\n\nA chatbot trained from nothing: 5.24M parameters (4 layers, 256 wide).")
     story = " ".join(text.split("\n\n")[1].split())
     assert "It has read 20.5k tokens of text from the folder `books`, then 10.2k tokens of conversations." in story
-    assert "Of held-out questions it answers right, after rl: sums 75%." in story
-    assert story.endswith("All that took 1 h 00 min on 2 × NVIDIA H200 and cost $6.00.")
+    assert "After rl it answers these shares of held-out questions correctly: sums 75%." in story
+    assert story.endswith("All of it took 1h 00m on 2 × NVIDIA H200 and cost $6.00.")
     assert f"    jaxchat chat --run '{run_dir}'\n" in text
     assert "| held-out questions | after sft | after rl |\n| --- | ---: | ---: |\n| sums | 50.0% | 75.0% |" in text
     assert "| arc easy | 25.0% |  |" in text
     assert "1.250 after pretrain, 0.750 after sft." in text
-    assert "0.250 before reinforcement learning, 0.500 after." in text
-    assert "| pretrain | read text | 20 | 20.5k | 30 min 00 s | 1.00k | 50% | 1.5 GiB | $3.00 |" in text
+    assert "0.250 before reinforcement learning, 0.500 after it." in text
+    assert "| pretrain | read text | 20 | 20.5k | 30m 00s | 1.00k | 50% | 1.5 GiB | $3.00 |" in text
     assert "Not finished: midtrain, evaluate." in text
-    went_back = "pretrain: once back to a checkpoint, 3 batches left out (loss is nan at step 12, back to 10)."
+    went_back = "pretrain: went back to a checkpoint once, skipping 3 batches (loss is nan at step 12, back to 10)."
     assert went_back in text
     assert "4,096 tokens" in text and "JAX 0.10.2, Python 3.12.1" in text
 
@@ -181,7 +181,7 @@ def test_what_a_run_lacks_is_left_out(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["rl"] == {} and report["evaluation"] == {"pretrain": {"bpb": 3.0}}
     assert report["cost"] is None and "$" not in text  # the price is of a GPU
-    assert "5 s on 2 CPU cores" in text
+    assert "5s on 2 CPU cores" in text
     assert "Talk to it" not in text and "What it says" not in text and "reward" not in text
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["bpb.png"]
 

@@ -143,7 +143,7 @@ def test_a_terminal(run_dir):
         terminal.type("\x03")
         terminal.expect("(/quit or Ctrl-D leaves)")
         terminal.type("/nonsense\n")
-        terminal.expect("no command /nonsense")
+        terminal.expect("unknown command /nonsense")
         terminal.type("What is 34 + 58?\n")
         terminal.expect("⟨34 + 58 → 92⟩ It is 92.")
         terminal.expect("> ")

@@ -14,8 +14,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import STAGES
 from jaxchat.infer.trained import load_model
+from jaxchat.rl.rollouts import Rollouts
 from jaxchat.runs.metrics import read_metrics
-from jaxchat.stages import rl
 from jaxchat.stages.training import Batches
 from jaxchat.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from tests.tiny import ARGUMENTS, STEPS, copy, record, refusal, start, start_process, values
@@ -271,7 +271,7 @@ class TestResume:
             copy(finished, run, "pretrain", "midtrain", "sft")
         assert start(whole, "--stages=rl")[0] == 0
         with monkeypatch.context() as patch:
-            interrupt_at(patch, rl.Rollouts, 2)
+            interrupt_at(patch, Rollouts, 2)
             assert start(parts, "--stages=rl")[0] == 130
         code, _, err = start(parts, "--stages=rl")
         assert code == 0, err

@@ -14,9 +14,9 @@ from jaxchat.model.gpt import abstract_params
 from jaxchat.train.budget import (
     BatchPlan,
     attended_keys,
-    batch_plan,
     count_parameters,
     flops_per_token,
+    split_batch,
     training_length,
 )
 
@@ -79,13 +79,13 @@ def test_horizon_is_iterations_then_flops_then_tokens():
 
 
 def test_batch_plan_of_the_speedrun_on_eight_devices_and_on_one():
-    assert batch_plan(524_288, 32, 2048, 8) == BatchPlan(device_rows=32, rows=256, accumulation=1)
-    assert batch_plan(524_288, 32, 2048, 1) == BatchPlan(device_rows=32, rows=32, accumulation=8)
+    assert split_batch(524_288, 32, 2048, 8) == BatchPlan(device_rows=32, rows=256, accumulation=1)
+    assert split_batch(524_288, 32, 2048, 1) == BatchPlan(device_rows=32, rows=32, accumulation=8)
 
 
 def test_a_small_batch_takes_fewer_rows_a_device():
-    assert batch_plan(4096, 32, 128, 1) == BatchPlan(device_rows=32, rows=32, accumulation=1)
-    assert batch_plan(4096, 32, 128, 8) == BatchPlan(device_rows=4, rows=32, accumulation=1)
+    assert split_batch(4096, 32, 128, 1) == BatchPlan(device_rows=32, rows=32, accumulation=1)
+    assert split_batch(4096, 32, 128, 8) == BatchPlan(device_rows=4, rows=32, accumulation=1)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_small_batch_takes_fewer_rows_a_device():
 )
 def test_a_batch_that_does_not_divide_is_refused_with_what_does(arguments, says):
     with pytest.raises(UserError, match=re.escape(says) + "$"):
-        batch_plan(*arguments)
+        split_batch(*arguments)
 
 
 @given(
@@ -110,14 +110,14 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_does(arguments, says)
 )
 def test_plans_are_exact_and_suggestions_work(batch, device_rows, sequence_len, devices):
     try:
-        plan = batch_plan(batch, device_rows, sequence_len, devices)
+        plan = split_batch(batch, device_rows, sequence_len, devices)
     except UserError as error:
         remedies = str(error).split("nearest that work: ")[1]
         batches, _, rows = remedies.partition(", or ")
         for value in map(int, re.findall(r"\d+", batches)):
-            batch_plan(value, device_rows, sequence_len, devices)
+            split_batch(value, device_rows, sequence_len, devices)
         for value in map(int, re.findall(r"\d+", rows)):
-            batch_plan(batch, value, sequence_len, devices)
+            split_batch(batch, value, sequence_len, devices)
     else:
         assert plan.rows == plan.device_rows * devices and plan.accumulation >= 1
         assert plan.accumulation * plan.rows * sequence_len == batch
@@ -128,7 +128,7 @@ def test_no_nearer_batch_would_do(batch, device_rows):
     fits = [n * 128 for n in range(1, device_rows)] + [n * device_rows * 128 for n in range(1, 1 << 10)]
     assume(batch not in fits)
     with pytest.raises(UserError) as error:
-        batch_plan(batch, device_rows, 64, 2)
+        split_batch(batch, device_rows, 64, 2)
     batches = re.search(r"work: batch-tokens ([\d or]+)", str(error.value)).group(1)
     nearest = min(abs(int(n) - batch) for n in batches.split(" or "))
     assert nearest == min(abs(n - batch) for n in fits)

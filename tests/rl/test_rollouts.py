@@ -1,13 +1,11 @@
 """Rewards to weights, rollouts to batches, and what a step of REINFORCE does to the parameters."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -16,7 +14,8 @@ from jaxchat.devices.mesh import make_mesh
 from jaxchat.infer.engine import Completion, Engine
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params, logits
-from jaxchat.stages.rl import Rollouts, best_of_n_weights, questions_of, reinforce_weights, sampling, score
+from jaxchat.rl.objectives import best_of_n_weights, reinforce_weights
+from jaxchat.rl.rollouts import Rollouts, questions_of, sampling, score
 from jaxchat.tasks.base import ListTask
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train.step import init_state, make_train_step
@@ -52,13 +51,12 @@ def rollouts(tokenizer, params, **settings):
     settings = {"questions_per_step": 3, "samples_per_question": 4, "max_new_tokens": 6, "device_rows": 4, **settings}
     messages = ({"role": "user", "content": text} for text in ("go", "say it", "well?", "and?"))
     task = Lowercase("lowercase", [{"messages": [m, {"role": "assistant", "content": "a"}]} for m in messages])
-    run = SimpleNamespace(
-        mesh=make_mesh(MeshConfig(), jax.devices()[:1]), experiment=SimpleNamespace(seed=3, model=MODEL)
-    )
-    questions = questions_of([task], tokenizer, CONTEXT)
-    return Rollouts(run, RLConfig(top_k=None, **settings), questions, Engine(MODEL, params, tokenizer, dtype="float32"))
+    questions, engine = questions_of([task], tokenizer, CONTEXT), Engine(MODEL, params, tokenizer, dtype="float32")
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    return Rollouts(RLConfig(top_k=None, **settings), questions, engine, mesh=mesh, seed=3)
 
 
+@settings(deadline=None)  # the first call compiles the type checks
 @given(rewards)
 def test_reinforce_weights(rewards):
     weights = reinforce_weights(rewards)
@@ -68,6 +66,7 @@ def test_reinforce_weights(rewards):
             assert weights[question, sample] == pytest.approx(reward - mean, abs=1e-12)
 
 
+@settings(deadline=None)  # the first call compiles the type checks
 @given(rewards)
 def test_best_of_n_weights(rewards):
     for row, weights in zip(rewards.tolist(), best_of_n_weights(rewards).tolist(), strict=True):
@@ -118,10 +117,10 @@ def test_questions_that_fill_the_context_are_left_out(tokenizer):
 
 def test_each_epoch_asks_every_question_once(tokenizer, params):
     source = rollouts(tokenizer, params)  # 4 questions, 3 a step
-    asked = np.concatenate([source._pick(step) for step in range(8)]).reshape(-1, 4)
+    asked = np.concatenate([source._choose(step) for step in range(8)]).reshape(-1, 4)
     assert all(sorted(epoch) == [0, 1, 2, 3] for epoch in asked.tolist())
     assert len({tuple(epoch) for epoch in asked.tolist()}) > 1
-    assert source._pick(5).tolist() == rollouts(tokenizer, params)._pick(5).tolist()
+    assert source._choose(5).tolist() == rollouts(tokenizer, params)._choose(5).tolist()
 
 
 def test_gradient_is_reinforce(tokenizer, params):
@@ -129,7 +128,7 @@ def test_gradient_is_reinforce(tokenizer, params):
     batch, extra = source.next_batch(0, params)
 
     # What was sampled, and the objective in so many words: sum of (r - mean r) log p(token) over their number.
-    asked = [source.questions[i] for i in source._pick(0) for _ in range(4)]
+    asked = [source.questions[i] for i in source._choose(0) for _ in range(4)]
     prompts = [tokenizer.render_for_completion(conversation) for _, conversation in asked]
     completions = source.engine.generate(prompts, **sampling(source.config), seed=3 * 1_000_003 + 1)
     rewards = score(asked, completions, tokenizer)

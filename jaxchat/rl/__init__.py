@@ -1,0 +1,1 @@
+"""Reinforcement learning: rollouts, and the objectives that turn their rewards into weights."""
