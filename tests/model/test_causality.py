@@ -3,7 +3,6 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -28,7 +27,7 @@ def forward():
     params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
     # Output matrices begin at zero; here every position does speak to the later ones.
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
-    run = jax.jit(lambda tokens: logits(MODEL, params, hidden_states(MODEL, params, tokens, jnp.float32)))
+    run = jax.jit(lambda tokens: logits(MODEL, params, hidden_states(MODEL, params, tokens)))
     return lambda tokens: np.asarray(run(tokens))[..., : MODEL.vocab_size]
 
 

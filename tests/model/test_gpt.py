@@ -15,6 +15,7 @@ from jaxchat.model.gpt import (
     init_params,
     logits,
 )
+from jaxchat.ops.compute import Compute
 
 # Depth 4 has two heads, depth 6 three: grouped and multi-query attention beside the plain one. Windows are of 3.
 CONFIGS = [
@@ -46,10 +47,10 @@ def test_training_forward_cached_forward_and_numpy_agree(config, random_params):
     cached = logits(config, params, jnp.concatenate(parts, axis=1))
 
     exact = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    reference = np.stack([reference.logits(config, exact, np.asarray(row)) for row in tokens])
+    exact_logits = np.stack([reference.logits(config, exact, np.asarray(row)) for row in tokens])
     real = slice(0, config.vocab_size)
-    np.testing.assert_allclose(trained[..., real], reference, atol=1e-5, rtol=1e-5)
-    np.testing.assert_allclose(cached[..., real], reference, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(trained[..., real], exact_logits, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(cached[..., real], exact_logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=name)
@@ -114,7 +115,7 @@ def test_a_block_is_traced_and_lowered_once_for_each_window(pattern, length, mon
     traced, call = [], Block.__call__
 
     def counted(block, *arguments):
-        traced.append(block.attn.window)
+        traced.append(block.window)
         return call(block, *arguments)
 
     monkeypatch.setattr(Block, "__call__", counted)
@@ -165,15 +166,19 @@ def test_padded_vocabulary_ids_get_no_probability(random_params):
 def test_bf16_stays_near_fp32(random_params):
     config = CONFIGS[0]
     params, tokens = random_params(config), tokens_of(config, 2, 16)
-    wide = logits(config, params, hidden_states(config, params, tokens, jnp.float32))[..., :200]
-    narrow = logits(config, params, hidden_states(config, params, tokens, jnp.bfloat16))[..., :200]
+    wide = logits(config, params, hidden_states(config, params, tokens))[..., :200]
+    narrow = logits(config, params, hidden_states(config, params, tokens, Compute(jnp.bfloat16)))[..., :200]
     assert narrow.dtype == jnp.float32
     assert jnp.abs(wide - narrow).mean() < 0.03 * jnp.abs(wide).mean() + 0.02
 
 
 @pytest.mark.parametrize(
     "fields, hint",
-    [({"depth": 5}, "nearest that do: 4 and 6"), ({"num_kv_heads": 5}, "6 heads"), ({"depth": 0}, "at least 1")],
+    [
+        ({"depth": 5}, "nearest depths that work: 4 and 6"),
+        ({"num_kv_heads": 5}, "6 heads"),
+        ({"depth": 0}, "at least 1"),
+    ],
 )
 def test_impossible_shapes_are_refused(fields, hint):
     with pytest.raises(UserError, match=hint):

@@ -1,5 +1,5 @@
 """Products with what is done to them in the kernel, against plain formulas. The kernels themselves run where there is a
-Hopper GPU (`JAX_PLATFORMS=cuda pytest tests/model`); elsewhere, what is around them."""
+Hopper GPU (`JAX_PLATFORMS=cuda pytest tests/ops`); elsewhere, what is around them."""
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,21 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import MeshConfig
+from jaxchat.devices.gpu import capability
 from jaxchat.devices.mesh import make_mesh
-from jaxchat.model import layers
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params
-from jaxchat.ops import gpu, hopper
-from jaxchat.train.loss import Shape, cross_entropy_sum
+from jaxchat.ops import dispatch, hopper, triton
+from jaxchat.ops.dispatch import Level
+from jaxchat.ops.linear import product_sum
+from jaxchat.ops.mlp import relu_squared_gradient_product, relu_squared_product
+from jaxchat.ops.norm import rms_norm
+from jaxchat.ops.qkv import rope_norm_product, rope_table
+from jaxchat.ops.rope import apply_rope, rope_tables
+from jaxchat.ops.stack import gram, stack_product, symmetric_product
+from jaxchat.train.loss import LossConfig, cross_entropy_sum
 
-ON_HOPPER = gpu.capability() == 9.0
+ON_HOPPER = capability() == 9.0
 
 
 def draw(*shape, seed=0, dtype=jnp.float32):
@@ -31,7 +38,7 @@ def relu_squared_gradient(grad, w, y):
     return (grad @ w) * 2 * jnp.sqrt(y)
 
 
-def product_sum(a, b, c, d):
+def sum_of_two(a, b, c, d):
     return a @ b.T + c @ d.T
 
 
@@ -40,9 +47,9 @@ def cases(rows, length, inner, columns, dtype):
     y = jnp.square(draw(rows, length, columns, seed=2, dtype=dtype))
     other = draw(rows, length, 2 * inner, seed=3, dtype=dtype), draw(columns, 2 * inner, seed=4, dtype=dtype)
     return [
-        (hopper.relu_squared_product, relu_squared, (x, w)),
-        (hopper.relu_squared_gradient_product, relu_squared_gradient, (x, w, y)),
-        (hopper.product_sum(2), product_sum, (x, w.T, *other)),
+        (relu_squared_product, relu_squared, (x, w)),
+        (relu_squared_gradient_product, relu_squared_gradient, (x, w, y)),
+        (product_sum(2), sum_of_two, (x, w.T, *other)),
     ]
 
 
@@ -75,13 +82,13 @@ def test_the_kernels(case, shape):
 def test_heads_with_rope_and_norm(shape, heads):
     x = draw(*shape, dtype=jnp.bfloat16)
     weight = draw(shape[2], heads, 128, seed=1, dtype=jnp.bfloat16) / shape[2] ** 0.5
-    cos, sin = layers.rope_tables(jnp.arange(shape[1])[None], 128, 10_000.0)
-    table = jax.jit(hopper.rope_table, static_argnums=2)(cos[0, :, 0], sin[0, :, 0], jnp.bfloat16)
+    cos, sin = rope_tables(jnp.arange(shape[1])[None], 128, 10_000.0)
+    table = jax.jit(rope_table, static_argnums=2)(cos[0, :, 0], sin[0, :, 0], jnp.bfloat16)
     exact = table.astype(jnp.float32).reshape(len(table), 2, 2, -1).sum(2)
     np.testing.assert_allclose(exact, jnp.stack([cos[0, :, 0], sin[0, :, 0]], 1), atol=1e-5)
-    actual, scale = jax.jit(hopper.rope_norm_product)(x, weight, table)
+    actual, scale = jax.jit(rope_norm_product)(x, weight, table)
     product = jnp.einsum("bti,inh->btnh", x.astype(jnp.float32), weight.astype(jnp.float32), precision="highest")
-    expected = layers.rms_norm(layers.apply_rope(product, cos, sin))
+    expected = rms_norm(apply_rope(product, cos, sin))
     np.testing.assert_allclose(actual.astype(jnp.float32), expected, rtol=2**-7, atol=4e-3)
     np.testing.assert_allclose(scale, 1 / jnp.sqrt(jnp.mean(product**2, -1) + 1e-6), rtol=1e-3)
 
@@ -95,13 +102,13 @@ def test_products_of_stacks(shape):
     tall = shape[1] > shape[2]
     wide = jnp.matrix_transpose(x) if tall else x
     expected = jnp.einsum("lmn,lkn->lmk", *(wide.astype(jnp.float32),) * 2)
-    gram = hopper.gram(x, tall)
-    assert_close(gram, expected)
-    gram = (gram / jnp.max(gram)).astype(jnp.bfloat16)
-    square = jnp.matmul(*(gram.astype(jnp.float32),) * 2)
-    assert_close(hopper.symmetric_product(gram, gram, 2.0, -5.0), 2 * square - 5 * gram.astype(jnp.float32))
-    operands = (x, gram) if tall else (gram, x)
-    assert_close(hopper.stack_product(*operands), jnp.matmul(*(y.astype(jnp.float32) for y in operands)))
+    small = gram(x, tall)
+    assert_close(small, expected)
+    small = (small / jnp.max(small)).astype(jnp.bfloat16)
+    square = jnp.matmul(*(small.astype(jnp.float32),) * 2)
+    assert_close(symmetric_product(small, small, 2.0, -5.0), 2 * square - 5 * small.astype(jnp.float32))
+    operands = (x, small) if tall else (small, x)
+    assert_close(stack_product(*operands), jnp.matmul(*(y.astype(jnp.float32) for y in operands)))
 
 
 def assert_close(actual, expected):
@@ -111,7 +118,7 @@ def assert_close(actual, expected):
 
 
 def test_tiles_may_cover_a_little_more_than_the_result(monkeypatch):
-    monkeypatch.setattr(hopper, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(hopper, "highest_level", lambda dtype: Level.HOPPER)
     assert hopper.fits(65536, 1664, 1664) and hopper.fits(1664, 6656, 1664)  # 7 tiles for 6.5
     assert all(hopper.fits(rows * length, columns, inner) for rows, length, inner, columns in SHAPES)
     assert not hopper.fits(65536, 640, 640)  # 3 for 2.5
@@ -123,7 +130,7 @@ def test_tiles_may_cover_a_little_more_than_the_result(monkeypatch):
 @pytest.mark.parametrize("side", range(1, 8))
 def test_the_squares_of_a_triangle_come_once_each(side):
     numbers = jnp.arange(side * (side + 1) // 2)
-    squares = jnp.stack([jnp.array(hopper._below_diagonal(number, side)) for number in numbers])
+    squares = jnp.stack([jnp.array(hopper.below_diagonal(number, side)) for number in numbers])
     assert sorted(map(tuple, squares.tolist())) == [(i, j) for i in range(side) for j in range(i + 1)]
 
 
@@ -143,14 +150,14 @@ def test_a_mesh_shares_the_products_out(case, weights):
 def test_a_mesh_shares_the_heads_out():
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
     x, weight = draw(4, 6, 8), draw(8, 4, 128, seed=1)
-    cos, sin = layers.rope_tables(jnp.arange(6)[None], 128, 10_000.0)
-    table = hopper.rope_table(cos[0, :, 0], sin[0, :, 0], jnp.float32)
-    expected = hopper.rope_norm_product(x, weight, table)
+    cos, sin = rope_tables(jnp.arange(6)[None], 128, 10_000.0)
+    table = rope_table(cos[0, :, 0], sin[0, :, 0], jnp.float32)
+    expected = rope_norm_product(x, weight, table)
     placed = [
         jax.device_put(array, NamedSharding(mesh, spec))
         for array, spec in ((x, P("fsdp")), (weight, P(None, "tensor")), (table, P()))
     ]
-    actual = hopper.rope_norm_product(*placed)
+    actual = rope_norm_product(*placed)
     for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert {shard.data.shape for shard in actual[0].addressable_shards} == {(2, 6, 2, 128)}
@@ -178,13 +185,15 @@ def test_the_model_and_its_loss_are_the_same(monkeypatch):
     @jax.default_matmul_precision("highest")  # a GPU's default for fp32 is not
     def loss(params):
         hidden = hidden_states(config, params, tokens[:, :-1])
-        return cross_entropy_sum(hidden, params["head"]["kernel"], tokens[:, 1:], jnp.ones((2, 16)), Shape.of(config))
+        return cross_entropy_sum(
+            hidden, params["head"]["kernel"], tokens[:, 1:], jnp.ones((2, 16)), LossConfig.of(config)
+        )
 
     plain = jax.value_and_grad(loss)(params)
     jax.clear_caches()
-    monkeypatch.setattr(hopper, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(dispatch, "highest_level", lambda *_: Level.HOPPER)
     monkeypatch.setattr(hopper, "fits", lambda *shape: calls.append(shape))
-    monkeypatch.setattr(gpu, "INTERPRET", True)
+    monkeypatch.setattr(triton, "INTERPRET", True)
     fused = jax.value_and_grad(loss)(params)
     jax.clear_caches()
     assert len(set(map(str, calls))) == 2  # the MLP, forward and back, and the sum of queries, keys and values

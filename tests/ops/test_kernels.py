@@ -1,5 +1,5 @@
-"""The GPU's kernels against the plain formulas: by Pallas' interpreter on the CPU, or on a GPU, where there is one
-(`JAX_PLATFORMS=cuda pytest tests/model`)."""
+"""The Triton kernels against the plain formulas: in Pallas' interpreter on a CPU, or on a GPU if there is one
+(`JAX_PLATFORMS=cuda pytest tests/ops`)."""
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +9,23 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import MeshConfig
+from jaxchat.devices.gpu import capability
 from jaxchat.devices.mesh import make_mesh
-from jaxchat.model import layers
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params
-from jaxchat.ops import gpu, kernels
-from jaxchat.train.loss import Shape, cross_entropy_sum
+from jaxchat.ops import triton
+from jaxchat.ops.cross_entropy import cross_entropy_rows
+from jaxchat.ops.dispatch import Level, highest_level
+from jaxchat.ops.mlp import relu_squared
+from jaxchat.ops.norm import norm_branch, rms_norm
+from jaxchat.ops.rope import apply_rope, rope_norm, rope_tables
+from jaxchat.ops.stack import stack
+from jaxchat.train.loss import LossConfig, cross_entropy_sum
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(gpu, "INTERPRET", gpu.capability() == 0)
+    monkeypatch.setattr(triton, "INTERPRET", capability() == 0)
 
 
 def draw(*shape, seed=0):
@@ -46,26 +52,42 @@ def assert_same(actual, expected, tolerance=1e-5):
 @pytest.mark.parametrize("width", [64, 96, 320], ids=["pow2", "masked", "wide"])
 def test_the_norm_that_branches_off(width):
     x = draw(2, 6, width)
-    assert_same(value_and_grads(kernels.norm_branch, x), value_and_grads(lambda x: (x, layers.rms_norm(x)), x))
+    assert_same(value_and_grads(norm_branch, x), value_and_grads(norm_branch.formula, x))
 
 
 def test_a_row_of_zeros_has_a_finite_norm_and_gradient():
     x = jnp.zeros((1, 4, 64))
-    assert_same(value_and_grads(kernels.norm_branch, x), value_and_grads(lambda x: (x, layers.rms_norm(x)), x))
+    assert_same(value_and_grads(norm_branch, x), value_and_grads(norm_branch.formula, x))
+
+
+def test_relu_squared():
+    x = draw(2, 6, 96)
+    assert_same(value_and_grads(relu_squared, x), value_and_grads(relu_squared.formula, x))
+
+
+@pytest.mark.skipif(capability() > 0, reason="there the dtype decides")
+def test_the_interpreter_runs_the_kernels():
+    assert highest_level(jnp.float32) == Level.TRITON
+    for operation, operands in (
+        (norm_branch, [draw(2, 6, 64)]),
+        (stack, [[draw(8, 16)]]),
+        (relu_squared, [draw(2, 6, 64)]),
+    ):
+        assert operation.choose(*operands) is not operation.formula
 
 
 @pytest.mark.parametrize("count, shape", [(1, (8, 16)), (5, (24, 40))])
 def test_a_stack(count, shape):
     matrices = [draw(*shape, seed=seed) for seed in range(count)]
-    np.testing.assert_array_equal(kernels.stack(matrices), np.stack(matrices))
+    np.testing.assert_array_equal(stack(matrices), np.stack(matrices))
 
 
 @pytest.mark.parametrize("heads, size", [(1, 64), (3, 128), (2, 96)])
 def test_rope_and_the_norm_of_each_head(heads, size):
     x = draw(2, 8, heads, size)
-    cos, sin = layers.rope_tables(jnp.arange(8)[None], size, 10_000.0)
-    plain = value_and_grads(lambda x: layers.rms_norm(layers.apply_rope(x, cos, sin)), x)
-    assert_same(value_and_grads(lambda x: kernels.rope_norm(x, cos[0, :, 0], sin[0, :, 0]), x), plain)
+    cos, sin = rope_tables(jnp.arange(8)[None], size, 10_000.0)
+    plain = value_and_grads(lambda x: rms_norm(apply_rope(x, cos, sin)), x)
+    assert_same(value_and_grads(lambda x: rope_norm(x, cos, sin), x), plain)
 
 
 def test_the_rows_of_the_loss():
@@ -81,7 +103,7 @@ def test_the_rows_of_the_loss():
         return jnp.sum(weights * nll), nll
 
     expected_grad, expected = jax.grad(loss, has_aux=True)(scores)
-    nll, factor, grad = kernels.cross_entropy_rows(scores, targets, vocab, cap)
+    nll, factor, grad = cross_entropy_rows(scores, targets, vocab, cap)
     assert_same((nll, (weights * factor)[:, None] * grad), (expected, expected_grad))
 
 
@@ -90,8 +112,8 @@ def test_the_rows_of_the_loss():
 def test_a_mesh_runs_the_kernels_on_its_parts(spec):
     mesh = make_mesh(MeshConfig(tensor=2), jax.devices()[:4])
     x = draw(4, 6, 96)
-    expected = kernels.norm_branch(x)[1]
-    split = jax.jit(lambda x: kernels.norm_branch(x)[1])(jax.device_put(x, NamedSharding(mesh, spec)))
+    expected = norm_branch(x)[1]
+    split = jax.jit(lambda x: norm_branch(x)[1])(jax.device_put(x, NamedSharding(mesh, spec)))
     assert_same([split], [expected])
 
 
@@ -105,10 +127,10 @@ def test_the_model_and_its_loss_are_the_same_with_kernels(monkeypatch):
     @jax.default_matmul_precision("highest")  # a GPU's default for fp32 is not
     def loss(params):
         hidden = hidden_states(config, params, tokens[:, :-1])
-        return cross_entropy_sum(hidden, params["head"]["kernel"], tokens[:, 1:], weights, Shape.of(config))
+        return cross_entropy_sum(hidden, params["head"]["kernel"], tokens[:, 1:], weights, LossConfig.of(config))
 
-    monkeypatch.setattr(gpu, "INTERPRET", True)
+    monkeypatch.setattr(triton, "INTERPRET", True)
     with_kernels = jax.value_and_grad(loss)(params)
-    monkeypatch.setattr(gpu, "INTERPRET", False)
+    monkeypatch.setattr(triton, "INTERPRET", False)
     jax.clear_caches()
     assert_same(jax.tree.leaves(with_kernels), jax.tree.leaves(jax.value_and_grad(loss)(params)), 1e-4)

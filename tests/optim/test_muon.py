@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxchat.config import MeshConfig
-from jaxchat.devices.mesh import make_mesh, shardings
+from jaxchat.devices.mesh import make_mesh
+from jaxchat.model.parameters import shardings
 from jaxchat.optim.muon import newton_schulz, scale_by_muon
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -41,7 +42,7 @@ class NumpyMuon:
 def tree(function):
     return {
         "blocks": {
-            str(i): {part: {n: function(s) for n, s in kernels.items()} for part, kernels in SHAPES.items()}
+            str(i): {part: {n: {"kernel": function(s)} for n, s in kernels.items()} for part, kernels in SHAPES.items()}
             for i in range(3)
         }
     }

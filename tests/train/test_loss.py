@@ -6,7 +6,7 @@ import pytest
 from jaxchat.config import MeshConfig
 from jaxchat.devices.mesh import make_mesh
 from jaxchat.train import loss as module
-from jaxchat.train.loss import Shape, cross_entropy_sum, token_nll
+from jaxchat.train.loss import LossConfig, cross_entropy_sum, token_nll
 
 VOCAB, PADDED, CAP = 150, 256, 15.0
 
@@ -39,7 +39,7 @@ def test_value_and_gradients_equal_the_definition(case, chunk_bytes, devices, mo
     expected = jax.value_and_grad(plain_loss, (0, 1))(*case)
 
     def chunked(hidden, head):
-        return 0.25 * cross_entropy_sum(hidden, head, targets, weights, Shape(VOCAB, CAP, mesh))
+        return 0.25 * cross_entropy_sum(hidden, head, targets, weights, LossConfig(VOCAB, CAP, mesh))
 
     value, grads = jax.jit(jax.value_and_grad(chunked, (0, 1)))(hidden, head)
     np.testing.assert_allclose(value, 0.25 * expected[0], rtol=1e-5)
@@ -50,7 +50,7 @@ def test_value_and_gradients_equal_the_definition(case, chunk_bytes, devices, mo
 
 def test_token_nll_is_the_loss_of_each_token(case):
     hidden, head, targets, _ = case
-    each = token_nll(hidden, head, targets, Shape(VOCAB, CAP))
+    each = token_nll(hidden, head, targets, LossConfig(VOCAB, CAP))
     ones = jnp.ones(targets.shape)
     np.testing.assert_allclose(each.sum(), plain_loss(hidden, head, targets, ones), rtol=1e-5)
     assert not np.any(np.asarray(each)[np.asarray(targets) < 0])
@@ -60,7 +60,7 @@ def test_without_targets_loss_and_gradients_are_zero(case):
     hidden, head, targets, weights = case
     nothing = jnp.full_like(targets, -1)
     value, grads = jax.value_and_grad(
-        lambda h, w: cross_entropy_sum(h, w, nothing, weights, Shape(VOCAB, CAP)), (0, 1)
+        lambda h, w: cross_entropy_sum(h, w, nothing, weights, LossConfig(VOCAB, CAP)), (0, 1)
     )(hidden, head)
     assert value == 0 and not np.any(grads[0]) and not np.any(grads[1])
 
@@ -72,7 +72,7 @@ def test_logits_of_a_whole_batch_are_never_held(monkeypatch):
     targets = jax.ShapeDtypeStruct((batch, length), jnp.int32)
 
     def run(hidden, head, weights, targets):
-        return cross_entropy_sum(hidden, head, targets, weights, Shape(vocab, CAP))
+        return cross_entropy_sum(hidden, head, targets, weights, LossConfig(vocab, CAP))
 
     compiled = jax.jit(jax.value_and_grad(run, (0, 1))).lower(*shapes, targets).compile()
     whole_logits = 4 * batch * length * vocab

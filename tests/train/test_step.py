@@ -8,11 +8,13 @@ import optax
 import pytest
 
 from jaxchat.config import MeshConfig, OptimizerConfig
-from jaxchat.devices.mesh import BATCH_SPEC, make_mesh, put_batch, shardings
-from jaxchat.model import attention
+from jaxchat.devices.mesh import BATCH_SPEC, make_mesh, put_batch
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import init_params
-from jaxchat.ops import gpu, hopper
+from jaxchat.model.parameters import shardings
+from jaxchat.ops import attention, dispatch, triton
+from jaxchat.ops.compute import Compute
+from jaxchat.ops.dispatch import Level
 from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.train.step import init_state, make_train_step
 
@@ -35,7 +37,7 @@ def losses(mesh_config, devices, steps=4, accumulation=1, config=CONFIG):
     state = init_state(init_params(config, jax.random.key(0)), optimizer)
     placed = shardings(mesh, state)
     state = jax.device_put(state, placed)
-    step = make_train_step(config, optimizer, mesh=mesh, state_shardings=placed)
+    step = make_train_step(config, optimizer, Compute(mesh=mesh), state_shardings=placed)
     seen = []
     for batch in batches(steps, rows=4):
         batch = {k: v.reshape(accumulation, -1, v.shape[-1]) for k, v in batch.items()}
@@ -75,10 +77,10 @@ def test_any_mesh_gives_the_losses_of_one_device_with_windows(one_device, monkey
     np.testing.assert_allclose(spread, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("in_fp8", [False, True], ids=["plain", "fp8"])
-def test_in_a_block_fsdp_moves_weights_and_their_gradients_alone(in_fp8, monkeypatch):
-    monkeypatch.setattr(gpu, "INTERPRET", True)  # with the kernels, whose split the compiler must be told
-    monkeypatch.setattr(hopper, "multiplies", lambda dtype: True)
+@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+def test_in_a_block_fsdp_moves_weights_and_their_gradients_alone(fp8, monkeypatch):
+    monkeypatch.setattr(triton, "INTERPRET", True)  # with the kernels, whose split the compiler must be told
+    monkeypatch.setattr(dispatch, "highest_level", lambda _, fp8=False: Level.FP8 if fp8 else Level.HOPPER)
     jax.clear_caches()
     mesh = make_mesh(MeshConfig(fsdp=4))
     optimizer = make_optimizer(OptimizerConfig(), CONFIG, lambda count: 1.0, mesh=mesh)
@@ -88,9 +90,9 @@ def test_in_a_block_fsdp_moves_weights_and_their_gradients_alone(in_fp8, monkeyp
     )
     place = jax.NamedSharding(mesh, jax.P(None, *BATCH_SPEC))
     tokens = jax.ShapeDtypeStruct((1, 12, 17), jnp.int32, sharding=place)
-    precision = {"dtype": jnp.bfloat16, "in_fp8": True} if in_fp8 else {}
+    compute = Compute(jnp.bfloat16, mesh, fp8=True) if fp8 else Compute(mesh=mesh)
     places = jax.tree.map(lambda x: x.sharding, state)
-    step = make_train_step(CONFIG, optimizer, mesh=mesh, state_shardings=places, **precision)
+    step = make_train_step(CONFIG, optimizer, compute, state_shardings=places)
     hlo = step.lower(state, {"inputs": tokens, "targets": tokens}).compile().as_text()
     jax.clear_caches()
     kinds = r" = (.*) (?:all-\w+|collective-permute|reduce-scatter)(?:-start)?\(.*_run_block"

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchat.model import attention
-from jaxchat.model.attention import attend, attention_kernel
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params
+from jaxchat.ops import attention
+from jaxchat.ops.attention import attend, attention_kernel
 
 
 def qkv(length, heads=4, kv_heads=2, size=16):

@@ -15,14 +15,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxchat.config import MeshConfig
 from jaxchat.devices.mesh import make_mesh
-from jaxchat.ops import gpu
-from jaxchat.ops import kernels
-from jaxchat.ops import programs
+from jaxchat.devices.compile_cache import keep_compiled
+from jaxchat.ops import norm, partition, triton
 
-gpu.INTERPRET = True
-kernels.NORM_EPS = float(sys.argv[1])
-programs._CODE += sys.argv[2]
-programs.keep_compiled()
+triton.INTERPRET = True
+norm.NORM_EPS = float(sys.argv[1])
+partition._CODE += sys.argv[2]
+keep_compiled()
 hits, compiled = [], []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None)
 jax.monitoring.register_event_duration_secs_listener(
@@ -31,7 +30,7 @@ jax.monitoring.register_event_duration_secs_listener(
 mesh = make_mesh(MeshConfig(), jax.devices())
 x = jax.device_put(jnp.full((4, 8, 64), 3.0), NamedSharding(mesh, P("data")))
 hits.clear(), compiled.clear()
-y = jax.jit(lambda x: kernels.norm_branch(x)[1])(x)
+y = jax.jit(lambda x: norm.norm_branch(x)[1])(x)
 made = len(compiled) - len(hits)
 print(made, float(y[0, 0, 0]))
 """

@@ -1,0 +1,209 @@
+"""The table of parameters: each parameter has one row, and a new one needs a line in the module and a line here."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jaxchat.checkpoint import Checkpoints
+from jaxchat.config import MeshConfig, OptimizerConfig
+from jaxchat.devices.mesh import make_mesh
+from jaxchat.model import gpt, parameters
+from jaxchat.model.config import GPTConfig
+from jaxchat.model.gpt import abstract_params, init_params
+from jaxchat.model.parameters import (
+    TABLE,
+    Parameter,
+    count_parameters,
+    export_name,
+    groups_of,
+    named_parameters,
+    row_of,
+    shardings,
+)
+from jaxchat.ops.compute import Compute
+from jaxchat.optim.optimizer import make_optimizer
+from jaxchat.train.step import init_state, make_train_step
+
+CONFIG = GPTConfig(depth=4, sequence_len=16, vocab_size=250, num_kv_heads=1)
+COLUMN, ROW = P("fsdp", "tensor"), P("tensor", "fsdp")
+
+
+def test_every_parameter_has_one_row_and_every_row_a_parameter():
+    rows = [row_of(path) for path, _ in named_parameters(abstract_params(CONFIG))]
+    assert set(rows) == set(TABLE) and len(rows) == 6 * CONFIG.depth + 2
+
+
+@pytest.mark.parametrize("path", ["blocks/0/attn/q", "blocks/x/attn/q/kernel", "extra", "blocks/0/attn/q/kernel/0"])
+def test_a_parameter_without_a_row_is_an_error(path):
+    with pytest.raises(LookupError, match="has 0 rows in jaxchat/model/parameters.py"):
+        row_of(path)
+
+
+def test_a_parameter_with_two_rows_is_an_error(monkeypatch):
+    monkeypatch.setattr(parameters, "TABLE", (*TABLE, dataclasses.replace(TABLE[-1])))
+    with pytest.raises(LookupError, match="head/kernel has 2 rows"):
+        groups_of(abstract_params(CONFIG))
+
+
+def test_muon_takes_matrices_alone(monkeypatch):
+    monkeypatch.setattr(parameters, "TABLE", (Parameter("gain", "matrix", P(), "gain"),))
+    with pytest.raises(ValueError, match=r"parameter gain has shape \(3,\)"):
+        groups_of({"gain": jnp.ones(3)})
+
+
+def test_groups():
+    found = groups_of(abstract_params(CONFIG))
+    for part, group in {"embed": "embedding", "blocks": "matrix", "head": "head"}.items():
+        assert set(jax.tree.leaves(found[part])) == {group}
+
+
+def test_matrices_in_a_row_split_their_inner_dimension_alike():
+    placed = shardings(make_mesh(MeshConfig(fsdp=2, tensor=2)), abstract_params(CONFIG))
+    for path, sharding in named_parameters(placed):
+        wide = any(part in path for part in ("attn/o", "mlp/down", "embed/"))
+        assert sharding.spec == (ROW if wide else COLUMN), path
+
+
+def test_a_dimension_that_does_not_divide_is_replicated():
+    params = abstract_params(dataclasses.replace(CONFIG, depth=1, num_kv_heads=None))
+    params["blocks"]["0"]["attn"]["k"]["kernel"] = jax.ShapeDtypeStruct((64, 6), jnp.float32)
+    attn = shardings(make_mesh(MeshConfig(tensor=4)), params)["blocks"]["0"]["attn"]
+    assert attn["k"]["kernel"].spec == P("fsdp", None) and attn["q"]["kernel"].spec == COLUMN
+
+
+def test_optimizer_state_is_placed_like_its_parameters():
+    optimizer = make_optimizer(OptimizerConfig(), CONFIG, lambda count: 1.0)
+    params = abstract_params(CONFIG)
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(shardings(mesh, params)), strict=True)
+    specs = {leaf.shape: sharding.spec for leaf, sharding in leaves if leaf.shape[0] != leaf.shape[1]}
+    state = {"opt_state": jax.eval_shape(optimizer.init, params), "step": jax.ShapeDtypeStruct((), jnp.int32)}
+    placed = shardings(mesh, state)
+    seen = set()
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True):
+        if leaf.ndim == 0:
+            assert sharding.spec == P()
+        elif leaf.shape in specs:
+            seen.add(leaf.shape)
+            assert sharding.spec == specs[leaf.shape]
+    assert seen == set(specs)
+
+
+def test_counts():
+    """By hand: d4 has width 256 and 2 heads of 128, of which keys and values have 1."""
+    count = count_parameters(CONFIG)
+    assert count.embedding == count.head == 256 * 256
+    assert count.matrices == 4 * (2 * 256 * 256 + 2 * 256 * 128 + 2 * 256 * 1024)
+    assert count.total == count.embedding + count.matrices + count.head
+
+
+def test_what_does_not_count_is_left_out_of_the_total(monkeypatch):
+    uncounted = tuple(dataclasses.replace(row, counted=row.group != "embedding") for row in TABLE)
+    before = count_parameters(CONFIG)
+    monkeypatch.setattr(parameters, "TABLE", uncounted)
+    assert count_parameters(CONFIG) == dataclasses.replace(before, total=before.total - before.embedding)
+
+
+def test_export_names_are_those_of_transformers_nanochat():
+    names = [export_name(path) for path, _ in named_parameters(abstract_params(CONFIG))]
+    assert len(set(names)) == len(names)
+    projections = [f"self_attn.{name}_proj" for name in "qkvo"] + ["mlp.fc1", "mlp.fc2"]
+    expected = {f"model.layers.{i}.{name}.weight" for i in range(4) for name in projections}
+    assert set(names) == expected | {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+class Gain(gpt.Block):
+    """A block with a scalar on its result."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gain = nnx.Param(jnp.ones(()))
+
+    def __call__(self, *args):
+        x, cache = super().__call__(*args)
+        return x * self.gain[...].astype(x.dtype), cache
+
+
+class Scale(gpt.Block):
+    """A block with a vector on its result."""
+
+    def __init__(self, config, window, *, rngs):
+        super().__init__(config, window, rngs=rngs)
+        self.scale = nnx.Param(jnp.ones(config.width))
+
+    def __call__(self, *args):
+        x, cache = super().__call__(*args)
+        return x * self.scale[...].astype(x.dtype), cache
+
+
+class Shift(gpt.Embedding):
+    """An embedding with a second table, of what is added to each token's row."""
+
+    def __init__(self, count, width, *, rngs):
+        super().__init__(count, width, rngs=rngs)
+        self.shift = nnx.Param(jnp.zeros((count, width)))
+
+    def __call__(self, tokens, dtype):
+        return super().__call__(tokens, dtype) + self.shift[...][tokens].astype(dtype)
+
+
+NEW = {
+    "a scalar in a block": ("Block", Gain, Parameter("blocks/{i}/gain", "head", P(), "model.layers.{i}.gain")),
+    "a vector in a block": (
+        "Block", Scale, Parameter("blocks/{i}/scale", "head", P("fsdp"), "model.layers.{i}.scale", counted=False)
+    ),
+    "a table": ("Embedding", Shift, Parameter("embed/shift", "embedding", ROW, "model.shift.weight")),
+}  # fmt: skip
+
+
+@pytest.fixture
+def fresh_graphs():
+    gpt._graph.cache_clear()
+    yield
+    gpt._graph.cache_clear()
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+def test_a_new_parameter_trains_is_split_saved_and_restored(name, fp8, monkeypatch, tmp_path, fresh_graphs):
+    module, replacement, row = NEW[name]
+    monkeypatch.setattr(gpt, module, replacement)  # the line in the module
+    monkeypatch.setattr(parameters, "TABLE", (*TABLE, row))  # the line in the table
+    monkeypatch.setattr("jaxchat.ops.triton.INTERPRET", fp8)
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    compute = Compute(jnp.bfloat16 if fp8 else jnp.float32, mesh, fp8=fp8)
+    optimizer = make_optimizer(OptimizerConfig(), CONFIG, optax.constant_schedule(1.0), mesh=mesh)
+    state = init_state(init_params(CONFIG, jax.random.key(0)), optimizer)
+    placed = shardings(mesh, state)
+    state = jax.device_put(state, placed)
+    new = {path: np.asarray(leaf) for path, leaf in named_parameters(state["params"]) if row.match(path)}
+    assert len(new) == (1 if module == "Embedding" else CONFIG.depth)
+    assert count_parameters(CONFIG).total == sum(
+        leaf.size for path, leaf in named_parameters(state["params"]) if row_of(path).counted
+    )
+
+    step = make_train_step(CONFIG, optimizer, compute, state_shardings=placed)
+    tokens = jax.random.randint(jax.random.key(1), (1, 4, 17), 0, CONFIG.vocab_size)
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, {"inputs": tokens[..., :-1], "targets": tokens[..., 1:]})
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    trained = dict(named_parameters(state["params"]))
+    for path, before in new.items():
+        assert not np.array_equal(trained[path], before), path
+        assert trained[path].sharding.spec == row.spec
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(3, state, data={}, meta={})
+    checkpoints.close()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    restored, _, _ = Checkpoints(tmp_path / "checkpoints").restore(abstract, 3)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
