@@ -207,7 +207,7 @@ class TestStages:
         run = copy(finished, tmp_path / "run", "pretrain", "sft")
         code, out, err = start(run, "--stages=rl,evaluate", "--rl.tasks=gsm8k", "--evaluate.of=rl")
         assert code == 0, err
-        assert "rl        skipped: none of its tasks (gsm8k)" in out
+        assert "rl        skipped: the data folder has none of its tasks (gsm8k)" in out
         assert "evaluate  rl left no model" in out
         assert record(run, "rl")["steps"] == 0
 
@@ -246,7 +246,7 @@ class TestResume:
                 interrupt_at(patch, Batches, step)
                 code, _, err = start(run, f"--stages={stage}")
             assert code == 130
-            assert "goes on from here" in err
+            assert "resumes from there" in err
         code, _, err = start(run, f"--stages={stage}")
         assert code == 0, err
         assert "resuming at step 4 of 6" in err

@@ -63,8 +63,8 @@ def test_how_far_it_is(monkeypatch):
     assert lines == [
         "tokenizer 1.00M of about 4.00M characters read, 18s left",
         "tokenizer 3.00M of about 4.00M characters read, 6s left",
-        "tokenizer 356 of 1,000 tokens learnt, 39s left",
-        "tokenizer 1,000 of 1,000 tokens learnt, 0s left",
+        "tokenizer 356 of 1,000 tokens learned, 39s left",
+        "tokenizer 1,000 of 1,000 tokens learned, 0s left",
     ]
     assert progress.characters == 4_100_000
 
