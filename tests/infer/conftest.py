@@ -49,7 +49,9 @@ def random_params(config):
     keys = iter(jax.random.split(jax.random.key(1), 100))
 
     def fill(leaf):
-        return jnp.where(jnp.any(leaf), leaf, jax.random.normal(next(keys), leaf.shape) / leaf.shape[0] ** 0.5)
+        return jnp.where(
+            jnp.any(leaf), leaf, jax.random.normal(next(keys), leaf.shape) / len(jnp.atleast_1d(leaf)) ** 0.5
+        )
 
     return jax.tree.map(fill, init_params(config, jax.random.key(0)))
 

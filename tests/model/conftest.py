@@ -14,7 +14,7 @@ def random_params():
         leaves, structure = jax.tree.flatten(params)
         keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
         filled = [
-            jnp.where(jnp.any(leaf), leaf, 0.5 * jax.random.normal(key, leaf.shape) / leaf.shape[0] ** 0.5)
+            jnp.where(jnp.any(leaf), leaf, 0.5 * jax.random.normal(key, leaf.shape) / len(jnp.atleast_1d(leaf)) ** 0.5)
             for leaf, key in zip(leaves, keys, strict=True)
         ]
         return jax.tree.unflatten(structure, filled)
