@@ -264,7 +264,11 @@ class TestResume:
 
     def test_interrupted_rl_is_the_uninterrupted_one(self, finished, tmp_path, monkeypatch):
         # So little training answers nothing right; with such rewards there is something to learn.
-        monkeypatch.setattr(rl, "score", lambda asked, completions, _: [sum(c.tokens) % 7 / 6 for c in completions])
+        def score(asked, completions, _):
+            return [sum(c.tokens) % 7 / 6 for c in completions]
+
+        for module in ("jaxchat.rl.rollouts", "jaxchat.stages.rl"):
+            monkeypatch.setattr(f"{module}.score", score)
         whole, parts = tmp_path / "whole", tmp_path / "parts"
         for run in (whole, parts):
             run.mkdir()
