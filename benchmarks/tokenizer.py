@@ -23,11 +23,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import jaxchat_tokenizer as rust
 import tyro
 from texts import MB, prefix, size_of, stream, text_files
 from timing import Failed, alone, contest, have, machine, medians, say, table
 
+import jaxchat_tokenizer as rust
 from jaxchat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from jaxchat.tokenizer.patterns import CL100K_PATTERN, O200K_PATTERN, R50K_PATTERN
 

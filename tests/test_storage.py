@@ -202,7 +202,7 @@ def test_metrics_outlast_a_storage_that_does_not_answer(bucket, server, monkeypa
     sink = Metrics(bucket, "pretrain", live=False)
     server.stop()
     sink.log(4, loss=0.25)
-    with pytest.raises(UserError, match=f"{bucket}/metrics.jsonl cannot be written .*; the same command goes on"):
+    with pytest.raises(UserError, match=f"{bucket}/metrics.jsonl cannot be written .*; the same command resumes"):
         sink.close()
     server.start()
 

@@ -32,7 +32,7 @@ _PEAK_FLOPS: tuple[tuple[str, float], ...] = (
 
 
 def device_peak_flops(kind: str) -> float | None:
-    """The dense bf16 peak of one device in FLOP/s by JAX's `device_kind`; None for a device that is not in the table."""
+    """The dense bf16 peak of one device in FLOP/s, by JAX's `device_kind`; None for an unknown device."""
     if "MIG" in kind:
         return None
     return next((peak for pattern, peak in _PEAK_FLOPS if re.search(pattern, kind)), None)

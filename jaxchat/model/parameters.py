@@ -107,16 +107,19 @@ def groups_of(params: Any) -> Any:
 def shardings(mesh: Mesh, tree: Any) -> Any:
     """The NamedSharding of each leaf of `tree`: arrays or ShapeDtypeStructs of parameters, optimizer state, or both.
 
-    Scalars are replicated, and so is a dimension that its mesh axis does not divide.
+    Scalars are replicated, and so are a dimension that its mesh axis does not divide and what an optimizer keeps beside
+    the trees like the parameters' (`opt_state/...` without a row).
 
     Raises:
-      LookupError: an array is not in the table.
+      LookupError: a parameter is not in the table.
     """
 
     def place(keys, leaf):
-        if leaf.ndim == 0:
+        path = path_of(keys)
+        own = path.startswith("opt_state/") and not any(row.match(path) for row in TABLE)
+        if leaf.ndim == 0 or own:
             return NamedSharding(mesh, P())
-        spec = row_of(path_of(keys)).spec
+        spec = row_of(path).spec
         axes = (axis if _divides(mesh, axis, size) else None for axis, size in zip(spec, leaf.shape, strict=False))
         return NamedSharding(mesh, P(*axes))
 

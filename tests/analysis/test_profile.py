@@ -33,7 +33,7 @@ def test_profile(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name an experiment: --experiment="),
+        ([], "no experiment given; write --experiment="),
         (["--experiment=d21"], "unknown experiment 'd21'"),
         (["--experiment=d12", "--stesp=3"], "did you mean '--steps'"),
         (["--experiment=d12", "--steps=0"], "--steps is 0"),

@@ -39,6 +39,13 @@ def test_every_parameter_has_one_row_and_every_row_a_parameter():
     assert set(rows) == set(TABLE) and len(rows) == 6 * CONFIG.depth + 2
 
 
+def test_what_an_optimizer_keeps_for_itself_is_replicated():
+    mesh = make_mesh(MeshConfig(tensor=4))
+    assert shardings(mesh, {"opt_state": {"table": jnp.ones((8, 8))}})["opt_state"]["table"].spec == P()
+    with pytest.raises(LookupError, match="params/table has 0 rows"):
+        shardings(mesh, {"params": {"table": jnp.ones((8, 8))}})
+
+
 @pytest.mark.parametrize("path", ["blocks/0/attn/q", "blocks/x/attn/q/kernel", "extra", "blocks/0/attn/q/kernel/0"])
 def test_a_parameter_without_a_row_is_an_error(path):
     with pytest.raises(LookupError, match="has 0 rows in jaxchat/model/parameters.py"):

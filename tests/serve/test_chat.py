@@ -125,7 +125,7 @@ def test_the_oldest_turns_make_room(run_dir):
     assert done.returncode == 0
     assert done.stdout.splitlines()[0] == "Grüße, 日本 🙂!"
     notes = done.stderr.splitlines()
-    assert "(the context is full: from here on the oldest turns are forgotten)" in notes
+    assert "(the context is full: the oldest turns are now being forgotten)" in notes
     assert any(re.fullmatch(r"error: this message has \d+ tokens, .* context of 128; shorten it", n) for n in notes)
 
 
@@ -141,7 +141,7 @@ def test_a_terminal(run_dir):
         terminal.expect("> ")
         time.sleep(0.5)  # the prompt is written a moment before its line can be interrupted
         terminal.type("\x03")
-        terminal.expect("(/quit or Ctrl-D leaves)")
+        terminal.expect("(press Ctrl-D or type /quit to leave)")
         terminal.type("/nonsense\n")
         terminal.expect("unknown command /nonsense")
         terminal.type("What is 34 + 58?\n")
@@ -215,7 +215,7 @@ def test_earlier_steps(run_dir, tmp_path):
     ("arguments", "message"),
     [
         (["chat"], "the following arguments are required: --run"),
-        (["talk"], "invalid choice"),
+        (["talk"], "unknown command 'talk', did you mean"),
         ([], "required"),
         (["chat", "--run", "no/such/run"], "there is no run directory no/such/run"),
         (["chat", "--run", "RUN", "--stage", "stf"], "'stf' is not a stage with a model, did you mean 'sft'?"),
@@ -225,7 +225,7 @@ def test_earlier_steps(run_dir, tmp_path):
         (["chat", "--run", "RUN", "--step", "last"], "--step is 'last'; it must be a number, or best"),
         (["chat", "--run", "RUN", "--step", "best"], "train with --checkpoints.keep-best, or name one of [150]"),
         (["chat", "--run", "EMPTY"], "EMPTY is not a run: it has no config.json"),
-        (["chat", "--run", "RUN", "--temperature", "hot"], "invalid float value: 'hot'"),
+        (["chat", "--run", "RUN", "--temperature", "hot"], "--temperature takes a number"),
         (["chat", "--run", "RUN", "--temperature", "-1"], "--temperature is -1.0"),
         (["chat", "--run", "RUN", "--temperature", "inf"], "--temperature is inf"),
         (["chat", "--run", "RUN", "--top-k", "0"], "--top-k is 0"),
