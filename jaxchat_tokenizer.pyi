@@ -1,4 +1,4 @@
-"""Byte-pair encoding in Rust: the types of the extension module."""
+"""Type stubs of the Rust extension module for byte-pair encoding (rust_tokenizer/)."""
 
 from collections.abc import Callable, Iterable, Sequence
 

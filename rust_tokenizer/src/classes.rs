@@ -1,10 +1,10 @@
-//! Unicode classes of characters, as the split pattern distinguishes them.
+//! The Unicode character classes that the default split pattern distinguishes.
 
 use std::sync::LazyLock;
 
 use regex_syntax::hir::{Class, HirKind};
 
-/// What the default split pattern sees in a character. Every character has exactly one of these classes.
+/// The class of a character in the default split pattern. Every character has exactly one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// `[^\s\p{L}\p{N}]`
@@ -13,13 +13,13 @@ pub enum Kind {
     Letter,
     /// `\p{N}`
     Number,
-    /// `\s` without the two line breaks
+    /// `\s` except `\r` and `\n`
     Space,
     /// `\r` or `\n`
     Newline,
 }
 
-/// The class of each byte that is a character; None for the bytes of longer ones. Most text needs no other table.
+/// The class of each ASCII byte; None for bytes of multi-byte characters. Most text needs no other table.
 const ASCII: [Option<Kind>; 256] = {
     let mut table = [None; 256];
     let mut byte = 0;
@@ -36,8 +36,8 @@ const ASCII: [Option<Kind>; 256] = {
     table
 };
 
-/// The class of each code point. The ranges come from `regex-syntax`, the crate behind the regex engines, so that the
-/// scanner and the regex agree on every version of Unicode. 1.1 MB, of which text touches a few pages.
+/// The class of each code point. The ranges come from `regex-syntax`, which the regex engines use too, so that the
+/// scanner and the regex always follow the same version of Unicode. It takes 1.1 MB, of which text touches a few pages.
 static TABLE: LazyLock<Vec<Kind>> = LazyLock::new(|| {
     let mut table = vec![Kind::Other; char::MAX as usize + 1];
     for (pattern, kind) in [(r"\p{L}", Kind::Letter), (r"\p{N}", Kind::Number), (r"\s", Kind::Space)] {
@@ -50,7 +50,7 @@ static TABLE: LazyLock<Vec<Kind>> = LazyLock::new(|| {
     table
 });
 
-/// The ranges (both ends included) of code points that a one-character pattern matches.
+/// The inclusive ranges of code points that a one-character pattern matches.
 fn ranges(pattern: &str) -> Vec<(char, char)> {
     let hir = regex_syntax::parse(pattern).expect("the pattern is a constant");
     match hir.into_kind() {
@@ -59,7 +59,7 @@ fn ranges(pattern: &str) -> Vec<(char, char)> {
     }
 }
 
-/// A handle on the table, taken once for a text, so that the look-up of each character is a plain index.
+/// A handle to the table, taken once per text so that looking up a character is a plain index.
 #[derive(Clone, Copy)]
 pub struct Classes(&'static [Kind]);
 
@@ -72,7 +72,7 @@ impl Classes {
         self.0[character as usize]
     }
 
-    /// The class of the character that starts at byte `at`, and the byte where the next one starts.
+    /// The class of the character that starts at byte `at`, and the byte offset of the next character.
     /// None at the end of the text.
     #[inline(always)]
     pub fn next(self, text: &str, at: usize) -> Option<(Kind, usize)> {

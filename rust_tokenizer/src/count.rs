@@ -11,13 +11,13 @@ use crate::error::Error;
 use crate::piece_key::{INLINE, inline_key, slot};
 use crate::split::Splitter;
 
-/// 2^14 entries of 32 bytes are half of a usual second-level cache.
+/// 2^14 entries of 32 bytes fill half of a typical L2 cache.
 const FRONT_BITS: u32 = 14;
 const BLOCK: usize = 64;
-/// The bytes of a full batch.
+/// The size of a full batch in bytes.
 pub const FULL: usize = 1 << 20;
 
-/// How often each distinct piece occurs. Memory grows with the distinct pieces, not with the text.
+/// How often each distinct piece occurs. Memory grows with the number of distinct pieces, not with the text.
 #[derive(Debug, Default)]
 pub struct PieceCounts {
     short: ShortCounts,
@@ -32,7 +32,7 @@ impl PieceCounts {
         }
     }
 
-    /// Adds the counts of another table, which another thread filled.
+    /// Adds the counts of another table, such as one filled by another thread.
     pub fn merge(&mut self, other: Self) {
         other.short.iter().for_each(|(key, count)| self.short.add(key, count));
         other.long.into_iter().for_each(|(piece, count)| self.add_long(&piece, count));
@@ -54,10 +54,10 @@ impl PieceCounts {
     }
 }
 
-/// Counts by key: open addressing, at most half full, so that nearly every look-up is one access to memory.
+/// Counts by key. Open addressing, at most half full, so that nearly every look-up is a single memory access.
 #[derive(Debug)]
 struct ShortCounts {
-    /// Key and count; an empty place has the key 0, which no piece has.
+    /// Keys and counts; an empty slot has the key 0, which no piece has.
     entries: Vec<(u128, u64)>,
     bits: u32,
     filled: usize,
@@ -106,8 +106,8 @@ impl ShortCounts {
     }
 }
 
-/// Counts the pieces of texts. In front of the table is a small one, in which a new piece takes the place of an old one,
-/// whose count then goes to the table: most pieces of a text are one of a few thousand.
+/// Counts the pieces of texts. A small table sits in front of the full one: a new piece replaces an old one there,
+/// whose count then moves to the full table. Most pieces of a text are among a few thousand.
 #[derive(Debug)]
 pub struct Counter {
     front: Vec<(u128, u64)>,
@@ -124,7 +124,7 @@ impl Counter {
     /// Splits a text and counts its pieces.
     pub fn add_text(&mut self, splitter: &Splitter, text: &str) -> Result<(), Error> {
         let bytes = text.as_bytes();
-        // Keys are counted in blocks, so that the look-ups of a block overlap and none waits for the scanner.
+        // Keys are counted in blocks so that the look-ups of a block overlap and do not wait for the scanner.
         let mut keys = [0; BLOCK];
         let mut number = 0;
         splitter.split(text, |start, end| {
@@ -166,7 +166,7 @@ impl Counter {
     }
 }
 
-/// Some texts in one allocation.
+/// Several texts in one allocation.
 #[derive(Debug, Default)]
 pub struct Batch {
     text: String,
@@ -180,7 +180,7 @@ impl Batch {
     }
 
     /// Replaces the texts with those that Arrow stores in `bytes`: text i is `bytes[offsets[i]..offsets[i + 1]]`.
-    /// Otherwise says what is wrong, and holds no texts.
+    /// On damaged input, returns what is wrong and leaves the batch empty.
     pub fn replace(&mut self, offsets: &[i64], bytes: &[u8]) -> Result<(), &'static str> {
         self.clear();
         let [first, ends @ ..] = offsets else { return Ok(()) };
@@ -200,7 +200,8 @@ impl Batch {
         Ok(())
     }
 
-    /// Drops the texts after the one in which the characters reach `limit`. Gives the number of characters left.
+    /// Drops the texts after the one in which the character count reaches `limit`. Returns the number of characters
+    /// kept.
     pub fn truncate(&mut self, limit: u64) -> u64 {
         let (mut characters, mut kept) = (0, 0);
         for text in self.texts() {
@@ -214,13 +215,13 @@ impl Batch {
         characters
     }
 
-    /// Makes room for other texts in the same allocation.
+    /// Removes the texts and keeps the allocation.
     fn clear(&mut self) {
         self.text.clear();
         self.ends.clear();
     }
 
-    /// Whether it has enough to be worth a thread's while, and yet is in the processor's cache when it is counted.
+    /// Whether the batch is large enough to be worth handing to a thread; it still fits into the cache for counting.
     pub fn is_full(&self) -> bool {
         self.text.len() >= FULL
     }
@@ -235,8 +236,8 @@ impl Batch {
     }
 }
 
-/// Counts the pieces of all batches that `next` fills until it leaves one empty. `next` runs on the calling thread while
-/// `threads` others count, each into a table of its own; at most two batches a thread wait.
+/// Counts the pieces of all batches that `next` fills, until it leaves one empty. `next` runs on the calling thread
+/// while `threads` others count, each into its own table. At most two batches per thread are waiting at a time.
 pub fn count_batches<E: From<Error>>(
     splitter: &Splitter,
     threads: NonZero<usize>,
@@ -245,11 +246,11 @@ pub fn count_batches<E: From<Error>>(
     let failed = AtomicBool::new(false);
     let (sender, receiver) = mpsc::sync_channel::<Batch>(2 * threads.get());
     let receiver = Mutex::new(receiver);
-    // Fresh memory costs more than the copy of a text into it.
+    // Batches are reused: fresh memory costs more than copying a text into it.
     let (used_sender, used) = mpsc::channel::<Batch>();
     let count = |used: mpsc::Sender<Batch>| {
         let mut counter = Counter::default();
-        // The lock is held while waiting for a batch, and free while counting it.
+        // The lock is held while waiting for a batch and released while counting it.
         while let Some(mut batch) = receiver.lock().ok().and_then(|receiver| receiver.recv().ok()) {
             for text in batch.texts() {
                 if let Err(error) = counter.add_text(splitter, text) {
@@ -258,7 +259,7 @@ pub fn count_batches<E: From<Error>>(
                 }
             }
             batch.clear();
-            // Nobody wants it if no more batches come.
+            // Sending fails only when no more batches are coming.
             _ = used.send(batch);
         }
         Ok(counter.finish())
@@ -273,7 +274,7 @@ pub fn count_batches<E: From<Error>>(
             while !failed.load(Ordering::Relaxed) {
                 let mut batch = used.try_recv().unwrap_or_default();
                 next(&mut batch)?;
-                // Nobody receives only if all workers have failed, which they report themselves.
+                // Sending fails only if all workers have failed, and they report that themselves.
                 if batch.is_empty() || sender.send(batch).is_err() {
                     break;
                 }

@@ -1,18 +1,19 @@
-//! Ids back to bytes.
+//! Decoding: token ids back to bytes.
 
 use std::num::NonZero;
 
 use crate::error::Error;
 use crate::threads::threads_or_all;
 
-/// Most tokens are shorter. Copying always as many bytes takes fewer instructions than copying just enough.
+/// Most tokens are shorter than this. Copying a fixed number of bytes takes fewer instructions than copying exactly
+/// as many as needed.
 const WINDOW: usize = 16;
-/// Below this many ids a thread is not worth its start.
+/// A thread is not worth starting for fewer ids than this.
 const IDS_A_THREAD: usize = 1 << 16;
 
-/// An integer type that ids come in.
+/// An integer type that can hold ids.
 pub trait Id: Copy + Sync {
-    /// The id as a number that holds all of them, the bad ones included.
+    /// The id as a number wide enough for any value, including invalid ids.
     fn number(self) -> i64;
 }
 
@@ -28,10 +29,10 @@ impl Id for u32 {
     }
 }
 
-/// The bytes of all tokens in one allocation, so that the frequent ones share the processor's cache.
+/// The bytes of all tokens in one allocation, so that the frequent ones stay in the processor's cache.
 #[derive(Debug)]
 pub struct Decoder {
-    /// `WINDOW` bytes follow the last token.
+    /// The tokens, followed by `WINDOW` bytes of padding.
     bytes: Vec<u8>,
     /// Token i is `bytes[ends[i]..ends[i + 1]]`.
     ends: Vec<usize>,
@@ -56,7 +57,7 @@ impl Decoder {
         }
     }
 
-    /// The number of bytes that the tokens have together.
+    /// The total number of bytes of the tokens.
     pub fn size<I: Id>(&self, ids: &[I]) -> Result<usize, Error> {
         ids.iter().try_fold(0, |sum, &id| match self.range(id) {
             Some((start, end)) => Ok(sum + end - start),
@@ -64,7 +65,7 @@ impl Decoder {
         })
     }
 
-    /// The bytes of the tokens, one after the other.
+    /// The concatenated bytes of the tokens.
     pub fn decode<I: Id>(&self, ids: &[I], threads: Option<NonZero<usize>>) -> Result<Vec<u8>, Error> {
         let decoding = self.prepare(ids, threads)?;
         let mut out = vec![0; decoding.size()];
@@ -72,8 +73,8 @@ impl Decoder {
         Ok(out)
     }
 
-    /// Looks at all ids, so that memory for exactly their bytes can be had. `threads`: as many as the machine has cores
-    /// if not given; fewer are used when there are few ids.
+    /// Checks all ids and adds up their sizes, so that the caller can allocate exactly as many bytes. `threads`
+    /// defaults to the number of cores; fewer are used when there are few ids.
     pub fn prepare<'a, I: Id>(
         &'a self,
         ids: &'a [I],
@@ -86,12 +87,12 @@ impl Decoder {
         Ok(Decoding { decoder: self, parts, sizes: sizes? })
     }
 
-    /// Writes the bytes of good ids to `out`, which has the room for exactly these.
+    /// Writes the bytes of valid ids to `out`, which must be exactly as long.
     fn write<I: Id>(&self, ids: &[I], out: &mut [u8]) {
         let mut at = 0;
         for (start, end) in ids.iter().filter_map(|&id| self.range(id)) {
             let size = end - start;
-            // What is too much is overwritten by the next token.
+            // Excess bytes are overwritten by the next token.
             match (out.get_mut(at..at + WINDOW), self.bytes.get(start..start + WINDOW)) {
                 (Some(slot), Some(window)) if size <= WINDOW => slot.copy_from_slice(window),
                 _ => out[at..at + size].copy_from_slice(&self.bytes[start..end]),
@@ -101,7 +102,7 @@ impl Decoder {
     }
 }
 
-/// Ids that are known to be good, one part a thread, and how many bytes each part has.
+/// Ids known to be valid, split into one part per thread, with the size of each part in bytes.
 pub struct Decoding<'a, I> {
     decoder: &'a Decoder,
     parts: Vec<&'a [I]>,
@@ -114,7 +115,7 @@ impl<I: Id> Decoding<'_, I> {
         self.sizes.iter().sum()
     }
 
-    /// Writes them to `out`, which has room for exactly these.
+    /// Writes the bytes to `out`, which must be exactly `size()` long.
     pub fn write(&self, mut out: &mut [u8]) {
         let jobs = self.parts.iter().zip(&self.sizes).map(|(part, &size)| {
             let (slot, behind) = std::mem::take(&mut out).split_at_mut(size);
@@ -125,7 +126,7 @@ impl<I: Id> Decoding<'_, I> {
     }
 }
 
-/// The results of all jobs, each run by a thread of its own, the first by the calling one.
+/// The results of all jobs. The first runs on the calling thread, each of the others on its own.
 fn in_parallel<R: Send>(mut jobs: impl Iterator<Item = impl FnOnce() -> R + Send>) -> impl Iterator<Item = R> {
     std::thread::scope(|scope| {
         let first = jobs.next();

@@ -1,8 +1,8 @@
-//! Split patterns as deterministic automata: a step a byte, whatever the pattern.
+//! Split patterns as deterministic automata, which take one step per byte whatever the pattern.
 //!
-//! An automaton knows no possessive repetition and no look-ahead. Split patterns use both, but mostly in two ways that
-//! can do without: a possessive repetition that would not give anything back anyway, and `\s+(?!\S)` as an alternative.
-//! Patterns that do more are left to the regex engine with backtracking.
+//! An automaton supports neither possessive repetition nor look-ahead. Split patterns use both, but mostly in two ways
+//! that can be expressed without them: a possessive repetition that would not give anything back anyway, and
+//! `\s+(?!\S)` as an alternative. Other patterns are left to the backtracking regex engine.
 
 use regex_automata::dfa::{Automaton, StartKind, dense};
 use regex_automata::nfa::thompson::{self, WhichCaptures};
@@ -12,8 +12,8 @@ use regex_syntax::ast::{Ast, Flag, FlagsItemKind, GroupKind, RepetitionKind, Vis
 use regex_syntax::hir::translate::Translator;
 use regex_syntax::hir::{Class, ClassUnicode, ClassUnicodeRange, Hir, HirKind, Look};
 
-/// Automata larger than this many bytes are not worth their construction, half a second, nor their place in the
-/// processor's cache. The published patterns need at most 3 MB and 35 ms.
+/// The size limit of an automaton in bytes. Larger ones are worth neither the half second to build them nor the cache
+/// they take. The published patterns need at most 3 MB and 35 ms.
 const LARGEST: usize = 8 << 20;
 
 /// Finds the matches of a pattern.
@@ -22,14 +22,14 @@ pub struct Dfa {
     stages: Vec<Stage>,
 }
 
-/// Some alternatives of a pattern. Those of the next stage are tried where none of these matches.
+/// Consecutive alternatives of a pattern. The next stage is tried where none of these matches.
 #[derive(Debug)]
 struct Stage {
     automaton: dense::DFA<Vec<u32>>,
     start: StateID,
-    /// The index of the last alternative if that is a run of a class with `(?!...)` of all other characters behind it.
-    /// The automaton matches the whole run. What is behind a run is never of the class: the run has to give back its
-    /// last character, unless it ends the text.
+    /// The index of the last alternative if it is a run of a class followed by `(?!...)` of all other characters.
+    /// The automaton matches the whole run. The character after a run is never in the class, so the run has to give
+    /// back its last character unless it ends the text.
     run: Option<usize>,
 }
 
@@ -40,7 +40,7 @@ struct Alternative {
 }
 
 impl Dfa {
-    /// None if the pattern needs more than an automaton. The pattern must be one that compiles.
+    /// None if the pattern needs more than an automaton. The pattern must compile as a regex.
     pub fn new(pattern: &str) -> Option<Self> {
         let alternatives: Option<Vec<Alternative>> =
             split_alternatives(pattern)?.into_iter().map(alternative).collect();
@@ -87,7 +87,7 @@ impl Stage {
             };
             if self.automaton.is_special_state(state) {
                 if self.automaton.is_match_state(state) {
-                    // A state tells that the bytes before the present one match.
+                    // A match state means that the bytes before the current one match.
                     found = Some((self.automaton.match_pattern(state, 0).as_usize(), end));
                 } else if self.automaton.is_dead_state(state) {
                     break;
@@ -107,7 +107,7 @@ impl Stage {
     }
 }
 
-/// The parts between the `|` that are in no group. None if brackets do not match.
+/// The parts between the top-level `|`. None if parentheses are unbalanced.
 fn split_alternatives(pattern: &str) -> Option<Vec<&str>> {
     let mut parts = Vec::new();
     let (mut start, mut groups, mut classes) = (0, 0u32, 0u32);
@@ -117,7 +117,7 @@ fn split_alternatives(pattern: &str) -> Option<Vec<&str>> {
             '\\' => _ = characters.next(),
             '[' => {
                 classes += 1;
-                // `]` is no end where a class begins.
+                // A `]` at the start of a class does not end it.
                 characters.next_if(|&(_, next)| next == '^');
                 characters.next_if(|&(_, next)| next == ']');
             }
@@ -147,7 +147,7 @@ fn alternative(text: &str) -> Option<Alternative> {
     let hir = parse(&without_possessives(text)?)?;
     let properties = hir.properties();
     let only_end = properties.look_set().iter().all(|look| look == Look::End);
-    // A match of nothing is no piece, and where to go on after it would need thought.
+    // An empty match is not a piece, and continuing after one would need special care.
     (only_end && properties.minimum_len()? > 0).then_some(Alternative { hir, is_run: false })
 }
 
@@ -157,8 +157,8 @@ fn parse(text: &str) -> Option<Hir> {
     Translator::new().translate(text, &ast).ok()
 }
 
-/// Finds what would be read in two ways: flags but `i` and `s`, and a repetition of a repetition, which is possessive to
-/// the one engine and nothing of the kind to the other.
+/// Rejects what the two engines read differently: flags other than `i` and `s`, and a repetition of a repetition, which
+/// one engine takes to be possessive and the other does not.
 struct OnlyPlain;
 
 impl Visitor for OnlyPlain {
@@ -186,7 +186,7 @@ fn is_plain(flag: &FlagsItemKind) -> bool {
     matches!(flag, FlagsItemKind::Negation | FlagsItemKind::Flag(Flag::CaseInsensitive | Flag::DotMatchesNewLine))
 }
 
-/// The alternative with greedy repetitions instead of the possessive ones. None if that could change what it matches.
+/// The alternative with its possessive repetitions made greedy. None if that could change what it matches.
 fn without_possessives(text: &str) -> Option<String> {
     let ast = regex_syntax::ast::parse::Parser::new().parse(text).ok()?;
     let items = match &ast {
@@ -194,7 +194,7 @@ fn without_possessives(text: &str) -> Option<String> {
         single => std::slice::from_ref(single),
     };
     let mut plain = String::new();
-    // From the last to the first, so that what follows is there when it is asked for.
+    // From last to first, so that what follows an item is known when the item is checked.
     for item in items.iter().rev() {
         let span = item.span();
         let mut end = span.end.offset;
@@ -206,7 +206,7 @@ fn without_possessives(text: &str) -> Option<String> {
             }
             let body = inner.ast.span();
             let given_back = class(&parse(&text[body.start.offset..body.end.offset])?)?;
-            // To give something back would help if what follows could begin with it; not if that can be empty anyway.
+            // Giving something back could help only if what follows can begin with it, and cannot be empty anyway.
             let follows = parse(&plain)?;
             let always = follows.properties().minimum_len() == Some(0) && follows.properties().look_set().is_empty();
             let mut common = first(&follows)?;
@@ -221,7 +221,7 @@ fn without_possessives(text: &str) -> Option<String> {
     Some(plain)
 }
 
-/// The characters of an expression that matches exactly one.
+/// The characters that an expression matches if it always matches exactly one character.
 fn class(hir: &Hir) -> Option<ClassUnicode> {
     match hir.kind() {
         HirKind::Class(Class::Unicode(class)) => Some(class.clone()),
@@ -234,7 +234,7 @@ fn class(hir: &Hir) -> Option<ClassUnicode> {
     }
 }
 
-/// The characters with which a match can begin. None if that depends on what is around it, other than the end.
+/// The characters with which a match can begin. None if that depends on its surroundings, other than the end of text.
 fn first(hir: &Hir) -> Option<ClassUnicode> {
     let mut union = ClassUnicode::empty();
     match hir.kind() {
@@ -304,7 +304,7 @@ pub(crate) mod tests {
         [DEFAULT_PATTERN, GPT2, CL100K, O200K].into_iter().chain(OTHERS)
     }
 
-    /// What the regex engine finds exactly at `at`.
+    /// The end of the regex engine's match that starts exactly at `at`.
     fn anchored(regex: &Regex, text: &str, at: usize) -> Option<usize> {
         let found = regex.find_from_pos(text, at).unwrap()?;
         (found.start() == at).then_some(found.end())
@@ -318,7 +318,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn patterns_of_others_need_no_more() {
+    fn published_patterns_become_automata() {
         for pattern in all() {
             assert!(Dfa::new(pattern).is_some(), "{pattern}");
             Regex::new(pattern).unwrap();
@@ -326,7 +326,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_an_automaton_cannot_tell() {
+    fn patterns_beyond_an_automaton_are_rejected() {
         for pattern in NOT {
             assert!(Dfa::new(pattern).is_none(), "{pattern}");
             Regex::new(pattern).unwrap();
@@ -341,7 +341,7 @@ pub(crate) mod tests {
         check(OTHERS[7], "aaab aab a");
     }
 
-    /// Patterns of a few parts, in which repetitions and what follows them meet.
+    /// Short patterns in which repetitions interact with what follows them.
     fn any_pattern() -> impl Strategy<Value = String> {
         let class =
             prop::sample::select(vec!["a", "b", "[ab]", "[^a]", r"\s", r"\S", r"\p{L}", ".", "(?i:b|ab)", "(a|bc)"]);
@@ -360,7 +360,7 @@ pub(crate) mod tests {
         #![proptest_config(ProptestConfig::with_cases(500))]
 
         #[test]
-        fn any_pattern_that_an_automaton_takes(pattern in any_pattern(), text in "[abBc \\né]{0,12}") {
+        fn any_pattern_with_an_automaton(pattern in any_pattern(), text in "[abBc \\né]{0,12}") {
             let Ok(regex) = Regex::new(&pattern) else { return Ok(()) };
             if let Some(dfa) = Dfa::new(&pattern) {
                 for (at, _) in text.char_indices() {

@@ -10,29 +10,29 @@ use crate::split::Splitter;
 use crate::threads::threads_or_all;
 use crate::vocab::Vocabulary;
 
-/// Below this many bytes a text is encoded faster than a thread starts.
+/// Encoding fewer bytes than this is faster than starting a thread.
 const BYTES_A_THREAD: usize = 1 << 15;
 /// Texts are handed to threads in blocks of about this many bytes.
 const BLOCK: usize = 1 << 18;
-/// 2^17 entries of 32 bytes, 4 MB a thread: English at 103 MB/s; 2^14: 82, 2^18: 110.
+/// 2^17 entries of 32 bytes take 4 MB per thread and encode English at 103 MB/s (2^14: 82 MB/s, 2^18: 110 MB/s).
 const CACHE_BITS: u32 = 17;
-/// Three ids and their number fill an entry's 32 bytes.
+/// A key, three ids and their count fill an entry's 32 bytes.
 const CACHED_IDS: usize = 3;
 
-/// Ids of a few texts, one after the other; text i has `ids[offsets[i]..offsets[i + 1]]`.
+/// The concatenated ids of several texts; text i has `ids[offsets[i]..offsets[i + 1]]`.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Encoded {
     pub ids: Vec<u32>,
     pub offsets: Vec<i64>,
 }
 
-/// The pieces seen last and their ids: a table without chains, where a new piece takes the place of an old one. Text
-/// repeats few pieces most of the time. One cache serves one thread.
+/// Recently seen pieces and their ids: a direct-mapped table, in which a new piece replaces the old one in its slot.
+/// Most of a text consists of few distinct pieces. One cache serves one thread at a time.
 struct Cache(Vec<Entry>);
 
 #[derive(Clone, Copy)]
 struct Entry {
-    /// `inline_key` of the piece; 0, the key of the empty piece, where there is none.
+    /// The `inline_key` of the piece; 0, the key of the empty piece, in an empty slot.
     key: u128,
     count: u32,
     ids: [u32; CACHED_IDS],
@@ -44,11 +44,11 @@ impl Cache {
     }
 }
 
-/// Splits and encodes.
+/// Splits texts and encodes their pieces.
 pub struct Encoder {
     splitter: Splitter,
     vocabulary: Vocabulary,
-    /// Caches that no thread is using.
+    /// Caches that are not in use by a thread.
     caches: Mutex<Vec<Cache>>,
 }
 
@@ -61,8 +61,8 @@ impl Encoder {
         &self.vocabulary
     }
 
-    /// The ids of each text, in order, each text behind `prepend` and before `append` if given. `threads`: as many as
-    /// the machine has cores if not given; fewer are used when there is little text.
+    /// The ids of each text, in order, with `prepend` before and `append` after each text if given. `threads` defaults
+    /// to the number of cores; fewer are used when there is little text.
     pub fn encode<T: AsRef<str> + Sync>(
         &self,
         texts: &[T],
@@ -90,7 +90,7 @@ impl Encoder {
         Ok(concatenate(parts, texts.len()))
     }
 
-    /// `work` on each block, by threads that take the next block when they are free. Results in the order of blocks.
+    /// Runs `work` on each block, on threads that take the next block when they are free. Results are in block order.
     fn in_parallel<T: Sync>(
         &self,
         blocks: &[&[T]],
@@ -110,7 +110,7 @@ impl Encoder {
         };
         std::thread::scope(|scope| {
             for _ in 1..threads.min(blocks.len()) {
-                // If the system has no thread to give, the others do the work.
+                // If the system cannot start a thread, the others do the work.
                 let _ = std::thread::Builder::new().spawn_scoped(scope, run);
             }
             run();
@@ -123,7 +123,7 @@ impl Encoder {
             .collect()
     }
 
-    /// Lends a cache to `work`: caches outlive calls, so that many small calls find them warm.
+    /// Lends a cache to `work`. Caches outlive calls, so that repeated small calls find them warm.
     fn with_cache<R>(&self, work: impl FnOnce(&mut Cache) -> R) -> R {
         let free = || self.caches.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let cache = free().pop();
@@ -241,7 +241,7 @@ mod tests {
         ids.iter().flat_map(|&id| encoder.vocabulary().tokens()[id as usize].iter().copied()).collect()
     }
 
-    /// The default pattern, and the same one in a group that changes nothing, so that it takes the way of the regex.
+    /// The default pattern, and the same pattern in a group, which forces the regex engine.
     static BOTH: LazyLock<(Encoder, Encoder)> =
         LazyLock::new(|| (encoder(DEFAULT_PATTERN), encoder(&format!("(?:{DEFAULT_PATTERN})"))));
 
@@ -249,7 +249,7 @@ mod tests {
         #[test]
         fn round_trip_and_custom_pattern(text in "(\\PC|[ \\n'a-e0-9]){0,200}") {
             let (scanner, regex) = &*BOTH;
-            // The second time from the cache.
+            // The second call reads from the cache.
             for _ in 0..2 {
                 let encoded = scanner.encode(&[&text], None, None, None).unwrap();
                 prop_assert_eq!(decode(scanner, &encoded.ids), text.as_bytes());

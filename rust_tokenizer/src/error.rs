@@ -1,4 +1,4 @@
-//! What can go wrong, in words for the user.
+//! Errors, with messages written for the user.
 
 use std::fmt;
 
@@ -6,15 +6,15 @@ use std::fmt;
 pub enum Error {
     /// The pattern does not compile.
     Pattern(String),
-    /// The regex engine gave up on a text, as engines with backtracking do.
+    /// The regex engine gave up on a text, as backtracking engines may.
     Split(String),
-    /// The tokens cannot make a vocabulary.
+    /// The tokens do not form a valid vocabulary.
     Vocabulary(String),
-    /// Texts in Arrow's layout are damaged; `source` is the caller's name for where they come from.
+    /// Texts in Arrow's layout are damaged; `source` is the caller's name for their origin.
     Texts { source: String, why: String },
-    /// An id that no token has.
+    /// No token has this id.
     Id { id: i64, size: usize },
-    /// More distinct pieces than positions of 32 bits can count.
+    /// The distinct pieces exceed what 32-bit positions can address.
     TooLarge,
     /// The caller asked to stop.
     Interrupted,
@@ -23,7 +23,7 @@ pub enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            // Some engines draw the pattern over several lines.
+            // Some engines print the pattern across several lines.
             Self::Pattern(why) => write!(out, "the split pattern does not compile: {}", one_line(why)),
             Self::Split(why) => write!(out, "the split pattern fails on this text: {}", one_line(why)),
             Self::Vocabulary(why) => out.write_str(why),
@@ -31,7 +31,7 @@ impl fmt::Display for Error {
             Self::Id { id, size } => {
                 write!(out, "token id {id} is out of range: this tokenizer has ids 0 to {}", size - 1)
             }
-            Self::TooLarge => out.write_str("the distinct pieces of this text exceed 4 GB; train on a part of it"),
+            Self::TooLarge => out.write_str("the distinct pieces of this text exceed 4 GB; train on part of it"),
             Self::Interrupted => out.write_str("interrupted"),
         }
     }

@@ -1,6 +1,6 @@
 //! Byte-pair encoding: splitting text by a pattern, learning merges, encoding and decoding.
 //!
-//! The core is pure Rust. `py.rs`, behind the feature `python`, is the binding.
+//! The core is pure Rust. `py.rs` is the Python binding, enabled by the `python` feature.
 
 pub mod classes;
 pub mod count;

@@ -1,11 +1,11 @@
-//! Short pieces as numbers.
+//! Short pieces encoded as integers, for use as hash keys.
 
-/// The longest piece that is kept inside its key.
+/// The length in bytes of the longest piece that fits into its key.
 pub const INLINE: usize = 15;
 
-/// A piece of at most `INLINE` bytes and its length in one number: equal pieces, equal keys.
-/// `text[start..end]` is the piece; the bytes behind it are read and masked off, which is faster than a copy of
-/// unknown length.
+/// The piece `text[start..end]`, of at most `INLINE` bytes, and its length in one integer: keys are equal exactly when
+/// the pieces are. The bytes after the piece are read too and masked off, which is faster than copying a variable
+/// number of bytes.
 #[inline(always)]
 pub fn inline_key(text: &[u8], start: usize, end: usize) -> u128 {
     let length = end - start;
@@ -21,7 +21,7 @@ pub fn inline_key(text: &[u8], start: usize, end: usize) -> u128 {
     raw | (length as u128) << 120
 }
 
-/// The place of a key in a table of `2^bits` entries.
+/// The slot of a key in a table of `2^bits` entries.
 #[inline(always)]
 pub fn slot(key: u128, bits: u32) -> usize {
     let folded = (key as u64 ^ (key >> 64) as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);

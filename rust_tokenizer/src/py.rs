@@ -1,4 +1,4 @@
-//! The Python binding: conversions, the interpreter lock, signals and exceptions; nothing of the algorithms.
+//! The Python binding: conversions, the interpreter lock, signals and exceptions. The algorithms are elsewhere.
 
 use std::borrow::Cow;
 use std::num::NonZero;
@@ -20,7 +20,7 @@ use crate::threads::threads_or_all;
 use crate::train::learn;
 use crate::vocab::Vocabulary;
 
-/// How often a training says how far it is.
+/// The interval between progress reports during training.
 const REPORT: Duration = Duration::from_millis(100);
 
 create_exception!(jaxchat_tokenizer, TokenizerError, PyValueError);
@@ -31,8 +31,8 @@ impl From<Error> for PyErr {
     }
 }
 
-/// The text of a `str`. Lone surrogates, which no UTF-8 has, become U+FFFD, and a pair of them its character: what
-/// tiktoken does.
+/// The text of a `str`. Lone surrogates, which UTF-8 cannot represent, become U+FFFD, and a surrogate pair becomes its
+/// character, as in tiktoken.
 fn text_of(text: Bound<'_, PyString>) -> PyResult<PyBackedStr> {
     PyBackedStr::try_from(text.clone()).or_else(|_| {
         let repaired =
@@ -45,15 +45,15 @@ fn texts_of(texts: Vec<Bound<'_, PyString>>) -> PyResult<Vec<PyBackedStr>> {
     texts.into_iter().map(text_of).collect()
 }
 
-/// Tells Python how far a training is, and hears from it that it is to stop.
+/// Reports the progress of training to Python, and stops it when Python asks to.
 struct Reporter<'a> {
     progress: Option<&'a Py<PyAny>>,
     last: Instant,
 }
 
 impl Reporter<'_> {
-    /// Looks for signals such as Ctrl-C, and calls `progress(phase, done)`, if there is one, now and then. An exception
-    /// that it raises ends the training.
+    /// Checks for signals such as Ctrl-C, and calls `progress(phase, done)` from time to time if it was given. An
+    /// exception raised by either ends the training.
     fn report(&mut self, py: Python<'_>, phase: &str, done: u64) -> PyResult<()> {
         py.check_signals()?;
         if let Some(progress) = self.progress
@@ -90,8 +90,8 @@ fn learn_from(
 
 /// Learns at most `size` tokens from an iterable of `str` and returns them as a list of `bytes`; the index is the id.
 ///
-/// `progress(phase, done)` is called now and then: with "count" and the characters read, then with "merge" and the
-/// number of tokens.
+/// `progress(phase, done)` is called from time to time, first with "count" and the number of characters read, then with
+/// "merge" and the number of tokens.
 #[pyfunction]
 #[pyo3(signature = (texts, size, pattern, threads=None, progress=None))]
 fn train<'py>(
@@ -116,10 +116,12 @@ fn train<'py>(
     Ok(list_of_bytes(py, &tokens))
 }
 
-/// `train` on texts in Arrow's layout. Each batch is `(source, offsets, bytes)`: text i of the batch is
-/// `bytes[offsets[i]:offsets[i + 1]]`, `offsets` is an array of int64, `bytes` one of uint8, and `source` names them in
-/// errors. About a megabyte a batch is best. Reads up to the text in which the characters reach `max_chars`; returns the
-/// tokens, and the number of characters read.
+/// Learns tokens like `train`, from texts in Arrow's layout.
+///
+/// Each batch is `(source, offsets, bytes)`: text i of the batch is `bytes[offsets[i]:offsets[i + 1]]`, `offsets` is an
+/// int64 array, `bytes` is a uint8 array, and `source` names the batch in error messages. Batches of about a megabyte
+/// work best. Reads up to and including the text in which the character count reaches `max_chars`. Returns the tokens
+/// and the number of characters read.
 #[pyfunction]
 #[pyo3(signature = (batches, size, pattern, max_chars=None, threads=None, progress=None))]
 fn train_arrow<'py>(
@@ -150,7 +152,7 @@ fn train_arrow<'py>(
     Ok((list_of_bytes(py, &tokens), characters))
 }
 
-/// Fills a batch with texts in Arrow's layout until they have `limit` characters. Gives the number of characters.
+/// Fills a batch with texts in Arrow's layout until they have `limit` characters. Returns the number of characters.
 fn take_arrow(item: &Bound<'_, PyAny>, batch: &mut Batch, limit: u64) -> PyResult<u64> {
     type Arrow<'py> = (String, PyReadonlyArray1<'py, i64>, PyReadonlyArray1<'py, u8>);
     let (source, offsets, bytes): Arrow = item.extract()?;
@@ -165,7 +167,7 @@ fn list_of_bytes<'py>(py: Python<'py>, tokens: &[Vec<u8>]) -> Vec<Bound<'py, PyB
     tokens.iter().map(|token| PyBytes::new(py, token)).collect()
 }
 
-/// Adds the next texts to a batch; none at the end.
+/// Adds texts to a batch until it is full; adds none once the iterator is exhausted.
 fn pull(iterator: &Bound<'_, PyIterator>, batch: &mut Batch, characters: &mut u64) -> PyResult<()> {
     for text in iterator.clone() {
         let text = text?.cast_into::<PyString>()?;
@@ -178,7 +180,7 @@ fn pull(iterator: &Bound<'_, PyIterator>, batch: &mut Batch, characters: &mut u6
     Ok(())
 }
 
-/// Ids from Python.
+/// Ids as Python passes them.
 #[derive(FromPyObject)]
 enum Ids<'py> {
     List(Bound<'py, PyList>),
@@ -187,7 +189,7 @@ enum Ids<'py> {
     Sequence(Vec<i64>),
 }
 
-/// Ids, out of the hands of Python as far as that needs no copy.
+/// Ids independent of the interpreter, copied only where necessary.
 enum Plain<'a> {
     Unsigned(Cow<'a, [u32]>),
     Signed(Cow<'a, [i64]>),
@@ -209,7 +211,7 @@ impl Ids<'_> {
 fn slice_of<'a, T: Element + Clone>(array: &'a PyReadonlyArray1<'_, T>) -> Cow<'a, [T]> {
     match array.as_slice() {
         Ok(slice) => slice.into(),
-        // Every other element of something, say.
+        // The array is not contiguous, such as a slice with a step.
         Err(_) => array.as_array().to_vec().into(),
     }
 }
@@ -223,7 +225,7 @@ impl Plain<'_> {
         }
     }
 
-    /// The same in memory of Python's, which saves a copy.
+    /// Decodes straight into a Python `bytes` object, which saves a copy.
     fn decode_to_python<'py>(
         &self,
         py: Python<'py>,
@@ -248,7 +250,7 @@ impl Plain<'_> {
         }
     }
 
-    /// The bytes of the tokens up to each of the offsets, which are in ascending order.
+    /// The number of decoded bytes up to each of the offsets, which must be in ascending order.
     fn ends(&self, decoder: &Decoder, offsets: &[usize]) -> Result<Vec<usize>, Error> {
         let mut at = 0;
         let size = |range: std::ops::Range<usize>| match self {
@@ -270,20 +272,20 @@ impl Plain<'_> {
     }
 }
 
-/// Encodes and decodes with a vocabulary of `tokens`, whose indices are their ids, and `special` tokens behind them.
+/// Encodes and decodes with a vocabulary: `tokens`, whose indices are their ids, followed by the `special` tokens.
 #[pyclass(frozen, module = "jaxchat_tokenizer")]
 struct Encoder {
     core: encode::Encoder,
     decoder: Decoder,
-    /// One `int` an id: a list of ids then only counts references.
+    /// One `int` per id, so that making a list of ids only increments reference counts.
     ints: Vec<Py<PyInt>>,
 }
 
 #[pymethods]
 impl Encoder {
-    /// Without `merges`, any two tokens whose bytes make a third may merge, the lowest id first: tiktoken's rule. With
-    /// them, exactly those pairs of ids, in this order: Hugging Face's rule, with its `ignore_merges` as `whole_pieces`.
-    /// `keep_gaps` makes pieces of text that the pattern does not match, which is dropped otherwise.
+    /// Without `merges`, any two tokens whose concatenation is a token may merge, lowest id first (tiktoken's rule).
+    /// With `merges`, exactly these pairs of ids merge, in this order (Hugging Face's rule; `whole_pieces` is its
+    /// `ignore_merges`). Text that the pattern does not match is dropped, or kept as pieces if `keep_gaps` is true.
     #[new]
     #[pyo3(signature = (tokens, special, pattern, merges=None, whole_pieces=true, keep_gaps=false))]
     fn new(
@@ -309,7 +311,7 @@ impl Encoder {
         Ok(Self { core, decoder, ints })
     }
 
-    /// A list of ids for each text.
+    /// Encodes each text to a list of ids.
     #[pyo3(signature = (texts, prepend=None, append=None, threads=None))]
     fn encode<'py>(
         &self,
@@ -325,7 +327,8 @@ impl Encoder {
         ranges.map(|range| PyList::new(py, encoded.ids[range].iter().map(|&id| &self.ints[id as usize]))).collect()
     }
 
-    /// All ids in one array of uint32, and an array of int64 that says where each text starts and the last one ends.
+    /// Encodes all texts to one uint32 array of ids, and an int64 array of the offset at which each text starts and the
+    /// last one ends.
     #[pyo3(signature = (texts, prepend=None, threads=None))]
     #[allow(clippy::type_complexity)]
     fn encode_to_numpy<'py>(
@@ -340,12 +343,12 @@ impl Encoder {
         Ok((encoded.ids.into_pyarray(py), encoded.offsets.into_pyarray(py)))
     }
 
-    /// The bytes of the tokens, one after the other.
+    /// Decodes ids to the concatenated bytes of their tokens.
     fn decode<'py>(&self, py: Python<'py>, ids: Ids<'py>) -> PyResult<Bound<'py, PyBytes>> {
         ids.plain()?.decode_to_python(py, &self.decoder, None)
     }
 
-    /// The text of the tokens. Bytes that are not UTF-8 become U+FFFD.
+    /// Decodes ids to text. Bytes that are not valid UTF-8 become U+FFFD.
     #[pyo3(signature = (ids, threads=None))]
     fn decode_text<'py>(
         &self,
@@ -357,7 +360,7 @@ impl Encoder {
         PyString::from_encoded_object(&bytes, Some(c"utf-8"), Some(c"replace"))
     }
 
-    /// The text of each range `ids[offsets[i]:offsets[i + 1]]`: the inverse of `encode_to_numpy`.
+    /// Decodes each range `ids[offsets[i]:offsets[i + 1]]` to text: the inverse of `encode_to_numpy`.
     #[pyo3(signature = (ids, offsets, threads=None))]
     fn decode_batch<'py>(
         &self,

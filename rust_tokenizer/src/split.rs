@@ -1,4 +1,4 @@
-//! Splitting text into pieces. Merges never cross the border between two pieces.
+//! Splitting text into pieces. Merges never cross the boundary between two pieces.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use crate::dfa::Dfa;
 use crate::error::Error;
 use crate::scan::scan;
 
-/// GPT-4's pattern with numbers in groups of at most two, so that a small vocabulary is not spent on numbers.
+/// GPT-4's pattern, but with numbers in groups of at most two digits, so that numbers do not use up a small vocabulary.
 pub const DEFAULT_PATTERN: &str =
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
 
@@ -20,12 +20,12 @@ pub struct Splitter {
     keep_gaps: bool,
 }
 
-/// What finds the pieces; the fastest that the pattern allows. All of them find the same.
+/// The engine that finds the pieces: the fastest that the pattern allows. All engines find the same pieces.
 #[derive(Debug)]
 enum Engine {
-    /// The default pattern by hand.
+    /// The hand-written scanner for the default pattern.
     Scanner,
-    /// The regex finds the next match where the automaton has none.
+    /// An automaton; the regex finds the next match where the automaton has none.
     Dfa(Box<Dfa>, Regex),
     Regex(Regex),
 }
@@ -44,7 +44,7 @@ impl Splitter {
         Ok(Self { pattern: pattern.to_owned(), engine: Arc::new(engine), keep_gaps: false })
     }
 
-    /// Makes pieces of the text that a custom pattern does not match, as Hugging Face's `Isolated` split does.
+    /// Sets whether text that a custom pattern does not match becomes pieces, as in Hugging Face's `Isolated` split.
     pub fn keep_gaps(self, keep_gaps: bool) -> Self {
         Self { keep_gaps, ..self }
     }
@@ -53,8 +53,8 @@ impl Splitter {
         &self.pattern
     }
 
-    /// Calls `piece(start, end)` with the bytes of each piece in turn. Text that a custom pattern does not match is
-    /// left out, as it is by tiktoken, unless `keep_gaps` says otherwise; the default pattern matches everything.
+    /// Calls `piece(start, end)` with the byte range of each piece in turn. Text that a custom pattern does not match
+    /// is dropped, as in tiktoken, unless `keep_gaps` is set; the default pattern matches everything.
     pub fn split(&self, text: &str, mut piece: impl FnMut(usize, usize)) -> Result<(), Error> {
         match &*self.engine {
             Engine::Scanner => scan(text, piece),
@@ -120,7 +120,7 @@ mod tests {
         out
     }
 
-    /// The engines that a pattern allows, fastest first, the regex engine last.
+    /// The engines that support a pattern, fastest first, the regex engine last.
     fn engines(pattern: &str) -> Vec<Splitter> {
         let with = |engine| Splitter { pattern: pattern.to_owned(), engine: Arc::new(engine), keep_gaps: false };
         let regex = || compile(pattern).unwrap();
@@ -153,7 +153,7 @@ mod tests {
     #[test]
     fn every_character_alone_and_between_others() {
         for character in '\0'..=char::MAX {
-            // All of the first planes, a sample of the rest, which is empty for the most part.
+            // All of the first planes, and a sample of the rest, which is mostly unassigned.
             if (character as u32) < 0x3400 || (character as u32).is_multiple_of(61) {
                 let text = format!("a{character}1'{character} {character}\n {character}");
                 check(&DEFAULT, &text);

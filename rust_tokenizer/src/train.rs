@@ -1,8 +1,8 @@
-//! Byte-pair merges learnt from the counts of pieces.
+//! Learning byte-pair merges from the counts of pieces.
 //!
-//! There is no map from pairs to their counts: every place of the text knows the pair that begins there, and the pairs
-//! that a merge creates all contain the new symbol, so that their other symbol names them while the merge lasts. No
-//! later merge creates them again: the places of a pair are all known when the merge that bore it is done.
+//! There is no map from pairs to their counts. Every place in the text stores the index of the pair that begins there.
+//! The pairs that a merge creates all contain the new symbol, so that during the merge their other symbol identifies
+//! them. No later merge creates them again: once a merge is done, all places of the pairs it created are known.
 
 use std::cmp::Reverse;
 use std::collections::binary_heap::PeekMut;
@@ -11,28 +11,28 @@ use std::collections::{BinaryHeap, HashMap};
 use crate::count::PieceCounts;
 use crate::error::Error;
 
-/// Between two pieces in the arena; not a symbol.
+/// Marks the boundary between two pieces in the arena; not a symbol.
 const BORDER: u32 = u32::MAX;
-/// The pair at a place where none begins; the index of a pair that does not exist.
+/// The index of a pair that does not exist, stored at places where no pair begins.
 const NONE: u32 = u32::MAX;
-/// The weight of a place whose piece occurs more often than 32 bits can tell.
+/// Stands for the weight of a place if its piece occurs too often for 32 bits.
 const HEAVY: u32 = u32::MAX;
 const BYTES: usize = 256;
-/// Places that are looked at together.
+/// The number of places examined together.
 const BLOCK: usize = 256;
 
-/// A byte of a piece. What a merge looks at lies together: it mostly waits for memory.
+/// A byte of a piece. What a merge reads is stored together, because merging is bound by memory latency.
 #[derive(Clone, Copy)]
 struct Place {
-    /// The symbol that starts or ends with this byte. Meaningless inside of a symbol.
+    /// The symbol that starts or ends with this byte. Meaningless inside a symbol.
     symbol: u32,
-    /// The pair of symbols of which the first starts here.
+    /// The index of the pair whose first symbol starts here.
     pair: u32,
     /// How often the piece occurs.
     weight: u32,
 }
 
-/// All distinct pieces, one after the other.
+/// All distinct pieces, concatenated.
 struct Arena {
     places: Vec<Place>,
     /// The weights of the places that are `HEAVY`.
@@ -69,22 +69,22 @@ impl Arena {
     }
 }
 
-/// A pair in the heap: its count, its ids, its index.
+/// A pair in the heap: its count, ids and index.
 type Candidate = (u64, Reverse<(u32, u32)>, u32);
 
 /// Pairs of neighbouring symbols by index.
 #[derive(Default)]
 struct Pairs {
     counts: Vec<u64>,
-    /// Where the places of each end in `places`; they start where those of the one before it end.
+    /// Where the places of each pair end in `places`; they start where those of the previous pair end.
     ends: Vec<usize>,
-    /// Where each pair has ever begun, in ascending order. Places that have since lost the pair are skipped when read.
+    /// Where each pair began when it was created, in ascending order. Places that have lost it since are skipped later.
     places: Vec<u32>,
-    /// The highest count first, then the lowest pair of ids. A count here may be out of date, but never too low.
+    /// Highest count first, then lowest pair of ids. A count in the heap may be out of date, but is never too low.
     heap: BinaryHeap<Candidate>,
-    /// The ids of the pairs that the present merge bears, which have the highest indices; the number of their places;
-    /// and those places, each with the index of its pair.
-    born: Vec<(u32, u32)>,
+    /// The ids of the pairs that the current merge creates, which have the highest indices; the number of places of
+    /// each; and the places themselves, each with the index of its pair.
+    created: Vec<(u32, u32)>,
     sizes: Vec<usize>,
     begun: Vec<(u32, u32)>,
 }
@@ -105,30 +105,30 @@ impl Pairs {
         pairs
     }
 
-    /// Lets a pair begin at a place. `slot` holds its index; if it has none yet, it gets one.
+    /// Records that a pair begins at a place. `slot` holds the pair's index, or receives one if it is new.
     #[inline(always)]
     fn begin(&mut self, arena: &mut Arena, place: usize, weight: u64, slot: &mut u32, ids: (u32, u32)) {
         if *slot == NONE {
             *slot = self.counts.len() as u32;
             self.counts.push(0);
-            self.born.push(ids);
+            self.created.push(ids);
             self.sizes.push(0);
         }
-        let first = self.counts.len() - self.born.len();
+        let first = self.counts.len() - self.created.len();
         self.counts[*slot as usize] += weight;
         self.sizes[*slot as usize - first] += 1;
         self.begun.push((*slot, place as u32));
         arena.places[place].pair = *slot;
     }
 
-    /// Ends a merge: files the places of the pairs that it bore, and makes them candidates.
+    /// Ends a merge: stores the places of the pairs it created, and makes these pairs candidates.
     fn close(&mut self) {
-        let first = self.counts.len() - self.born.len();
+        let first = self.counts.len() - self.created.len();
         let mut end = self.places.len();
         self.places.resize(end + self.begun.len(), 0);
-        for (index, (ids, size)) in self.born.drain(..).zip(&mut self.sizes).enumerate() {
+        for (index, (ids, size)) in self.created.drain(..).zip(&mut self.sizes).enumerate() {
             self.heap.push((self.counts[first + index], Reverse(ids), (first + index) as u32));
-            // From here on, where the next place of this pair is filed.
+            // From here on, `size` is where the next place of this pair is stored.
             let start = end;
             end += *size;
             *size = start;
@@ -141,7 +141,7 @@ impl Pairs {
         self.ends.append(&mut self.sizes);
     }
 
-    /// The most frequent pair, ties to the lowest ids, and its index. None when no pair is left.
+    /// The most frequent pair, the lowest ids in a tie, and its index. None when no pair is left.
     fn pop(&mut self) -> Option<((u32, u32), u32)> {
         while let Some(mut top) = self.heap.peek_mut() {
             let (count, Reverse(ids), index) = *top;
@@ -158,7 +158,7 @@ impl Pairs {
         None
     }
 
-    /// Where the places of a pair lie in `places`.
+    /// The range of a pair's places in `places`.
     fn range(&self, index: u32) -> std::ops::Range<usize> {
         let index = index as usize;
         let start = if index == 0 { 0 } else { self.ends[index - 1] };
@@ -167,10 +167,10 @@ impl Pairs {
 }
 
 /// Learns the tokens of a vocabulary of `size` (at least 256): the 256 bytes, then the merges in the order in which
-/// they were made. Each step merges the pair of neighbours that occurs most often, ties to the lowest (left id, right
-/// id), from left to right in every piece. Gives fewer tokens when no pair is left to merge.
+/// they were made. Each step merges the most frequent pair of neighbours, the lowest (left id, right id) in a tie, from
+/// left to right in every piece. Returns fewer tokens when no pair is left to merge.
 ///
-/// `interrupted` is told now and then how many tokens there are; if it answers true, the training ends with
+/// `interrupted` is called from time to time with the number of tokens so far; if it returns true, training ends with
 /// `Error::Interrupted`.
 pub fn learn(
     counts: &PieceCounts,
@@ -181,8 +181,8 @@ pub fn learn(
     let mut pairs = Pairs::new(&mut arena);
     let mut tokens: Vec<Vec<u8>> = (0..=u8::MAX).map(|byte| vec![byte]).collect();
     let mut sizes = vec![1; BYTES];
-    // The indices of the pairs (symbol, new one) and (new one, symbol) while a merge lasts.
-    let (mut before, mut behind) = (vec![NONE; BYTES], vec![NONE; BYTES]);
+    // During a merge, the indices of the pairs (symbol, new symbol) and (new symbol, symbol).
+    let (mut before_new, mut after_new) = (vec![NONE; BYTES], vec![NONE; BYTES]);
     while tokens.len() < size {
         if tokens.len().is_multiple_of(256) && interrupted(tokens.len()) {
             return Err(Error::Interrupted);
@@ -192,12 +192,12 @@ pub fn learn(
         let (left_size, right_size) = (sizes[left as usize], sizes[right as usize]);
         tokens.push([&tokens[left as usize][..], &tokens[right as usize][..]].concat());
         sizes.push(left_size + right_size);
-        before.push(NONE);
-        behind.push(NONE);
+        before_new.push(NONE);
+        after_new.push(NONE);
         let mut rest = pairs.range(index);
         while !rest.is_empty() {
-            // A block of places is first looked at, without a branch, so that many accesses to memory are under way at
-            // once; those that have lost the pair are dropped.
+            // First drop the places of a block that have lost the pair. This takes no branches, so that many memory
+            // accesses are in flight at once.
             let block = rest.start..rest.end.min(rest.start + BLOCK);
             rest.start = block.end;
             let mut present = [0; BLOCK];
@@ -208,7 +208,7 @@ pub fn learn(
             }
             for &at in &present[..number] {
                 let at = at as usize;
-                // In `aaa` the second `aa` is gone once the first is merged.
+                // In `aaa`, the second `aa` is gone once the first has been merged.
                 if arena.places[at].pair != index {
                     continue;
                 }
@@ -222,19 +222,19 @@ pub fn learn(
                 if previous != BORDER {
                     let start = at - sizes[previous as usize];
                     pairs.counts[arena.places[start].pair as usize] -= weight;
-                    pairs.begin(&mut arena, start, weight, &mut before[previous as usize], (previous, merged));
+                    pairs.begin(&mut arena, start, weight, &mut before_new[previous as usize], (previous, merged));
                 }
                 if next != BORDER {
                     pairs.counts[arena.places[second].pair as usize] -= weight;
-                    pairs.begin(&mut arena, at, weight, &mut behind[next as usize], (merged, next));
+                    pairs.begin(&mut arena, at, weight, &mut after_new[next as usize], (merged, next));
                 }
                 arena.places[second].pair = NONE;
             }
         }
         pairs.counts[index as usize] = 0;
-        for &(left, right) in &pairs.born {
-            before[left as usize] = NONE;
-            behind[right as usize] = NONE;
+        for &(left, right) in &pairs.created {
+            before_new[left as usize] = NONE;
+            after_new[right as usize] = NONE;
         }
         pairs.close();
     }
@@ -260,7 +260,7 @@ mod tests {
         learn(&counts.finish(), size, |_| false).unwrap()
     }
 
-    /// All pairs counted again for each merge.
+    /// Training that recounts all pairs for each merge.
     fn reference(texts: &[&str], pattern: &str, size: usize) -> Vec<Vec<u8>> {
         let splitter = Splitter::new(pattern).unwrap();
         let mut pieces: Vec<Vec<u32>> = Vec::new();

@@ -1,4 +1,4 @@
-//! A vocabulary of byte strings, and the encoding of one piece with it.
+//! A vocabulary of byte strings, and encoding a piece with it.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -8,34 +8,34 @@ use rustc_hash::FxBuildHasher;
 use crate::error::Error;
 use crate::piece_key::{INLINE, inline_key};
 
-/// No merge, no neighbour.
+/// Stands for no merge and for no neighbour.
 const NONE: u32 = u32::MAX;
-/// Up to this many bytes, looking at all pairs again for each merge is faster than a heap. Windows of longer pieces have
-/// this size too: 40 is the best for words without spaces between them, 32 for random letters.
+/// Up to this many bytes, scanning all pairs for each merge is faster than a heap. Windows of longer pieces start with
+/// this size too: 40 is best for words without spaces between them, 32 for random letters.
 const SHORT: usize = 40;
-/// The last fifth of a window is judged again in the next one: what its end has changed is rarely more than a few tokens.
+/// The last fifth of a window is encoded again in the next one: its end rarely affects more than a few tokens.
 const MARGIN: usize = 5;
 
-/// Tokens with ids 0, 1, 2, ... and the merges that lead to them.
+/// Tokens with ids 0, 1, 2, ... and the merges that form them.
 #[derive(Debug)]
 pub struct Vocabulary {
     tokens: Vec<Box<[u8]>>,
-    /// Their lengths, which long pieces ask for more often than for the bytes.
+    /// The lengths of the tokens, which encoding a long piece needs more often than their bytes.
     sizes: Vec<u32>,
     ids: Ids,
-    /// Whether a piece that is a token becomes that token, even if no merges lead to it.
+    /// Whether a piece that is a token becomes that token even if no merges form it.
     whole_pieces: bool,
     /// The id of each byte.
     bytes: [u32; 256],
-    /// The ranks of the merges of two bytes, the left one in the high half: every piece begins with those.
+    /// The ranks of the merges of two bytes, the left one in the high half of the index. Every piece starts from these.
     byte_ranks: Vec<u32>,
-    /// Two ids, the left one in the high half, to the rank of their merge. The lowest rank is merged first.
+    /// The rank of the merge of two ids, keyed with the left id in the high half. The lowest rank is merged first.
     ranks: HashMap<u64, u32, FxBuildHasher>,
-    /// The id that the merge of each rank makes.
+    /// The id that the merge of each rank forms.
     made: Vec<u32>,
 }
 
-/// Tokens to their ids; the short ones without a look into the heap.
+/// Maps tokens to their ids; short tokens are stored inline, without a heap allocation.
 #[derive(Debug, Default)]
 struct Ids {
     short: HashMap<u128, u32, FxBuildHasher>,
@@ -61,7 +61,7 @@ impl Ids {
 }
 
 impl Vocabulary {
-    /// tiktoken's rule: any two tokens whose bytes make a third may merge, and the id of the third is the rank.
+    /// tiktoken's rule: any two tokens whose concatenation is a token may merge, and the id of that token is the rank.
     pub fn new(tokens: Vec<Vec<u8>>) -> Result<Self, Error> {
         let mut vocabulary = Self::without_merges(tokens, true)?;
         for (id, token) in vocabulary.tokens.iter().enumerate() {
@@ -76,7 +76,7 @@ impl Vocabulary {
         Ok(vocabulary.with_byte_ranks())
     }
 
-    /// Hugging Face's rule: exactly these pairs of ids merge, the first of them first. `whole_pieces` is what
+    /// Hugging Face's rule: exactly these pairs of ids merge, earlier pairs first. `whole_pieces` is what
     /// `tokenizer.json` calls `ignore_merges`.
     pub fn with_merges(tokens: Vec<Vec<u8>>, merges: &[(u32, u32)], whole_pieces: bool) -> Result<Self, Error> {
         let mut vocabulary = Self::without_merges(tokens, whole_pieces)?;
@@ -84,12 +84,14 @@ impl Vocabulary {
             let bytes = |id: u32| vocabulary.tokens.get(id as usize);
             let (Some(first), Some(second)) = (bytes(left), bytes(right)) else {
                 return Err(Error::Vocabulary(format!(
-                    "merge {rank} is of tokens {left} and {right}, but there are {}",
+                    "merge {rank} joins tokens {left} and {right}, but there are only {} tokens",
                     vocabulary.tokens.len()
                 )));
             };
             let Some(id) = vocabulary.ids.get(&[&first[..], &second[..]].concat()) else {
-                return Err(Error::Vocabulary(format!("merge {rank}, of tokens {left} and {right}, makes no token")));
+                return Err(Error::Vocabulary(format!(
+                    "merge {rank} joins tokens {left} and {right}, but the result is not a token"
+                )));
             };
             vocabulary.ranks.insert(pair(left, right), rank as u32);
             vocabulary.made.push(id);
@@ -148,8 +150,8 @@ impl Vocabulary {
         &self.tokens
     }
 
-    /// Appends the ids of a piece: its own if it is a token, else its bytes, merged lowest rank first, ties from the
-    /// left. The time grows with the bytes of the piece.
+    /// Appends the ids of a piece: a single id if the piece is a token, otherwise its bytes merged lowest rank first,
+    /// leftmost first in a tie. The time is linear in the length of the piece.
     pub fn encode_piece(&self, piece: &[u8], out: &mut Vec<u32>) {
         let whole = if self.whole_pieces { self.ids.get(piece) } else { None };
         if let Some(id) = whole {
@@ -170,9 +172,9 @@ impl Vocabulary {
         self.byte_ranks[usize::from(left) << 8 | usize::from(right)]
     }
 
-    /// For at most `SHORT` bytes. Looks at all pairs again for each merge.
+    /// Merges a piece of at most `SHORT` bytes, scanning all pairs for each merge.
     fn merge_short(&self, piece: &[u8], out: &mut Vec<u32>) {
-        // A symbol's id in the low half; the rank of its merge with the one behind it in the high half.
+        // A symbol's id in the low half, and the rank of its merge with the next symbol in the high half.
         let mut symbols = [0; SHORT];
         let symbol = |id: u32, rank: u32| u64::from(rank) << 32 | u64::from(id);
         let mut length = piece.len();
@@ -203,27 +205,27 @@ impl Vocabulary {
         out.extend(symbols[..length].iter().map(|&symbol| symbol as u32));
     }
 
-    /// The ids of a long piece, from windows of it, so that the time does not grow faster than the piece.
+    /// Encodes a long piece window by window, so that the time grows no faster than the piece.
     ///
-    /// A sequence of tokens is the encoding of its bytes if each two neighbours in it are the encoding of theirs: as
-    /// long as no merge has crossed a border between tokens, the merges within two neighbours happen in the order in
-    /// which they would happen without the rest, and none of those crosses the border between the two. Neighbours in
-    /// the encoding of a window are of that kind. So two windows may follow each other if the second begins with a
-    /// token that the first has at this place too.
+    /// A sequence of tokens is the encoding of its bytes if every two neighbouring tokens are the encoding of theirs:
+    /// as long as no merge has crossed a boundary between tokens, the merges within two neighbours happen in the order
+    /// in which they would happen without the rest, and none of those crosses the boundary between the two. Neighbours
+    /// in the encoding of a window have this property. So one window may continue another if it begins with a token
+    /// that the other has in the same place.
     fn encode_long(&self, piece: &[u8], out: &mut Vec<u32>) {
         let first = out.len();
         let mut at = 0;
         let mut size = SHORT;
-        // Windows since the size has changed, and after how many good ones a smaller one is tried.
+        // The number of windows since the size changed, and of successful ones before a smaller size is tried.
         let (mut since, mut patience) = (0, 1);
-        // The token that the last window has at `at`.
+        // The token of the last window at `at`.
         let mut expected = None;
         let mut window: &[u8] = &[];
         let mut ids = Vec::new();
         loop {
             let is_last = at + size >= piece.len();
             let next = &piece[at..piece.len().min(at + size)];
-            // A piece of this length is often a run of the same character.
+            // Such a long piece is often a run of one character, whose windows are all equal.
             if next != window {
                 window = next;
                 ids.clear();
@@ -234,8 +236,8 @@ impl Vocabulary {
                 }
             }
             if expected.is_some_and(|token| ids[0] != token) {
-                // The end of the last window was too near. Its last token is up for judgement again, with more behind.
-                // A smaller window that fails at once was tried too early.
+                // The end of the last window was too near. Encode its last token again, with more text after it. If a
+                // smaller window fails at once, it was tried too early.
                 patience = if since <= 2 { 2 * patience } else { 1 };
                 (size, since) = (2 * size, 0);
                 expected = if out.len() > first { out.pop() } else { None };
@@ -267,7 +269,7 @@ impl Vocabulary {
         }
     }
 
-    /// A heap of possible merges over a linked list of symbols. A symbol is named by the place of its first byte.
+    /// Merges with a heap of possible merges over a linked list of symbols, each identified by its first byte's place.
     fn merge_with_heap(&self, piece: &[u8], out: &mut Vec<u32>) {
         let size = piece.len();
         let mut ids: Vec<u32> = piece.iter().map(|&byte| self.bytes[usize::from(byte)]).collect();
@@ -282,7 +284,7 @@ impl Vocabulary {
         }
         while let Some(Reverse((rank, at))) = heap.pop() {
             let right = next[at];
-            // The symbols may have changed since; a symbol that has gone has the id NONE, which merges with nothing.
+            // The symbols may have changed since; a symbol that is gone has the id NONE, which merges with nothing.
             if right >= size || self.rank(ids[at], ids[right]) != rank {
                 continue;
             }
@@ -319,13 +321,13 @@ mod tests {
 
     use super::*;
 
-    /// The 256 bytes in reverse order, then some tokens.
+    /// The 256 bytes in reverse order, followed by some tokens.
     fn vocabulary(extra: &[&str]) -> Vocabulary {
         let bytes = (0..=u8::MAX).rev().map(|byte| vec![byte]);
         Vocabulary::new(bytes.chain(extra.iter().map(|token| token.as_bytes().to_vec())).collect()).unwrap()
     }
 
-    /// tiktoken's definition: while two neighbours make a token, merge those that make the lowest, the leftmost first.
+    /// tiktoken's definition: while two neighbours form a token, merge those that form the lowest, leftmost first.
     fn reference(vocabulary: &Vocabulary, piece: &[u8]) -> Vec<u32> {
         if let Some(id) = vocabulary.ids.get(piece) {
             return vec![id];
@@ -367,7 +369,7 @@ mod tests {
             }
         }
 
-        /// Few letters and long tokens: what stands at one end of a window changes the tokens far away from it.
+        /// Few letters and long tokens, so that one end of a window affects tokens far away from it.
         #[test]
         fn windows_equal_the_reference(
             extra in prop::collection::btree_set("[ab]{2,5}|a{2,70}|(ab){2,30}|[abc]{2,12}", 0..40),

@@ -1,9 +1,9 @@
-//! Trains, encodes and decodes whatever the fuzzer thinks of, and compares with the plainest way to do the same.
+//! Trains on, encodes and decodes the fuzzer's input, and compares the results with the simplest implementations.
 //!
 //!     cargo install cargo-fuzz
 //!     cargo fuzz run --sanitizer none tokenizer -- -max_total_time=600 -len_control=0 -max_len=400
 //!
-//! `--sanitizer none` is for a stable compiler; there is no `unsafe` for a sanitizer to look at.
+//! `--sanitizer none` allows a stable compiler. The crate has no `unsafe` code that a sanitizer could check.
 
 #![no_main]
 
@@ -23,18 +23,18 @@ use libfuzzer_sys::fuzz_target;
 #[derive(Arbitrary, Debug)]
 struct Input {
     texts: Vec<String>,
-    /// How often each text is written down in a row: long pieces from few bytes.
+    /// How often each text is repeated, so that a few bytes of input make long pieces.
     times: u8,
     pattern: u8,
     merges: u8,
-    /// Exchanges the ranks of tokens, so that the vocabulary is none that training gives.
+    /// Tokens that swap ranks, so that the vocabulary is one that training would not produce.
     swaps: Vec<(u8, u8)>,
     keep_gaps: bool,
     custom: String,
 }
 
-/// Each pattern with a splitter that may use any engine, and one that must use the regex engine: a group around it all
-/// changes nothing but is nothing for an automaton when a look-ahead is inside.
+/// For each pattern, a splitter that may use any engine and one that must use the regex engine: a group around the
+/// whole pattern does not change its meaning, but no automaton can be built when the group contains a look-ahead.
 static PATTERNS: LazyLock<Vec<(Splitter, Splitter)>> = LazyLock::new(|| {
     let patterns = [
         DEFAULT_PATTERN,
@@ -42,17 +42,17 @@ static PATTERNS: LazyLock<Vec<(Splitter, Splitter)>> = LazyLock::new(|| {
         r"[\p{L}\p{M}]+|\p{N}|\s+(?!\S)",
         r"(?s:.)+(?!(?s:.))",
     ];
-    let splitter = |pattern: &str| Splitter::new(pattern).expect("it compiles");
+    let splitter = |pattern: &str| Splitter::new(pattern).expect("the pattern is valid");
     patterns.iter().map(|pattern| (splitter(pattern), splitter(&format!("(?:{pattern})")))).collect()
 });
 
 fn pieces(splitter: &Splitter, text: &str) -> Vec<(usize, usize)> {
     let mut pieces = Vec::new();
-    splitter.split(text, |start, end| pieces.push((start, end))).expect("no backtracking of note");
+    splitter.split(text, |start, end| pieces.push((start, end))).expect("the patterns hardly backtrack");
     pieces
 }
 
-/// All pairs counted again for each merge.
+/// Training that recounts all pairs for each merge.
 fn plain_training(pieces: &[&str], size: usize) -> Vec<Vec<u8>> {
     let mut words: Vec<Vec<u32>> = pieces.iter().map(|piece| piece.bytes().map(u32::from).collect()).collect();
     let mut tokens: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
@@ -78,7 +78,7 @@ fn plain_training(pieces: &[&str], size: usize) -> Vec<Vec<u8>> {
     tokens
 }
 
-/// tiktoken's definition: the two neighbours that make the lowest token, the leftmost first, until none do.
+/// tiktoken's definition: merge the two neighbours that form the lowest token, leftmost first, until no two form one.
 fn plain_encoding(ids: &HashMap<&[u8], u32>, piece: &[u8]) -> Vec<u32> {
     if let Some(&id) = ids.get(piece) {
         return vec![id];
@@ -93,7 +93,7 @@ fn plain_encoding(ids: &HashMap<&[u8], u32>, piece: &[u8]) -> Vec<u32> {
 }
 
 fuzz_target!(|input: Input| {
-    // Any pattern is compiled or refused.
+    // Any pattern either compiles or is rejected; it never panics.
     if let Ok(custom) = Splitter::new(&input.custom) {
         for text in &input.texts {
             _ = custom.split(text, |_, _| {});
@@ -110,11 +110,11 @@ fuzz_target!(|input: Input| {
     for text in &texts {
         let expected = pieces(regex, text);
         assert_eq!(pieces(fast, text), expected, "{text:?}");
-        counter.add_text(fast, text).expect("it was split before");
+        counter.add_text(fast, text).expect("it was split above");
         all_pieces.extend(expected.into_iter().map(|(start, end)| &text[start..end]));
     }
     let size = 256 + usize::from(input.merges) % 64;
-    let mut tokens = learn(&counter.finish(), size, |_| false).expect("it is small");
+    let mut tokens = learn(&counter.finish(), size, |_| false).expect("the text is small");
     assert_eq!(tokens, plain_training(&all_pieces, size));
 
     for &(left, right) in &input.swaps {
@@ -123,10 +123,11 @@ fuzz_target!(|input: Input| {
     }
     let ids: HashMap<&[u8], u32> = tokens.iter().enumerate().map(|(id, token)| (&token[..], id as u32)).collect();
     let splitter = fast.clone().keep_gaps(input.keep_gaps);
-    let encoder = Encoder::new(splitter, Vocabulary::new(tokens.clone()).expect("only the order has changed"));
+    let encoder =
+        Encoder::new(splitter, Vocabulary::new(tokens.clone()).expect("only the order of the tokens has changed"));
     let decoder = Decoder::new(tokens.iter().map(Vec::as_slice));
     for threads in [1, 2] {
-        let encoded = encoder.encode(&texts, None, None, NonZero::new(threads)).expect("it was split before");
+        let encoded = encoder.encode(&texts, None, None, NonZero::new(threads)).expect("it was split above");
         for (range, text) in encoded.offsets.windows(2).zip(&texts) {
             let found = &encoded.ids[range[0] as usize..range[1] as usize];
             let kept = pieces(regex, text);
@@ -135,7 +136,7 @@ fuzz_target!(|input: Input| {
                     kept.iter().flat_map(|&(start, end)| plain_encoding(&ids, &text.as_bytes()[start..end])).collect();
                 assert_eq!(found, expected);
             }
-            let decoded = decoder.decode(found, None).expect("they are in range");
+            let decoded = decoder.decode(found, None).expect("the ids are in range");
             if input.keep_gaps {
                 assert_eq!(decoded, text.as_bytes());
             } else {
