@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # deploy/node.sh --experiment=speedrun
-# One machine, all its GPUs in one process. A training that was preempted (75) or killed is started again, up to ten
-# times in all; bad input (2), Ctrl-C (130), and a Python that is missing (127) or not executable (126) end it.
+# Trains on one machine, with all its GPUs in one process. Training that was preempted (75) or killed is restarted, up
+# to ten starts in all; bad input (2), Ctrl-C (130), and a Python that is missing (127) or not executable (126) end it.
 set -u
 cd "$(dirname "$0")/.."
 

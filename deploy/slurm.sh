@@ -10,12 +10,12 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@180
 # One task per GPU. Three minutes before the time limit, and whenever the job is preempted, the tasks get SIGTERM: they
-# save and end with code 75. After that, or after the loss of a process (76), the job is requeued and resumes.
+# save and exit with code 75. After that, or after losing a process (76), the job is requeued and resumes.
 set -u
 cd "$SLURM_SUBMIT_DIR"
 
-# --kill-on-bad-exit=0, since the other processes end by themselves when one does, with the right messages and codes.
-# --cpus-per-task, since some versions of srun do not inherit it from the options above.
+# --kill-on-bad-exit=0: when one process ends, the others end on their own, with the right messages and exit codes.
+# --cpus-per-task: some versions of srun do not inherit it from the options above.
 srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${PYTHON:-.venv/bin/python}" launch.py "$@" &
 step=$!
 trap 'scancel --signal=TERM "$SLURM_JOB_ID.0"' TERM

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains under Slurm and Open MPI on one machine, in two processes with two virtual devices each, and compares the
 # losses with those of one process with four: undisturbed, preempted, and with one process killed. Run as root on
-# Debian, with a development environment:
+# Debian, in a development environment:
 #
 #   apt-get install slurmctld slurmd slurm-client munge openmpi-bin
 #   PYTHON=.venv/bin/python deploy/test_launchers.sh
@@ -44,7 +44,7 @@ reached() { # RUN STEP: waits until the run has logged that step
   fail "$1 has not reached step $2"
 }
 
-processes() { pgrep -f "launch.py.*--run-dir=$1( |\$)" | while read -r pid; do # RUN: only Python ones
+processes() { pgrep -f "launch.py.*--run-dir=$1( |\$)" | while read -r pid; do # RUN: its Python processes
   [[ $(readlink "/proc/$pid/exe") == *python* ]] && echo "$pid"
 done; }
 
