@@ -1,4 +1,4 @@
-"""Which module may import which: the layers, no circles, and no file that changes where imports are looked for."""
+"""Imports between modules: the layers hold, there are no cycles, and no file changes the search path."""
 
 import ast
 from functools import cache
@@ -49,7 +49,7 @@ def imported(file: str) -> set[str]:
 
 
 def circle(imports: dict[str, set[str]]) -> list[str]:
-    """A circle of imports, if there is one."""
+    """A cycle of imports, if there is one."""
     try:
         TopologicalSorter(imports).prepare()
     except CycleError as error:

@@ -1,4 +1,4 @@
-"""A run of all stages that takes seconds: `python launch.py --experiment=quickstart` with everything small."""
+"""A run of all stages that takes seconds: the quickstart experiment with everything made small."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ from jaxchat.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 STEPS = 6
-# The same numbers for all supervised stages, so that they share one compiled step.
+# The same settings for all supervised stages, so that they share one compiled step.
 TRAINING = ["device-rows=1", "batch-tokens=512", f"num-iterations={STEPS}", "lr-fraction=0.5", "save-every=2",
             "eval-every=3", "eval-tokens=256", "sample-every=0", "schedule.decay-ratio=0.5"]  # fmt: skip
 ARGUMENTS = [
@@ -31,7 +31,7 @@ ARGUMENTS = [
 
 
 def start(directory, *arguments):
-    """Exit code, stdout and stderr of `launch.py` in this process."""
+    """Runs `launch.py` in this process; returns exit code, stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([*ARGUMENTS, f"--run-dir={directory}", *arguments])
@@ -39,14 +39,14 @@ def start(directory, *arguments):
 
 
 def start_process(*arguments, program=("launch.py",), cwd=ROOT):
-    """The same in a process of its own, on four devices as here, with the compiled programs of this one."""
+    """Runs a program in a separate process with four devices and this process's cache of compiled programs."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "COLUMNS": "60"}
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     return subprocess.run([sys.executable, *program, *arguments], cwd=cwd, env=env, capture_output=True, text=True)
 
 
 def refusal(result):
-    """The one line that says why a start was refused."""
+    """The message of a refused start: one line, with exit code 2 and no traceback."""
     code, err = (result[0], result[2]) if isinstance(result, tuple) else (result.returncode, result.stderr)
     lines = err.splitlines()
     assert code == 2, err
@@ -56,7 +56,7 @@ def refusal(result):
 
 
 def copy(finished, directory, *stages):
-    """A run as it was after `stages`, taken from a finished one."""
+    """Copies a finished run as it was after `stages`."""
     shutil.copytree(finished / "data", directory / "data")
     shutil.copy(finished / "config.json", directory / "config.json")
     for stage in ("tokenizer", *stages):
@@ -65,7 +65,7 @@ def copy(finished, directory, *stages):
 
 
 def values(directory, stage, name="loss"):
-    """(step, value) of a metric, in the order of the steps."""
+    """(step, value) pairs of a metric, in the order in which they were written."""
     lines = [line for line in read_metrics(directory) if line["stage"] == stage and name in line]
     return [(line["step"], line[name]) for line in lines]
 

@@ -59,7 +59,7 @@ def test_every_option_has_help_with_its_default(parser):
 def test_every_field_has_help(section):
     helps = field_help(section)
     for field in dataclasses.fields(section):
-        if isinstance(field.default_factory, type):  # a section: its class says what it is
+        if isinstance(field.default_factory, type):  # a section: its class documents it
             assert is_sentence(field.default_factory.__doc__)
         else:
             assert is_sentence(helps.get(field.name, "")), f"{section.__name__}.{field.name} has no help"

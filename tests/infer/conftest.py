@@ -45,7 +45,7 @@ def config(tokenizer):
 
 @pytest.fixture(scope="session")
 def random_params(config):
-    """Parameters without the zeros of the initialisation, and with a head loud enough for clear preferences."""
+    """Parameters without the initial zeros, and with a head large enough for clear preferences."""
     keys = iter(jax.random.split(jax.random.key(1), 100))
 
     def fill(leaf):
@@ -58,7 +58,7 @@ def random_params(config):
 
 @pytest.fixture(scope="session")
 def trained_params(config, tokenizer, conversations):
-    """A model that knows `CONVERSATIONS` by heart."""
+    """A model that has memorized `CONVERSATIONS`."""
     length = config.sequence_len
     inputs, targets = np.zeros((1, 5, length), np.int32), np.full((1, 5, length), -1, np.int32)
     for i, conversation in enumerate(conversations):

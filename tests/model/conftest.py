@@ -7,7 +7,7 @@ from jaxchat.model.gpt import init_params
 
 @pytest.fixture
 def random_params():
-    """Parameters whose zeros (head, output projections) are random too, so that every part of the model shows."""
+    """Parameters with random values in place of initial zeros, so that every part of the model affects the output."""
 
     def make(config, seed=0):
         params = init_params(config, jax.random.key(seed))

@@ -35,7 +35,7 @@ def assert_causal(forward, before, after, row, column):
     """`before` and `after` differ in the input at [row, column] alone: no logit before it moves, and it does."""
     moved = np.argwhere(before["inputs"] != after["inputs"])
     assert moved.tolist() == [[row, column]]
-    # As a target it stands one position earlier, in the row where that position is.
+    # As a target it is one position earlier, in the row that has that position.
     where = row * CONTEXT + column - 1
     changed = np.argwhere((before["targets"] != after["targets"]).reshape(-1)).reshape(-1)
     assert changed.tolist() == [where]

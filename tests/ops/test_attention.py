@@ -133,7 +133,7 @@ def test_a_model_with_a_border_token_treats_documents_as_if_each_had_a_row():
     first, second = jnp.array([[0, 5, 6, 7, 8]]), jnp.array([[0, 9, 4, 3]])
     together = hidden_states(config, params, jnp.concatenate([first, second], axis=1))
     for part, tokens in ((slice(5), first), (slice(5, None), second)):
-        # RoPE knows distances only, so that it does not matter where in its row a document stands.
+        # RoPE depends on distances only, so a document's place in its row does not matter.
         np.testing.assert_allclose(together[:, part], hidden_states(config, params, tokens), atol=2e-5)
     plain = dataclasses.replace(config, border_token=None)
     across = hidden_states(plain, params, jnp.concatenate([first, second], axis=1))

@@ -127,7 +127,7 @@ def test_gradient_is_reinforce(tokenizer, params):
     source = rollouts(tokenizer, params)
     batch, extra = source.next_batch(0, params)
 
-    # What was sampled, and the objective in so many words: sum of (r - mean r) log p(token) over their number.
+    # The sampled tokens, and the objective written out: sum of (r - mean r) log p(token) over their number.
     asked = [source.questions[i] for i in source._choose(0) for _ in range(4)]
     prompts = [tokenizer.render_for_completion(conversation) for _, conversation in asked]
     completions = source.engine.generate(prompts, **sampling(source.config), seed=3 * 1_000_003 + 1)

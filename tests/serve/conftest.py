@@ -1,4 +1,4 @@
-"""A run directory with a model that knows a few conversations by heart."""
+"""A run directory with a model that has memorized a few conversations."""
 
 import json
 
@@ -65,7 +65,7 @@ def run_dir(tmp_path_factory):
         checkpoints.save(150, state, data={}, meta={})
         checkpoints.close()
         (directory / stage / "stage.json").write_text(json.dumps({"stage": stage, "steps": 150}))
-    # A stage that was skipped for want of data, and one that is still at work.
+    # A stage that was skipped for lack of data, and one that is still running.
     (directory / "rl").mkdir()
     (directory / "rl" / "stage.json").write_text(json.dumps({"stage": "rl", "steps": 0}))
     (directory / "midtrain").mkdir()

@@ -1,4 +1,4 @@
-"""The whole path once, small: every stage from the tokenizer to the report, and what another start does with it."""
+"""The whole pipeline on a small scale: every stage from the tokenizer to the report, and restarts of the run."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from tests.tiny import ARGUMENTS, STEPS, copy, record, refusal, start, start_pro
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of all stages; the programs that it compiles are kept for the starts that follow."""
+    """A run of all stages; the programs it compiles are cached for later starts."""
     cache, patch = tmp_path_factory.mktemp("compiled"), pytest.MonkeyPatch()
     patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
@@ -44,7 +44,7 @@ def parameters(directory, stage):
     step = Checkpoints(directory / stage / "checkpoints").latest_step()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it reads the sharding from the checkpoint, and tells
+            warnings.simplefilter("ignore")  # it warns that it reads the sharding from the checkpoint
             tree = reader.restore(directory / stage / "checkpoints" / str(step) / "params")
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -134,7 +134,7 @@ class TestWholeRun:
         run = copy(finished, tmp_path / "run", "pretrain")
         config = json.loads((run / "config.json").read_text())
         assert config["model"]["window_pattern"] == "L"
-        for written, read in (({"window_pattern": "SL"}, "SL"), ({}, "L")):  # the latter: an older version's run
+        for written, read in (({"window_pattern": "SL"}, "SL"), ({}, "L")):  # the second: a run of an older version
             model = {name: value for name, value in config["model"].items() if name != "window_pattern"} | written
             (run / "config.json").write_text(json.dumps({**config, "model": model}))
             assert load_model(run).engine().model_config.window_pattern == read
@@ -183,8 +183,8 @@ class TestWholeRun:
 class TestStages:
     def test_only_the_named_ones_run_and_others_keep_their_freedom(self, finished, tmp_path):
         run = copy(finished, tmp_path / "run", "pretrain")
-        # sft has not begun: its settings may differ from what the directory was begun with. Midtraining is left out.
-        few = run / "few.jsonl"  # of so few none is held out
+        # sft has not started, so its settings may still change. Midtraining is skipped.
+        few = run / "few.jsonl"  # too few to hold any out
         line = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}
         few.write_text(f"{json.dumps(line)}\n" * 10)
         code, out, err = start(run, "--stages=sft", f"--sft.mixture={few}")
@@ -241,7 +241,7 @@ class TestResume:
     @pytest.mark.parametrize("stage", ["pretrain", "sft"])
     def test_interrupted_training_is_the_uninterrupted_one(self, finished, tmp_path, monkeypatch, stage):
         run = copy(finished, tmp_path / "run", *([] if stage == "pretrain" else ["pretrain", "midtrain"]))
-        for step in (1, 3, 4):  # one checkpoint of its own each, none of which is due
+        for step in (1, 3, 4):  # each adds a checkpoint, none of them due
             with monkeypatch.context() as patch:
                 interrupt_at(patch, Batches, step)
                 code, _, err = start(run, f"--stages={stage}")
@@ -263,7 +263,7 @@ class TestResume:
         assert_same_training(run, finished, "pretrain", "bpb")
 
     def test_interrupted_rl_is_the_uninterrupted_one(self, finished, tmp_path, monkeypatch):
-        # So little training answers nothing right; with such rewards there is something to learn.
+        # After so little training no answer is right; these rewards give it something to learn.
         def score(asked, completions, _):
             return [sum(c.tokens) % 7 / 6 for c in completions]
 
@@ -331,7 +331,7 @@ class TestOwnText:
         left_out = [line for line in out.splitlines() if "left out" in line]
         assert len(left_out) == 1 and left_out[0].startswith("evaluate  left out, not in the data folder: facts (")
         assert str(folder / "eval" / "facts") in left_out[0]
-        # From another working directory, the folder by another name: still the same run.
+        # From another working directory, with another path to the folder: still the same run.
         code, out, err = start(run, *arguments, f"--data={folder}/../texts/")
         assert code == 0, err
 
@@ -349,7 +349,7 @@ class TestOwnText:
         )
 
     def test_a_foreign_tokenizer_with_special_tokens_of_its_own(self, finished, tmp_path):
-        """Only Hugging Face normalizes text. The model's vocabulary is the tokenizer's, all special tokens included."""
+        """Only Hugging Face normalizes text. The model's vocabulary includes all of the tokenizer's special tokens."""
         own = Tokenizer.train_from_iterator(STORIES, 300)
         foreign = tokenizers.Tokenizer.from_str(own.to_json())
         foreign.normalizer = tokenizers.normalizers.NFC()

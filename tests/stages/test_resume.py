@@ -1,4 +1,4 @@
-"""Killed at any moment, a training goes on as if nothing had happened, on the same devices or on others.
+"""Training killed at any moment resumes as if nothing had happened, on the same devices or on others.
 
 JAXCHAT_KILLS sets how often (2 by default: each costs a start).
 """
@@ -21,7 +21,7 @@ KILLS = int(os.environ.get("JAXCHAT_KILLS", "2"))
 STEPS = 16
 SETTINGS = [*ARGUMENTS, f"--pretrain.num-iterations={STEPS}", "--checkpoints.keep=3"]
 
-# Kills itself a while after it asked for the batch of a step: within a step, a save, an evaluation or a deletion.
+# Kills itself some time after requesting the batch of a step: during a step, a save, an evaluation or a deletion.
 PROGRAM = """
 import os, signal, sys, threading
 from jaxchat.cli.launch import main
@@ -46,7 +46,7 @@ sys.exit(main(sys.argv[4:]))
 
 
 def sitting(run, batches, devices, step=-1, delay=0.0):
-    """One start in a process of its own; its exit code."""
+    """Starts a separate process; returns its exit code."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONHASHSEED": "0"}
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     command = [sys.executable, "-c", PROGRAM, str(step), str(delay), str(batches), *SETTINGS]
@@ -58,7 +58,7 @@ def sitting(run, batches, devices, step=-1, delay=0.0):
 
 
 def batches_of(path):
-    """The batch of each step by its hash; whenever a step came again, it had the same."""
+    """The hash of each step's batch; a repeated step must have had the same one."""
     seen = {}
     for line in path.read_text().splitlines():
         step, digest = line.split()
@@ -96,7 +96,7 @@ def test_killed_at_random_it_is_the_uninterrupted_one(whole, tmp_path, devices):
     newest = f"pretrain/checkpoints/{STEPS}/data/metadata"
     assert json.loads((run / newest).read_text()) == json.loads((whole / newest).read_text())
     assert record(run, "pretrain")["tokens"] == record(whole, "pretrain")["tokens"]
-    if len(devices) > 1:  # sums over devices are in another order
+    if len(devices) > 1:  # sums over devices are taken in another order
         mine, theirs = values(run, "pretrain"), values(whole, "pretrain")
         assert [step for step, _ in mine] == [step for step, _ in theirs]
         np.testing.assert_allclose([v for _, v in mine], [v for _, v in theirs], rtol=1e-4)

@@ -1,4 +1,4 @@
-"""The tokenizer stage: one vocabulary by every way into the trainer, how far it says it is, what a user brings."""
+"""The tokenizer stage: the same vocabulary from every input format, progress, and tokenizers given by the user."""
 
 import json
 
@@ -18,7 +18,7 @@ TEXTS = corpus(40, 20_000)
 
 @pytest.fixture(scope="module", params=["parquet", "one parquet", "jsonl", "txt"])
 def side(request, tmp_path_factory):
-    """The training side of a folder of each kind; two files or, with documents held out, one."""
+    """The training split of a folder of each format: two files, or one with documents held out."""
     folder, third = tmp_path_factory.mktemp("text"), len(TEXTS) // 3
     for i in range(1 if request.param.startswith("one") else 3):
         texts = TEXTS[i * third : (i + 1) * third]

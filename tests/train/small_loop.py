@@ -1,4 +1,4 @@
-"""The training loop on a state of one number, which shows in what order things happened."""
+"""The training loop with a single number as its state, which shows the order of events."""
 
 import jax.numpy as jnp
 
