@@ -1,13 +1,12 @@
-"""How fast is training against nanochat, on this machine, now?
+"""Compares the training speed of jaxchat and nanochat on this machine.
 
     git clone https://github.com/karpathy/nanochat
     python benchmarks/against_nanochat.py --checkout nanochat --python nanochat/.venv/bin/python --depth 12 20
 
-The same work (depth, rows, context, vocabulary, random tokens, the optimizer step included) in processes of their own,
-jaxchat and nanochat in turn, round by round, one at a time on one GPU. Both attend to the full context unless
---window-pattern says otherwise: nanochat's own default has sliding windows, which are slow without FlashAttention-3.
-With --fp8 each trains as it does by itself: nanochat puts the head into fp8 too, jaxchat leaves it in bf16. Checkouts
-from October 2025 on work.
+Both do the same work (depth, rows, context, vocabulary, random tokens, optimizer step included) in separate processes,
+taking turns on one GPU in each round. Both attend to the full context unless --window-pattern says otherwise:
+nanochat's own default has sliding windows, which are slow without FlashAttention-3. With --fp8 each uses its own
+recipe: nanochat puts the head into fp8 too, jaxchat leaves it in bf16. Checkouts from October 2025 or later work.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from jaxchat.errors import UserError, check
 
 HERE = Path(__file__).parent
 WORK = ("rows", "sequence_len", "vocab_size", "accumulation", "steps")
-LONG = 3600  # seconds: no window of ours is cut short
+LONG = 3600  # seconds, so that no window of ours is cut short
 GIB = 1 << 30
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table; 2 if one of the two cannot do the work of a depth."""
+    """Prints the table; returns 2 if either of the two fails at a depth."""
     options = _parser().parse_args(argv)
     try:
         _check(options)
@@ -68,21 +67,21 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkout", required=True, metavar="DIR", help="a nanochat checkout")
     add("--python", default=sys.executable, metavar="FILE", help="a Python with torch (default: this one)")
-    add("--depth", type=int, nargs="+", default=[12], help="one or more (default 12)")
+    add("--depth", type=int, nargs="+", default=[12], help="one or more depths (default 12)")
     add("--rows", type=int, default=32, help="(default 32)")
     add("--sequence-len", type=int, default=2048, help="(default 2048)")
     add("--vocab-size", type=int, default=32768, help="(default 32768)")
-    add("--accumulation", type=int, default=1, help="micro-batches a step (default 1)")
-    add("--steps", type=int, default=20, help="measured in a round, after a warm-up (default 20)")
-    add("--rounds", type=int, default=2, help="of each depth (default 2)")
-    add("--window-pattern", default="L", help="of both: L full context, S a quarter of it (default L)")
-    add("--fp8", action="store_true", help="both train in fp8")
-    add("--json", metavar="FILE", help="one object a depth for all figures")
+    add("--accumulation", type=int, default=1, help="micro-batches per step (default 1)")
+    add("--steps", type=int, default=20, help="steps measured per round, after a warm-up (default 20)")
+    add("--rounds", type=int, default=2, help="rounds per depth (default 2)")
+    add("--window-pattern", default="L", help="L full context, S a quarter of it, for both (default L)")
+    add("--fp8", action="store_true", help="train both in fp8")
+    add("--json", metavar="FILE", help="write all figures to FILE, one JSON object per depth")
     return parser
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises UserError for what cannot be measured at any depth."""
+    """Raises UserError for options that are wrong at every depth."""
     checkout = Path(options.checkout).absolute()
     check(
         (checkout / "nanochat" / "gpt.py").exists() and (checkout / "scripts" / "base_train.py").exists(),
@@ -93,10 +92,10 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _rounds(options: argparse.Namespace, depth: int, directory: Path) -> list[dict[str, dict[str, Any]]]:
-    """One entry a round, the figures of both by name.
+    """One entry per round: the figures of both, by name.
 
     Raises:
-      UserError: one of the two fails.
+      UserError: either of the two fails.
     """
     result = directory / "result.json"
     work = [f"--depth={depth}", *(f"--{name.replace('_', '-')}={getattr(options, name)}" for name in WORK)]
@@ -107,7 +106,7 @@ def _rounds(options: argparse.Namespace, depth: int, directory: Path) -> list[di
     checkout = str(Path(options.checkout).absolute())
     theirs = [options.python, str(HERE / "nanochat_steps.py"), checkout, *work]
     theirs += [f"--window-pattern={options.window_pattern}", *(["--fp8"] if options.fp8 else [])]
-    # Later rounds need not compile again; base_train.py sets the allocator.
+    # Caches save later rounds the compilation. The allocator is set as base_train.py sets it.
     caches = {"JAX_COMPILATION_CACHE_DIR": f"{directory}/jax", "TORCHINDUCTOR_CACHE_DIR": f"{directory}/inductor"}
     allocator = {name: "expandable_segments:True" for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")}
     environment = {**caches, **allocator, "NANOCHAT_BASE_DIR": f"{directory}/nanochat", **os.environ}
@@ -123,10 +122,10 @@ def _rounds(options: argparse.Namespace, depth: int, directory: Path) -> list[di
 
 
 def _run(name: str, command: list[str], environment: dict[str, str], result: Path) -> dict[str, Any]:
-    """The figures that a process writes to `result`; it has ended, and its memory is free, when this returns.
+    """The figures that a process writes to `result`. When this returns, the process has ended and its memory is free.
 
     Raises:
-      UserError: with its last line, if it does not end well.
+      UserError: the process fails; the message has its last line of output.
     """
     result.unlink(missing_ok=True)
     try:
@@ -143,7 +142,7 @@ def _run(name: str, command: list[str], environment: dict[str, str], result: Pat
 
 
 def _summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Medians over the rounds, and the ratio ours to theirs: of the medians, and of each round."""
+    """Medians over the rounds, and the ratio of ours to theirs, of the medians and of each round."""
     speeds = {name: [figures[name]["tokens_per_second"] for figures in rounds] for name in rounds[0]}
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     ratios = [ours / theirs for ours, theirs in zip(speeds["jaxchat"], speeds["nanochat"], strict=True)]
@@ -158,13 +157,13 @@ def _print(options: argparse.Namespace, contests: list[dict[str, Any]]) -> None:
               f"{options.accumulation}, {'fp8' if options.fp8 else 'bf16'}, windows {options.window_pattern}; jax "
               f"{ours['machine']['jax']}, torch {theirs['torch']} with {theirs['attention']}; medians of "
               f"{options.rounds} rounds")  # fmt: skip
-    head = ["", "tokens/s", "ms a step", "MFU, by its own FLOPs", "GiB", "loss, first", "last", "jaxchat / nanochat"]
+    head = ["", "tokens/s", "ms per step", "MFU, by its own FLOPs", "GiB", "loss, first", "last", "jaxchat / nanochat"]
     for contest in contests:
         if "error" in contest:
             rows.append([f"d{contest['depth']}", contest["error"], *[""] * 6])
             continue
         rows += [_line(contest, name) for name in ("jaxchat", "nanochat")]
-        # The whole ratio, and how far the rounds lie apart.
+        # The overall ratio, and its range over the rounds.
         low, high = min(contest["round_ratios"]), max(contest["round_ratios"])
         rows[-2][-1] = f"{contest['ratio']:.3f}"
         rows[-1][-1] = f"rounds {low:.3f} to {high:.3f}" if len(contest["rounds"]) > 1 else ""

@@ -1,13 +1,13 @@
-"""What does a checkpoint cost the training that goes on meanwhile?
+"""Measures how much saving a checkpoint slows down training.
 
     python benchmarks/checkpoints.py --experiment=d12
     python benchmarks/checkpoints.py --experiment=quickstart --windows=5 --directory=/mnt/disk
 
-Windows of steps on random tokens, in turn without and with a save behind their first one, as in the training loop: the
-state is copied on the devices before the next step takes it, and threads bring the copy to the host and write it while
-the steps go on. What a window with a save takes longer is what the save costs; a window lasts longer than the writing.
-How late a step's metrics come is seen in the longest of a window: the next step is on the device by then. Medians of
-all windows.
+Runs windows of steps on random tokens, alternately without a save and with one after the first step, as in the training
+loop: the state is copied on the devices before the next step consumes it, and threads move the copy to the host and
+write it while training continues. The cost of a save is the extra time of a window that has one; a window lasts longer
+than the writing. The longest step of a window shows how late a step's metrics arrive: by then the next step is on the
+device. All figures are medians over the windows.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from jaxchat.stages.workspace import Workspace, planned_model
 from jaxchat.train.step import State
 
 WARM_UP = 3
-SHARE = 0.05  # of the time of training that saves may take
+SHARE = 0.05  # the share of training time that saves may take
 
 
 class Window(NamedTuple):
-    """Seconds: of all steps, of the longest one, of the save's calls, and until the end of its writing."""
+    """Seconds of all steps, of the longest step, of the save's calls, and until the save is written."""
 
     seconds: float
     longest: float
@@ -54,9 +54,9 @@ class Window(NamedTuple):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--experiment", default="d12", help="whose pretraining; its fields can follow, as for launch.py"
+        "--experiment", default="d12", help="whose pretraining to measure; its fields can follow (default d12)"
     )
-    parser.add_argument("--windows", type=int, default=5, metavar="N", help="of each kind (default 5)")
+    parser.add_argument("--windows", type=int, default=5, metavar="N", help="windows of each kind (default 5)")
     parser.add_argument(
         "--directory", help="where the checkpoints are written (default: the system's temporary folder)"
     )
@@ -77,10 +77,8 @@ def main() -> int:
 
 
 def measure(experiment, folder: Path, windows: int) -> dict:
-    """Milliseconds of a step, of a save's call and of its writing, and what it costs the steps."""
-    check(
-        experiment.pretrain.save_every > 0, "--pretrain.save-every must be at least 1: a save's cost is a share of it"
-    )
+    """Milliseconds of a step and of a save's calls, and the time a save adds to training."""
+    check(experiment.pretrain.save_every > 0, "--pretrain.save-every must be at least 1: the cost is a share of it")
     data = dataclasses.replace(experiment.data, path=None, generate=True)  # never written: the tokens are random
     workspace = Workspace(dataclasses.replace(experiment, data=data), folder / "run", say=say)
     model = planned_model(experiment)
@@ -90,7 +88,7 @@ def measure(experiment, folder: Path, windows: int) -> dict:
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
     def window(state, count: int, number: int | None) -> tuple[State, Window]:
-        """`count` steps, with a save behind the first one if it has a number."""
+        """Runs `count` steps, with a save after the first one if `number` is given."""
         ends, called = [time.perf_counter()], 0.0
 
         def call(work: Callable, *args: Any, **settings: Any) -> Any:
@@ -126,8 +124,8 @@ def measure(experiment, folder: Path, windows: int) -> dict:
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         state, _ = window(state, WARM_UP, None)
         state, warm = window(state, WARM_UP, None)
-        state, first = window(state, WARM_UP, 1)  # alone, for the most part
-        # So many steps that the writing ends within them, even if they slow it down by half.
+        state, first = window(state, WARM_UP, 1)  # mostly without steps beside it
+        # Enough steps that the writing ends within them, even if they make it take half as long again.
         count = max(5, round(2 * first.written / (warm.seconds / WARM_UP)))
         for number in range(windows):
             for kind, saved in ((plain, None), (saving, number + 2)):
@@ -160,15 +158,15 @@ def measure(experiment, folder: Path, windows: int) -> dict:
 
 def table(figures: dict) -> str:
     lines = [
-        ("the state", f"{figures['state_bytes'] / 2**30:.2f} GiB"),
-        ("a step", f"{figures['step_ms']:.1f} ms"),
-        ("the longest of a window", f"{figures['longest_step_ms']:.1f} ms"),
-        ("the same, of a window with a save", f"{figures['longest_step_with_save_ms']:.1f} ms"),
-        ("a save: its calls on the host, while the device works", f"{figures['call_ms']:.1f} ms"),
-        ("the same, of the time of a step", f"{figures['call_share']:.1%}"),
-        (f"a save: added to {figures['steps_of_a_window']} steps", f"{figures['cost_ms']:.0f} ms"),
-        (f"the same, of the time of {figures['save_every']:,} steps (save-every)", f"{figures['share']:.2%}"),
-        (f"{SHARE:.0%} of the time: a save every", f"{figures['least_save_every']:,} steps"),
+        ("size of the state", f"{figures['state_bytes'] / 2**30:.2f} GiB"),
+        ("one step", f"{figures['step_ms']:.1f} ms"),
+        ("longest step of a window", f"{figures['longest_step_ms']:.1f} ms"),
+        ("longest step of a window with a save", f"{figures['longest_step_with_save_ms']:.1f} ms"),
+        ("a save: its calls on the host, while the device is busy", f"{figures['call_ms']:.1f} ms"),
+        ("the same, as a share of a step", f"{figures['call_share']:.1%}"),
+        (f"a save: time added to {figures['steps_of_a_window']} steps", f"{figures['cost_ms']:.0f} ms"),
+        (f"the same, as a share of {figures['save_every']:,} steps (save-every)", f"{figures['share']:.2%}"),
+        (f"saves take {SHARE:.0%} of the time if made every", f"{figures['least_save_every']:,} steps"),
     ]
     rows = "\n".join(f"| {name} | {value} |" for name, value in lines)
     return f"| {figures['experiment']} | {figures['machine']['device_kind']} |\n| --- | ---: |\n{rows}"

@@ -1,12 +1,12 @@
-"""How fast does text become packed batches, against nanochat's loader, on this machine, now?
+"""Compares how fast jaxchat and nanochat turn text into packed batches on this machine.
 
     git clone https://github.com/karpathy/nanochat
     python benchmarks/data.py DIR --checkout nanochat --python nanochat/.venv/bin/python
 
-From parquet to batches of token ids, tokenised on the way by the same vocabulary; in processes of their own, which are
-held to so many cores, jaxchat and nanochat in turn, round by round. Each works from its start to its last batch. The
-speed is that of its processor seconds, which other programs disturb less than the clock. Without --checkout, jaxchat
-alone. Checkouts from 2026 on work.
+Both read parquet files, tokenize them with the same vocabulary and pack batches of token ids. They take turns in each
+round, each in a separate process that may use --cores cores, and are timed from the start to the last batch. Speed is
+given per second of processor time, which other programs disturb less than elapsed time. Without --checkout, only
+jaxchat is measured. Checkouts from 2026 or later work.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PACKINGS = ("best-fit", "concat")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table; 2 after bad input."""
+    """Prints the table; returns 2 after bad input."""
     options = _parser().parse_args(argv)
     try:
         results = measure(options)
@@ -56,11 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--vocab-size", type=int, default=32768, help="(default 32768)")
     add("--rows", type=int, default=32, help="(default 32)")
     add("--sequence-len", type=int, default=2048, help="(default 2048)")
-    add("--batches", type=int, default=300, help="in a round (default 300)")
-    add("--processes", type=int, default=1, metavar="N", help="beside one process, the share of one of so many")
-    add("--cores", type=int, nargs="+", default=[1], help="one or more (default 1)")
+    add("--batches", type=int, default=300, help="batches per round (default 300)")
+    add("--processes", type=int, default=1, metavar="N", help="also measure one process of N, with its share of text")
+    add("--cores", type=int, nargs="+", default=[1], help="numbers of cores to measure with (default 1)")
     add("--rounds", type=int, default=3, help="(default 3)")
-    add("--json", metavar="FILE", help="all figures")
+    add("--json", metavar="FILE", help="write all figures to FILE")
     return parser
 
 
@@ -69,14 +69,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
       UserError: no parquet files, no checkout, fewer cores than asked for.
-      Failed: one of them did not end well.
+      Failed: a process failed.
     """
     from jaxchat.data.text.shards import find_text
     from jaxchat.tokenizer import Tokenizer
 
     text = Path(options.text).absolute()
     split = find_text(text)
-    check(split.train.format == "parquet" and split.train.hold_out is None, f"{text} needs two parquet files at least")
+    check(split.train.format == "parquet" and split.train.hold_out is None, f"{text} needs at least two parquet files")
     here = len(os.sched_getaffinity(0))
     check(max(options.cores) <= here, f"--cores {max(options.cores)}: this machine has {here}")
     checkout = options.checkout and Path(options.checkout).absolute()
@@ -95,7 +95,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 for name, figures in _round(options, cores, folder, split.train.files[0].parent, checkout):
                     rounds.setdefault(name, []).append(figures)
                     speed = figures["tokens"] / figures["cpu_seconds"]
-                    say(f"{cores} cores, round {number + 1}: {name} {speed / 1e6:.2f} M tokens a core-second")
+                    say(f"{cores} cores, round {number + 1}: {name} {speed / 1e6:.2f} M tokens per core-second")
             results[str(cores)] = {
                 name: {key: statistics.median(one[key] for one in found) for key in found[0]}
                 for name, found in rounds.items()
@@ -132,7 +132,7 @@ def _round(options: argparse.Namespace, cores: int, folder: Path, text: Path, ch
 
 
 def load(text: Path, tokenizer: Path, cores: int, batches: int, packing: str, work: dict[str, int]) -> dict[str, float]:
-    """Reads so many batches on so many cores, in this process."""
+    """Reads `batches` batches on `cores` cores, in this process."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     from jaxchat.data.loader import pretrain_batches
     from jaxchat.data.positions import totals
@@ -154,7 +154,7 @@ def load(text: Path, tokenizer: Path, cores: int, batches: int, packing: str, wo
 
 
 def _print(options: argparse.Namespace, results: dict[str, Any]) -> None:
-    head = ["loader", "cores", "M tokens/s a core", "M tokens/s", "rows full", "tokens cropped", "peak MiB"]
+    head = ["loader", "cores", "M tokens/s per core", "M tokens/s", "rows full", "tokens cropped", "peak MiB"]
     rows = []
     for cores, found in results.items():
         for name, figures in found.items():
@@ -163,7 +163,7 @@ def _print(options: argparse.Namespace, results: dict[str, Any]) -> None:
                 f"{figures['tokens'] / figures['seconds'] / 1e6:.2f}", f"{figures['utilisation']:.2%}",
                 f"{figures['cropped']:.1%}", f"{figures['peak_bytes'] / (1 << 20):,.0f}",
             ])  # fmt: skip
-    work = f"{options.rows} x {options.sequence_len:,} tokens a batch, {options.batches} batches, vocabulary"
+    work = f"{options.rows} x {options.sequence_len:,} tokens per batch, {options.batches} batches, vocabulary"
     print(f"{work} {options.vocab_size:,}; medians of {options.rounds}")
     table(head, rows)
     for cores, found in results.items():
@@ -171,8 +171,8 @@ def _print(options: argparse.Namespace, results: dict[str, Any]) -> None:
         print(f"\n{ours['cut']:.1%} of documents are cut into pieces by best fit.")
         if theirs := found.get("nanochat"):
             times = theirs["cpu_seconds"] / ours["cpu_seconds"]
-            print(f"On {cores} cores, jaxchat is {times:.1f} times as fast a core-second as nanochat, and "
-                  f"{theirs['seconds'] / ours['seconds']:.1f} times by the clock.")  # fmt: skip
+            print(f"On {cores} cores, jaxchat is {times:.1f} times as fast as nanochat per core-second, and "
+                  f"{theirs['seconds'] / ours['seconds']:.1f} times in elapsed time.")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How does the speed of training grow with the model? Draws what `train.py` measured.
+"""Plots how training speed depends on model size, from the measurements of `train.py`.
 
     python benchmarks/train.py --depth 6 12 20 26 32 --fit --json growth.json
     python benchmarks/growth.py growth.json growth.png
 
-Tokens/s times the FLOPs a token is what a device computes of use; its share of the device's peak is the MFU. Of several
-files, or lines of one depth, the last line holds.
+Useful arithmetic is tokens/s times FLOPs per token; as a share of the device's peak it is the MFU. If several lines or
+files measure the same depth, the last one counts.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ TERA = 1e12
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the picture and prints its figures; 2 if there is nothing to draw."""
+    """Writes the plot and prints its figures; returns 2 if there is nothing to plot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("results", nargs="+", metavar="JSON", help="what train.py --json wrote")
-    parser.add_argument("png", metavar="PNG", help="the picture to write")
+    parser.add_argument("png", metavar="PNG", help="the image to write")
     options = parser.parse_args(argv)
     try:
         records = read(options.results)
@@ -40,13 +40,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     Path(options.png).write_bytes(draw(records))
     print(hardware(records[0]))
-    head = ["model", "parameters", "rows", "tokens/s", "GFLOP a token", "TFLOP/s a device", "MFU"]
+    head = ["model", "parameters", "rows", "tokens/s", "GFLOP per token", "TFLOP/s per device", "MFU"]
     table(head, [_line(record) for record in records])
     return 0
 
 
 def read(files: list[str]) -> list[dict[str, Any]]:
-    """The records of `files` that hold a measurement, one a depth, the smallest model first.
+    """The measurements in `files`, one per depth, smallest model first.
 
     Raises:
       UserError: a file that train.py did not write, fewer than two depths, or measurements of different settings.
@@ -61,7 +61,7 @@ def read(files: list[str]) -> list[dict[str, Any]]:
     found = sorted(by_depth.values(), key=lambda record: record["parameters"])
     check(len(found) > 1, "a plot needs two depths; measure more: train.py --depth 6 12 20 --json FILE")
     kinds = {hardware(record) for record in found}
-    check(len(kinds) == 1, f"these are not to be compared: {'; '.join(sorted(kinds))}; draw them apart")
+    check(len(kinds) == 1, f"these cannot be compared: {'; '.join(sorted(kinds))}; plot them separately")
     return found
 
 
@@ -74,7 +74,7 @@ def hardware(record: dict[str, Any]) -> str:
 
 
 def draw(records: list[dict[str, Any]]) -> bytes:
-    """PNG: what a device computes (TFLOP/s, and MFU where its peak is known), and tokens/s, by parameters."""
+    """A PNG of useful arithmetic per device (TFLOP/s, and MFU if the peak is known) and of tokens/s, by parameters."""
     parameters = [record["parameters"] for record in records]
     teraflops = [record["flops_per_second_per_device"] / TERA for record in records]
     speeds = [record["tokens_per_second"] for record in records]
@@ -91,7 +91,7 @@ def draw(records: list[dict[str, Any]]) -> bytes:
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, names=names: names[round(value)]))
             axes.margins(x=0.14)
         computed.set_title("useful arithmetic")
-        computed.set_ylabel("TFLOP/s a device")
+        computed.set_ylabel("TFLOP/s per device")
         computed.set_ylim(0, 1.25 * max(teraflops))
         for record, x, y in zip(records, parameters, teraflops, strict=True):
             share = f"\n{record['mfu']:.1%}" if record["mfu"] else ""
@@ -111,7 +111,7 @@ def draw(records: list[dict[str, Any]]) -> bytes:
 
 
 def _label(axes, x: float, y: float, text: str, beside: bool = False) -> None:
-    """Above the point, or `beside` it, where a falling line leaves room."""
+    """Labels a point: above it, or `beside` it where a falling line leaves room."""
     offset, align = ((4, 5), "left") if beside else ((0, 7), "center")
     axes.annotate(text, (x, y), offset, textcoords="offset points", ha=align, va="bottom", fontsize=9)
 

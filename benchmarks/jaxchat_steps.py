@@ -1,7 +1,7 @@
-"""Training steps of jaxchat, measured; `train.py` runs `measure` in a process of its own.
+"""Measures training steps of jaxchat; `train.py` runs `measure` in a separate process.
 
-The step, its optimizer, its donated state on the mesh and the way of a batch to the devices are pretraining's own
-(`jaxchat/stages/training.py`).
+The step, the optimizer, the donated state on the mesh and the transfer of batches to the devices are those of
+pretraining (`jaxchat/stages/training.py`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from jaxchat.config import Experiment
 from jaxchat.errors import UserError, check
 
 WARM_UP = 3
-LEAST = 3  # steps of a window, however long they take
-COMPILED = "/jax/core/compile/backend_compile_duration"  # also when it came from the cache
+LEAST = 3  # the fewest steps in a window, however long they take
+COMPILED = "/jax/core/compile/backend_compile_duration"  # reported for programs from the cache too
 FROM_CACHE = "/jax/compilation_cache/cache_hits"
 
 
@@ -33,9 +33,9 @@ FROM_CACHE = "/jax/compilation_cache/cache_hits"
 class Work:
     """One line of the table; `experiment.data.path` is None for random tokens.
 
-    A window is `steps` steps, fewer if they take longer than `seconds`. With `fit`, rows are halved and micro-batches
-    doubled until the step fits into memory. With `cached`, compiled programs are kept as launch.py keeps them. With
-    `only_first`, all ends with the first step.
+    A window has `steps` steps, or fewer if they take longer than `seconds`. With `fit`, rows are halved and
+    micro-batches doubled until the step fits into memory. With `cached`, compiled programs are cached as launch.py
+    caches them. With `only_first`, measuring ends after the first step.
     """
 
     experiment: Experiment
@@ -55,10 +55,10 @@ class TooLarge(MemoryError):
 
 
 def measure(work: Work, began: float) -> dict[str, Any]:
-    """The figures of one model, or `{"error": one line}` if it is refused or does not fit.
+    """The figures of one model, or `{"error": one line}` if its settings are rejected or it does not fit into memory.
 
     Args:
-      began: when this process was started, by `time.time()`.
+      began: `time.time()` when this process was started.
     """
     import jax
 
@@ -81,7 +81,7 @@ def measure(work: Work, began: float) -> dict[str, Any]:
             return {"error": f"out of memory: {text[:160]}"}
         say(f"{work.rows} rows, out of memory: {text[:160]}; halving them")
         work = dataclasses.replace(work, rows=work.rows // 2, accumulation=2 * work.accumulation)
-        gc.collect()  # what was on the device
+        gc.collect()  # frees device memory
 
 
 def _measure(work: Work, began: float, directory: str) -> dict[str, Any]:
@@ -99,11 +99,11 @@ def _measure(work: Work, began: float, directory: str) -> dict[str, Any]:
     )
     times = {"start": began}
     here = len(jax.devices())
-    check(work.devices in (None, here), f"--devices {work.devices}: {here} can be used here; choose no more")
+    check(work.devices in (None, here), f"--devices {work.devices}: this machine has {here}; choose at most {here}")
     times["data"] = time.time()
     workspace, tokens = _workspace(work, directory)
     model, source = _model_and_batches(workspace)
-    total = 1 + WARM_UP + 2 * work.steps * work.windows  # the most there can be
+    total = 1 + WARM_UP + 2 * work.steps * work.windows  # the most that can be needed
     training = Training(workspace, "pretrain", workspace.experiment.pretrain, model, None, total)
     times["init"] = time.time()
     state, step = training.prepare(lambda: fresh_params(workspace, model))
@@ -154,14 +154,14 @@ def _measure(work: Work, began: float, directory: str) -> dict[str, Any]:
         state, window, metrics = _window(step, state, source, count)
         windows[""].append(window)
         if kept:
-            # The same batches once more, now without reading, tokenizing and packing them.
+            # The same batches again, this time without reading, tokenizing and packing them.
             state, window, metrics = _window(step, state, Batches(workspace, source.plan, iter(kept)), count)
             windows["ready_"].append(window)
             kept.clear()
     for name, measured in windows.items():
         figures |= _speeds(name, measured, tokens) if measured else {}
     if windows["ready_"]:
-        # Of means: the loader may be late at a few steps only.
+        # A ratio of means, since the loader may be late at only a few steps.
         ratio = figures["ready_tokens_per_second_mean"] / figures["tokens_per_second_mean"]
         figures["loader_cost_percent"] = 100 * (ratio - 1)
     peak = device_peak_flops(machine["device_kind"])
@@ -179,7 +179,7 @@ def _measure(work: Work, began: float, directory: str) -> dict[str, Any]:
 
 
 def _workspace(work: Work, directory: str):
-    """A workspace for so many rows and micro-batches, and the tokens of its step."""
+    """A workspace for the rows and micro-batches of `work`, and the tokens per step."""
     from jaxchat.devices.mesh import make_mesh
     from jaxchat.stages.workspace import Workspace
 
@@ -191,7 +191,7 @@ def _workspace(work: Work, directory: str):
 
 
 def _model_and_batches(workspace):
-    """The model, and a source of random batches, or of the loader's with a tokenizer trained on the text or brought."""
+    """The model and a source of batches: random ones, or the loader's with a tokenizer trained on the text or given."""
     from jaxchat.data.text.shards import find_text
     from jaxchat.stages import tokenizer as tokenizer_stage
     from jaxchat.stages.pretrain import training_batches
@@ -215,9 +215,9 @@ def _keep(iterator: Iterator[dict], kept: list[dict]) -> Iterator[dict]:
 
 
 def _window(step, state, source, count: int):
-    """Runs `count` steps as the training loop does, each dispatched before the metrics of the last one are read.
+    """Runs `count` steps as the training loop does, each dispatched before the metrics of the previous one are read.
 
-    Returns the state, the seconds of each step, and the last metrics; the device has been waited for.
+    Returns the state, the seconds of each step and the last metrics, once the device is done.
     """
     import jax
 
@@ -237,7 +237,7 @@ def _window(step, state, source, count: int):
 
 
 def _speeds(prefix: str, windows: list[list[float]], tokens: int) -> dict[str, Any]:
-    """From the seconds of each step, window by window."""
+    """Figures of speed from the seconds of each step in each window; `tokens` per step."""
     times = [seconds for window in windows for seconds in window]
     median, mean = statistics.median(times), statistics.fmean(times)
     return {
@@ -252,7 +252,7 @@ def _speeds(prefix: str, windows: list[list[float]], tokens: int) -> dict[str, A
 
 
 def bytes_per_device(tree) -> int:
-    """What the arrays of `tree` take on the device that holds most of them: their shards, as they lie there."""
+    """Bytes of the shards of `tree` on the device that holds the most."""
     import jax
 
     held: Counter = Counter()
@@ -263,19 +263,19 @@ def bytes_per_device(tree) -> int:
 
 
 def compiled_bytes(memory) -> int:
-    """What a compiled step takes by XLA's analysis: its state and batch, what it returns, and what it needs between."""
+    """Bytes a compiled step needs by XLA's analysis: its inputs, its outputs, and its temporary memory."""
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return arguments + memory.temp_size_in_bytes
 
 
 def device_memory_bytes() -> int | None:
-    """What JAX may take of a device's memory; None where that is not limited."""
+    """Bytes of a device's memory that JAX may use; None where there is no limit."""
     import jax
 
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def check_fits(needed: int | None, limit: int | None) -> None:
-    """Raises TooLarge before a step is run that cannot be: it would take its time to fail."""
+    """Raises TooLarge if a step cannot fit; running it would take a while to fail."""
     if needed and limit and needed > limit:
-        raise TooLarge(f"a step needs {needed / (1 << 30):.1f} GiB of {limit / (1 << 30):.1f} GiB")
+        raise TooLarge(f"a step needs {needed / (1 << 30):.1f} GiB, but {limit / (1 << 30):.1f} GiB are available")

@@ -1,8 +1,8 @@
-"""Batches of a nanochat checkout's loader; `data.py` starts it, with the checkout on PYTHONPATH, with a Python that has
-torch, tiktoken and rustbpe.
+"""Measures a nanochat checkout's data loader.
 
-The loader and its tokenizer are the checkout's own, with the ranks that jaxchat has learnt: the same text gives the
-same tokens. What is thrown away is what the tokenizer gave, less what was handed out and what waits in the buffer.
+`data.py` starts this with the checkout on PYTHONPATH, in a Python that has torch, tiktoken and rustbpe. The loader and
+its tokenizer are the checkout's own, with the ranks that jaxchat learned, so that the same text gives the same tokens.
+Cropped tokens are those the tokenizer produced, less those in batches and those still in the buffer.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def measure(options: argparse.Namespace) -> dict:
 
 
 class Counting:
-    """A tokenizer that counts the tokens it gives."""
+    """A tokenizer that counts the tokens it produces."""
 
     def __init__(self, tokenizer):
         self._tokenizer, self.tokens = tokenizer, 0

@@ -1,9 +1,10 @@
-"""Training steps of a nanochat checkout on random tokens; `against_nanochat.py` starts it with a Python that has torch.
+"""Measures training steps of a nanochat checkout on random tokens.
 
-It builds model and optimizer through the checkout's own modules and goes through a step in the order of the checkout's
-`scripts/base_train.py`: its precision, `torch.compile`, its gradient clipping if it has any, learning rate and momentum
-set anew for each step, a wait for the device before and after. What differs between versions (names, fields, autocast)
-is looked up in the checkout. The tokens lie on the device beforehand, which is in nanochat's favour.
+`against_nanochat.py` starts this in a Python that has torch. It builds the model and optimizer with the checkout's own
+modules, and a step follows the checkout's `scripts/base_train.py`: its precision, `torch.compile`, gradient clipping if
+it has any, learning rate and momentum set for each step, and a wait for the device before and after. What differs
+between versions (names, fields, autocast) is looked up in the checkout. The tokens are on the device beforehand, which
+favours nanochat.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def measure(options: argparse.Namespace) -> dict:
     common.compute_init(device.type)
     began = time.perf_counter()
     model = build_model(options, device)
-    flops = model.estimate_flops()  # before fp8: it does not know that kind of matrix
+    flops = model.estimate_flops()  # before fp8, which it cannot count
     if options.fp8:
         to_fp8(model, options.checkout)
     plain, model = model, torch.compile(model, dynamic=False)
@@ -113,7 +114,7 @@ def measure(options: argparse.Namespace) -> dict:
 
 
 def build_model(options: argparse.Namespace, device):
-    """The checkout's GPT of this depth: 64 wide a layer, heads of 128."""
+    """The checkout's GPT of this depth: width 64 per layer, head dimension 128."""
     import torch
     from nanochat.gpt import GPT, GPTConfig
 
@@ -122,7 +123,7 @@ def build_model(options: argparse.Namespace, device):
     heads = -(-width // 128)
     settings = {"sequence_len": options.sequence_len, "vocab_size": options.vocab_size, "n_layer": options.depth}
     if "window_pattern" in fields:
-        # Since there are windows, heads are exactly 128 wide and the width follows.
+        # Versions with windows fix the head dimension at 128, and the width follows.
         width, settings["window_pattern"] = 128 * heads, options.window_pattern
     elif set(options.window_pattern) != {"L"}:
         sys.exit(f"{options.checkout} has no sliding windows; leave --window-pattern at L")
@@ -130,7 +131,7 @@ def build_model(options: argparse.Namespace, device):
         model = GPT(GPTConfig(**settings, n_embd=width, n_head=heads, n_kv_head=heads))
     short = {left for left, _ in getattr(model, "window_sizes", ())} - {-1, options.sequence_len}
     if short - {options.sequence_len // 4}:
-        sys.exit(f"S is {short} tokens in {options.checkout}, here a quarter of the context, which is other work; "
+        sys.exit(f"S is {short} tokens in {options.checkout} but a quarter of the context in jaxchat; "
                  "leave --window-pattern at L")  # fmt: skip
     model.to_empty(device=device)
     model.init_weights()
@@ -138,11 +139,11 @@ def build_model(options: argparse.Namespace, device):
 
 
 def to_fp8(model, checkout: Path) -> None:
-    """Puts the matrices that base_train.py would put there into fp8."""
+    """Converts to fp8 the matrices that base_train.py would convert."""
     try:
         from nanochat.fp8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:
-        sys.exit(f"{checkout} has no nanochat/fp8.py; leave --fp8 out")
+        sys.exit(f"{checkout} has no nanochat/fp8.py; omit --fp8")
 
     def fits(module, name: str) -> bool:
         sizes = (module.in_features, module.out_features)
@@ -153,14 +154,17 @@ def to_fp8(model, checkout: Path) -> None:
 
 
 def build_optimizers(model):
-    """The checkout's optimizers, and the groups of them all; one since January 2026, AdamW and Muon apart before."""
+    """The checkout's optimizers and all their groups: one optimizer since January 2026, AdamW and Muon before."""
     optimizers = [model.setup_optimizer()] if hasattr(model, "setup_optimizer") else model.setup_optimizers()
     return optimizers, [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def random_batches(options: argparse.Namespace, device) -> list:
-    """Pairs of inputs and targets, int64 `[rows, T]`, for all the steps: as jaxchat's, none comes twice. A model that
-    learns a few by heart computes with other numbers, and a GPU's power, which limits it, depends on them."""
+    """Pairs of inputs and targets, int64 `[rows, T]`, for all the steps.
+
+    As in jaxchat, no batch is repeated: a model that memorizes a few batches computes with different numbers, and a
+    GPU's power draw, which limits its speed, depends on the numbers.
+    """
     import torch
 
     draw = torch.Generator().manual_seed(0)

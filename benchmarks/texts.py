@@ -1,4 +1,4 @@
-"""The text that benchmarks work on: the documents of a folder."""
+"""The text that the benchmarks use: the documents of a folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def text_files(folder: Path) -> list[Path]:
 
 
 def stream(files: Sequence[Path], megabytes: float) -> Iterator[str]:
-    """The documents until they have so many bytes; a few hundred of them are in memory at a time."""
+    """The first documents, up to `megabytes` in all; a few hundred are in memory at a time."""
     return prefix(_documents(files), megabytes)
 
 
@@ -36,7 +36,7 @@ def size_of(texts: Iterable[str]) -> float:
 
 
 def prefix(texts: Iterable[str], megabytes: float) -> Iterator[str]:
-    """The texts until they have so many bytes."""
+    """The first texts, up to and including the one that reaches `megabytes`."""
     left = megabytes * MB
     for text in texts:
         yield text

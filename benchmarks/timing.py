@@ -1,4 +1,4 @@
-"""Seconds and memory of contenders, side by side; shared by the benchmarks."""
+"""Measures the time and memory of contenders side by side; shared by the benchmarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 
 class Failed(Exception):
-    """Work in a process of its own did not end well; the message says how."""
+    """Work in a separate process failed; the message says how."""
 
 
 def have(package: str) -> bool:
@@ -24,7 +24,7 @@ def have(package: str) -> bool:
 
 
 def machine(*packages: str) -> dict[str, Any]:
-    """What the figures depend on: processor, cores, versions."""
+    """What the figures depend on: processor, number of cores, versions."""
     processor = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
@@ -35,12 +35,12 @@ def machine(*packages: str) -> dict[str, Any]:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Progress, apart from the tables."""
+    """Prints progress to stderr, separate from the tables."""
     print(text, end=end, file=sys.stderr, flush=True)
 
 
 def medians(title: str, contenders: Mapping[str, Callable[[], object]], runs: int) -> dict[str, float]:
-    """Median seconds of each; one run of all, then the next, so that a busy moment hits all alike."""
+    """Median seconds of each contender. Each run measures all of them, so that a busy moment affects all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for run in range(runs):
         say(f"{title}, run {run + 1} of {runs}:", end="")
@@ -48,7 +48,7 @@ def medians(title: str, contenders: Mapping[str, Callable[[], object]], runs: in
             start = time.perf_counter()
             result = work()
             seconds[name].append(time.perf_counter() - start)
-            del result  # its memory is given back outside of the timing
+            del result  # frees its memory outside the timing
             say(f"  {name} {seconds[name][-1]:.3f} s", end="")
         say("")
     return {name: statistics.median(times) for name, times in seconds.items()}
@@ -60,9 +60,9 @@ def alone(
     """The result of `work(*arguments)` in a fresh process with these variables set, and its peak memory in bytes.
 
     Raises:
-      Failed: it raised (Rust's panics too), died, or was not done after `timeout` seconds; it is stopped then.
+      Failed: it raised (or panicked, in Rust), died, or was stopped because it took longer than `timeout` seconds.
     """
-    # Started from a small server process: a child of this one would begin with the peak memory of this one.
+    # Started from a small server process: a child of this process would inherit its peak memory.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([])
     ours, theirs = context.Pipe(duplex=False)
@@ -87,7 +87,7 @@ def _work(pipe, environment: dict[str, str], work: Callable, arguments: tuple) -
     os.environ.update(environment)
     try:
         result = work(*arguments)
-    except BaseException as error:  # noqa: B036 (a panic is no Exception)
+    except BaseException as error:  # noqa: B036 (a panic is not an Exception)
         result = Failed("panics" if "Panic" in type(error).__name__ else f"{type(error).__name__}: {error}")
     unit = 1 if sys.platform == "darwin" else 1024
     pipe.send((result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
@@ -102,7 +102,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 def contest(title: str, seconds: Mapping[str, float], megabytes: float, ours: str = "jaxchat") -> dict[str, Any]:
-    """Prints the seconds of contenders with their speed, and how many times as long as each of ours they took."""
+    """Prints each contender's seconds and speed, and its time as a multiple of each of ours."""
     bases = [name for name in seconds if name.startswith(ours)]
     rows = [
         [name, f"{median:.3f}", f"{megabytes / median:.1f}", *(f"{median / seconds[base]:.2f}" for base in bases)]

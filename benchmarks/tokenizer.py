@@ -1,10 +1,10 @@
-"""How fast is the tokenizer, and how much memory does it take, against rustbpe, tiktoken and Hugging Face's tokenizers?
+"""Compares the tokenizer's speed and memory with rustbpe, tiktoken and Hugging Face's tokenizers.
 
     python benchmarks/tokenizer.py FOLDER
     python benchmarks/tokenizer.py FOLDER --only training memory --runs 9 --json results.json
 
-All contenders run in turn, several times; the tables have medians and the time of each as a multiple of jaxchat's.
-Peers that are not installed (`pip install tiktoken rustbpe tokenizers`) are left out.
+The contenders take turns, several times. The tables show medians, and each time as a multiple of jaxchat's. Peers that
+are not installed (`pip install tiktoken rustbpe tokenizers`) are left out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Section = Literal["training", "memory", "linearity", "encoding", "patterns", "un
 @dataclass(frozen=True)
 class Args:
     folder: tyro.conf.Positional[Path]
-    """Parquet files with a column `text`, or text files."""
+    """A folder of parquet files with a `text` column, or of text files."""
     only: tuple[Section, ...] = ("training", "memory", "linearity", "encoding", "patterns", "unbroken", "decoding")
     """The sections to run."""
     vocab_size: int = 32768
@@ -48,10 +48,10 @@ class Args:
     encode_mb: float = 20
     unbroken_mb: float = 1
     threads: tuple[int, ...] = (1, 2)
-    """Encoding is measured with each of these."""
+    """The numbers of threads with which encoding is measured."""
     runs: int = 5
     json: Path | None = None
-    """A file for all figures."""
+    """Write all figures to this file."""
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def ranks(tokenizer: Any) -> dict[bytes, int]:
 
 
 def training(args: Args) -> dict[str, Any]:
-    """Time, from a list in memory; jaxchat also from the files."""
+    """Training time, from a list in memory; for jaxchat also from the files."""
     files = text_files(args.folder)
     texts = list(stream(files, args.train_mb))
     characters = sum(map(len, texts))
@@ -118,7 +118,7 @@ def training(args: Args) -> dict[str, Any]:
     work = {"jaxchat": work.pop("jaxchat"), "jaxchat, from the files": from_files} | work
     title = f"training {args.vocab_size:,} tokens"
     results = contest(title, medians(title, work, args.runs), size_of(texts))
-    learnt.pop("HF tokenizers", None)  # breaks ties in another way
+    learnt.pop("HF tokenizers", None)  # breaks ties differently
     same = [name for name, tokenizer in learnt.items() if ranks(tokenizer) == ranks(learnt["jaxchat"])]
     print(f"\nThe same vocabulary: {', '.join(same)}.")
     return results | {"same_vocabulary": same}
@@ -137,7 +137,7 @@ def train_from_stream(name: str, files: list[Path], megabytes: float, size: int)
 
 
 def memory(args: Args) -> dict[str, Any]:
-    """Peak memory of a process that trains; all pull the documents from the same generator over the files."""
+    """Peak memory of a process that trains; all draw the documents from the same generator over the files."""
     files = text_files(args.folder)
     characters = sum(map(len, stream(files, args.train_mb)))
     contenders = {
@@ -159,7 +159,7 @@ def memory(args: Args) -> dict[str, Any]:
 
 
 def linearity(args: Args) -> dict[str, Any]:
-    """How time and memory grow with the text."""
+    """How time and memory grow with the size of the text."""
     files = text_files(args.folder)
     texts = list(stream(files, args.train_mb))
     parts = {share * args.train_mb: list(prefix(texts, share * args.train_mb)) for share in (0.1, 0.2, 0.5, 1)}
@@ -213,7 +213,7 @@ def huggingface_of(tokenizer: Tokenizer):
 
 
 def encoding(args: Args) -> dict[str, Any]:
-    """rustbpe and Hugging Face fix their number of threads when a process begins, so each number has its own."""
+    """Encoding. rustbpe and Hugging Face fix their threads at process start, so each number has its own process."""
     environment = {"TOKENIZERS_PARALLELISM": "true"}
     return {
         str(threads): alone(encode_all, args, threads, environment=environment | {"RAYON_NUM_THREADS": str(threads)})[0]
@@ -225,7 +225,7 @@ def encode_all(args: Args, threads: int) -> dict[str, Any]:
     all_texts = list(stream(text_files(args.folder), max(args.train_mb, args.encode_mb)))
     learning, texts = list(prefix(all_texts, args.train_mb)), list(prefix(all_texts, args.encode_mb))
     tokenizer = Tokenizer.train_from_iterator(iter(learning), args.vocab_size)
-    # jaxchat remembers pieces from call to call; the others do not, so its first call is measured too.
+    # jaxchat caches pieces between calls and the others do not, so its first call is measured too.
     fresh = iter([pickle.loads(pickle.dumps(tokenizer)) for _ in range(args.runs)])
     contenders: dict[str, Callable[[], object]] = {
         "jaxchat, to numpy": lambda: tokenizer.encode_to_numpy(texts, num_threads=threads),
@@ -280,7 +280,7 @@ def with_pattern(args: Args, name: str) -> dict[str, Any]:
 
 
 def unbroken_texts(megabytes: float) -> dict[str, str]:
-    """Texts without a place to cut them, or with few; each has so many megabytes."""
+    """Texts of `megabytes` each with few or no places to split them."""
     rng, size = random.Random(0), round(megabytes * MB)
     cjk = [*map(chr, range(0x4E00, 0xA000)), *map(chr, range(0x3041, 0x30FF)), *map(chr, range(0xAC00, 0xD7A4))]
     return {
@@ -295,8 +295,10 @@ def unbroken_texts(megabytes: float) -> dict[str, str]:
 
 
 def unbroken(args: Args) -> dict[str, Any]:
-    """Text that ruins a tokenizer whose time grows with the square of a piece; one thread, each in one call. tiktoken
-    panics on some of it, so it works in a process of its own."""
+    """Text that is slow for a tokenizer whose time is quadratic in the length of a piece; one thread, one call each.
+
+    tiktoken panics on some of it, so it runs in a separate process.
+    """
     learning = list(stream(text_files(args.folder), args.encode_mb))
     tokenizer = Tokenizer.train_from_iterator(iter(learning), args.vocab_size)
     normal = "".join(prefix(learning, args.unbroken_mb)).encode()[: round(args.unbroken_mb * MB)]
@@ -321,8 +323,8 @@ def unbroken(args: Args) -> dict[str, Any]:
 
 
 def tiktoken_seconds(tokenizer: Tokenizer, text: str, runs: int) -> float:
-    """The median of as many runs as begin within ten seconds."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the message of a panic
+    """Median seconds of at most `runs` runs, as many as start within ten seconds."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides the message of a panic
     peer = tokenizer.to_tiktoken()
     seconds: list[float] = []
     while len(seconds) < runs and sum(seconds) < 10:
@@ -369,7 +371,7 @@ def main(args: Args) -> None:
         print(f"Left out, not installed: {', '.join(missing)}.")
     for name in args.only:
         results[name] = SECTIONS[name](args)
-        if args.json:  # after each section: an interrupted benchmark keeps what it has
+        if args.json:  # after each section, so that an interrupted benchmark keeps its results
             args.json.write_text(json.dumps(results, indent=2) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""How fast is training, from the batch on the host to the updated weights?
+"""Measures training speed, from the batch on the host to the updated weights.
 
     python benchmarks/train.py --depth 6 12 20 --rows 32
     python benchmarks/train.py --depth 20 --devices 1 2 4
@@ -6,12 +6,12 @@
     python benchmarks/train.py --depth 12 20 --cold
     python benchmarks/train.py --depth 20 --precision fp32 --mesh.fsdp 2 --accumulation 4 --model.num-kv-heads=2
 
-As in the training loop, a step is dispatched before the metrics of the last one are read. After a warm-up come several
-windows of steps, at whose ends the device is waited for; the table has the median over all their steps. On text from
-the loader, each window is followed by one of the same batches kept ready: the difference is what the loader costs. Each
-line is measured in a process of its own, so that memory is its own too, and one that does not fit is a line in the
-table. Other fields of an experiment may follow, as for launch.py. Compilation is from nothing unless
-JAX_COMPILATION_CACHE_DIR is set.
+As in the training loop, a step is dispatched before the metrics of the previous one are read. After a warm-up, several
+windows of steps are measured, each ending when the device is done; the table has the median over all their steps. With
+text from the loader, each window is followed by one with the same batches held ready: the difference is the cost of the
+loader. Each line of the table is measured in a separate process, so memory is measured per line, and a model that does
+not fit still gets a line. Other fields of an experiment may follow, as for launch.py. Programs are compiled from
+scratch unless JAX_COMPILATION_CACHE_DIR is set.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from jaxchat.errors import UserError, check
 
 TOKENIZER_CHARS = 100_000_000
 PRECISIONS = {"bf16": "bfloat16", "fp32": "float32"}
-# JAX keeps a quarter of the GPU free unless told otherwise.
+# By default JAX leaves a quarter of the GPU's memory unused.
 MEMORY = {name: os.environ.get(name, "0.92") for name in ["XLA_PYTHON_CLIENT_MEM_FRACTION"]}
 GIB = 1 << 30
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table; 2 if nothing could be measured."""
+    """Prints the table; returns 2 if nothing could be measured."""
     parser = _parser()
     options, overrides = parser.parse_known_args(argv)
     try:
@@ -77,25 +77,31 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--depth", type=int, nargs="+", default=[12], help="one or more, a line each (default 12)")
-    add("--devices", type=int, nargs="+", metavar="N", help="the first N alone, a line each (default: all there are)")
-    add("--rows", type=int, nargs="+", default=[32], help="that a device takes at once, or a depth each (default 32)")
-    add("--fit", action="store_true", help="fewer rows, more micro-batches where memory is short")
-    add("--sequence-len", type=int, default=2048, help="tokens of a row (default 2048)")
+    add("--depth", type=int, nargs="+", default=[12], help="one or more depths, a line each (default 12)")
+    add("--devices", type=int, nargs="+", metavar="N", help="use only the first N devices, a line each (default: all)")
+    add(
+        "--rows",
+        type=int,
+        nargs="+",
+        default=[32],
+        help="per device and micro-batch; one, or one per depth (default 32)",
+    )
+    add("--fit", action="store_true", help="use fewer rows and more micro-batches if memory is short")
+    add("--sequence-len", type=int, default=2048, help="tokens per row (default 2048)")
     add("--vocab-size", type=int, default=32768, help="(default 32768)")
-    add("--accumulation", type=int, default=1, help="micro-batches a step (default 1)")
-    add("--precision", default="bf16", help="bf16, fp32, or what an experiment's precision may be (default bf16)")
+    add("--accumulation", type=int, default=1, help="micro-batches per step (default 1)")
+    add("--precision", default="bf16", help="bf16, fp32, or any precision of an experiment (default bf16)")
     add("--data", default="random", metavar="random|DIR", help="random tokens, or text through the loader")
-    add("--cold", action="store_true", help="first, up to its first step, with nothing compiled; then from the cache")
-    add("--steps", type=int, default=20, help="of a window (default 20)")
-    add("--seconds", type=float, default=6.0, help="after which a window has fewer steps (default 6)")
+    add("--cold", action="store_true", help="also measure the start without compiled programs, up to the first step")
+    add("--steps", type=int, default=20, help="steps per window (default 20)")
+    add("--seconds", type=float, default=6.0, help="the most a window may take (default 6)")
     add("--windows", type=int, default=3, help="(default 3)")
-    add("--json", metavar="FILE", help="one object a line for all figures")
+    add("--json", metavar="FILE", help="write all figures to FILE, one JSON object per line")
     return parser
 
 
 def _works(options: argparse.Namespace, overrides: list[str], names: list[str]) -> list[Work]:
-    """Every depth on every number of devices. Raises UserError for what no experiment may be."""
+    """Every depth on every number of devices. Raises UserError for invalid settings."""
     for name in ("accumulation", "steps", "windows"):
         check(getattr(options, name) >= 1, f"--{name} must be at least 1")
     check(min(options.rows) >= 1, "--rows must be at least 1")
@@ -104,7 +110,7 @@ def _works(options: argparse.Namespace, overrides: list[str], names: list[str]) 
     depths = len(options.depth)
     check(
         len(options.rows) in (1, depths),
-        f"--rows has {len(options.rows)} numbers for {depths} depths; give one for all, or one each",
+        f"--rows has {len(options.rows)} numbers for {depths} depths; give one for all depths, or one for each",
     )
     rows = options.rows * depths if len(options.rows) == 1 else options.rows
     experiments = [_experiment(options, overrides, depth, names) for depth in options.depth]
@@ -133,7 +139,7 @@ def _experiment(options: argparse.Namespace, overrides: list[str], depth: int, n
 
 
 def _figures(work: Work, cold: bool) -> dict[str, Any]:
-    """What a fresh process measures; with `cold` there are two, and `cold` has the figures of the first."""
+    """The figures of a fresh process; with `cold`, of a second one, with those of the first under "cold"."""
     if not cold:
         return _alone(work, {})
     with tempfile.TemporaryDirectory() as cache:
@@ -169,13 +175,13 @@ def _speed(record: dict[str, Any]) -> str:
 
 
 def _print(records: list[dict[str, Any]]) -> None:
-    head = ["model", "devices", "rows", "tokens/s", "ms a step", "MFU", "GiB", "GiB of state", "trace + compile, s"]
+    head = ["model", "devices", "rows", "tokens/s", "ms per step", "MFU", "GiB", "GiB of state", "trace + compile, s"]
     head += ["first step after, s", "loss, first", "last"]
     measured = [record for record in records if "error" not in record]
     if measured:
         first = measured[0]
         machine = first["machine"]
-        print(f"\n{machine['device_kind']}, jax {machine['jax']}; rows of {first['sequence_len']:,} a device and "
+        print(f"\n{machine['device_kind']}, jax {machine['jax']}; rows of {first['sequence_len']:,} per device x "
               f"micro-batches, {first['precision']}, data {first['data']}")  # fmt: skip
     table(head, [_line(record, len(head)) for record in records])
     for line in _beneath(measured):
@@ -205,7 +211,7 @@ def _line(record: dict[str, Any], columns: int) -> list[str]:
 
 
 def _beneath(measured: list[dict[str, Any]]) -> list[str]:
-    """What lines say together: more devices against the fewest, the loader's cost, the first step of a cold start."""
+    """Summaries below the table: scaling over devices, the cost of the loader, the first step of a cold start."""
     lines = []
     for depth in dict.fromkeys(record["depth"] for record in measured):
         same = sorted((record for record in measured if record["depth"] == depth), key=lambda record: record["devices"])
@@ -217,7 +223,7 @@ def _beneath(measured: list[dict[str, Any]]) -> list[str]:
             name = f"d{depth} on {_count(record['devices'])}"
             if "loader_cost_percent" in record:
                 ready = f"{record['ready_tokens_per_second']:,.0f} tokens/s with the batches ready"
-                lines.append(f"{name}: {ready}; the loader makes a step {record['loader_cost_percent']:+.2f} % longer")
+                lines.append(f"{name}: {ready}; the loader adds {record['loader_cost_percent']:.2f}% to a step")
             if "cold" in record:
                 cold, warm = (r["first_step_seconds_from_start"] for r in (record["cold"], record))
                 lines.append(f"{name}: first step {cold:.1f} s after the start, {warm:.1f} s from the cache")

@@ -103,7 +103,7 @@ def test_fewer_rows_until_they_fit(monkeypatch):
     figures = steps.measure(dataclasses.replace(work, only_first=True), time.time())
     assert (figures["rows"], figures["accumulation"]) == (2, 2)
     assert figures["tokens_per_step"] == 4 * 32 * figures["devices"]
-    with pytest.raises(MemoryError, match="a step needs 3.0 GiB of 2.0 GiB"):
+    with pytest.raises(MemoryError, match="a step needs 3.0 GiB, but 2.0 GiB are available"):
         steps.check_fits(3 << 30, 2 << 30)
 
 
@@ -133,7 +133,7 @@ def test_refusals(arguments, message, capsys):
 
 
 def test_against_nanochat(tmp_path, capsys):
-    """A stand-in for nanochat, which takes what nanochat_steps.py takes and reports what it could."""
+    """A stand-in for nanochat with the options of nanochat_steps.py and a possible report."""
     against = importlib.import_module("against_nanochat")
     assert against.main(["--checkout", str(tmp_path)]) == 2
     assert "is not a nanochat checkout" in capsys.readouterr().err
@@ -206,7 +206,7 @@ def test_growth(tmp_path, capsys):
     assert lines[4].endswith("| 200 | ? |") and lines[5].endswith("| 400 | 40.0% |")
     for records, message in (
         ([growth_record(4)], "needs two depths"),
-        ([growth_record(4), growth_record(2, "Another GPU")], "not to be compared"),
+        ([growth_record(4), growth_record(2, "Another GPU")], "cannot be compared"),
         ([{"depth": 1}, 7], "is not what train.py --json writes"),
     ):
         assert drawn(*records) == 2 and message in capsys.readouterr().err
