@@ -112,7 +112,7 @@ def test_suggestion_never_from_the_start_that_the_other_groups_make():
 def test_suggestion_below_the_range_says_so():
     rates = np.geomspace(1e-3, 10, 100)
     found = suggest(rates, curve(np.linspace(0, 1, 100), others=4.0, fall=0.0, rise_at=0.1))
-    assert found.value < 1e-3 and "try a lower --min than 0.001" in found.why
+    assert found.value < 1e-3 and "try a --min lower than 0.001" in found.why
 
 
 def test_divergence_counts_as_a_rise():
@@ -142,7 +142,7 @@ def params(scale=1.0, seed=0):
 
     return {
         "embed": {"embedding": array(16, 8)},
-        "blocks": {"0": {"mlp": {"up": array(8, 32), "down": array(32, 8)}}},
+        "blocks": {"0": {"mlp": {"up": {"kernel": array(8, 32)}, "down": {"kernel": array(32, 8)}}}},
         "head": {"kernel": array(8, 16)},
     }
 
