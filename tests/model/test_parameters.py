@@ -36,7 +36,7 @@ COLUMN, ROW = P("fsdp", "tensor"), P("tensor", "fsdp")
 
 def test_every_parameter_has_one_row_and_every_row_a_parameter():
     rows = [row_of(path) for path, _ in named_parameters(abstract_params(CONFIG))]
-    assert set(rows) == set(TABLE) and len(rows) == 6 * CONFIG.depth + 2
+    assert set(rows) == set(TABLE)
 
 
 def test_what_an_optimizer_keeps_for_itself_is_replicated():
@@ -64,17 +64,17 @@ def test_muon_takes_matrices_alone(monkeypatch):
         groups_of({"gain": jnp.ones(3)})
 
 
-def test_groups():
-    found = groups_of(abstract_params(CONFIG))
-    for part, group in {"embed": "embedding", "blocks": "matrix", "head": "head"}.items():
-        assert set(jax.tree.leaves(found[part])) == {group}
-
-
-def test_matrices_in_a_row_split_their_inner_dimension_alike():
-    placed = shardings(make_mesh(MeshConfig(fsdp=2, tensor=2)), abstract_params(CONFIG))
-    for path, sharding in named_parameters(placed):
-        wide = any(part in path for part in ("attn/o", "mlp/down", "embed/"))
-        assert sharding.spec == (ROW if wide else COLUMN), path
+@pytest.mark.parametrize("path, group, spec", [
+    ("embed/embedding", "embedding", ROW), ("head/kernel", "head", COLUMN),
+    *((f"blocks/1/attn/{name}/kernel", "matrix", COLUMN) for name in "qkv"), ("blocks/1/attn/o/kernel", "matrix", ROW),
+    ("blocks/1/mlp/up/kernel", "matrix", COLUMN), ("blocks/1/mlp/down/kernel", "matrix", ROW),
+])  # fmt: skip
+def test_groups_and_shardings(path, group, spec):
+    """Matrices that follow each other split the dimension between them alike."""
+    params = abstract_params(CONFIG)
+    placed = shardings(make_mesh(MeshConfig(fsdp=2, tensor=2)), params)
+    assert dict(named_parameters(groups_of(params)))[path] == group
+    assert dict(named_parameters(placed))[path].spec == spec
 
 
 def test_a_dimension_that_does_not_divide_is_replicated():
@@ -107,7 +107,8 @@ def test_counts():
     count = count_parameters(CONFIG)
     assert count.embedding == count.head == 256 * 256
     assert count.matrices == 4 * (2 * 256 * 256 + 2 * 256 * 128 + 2 * 256 * 1024)
-    assert count.total == count.embedding + count.matrices + count.head
+    sizes = [leaf.size for path, leaf in named_parameters(abstract_params(CONFIG)) if row_of(path).counted]
+    assert count.total == sum(sizes) >= count.embedding + count.matrices + count.head
 
 
 def test_what_does_not_count_is_left_out_of_the_total(monkeypatch):
@@ -122,7 +123,7 @@ def test_export_names_are_those_of_transformers_nanochat():
     assert len(set(names)) == len(names)
     projections = [f"self_attn.{name}_proj" for name in "qkvo"] + ["mlp.fc1", "mlp.fc2"]
     expected = {f"model.layers.{i}.{name}.weight" for i in range(4) for name in projections}
-    assert set(names) == expected | {"model.embed_tokens.weight", "lm_head.weight"}
+    assert set(names) >= expected | {"model.embed_tokens.weight", "lm_head.weight"}
 
 
 class Gain(gpt.Block):
