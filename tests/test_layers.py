@@ -29,13 +29,11 @@ def modules() -> frozenset[str]:
 
 
 def imported(file: str) -> set[str]:
-    """Our own modules that a file imports, anywhere in it, except for type checkers only. A module is also taken to
-    import the packages it lies in only where it names them."""
+    """Our own modules that a file imports, anywhere in it, for type checkers too. A module is also taken to import the
+    packages it lies in only where it names them."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            return
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from jaxchat.tokenizer.base import BaseTokenizer
+from typing import Any, Protocol
 
 # The types of parts in an assistant's message: the tokens around a part, and whether the model learns to write it.
 PARTS = {
@@ -16,7 +13,18 @@ PARTS = {
 }
 
 
-def render(tokenizer: BaseTokenizer, messages: list[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+class Encoder(Protocol):
+    """What rendering needs of a tokenizer."""
+
+    @property
+    def bos_token_id(self) -> int: ...
+
+    def encode_special(self, name: str) -> int: ...
+
+    def encode(self, text: str, prepend: str | None = None, append: str | None = None) -> list[int]: ...
+
+
+def render(tokenizer: Encoder, messages: list[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
     """The ids of checked messages, and a mask: 1 for ids that the model learns to write, else 0."""
     ids: list[int] = [tokenizer.bos_token_id]
     mask: list[int] = [0]
