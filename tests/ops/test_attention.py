@@ -108,6 +108,7 @@ def test_a_token_sees_its_own_document_only(length, window):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(attention_kernel(jnp.bfloat16, 64) == "xla", reason="needs a GPU with cuDNN")
 @pytest.mark.parametrize("borders", [False, True], ids=["whole", "borders"])
 @pytest.mark.parametrize("window", [None, 1, 127, 128, 129])

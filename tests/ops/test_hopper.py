@@ -24,6 +24,7 @@ from jaxchat.ops.stack import gram, stack_product, symmetric_product
 from jaxchat.train.loss import LossConfig, cross_entropy_sum
 
 ON_HOPPER = capability() == 9.0
+NEEDS_HOPPER = [pytest.mark.gpu, pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")]
 
 
 def draw(*shape, seed=0, dtype=jnp.float32):
@@ -59,6 +60,7 @@ NAMES = ["relu2", "relu2's gradient", "sum"]
 SHAPES = [(2, 128, 256, 256), (4, 512, 320, 768), (1, 34 * 256, 640, 2560), (2, 1024, 384, 1408), (3, 640, 384, 2560)]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("case", range(3), ids=NAMES)
@@ -74,9 +76,9 @@ def test_the_kernels(case, shape):
     "shape, heads",
     [
         ((2, 6, 32), 3),
-        pytest.param((4, 384, 320), 6, marks=pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")),
-        pytest.param((4, 384, 320), 11, marks=pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")),
-        pytest.param((5, 384, 320), 20, marks=pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")),
+        pytest.param((4, 384, 320), 6, marks=NEEDS_HOPPER),
+        pytest.param((4, 384, 320), 11, marks=NEEDS_HOPPER),
+        pytest.param((5, 384, 320), 20, marks=NEEDS_HOPPER),
     ],
 )
 def test_heads_with_rope_and_norm(shape, heads):
