@@ -1,4 +1,4 @@
-"""The GPT once more, in float64 NumPy with plain loops over heads: the independent reference of the model tests."""
+"""The GPT in NumPy, with plain loops over heads: the independent reference that the tests compare the model with."""
 
 from __future__ import annotations
 
