@@ -149,6 +149,7 @@ def test_a_run_reads_its_text_from_a_bucket_and_lives_in_one(bucket):
     assert "--fresh renames runs on this machine only" in refusal(start(bucket / "run", "--fresh", *arguments))
 
 
+@pytest.mark.slow
 def test_a_training_in_a_bucket_is_the_same_and_resumes(bucket, whole):
     code, _, err = start(bucket / "run", "--stages=tokenizer,pretrain,sft,report")
     assert code == 0, err
@@ -174,6 +175,7 @@ def test_a_training_in_a_bucket_is_the_same_and_resumes(bucket, whole):
     assert f"checkpoint {steps / str(STEPS)} is damaged" in message and f"to resume from step {STEPS - 2}" in message
 
 
+@pytest.mark.slow
 def test_two_processes_train_in_a_bucket_and_one_resumes(bucket, whole):
     ends = train(bucket / "run", "--stages=tokenizer,pretrain,sft", fault="SIGTERM 1 3")
     assert [code for code, _ in ends] == [75, 75], ends

@@ -181,6 +181,7 @@ class TestWholeRun:
 
 
 class TestStages:
+    @pytest.mark.slow
     def test_only_the_named_ones_run_and_others_keep_their_freedom(self, finished, tmp_path):
         run = copy(finished, tmp_path / "run", "pretrain")
         # sft has not started, so its settings may still change. Midtraining is skipped.
@@ -252,6 +253,7 @@ class TestResume:
         assert "resuming at step 4 of 6" in err
         assert_same_training(run, finished, stage, "bpb", "lr_matrix")
 
+    @pytest.mark.slow
     def test_killed_training_is_the_uninterrupted_one(self, finished, tmp_path):
         run = copy(finished, tmp_path / "run")
         killed = start_process(*ARGUMENTS, f"--run-dir={run}", "--stages=pretrain", program=("-c", KILL))
@@ -312,6 +314,7 @@ STORIES = ["The old fox slept under the tree, and the rain fell on the leaves al
 
 
 class TestOwnText:
+    @pytest.mark.slow
     @pytest.mark.parametrize("form", ["txt", "jsonl"])
     def test_text_alone_is_enough(self, finished, tmp_path, form):
         folder = tmp_path / "texts"
@@ -348,6 +351,7 @@ class TestOwnText:
             start(tmp_path / "other", f"--tokenizer.path={tmp_path}", "--stages=tokenizer")
         )
 
+    @pytest.mark.slow
     def test_a_foreign_tokenizer_with_special_tokens_of_its_own(self, finished, tmp_path):
         """Only Hugging Face normalizes text. The model's vocabulary includes all of the tokenizer's special tokens."""
         own = Tokenizer.train_from_iterator(STORIES, 300)

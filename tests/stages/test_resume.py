@@ -78,6 +78,7 @@ def whole(tmp_path_factory):
     patch.undo()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120 + 60 * KILLS)
 @pytest.mark.parametrize("devices", [(4,), (1, 2, 4)], ids=["same devices", "others"])
 def test_killed_at_random_it_is_the_uninterrupted_one(whole, tmp_path, devices):

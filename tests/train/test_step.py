@@ -64,10 +64,12 @@ def one_device():
     ],
     ids=["data2", "data4", "fsdp4", "tensor2", "fsdp2tensor2"],
 )
+@pytest.mark.slow
 def test_any_mesh_gives_the_losses_of_one_device(mesh, devices, one_device):
     np.testing.assert_allclose(losses(mesh, devices), one_device, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_any_mesh_gives_the_losses_of_one_device_with_windows(one_device, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 4)  # the window of 4 goes through in blocks
     windows = dataclasses.replace(CONFIG, window_pattern="SL")
@@ -77,6 +79,7 @@ def test_any_mesh_gives_the_losses_of_one_device_with_windows(one_device, monkey
     np.testing.assert_allclose(spread, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
 def test_in_a_block_fsdp_moves_weights_and_their_gradients_alone(fp8, monkeypatch):
     monkeypatch.setattr(triton, "INTERPRET", True)  # with the kernels, whose split the compiler must be told
@@ -104,6 +107,7 @@ def test_accumulation_gives_the_losses_of_one_large_batch(one_device):
     np.testing.assert_allclose(losses(MeshConfig(), 1, accumulation=4), one_device, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_batch_can_be_overfitted():
     schedule = optax.linear_schedule(1.0, 0.0, 120)
     optimizer = make_optimizer(OptimizerConfig(), CONFIG, schedule, newton_schulz_dtype=jnp.float32)
@@ -118,6 +122,7 @@ def test_a_batch_can_be_overfitted():
     assert float(metrics["loss"]) < 0.02
 
 
+@pytest.mark.slow
 def test_a_batch_that_teaches_nothing_changes_nothing():
     """Else momentum would: Muon's at full length."""
     optimizer = make_optimizer(OptimizerConfig(), CONFIG, lambda count: 1.0)
