@@ -18,7 +18,7 @@ from jaxchat.ops.dispatch import Level, operation
 from jaxchat.ops.linear import input_gradient, products, weight_gradient
 from jaxchat.ops.norm import NORM_EPS, norm_branch
 from jaxchat.ops.partition import partitioned
-from jaxchat.ops.rope import rope_norm, rope_norm_and_scale, rope_norm_gradient
+from jaxchat.ops.rope import apply_rope, rope_norm, rope_norm_and_scale, rope_norm_gradient
 
 
 @operation
@@ -113,9 +113,7 @@ def rope_norm_product(x, weight, table):
     y = jnp.einsum("bti,inh->btnh", x, weight, preferred_element_type=jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(y * y, -1) + NORM_EPS)
     cos, sin = (table[:, None, i : i + size // 2] + table[:, None, i + size // 2 : i + size] for i in (0, size))
-    first, second = jnp.split(y * scale[..., None], 2, -1)
-    y = jnp.concatenate([first * cos + second * sin, second * cos - first * sin], -1)
-    return y.astype(x.dtype), scale
+    return apply_rope(y * scale[..., None], cos, sin).astype(x.dtype), scale
 
 
 def _finish_heads(total: Array, piece: Callable[[int], Array], put: Callable[[int, Array], None]) -> Iterator[Array]:

@@ -25,7 +25,7 @@ def run(workspace: Workspace) -> None:
                 workspace.say(f"evaluate  {stage} left no model: not evaluated")
                 continue
             params, step = workspace.load_params(stage, model)
-            engine = Engine(model, params, tokenizer, dtype=workspace.dtype)
+            engine = Engine(model, params, tokenizer, dtype=workspace.compute.dtype)
             for task in tasks:
                 if (stage, f"score/{task.name}") in scored:
                     continue

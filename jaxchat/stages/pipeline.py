@@ -80,11 +80,11 @@ def run_stages(workspace: Workspace) -> None:
     """Runs the experiment's stages in the workspace's directory."""
     device = jax.devices()[0]
     shape = ", ".join(f"{axis} {size}" for axis, size in workspace.mesh.shape.items())
-    kernel = attention_kernel(workspace.dtype, workspace.experiment.model.head_dim)
+    kernel = attention_kernel(workspace.compute.dtype, workspace.experiment.model.head_dim)
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     workspace.say(
         f"devices   {jax.device_count()} x {device.device_kind}{processes} ({shape}), "
-        f"computing in {jnp.dtype(workspace.dtype).name}, attention by {kernel}"
+        f"computing in {jnp.dtype(workspace.compute.dtype).name}, attention by {kernel}"
     )
     workspace.say(f"run       {workspace.directory}")
     for stage in workspace.experiment.stages:

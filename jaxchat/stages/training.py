@@ -101,13 +101,13 @@ class Training:
             self.schedule,
             lr_fraction=self.config.lr_fraction,
             mesh=workspace.mesh,
-            newton_schulz_dtype=workspace.dtype,
+            newton_schulz_dtype=workspace.compute.dtype,
         )
         self.compute = for_training(workspace.experiment, workspace.mesh)
         self.startup: dict[str, float] = {}  # seconds of tracing and compiling the step
 
     def engine(self, params) -> Engine:
-        return Engine(self.model, params, self.tokenizer, dtype=self.workspace.dtype)
+        return Engine(self.model, params, self.tokenizer, dtype=self.workspace.compute.dtype)
 
     def sampler(self, metrics: Metrics, prompts: list[Prompt]) -> Evaluator:
         """Logs the model's greedy completions of `prompts` every `sample_every` steps and at the end.

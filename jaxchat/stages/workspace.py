@@ -58,7 +58,6 @@ class Workspace:
         self.say = say if jax.process_index() == 0 else lambda line: None
         self.mesh = make_mesh(experiment.mesh)
         self.compute = Compute(compute_dtype(experiment), self.mesh)
-        self.dtype = self.compute.dtype
         on_process_zero(lambda: self.directory.open(experiment, keep_config=keep_config))
         requests = parse_requests(data.download)
         self._download = BackgroundDownload(data.folder, requests, self.say) if requests and data.folder else None

@@ -24,7 +24,8 @@ from jaxchat.ops.stack import gram, stack_product, symmetric_product
 from jaxchat.train.loss import LossConfig, cross_entropy_sum
 
 ON_HOPPER = capability() == 9.0
-NEEDS_HOPPER = [pytest.mark.gpu, pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")]
+SKIP_ELSEWHERE = pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+NEEDS_HOPPER = [pytest.mark.gpu, SKIP_ELSEWHERE]
 
 
 def draw(*shape, seed=0, dtype=jnp.float32):
@@ -61,7 +62,7 @@ SHAPES = [(2, 128, 256, 256), (4, 512, 320, 768), (1, 34 * 256, 640, 2560), (2, 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@SKIP_ELSEWHERE
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("case", range(3), ids=NAMES)
 def test_the_kernels(case, shape):
