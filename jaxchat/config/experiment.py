@@ -1,0 +1,61 @@
+"""An experiment: everything a run needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxchat.config.data import DataConfig, TokenizerConfig
+from jaxchat.config.model import MeshConfig, ModelConfig
+from jaxchat.config.optimizer import OptimizerConfig
+from jaxchat.config.run import CheckpointConfig, CostConfig, LoggingConfig
+from jaxchat.config.stages import STAGES, EvaluateConfig, FinetuneConfig, PretrainConfig, RLConfig
+from jaxchat.errors import check, closest
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything a run needs."""
+
+    name: str = ""
+    """Name of the experiment, by default its file's; the run lives in runs/NAME unless --run-dir is given."""
+    stages: tuple[str, ...] = STAGES
+    """Stages to run, in this order."""
+    seed: int = 42
+    """Seed of the synthetic corpus, the initial parameters, the order of the data, and sampling."""
+    precision: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
+    """What training computes in. auto: bfloat16 on GPU and TPU, float32 on CPU. fp8: bfloat16, but fp8 for the matrix
+    products of the blocks, on NVIDIA Hopper and later."""
+    remat: Literal["auto", "none", "mlp", "full"] = "auto"
+    """What a step computes twice to save memory: nothing (none), norms and MLPs (mlp, a ninth more matrix products),
+    or all of a block but attention (full, two ninths). auto: the first of them whose step fits into memory."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What to do when the loss becomes NaN or infinite, or spikes: stop and name the last good checkpoint, or return to
+    it and skip the batches since then."""
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    midtrain: FinetuneConfig = field(default_factory=FinetuneConfig)
+    sft: FinetuneConfig = field(default_factory=FinetuneConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
+
+    def __post_init__(self):
+        for stage in self.stages:
+            check(stage in STAGES, f"unknown stage {stage!r}{closest(stage, STAGES)} Stages: {', '.join(STAGES)}")
+        order = [STAGES.index(stage) for stage in self.stages]
+        check(order == sorted(set(order)), f"stages must be in order, each once: {', '.join(STAGES)}")
+        heads, tensor = self.model.kv_heads, self.mesh.tensor
+        check(
+            heads % tensor == 0,
+            f"mesh.tensor is {tensor}; it must divide the {heads} heads of keys and values, which it splits",
+        )
+        lanes, rows = self.data.lanes, self.pretrain.batch_tokens // self.model.sequence_len
+        fits = lanes >= 1 and rows % lanes == 0
+        check(fits, f"data.lanes is {lanes}; it must be at least 1, and divide the {rows} rows of pretraining's batch")
