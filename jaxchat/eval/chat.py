@@ -20,17 +20,43 @@ from jaxchat.ops.compute import Compute
 from jaxchat.tasks.base import LETTERS, Conversation, Task, spread
 from jaxchat.tokenizer import BaseTokenizer
 
-EXAMPLES = 5
+
+@dataclass(frozen=True)
+class Answer:
+    """A question, what the model answered, and what that earned.
+
+    Attributes:
+      question: what the user said last.
+      answer: the completion with its special tokens, or the chosen letter; empty if the question could not be asked.
+      right: the answer that the task gives.
+      cut: the answer had no room to end.
+    """
+
+    question: str
+    answer: str
+    right: str
+    score: float
+    cut: bool
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """The mean `score` in [0, 1] over `count` questions; a few (question, completion, score) to look at."""
+    """The score of a task.
+
+    Attributes:
+      score: the mean over all questions, in [0, 1].
+      count: of questions.
+      cut: answers that had no room to end, in `max_new_tokens` or in the model's context.
+      too_long: questions that fill the model's context, which were not asked and score 0.
+      answers: one for each question.
+    """
 
     name: str
     score: float
     count: int
-    examples: tuple[tuple[str, str, float], ...]
+    cut: int
+    too_long: int
+    answers: tuple[Answer, ...]
 
 
 def evaluate_task(
@@ -59,19 +85,25 @@ def evaluate_task(
     check(len(questions) > 0, f"task {task.name} has no questions")
     questions = [questions[i] for i in range(len(questions))]
     prompts = prompts_of(task, questions, engine.tokenizer)
-    answers = [""] * len(questions)
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < engine.model_config.sequence_len]
     asked = [prompts[i] for i in fitting]
     if task.kind == "multiple_choice":
-        given = choose(engine, asked, [questions[i]["letters"] for i in fitting], batch_size)
+        letters = choose(engine, asked, [questions[i]["letters"] for i in fitting], batch_size)
+        given = [(letter, False) for letter in letters]
     else:
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "max_batch": batch_size}
-        given = [engine.tokenizer.decode(completion.tokens) for completion in engine.generate(asked, **options)]
-    for i, answer in zip(fitting, given, strict=True):
-        answers[i] = answer
-    scores = [task.score(question, answer) for question, answer in zip(questions, answers, strict=True)]
-    few = [_example(*one) for one in zip(questions[:EXAMPLES], answers, scores, strict=False)]
-    return TaskResult(task.name, float(np.mean(scores)), len(scores), tuple(few))
+        completions = engine.generate(asked, **options)
+        given = [(engine.tokenizer.decode(completion.tokens), not completion.finished) for completion in completions]
+    completed = dict(zip(fitting, given, strict=True))
+    answers = tuple(_answer(task, question, *completed.get(i, ("", False))) for i, question in enumerate(questions))
+    return TaskResult(
+        task.name,
+        score=float(np.mean([answer.score for answer in answers])),
+        count=len(answers),
+        cut=sum(answer.cut for answer in answers),
+        too_long=len(questions) - len(fitting),
+        answers=answers,
+    )
 
 
 def prompts_of(task: Task, questions: Sequence[Conversation], tokenizer: BaseTokenizer) -> list[list[int]]:
@@ -89,9 +121,16 @@ def prompts_of(task: Task, questions: Sequence[Conversation], tokenizer: BaseTok
     return prompts
 
 
-def _example(question: Conversation, answer: str, score: float) -> tuple[str, str, float]:
+def _answer(task: Task, question: Conversation, answer: str, cut: bool) -> Answer:
     asked = next(m["content"] for m in reversed(question["messages"]) if m["role"] == "user")
-    return asked, answer, score
+    expected = question["messages"][-1]["content"]
+    return Answer(
+        question=asked,
+        answer=answer,
+        right=question.get("answer", expected if isinstance(expected, str) else ""),
+        score=task.score(question, answer, cut=cut),
+        cut=cut,
+    )
 
 
 def choose(engine: Engine, prompts: list[list[int]], letters: list[Sequence[str]], batch_size: int) -> list[str]:

@@ -40,7 +40,7 @@ def questions_of(tasks: list[Task], tokenizer: BaseTokenizer, sequence_len: int)
 def score(questions: Sequence[Question], completions: list[Completion], tokenizer: BaseTokenizer) -> list[float]:
     """The reward of each completion, as an answer to the question at the same index."""
     return [
-        task.score(conversation, tokenizer.decode(completion.tokens))
+        task.score(conversation, tokenizer.decode(completion.tokens), cut=not completion.finished)
         for (task, conversation), completion in zip(questions, completions, strict=True)
     ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -18,8 +17,6 @@ Split = Literal["train", "val", "test"]
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 VAL_EVERY = 20  # where there is no validation file, every 20th item is for validation and not for training
-_TOOL_OUTPUT_END = "<|output_end|>"
-_NUMBER = re.compile(r"-?(?:\d+(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
 
 
 class _Conversations(ABC, Sequence[Conversation]):
@@ -54,8 +51,13 @@ class Task(_Conversations):
     kind: Literal["generative", "multiple_choice"] = "generative"
 
     @abstractmethod
-    def score(self, conversation: Conversation, completion: str) -> float:
-        """Scores `completion` (decoded, with special tokens as text) as the answer, in [0, 1]."""
+    def score(self, conversation: Conversation, completion: str, *, cut: bool = False) -> float:
+        """Scores `completion` as the answer, in [0, 1].
+
+        Args:
+          completion: decoded, with its special tokens spelled out.
+          cut: the model had no room to end the answer, so that its last word may be incomplete, and does not count.
+        """
 
 
 class ListTask(Task):
@@ -147,31 +149,3 @@ def multiple_choice_question(question: str, choices: Sequence[str], gold: int, *
     lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters, strict=True))
     text = f"Multiple choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
     return question_and_answer(text, letters[gold], letters=letters, **extra)
-
-
-def score_choice(conversation: Conversation, completion: str) -> float:
-    """1 if the answer begins with the right letter, not followed by another."""
-    found = re.match(r"\W*([A-Z])(?!\w)", visible_answer(completion))
-    return float(found is not None and found[1] == conversation["messages"][-1]["content"])
-
-
-def visible_answer(completion: str) -> str:
-    """The text after the last tool output."""
-    return completion.rpartition(_TOOL_OUTPUT_END)[2].removesuffix("<|assistant_end|>")
-
-
-def last_number(text: str) -> str | None:
-    """The last number in `text`, as `canonical_number` writes it, or None."""
-    found = _NUMBER.findall(text)
-    return canonical_number(found[-1]) if found else None
-
-
-def canonical_number(number: str) -> str:
-    """The number as the calculator would write it: "1,250.0" is "1250", ".50" is "0.5"."""
-    plain = number.replace(",", "")
-    if "." in plain:
-        plain = plain.rstrip("0").rstrip(".")
-    sign, digits = ("-", plain[1:]) if plain.startswith("-") else ("", plain)
-    whole, point, rest = digits.partition(".")
-    digits = (whole.lstrip("0") or "0") + point + rest
-    return digits if digits == "0" else sign + digits

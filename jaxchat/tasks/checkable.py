@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from jaxchat.storage import AnyPath
-from jaxchat.tasks.base import (
-    Conversation,
-    ListTask,
-    Split,
-    canonical_number,
-    hold_out,
-    last_number,
-    read_items,
-    visible_answer,
-)
+from jaxchat.tasks.answers import canonical_number, last_number, visible_answer
+from jaxchat.tasks.base import Conversation, ListTask, Split, hold_out, read_items
 
 
 class Checkable(ListTask):
     """Conversations with an `answer` and optionally `others`, values that a right answer does not mention."""
 
-    def score(self, conversation: Conversation, completion: str) -> float:
-        return score_value(conversation["answer"], conversation.get("others", ()), completion)
+    def score(self, conversation: Conversation, completion: str, *, cut: bool = False) -> float:
+        return score_value(conversation["answer"], conversation.get("others", ()), completion, cut=cut)
 
 
-def score_value(answer: str, others: tuple[str, ...] | list[str], completion: str) -> float:
+def score_value(answer: str, others: Sequence[str], completion: str, *, cut: bool = False) -> float:
     """1 if the completion's last number is `answer`, or, for a name, if it has that name and none of `others`."""
-    visible = visible_answer(completion)
+    visible = visible_answer(completion, cut=cut)
     if re.fullmatch(r"-?[\d,.]*\d", answer):
         return float(last_number(visible) == canonical_number(answer))
     return float(_mentions(answer, visible) and not any(_mentions(other, visible) for other in others))

@@ -10,7 +10,7 @@ from jaxchat.tasks.base import Conversation, ListTask, Split, hold_out, read_ite
 class Conversations(ListTask):
     """Conversations without an answer that can be checked, for training only."""
 
-    def score(self, conversation: Conversation, completion: str) -> float:
+    def score(self, conversation: Conversation, completion: str, *, cut: bool = False) -> float:
         raise UserError(
             f"{self.name} has no answers that can be checked; evaluate and reward with a task that has, such as 'gsm8k'"
         )

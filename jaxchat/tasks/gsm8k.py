@@ -5,16 +5,8 @@ from __future__ import annotations
 import re
 
 from jaxchat.storage import AnyPath
-from jaxchat.tasks.base import (
-    Conversation,
-    ListTask,
-    Split,
-    canonical_number,
-    hold_out,
-    question_and_answer,
-    read_items,
-    visible_answer,
-)
+from jaxchat.tasks.answers import canonical_number, visible_answer
+from jaxchat.tasks.base import Conversation, ListTask, Split, hold_out, question_and_answer, read_items
 
 _ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 _OUTPUT = re.compile(r"-?[\d,]*\.?\d+")
@@ -30,9 +22,9 @@ class GSM8K(ListTask):
             item["question"], answer_parts(item["answer"]), answer=final_answer(item["answer"]), source=self.name
         )
 
-    def score(self, conversation: Conversation, completion: str) -> float:
+    def score(self, conversation: Conversation, completion: str, *, cut: bool = False) -> float:
         """1 if the number after the last #### is the right one."""
-        found = final_answer(visible_answer(completion))
+        found = final_answer(visible_answer(completion, cut=cut))
         return float(found is not None and found == conversation["answer"])
 
 

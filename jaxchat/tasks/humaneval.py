@@ -9,7 +9,8 @@ import re
 
 from jaxchat.errors import MissingData
 from jaxchat.storage import AnyPath
-from jaxchat.tasks.base import Conversation, ListTask, Split, question_and_answer, read_items, visible_answer
+from jaxchat.tasks.answers import visible_answer
+from jaxchat.tasks.base import Conversation, ListTask, Split, question_and_answer, read_items
 from jaxchat.tools.python import run_program
 
 
@@ -25,7 +26,7 @@ class HumanEval(ListTask):
         extra = {key: item[key] for key in ("prompt", "entry_point", "test")}
         return question_and_answer(question, answer, source=self.name, **extra)
 
-    def score(self, conversation: Conversation, completion: str) -> float:
+    def score(self, conversation: Conversation, completion: str, *, cut: bool = False) -> float:
         """1 if the code in the completion passes the tests."""
         program = build_program(
             extract_code(visible_answer(completion)),

@@ -6,15 +6,8 @@ from typing import Any
 
 from jaxchat.errors import UserError
 from jaxchat.storage import AnyPath
-from jaxchat.tasks.base import (
-    Conversation,
-    ListTask,
-    Split,
-    hold_out,
-    multiple_choice_question,
-    read_items,
-    score_choice,
-)
+from jaxchat.tasks.answers import score_choice
+from jaxchat.tasks.base import Conversation, ListTask, Split, hold_out, multiple_choice_question, read_items
 
 
 class MultipleChoice(ListTask):
@@ -26,8 +19,8 @@ class MultipleChoice(ListTask):
         item = self.items[index]
         return multiple_choice_question(item["question"], item["choices"], item["gold"], source=self.name)
 
-    def score(self, conversation: Conversation, completion: str) -> float:
-        return score_choice(conversation, completion)
+    def score(self, conversation: Conversation, completion: str, *, cut: bool = False) -> float:
+        return score_choice(conversation, completion, cut=cut)
 
 
 def load_mmlu(split: Split, data_dir: AnyPath, limit: int | None) -> MultipleChoice:

@@ -54,8 +54,8 @@ class Spelling(Task):
         question, answer = ask_letters(word, letter, rng), answer_letters(word, letter, rng)
         return question_and_answer(question, answer, answer=str(word.count(letter)), source=self.name)
 
-    def score(self, conversation: Conversation, completion: str) -> float:
-        return score_value(conversation["answer"], (), completion)
+    def score(self, conversation: Conversation, completion: str, *, cut: bool = False) -> float:
+        return score_value(conversation["answer"], (), completion, cut=cut)
 
 
 def load_spelling(split: Split, data_dir: AnyPath, limit: int | None) -> Spelling:

@@ -7,11 +7,12 @@ import optax
 import pytest
 
 from jaxchat.errors import UserError
-from jaxchat.eval.chat import choose, evaluate_task
+from jaxchat.eval.chat import Answer, choose, evaluate_task
 from jaxchat.infer.engine import Engine
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params, logits
-from jaxchat.tasks.base import ListTask, multiple_choice_question, question_and_answer, score_choice
+from jaxchat.tasks.answers import score_choice
+from jaxchat.tasks.base import ListTask, multiple_choice_question, question_and_answer
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train.step import init_state, make_train_step
 
@@ -21,15 +22,15 @@ LENGTH = 160
 
 
 class Sums(ListTask):
-    def score(self, conversation, completion):
+    def score(self, conversation, completion, *, cut=False):
         return float(completion.endswith(f"<|output_end|>{conversation['answer']}"))
 
 
 class Choices(ListTask):
     kind = "multiple_choice"
 
-    def score(self, conversation, completion):
-        return score_choice(conversation, completion)
+    def score(self, conversation, completion, *, cut=False):
+        return score_choice(conversation, completion, cut=cut)
 
 
 def call(a, b, answer):
@@ -77,18 +78,16 @@ def test_generative(engine, sums):
     result = evaluate_task(engine, sums, max_new_tokens=16, batch_size=8)
     assert (result.name, result.count) == ("sums", 6)
     assert result.score == pytest.approx(5 / 6)
-    assert result.examples[0] == (
-        "2 and 3?",
-        "<|python_start|>2+3<|python_end|><|output_start|>5<|output_end|>5",
-        1.0,
-    )
+    said = "<|python_start|>2+3<|python_end|><|output_start|>5<|output_end|>5"
+    assert result.answers[0] == Answer("2 and 3?", said, right="5", score=1.0, cut=False)
+    assert (result.cut, result.too_long, len(result.answers)) == (0, 0, 6)
     assert evaluate_task(engine, sums, max_new_tokens=16, batch_size=8, limit=3).count == 3
 
 
 def test_multiple_choice(engine, choices):
     result = evaluate_task(engine, choices, batch_size=8)
     assert result.score == pytest.approx(4 / 5)
-    assert [completion for _, completion, _ in result.examples] == ["A", "C", "B", "D", "A"]
+    assert [(answer.answer, answer.right) for answer in result.answers] == [*zip("ACBDA", "ACBDB", strict=True)]
     assert evaluate_task(engine, choices, batch_size=2) == result
 
 
@@ -113,7 +112,7 @@ def test_a_question_that_does_not_fit_scores_nothing(engine, sums, choices, kind
     endless = {**task[1], "messages": [{"role": "user", "content": "so " * LENGTH}, task[1]["messages"][1]]}
     mixed = type(task)(kind, [task[0], endless])
     result = evaluate_task(engine, mixed, max_new_tokens=16, batch_size=8)
-    assert (result.score, result.count, result.examples[1][1]) == (0.5, 2, "")
+    assert (result.score, result.count, result.too_long, result.answers[1].answer) == (0.5, 2, 1, "")
 
 
 def test_an_empty_task_is_refused(engine):

@@ -28,7 +28,7 @@ rewards = hnp.arrays(np.float64, st.tuples(st.integers(1, 5), st.integers(2, 6))
 class Lowercase(ListTask):
     """Worth the share of lower-case letters in the answer: what a model can learn in a few steps."""
 
-    def score(self, conversation, completion):
+    def score(self, conversation, completion, *, cut=False):
         return sum("a" <= c <= "z" for c in completion) / max(1, len(completion))
 
 

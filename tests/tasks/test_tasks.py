@@ -13,7 +13,8 @@ from jaxchat.data.synthetic import write_synthetic
 from jaxchat.data.synthetic.questions import purpose_of
 from jaxchat.errors import MissingData, UserError
 from jaxchat.tasks import TASKS, Mixture, load_task, parse_mixture
-from jaxchat.tasks.base import ListTask, canonical_number, last_number, multiple_choice_question, visible_answer
+from jaxchat.tasks.answers import canonical_number, last_number, visible_answer
+from jaxchat.tasks.base import ListTask, multiple_choice_question
 from jaxchat.tasks.checkable import score_value
 from jaxchat.tasks.gsm8k import answer_parts, final_answer
 from jaxchat.tools.calculator import calculate
@@ -45,7 +46,7 @@ def completion_of(conversation):
 
 
 class Numbered(ListTask):
-    def score(self, conversation, completion):
+    def score(self, conversation, completion, *, cut=False):
         return 0.0
 
 
