@@ -17,7 +17,8 @@ from jaxchat.infer.engine import SHORTEST_PROMPT, Engine, bucket
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, hidden_states, logits
 from jaxchat.ops.compute import Compute
-from jaxchat.tasks.base import LETTERS, Conversation, Task, spread
+from jaxchat.tasks.base import LETTERS, Conversation, Task
+from jaxchat.tasks.items import spread
 from jaxchat.tokenizer import BaseTokenizer
 
 

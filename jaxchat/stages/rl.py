@@ -9,7 +9,7 @@ from jaxchat.rl.rollouts import Rollouts, questions_of, sampling, score
 from jaxchat.stages.samples import prompts_of_chats
 from jaxchat.stages.training import Training
 from jaxchat.stages.workspace import Workspace
-from jaxchat.tasks.base import spread
+from jaxchat.tasks.items import spread
 from jaxchat.train.loop import Evaluator
 
 SAMPLES = 3

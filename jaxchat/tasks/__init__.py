@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from jaxchat.data.records import has_records
+from jaxchat.data.text.reading import Findings
 from jaxchat.errors import UserError, check, closest
 from jaxchat.storage import AnyPath, to_path
 from jaxchat.tasks.base import Conversation, Mixture, Split, Task
@@ -17,7 +19,7 @@ from jaxchat.tasks.spelling import load_spelling
 
 __all__ = ["TASKS", "Conversation", "Mixture", "Split", "Task", "load_task", "parse_mixture"]
 
-_LOADERS: dict[str, Callable[[Split, AnyPath, int | None], Task]] = {
+_LOADERS: dict[str, Callable[[Split, AnyPath, int | None, Findings], Task]] = {
     "chat": load_chat,
     "smoltalk": load_smoltalk,
     "mmlu": load_mmlu,
@@ -33,25 +35,33 @@ _LOADERS: dict[str, Callable[[Split, AnyPath, int | None], Task]] = {
 }
 TASKS = tuple(_LOADERS)
 _CONVERSATIONS = ("chat", "smoltalk")  # for training only, like files of conversations
-_FILE_ENDS = (".jsonl", ".jsonl.gz")
 
 
-def load_task(name: str, split: Split, data_dir: AnyPath | str, limit: int | None = None) -> Task:
-    """Loads the task `name`: one of `TASKS`, from the data folder, or the path of a .jsonl file of conversations.
+def load_task(
+    name: str, split: Split, data_dir: AnyPath | str, limit: int | None = None, findings: Findings | None = None
+) -> Task:
+    """Loads the task `name`: one of `TASKS`, from the data folder, or the path of a file of conversations.
 
     Args:
       limit: takes at most this many items, evenly spread over the task.
+      findings: told about each bad item, which it counts or refuses; None refuses them.
 
     Raises:
       MissingData: the task's file for this split is missing; the message names it.
-      UserError: an unknown task, or a broken file.
+      UserError: an unknown task, a file of conversations that does not exist, or a broken file or item.
     """
     check(limit is None or limit >= 1, f"task {name} is limited to {limit} examples; take at least 1")
-    if name.endswith(_FILE_ENDS):
-        return load_file(to_path(name), split, limit)
+    findings = findings or Findings()
+    if is_file(name):
+        return load_file(name, split, limit, findings)
     if name not in _LOADERS:
         raise UserError(_unknown(name))
-    return _LOADERS[name](split, to_path(data_dir), limit)
+    return _LOADERS[name](split, to_path(data_dir), limit, findings)
+
+
+def is_file(name: str) -> bool:
+    """Whether an entry of a mixture is the path of a file rather than the name of a task."""
+    return name not in _LOADERS and (has_records(name) or "/" in name or name.startswith("~"))
 
 
 def parse_mixture(entries: Sequence[str]) -> list[tuple[str, int | None]]:
@@ -63,11 +73,11 @@ def parse_mixture(entries: Sequence[str]) -> list[tuple[str, int | None]]:
     parsed: list[tuple[str, int | None]] = []
     for entry in entries:
         name, colon, number = entry.rpartition(":")
-        if not colon or entry.endswith(_FILE_ENDS):
+        if not colon or "/" in number or has_records(entry):
             name, number = entry, ""
         elif not (number.isascii() and number.isdigit() and int(number) >= 1):
             raise UserError(f"mixture entry {entry!r}: {number!r} is not a number of examples; write NAME or NAME:2000")
-        if name not in _LOADERS and not name.endswith(_FILE_ENDS):
+        if name not in _LOADERS and not is_file(name):
             raise UserError(_unknown(name))
         parsed.append((name, int(number) if number else None))
     return parsed
@@ -77,7 +87,7 @@ def check_scorable(entries: Sequence[str]) -> None:
     """Raises UserError as `parse_mixture` does, and for conversations, whose answers cannot be checked."""
     for name, _ in parse_mixture(entries):
         check(
-            name not in _CONVERSATIONS and not name.endswith(_FILE_ENDS),
+            name not in _CONVERSATIONS and not is_file(name),
             f"{name} has no answers that can be checked; use tasks that have, such as gsm8k",
         )
 

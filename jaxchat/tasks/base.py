@@ -8,15 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
-from jaxchat.data.text.reading import read_jsonl
-from jaxchat.errors import MissingData, UserError
-from jaxchat.storage import AnyPath
+from jaxchat.tasks.items import spread
 
 Conversation = dict[str, Any]
 Split = Literal["train", "val", "test"]
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-VAL_EVERY = 20  # where there is no validation file, every 20th item is for validation and not for training
 
 
 class _Conversations(ABC, Sequence[Conversation]):
@@ -89,48 +86,6 @@ class Mixture(_Conversations):
     def item(self, index: int) -> Conversation:
         which = bisect.bisect_right(self._ends, index)
         return self.tasks[which].item(index - (self._ends[which - 1] if which else 0))
-
-
-def spread(items: Sequence[Any], limit: int | None) -> Sequence[Any]:
-    """At most `limit` of `items`, evenly spread, in their order."""
-    if limit is None or limit >= len(items):
-        return items
-    return [items[i * len(items) // limit] for i in range(limit)]
-
-
-def hold_out(items: Sequence[Any], split: Split) -> list[Any]:
-    """The part of `items` for training or for validation, where there is no validation file."""
-    return [item for i, item in enumerate(items) if (i % VAL_EVERY == VAL_EVERY - 1) == (split == "val")]
-
-
-def read_items(path: AnyPath, keys: Sequence[str], task: str, *, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Reads the JSON objects of a file.
-
-    Args:
-      path: with or without `.jsonl`; a plain file or else one with `.gz` is read.
-      keys: what each object must have.
-      task: the task's name, for messages.
-      texts: those of `keys` that must be strings.
-
-    Raises:
-      MissingData: there is no such file.
-      UserError: a broken line, or one that lacks what the task needs.
-    """
-    plain = path.with_name(path.name.removesuffix(".gz").removesuffix(".jsonl") + ".jsonl")
-    candidates = [path] if path.name.endswith(".gz") else [plain, plain.with_name(f"{plain.name}.gz")]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if found is None:
-        raise MissingData(f"{task} needs {candidates[0]}, which does not exist")
-    items = read_jsonl(found)
-    for number, item in enumerate(items, start=1):
-        missing = [key for key in keys if key not in item]
-        if missing:
-            raise UserError(f"{found}: object {number} has no {missing[0]!r}; {task} needs {', '.join(keys)}")
-        others = [key for key in texts if not isinstance(item[key], str)]
-        if others:
-            kind = type(item[others[0]]).__name__
-            raise UserError(f"{found}: object {number}: {others[0]!r} is {kind}, not a string, which {task} needs")
-    return items
 
 
 def question_and_answer(question: str, answer: str | list[dict[str, str]], /, **extra: Any) -> Conversation:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from jaxchat.data.chat.forms import contents_of
+from jaxchat.data.text.reading import Findings
 from jaxchat.storage import AnyPath
 from jaxchat.tasks.answers import canonical_number, last_number, visible_answer
-from jaxchat.tasks.base import Conversation, ListTask, Split, hold_out, read_items
+from jaxchat.tasks.base import Conversation, ListTask, Split
+from jaxchat.tasks.items import check_texts, hold_out, read_items
 
 
 class Checkable(ListTask):
@@ -30,8 +34,18 @@ def _mentions(value: str, text: str) -> bool:
     return re.search(rf"(?<![\w-]){re.escape(value)}(?![\w-])", text, re.IGNORECASE) is not None
 
 
-def load_checkable(name: str, split: Split, data_dir: AnyPath, limit: int | None) -> Checkable:
+def parse_item(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks a conversation with an answer. Raises ValueError unless both are there."""
+    check_texts(record, "answer")
+    contents_of(record)
+    others = record.get("others") or ()
+    if not isinstance(others, Sequence) or not all(isinstance(other, str) for other in others):
+        raise ValueError("'others' is not a list of strings")
+    return dict(record)
+
+
+def load_checkable(name: str, split: Split, data_dir: AnyPath, limit: int | None, findings: Findings) -> Checkable:
     """Loads `eval/{name}/test.jsonl` or `train.jsonl`, of which every 20th question is for validation."""
     path = data_dir / "eval" / name / ("test.jsonl" if split == "test" else "train.jsonl")
-    items = read_items(path, ("messages", "answer"), name, texts=("answer",))
+    items = read_items(path, parse_item, name, findings)
     return Checkable(name, items if split == "test" else hold_out(items, split), limit)

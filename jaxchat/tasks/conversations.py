@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from jaxchat.errors import UserError
-from jaxchat.storage import AnyPath
-from jaxchat.tasks.base import Conversation, ListTask, Split, hold_out, read_items
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxchat.data.chat.forms import Content, contents_of, to_conversation
+from jaxchat.data.records import has_records, list_records, stem_of
+from jaxchat.data.text.reading import Findings
+from jaxchat.errors import MissingData, UserError, check, closest
+from jaxchat.storage import AnyPath, is_remote, to_path
+from jaxchat.tasks.base import Conversation, ListTask, Split
+from jaxchat.tasks.items import hold_out, read_items, spread
+
+_SIDE = re.compile(r"(train|val|test)|(valid|validation|dev|eval)", re.IGNORECASE)
 
 
 class Conversations(ListTask):
-    """Conversations without an answer that can be checked, for training only."""
+    """Conversations without an answer that can be checked, for training only.
+
+    In the place of a bad one that was left out there is a conversation without messages, so that the others keep their
+    places: a training that the bad one has stopped resumes where it was.
+    """
+
+    def __init__(self, name: str, contents: Sequence[tuple[Content, ...] | None], limit: int | None = None):
+        self.name = name
+        self.items = spread(contents, limit)
+
+    def item(self, index: int) -> Conversation:
+        return to_conversation(self.items[index] or ())
 
     def score(self, conversation: Conversation, completion: str, *, cut: bool = False) -> float:
         raise UserError(
@@ -16,19 +38,93 @@ class Conversations(ListTask):
         )
 
 
-def load_chat(split: Split, data_dir: AnyPath, limit: int | None) -> Conversations:
-    """Loads `chat/{split}.jsonl`, or the same with `.gz`."""
-    return Conversations("chat", read_items(data_dir / "chat" / split, ("messages",), "chat"), limit)
+@dataclass(frozen=True)
+class ChatFiles:
+    """The files of a folder of conversations, by what they are for."""
+
+    train: tuple[AnyPath, ...]
+    val: tuple[AnyPath, ...]
+    unread: tuple[AnyPath, ...]
 
 
-def load_smoltalk(split: Split, data_dir: AnyPath, limit: int | None) -> Conversations:
-    """Loads `chat/smoltalk/{split}.jsonl`, or the same with `.gz`."""
-    return Conversations(
-        "smoltalk", read_items(data_dir / "chat" / "smoltalk" / split, ("messages",), "smoltalk"), limit
-    )
+def find_chats(folder: AnyPath) -> ChatFiles:
+    """The files of conversations in a folder. A name that begins with train, val or the like is believed.
+
+    Files with other names are for training if no name begins with `train`; else they are not read. Without a file
+    for validation, one for testing takes its place.
+
+    Raises:
+      UserError: two files have the same name but for their endings.
+    """
+    files = list_records(folder)
+    sides = {path: side_of(path.name) for path in files}
+    for one, other in zip(files, files[1:], strict=False):
+        same = stem_of(one.name).lower() == stem_of(other.name).lower()
+        check(
+            not same, f"{folder} has {one.name} and {other.name}, of which only one can be read; remove or rename one"
+        )
+    train = [path for path in files if sides[path] == "train"] or [path for path in files if sides[path] is None]
+    val = [path for path in files if sides[path] == "val"] or [path for path in files if sides[path] == "test"]
+    return ChatFiles(tuple(train), tuple(val), tuple(path for path in files if path not in (*train, *val)))
 
 
-def load_file(path: AnyPath, split: Split, limit: int | None) -> Conversations:
-    """Loads any file of conversations; every 20th line is for validation and test, the others for training."""
-    items = read_items(path, ("messages",), str(path))
-    return Conversations(str(path), hold_out(items, "train" if split == "train" else "val"), limit)
+def side_of(name: str) -> Split | None:
+    """What a file is for, if its name says it: `train-00000-of-00002.parquet`, `valid.jsonl`, `dev.jsonl.gz`."""
+    word = re.match(r"[A-Za-z]*", stem_of(name))
+    found = _SIDE.fullmatch(word[0]) if word else None
+    if found is None:
+        return None
+    return "val" if found[2] else found[1].lower()  # pyright: ignore[reportReturnType]
+
+
+def load_chat(split: Split, data_dir: AnyPath, limit: int | None, findings: Findings) -> Conversations:
+    """Loads the conversations in `chat/`."""
+    return _load_folder("chat", data_dir / "chat", split, limit, findings)
+
+
+def load_smoltalk(split: Split, data_dir: AnyPath, limit: int | None, findings: Findings) -> Conversations:
+    """Loads the conversations in `chat/smoltalk/`."""
+    return _load_folder("smoltalk", data_dir / "chat" / "smoltalk", split, limit, findings)
+
+
+def _load_folder(name: str, folder: AnyPath, split: Split, limit: int | None, findings: Findings) -> Conversations:
+    """Loads the conversations of a folder; where it has no file for validation, every 20th is for validation."""
+    files = find_chats(folder)
+    if not files.train:
+        raise MissingData(f"{name} needs {folder / 'train.jsonl'}, which does not exist")
+    if split == "train":
+        contents = _read(files.train, name, findings)
+        return Conversations(name, contents if files.val else hold_out(contents, "train"), limit)
+    contents = _read(files.val, name, findings) if files.val else hold_out(_read(files.train, name, findings), "val")
+    return Conversations(name, contents, limit)
+
+
+def load_file(entry: str, split: Split, limit: int | None, findings: Findings) -> Conversations:
+    """Loads any file of conversations; every 20th is for validation and test, the others for training.
+
+    Raises:
+      UserError: there is no such file, or as `read_items`.
+    """
+    path = file_of(entry)
+    contents = _read((path,), entry, findings)
+    return Conversations(entry, hold_out(contents, "train" if split == "train" else "val"), limit)
+
+
+def file_of(entry: str) -> AnyPath:
+    """The file of conversations that an entry of a mixture names by its path.
+
+    Raises:
+      UserError: there is no such file, or its ending is not one of those that are read.
+    """
+    path = to_path(entry if is_remote(entry) else os.path.expanduser(entry))
+    if not path.is_file():
+        near = [other.name for other in list_records(path.parent)]
+        what = "is a folder; name a file in it" if path.is_dir() else f"does not exist{closest(path.name, near)}"
+        raise UserError(f"{entry} {what}".removesuffix("."))
+    check(has_records(path.name), f"{entry}: a file of conversations is .jsonl, .json or .parquet; convert it")
+    return path
+
+
+def _read(paths: Sequence[AnyPath], task: str, findings: Findings) -> list[tuple[Content, ...] | None]:
+    options = {"kind": "bad_conversations", "keep_places": True}
+    return [item for path in paths for item in read_items(path, contents_of, task, findings, **options)]

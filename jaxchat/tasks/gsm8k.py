@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
+from jaxchat.data.text.reading import Findings
 from jaxchat.storage import AnyPath
 from jaxchat.tasks.answers import canonical_number, visible_answer
-from jaxchat.tasks.base import Conversation, ListTask, Split, hold_out, question_and_answer, read_items
+from jaxchat.tasks.base import Conversation, ListTask, Split, question_and_answer
+from jaxchat.tasks.items import check_texts, hold_out, read_items
 
 _ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 _OUTPUT = re.compile(r"-?[\d,]*\.?\d+")
@@ -46,8 +50,18 @@ def final_answer(text: str) -> str | None:
     return canonical_number(found[-1]) if found else None
 
 
-def load_gsm8k(split: Split, data_dir: AnyPath, limit: int | None) -> GSM8K:
+def parse_item(record: Mapping[str, Any]) -> dict[str, str]:
+    """Checks a problem. Raises ValueError unless it has a question, and an answer that ends with `#### NUMBER`."""
+    check_texts(record, "question", "answer")
+    if final_answer(record["answer"]) is None:
+        raise ValueError(
+            f"the answer {record['answer'][-30:]!r} does not end with '#### ' and a number, such as #### 72"
+        )
+    return {name: record[name] for name in ("question", "answer")}
+
+
+def load_gsm8k(split: Split, data_dir: AnyPath, limit: int | None, findings: Findings) -> GSM8K:
     """Loads `eval/gsm8k/test.jsonl` or `train.jsonl`, of which every 20th problem is for validation."""
     path = data_dir / "eval" / "gsm8k" / ("test.jsonl" if split == "test" else "train.jsonl")
-    items = read_items(path, ("question", "answer"), "gsm8k", texts=("question", "answer"))
+    items = read_items(path, parse_item, "gsm8k", findings)
     return GSM8K("gsm8k", items if split == "test" else hold_out(items, split), limit)

@@ -6,12 +6,18 @@ Scoring runs what the model has written, in a limited process (see `tools.python
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
+from jaxchat.data.text.reading import Findings
 from jaxchat.errors import MissingData
 from jaxchat.storage import AnyPath
 from jaxchat.tasks.answers import visible_answer
-from jaxchat.tasks.base import Conversation, ListTask, Split, question_and_answer, read_items
+from jaxchat.tasks.base import Conversation, ListTask, Split, question_and_answer
+from jaxchat.tasks.items import check_texts, read_items
 from jaxchat.tools.python import run_program
+
+_FIELDS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 
 
 class HumanEval(ListTask):
@@ -59,9 +65,15 @@ def build_program(code: str, prompt: str, entry_point: str, test: str) -> str:
     return f"{solution}\n\n{test}\n\ncheck({entry_point})\n"
 
 
-def load_humaneval(split: Split, data_dir: AnyPath, limit: int | None) -> HumanEval:
+def parse_item(record: Mapping[str, Any]) -> dict[str, str]:
+    """Checks a problem. Raises ValueError unless it has all its fields."""
+    check_texts(record, *_FIELDS)
+    return {name: record[name] for name in _FIELDS}
+
+
+def load_humaneval(split: Split, data_dir: AnyPath, limit: int | None, findings: Findings) -> HumanEval:
     """Loads `eval/humaneval.jsonl`, a test set only."""
     if split != "test":
         raise MissingData(f"humaneval has no {split} split; it is a test set ({data_dir / 'eval' / 'humaneval.jsonl'})")
-    keys = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
-    return HumanEval("humaneval", read_items(data_dir / "eval" / "humaneval.jsonl", keys, "humaneval"), limit)
+    path = data_dir / "eval" / "humaneval.jsonl"
+    return HumanEval("humaneval", read_items(path, parse_item, "humaneval", findings), limit)

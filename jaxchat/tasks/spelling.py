@@ -14,6 +14,7 @@ from jaxchat.data.synthetic.questions import (
     purpose_of,
     spell,
 )
+from jaxchat.data.text.reading import Findings
 from jaxchat.errors import UserError
 from jaxchat.storage import AnyPath
 from jaxchat.tasks.base import Conversation, Split, Task, question_and_answer
@@ -58,7 +59,7 @@ class Spelling(Task):
         return score_value(conversation["answer"], (), completion, cut=cut)
 
 
-def load_spelling(split: Split, data_dir: AnyPath, limit: int | None) -> Spelling:
+def load_spelling(split: Split, data_dir: AnyPath, limit: int | None, findings: Findings) -> Spelling:
     """Uses the words of `eval/words.txt` (one a line, lower case), if the data folder has that file."""
     path = data_dir / "eval" / "words.txt"
     words = path.read_text(encoding="utf-8").split() if path.is_file() else []
