@@ -11,7 +11,9 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "chat",
         help="Talk to a model in the terminal.",
-        description="Talk to a model in the terminal. Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands.",
+        description="Talk to a model in the terminal. Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands. "
+        "A pipe or a file as standard input is one message, all of its lines, and its answer is printed. Only answers "
+        "go to standard output; remarks, such as that an answer was cut, go to standard error.",
     )
     add = parser.add_argument
     add("--run", required=True, metavar="DIR", help="The run's directory.")
@@ -21,7 +23,12 @@ def add_command(commands: Any) -> None:
         help="Stage whose model answers: pretrain, midtrain, sft or rl. (default: the last finished one)",
     )
     add("--step", metavar="N", help="A kept checkpoint of that stage: its step, or best. (default: the last)")
-    add("-p", "--prompt", metavar="TEXT", help="Print the answer to TEXT and exit.")
+    add(
+        "-p",
+        "--prompt",
+        metavar="TEXT",
+        help="Print the answer to TEXT and exit; with -, to standard input.",
+    )
     add(
         "--temperature",
         type=float,

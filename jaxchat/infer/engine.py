@@ -31,6 +31,7 @@ from jaxchat.errors import check
 from jaxchat.infer.sampling import sample
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, cached_hidden, init_cache, logits
+from jaxchat.stopping import raise_if_asked
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.tools.calculator import calculate
 
@@ -318,7 +319,7 @@ class Engine:
             everywhere=placed.get("everywhere"),
         )
         drawing = _Drawing(
-            np.float32(temperature),
+            np.float32(min(temperature, np.finfo(np.float32).max)),
             np.array(self.stops, np.int32),
             np.int32(special("<|python_end|>") if tools else -1),
         )
@@ -347,6 +348,7 @@ class Engine:
         nothing = self.put(np.full((size, 1 + FORCED), -1, np.int32))
         state, written = _prefill(program, cache_len, self.params, *arrays, np.uint32(seed % 2**32), drawing)
         while True:
+            raise_if_asked()
             chunk = [event for step in np.asarray(written) for event in self._read(step.tolist(), rows, drawing)]
             waiting = any(row.status == PAUSED for row in rows)
             answers = self.put(self._answers(rows, size)) if waiting else nothing

@@ -9,6 +9,7 @@ import pytest
 
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import Experiment, ModelConfig
+from jaxchat.infer.trained import load_model
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import init_params
 from jaxchat.runs.config_json import to_json
@@ -33,6 +34,11 @@ def conversation(*turns):
 
 
 @pytest.fixture(scope="session")
+def engine(run_dir):
+    return load_model(run_dir, "sft").engine()
+
+
+@pytest.fixture(scope="session")
 def run_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     tokenizer = Tokenizer.train_from_iterator([STORY * 2], 290)
@@ -46,6 +52,7 @@ def run_dir(tmp_path_factory):
             conversation(*TURNS),
             conversation(TURNS[1], ("Again?", "Hello? was never asked.")),
             conversation(*TURNS, ("Again?", "You said Hello? first.")),
+            conversation(("Say\n/both!", "Both.")),
         )
     ]
     story = tokenizer.encode(STORY, prepend=tokenizer.bos_token_id)

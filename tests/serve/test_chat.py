@@ -22,8 +22,6 @@ from jaxchat.checkpoint import Checkpoints
 from jaxchat.cli.main import main
 from jaxchat.config import CheckpointConfig
 from jaxchat.infer.trained import load_model
-from jaxchat.serve.terminal import Writer
-from jaxchat.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 CHAT = ["-m", "jaxchat.cli.main", "chat"]
@@ -56,17 +54,19 @@ def chat(run_dir, *arguments, said=""):
 class Terminal:
     """The chat in a pseudo-terminal."""
 
-    def __init__(self, run_dir, *arguments, **variables):
+    def __init__(self, run_dir, *arguments, output=None, **variables):
         self.master, slave = pty.openpty()
+        stdout = slave if output is None else os.open(output, os.O_WRONLY | os.O_CREAT)
         self.process = subprocess.Popen(
             [sys.executable, "-c", IN_TERMINAL, *CHAT, "--run", run_dir, *arguments],
             stdin=slave,
-            stdout=slave,
+            stdout=stdout,
             stderr=slave,
             env=environment(run_dir) | variables,
             start_new_session=True,
         )
-        os.close(slave)
+        for descriptor in {slave, stdout}:
+            os.close(descriptor)
         self.decoder = codecs.getincrementaldecoder("utf-8")()
         self.seen = ""
 
@@ -105,28 +105,40 @@ def test_one_answer(run_dir):
     assert (done.returncode, done.stdout, done.stderr) == (0, "⟨34 + 58 → 92⟩ It is 92.\n", "")
 
 
-def test_a_piped_conversation_remembers_its_turns_until_it_is_cleared(run_dir):
-    said = "Hello?\nWhat is 34 + 58?\n\nAgain?\n/clear\nWhat is 34 + 58?\nAgain?\n/quit\nHello?\n"
-    done = chat(run_dir, "--stage", "sft", *GREEDY, said=said)
-    assert done.returncode == 0
-    assert done.stdout.splitlines() == [
-        "Grüße, 日本 🙂!",
-        "⟨34 + 58 → 92⟩ It is 92.",
-        "You said Hello? first.",
-        "⟨34 + 58 → 92⟩ It is 92.",
-        "Hello? was never asked.",
-    ]
-    assert done.stderr == "forgotten\n"
+def test_a_pipe_is_one_message_of_all_its_lines(run_dir):
+    """The model knows this question with a line break in it; as two questions it would give two answers."""
+    for arguments in ((), ("-p", "-")):
+        done = chat(run_dir, *GREEDY, *arguments, said="Say\n/both!\n")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "Both.\n", "")
 
 
-def test_the_oldest_turns_make_room(run_dir):
-    said = "Hello?\n" * 6 + "so " * 200 + "\nHello?\n"
-    done = chat(run_dir, *GREEDY, said=said)
-    assert done.returncode == 0
-    assert done.stdout.splitlines()[0] == "Grüße, 日本 🙂!"
-    notes = done.stderr.splitlines()
-    assert "(the context is full: the oldest turns are now being forgotten)" in notes
-    assert any(re.fullmatch(r"error: this message has \d+ tokens, .* context of 128; shorten it", n) for n in notes)
+def test_a_cut_answer_says_so_and_closes_nothing(run_dir):
+    done = chat(run_dir, "--temperature", "0", "--max-tokens", "3", "-p", "What is 34 + 58?")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "⟨34\n", "(cut: --max-tokens 3)\n")
+
+
+@pytest.mark.parametrize(
+    ("redirection", "message"),
+    [
+        ("< /dev/null", "standard input is empty; pipe in a question"),
+        ("<&-", "standard input is closed; pipe in a question"),
+        ("0> /dev/null", "standard input cannot be read"),
+        ("-p - <&-", "standard input is closed"),
+    ],
+)
+def test_standard_streams_that_cannot_be_used(run_dir, redirection, message):
+    command = f"{sys.executable} {' '.join(CHAT)} --run {run_dir} {redirection}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment(run_dir), timeout=100)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+def test_an_answer_is_the_same_bytes_in_every_locale(run_dir):
+    command = [sys.executable, *CHAT, "--run", run_dir, *GREEDY, "-p", "Hello?"]
+    for variables, encoding in (({"LC_ALL": "C"}, "utf-8"), ({"PYTHONIOENCODING": "latin-1"}, "latin-1")):
+        done = subprocess.run(command, capture_output=True, env=environment(run_dir) | variables, timeout=100)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout == "Grüße, 日本 🙂!\n".encode(encoding, "replace")
 
 
 def test_a_base_model_continues_the_text(run_dir):
@@ -150,6 +162,16 @@ def test_a_terminal(run_dir):
         terminal.type("\x04")
         code, rest = terminal.expect_end()
         assert code == 0 and "Traceback" not in rest
+
+
+def test_the_prompt_stays_out_of_a_file(run_dir, tmp_path):
+    with Terminal(run_dir, *GREEDY, output=tmp_path / "answers") as terminal:
+        terminal.expect("> ")
+        terminal.type("Hello?\n")
+        terminal.expect("> ")
+        terminal.type("\x04")
+        assert terminal.expect_end()[0] == 0
+    assert (tmp_path / "answers").read_text() == "Grüße, 日本 🙂!\n"
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(run_dir):
@@ -178,22 +200,6 @@ def test_ctrl_c_while_it_loads_ends_quietly(run_dir):
         terminal.type("\x03")
         code, rest = terminal.expect_end()
         assert code in (-signal.SIGINT, 130) and "Traceback" not in rest
-
-
-def test_the_writer_waits_for_whole_characters_and_marks_tool_calls(run_dir):
-    tokenizer = Tokenizer.from_directory(run_dir / "tokenizer")
-    writer = Writer(tokenizer)
-    pieces = ["".join(text for text, _ in writer.write([byte])) for byte in "a🙂é".encode()]
-    assert pieces == ["a", "", "", "", "🙂", "", "é"]
-    call = [tokenizer.encode_special("<|python_start|>"), *tokenizer.encode("1+1")]
-    output = tokenizer.encode("2", "<|output_start|>", "<|output_end|>")
-    tokens = [*call, tokenizer.encode_special("<|python_end|>"), *output, *b" two\xf0"]
-    styled = [*writer.write(tokens), *writer.close()]
-    assert "".join(text for text, _ in styled) == "⟨1+1 → 2⟩  two\ufffd"
-    assert "".join(text for text, style in styled if style == "dim") == "⟨1+1 → 2⟩ "
-    # An answer that was stopped inside a call, and one that would steer the terminal.
-    assert "".join(text for text, _ in [*writer.write(call), *writer.close()]) == "⟨1+1⟩"
-    assert "".join(text for text, _ in Writer(tokenizer).write(b"\x1b[2J\x07\ta\nb\r")) == "[2J\ta\nb"
 
 
 def test_earlier_steps(run_dir, tmp_path):

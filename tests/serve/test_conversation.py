@@ -1,0 +1,125 @@
+"""Conversations with a model that has memorized a few: what is remembered, what is cut, and what is said about it."""
+
+import io
+
+import pytest
+
+from jaxchat.errors import UserError
+from jaxchat.serve.conversation import Conversation, without_open_call
+from jaxchat.serve.terminal import reply
+from tests.serve.conftest import CONTEXT
+
+SUM = "What is 34 + 58?"
+SUM_TOKENS = len("34 + 5892") + 4  # of its tool call; each of these characters is a token
+
+
+@pytest.fixture
+def new(engine):
+    def conversation(**changes):
+        options = {"base": False, "temperature": 0, "top_k": None, "seed": 0, "max_tokens": 40} | changes
+        return Conversation(engine, **options)
+
+    return conversation
+
+
+def ask(conversation, text):
+    out, notes = io.StringIO(), io.StringIO()
+    assert not reply(conversation, text, out, notes)
+    return out.getvalue(), notes.getvalue()
+
+
+def prompt_of(conversation, text):
+    """What the model would be given for the next question, with special tokens spelled out."""
+    tokenizer = conversation.engine.tokenizer
+    ids = [token for turn in conversation.turns for token in turn.question + turn.answer]
+    return tokenizer.decode([*ids, *tokenizer.encode(text)])
+
+
+def test_turns_are_remembered_until_they_are_cleared(new):
+    conversation = new()
+    assert ask(conversation, "Hello?") == ("Grüße, 日本 🙂!\n", "")
+    assert ask(conversation, SUM) == ("⟨34 + 58 → 92⟩ It is 92.\n", "")
+    assert ask(conversation, "Again?") == ("You said Hello? first.\n", "")
+    conversation.turns.clear()
+    assert ask(conversation, SUM) == ("⟨34 + 58 → 92⟩ It is 92.\n", "")
+    assert ask(conversation, "Again?") == ("Hello? was never asked.\n", "")
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "answer", "kept"),
+    [
+        (1, "⟨", ""),
+        (3, "⟨34", ""),
+        (SUM_TOKENS - 2, "⟨34 + 58 → 9", ""),
+        (SUM_TOKENS - 1, "⟨34 + 58 → 92", ""),
+        (SUM_TOKENS, "⟨34 + 58 → 92⟩ ", "<|python_start|>34 + 58<|python_end|><|output_start|>92<|output_end|>"),
+    ],
+)
+def test_an_answer_cut_by_the_limit(new, max_tokens, answer, kept):
+    conversation = new(max_tokens=max_tokens)
+    assert ask(conversation, SUM) == (f"{answer}\n", f"(cut: --max-tokens {max_tokens})\n")
+    start = f"<|user_start|>{SUM}<|user_end|><|assistant_start|>"
+    assert prompt_of(conversation, "") == f"{start}{kept}<|assistant_end|>"
+    ask(conversation, "Hello?")  # the next prompt is taken
+
+
+def test_an_answer_cut_by_the_context(new):
+    conversation = new()
+    room = 9
+    text = "z" * (CONTEXT - 4 - room - len(SUM)) + SUM  # four special tokens; each of these characters is a token
+    answer = conversation.ask(text)
+    count = sum(map(len, answer.chunks))
+    assert count in range(1, room + 1)
+    assert (answer.cut == f"the context of {CONTEXT} tokens is full") == (count == room)
+
+
+def test_what_the_model_ends_is_not_cut(new, engine):
+    answer = new().ask("Hello?")
+    count = sum(map(len, answer.chunks))
+    assert answer.cut is None
+    exact = new(max_tokens=count + 1).ask("Hello?")
+    assert sum(map(len, exact.chunks)) == count and exact.cut is None
+    short = new(max_tokens=count).ask("Hello?")
+    assert sum(map(len, short.chunks)) == count and short.cut == f"--max-tokens {count}"
+
+
+def test_an_answer_that_is_closed_early_is_kept_without_a_remark(new):
+    conversation = new()
+    answer = conversation.ask("Hello?")
+    first = next(answer.chunks)
+    answer.chunks.close()
+    assert answer.cut is None and first
+    assert conversation.turns[0].answer[:-1] == first
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_the_longest_message(new, base):
+    fits = CONTEXT - (2 if base else 5)
+    conversation = new(base=base)
+    assert sum(map(len, conversation.ask("z" * fits).chunks)) <= 1
+    with pytest.raises(
+        UserError, match=f"has {fits + 1} tokens; at most {fits} fit into the model's context of {CONTEXT}; shorten it"
+    ):
+        conversation.ask("z" * (fits + 1))
+
+
+def test_half_of_the_context_is_kept_free_for_an_answer(new):
+    conversation, notes = new(max_tokens=1000), []
+    for _ in range(8):
+        _, note = ask(conversation, "Hello?")
+        notes.append(note)
+    assert notes.count("(the context is full: the oldest turns are now being forgotten)\n") == 1
+    assert notes.count("") == 7
+    kept = sum(len(turn.question) + len(turn.answer) for turn in conversation.turns[:-1])
+    assert kept <= CONTEXT // 2
+
+
+def test_only_whole_calls_are_kept(engine):
+    tokenizer = engine.tokenizer
+    start, end, out, done = map(
+        tokenizer.encode_special, ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
+    )
+    whole = [start, 49, end, out, 50, done]
+    for open_call in ([start], [start, 49], [start, 49, end], [start, 49, end, out], [start, start, 49, end, out, 50]):
+        assert without_open_call(tokenizer, [97, *whole, 98, *open_call]) == [97, *whole, 98]
+    assert without_open_call(tokenizer, whole) == whole
