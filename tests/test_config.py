@@ -59,18 +59,29 @@ def test_known_models():
     [
         (lambda: ModelConfig(depth=0), "model.depth is 0"),
         (lambda: ModelConfig(sequence_len=1), "model.sequence-len is 1"),
-        (lambda: ModelConfig(window_pattern="SXL"), "model.window-pattern is 'SXL'; write one letter per layer, S for"),
+        (
+            lambda: ModelConfig(window_pattern="SXL"),
+            "model.window-pattern is 'SXL'; it must be one letter per layer, S",
+        ),
         (lambda: ModelConfig(window_pattern=""), "model.window-pattern is ''"),
-        (lambda: ModelConfig(depth=12, num_kv_heads=4), "must divide the 6 heads of depth 12"),
+        (lambda: ModelConfig(depth=12, num_kv_heads=4), "model.num-kv-heads is 4; it must be a divisor of the 6 heads"),
         (lambda: ModelConfig(depth=12, num_kv_heads=0), "model.num-kv-heads is 0"),
         (
             lambda: Experiment(model=ModelConfig(depth=12, num_kv_heads=3), mesh=MeshConfig(tensor=2)),
             "mesh.tensor is 2; it must divide the 3 heads of keys and values",
         ),
-        (lambda: MeshConfig(fsdp=0), "mesh.fsdp and mesh.tensor"),
-        (lambda: MeshConfig(data=-2), "mesh.data"),
-        (lambda: OptimizerConfig(matrix_lr=0.0), "optimizer.matrix-lr must be above 0"),
-        (lambda: OptimizerConfig(newton_schulz_steps=0), "optimizer.newton-schulz-steps must be above 0"),
+        (lambda: MeshConfig(fsdp=0), "mesh.fsdp is 0; it must be at least 1"),
+        (lambda: MeshConfig(data=-2), "mesh.data is -2; it must be at least -1"),
+        (lambda: MeshConfig(data=0), "mesh.data is 0; it must be at least 1, or -1 for all devices"),
+        (lambda: OptimizerConfig(matrix_lr=0.0), "optimizer.matrix-lr is 0.0; it must be above 0"),
+        (
+            lambda: OptimizerConfig(newton_schulz_steps=0),
+            "optimizer.newton-schulz-steps is 0; it must be at least 1 and at most 50",
+        ),
+        (
+            lambda: OptimizerConfig(muon_momentum=0.8),
+            "optimizer.muon-momentum-start is 0.85; it must be at most the muon-",
+        ),
         (lambda: ScheduleConfig(warmup_ratio=0.6, decay_ratio=0.6), "sum to at most 1"),
         (lambda: ScheduleConfig(final_fraction=1.5), "schedule.final-fraction"),
         (lambda: TokenizerConfig(max_chars=0), "tokenizer.max-chars"),
@@ -85,16 +96,31 @@ def test_known_models():
         (lambda: RLConfig(eval_questions=0), "rl.eval-questions is 0; it must be at least 1"),
         (lambda: PretrainConfig(tokens_per_param=-1), "pretrain.tokens-per-param is -1; it must be above 0"),
         (lambda: PretrainConfig(target_flops=0), "pretrain.target-flops is 0; it must be above 0"),
-        (lambda: PretrainConfig(save_every=-1), "save-every is -1; it must be 0 or more"),
-        (lambda: FinetuneConfig(eval_tokens=0), "eval-tokens is 0; it must be above 0"),
-        (lambda: ModelConfig(rope_base=0), "model.rope-base is 0; it must be above 0"),
-        (lambda: OptimizerConfig(adam_b1=2), "optimizer.adam-b1 is 2; it must be at least 0 and below 1"),
+        (lambda: PretrainConfig(save_every=-1), "pretrain.save-every is -1; it must be at least 0"),
+        (lambda: FinetuneConfig(eval_tokens=0), "eval-tokens is 0; it must be at least 1"),
+        (lambda: ModelConfig(rope_base=0), "model.rope-base is 0; it must be at least 1"),
+        (lambda: OptimizerConfig(adam_b1=2), "optimizer.adam-b1 is 2; it must be at least 0 and at most 0.999999"),
         (lambda: CostConfig(devices=0), "cost.devices is 0; it must be at least 1"),
         (lambda: CostConfig(expected_mfu=0), "cost.expected-mfu is 0; it must be above 0 and at most 1"),
-        (lambda: RLConfig(temperature=0.0), "rl.temperature"),
+        (lambda: RLConfig(temperature=0.0), "rl.temperature is 0.0; it must be at least 0.01"),
+        (lambda: RLConfig(top_k=0), "rl.top-k is 0; it must be at least 1"),
+        (lambda: RLConfig(tasks=()), "rl.tasks is empty; name at least one task"),
+        (
+            lambda: RLConfig(questions_per_step=2048, samples_per_question=1024),
+            "at most 1,048,576 answers, not 2,097,152",
+        ),
+        (
+            lambda: EvaluateConfig(of=("sfd",)),
+            "evaluate.of names 'sfd', did you mean 'sft'? The stages with a model are",
+        ),
+        (lambda: EvaluateConfig(of=("sft", "sft")), "evaluate.of names 'sft' more than once"),
+        (lambda: EvaluateConfig(tasks=("sums", "sums:5")), "evaluate.tasks names 'sums' more than once"),
+        (lambda: Experiment(seed=-1), "seed is -1; it must be at least 0"),
+        (lambda: Experiment(seed=1 << 31), "seed is 2147483648; it must be at most 2,147,483,647"),
+        (lambda: Experiment(model=MeshConfig()), "it must be of class ModelConfig"),
         (lambda: Experiment(stages=("sft", "pretrain")), "stages must be in order"),
         (lambda: Experiment(stages=("sft", "sft")), "each once"),
-        (lambda: Experiment(stages=("sfd",)), "unknown stage 'sfd', did you mean 'sft'?"),
+        (lambda: Experiment(stages=("sfd",)), "stages names the unknown stage 'sfd', did you mean 'sft'?"),
     ],
 )
 def test_impossible_settings(build, words):
@@ -110,12 +136,15 @@ def test_experiments_survive_as_json(name):
     assert from_json(to_json(experiment)) == experiment
 
 
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)
+
+
 @given(
     st.sets(st.sampled_from(STAGES)),
     st.integers(0, 2**31 - 1),
     st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)),
-    st.one_of(st.none(), st.text()),
-    st.lists(st.text(min_size=1), min_size=1, max_size=3),
+    st.one_of(st.none(), TEXT),
+    st.lists(TEXT, min_size=1, max_size=3),
 )
 def test_any_experiment_survives_as_json(stages, seed, coefficients, path, mixture):
     experiment = Experiment(

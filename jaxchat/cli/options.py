@@ -9,12 +9,12 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import tyro
 
 from jaxchat.cli.experiments import experiment_names, load_experiment
-from jaxchat.config import Experiment
+from jaxchat.config import Experiment, Impossible, describe
 from jaxchat.errors import UserError, check, closest
 
 # What is not a field of an experiment, although one might look for it there.
@@ -72,26 +72,38 @@ def override(experiment: Experiment, arguments: list[str], options: Sequence[str
     fields = field_types(type(experiment))
     groups = _by_option(arguments, fields, options)
     try:
-        return _parse(experiment, [word for group in groups for word in group])
-    except (SystemExit, UserError) as error:
-        # The option at fault fails in the same way when it is the only one.
+        return _parse(experiment, groups)
+    except SystemExit:
+        # The option at fault fails when it is the only one, too.
         for group in groups:
             try:
-                _parse(experiment, group)
+                _parse(experiment, [group])
+            except Impossible:
+                pass
             except SystemExit:
-                if isinstance(error, SystemExit):
-                    raise UserError(_explain(group, fields)) from None
-            except UserError as alone:
-                if str(alone) == str(error):
-                    raise UserError(f"{' '.join(group)}: {alone}") from None
-        raise UserError(str(error)) from None
+                raise UserError(_explain(group, fields)) from None
+        raise UserError(f"{' '.join(arguments)}: these options do not go together; see --help") from None
+    except Impossible as error:
+        # A section that several stages have does not know which of them it is built for.
+        for section in dict.fromkeys(_section(group) for group in groups):
+            try:
+                _parse(experiment, [group for group in groups if _section(group) == section])
+            except Impossible as alone:
+                raise alone.within(section) from None
+        raise error from None
 
 
-def _parse(experiment: Experiment, arguments: list[str]) -> Experiment:
-    """Raises SystemExit, silently, for what tyro does not understand, and UserError for impossible values."""
+def _parse(experiment: Experiment, groups: list[list[str]]) -> Experiment:
+    """Raises SystemExit, silently, for what tyro does not understand, and `Impossible` for impossible values."""
     unread = io.StringIO()
     with contextlib.redirect_stderr(unread), contextlib.redirect_stdout(unread):
-        return tyro.cli(Experiment, default=experiment, args=arguments)
+        return tyro.cli(Experiment, default=experiment, args=[word for group in groups for word in group])
+
+
+def _section(group: list[str]) -> str:
+    """The section of an option's field: `sft` of `--sft.schedule.decay=cosine`, "" of `--seed=3`."""
+    section, dot, _ = group[0].removeprefix("--").partition(".")
+    return section if dot else ""
 
 
 def field_types(config: type, prefix: str = "") -> dict[str, Any]:
@@ -147,16 +159,3 @@ def _explain(group: list[str], fields: dict[str, Any]) -> str:
     if group == [flag]:
         return f"{flag} needs a value: {describe(fields[name])}"
     return f"{' '.join(group)}: the value must be {describe(fields[name])}"
-
-
-def describe(kind: Any) -> str:
-    """The values of a type, in words."""
-    words = {int: "a whole number", float: "a number", str: "text", type(None): "None"}
-    if kind in words:
-        return words[kind]
-    parts = get_args(kind)
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(parts)}"
-    if get_origin(kind) is tuple:
-        return "words" if _is_list(kind) else f"{len(parts)} numbers separated by spaces"
-    return " or ".join(map(describe, parts))

@@ -6,13 +6,14 @@ single fields (`--pretrain.num-iterations=100`); the run directory keeps the res
 The line under each field is its help on the command line.
 """
 
-from jaxchat.config.data import NUM_BYTES, DataConfig, TokenizerConfig
+from jaxchat.config.data import MIN_VOCAB, NUM_BYTES, DataConfig, TokenizerConfig
 from jaxchat.config.experiment import Experiment
 from jaxchat.config.model import LARGEST_HEAD, WIDTH_PER_LAYER, MeshConfig, ModelConfig, head_count, model_width
 from jaxchat.config.optimizer import OptimizerConfig, ScheduleConfig
+from jaxchat.config.ranges import STAGES, Impossible, Range, Section, declared, declared_range, describe
 from jaxchat.config.run import CheckpointConfig, CostConfig, LoggingConfig
 from jaxchat.config.stages import (
-    STAGES,
+    TRAINED,
     EvaluateConfig,
     FinetuneConfig,
     PretrainConfig,
@@ -22,8 +23,9 @@ from jaxchat.config.stages import (
 )
 
 __all__ = [
-    "LARGEST_HEAD", "NUM_BYTES", "STAGES", "WIDTH_PER_LAYER", "CheckpointConfig", "CostConfig", "DataConfig",
-    "EvaluateConfig", "Experiment", "FinetuneConfig", "LoggingConfig", "MeshConfig", "ModelConfig", "OptimizerConfig",
-    "PretrainConfig", "RLConfig", "ScheduleConfig", "SupervisedConfig", "TokenizerConfig", "TrainConfig", "head_count",
+    "LARGEST_HEAD", "MIN_VOCAB", "NUM_BYTES", "STAGES", "TRAINED", "WIDTH_PER_LAYER", "CheckpointConfig", "CostConfig",
+    "DataConfig", "EvaluateConfig", "Experiment", "FinetuneConfig", "Impossible", "LoggingConfig", "MeshConfig",
+    "ModelConfig", "OptimizerConfig", "PretrainConfig", "RLConfig", "Range", "ScheduleConfig", "Section",
+    "SupervisedConfig", "TokenizerConfig", "TrainConfig", "declared", "declared_range", "describe", "head_count",
     "model_width",
 ]  # fmt: skip

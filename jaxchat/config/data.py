@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from jaxchat.errors import check
+from jaxchat.config.ranges import Range, Section, UserPath
 
 NUM_BYTES = 256
+MIN_VOCAB = NUM_BYTES + 9  # the special tokens of conversations
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Section):
     """The tokenizer: trained on the experiment's text, or brought by the user."""
 
-    vocab_size: int = 32768
+    section = "tokenizer"
+
+    vocab_size: Annotated[int, Range(at_least=MIN_VOCAB, at_most=1 << 20)] = 32768
     """Number of tokens, with the 256 bytes and the special tokens."""
-    max_chars: int = 2_000_000_000
+    max_chars: Annotated[int, Range(at_least=1, at_most=10**12)] = 2_000_000_000
     """Characters of text to train on, at most."""
-    path: str | None = None
+    path: Annotated[str | None, UserPath()] = None
     """A trained tokenizer to use instead: a tokenizer.json, a folder with one, or a .tiktoken file. None: train one."""
     backend: Literal["rust", "huggingface"] = "rust"
     """Library that trains the tokenizer: jaxchat's own in Rust, or Hugging Face's tokenizers."""
 
-    def __post_init__(self):
-        check(self.max_chars > 0, "tokenizer.max-chars must be above 0")
-
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """Text and conversations: the user's folder, downloads, or a synthetic corpus."""
 
-    path: str | None = None
+    section = "data"
+
+    path: Annotated[str | None, UserPath()] = None
     """Folder with the user's data, the same as --data. None: data/ with downloads, else the synthetic corpus."""
     download: tuple[str, ...] = ()
     """Data sets of "jaxchat data list" to download during training, pretraining text as NAME:SHARDS. Text of your own
@@ -40,9 +42,9 @@ class DataConfig:
     """Name of the text file that is kept for validation. None: the one that the manifest names, else the last."""
     generate: bool = False
     """Whether to generate a synthetic corpus where there is no data folder."""
-    synthetic_documents: int = 40_000
+    synthetic_documents: Annotated[int, Range(at_least=100, at_most=10**8)] = 40_000
     """Documents of the synthetic corpus."""
-    synthetic_conversations: int = 40_000
+    synthetic_conversations: Annotated[int, Range(at_least=100, at_most=10**8)] = 40_000
     """Conversations of the synthetic corpus; used with a data folder without conversations too."""
     shuffle: bool = False
     """Whether each epoch takes the blocks of the text in another order."""
@@ -52,7 +54,7 @@ class DataConfig:
     mask_borders: Literal["none", "loss", "attention", "both"] = "none"
     """What stops at the border of two documents in a row: the loss does not predict the next document's beginning,
     attention does not see other documents, or both."""
-    lanes: int = 1
+    lanes: Annotated[int, Range(at_least=1, at_most=1 << 16)] = 1
     """Parts of the text that are read independently, for training on many hosts: each process reads only its lanes.
     Divides the rows of pretraining's batch."""
     on_bad: Literal["refuse", "skip"] = "refuse"

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from jaxchat.config.data import DataConfig, TokenizerConfig
 from jaxchat.config.model import MeshConfig, ModelConfig
 from jaxchat.config.optimizer import OptimizerConfig
+from jaxchat.config.ranges import STAGES, Range, Section
 from jaxchat.config.run import CheckpointConfig, CostConfig, LoggingConfig
-from jaxchat.config.stages import STAGES, EvaluateConfig, FinetuneConfig, PretrainConfig, RLConfig
-from jaxchat.errors import check, closest
+from jaxchat.config.stages import EvaluateConfig, FinetuneConfig, PretrainConfig, RLConfig
+from jaxchat.errors import closest
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(Section):
     """Everything a run needs."""
 
     name: str = ""
     """Name of the experiment, by default its file's; the run lives in runs/NAME unless --run-dir is given."""
     stages: tuple[str, ...] = STAGES
     """Stages to run, in this order."""
-    seed: int = 42
+    seed: Annotated[int, Range(at_least=0)] = 42
     """Seed of the synthetic corpus, the initial parameters, the order of the data, and sampling."""
     precision: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
     """What training computes in. auto: bfloat16 on GPU and TPU, float32 on CPU. fp8: bfloat16, but fp8 for the matrix
@@ -47,15 +48,16 @@ class Experiment:
     cost: CostConfig = field(default_factory=CostConfig)
 
     def __post_init__(self):
+        super().__post_init__()
         for stage in self.stages:
-            check(stage in STAGES, f"unknown stage {stage!r}{closest(stage, STAGES)} Stages: {', '.join(STAGES)}")
+            hint = closest(stage, STAGES)
+            self.check(stage in STAGES, f"stages names the unknown stage {stage!r}{hint} Stages: {', '.join(STAGES)}")
         order = [STAGES.index(stage) for stage in self.stages]
-        check(order == sorted(set(order)), f"stages must be in order, each once: {', '.join(STAGES)}")
+        self.check(order == sorted(set(order)), f"stages must be in order, each once: {', '.join(STAGES)}")
         heads, tensor = self.model.kv_heads, self.mesh.tensor
-        check(
+        self.check(
             heads % tensor == 0,
             f"mesh.tensor is {tensor}; it must divide the {heads} heads of keys and values, which it splits",
         )
         lanes, rows = self.data.lanes, self.pretrain.batch_tokens // self.model.sequence_len
-        fits = lanes >= 1 and rows % lanes == 0
-        check(fits, f"data.lanes is {lanes}; it must be at least 1, and divide the {rows} rows of pretraining's batch")
+        self.check(rows % lanes == 0, f"data.lanes is {lanes}; it must divide the {rows} rows of pretraining's batch")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from jaxchat.config.ranges import check_each
-from jaxchat.errors import check
+from jaxchat.config.ranges import Range, Section
 
 WIDTH_PER_LAYER = 64
 LARGEST_HEAD = 128
@@ -33,42 +33,41 @@ def _nearest_depths(depth: int) -> str:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section):
     """The GPT; its depth sets all other sizes."""
 
-    depth: int = 12
+    section = "model"
+
+    depth: Annotated[int, Range(at_least=1, at_most=256)] = 12
     """Number of layers. The width is 64 times as much, in heads of at most 128."""
-    sequence_len: int = 2048
+    sequence_len: Annotated[int, Range(at_least=2, at_most=1 << 20)] = 2048
     """Context: tokens of a training row, and the most that the model can read and write in a conversation."""
     window_pattern: str = "L"
     """How far back each layer sees: S a quarter of the context, L all of it. The letters repeat over the layers, as in
     SSSL; the last layer always sees all of it."""
-    num_kv_heads: int | None = None
+    num_kv_heads: Annotated[int | None, Range(at_least=1)] = None
     """Heads of keys and values, a divisor of the number of query heads. None: as many as query heads."""
-    rope_base: float = 10_000.0
+    rope_base: Annotated[float, Range(at_least=1)] = 10_000.0
     """Base of the rotary position embeddings' wavelengths."""
-    logit_cap: float = 15.0
+    logit_cap: Annotated[float, Range(at_least=0.01)] = 15.0
     """Bound c of the logits, which become c * tanh(logits / c)."""
 
     def __post_init__(self):
-        check(self.depth >= 1, f"model.depth is {self.depth}; it must be at least 1")
-        check(self.sequence_len >= 2, f"model.sequence-len is {self.sequence_len}; it must be at least 2")
-        check(
+        super().__post_init__()
+        self.check(
             _depth_fits(self.depth),
-            f"model.depth {self.depth} gives a width of {self.width}, which {self.num_heads} heads cannot share in "
+            f"depth is {self.depth}; it gives a width of {self.width}, which {self.num_heads} heads cannot share in "
             f"equal and even sizes; nearest depths that work: {_nearest_depths(self.depth)}",
         )
-        kv = self.kv_heads
-        check(
-            kv >= 1 and self.num_heads % kv == 0,
-            f"model.num-kv-heads is {kv}; it must divide the {self.num_heads} heads of depth {self.depth}",
-        )
-        check(
-            bool(self.window_pattern) and set(self.window_pattern) <= set("SLsl"),
-            f"model.window-pattern is {self.window_pattern!r}; write one letter per layer, S for a quarter of the "
-            "context and L for all of it, repeated over the layers: such as SSSL",
-        )
-        check_each(self, "model.", lambda value: value > 0, "above 0", "rope_base", "logit_cap")
+        if self.num_heads % self.kv_heads:
+            self.refuse("num_kv_heads", f"a divisor of the {self.num_heads} heads of depth {self.depth}")
+        pattern = self.window_pattern
+        if not pattern or not set(pattern) <= set("SLsl"):
+            self.refuse(
+                "window_pattern",
+                "one letter per layer, S for a quarter of the context and L for all of it, repeated over the layers: "
+                "such as SSSL",
+            )
         object.__setattr__(self, "window_pattern", self.window_pattern.upper())  # one model, one spelling
 
     @property
@@ -95,16 +94,19 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Section):
     """Devices of each kind of parallelism; their product is the number of devices."""
 
-    data: int = -1
+    section = "mesh"
+
+    data: Annotated[int, Range(at_least=-1)] = -1
     """Data parallelism: devices with whole copies of the model. -1: all devices that the others leave."""
-    fsdp: int = 1
+    fsdp: Annotated[int, Range(at_least=1)] = 1
     """Fully sharded data parallelism: devices among which parameters and optimizer state are split."""
-    tensor: int = 1
+    tensor: Annotated[int, Range(at_least=1)] = 1
     """Tensor parallelism: devices among which each layer's heads and MLP are split."""
 
     def __post_init__(self):
-        check(self.fsdp >= 1 and self.tensor >= 1, "mesh.fsdp and mesh.tensor must be at least 1")
-        check(self.data == -1 or self.data >= 1, "mesh.data must be at least 1, or -1 for all devices left")
+        super().__post_init__()
+        if self.data == 0:
+            self.refuse("data", "at least 1, or -1 for all devices that the other axes leave")

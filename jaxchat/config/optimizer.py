@@ -3,64 +3,76 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from jaxchat.config.ranges import check_each
-from jaxchat.errors import check
+from jaxchat.config.ranges import Range, Section
+
+ROUNDING = 1e-9  # of two fractions that sum to 1
+RATE = Range(above=0, at_most=1000)
+DECAY_RATE = Range(at_least=0, at_most=0.999999)  # one closer to 1 is 1 in float32, and divides by 0
+COEFFICIENT = Range(at_least=-100, at_most=100)
+FRACTION = Range(at_least=0, at_most=1)
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """Muon for the matrices of the blocks, AdamW for embedding and head."""
 
-    matrix_lr: float = 0.02
+    section = "optimizer"
+
+    matrix_lr: Annotated[float, RATE] = 0.02
     """Muon's learning rate."""
-    embedding_lr: float = 0.2
+    embedding_lr: Annotated[float, RATE] = 0.2
     """AdamW's learning rate of the embedding at a width of 768; others scale by (width / 768)^-1/2."""
-    head_lr: float = 0.004
+    head_lr: Annotated[float, RATE] = 0.004
     """AdamW's learning rate of the head at a width of 768; others scale by (width / 768)^-1/2."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Range(at_least=0, at_most=100)] = 0.0
     """AdamW's weight decay for embedding and head; Muon has none."""
-    adam_b1: float = 0.8
+    adam_b1: Annotated[float, DECAY_RATE] = 0.8
     """AdamW's decay rate of the gradient's mean."""
-    adam_b2: float = 0.95
+    adam_b2: Annotated[float, DECAY_RATE] = 0.95
     """AdamW's decay rate of the gradient's mean square."""
-    adam_eps: float = 1e-10
+    adam_eps: Annotated[float, Range(above=0, at_most=1)] = 1e-10
     """AdamW's epsilon, added to the root of the mean square."""
-    muon_momentum: float = 0.95
+    muon_momentum: Annotated[float, DECAY_RATE] = 0.95
     """Muon's Nesterov momentum after its warm-up."""
-    muon_momentum_start: float = 0.85
+    muon_momentum_start: Annotated[float, DECAY_RATE] = 0.85
     """Muon's momentum at the first step."""
-    muon_momentum_steps: int = 300
+    muon_momentum_steps: Annotated[int, Range(at_least=0)] = 300
     """Steps over which Muon's momentum rises linearly from the start to its final value."""
-    newton_schulz_steps: int = 5
+    newton_schulz_steps: Annotated[int, Range(at_least=1, at_most=50)] = 5
     """Iterations that orthogonalise Muon's update."""
-    newton_schulz_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
+    newton_schulz_coefficients: Annotated[tuple[float, float, float], COEFFICIENT] = (3.4445, -4.7750, 2.0315)
     """Coefficients a b c of an iteration, X <- a X + b (X X^T) X + c (X X^T)^2 X."""
-    clip_norm: float = 1.0
+    clip_norm: Annotated[float, Range(above=0)] = 1.0
     """Largest global norm of the gradient; a larger one is scaled down to it."""
 
     def __post_init__(self):
-        for name in ("matrix_lr", "embedding_lr", "head_lr", "newton_schulz_steps", "clip_norm"):
-            check(getattr(self, name) > 0, f"optimizer.{name.replace('_', '-')} must be above 0")
-        rates = ("adam_b1", "adam_b2", "muon_momentum", "muon_momentum_start")
-        check_each(self, "optimizer.", lambda value: 0 <= value < 1, "at least 0 and below 1", *rates)
+        super().__post_init__()
+        if self.muon_momentum_start > self.muon_momentum:
+            self.refuse("muon_momentum_start", f"at most the muon-momentum that it rises to, {self.muon_momentum:g}")
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Section):
     """The stage's learning-rate schedule: warm-up from 0, constant, decay."""
 
-    warmup_ratio: float = 0.0
+    section = "schedule"
+    of_a_stage = True
+
+    warmup_ratio: Annotated[float, FRACTION] = 0.0
     """Fraction of the steps in which the learning rate rises linearly from 0."""
-    decay_ratio: float = 0.2
+    decay_ratio: Annotated[float, FRACTION] = 0.2
     """Fraction of the steps, the last ones, in which the learning rate falls."""
     decay: Literal["linear", "cosine"] = "linear"
     """Shape of the decay."""
-    final_fraction: float = 0.0
+    final_fraction: Annotated[float, FRACTION] = 0.0
     """Learning rate at the end of the decay, as a fraction of the highest."""
 
     def __post_init__(self):
-        fits = self.warmup_ratio >= 0 and self.decay_ratio >= 0 and self.warmup_ratio + self.decay_ratio <= 1
-        check(fits, "schedule.warmup-ratio and schedule.decay-ratio must be 0 or more and sum to at most 1")
-        check(0 <= self.final_fraction <= 1, "schedule.final-fraction must be between 0 and 1")
+        super().__post_init__()
+        self.check(
+            self.warmup_ratio + self.decay_ratio <= 1 + ROUNDING,
+            f"warmup-ratio is {self.warmup_ratio:g} and decay-ratio is {self.decay_ratio:g}; "
+            "they must sum to at most 1",
+        )

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from jaxchat.config.ranges import check_each
-from jaxchat.errors import check
+from jaxchat.config.ranges import Range, Section
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """Which checkpoints of a stage are kept; a stage's result is its last one."""
 
-    keep: int = 2
+    section = "checkpoints"
+
+    keep: Annotated[int, Range(at_least=1)] = 2
     """Newest checkpoints to keep."""
-    keep_every: int | None = None
+    keep_every: Annotated[int | None, Range(at_least=1)] = None
     """Keep also the checkpoints of steps that this number divides. None: no others."""
     keep_best: bool = False
     """Whether to keep also the checkpoint with the best evaluation."""
 
-    def __post_init__(self):
-        check(self.keep >= 1, f"checkpoints.keep is {self.keep}; it must be at least 1")
-        every = self.keep_every
-        check(every is None or every >= 1, f"checkpoints.keep-every is {every}; it must be at least 1")
-
 
 @dataclass(frozen=True)
-class LoggingConfig:
+class LoggingConfig(Section):
     """Where metrics are written besides the run's metrics.jsonl."""
+
+    section = "logging"
 
     tensorboard: bool = False
     """Whether to write them for TensorBoard too."""
@@ -36,22 +35,19 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
-class CostConfig:
+class CostConfig(Section):
     """What the dry run and the report expect of the hardware, and what it costs."""
+
+    section = "cost"
 
     device: str = "NVIDIA H100"
     """Kind of device, as JAX names it."""
-    devices: int = 1
+    devices: Annotated[int, Range(at_least=1, at_most=1 << 16)] = 1
     """Number of devices."""
-    dollars_per_device_hour: float = 3.0
+    dollars_per_device_hour: Annotated[float, Range(at_least=0, at_most=1_000_000)] = 3.0
     """Price of a device for an hour, in dollars."""
-    expected_mfu: float = 0.45
+    expected_mfu: Annotated[float, Range(above=0, at_most=1)] = 0.45
     """Fraction of the devices' peak FLOP/s that training is expected to use."""
-
-    def __post_init__(self):
-        check_each(self, "cost.", lambda value: value >= 1, "at least 1", "devices")
-        check_each(self, "cost.", lambda value: value >= 0, "0 or more", "dollars_per_device_hour")
-        check_each(self, "cost.", lambda value: 0 < value <= 1, "above 0 and at most 1", "expected_mfu")
 
     def hours(self, flops: float, peak: float) -> float:
         """Hours for `flops` on the devices, of `peak` FLOP/s each, at the expected MFU."""

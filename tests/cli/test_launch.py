@@ -85,10 +85,10 @@ def refused(capsys, arguments):
         # The one at fault is named, not the one that is only possible together with another.
         "--model.num-kv-heads=4 --seed=x --model.depth=8": "--seed=x: the value",
         # impossible
-        "--model.depth=0": "--model.depth=0: model.depth is 0; it must be at least 1",
-        "--sft.num-iterations=0": "--sft.num-iterations=0: num-iterations is 0",
+        "--model.depth=0": "error: model.depth is 0; it must be at least 1",
+        "--sft.num-iterations=0": "error: sft.num-iterations is 0; it must be at least 1",
         "--rl.samples-per-question=1": "must be at least 2",
-        "--pretrain.schedule.warmup-ratio=0.9": "--pretrain.schedule.warmup-ratio=0.9: ",
+        "--pretrain.schedule.warmup-ratio=0.9": "error: pretrain.schedule.warmup-ratio is 0.9 and decay-ratio is 0.2; they must sum to at most 1",
     }.items(),
 )
 def test_bad_option(capsys, arguments, expected):
@@ -98,7 +98,7 @@ def test_bad_option(capsys, arguments, expected):
 @pytest.mark.parametrize(
     "arguments, expected",
     {
-        "--seed=-1": "seed is -1; it must be between 0",
+        "--seed=-1": "seed is -1; it must be at least 0",
         "--tokenizer.vocab-size=264": "tokenizer.vocab-size is 264; it must be at least 265",
         "--mesh.fsdp=3": "does not divide the number of devices, 4; choose a product among 1, 2, 4",
         # found before the first stage, although a later one would trip over it
@@ -115,7 +115,7 @@ def test_bad_option(capsys, arguments, expected):
         "--rl.tasks=chat": "rl.tasks: chat has no answers that can be checked",
         "--evaluate.tasks=sums,mine.jsonl": "evaluate.tasks: mine.jsonl has no answers that can be checked",
         "--evaluate.tasks=": "evaluate.tasks: unknown task ''",
-        "--evaluate.of=base": "evaluate.of names 'base'; the stages with a model are pretrain, midtrain, sft, rl",
+        "--evaluate.of=base": "evaluate.of names 'base'. The stages with a model are pretrain, midtrain, sft, rl",
         "--stages=pretrian": "unknown stage 'pretrian', did you mean 'pretrain'?",
         "--stages=sft,pretrain": "stages must be in order",
         "--stages=": "unknown stage ''",
@@ -218,7 +218,7 @@ class TestOverride:
             assert experiment.name == name
 
     def test_settings_that_are_impossible_only_together(self):
-        with pytest.raises(UserError, match="^schedule.warmup-ratio and"):
+        with pytest.raises(UserError, match="^rl.schedule.warmup-ratio is 0.6 and decay-ratio is 0.6; they must sum"):
             override(self.experiment, ["--rl.schedule.warmup-ratio=0.6", "--rl.schedule.decay-ratio=0.6"])
 
     def test_every_field_can_be_named(self):
