@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from jaxchat.runs.progress import PLAIN_SECONDS, format_duration
+from jaxchat.verbatim import segments, write
 
 
 def add_command(commands: Any) -> None:
@@ -67,7 +68,7 @@ class _Lines:
         pass
 
     def say(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        write(line, sys.stderr, end="\n")
 
     def watch(self, download: Any) -> None:
         now, done, total = time.monotonic(), download.bytes_done, download.bytes_total
@@ -107,7 +108,7 @@ class _Bar:
         self._progress.stop()
 
     def say(self, line: str) -> None:
-        self._progress.console.print(line, markup=False, highlight=False)
+        self._progress.console.print(segments((f"{line}\n", "")), soft_wrap=True)
 
     def watch(self, download: Any) -> None:
         if download.jobs_total:

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from jaxchat.verbatim import Style, segments, write
+
 PLAIN_SECONDS = 10.0
 REDRAW_SECONDS = 0.2
 
@@ -61,18 +63,20 @@ class LiveLine:
 
     def show_note(self, text: str) -> None:
         """Prints `text` above the line."""
-        self._print(Text(f"{self._stage}  {text}"))
+        self._print((f"{self._stage}  {text}", ""))
 
     def show_sample(self, step: int, prompt: str, completion: str) -> None:
         """Prints a prompt and the model's completion above the line."""
         title = f"{self._stage}  sample at step {step:,}: "
-        self._print(Text.assemble((title, "dim"), (printable(prompt), "bold"), printable(completion)))
+        self._print((title, "dim"), (prompt, "bold"), (completion, ""))
 
-    def _print(self, text: Text) -> None:
-        if self._terminal:
-            (self._rich.console if self._rich else Console(stderr=True)).print(text)
-        else:
-            print(text.plain, file=sys.stderr, flush=True)
+    def _print(self, *pieces: tuple[str, Style]) -> None:
+        if self._rich:
+            self._rich.console.print(segments(*pieces, ("\n", "")), soft_wrap=True)
+            return
+        for text, style in pieces:
+            write(text, sys.stderr, style=style)
+        write("\n", sys.stderr)
 
     def close(self) -> None:
         """Ends the line, leaving the last step on the screen."""
@@ -80,11 +84,6 @@ class LiveLine:
             self._draw()
         if self._rich:
             self._rich.stop()
-
-
-def printable(text: str) -> str:
-    """Replaces control characters, which a model may write and which would act on the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def format_live(

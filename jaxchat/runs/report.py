@@ -22,7 +22,8 @@ from jaxchat.config import STAGES, CostConfig, model_width
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.metrics import read_metrics
 from jaxchat.runs.plots import Curve, all_plots, curves
-from jaxchat.runs.progress import format_count, format_duration, printable
+from jaxchat.runs.progress import format_count, format_duration
+from jaxchat.verbatim import without_controls
 
 _CAPTIONS = {
     "evaluation.png": "Held-out questions answered correctly after each stage, in percent.",
@@ -255,11 +256,10 @@ def _samples(report: dict[str, Any]) -> str:
 
 def _sample_text(stage: str, sample: dict[str, str]) -> str:
     """The sample as a fenced block, since a model's text is not Markdown."""
-    prompt, completion = printable(sample["prompt"]), _TOOL_CALL.sub(_tool_call, printable(sample["completion"]))
-    text = prompt + completion if stage == "pretrain" else f"> {prompt}\n{completion}"
-    lines = [line for whole in text.split("\n") for line in textwrap.wrap(whole, 100) or [""]]
+    prompt, completion = sample["prompt"], _TOOL_CALL.sub(_tool_call, sample["completion"])
+    text = without_controls(prompt + completion if stage == "pretrain" else f"> {prompt}\n{completion}")
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return "\n".join([f"{fence}text", *lines, fence])
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def _tool_call(match: re.Match[str]) -> str:

@@ -1,0 +1,42 @@
+"""The live line on a terminal, and what is printed above it."""
+
+import contextlib
+import os
+import pty
+import sys
+import termios
+
+import pytest
+
+from jaxchat.runs.progress import LiveLine
+
+MARKUP, INDENTED, FORMAT = ":smile: 3:100:5 [bold]x[/bold]", "a\tb\n\tif x:\n", "👨\u200d👩\u200d👧 \u202eabc\u202c"
+COMPLETION = f" {MARKUP}\t{INDENTED}{'long ' * 30}\x1b[2J{FORMAT} end"
+
+
+@pytest.mark.parametrize("width", [20, 80])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_sample_is_what_the_model_wrote(monkeypatch, width, drawn):
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, width))
+    attributes = termios.tcgetattr(slave)
+    attributes[1] &= ~termios.OPOST  # the terminal itself would write \r\n for \n
+    termios.tcsetattr(slave, termios.TCSANOW, attributes)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with open(slave, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        line = LiveLine("sft", 10)
+        if drawn:
+            line.update(1, {"loss": 1.0})
+        line.show_sample(1, "> [who]", COMPLETION)
+        line.close()
+    os.set_blocking(master, False)
+    seen = b""
+    with contextlib.suppress(OSError):
+        while data := os.read(master, 65536):
+            seen += data
+    os.close(master)
+    text = f"> [who]{COMPLETION}\n".replace("\x1b", "")
+    plain = seen.decode().replace("\x1b[1m", "").replace("\x1b[2m", "").replace("\x1b[0m", "")
+    assert f"sft  sample at step 1: {text}" in plain
