@@ -61,18 +61,10 @@ def find_records(path: AnyPath) -> AnyPath | None:
     Raises:
       UserError: there are several, such as `train.jsonl` and `train.jsonl.gz`.
     """
-    if has_records(path.name) and path.is_file():
-        others = [other for other in list_records(path.parent) if other != path and _same_records(other, path)]
-        found = [path, *others]
-    else:
-        found = [other for other in list_records(path.parent) if stem_of(other.name) == stem_of(path.name)]
+    found = [other for other in list_records(path.parent) if stem_of(other.name) == stem_of(path.name)]
     names = " and ".join(other.name for other in found)
     check(len(found) <= 1, f"{path.parent} has {names}, of which only one can be read; remove or rename the other")
     return found[0] if found else None
-
-
-def _same_records(one: AnyPath, other: AnyPath) -> bool:
-    return stem_of(one.name) == stem_of(other.name)
 
 
 def read_records(path: AnyPath) -> Iterator[tuple[int, Any]]:

@@ -83,7 +83,7 @@ def _turns_of(record: Mapping[str, Any]) -> Sequence[Any]:
     asked = next((key for key in _ASKED if record.get(key) is not None), None)
     answered = next((key for key in _ANSWERED if record.get(key) is not None), None)
     if asked is None or answered is None:
-        raise ValueError(_no_conversation(record))
+        raise ValueError(_no_conversation(record, (*_TURNS, *_ASKED) if asked is None else _ANSWERED))
     if record.get("history"):
         raise ValueError(f"'history' beside {asked!r} is not read; write all messages as {_EXAMPLE}")
     question, answer = record[asked], record[answered]
@@ -100,10 +100,11 @@ def _turns_of(record: Mapping[str, Any]) -> Sequence[Any]:
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
-def _no_conversation(record: Mapping[str, Any]) -> str:
-    empty = next((key for key in (*_TURNS, *_ASKED, *_ANSWERED) if key in record), None)
-    if empty is not None and record[empty] is None:
-        return f"{empty!r} is null"
+def _no_conversation(record: Mapping[str, Any], missing: Sequence[str]) -> str:
+    """Why a record has no conversation, when it has none of the fields `missing`."""
+    null = next((key for key in missing if key in record), None)
+    if null is not None:
+        return f"{null!r} is null"
     if "chosen" in record:
         return f"'chosen' and 'rejected' are preferences, which are not trained on; write the chosen as {_EXAMPLE}"
     keys = ", ".join(map(str, record)) or "none"

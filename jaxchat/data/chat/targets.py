@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ class Targets:
     Attributes:
       trainable: those with an answer that begins within the context.
       unanswered: those in which the assistant writes nothing.
-      too_long: those whose first answer begins beyond the context. Without a tokenizer none is known to.
+      too_long: those whose first answer begins beyond the context.
     """
 
     trainable: int = 0
@@ -47,33 +47,51 @@ class Targets:
 
 
 def count_targets(conversations: Iterable[dict[str, Any]], tokenizer: Any | None, sequence_len: int) -> Targets:
-    """Counts what can be trained on in rows of `sequence_len` tokens; exactly, if there is a tokenizer."""
-    total, source = Targets(), iter(conversations)
+    """Counts what can be trained on in rows of `sequence_len` tokens; those without messages count for nothing.
+
+    Without a tokenizer, only prompts with more words than that are known to be too long.
+    """
+    total, source = Targets(), (conversation for conversation in conversations if conversation["messages"])
     while chunk := list(itertools.islice(source, CHUNK)):
-        found = list(trainable(chunk, tokenizer, sequence_len))
+        found = trainable(chunk, tokenizer, sequence_len)
         total += Targets(found.count(True), found.count(None), found.count(False))
     return total
 
 
 def trainable(conversations: Sequence[dict[str, Any]], tokenizer: Any | None, sequence_len: int) -> list[bool | None]:
-    """For each conversation, whether its first answer begins within the context; None if it has no answer.
+    """For each conversation, whether its first answer begins within the context; None if it has no answer."""
+    prompts = [_before_the_answer(conversation["messages"]) for conversation in conversations]
+    there = [prompt for prompt in prompts if prompt is not None]
+    fitting = iter(_at_most(sequence_len, there, tokenizer))
+    return [None if prompt is None else next(fitting) for prompt in prompts]
 
-    Few prompts are encoded: no text has more tokens than bytes.
+
+def fits(conversations: Iterable[dict[str, Any]], tokenizer: Any | None, sequence_len: int) -> Iterator[bool]:
+    """For each question, whether the context has room for an answer to it."""
+    source = iter(conversations)
+    while chunk := list(itertools.islice(source, CHUNK)):
+        yield from _at_most(sequence_len - 1, [_question(one["messages"]) for one in chunk], tokenizer)
+
+
+# Of what precedes an answer: how many special tokens, and which texts.
+_Prompt = tuple[int, list[str]]
+
+
+def _at_most(limit: int, prompts: Sequence[_Prompt], tokenizer: Any | None) -> list[bool]:
+    """Whether each prompt has at most `limit` tokens. Few are encoded: no text has more tokens than bytes.
+
+    Nor has one fewer than words, which stand in for tokens where there is no tokenizer.
     """
-    found: list[bool | None] = []
-    unsure: list[tuple[int, int, list[str]]] = []  # place, tokens around the texts, texts before the answer
-    for place, conversation in enumerate(conversations):
-        before = _before_the_answer(conversation["messages"])
-        found.append(None if before is None else True)
-        if before is not None and tokenizer is not None:
-            around, texts = before
-            if around + sum(map(_bytes_of, texts)) > sequence_len:
-                unsure.append((place, around, texts))
-    if unsure:
-        assert tokenizer is not None
-        lengths = map(len, tokenizer.encode([text for _, _, texts in unsure for text in texts]))
-        for place, around, texts in unsure:
-            found[place] = around + sum(itertools.islice(lengths, len(texts))) <= sequence_len
+    found = [around + sum(map(_bytes_of, texts)) <= limit for around, texts in prompts]
+    unsure = [place for place, short in enumerate(found) if not short]
+    texts = [text for place in unsure for text in prompts[place][1]]
+    if tokenizer is None:
+        lengths = (len(text.split()) for text in texts)
+    else:
+        lengths = map(len, tokenizer.encode(texts)) if texts else iter(())
+    for place in unsure:
+        around, own = prompts[place]
+        found[place] = around + sum(itertools.islice(lengths, len(own))) <= limit
     return found
 
 
@@ -81,18 +99,16 @@ def _bytes_of(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
 
-def _before_the_answer(messages: Sequence[dict[str, Any]]) -> tuple[int, list[str]] | None:
-    """What precedes the first text that the assistant writes: how many special tokens, and which texts; None if it
-    writes nothing."""
+def _before_the_answer(messages: Sequence[dict[str, Any]]) -> _Prompt | None:
+    """What precedes the first text that the assistant writes; None if it writes nothing."""
     tokens, texts = 1, []  # <|bos|>
     for message in messages:
-        content = message["content"]
         if message["role"] != "assistant":
             tokens += 2
-            texts.append(content)
+            texts.append(message["content"])
             continue
         tokens += 1
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        for part in _parts(message["content"]):
             around, learned = PARTS[part["type"]]
             if learned and part["text"]:
                 return tokens + len(around[:1]), texts
@@ -100,3 +116,18 @@ def _before_the_answer(messages: Sequence[dict[str, Any]]) -> tuple[int, list[st
             texts.append(part["text"])
         tokens += 1
     return None
+
+
+def _question(messages: Sequence[dict[str, Any]]) -> _Prompt:
+    """What precedes the answer to the last question."""
+    tokens, texts = 2, []  # <|bos|>, and the <|assistant_start|> of the answer
+    for message in messages[:-1] if messages[-1]["role"] == "assistant" else messages:
+        tokens += 2
+        for part in _parts(message["content"]):
+            tokens += len(PARTS[part["type"]][0])
+            texts.append(part["text"])
+    return tokens, texts
+
+
+def _parts(content: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
