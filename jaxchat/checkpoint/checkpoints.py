@@ -28,7 +28,8 @@ from jaxchat.checkpoint.step_folder import ITEMS, META, PARAMS, leaf_types
 from jaxchat.config import CheckpointConfig
 from jaxchat.devices.processes import exchange, on_process_zero
 from jaxchat.errors import UserError, check
-from jaxchat.storage import first_line, is_remote, readable, reason, storage_errors, to_path
+from jaxchat.runs.files import Damaged, Object, read_json
+from jaxchat.storage import first_line, is_remote, reason, storage_errors, to_path
 
 SCORES = "worths.json"
 
@@ -213,11 +214,10 @@ class Checkpoints:
     def _read_scores(self) -> dict[str, float]:
         path = self.directory / SCORES
         try:
-            with readable(path):
-                data = path.read_bytes()
-            return json.loads(data)
-        except (FileNotFoundError, ValueError):  # missing, or cut short: the best is among the steps to come
-            return {}
+            scores = read_json(path, Object(others=float), "delete it") or {}
+        except Damaged:
+            return {}  # the best is among the steps to come
+        return {step: score for step, score in scores.items() if step.isdecimal()}
 
     def _write_scores(self) -> None:
         with self._write_errors():
@@ -255,7 +255,7 @@ class Checkpoints:
 
     def _existing(self, step: int | None) -> int:
         steps = self.steps()
-        check(bool(steps), f"there is no checkpoint in {self.directory}; run the stage that writes it")
+        check(bool(steps), f"there is no checkpoint in {self.directory}; train again with {self._redo}")
         listed = ", ".join(map(str, steps))
         check(
             step is None or step in steps,
@@ -269,9 +269,16 @@ class Checkpoints:
         if damage is None:
             return
         good = next((s for s in reversed(self.steps()) if s < step and not find_damage(self._folder(s), items)), None)
-        restart = "choose another --run-dir" if is_remote(self.directory) else "start over with --fresh"
-        advice = restart if good is None else f"delete that folder to resume from step {good}"
+        advice = "choose another --run-dir" if is_remote(self.directory) else f"train again with {self._redo}"
+        if good is not None:
+            record = self.directory.parent / "stage.json"
+            both = f"delete it and {record}" if record.exists() else "delete that folder"
+            advice = f"{both} to resume from step {good}, or {advice}"
         raise UserError(f"checkpoint {self._folder(step)} is damaged ({damage}); {advice}")
+
+    @property
+    def _redo(self) -> str:
+        return f"--redo={self.directory.parent.name}"  # RUN/STAGE/checkpoints
 
     def _verify_types(self, step: int, abstract_tree: dict[str, Any]) -> None:
         """Raises a UserError, about a parameter first, unless the checkpoint has just these arrays."""
@@ -283,7 +290,7 @@ class Checkpoints:
             check(
                 there == here,
                 f"checkpoint {self._folder(step)} was saved with other settings: {name} is {there} there and {here} "
-                "here; use the settings it was saved with",
+                f"here; use the settings it was saved with, or train again with {self._redo}",
             )
 
 

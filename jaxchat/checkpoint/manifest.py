@@ -10,9 +10,11 @@ import jax
 from etils import epath
 
 from jaxchat.devices.processes import exchange
+from jaxchat.runs.files import Damaged, Object, read_json
 from jaxchat.storage import readable
 
 MANIFEST = "manifest.json"
+COMPLETE = "commit_success.txt"  # written last where a folder cannot be renamed
 CHUNK = 1 << 22
 
 
@@ -35,16 +37,18 @@ def find_damage(folder: epath.Path, items: tuple[str, ...]) -> str | None:
 
 def _find_own_damage(folder: epath.Path, items: tuple[str, ...]) -> str | None:
     """What is wrong with this process's share of the files."""
-    with readable(folder):
-        try:
-            data = (folder / MANIFEST).read_bytes()
-        except FileNotFoundError:
-            return f"{MANIFEST} is missing"
     try:
-        manifest = json.loads(data)
-        listed = {name: tuple(entry) for name, entry in manifest.items() if name.split("/")[0] in items}
-    except (ValueError, TypeError, AttributeError):
+        manifest = read_json(folder / MANIFEST, Object(others=[int]), "")
+    except Damaged:
         return f"{MANIFEST} is unreadable"
+    if manifest is None:
+        return f"{MANIFEST} is missing"
+    listed = {name: tuple(entry) for name, entry in manifest.items() if name.split("/")[0] in items}
+    with readable(folder):
+        files = [path for item in items if (folder / item).exists() for path in _files(folder / item)]
+    names = {path.relative_to(folder).as_posix() for path in files if path.name != COMPLETE}
+    if unlisted := sorted(names - listed.keys()):
+        return f"{MANIFEST} does not list {unlisted[0]}"
     names = list(listed)[jax.process_index() :: jax.process_count()]
     with readable(folder):
         missing = next((name for name in names if not (folder / name).exists()), None)

@@ -12,6 +12,7 @@ and resumes the unfinished one.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -25,7 +26,6 @@ from jaxchat.cli.options import configure
 from jaxchat.cli.parser import HelpFormatter, Parser, option_strings
 from jaxchat.config import STAGES, Experiment
 from jaxchat.devices.launchers import find_cluster
-from jaxchat.errors import check
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,6 +79,11 @@ def launch_parser() -> Parser:
         help="Show parameters, steps, FLOPs, memory, hours and cost, without training.",
     )
     add("--fresh", action="store_true", help="Start over; an earlier run is renamed, not deleted.")
+    add(
+        "--redo",
+        metavar="A,B",
+        help="Do these stages again, and those that were made from them; what they left is renamed, not deleted.",
+    )
     several = parser.add_argument_group(
         "several processes", "Needed only where no launcher sets them: see deploy/README.md."
     ).add_argument
@@ -126,38 +131,22 @@ def _dry_run(experiment: Experiment) -> int:
 def _train(experiment: Experiment, options: argparse.Namespace) -> int:
     cluster = find_cluster(os.environ, options.coordinator, options.num_processes, options.process_id)
     processes().start(cluster)
+    from jaxchat.runs.starting import stages_to_redo, take
     from jaxchat.stages.pipeline import check_possible, run_stages
     from jaxchat.stages.workspace import Workspace
 
     check_possible(experiment)
     directory = options.run_dir or f"runs/{experiment.name}"
-    if options.fresh:
-        processes().on_process_zero(lambda: _set_aside(directory))
-    run_stages(Workspace(experiment, directory))
+    redo = stages_to_redo(options.redo, experiment.stages)
+    with contextlib.ExitStack() as held:
+        processes().on_process_zero(lambda: take(directory, held, fresh=options.fresh))
+        run_stages(Workspace(experiment, directory, redo=redo))
     if several_processes():
         processes().finish()
         return 0
     if experiment.stages[-1] == "report":
         return _talk(directory)
     return 0
-
-
-def _set_aside(name: str) -> None:
-    """Renames an earlier run to the first free NAME.old-K.
-
-    Raises:
-      UserError: the directory is not a run.
-    """
-    check("://" not in name, f"--fresh renames runs on this machine only, not {name}; choose another --run-dir")
-    directory = Path(name).absolute()
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return
-    check((directory / "config.json").exists(), f"{directory} is not a run of jaxchat; choose another --run-dir")
-    number = 1
-    while (aside := directory.with_name(f"{directory.name}.old-{number}")).exists():
-        number += 1
-    directory.rename(aside)
-    print(f"the earlier run is now {aside}")
 
 
 def _talk(directory: str) -> int:

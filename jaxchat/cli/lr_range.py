@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from typing import Any
 
 from jaxchat.cli.options import configure
 from jaxchat.cli.parser import take_overrides
+from jaxchat.cli.values import number, path, whole
+from jaxchat.config import Range
 
 
 def add_command(commands: Any) -> None:
@@ -23,11 +26,18 @@ def add_command(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--experiment", metavar="NAME", help="The experiment: a file in experiments/.")
-    add("--run-dir", metavar="DIR", help="Where the run lives. (default runs/NAME)")
-    add("--data", metavar="DIR", help="Folder with your text, as for launch.py.")
-    add("--steps", type=int, default=200, metavar="N", help="Optimizer steps for each group. (default 200)")
-    add("--min", type=float, metavar="RATE", help="First learning rate. (default: the configured one / 1000)")
-    add("--max", type=float, metavar="RATE", help="Last learning rate. (default: the configured one x 1000)")
+    add("--run-dir", type=path, metavar="DIR", help="Where the run lives. (default runs/NAME)")
+    add("--data", type=path, metavar="DIR", help="Folder with your text, as for launch.py.")
+    add(
+        "--steps",
+        type=whole(Range(at_least=20, at_most=1_000_000)),
+        default=200,
+        metavar="N",
+        help="Optimizer steps for each group. (default 200)",
+    )
+    rate = number(Range(above=0, at_most=1_000_000))
+    add("--min", type=rate, metavar="RATE", help="First learning rate. (default: the configured one / 1000)")
+    add("--max", type=rate, metavar="RATE", help="Last learning rate. (default: the configured one x 1000)")
     add(
         "--group",
         choices=("matrix", "embedding", "head", "all"),
@@ -41,12 +51,16 @@ def _lr_range(arguments: argparse.Namespace) -> int:
     experiment = configure(arguments.experiment, arguments.overrides, arguments.data, arguments.options)
     from jaxchat.analysis.lr_range import GROUPS, run  # imports JAX: --help and bad options need not wait for it
     from jaxchat.devices.compile_cache import keep_compiled
+    from jaxchat.runs.starting import take
     from jaxchat.stages.pipeline import check_possible
     from jaxchat.stages.workspace import Workspace
 
     keep_compiled()
     check_possible(experiment)
-    workspace = Workspace(experiment, arguments.run_dir or f"runs/{experiment.name}", keep_config=True)
+    directory = arguments.run_dir or f"runs/{experiment.name}"
     groups = GROUPS if arguments.group == "all" else (arguments.group,)
-    run(workspace, arguments.steps, arguments.min, arguments.max, groups)
+    with contextlib.ExitStack() as held:
+        take(directory, held)
+        workspace = Workspace(experiment, directory, keep_config=True)
+        run(workspace, arguments.steps, arguments.min, arguments.max, groups)
     return 0

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
-from jaxchat.config import Experiment
+from jaxchat.config import Experiment, Impossible
 from jaxchat.errors import check
 
 
@@ -21,23 +21,32 @@ def from_json(text: str, cls: type = Experiment) -> Any:
     Raises:
       UserError: a field that the class does not have, as an older or newer version may have written.
     """
-    return _build(cls, json.loads(text))
+    return build(json.loads(text), cls)
 
 
 # Fields of earlier versions that are now derived from others, or that nothing ever read.
 RETIRED = {"ModelConfig": {"vocab_size", "border_token"}, "RLConfig": {"batch_tokens"}}
 
 
-def _build(cls: type, values: dict[str, Any]) -> Any:
+def build(values: dict[str, Any], cls: type = Experiment) -> Any:
+    """Builds `cls` from the object that `to_json` writes.
+
+    Raises:
+      UserError: a field that the class does not have, or that cannot have its value.
+    """
     values = {name: value for name, value in values.items() if name not in RETIRED.get(cls.__name__, ())}
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     check(not unknown, f"config has unknown fields ({', '.join(unknown)}); use the version of jaxchat that wrote it")
     built = {}
     for name, value in values.items():
-        nested = fields[name].default_factory
-        if isinstance(value, dict) and isinstance(nested, type):
-            value = _build(nested, value)
+        section = fields[name].default_factory
+        if isinstance(section, type):
+            check(isinstance(value, dict), f"config has no section {name!r}, but a single value")
+            try:
+                value = build(value, section)
+            except Impossible as error:
+                raise error.within(name) from None
         elif isinstance(value, list):
             value = tuple(value)
         built[name] = value

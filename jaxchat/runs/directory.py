@@ -1,10 +1,12 @@
-"""The run directory: the experiment it belongs to, what each finished stage recorded, and where everything else is.
+"""The run directory: the experiment it belongs to, what each stage has made of what, and where everything else is.
 
-RUN/config.json           the experiment
+RUN/config.json           the experiment, as it was started last
 RUN/data/                 the generated corpus, if the experiment uses one
 RUN/tokenizer/            the tokenizer
+RUN/STAGE/begun.json      which making of the stage this is, of what, and with which settings
 RUN/STAGE/checkpoints/    the checkpoints of a stage that trains
 RUN/STAGE/stage.json      the stage's record, once it is finished
+RUN/STAGE.old-K/          a stage that was set aside to be done again
 RUN/metrics.jsonl         all metrics; at the end report.md, report.json and plots/
 
 Nothing here imports JAX, so that tools that inspect a run start at once.
@@ -13,20 +15,47 @@ Nothing here imports JAX, so that tools that inspect a run start at once.
 from __future__ import annotations
 
 import dataclasses
-import json
+import time
+import uuid
+from collections.abc import Callable, Collection
 from typing import Any
 
 from etils import epath
 
-from jaxchat.config import Experiment
+from jaxchat.config import STAGES, Experiment
 from jaxchat.errors import UserError, check
-from jaxchat.runs.config_json import from_json, to_json
-from jaxchat.storage import first_line, to_path
+from jaxchat.runs import metrics
+from jaxchat.runs.config_json import build
+from jaxchat.runs.deciding import deciding, shown
+from jaxchat.runs.files import LOCK, Object, damaged, free_name, read_json, write_json
+from jaxchat.storage import is_remote, reason, storage_errors, to_path
 
 TRAINED = ("pretrain", "midtrain", "sft", "rl")  # the stages that leave parameters, in order
-# What may change from one start of a run to the next: it affects neither the numbers nor the format of what is stored.
-# (`on_nan` matters only where the numbers have ended.)
-CHANGEABLE = ("stages", "logging", "cost", "mesh", "remat", "on_nan", "checkpoints", "name")
+Say = Callable[[str], None]
+
+_MACHINE = {
+    **dict.fromkeys(("platform", "device_kind", "jax", "python"), str),
+    **dict.fromkeys(("device_count", "cores", "memory_bytes"), int),
+}
+_RECORD = Object(
+    optional={
+        "id": str,
+        "stage": str,
+        "parent": (None, Object({"stage": str, "step": int})),
+        **dict.fromkeys(("seconds", "started", "finished", "train_seconds", "peak_memory_bytes"), (None, float)),
+        **dict.fromkeys(("steps", "tokens"), (None, int)),
+        "machine": Object(_MACHINE),
+        "divergences": [Object({"step": int, "back_to": int, "batches": int, "why": str})],
+        "packing": Object(others=float),
+        "left_out": Object(others=int),
+        "mixture": Object(others=int),
+        "metrics": Object(others=(None, float)),
+        "samples": [Object({"prompt": str, "completion": str})],
+        "method": str,
+        "skipped": bool,
+    }
+)
+_BEGUN = Object({"stage": str, "id": str, "started": float, "made_from": Object(others=str), "config": Object()})
 
 
 class RunDirectory:
@@ -60,6 +89,10 @@ class RunDirectory:
         """The folder of a stage's checkpoints."""
         return self.path / stage / "checkpoints"
 
+    def answers(self, stage: str, task: str) -> epath.Path:
+        """The file with the answers that a stage's model gave to a task's questions, a line each."""
+        return self.path / "evaluate" / stage / f"{task}.jsonl"
+
     # --- the experiment -----------------------------------------------------------------------------------------
 
     def read_config(self) -> Experiment:
@@ -68,57 +101,96 @@ class RunDirectory:
         Raises:
           UserError: config.json is missing or damaged, or from another version of jaxchat.
         """
-        check(self.config_file.exists(), f"{self} is not a run: it has no config.json")
-        try:
-            return from_json(self.config_file.read_text())
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{self.config_file} is damaged ({error}); restore it, or train again with launch.py --fresh"
-            ) from None
+        remedy = "restore it, or train again with launch.py --fresh"
+        if any((self.path / stage / "begun.json").exists() for stage in STAGES):
+            remedy = "delete it: the same launch.py command writes it again"
+        config = read_json(self.config_file, Object(), remedy)
+        if config is None and "delete" in remedy:
+            raise UserError(f"{self.config_file} is missing; the same launch.py command writes it again")
+        check(config is not None, f"{self} is not a run: it has no config.json")
+        return self._experiment(self.config_file, config, remedy)
 
-    def open(self, experiment: Experiment, *, keep_config: bool = False) -> None:
+    def _experiment(self, path: epath.Path, config: dict[str, Any], remedy: str) -> Experiment:
+        try:
+            return build(config)
+        except (UserError, ValueError, TypeError, AttributeError) as error:
+            raise damaged(path, str(error), remedy) from None
+
+    def is_run(self) -> bool:
+        """Whether the directory holds a run; False if there is none, or it is empty.
+
+        Raises:
+          UserError: it holds something else.
+        """
+        if self.config_file.exists() or any((self.path / stage / "begun.json").exists() for stage in STAGES):
+            return True
+        try:
+            found = self.path.exists() and (
+                not self.path.is_dir() or any(path.name != LOCK for path in self.path.iterdir())
+            )
+        except storage_errors() as error:
+            raise UserError(f"{self} cannot be read ({reason(error)}); choose another --run-dir") from None
+        check(not found, f"{self} is not empty and not a run of jaxchat; choose another --run-dir")
+        return False
+
+    def open(
+        self,
+        experiment: Experiment,
+        *,
+        redo: Collection[str] = (),
+        keep_config: bool = False,
+        say: Say = lambda line: None,
+    ) -> None:
         """Creates the directory with its config.json, or checks that it belongs to `experiment` and updates it.
 
-        With `keep_config`, the config.json of a run that has a tokenizer stays as it is: for tools that inspect a run.
+        Args:
+          redo: stages to be done again: they and those that were made from them are set aside.
+          keep_config: the config.json of a run that has a tokenizer stays as it is: for tools that inspect a run.
+          say: takes lines for the user.
 
         Raises:
           UserError: the directory holds something else, or a run with other settings; it cannot be written.
         """
-        if self.config_file.exists():
-            self._check_same(self.read_config(), experiment)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise UserError(f"{self} is not empty and not a run of jaxchat; choose another --run-dir")
         try:
+            if self.is_run():
+                self._continue(experiment, redo, say)
             self.path.mkdir(parents=True, exist_ok=True)
             if not (keep_config and self.finished("tokenizer")):
-                _replace(self.config_file, to_json(experiment))
+                write_json(self.config_file, dataclasses.asdict(experiment))
         except OSError as error:
-            problem = error.strerror or first_line(error)
-            raise UserError(f"{self} cannot be created ({problem}); choose another --run-dir") from None
+            raise UserError(f"{self} cannot be created ({reason(error)}); choose another --run-dir") from None
 
-    def _check_same(self, before: Experiment, now: Experiment) -> None:
-        remedy = "choose another --run-dir, or start over with --fresh"
-        check(
-            before.name == now.name,
-            f"{self} is a run of experiment {before.name!r}, not {now.name!r}; {remedy}",
-        )
-        old, new = dataclasses.asdict(before), dataclasses.asdict(now)
-        # A run that stopped at bad text may continue without it: what it has read stays the same.
-        old["data"]["on_bad"] = new["data"]["on_bad"]
-        for section, value in new.items():
-            if value != old[section] and self._is_fixed(section):
-                name, was, wanted = _first_difference(section, old[section], value)
-                raise UserError(f"{self} was started with {name} {was}, not {wanted}; {remedy}")
+    def _continue(self, experiment: Experiment, redo: Collection[str], say: Say) -> None:
+        if self.config_file.exists() or not any(self.begun(stage) for stage in STAGES):
+            before = self.read_config()
+            check(
+                before.name == experiment.name,
+                f"{self} is a run of experiment {before.name!r}, not {experiment.name!r}; choose another --run-dir, or "
+                "start over with --fresh",
+            )
+            self._complete_records(before)
+        again = self._following(redo)
+        for stage in STAGES:
+            if stage not in again and self.made(stage):
+                self._check_same(stage, experiment, say)
+        for stage in again:
+            self.set_aside(stage, say)
 
-    def _is_fixed(self, section: str) -> bool:
-        """Whether something in the directory was made with this section of the config."""
-        made = [name for name in ("data", "tokenizer", *TRAINED, "evaluate") if (self.path / name).exists()]
-        if section in (*TRAINED, "evaluate", "tokenizer"):
-            return section in made
-        if section in CHANGEABLE:
-            return False
-        # All that was made depends on the text and the seed; the model and its optimizer matter once training began.
-        return bool(made) if section in ("data", "seed") else any(stage in TRAINED for stage in made)
+    def _check_same(self, stage: str, now: Experiment, say: Say) -> None:
+        """Raises a UserError if settings that have decided what `stage` made differ from those of `now`."""
+        before, finished = self.config_of(stage), self.finished(stage)
+        if before is None:
+            return
+        old, new = (deciding(experiment, stage, finished=finished) for experiment in (before, now))
+        for name in {**new, **old}:
+            if old.get(name) != new.get(name):
+                raise UserError(
+                    f"{self}: {stage} was {'made' if finished else 'begun'} with {name} {shown(old.get(name))}, not "
+                    f"{shown(new.get(name))}; leave it at that, do the stage again with --redo={stage}, or choose "
+                    "another --run-dir"
+                )
+        if stage in ("tokenizer", "pretrain") and before.data.folder != now.data.folder:
+            say(f"data      {stage} was {'made' if finished else 'begun'} from {before.data.folder}")
 
     # --- the stages ---------------------------------------------------------------------------------------------
 
@@ -128,24 +200,14 @@ class RunDirectory:
         Raises:
           UserError: the file is damaged.
         """
-        path = self._record_file(stage)
-        if not path.exists():
-            return None
-        try:
-            record = json.loads(path.read_text())
-            if not isinstance(record, dict):
-                raise ValueError("not a JSON object")
-            return record
-        except ValueError as error:
-            raise UserError(
-                f"{path} is damaged ({error}); restore it, or delete it and run the stage {stage!r} again"
-            ) from None
+        again = f"do the stage again with --redo={stage}"
+        if stage in TRAINED:
+            again = f"delete it, and the stage ends anew from its last checkpoint; or {again}"
+        return read_json(self._record_file(stage), _RECORD, again)
 
     def write_record(self, stage: str, record: dict[str, Any]) -> None:
         """Marks `stage` as finished."""
-        path = self._record_file(stage)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, json.dumps(record, indent=2) + "\n")
+        write_json(self._record_file(stage), record)
 
     def _record_file(self, stage: str) -> epath.Path:
         return self.path / stage / "stage.json"
@@ -153,22 +215,158 @@ class RunDirectory:
     def finished(self, stage: str) -> bool:
         return self.read_record(stage) is not None
 
+    def made(self, stage: str) -> bool:
+        """Whether the stage is finished, or has a checkpoint."""
+        if self._record_file(stage).exists():
+            return True
+        folder = self.checkpoints(stage)
+        return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+
     def stages_with_model(self) -> list[str]:
-        """The finished stages that left parameters, in order: not those that had nothing to train on."""
-        return [stage for stage in TRAINED if (self.read_record(stage) or {}).get("steps")]
+        """The finished stages that left parameters, in order.
+
+        Not those that had nothing to train on, nor those that were made from what has been made again since.
+        """
+        return [stage for stage in TRAINED if self.leaves_model(stage) and self.stale(stage) is None]
+
+    def leaves_model(self, stage: str) -> bool:
+        """Whether the stage is finished and has trained: not without anything to train on."""
+        return bool((self.read_record(stage) or {}).get("steps"))
+
+    def last_step(self, stage: str) -> int:
+        """The step that a finished stage ended with, which has a checkpoint.
+
+        Raises:
+          UserError: the stage is not finished; the checkpoint is gone.
+        """
+        record, folder = self.read_record(stage), self.checkpoints(stage)
+        check(record is not None, f"stage {stage!r} of {self} is not finished; run it first")
+        step = (record or {}).get("steps") or 0
+        if not (folder / str(step)).exists():
+            earlier = max(
+                (int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else (), default=None
+            )
+            remedy = f"do the stage again with --redo={stage}"
+            if earlier is not None:
+                remedy = f"delete {self._record_file(stage)} to go on from step {earlier:,}, or {remedy}"
+            raise UserError(f"{folder} has no checkpoint of step {step:,}, with which {stage} ended; {remedy}")
+        return step
+
+    # --- what was made of what ----------------------------------------------------------------------------------
+
+    def begun(self, stage: str) -> dict[str, Any] | None:
+        """What `begin` wrote; None if the stage was not begun, or begun by an earlier version.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        remedy = f"delete it: {stage} then counts as made with the settings of config.json"
+        return read_json(self.path / stage / "begun.json", _BEGUN, remedy)
+
+    def begin(self, stage: str, experiment: Experiment, sources: Collection[str] = ()) -> None:
+        """Records that `stage` is made, or goes on being made, with the experiment's settings.
+
+        Args:
+          sources: the stages of whose results it is made.
+        """
+        goes_on = self.begun(stage) if self.made(stage) else None
+        write_json(
+            self.path / stage / "begun.json",
+            {
+                "stage": stage,
+                "id": goes_on["id"] if goes_on else _new_id(),
+                "started": goes_on["started"] if goes_on else time.time(),
+                "made_from": {source: identity for source in sources if (identity := self.id_of(source))},
+                "config": dataclasses.asdict(experiment),
+            },
+        )
+
+    def id_of(self, stage: str) -> str | None:
+        """What tells this making of a stage from others; None if there is none, or it is of an earlier version."""
+        return (self.begun(stage) or self.read_record(stage) or {}).get("id")
+
+    def config_of(self, stage: str) -> Experiment | None:
+        """The settings with which a stage was made; None if that is not recorded."""
+        begun = self.begun(stage)
+        remedy = f"use the version of jaxchat that wrote it, or do the stage again with --redo={stage}"
+        return self._experiment(self.path / stage / "begun.json", begun["config"], remedy) if begun else None
+
+    def stale(self, stage: str) -> str | None:
+        """The stage of an earlier making of which `stage` was made, directly or not; None if all are still there."""
+        for source, identity in ((self.begun(stage) or {}).get("made_from") or {}).items():
+            if self.id_of(source) not in (None, identity):
+                return source
+            if older := self.stale(source):
+                return older
+        return None
+
+    def _complete_records(self, before: Experiment) -> None:
+        """Writes the begun.json of stages that an earlier version has made, with the settings of config.json."""
+        for stage in STAGES:
+            if not self.made(stage) or self.begun(stage) is not None:
+                continue
+            record = self.read_record(stage) or {}
+            sources = ["tokenizer", *([record["parent"]["stage"]] if record.get("parent") else [])]
+            made_from = {}
+            for source in sources if stage in TRAINED else ():
+                made = self.read_record(source) or {}
+                later = (made.get("finished") or 0) > (record.get("started") or made.get("finished") or 0)
+                if self.id_of(source):
+                    made_from[source] = "earlier" if later else self.id_of(source)
+            facts = {"stage": stage, "id": record.get("id") or _new_id(), "started": record.get("started") or 0.0}
+            config = dataclasses.asdict(before)
+            write_json(self.path / stage / "begun.json", {**facts, "made_from": made_from, "config": config})
+
+    # --- doing a stage again ------------------------------------------------------------------------------------
+
+    def _following(self, stages: Collection[str]) -> list[str]:
+        """The stages and all that were made from them, in order."""
+        found = set(stages)
+        for stage in TRAINED if found else ():
+            if stage not in found and not found.isdisjoint((self.begun(stage) or {}).get("made_from") or {}):
+                found.add(stage)
+        return [stage for stage in STAGES if stage in found]
+
+    def set_aside(self, stage: str, say: Say) -> None:
+        """Renames a stage's folder to STAGE.old-K, with the stage's metrics and what was logged or found out about it.
+
+        Raises:
+          UserError: the run is in cloud storage.
+        """
+        folder = self.path / stage
+        if not folder.exists():
+            return
+        check(not is_remote(self.path), f"stages can be set aside on this machine only, not in {self}; delete {folder}")
+        aside = free_name(folder)
+        folder.rename(aside)
+        for name in (f"evaluate/{stage}", f"tensorboard/{stage}", f"wandb/{stage}.id"):
+            if (self.path / name).exists():
+                (self.path / name).rename(aside / name.replace("/", "-"))
+        metrics.move(self.path, aside, lambda line: stage in (line["stage"], line.get("of")))
+        say(f"{stage:<9} is done again; what it left is now in {aside}")
+
+    # --- metrics ------------------------------------------------------------------------------------------------
+
+    def read_metrics(self, say: Say = lambda line: None) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that are about what is in the directory now, as `jaxchat.runs.metrics` reads them.
+
+        Left out are lines of stages that were deleted, or made from what has been made again since, and scores of
+        models that are no longer there. Damaged lines are left out too, and counted by `say`.
+        """
+        there = {stage for stage in STAGES if (self.path / stage).exists() and self.stale(stage) is None}
+        lines = metrics.read_metrics(self.path, say)
+        return [line for line in lines if (self.is_score_of_now(line) if "of" in line else line["stage"] in there)]
+
+    def is_score_of_now(self, line: dict[str, Any]) -> bool:
+        """Whether a line with a score is about the model that its stage has now."""
+        stage = line["of"]
+        record = self.read_record(stage)
+        if record is None or self.stale(stage) is not None:
+            return False
+        if "model" in line:
+            return line["model"] == self.id_of(stage)
+        return line.get("time", 0) >= (record.get("finished") or 0)  # of an earlier version
 
 
-def _replace(path: epath.Path, text: str) -> None:
-    """Writes a file atomically: a process killed here leaves either the old file or the new one."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
-
-
-def _first_difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
-    """The name, old value and new value of the first field that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key, value in new.items():
-            if old.get(key) != value:
-                return _first_difference(f"{name}.{key.replace('_', '-')}", old.get(key), value)
-    return name, old, new
+def _new_id() -> str:
+    return uuid.uuid4().hex[:12]

@@ -6,7 +6,8 @@
 
 `time` is seconds since 1970. JSON has neither NaN nor infinity; they are written as null. The first line that
 a process writes for a stage has `"start": true`: after a resume at step s, it supersedes the stage's earlier lines from
-step s on, and `read_metrics` leaves them out.
+step s on, and `read_metrics` leaves them out. It also has the `id` of this making of the stage: lines of another one
+are superseded from step 0 on.
 """
 
 from __future__ import annotations
@@ -17,14 +18,27 @@ import math
 import os
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 
 from jaxchat.errors import UserError
+from jaxchat.runs.files import Object, parse_line, read_bytes, read_json, read_lines, split_lines, write_bytes
 from jaxchat.runs.progress import LiveLine
 from jaxchat.storage import append_bytes, first_line, is_remote, storage_errors
 
+NAME = "metrics.jsonl"
+REMEDY = "move it aside: the run goes on without its metrics so far"
+_LINE = Object(
+    required={"stage": str, "step": int},
+    optional={
+        "time": float,
+        "start": bool,
+        **dict.fromkeys(("id", "of", "model", "prompt", "sample", "questions"), str),
+    },
+    others=(None, float, str, bool),
+)
 # An object store rewrites the whole file for an append, so lines for it are gathered.
 REMOTE_FLUSH_SECONDS = 30.0
 
@@ -38,6 +52,7 @@ class Metrics:
     Args:
       run_dir: the run directory, anything `etils.epath` opens.
       stage: name of the stage, in every line.
+      identity: what tells this making of the stage from others, for the first line.
       tensorboard: also write event files to `run_dir/tensorboard/stage`.
       wandb: also log to Weights & Biases (project "jaxchat", grouped by run); `WANDB_MODE=offline` needs no account.
       total_steps: for the live line, which then shows `1234/5000` and the time left.
@@ -53,6 +68,7 @@ class Metrics:
         run_dir: epath.PathLike,
         stage: str,
         *,
+        identity: str | None = None,
         tensorboard: bool = False,
         wandb: bool = False,
         total_steps: int | None = None,
@@ -65,7 +81,7 @@ class Metrics:
             return
         run_dir = epath.Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._sinks.append(_JsonLines(run_dir / "metrics.jsonl", stage))
+        self._sinks.append(_JsonLines(run_dir / NAME, stage, identity))
         if tensorboard:
             self._sinks.append(_TensorBoard(run_dir, stage))
         if wandb:
@@ -122,29 +138,47 @@ class Metrics:
         self.close()
 
 
-def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:
+def read_metrics(run_dir: epath.PathLike, say: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` in file order, without those that a later line supersedes; [] without the file.
 
     When a stage is resumed at step s, its lines from step s on are superseded (at s itself, only those that are logged
-    again). Of several lines with the same stage, step and names, only the last one counts. A resume never supersedes an
-    evaluation result (a line with `of`, the stage evaluated), so that evaluating one stage again keeps the results of
-    the others. A line cut short by a crash is left out.
+    again); when it is made again, all its lines are. Of several lines with the same stage, step and names, only the
+    last one counts. A resume never supersedes an evaluation result (a line with `of`, the stage evaluated), so that
+    evaluating one stage again keeps the results of the others. Lines that a crash or a bad disk has damaged are left
+    out, and counted by `say`.
+
+    Raises:
+      UserError: the file cannot be read at all.
     """
-    path = epath.Path(run_dir) / "metrics.jsonl"
+    path = epath.Path(run_dir) / NAME
     kept: dict[tuple, dict[str, Any]] = {}
-    # Not splitlines, which also splits at characters such as U+2028 that a sample may contain.
-    for line in path.read_text().split("\n") if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    makings: dict[str, str] = {}
+    records, broken = read_lines(path, _LINE, REMEDY)
+    for record in records:
         stage, step = record["stage"], record["step"]
         if record.pop("start", False):
+            making = record.pop("id", None)
+            if making is not None and makings.setdefault(stage, making) != making:
+                makings[stage] = making
+                kept = {key: earlier for key, earlier in kept.items() if earlier["stage"] != stage or "of" in earlier}
             kept = {key: earlier for key, earlier in kept.items() if not _supersedes(record, earlier)}
         key = (stage, step, record.get("of"), record.get("prompt"), frozenset(record))
         kept.pop(key, None)
         kept[key] = record
+    if broken:
+        say(f"{path}: {broken:,} damaged {'line is' if broken == 1 else 'lines are'} left out")
     return list(kept.values())
+
+
+def move(run_dir: epath.Path, to: epath.Path, chosen: Callable[[dict[str, Any]], bool]) -> None:
+    """Moves the chosen lines of a run directory's `metrics.jsonl` to the one of another folder."""
+    stay, go = [], []
+    for line in split_lines(read_bytes(run_dir / NAME, REMEDY) or b""):
+        record = parse_line(line, _LINE)
+        (go if record is not None and chosen(record) else stay).append(line + b"\n")
+    if go:
+        write_bytes(to / NAME, b"".join(go))
+        write_bytes(run_dir / NAME, b"".join(stay))
 
 
 def _supersedes(start: dict[str, Any], earlier: dict[str, Any]) -> bool:
@@ -166,19 +200,20 @@ def _plain(value: Any) -> Any:
 class _JsonLines:
     """Appends to a JSON-lines file; the first line is marked as the start of a process."""
 
-    def __init__(self, path: epath.Path, stage: str):
-        self._path, self._stage = path, stage
+    def __init__(self, path: epath.Path, stage: str, identity: str | None):
+        self._path, self._stage, self._identity = path, stage, identity
         self._remote = is_remote(path)
         self._flushed = time.monotonic()
         self._started = False
         # A crash in the middle of a line must not swallow the next one.
-        cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        cut_short = (read_bytes(path, REMEDY) or b"")[-1:] not in (b"", b"\n")
         self._waiting = b"\n" if cut_short else b""
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         record: dict[str, Any] = {"stage": self._stage, "step": step, "time": round(time.time(), 3)}
         if not self._started:
             record["start"] = True
+            record |= {"id": self._identity} if self._identity else {}
             self._started = True
         for name, value in values.items():
             finite = not isinstance(value, float) or math.isfinite(value)
@@ -258,7 +293,7 @@ class _WeightsAndBiases:
                 id=id_file.read_text().strip(),
                 resume="allow" if resumed else None,
                 dir=None if "://" in os.fspath(run_dir) else os.fspath(run_dir),
-                config=json.loads(config_file.read_text()) if config_file.exists() else None,
+                config=read_json(config_file, Object(), "delete it: the same launch.py command writes it again"),
             )
         except wandb.errors.Error as error:
             reason = " ".join(str(error).split())

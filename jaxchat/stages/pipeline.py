@@ -88,9 +88,12 @@ def run_stages(workspace: Workspace) -> None:
     )
     workspace.say(f"run       {workspace.directory}")
     for stage in workspace.experiment.stages:
-        if stage != "report" and workspace.finished(stage):
+        workspace.set_aside_stale(stage)
+        if evaluate.complete(workspace) if stage == "evaluate" else stage != "report" and workspace.finished(stage):
             workspace.say(f"{stage:<9} already finished; skipped")
             continue
         began = time.perf_counter()
+        if stage not in ("evaluate", "report"):  # they make nothing that others are made of
+            workspace.begin(stage)
         RUNNERS[stage](workspace)
         workspace.say(f"{stage:<9} finished in {time.perf_counter() - began:,.0f} s")

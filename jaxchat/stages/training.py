@@ -205,6 +205,7 @@ class Training:
                 evaluators=evaluators(metrics),
                 on_nan=workspace.experiment.on_nan,
                 startup=self.startup,
+                same_course=self._same_course,
                 began=clock,
                 meta={"stage": self.stage, "parent": self.parent, "config": dataclasses.asdict(workspace.experiment)},
             )
@@ -224,6 +225,11 @@ class Training:
             divergences=loop.divergences,
             **facts,
         )
+
+    def _same_course(self, done: int, num_steps: int) -> bool:
+        """Whether the first `done` of `num_steps` steps have the learning rates that they have in this training."""
+        before, steps = multiplier(self.config.schedule, num_steps), np.arange(done)
+        return done <= self.num_steps and bool(np.all(before(steps) == self.schedule(steps)))
 
     def _data_facts(self, state: dict) -> dict[str, Any]:
         """From the loader's position: how full the rows were, and what was left out of the text."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -17,30 +18,40 @@ from jaxchat.config import Experiment, SupervisedConfig
 from jaxchat.data.hub.background_download import BackgroundDownload
 from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.data.synthetic import write_synthetic
-from jaxchat.data.text.shards import TextSplits, find_text
+from jaxchat.data.text.folder import TextSplits, find_text
 from jaxchat.devices.machine import machine_info, peak_memory_bytes
 from jaxchat.devices.mesh import data_shards, make_mesh
 from jaxchat.devices.processes import on_process_zero
-from jaxchat.errors import MissingData, UserError, check
+from jaxchat.errors import MissingData, check
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, abstract_params
 from jaxchat.model.parameters import shardings
 from jaxchat.ops.compute import Compute, compute_dtype
 from jaxchat.runs.directory import TRAINED, RunDirectory
+from jaxchat.runs.files import Damaged, Object, free_name, read_bytes, read_json, write_json
 from jaxchat.runs.metrics import Metrics
-from jaxchat.storage import AnyPath, is_folder, to_path, to_run_directory
+from jaxchat.storage import AnyPath, is_folder, is_remote, to_path, to_run_directory
 from jaxchat.tasks import Task, load_task, parse_mixture
 from jaxchat.tasks.base import Split
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
 from jaxchat.train.budget import BatchPlan, split_batch
 
+_GENERATE = "delete it, and the corpus is generated again"
 GENERATED = ("chat", "sums", "letters", "facts", "long_sums")  # the tasks of the generated corpus
 
 
 class Workspace:
     """One experiment in one run directory, opened on this machine's devices. `say` prints a line for the user."""
 
-    def __init__(self, experiment: Experiment, directory: epath.PathLike, *, say=print, keep_config: bool = False):
+    def __init__(
+        self,
+        experiment: Experiment,
+        directory: epath.PathLike,
+        *,
+        say=print,
+        redo: Collection[str] = (),
+        keep_config: bool = False,
+    ):
         """Opens the directory as `RunDirectory.open` does.
 
         Raises:
@@ -58,7 +69,7 @@ class Workspace:
         self.say = say if jax.process_index() == 0 else lambda line: None
         self.mesh = make_mesh(experiment.mesh)
         self.compute = Compute(compute_dtype(experiment), self.mesh)
-        on_process_zero(lambda: self.directory.open(experiment, keep_config=keep_config))
+        on_process_zero(lambda: self.directory.open(experiment, redo=redo, keep_config=keep_config, say=self.say))
         requests = parse_requests(data.download)
         self._download = BackgroundDownload(data.folder, requests, self.say) if requests and data.folder else None
 
@@ -102,17 +113,19 @@ class Workspace:
         return directory
 
     def _generate(self, directory: AnyPath) -> None:
-        if (directory / "complete").exists():
-            return
         data, started = self.experiment.data, time.perf_counter()
+        wanted = {"documents": data.synthetic_documents, "conversations": data.synthetic_conversations}
+        wanted["seed"] = self.experiment.seed
+        found = _generated_with(directory / "complete")
+        if found is not None and {**wanted, **found} == wanted:
+            return
+        if found is not None and not is_remote(directory):
+            aside = free_name(directory)
+            directory.rename(aside)
+            self.say(f"data      the corpus of other settings is now {aside}")
         self.say(f"data      generating the synthetic corpus in {directory}")
-        write_synthetic(
-            directory,
-            seed=self.experiment.seed,
-            documents=data.synthetic_documents,
-            conversations=data.synthetic_conversations,
-        )
-        (directory / "complete").touch()
+        write_synthetic(directory, **wanted)
+        write_json(epath.Path(directory / "complete"), wanted)
         self.say(f"data      done in {time.perf_counter() - started:.0f} s")
 
     def load_tasks(self, stage: str, mixture: tuple[str, ...], split: Split, *, quiet: bool = False) -> list[Task]:
@@ -181,9 +194,7 @@ class Workspace:
             shardings(self.mesh, abstract),
         )
         checkpoints = self.checkpoints(stage)
-        step = checkpoints.latest_step()
-        if step is None:
-            raise UserError(f"stage {stage!r} of {self.directory} left no checkpoint; run it again")
+        step = on_process_zero(lambda: self.directory.last_step(stage))
         params = checkpoints.restore_params(abstract, step)
         checkpoints.close()
         return params, step
@@ -193,11 +204,37 @@ class Workspace:
     def finished(self, stage: str) -> bool:
         return on_process_zero(lambda: self.directory.finished(stage))
 
+    def begin(self, stage: str) -> None:
+        """Records that `stage` is being made, of what, and with the experiment's settings.
+
+        Raises:
+          UserError: as `parent_of`.
+        """
+        sources = []
+        if stage in TRAINED:
+            sources = ["tokenizer", *([self.parent_of(stage)] if stage != "pretrain" else [])]
+        on_process_zero(lambda: self.directory.begin(stage, self.experiment, sources))
+
+    def set_aside_stale(self, stage: str) -> None:
+        """Sets a stage aside that was made from an earlier making of another one."""
+
+        def check_it():
+            if older := self.directory.stale(stage):
+                self.say(f"{stage:<9} was made from an earlier {older}")
+                self.directory.set_aside(stage, self.say)
+
+        on_process_zero(check_it)
+
     def finish(self, stage: str, **facts: Any) -> None:
         """Marks `stage` as finished; `facts` are `parent`, `steps`, `tokens`, `seconds`, `started`, `metrics`, ..."""
-        record = {"stage": stage, **facts, "finished": time.time(), "machine": machine_info()}
+        record = {**facts, "finished": time.time(), "machine": machine_info()}
         record["peak_memory_bytes"] = peak_memory_bytes()
-        on_process_zero(lambda: self.directory.write_record(stage, record))
+
+        def write():
+            made = {"stage": stage, "id": self.directory.id_of(stage)}
+            self.directory.write_record(stage, {name: value for name, value in made.items() if value} | record)
+
+        on_process_zero(write)
 
     def stages_with_model(self) -> list[str]:
         """The finished stages that left parameters, in order."""
@@ -207,10 +244,17 @@ class Workspace:
         """The last finished stage before `stage` that left parameters.
 
         Raises:
-          UserError: there is none.
+          UserError: there is none, or it was made from what has been made again since.
         """
         before = TRAINED[: TRAINED.index(stage)]
-        parents = [name for name in self.stages_with_model() if name in before]
+        finished = on_process_zero(lambda: [name for name in before if self.directory.leaves_model(name)])
+        for name in finished[-1:]:
+            older = on_process_zero(lambda: self.directory.stale(name))  # noqa: B023 (called at once)
+            check(
+                older is None,
+                f"{name} was made from an earlier {older}; do it again with --redo={name} before {stage}",
+            )
+        parents = finished
         check(bool(parents), f"{stage} needs an earlier stage's parameters; run one of {', '.join(before)} first")
         return parents[-1]
 
@@ -220,11 +264,24 @@ class Workspace:
         return Metrics(
             self.directory.path,
             stage,
+            identity=self.directory.id_of(stage) if jax.process_index() == 0 else None,
             tensorboard=log.tensorboard,
             wandb=log.wandb,
             total_steps=total_steps,
             enabled=jax.process_index() == 0,
         )
+
+
+def _generated_with(path: AnyPath) -> dict[str, int] | None:
+    """The settings of a generated corpus, none in one of an earlier version; None for one left unfinished."""
+    try:
+        if read_bytes(path, _GENERATE) == b"":
+            return {}
+        return read_json(path, Object(others=int), _GENERATE)
+    except Damaged:  # a folder is in the way; anything else is written again, to the same bytes
+        if path.is_dir():
+            raise
+        return None
 
 
 def planned_model(experiment: Experiment) -> GPTConfig:

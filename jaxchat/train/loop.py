@@ -94,6 +94,8 @@ class Loop:
     evaluators: tuple[Evaluator, ...] = ()
     on_nan: Literal["stop", "skip"] = "stop"
     meta: dict = field(default_factory=dict)
+    # Whether a training of another number of steps (the second argument) did its first steps (the first) as this does.
+    same_course: Callable[[int, int], bool] = lambda done, num_steps: False
     began: float = field(default_factory=time.perf_counter)  # when this process began the stage
     startup: dict[str, float] = field(default_factory=dict)  # seconds spent before the first step, by what on
     # Over all processes that have trained the stage, one after another:
@@ -203,9 +205,10 @@ class Loop:
     def _restore(self, abstract: State, step: int) -> tuple[State, dict]:
         state, position, meta = self.checkpoints.restore(abstract, step)
         check(
-            meta["num_steps"] == self.num_steps,
-            f"{self.checkpoints.directory} holds a training of {meta['num_steps']} steps, not {self.num_steps}: the "
-            "data or the settings have changed; use the old ones, or --fresh to start over",
+            meta["num_steps"] == self.num_steps or self.same_course(step, meta["num_steps"]),
+            f"{self.checkpoints.directory} holds a training of {meta['num_steps']} steps, not {self.num_steps}, and of "
+            f"its first {step} at least one would have had another learning rate; leave data and settings as they "
+            f"were, or do the stage again with --redo={self.checkpoints.directory.parent.name}",
         )
         self.source.set_state(position)
         self.tokens, self._loss_watch = meta["tokens"], LossWatch(meta["recent_losses"])

@@ -87,7 +87,9 @@ def test_damage_is_named_with_its_remedy(directory, text):
     with pytest.raises(UserError) as error:
         directory.read_record("sft")
     assert str(error.value).startswith(f"{record} is damaged (")
-    assert str(error.value).endswith("; restore it, or delete it and run the stage 'sft' again")
+    assert str(error.value).endswith(
+        "; delete it, and the stage ends anew from its last checkpoint; or do the stage again with --redo=sft"
+    )
     directory.config_file.write_text(text)
     with pytest.raises(UserError) as error:
         directory.read_config()
@@ -118,14 +120,14 @@ class TestOpening:
     def test_the_tokenizer_fixes_text_and_seed(self, directory):
         directory.write_record("tokenizer", {})
         directory.open(changed(model=ModelConfig(depth=6)))
-        with pytest.raises(UserError, match="was started with seed 42, not 7; choose another --run-dir, or start over"):
+        with pytest.raises(UserError, match="tokenizer was made with seed 42, not 7; leave it at that, do the stage again with --redo="):
             directory.open(changed(seed=7))
 
     def test_a_training_fixes_the_model_and_its_own_settings(self, directory):
         directory.write_record("pretrain", {"steps": 1})
-        with pytest.raises(UserError, match="was started with model.depth 4, not 6"):
+        with pytest.raises(UserError, match="pretrain was made with model.depth 4, not 6"):
             directory.open(changed(model=ModelConfig(depth=6)))
-        with pytest.raises(UserError, match="was started with pretrain.batch-tokens 524288, not 2048"):
+        with pytest.raises(UserError, match="pretrain was made with pretrain.batch-tokens 524288, not 2048"):
             directory.open(changed(pretrain=PretrainConfig(batch_tokens=2048)))
         free = changed(
             logging=LoggingConfig(wandb=True), on_nan="skip", data=DataConfig(on_bad="skip"), stages=("sft",)
