@@ -1,16 +1,27 @@
-"""Scoring parts that tasks share: what an answer says, and whether it is the right letter or number."""
+"""Scoring parts that tasks share: what an answer says, and whether it is the right number, name or letter."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Sequence
 
 from jaxchat.tasks.base import Conversation
+from jaxchat.tasks.numbers import last_number, parse_number, plain_text
 
-_NUMBER = re.compile(r"-?(?:\d+(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
 _TOOL_MARK = re.compile(r"<\|(python|output)_(start|end)\|>")
 _ANSWER_END = "<|assistant_end|>"
-# A space that does not break a line is part of a number, as in 1 250.
-_LAST_WORD = re.compile(r"(?:\S|[\u00a0\u2007\u2009\u202f])+\Z")
+# To the last space, but for one that does not break the line: that is part of a number, as in 1 250.
+_WHOLE_WORDS = re.compile(r".*[^\S\u00a0\u2007\u2009\u202f]", re.DOTALL)
+_HYPHENS = str.maketrans(dict.fromkeys("\u2010\u2011", "-") | {"’": "'"})
+_EMPHASIS = re.compile(r"(?<![^\W_])_+|_+(?![^\W_])")
+_CHOICE = re.compile(
+    r"[\W_]*(?:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:answer|choice|option)\b(?:\s+is\b)?[\W_]*)?"
+    r"(?-i:([A-Z]))(?![^\W_]|[-'][^\W_]|[+#])",
+    re.IGNORECASE,
+)
+_OTHER_CHOICE = re.compile(r"[\s\W_]*(?:and|or|,|/|&)[\s(*_]*[A-Z](?!\w)")
+_ARTICLE = re.compile(r" (?!is\b|because\b|since\b|as\b|and\b|or\b)[a-z]")  # "A stone", "I think"
 
 
 def visible_answer(completion: str, *, cut: bool = False) -> str:
@@ -33,29 +44,55 @@ def visible_answer(completion: str, *, cut: bool = False) -> str:
         start = mark.end()
     if inside is not None:
         return ""
-    last = said[start:]
-    pieces.append(_LAST_WORD.sub("", last) if cut else last)
+    pieces.append(said[start:])
+    if cut:
+        whole = _WHOLE_WORDS.match(pieces[-1])
+        pieces[-1] = whole[0] if whole else ""
     return "\n".join(piece for piece in pieces if piece.strip())
 
 
+def score_value(answer: str, others: Sequence[str], completion: str, *, cut: bool = False) -> float:
+    """1 if the completion's last number is `answer`, or, for a name, if it has that name and none of `others`.
+
+    Numbers are read by `tasks.numbers`: operands (`92` in `34 + 58 is 92` is none) and several numbers at once (`92 or
+    93`) do not count. Names count as whole words, whatever their case, and not after `not`; a name within a longer one,
+    such as York in New York, does not count.
+    """
+    visible = visible_answer(completion, cut=cut)
+    number = parse_number(answer)
+    if number is not None:
+        return float(last_number(visible) == number)
+    right = _plain_name(answer)
+    said = _names_in(visible, {right, *map(_plain_name, others)})
+    return float(said == {right})
+
+
 def score_choice(conversation: Conversation, completion: str, *, cut: bool = False) -> float:
-    """1 if the answer begins with the right letter, not followed by another."""
-    found = re.match(r"\W*([A-Z])(?!\w)", visible_answer(completion, cut=cut))
-    return float(found is not None and found[1] == conversation["messages"][-1]["content"])
+    """1 if the answer begins with the right letter, alone or after `The answer is`, and with no other letter.
+
+    A capital A or I that begins a sentence (`A stone`) is not a letter of a choice.
+    """
+    visible = plain_text(visible_answer(completion, cut=cut))
+    found = _CHOICE.match(visible)
+    if found is None or _OTHER_CHOICE.match(visible, found.end()):
+        return 0.0
+    if found[1] in "AI" and _ARTICLE.match(visible, found.end()):
+        return 0.0
+    return float(found[1] == conversation["messages"][-1]["content"])
 
 
-def last_number(text: str) -> str | None:
-    """The last number in `text`, as `canonical_number` writes it, or None."""
-    found = _NUMBER.findall(text)
-    return canonical_number(found[-1]) if found else None
+def _plain_name(text: str) -> str:
+    """`text` in one form: composed characters, no case, single spaces, ASCII hyphens, no emphasis by underscores."""
+    plain = unicodedata.normalize("NFKC", text).translate(_HYPHENS)
+    return " ".join(_EMPHASIS.sub("", plain).casefold().split())
 
 
-def canonical_number(number: str) -> str:
-    """The number as the calculator would write it: "1,250.0" is "1250", ".50" is "0.5"."""
-    plain = number.replace(",", "")
-    if "." in plain:
-        plain = plain.rstrip("0").rstrip(".")
-    sign, digits = ("-", plain[1:]) if plain.startswith("-") else ("", plain)
-    whole, point, rest = digits.partition(".")
-    digits = (whole.lstrip("0") or "0") + point + rest
-    return digits if digits == "0" else sign + digits
+def _names_in(text: str, names: set[str]) -> set[str]:
+    """Those of `names` that `text` has as whole words, the longer of two that overlap."""
+    ordered = sorted((name for name in names if name), key=len, reverse=True)
+    # Hyphens and apostrophes inside of words are part of them, but not a genitive's; so are the signs of C++ and C#.
+    before, after = r"(?<![^\W_])(?<![^\W_][-'])", r"(?![^\W_]|-[^\W_]|'(?!s\b)[^\W_]|[+#])"
+    denied = r"(?P<denied>(?:\bnot|n't|\bnever)\s(?:(?:an?|the|in|at)\s)?)?"
+    pattern = f"{denied}{before}(?P<name>{'|'.join(map(re.escape, ordered))}){after}"
+    found = re.finditer(pattern, _plain_name(text)) if ordered else ()
+    return {match["name"] for match in found if not match["denied"]}

@@ -13,7 +13,12 @@ from jaxchat.tasks.items import check_texts, hold_out, read_items
 
 
 class MultipleChoice(ListTask):
-    """Items with a `question`, `choices` and `gold`, the index of the right one."""
+    """Items with a `question`, `choices` and `gold`, the index of the right one.
+
+    In evaluation the most likely of the letters as the next token is the answer, as in the original evaluation of MMLU,
+    here without examples. A completion is right (1, otherwise 0) if it begins with the right letter and names no
+    other: `B`, `(B)`, `**B**`, `B) green`, `The answer is B`. See `answers.score_choice`.
+    """
 
     kind = "multiple_choice"
 
@@ -26,34 +31,60 @@ class MultipleChoice(ListTask):
 
 
 def parse_item(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The question, choices and gold of a record; it may have the names and the form of MMLU or ARC on the hub.
+    """The question, choices and gold of a record in a form of jaxchat, MMLU or ARC.
 
-    The question is `query` or `question`. `choices` is a list of strings, or an object of two lists, `text` and
-    `label`. The answer is `gold`, `answer` or `answerKey`: the index of a choice, or its label or letter.
+    The question is `query` or `question`. `choices` is a list of texts, an object of two lists, `text` and `label`, as
+    ARC has them on the hub, or a list of objects with one `text` and one `label` each. The answer is `gold`, `answer`
+    or `answerKey`: a choice's label (in a list of texts its letter), or its index, which counts from 0.
 
     Raises:
       ValueError: a field is missing or of another type, or the answer is none of the choices.
     """
     asked = "query" if record.get("query") is not None else "question"
     check_texts(record, asked)
-    choices, labels = record.get("choices"), None
+    question = record[asked].removeprefix("Question: ")
+    if not question.strip():
+        raise ValueError(f"{asked!r} is empty")
+    choices, labels = _choices_of(record.get("choices"))
+    key = next((name for name in ("gold", "answer", "answerKey") if record.get(name) is not None), None)
+    if key is None:
+        raise ValueError("there is no answer: 'gold', 'answer' or 'answerKey'")
+    return {"question": question, "choices": choices, "gold": _gold_of(record[key], key, labels, len(choices))}
+
+
+def _choices_of(choices: Any) -> tuple[list[str], list[str] | None]:
+    """The texts, and the labels if the choices have their own."""
+    labels = None
     if isinstance(choices, Mapping):
         choices, labels = choices.get("text"), choices.get("label")
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise ValueError("'choices' is not a list of strings")
+        if not isinstance(choices, list) or not isinstance(labels, list) or len(choices) != len(labels):
+            raise ValueError("'choices' does not have two lists of one length, 'text' and 'label'")
+    elif isinstance(choices, list) and choices and all(isinstance(choice, Mapping) for choice in choices):
+        choices, labels = ([choice.get(name) for choice in choices] for name in ("text", "label"))
+    if not isinstance(choices, list) or not all(type(choice) in (str, int, float) for choice in choices):
+        raise ValueError(
+            "'choices' is not a list of texts; write a list, or an object with the lists 'text' and 'label'"
+        )
     if not 2 <= len(choices) <= len(LETTERS):
-        raise ValueError(f"{len(choices)} choices; a question has between 2 and {len(LETTERS)}")
-    if labels is None:
-        labels = list(LETTERS[: len(choices)])
-    elif not isinstance(labels, list) or len(labels) != len(choices):
-        raise ValueError("'choices' does not have a label for each text")
-    gold = next((record[name] for name in ("gold", "answer", "answerKey") if record.get(name) is not None), None)
-    if isinstance(gold, str) and gold in labels:
-        gold = labels.index(gold)
-    if not (type(gold) is int and 0 <= gold < len(choices)):
-        given = "there is no 'gold'" if gold is None else f"the answer {gold!r} is not the index or label of a choice"
-        raise ValueError(f"{given}; there are {len(choices)}: {', '.join(map(str, labels))}")
-    return {"question": record[asked].removeprefix("Question: "), "choices": choices, "gold": gold}
+        raise ValueError(f"it has {len(choices)} choices; a question has between 2 and {len(LETTERS)}")
+    if labels is not None:
+        labels = [str(label).strip() for label in labels if type(label) in (str, int)]
+        if len(set(labels)) != len(choices):
+            raise ValueError("'choices' does not have a label of its own for each text")
+    return [str(choice) for choice in choices], labels
+
+
+def _gold_of(answer: Any, key: str, labels: list[str] | None, count: int) -> int:
+    """The index of the right choice. Labels may be numbers: `gold` and `answer` in JSON's numbers are never labels."""
+    known = labels or list(LETTERS[:count])
+    text = str(answer).strip() if isinstance(answer, str) or (type(answer) is int and key == "answerKey") else None
+    if text is None and type(answer) is int and 0 <= answer < count:
+        return answer
+    if text in known:
+        return known.index(text)
+    if text and labels is None and text.isascii() and text.isdigit() and int(text) < count:
+        return int(text)
+    raise ValueError(f"the answer {answer!r} is not the index or label of a choice; there are {', '.join(known)}")
 
 
 def load_mmlu(split: Split, data_dir: AnyPath, limit: int | None, findings: Findings) -> MultipleChoice:

@@ -17,8 +17,8 @@ from jaxchat.data.synthetic.questions import (
 from jaxchat.data.text.reading import Findings
 from jaxchat.errors import UserError
 from jaxchat.storage import AnyPath
+from jaxchat.tasks.answers import score_value
 from jaxchat.tasks.base import Conversation, Split, Task, question_and_answer
-from jaxchat.tasks.checkable import score_value
 
 SIZES = {"train": 100_000, "val": 500, "test": 500}
 
@@ -28,6 +28,9 @@ class Spelling(Task):
 
     A word belongs to one split only, so that the words of the test are new. The words are those of the synthetic
     corpus, half of them made of syllables, or `words` instead.
+
+    An answer is right (1, otherwise 0) if the last number that it states is the count, or if it has the word spelled
+    `c-a-t`, as a whole. See `answers.score_value`.
     """
 
     name = "spelling"

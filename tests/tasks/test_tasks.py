@@ -13,9 +13,7 @@ from jaxchat.data.synthetic import write_synthetic
 from jaxchat.data.synthetic.questions import purpose_of
 from jaxchat.errors import MissingData, UserError
 from jaxchat.tasks import TASKS, Mixture, load_task, parse_mixture
-from jaxchat.tasks.answers import canonical_number, last_number, visible_answer
 from jaxchat.tasks.base import ListTask, multiple_choice_question
-from jaxchat.tasks.checkable import score_value
 from jaxchat.tasks.gsm8k import answer_parts, final_answer
 from jaxchat.tools.calculator import calculate
 
@@ -146,45 +144,6 @@ def test_mixture_entries():
             parse_mixture((bad,))
 
 
-# --- values
-
-
-@given(st.integers(-(10**9), 10**9), st.booleans(), st.sampled_from(["", ".0", ".00"]))
-def test_numbers_are_read_however_they_are_written(value, commas, zeros):
-    written = (f"{value:,}" if commas else str(value)) + zeros
-    assert canonical_number(written) == str(value)
-    assert last_number(f"First 17, then {written}.") == str(value)
-
-
-def test_numbers_in_text():
-    assert last_number("no number") is None
-    assert last_number("34 + 58 = 92.") == "92"
-    assert last_number("It costs $1,250.50, they say") == "1250.5"
-    assert last_number("3 - 5 = -2") == "-2"
-    assert canonical_number(".50") == "0.5" and canonical_number("-0.0") == "0" and canonical_number("007") == "7"
-
-
-def test_only_the_text_after_the_tools_output_counts():
-    completion = "<|python_start|>34 + 58<|python_end|><|output_start|>92<|output_end|>"
-    assert visible_answer(completion + "It is 92.<|assistant_end|>") == "It is 92."
-    assert score_value("92", (), completion + "34 + 58 = 92.") == 1
-    assert score_value("92", (), completion) == 0
-    assert score_value("92", (), completion + "92 or 93") == 0
-    assert score_value("92", (), "92") == 1
-    assert score_value("1250", (), "It is 1,250.") == 1
-
-
-def test_names_count_as_whole_words_and_without_others():
-    others = ["Redhill", "Seaview"]
-    assert score_value("Oakford", others, "Mira lives in Oakford.") == 1
-    assert score_value("Oakford", others, "oakford") == 1
-    assert score_value("Oakford", others, "Oakfords") == 0
-    assert score_value("Oakford", others, "In Redhill.") == 0
-    assert score_value("Oakford", others, "In Oakford or Redhill.") == 0
-    assert score_value("c-a-t", (), "It is spelled c-a-t.") == 1
-    assert score_value("c-a-t", (), "c-a-t-s") == score_value("c-a-t", (), "s-c-a-t") == 0
-
-
 # --- multiple choice
 
 
@@ -218,7 +177,108 @@ def test_multiple_choice_files(tmp_path):
         assert test.score(arc, said) == right, said
 
 
+HUB = {"text": ["red", "green"], "label": ["A", "B"]}
+NUMBERED = {"text": ["red", "green"], "label": ["1", "2"]}
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"query": "q", "choices": ["red", "green"], "gold": 1},
+        {"question": "q", "choices": ["red", "green"], "answer": 1},
+        {"question": "q", "choices": ["red", "green"], "answer": "1"},
+        {"question": "q", "choices": ["red", "green"], "answer": "B"},
+        {"question": "q", "choices": HUB, "answerKey": "B"},
+        {"query": "q", "choices": HUB, "gold": 1},
+        {"question": "q", "choices": NUMBERED, "answerKey": "2"},
+        {"question": "q", "choices": {"text": ["red", "green"], "label": [1, 2]}, "answerKey": 2},
+        {
+            "question": "q",
+            "choices": [{"text": "red", "label": "A"}, {"text": "green", "label": "B"}],
+            "answerKey": "B",
+        },
+    ],
+)
+@pytest.mark.parametrize(("name", "file"), [("arc_easy", "arc_easy.jsonl"), ("mmlu", "mmlu/test.jsonl")])
+def test_forms_of_multiple_choice(tmp_path, name, file, item):
+    write(tmp_path / "eval" / file, [item])
+    (question,) = load_task(name, "test", tmp_path)
+    assert question_of(question).startswith("Multiple choice question: q\n- red=A\n- green=B\n\n")
+    assert question["messages"][1]["content"] == "B"
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"question": "q", "choices": ["a", "b"], "answer": 2}, "the answer 2 is not the index or label of a choice"),
+        ({"question": "q", "choices": ["a", "b"], "answer": -1}, "the answer -1 is not"),
+        ({"question": "q", "choices": ["a", "b"], "answer": True}, "the answer True is not"),
+        ({"question": "q", "choices": ["a", "b"], "answer": "C"}, "the answer 'C' is not .*; there are A, B"),
+        ({"question": "q", "choices": NUMBERED, "answerKey": "B"}, "the answer 'B' is not .*; there are 1, 2"),
+        ({"question": "q", "choices": HUB}, "there is no answer"),
+        ({"question": "q", "choices": ["a", "b"], "answer": None}, "there is no answer"),
+        ({"question": None, "choices": ["a", "b"], "answer": 0}, "'question' is null"),
+        ({"question": " ", "choices": ["a", "b"], "answer": 0}, "'question' is empty"),
+        ({"question": "q", "choices": ["a", None], "answer": 0}, "not a list of texts"),
+        ({"question": "q", "choices": "ab", "answer": 0}, "not a list of texts"),
+        ({"question": "q", "answer": 0}, "not a list of texts"),
+        ({"question": "q", "choices": ["a"], "answer": 0}, "it has 1 choices"),
+        ({"question": "q", "choices": {"a": "b"}, "answer": 0}, "two lists of one length"),
+        ({"question": "q", "choices": {"text": ["a", "b"], "label": ["A"]}, "answer": 0}, "two lists of one length"),
+        ({"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "A"]}, "answer": 0}, "a label of its own"),
+    ],
+)
+def test_other_forms_of_multiple_choice_are_refused_with_their_line(tmp_path, item, message):
+    write(tmp_path / "eval/arc_easy.jsonl", [{"query": "q", "choices": ["a", "b"], "gold": 1}, item])
+    with pytest.raises(UserError, match=rf"arc_easy.jsonl:2: .*{message}"):
+        load_task("arc_easy", "test", tmp_path)
+
+
+# --- checkable
+
+
+@pytest.mark.parametrize(("answer", "said"), [(72, "72"), (0.5, "It is 1/2."), ("72", "72"), ("Oakford", "Oakford")])
+def test_an_answer_may_be_a_number_in_json(tmp_path, answer, said):
+    write(tmp_path / "eval/facts/test.jsonl", [talk("q", said, answer=answer)])
+    task = load_task("facts", "test", tmp_path)
+    assert task.score(task[0], said) == 1 and task.score(task[0], "17") == 0
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (talk("q", "a"), "'answer' is missing"),
+        (talk("q", "a", answer=None), "'answer' is null"),
+        (talk("q", "a", answer=True), "'answer' is bool"),
+        (talk("q", "a", answer=""), "none could be right"),
+        (talk("q", "a", answer="a", others="b"), "'others' is not a list"),
+        ({"answer": "a"}, "no conversation"),
+    ],
+)
+def test_what_no_answer_could_be_right_for_is_refused_with_its_line(tmp_path, item, message):
+    write(tmp_path / "eval/facts/test.jsonl", [talk("q", "1", answer="1"), item])
+    with pytest.raises(UserError, match=rf"test.jsonl:2: .*{message}"):
+        load_task("facts", "test", tmp_path)
+
+
 # --- gsm8k
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"question": "2+2?", "answer": "4"}, "the answer '4' does not end with '#### ' and a number"),
+        ({"question": "2+2?", "answer": "#### four"}, "does not end with"),
+        ({"question": "2+2?", "answer": "#### 12,50"}, "does not end with"),
+        ({"question": "2+2?", "answer": 4}, "'answer' is int, not a string"),
+        ({"question": None, "answer": "#### 4"}, "'question' is null"),
+        ({"question": "", "answer": "#### 4"}, "'question' is empty"),
+    ],
+)
+def test_gsm8k_without_a_final_number_is_refused_with_its_line(tmp_path, item, message):
+    write(tmp_path / "eval/gsm8k/train.jsonl", [{"question": "2+2?", "answer": "#### 4"}, item])
+    with pytest.raises(UserError, match=rf"train.jsonl:2: .*{message}"):
+        load_task("gsm8k", "train", tmp_path)
 
 
 def test_gsm8k_annotations_become_tool_calls(tmp_path):
@@ -242,7 +302,6 @@ def test_gsm8k_annotations_become_tool_calls(tmp_path):
         ("#### $1,036.00", 1),
         ("1036", 0),
         ("#### 1037", 0),
-        ("#### 5\n#### 1036", 1),
     ):
         assert task.score(item, said) == right, said
     assert answer_parts("plain") == [{"type": "text", "text": "plain"}]
