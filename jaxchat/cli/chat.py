@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from jaxchat.cli.values import number, path, whole
+from jaxchat.config import Range
+
 
 def add_command(commands: Any) -> None:
     """Adds `chat` to the commands of `jaxchat`."""
@@ -16,7 +19,7 @@ def add_command(commands: Any) -> None:
         "go to standard output; remarks, such as that an answer was cut, go to standard error.",
     )
     add = parser.add_argument
-    add("--run", required=True, metavar="DIR", help="The run's directory.")
+    add("--run", required=True, type=path, metavar="DIR", help="The run's directory.")
     add(
         "--stage",
         metavar="STAGE",
@@ -31,19 +34,20 @@ def add_command(commands: Any) -> None:
     )
     add(
         "--temperature",
-        type=float,
+        type=number(Range(at_least=0)),
         default=0.6,
         metavar="X",
         help="Sampling temperature; 0 always takes the likeliest token. (default 0.6)",
     )
-    add("--top-k", type=int, default=50, metavar="K", help="Sample from the K likeliest tokens. (default 50)")
+    count = whole(Range(at_least=1))
+    add("--top-k", type=count, default=50, metavar="K", help="Sample from the K likeliest tokens. (default 50)")
     add(
         "--seed",
-        type=int,
+        type=whole(Range(at_least=0)),
         metavar="N",
         help="Random seed, to repeat a conversation exactly. (default: a new one each time)",
     )
-    add("--max-tokens", type=int, default=256, metavar="N", help="Longest answer, in tokens. (default 256)")
+    add("--max-tokens", type=count, default=256, metavar="N", help="Longest answer, in tokens. (default 256)")
     parser.set_defaults(command=_chat)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from jaxchat.cli.values import path, whole
+from jaxchat.config import Range
 from jaxchat.runs.progress import PLAIN_SECONDS, format_duration
 from jaxchat.verbatim import segments, write
 
@@ -27,9 +29,12 @@ def add_command(commands: Any) -> None:
     )
     get.add_argument("names", nargs="+", metavar="NAME", help="Name from 'jaxchat data list'; NAME:SHARDS for text.")
     get.add_argument(
-        "--shards", type=int, metavar="N", help="Shards of text, besides the validation shard. (default 8)"
+        "--shards",
+        type=whole(Range(at_least=1)),
+        metavar="N",
+        help="Shards of text, besides the validation shard. (default 8)",
     )
-    get.add_argument("--folder", default="data", metavar="DIR", help="The data folder. (default data)")
+    get.add_argument("--folder", type=path, default="data", metavar="DIR", help="The data folder. (default data)")
     get.add_argument("--check", action="store_true", help="Read all files that are there, and replace damaged ones.")
     get.set_defaults(command=_get)
     data_commands.add_parser("list", help="List the data sets.").set_defaults(command=_list)

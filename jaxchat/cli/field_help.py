@@ -1,4 +1,4 @@
-"""The help page of an experiment: every field with its values, its meaning and its default."""
+"""The help page of an experiment: every field with its values, its meaning, its range and its default."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import textwrap
 from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from jaxchat.config import Experiment
+from jaxchat.config import Experiment, declared_range
 
 # Fields that are not listed: an experiment's name is its file's, and launch.py has an option --stages of its own.
 UNLISTED = ("name", "stages")
@@ -28,7 +28,9 @@ def _add_section(parser: argparse.ArgumentParser, prefix: str, title: str, confi
     group = parser.add_argument_group(title, inspect.getdoc(type(config)))
     for name, value in values.items():
         if not dataclasses.is_dataclass(value) and prefix + name not in UNLISTED:
-            _add_field(group, prefix + name.replace("_", "-"), kinds[name], helps[name], value)
+            limits = declared_range(type(config), name)
+            text = f"{helps[name]} {limits.sentence()}" if limits else helps[name]
+            _add_field(group, prefix + name.replace("_", "-"), kinds[name], text, value)
     for name, value in values.items():
         if dataclasses.is_dataclass(value):
             _add_section(parser, f"{prefix}{name}.", f"{prefix}{name}", value)

@@ -9,14 +9,16 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import tyro
 
 from jaxchat.cli.experiments import experiment_names, load_experiment
-from jaxchat.config import Experiment, Impossible, describe
+from jaxchat.cli.parser import refuse_long_dash, shorten
+from jaxchat.config import Experiment, Impossible, declared, describe, shown
 from jaxchat.errors import UserError, check, closest
 
+OPTION = re.compile(r"--?[A-Za-z]")
 # What is not a field of an experiment, although one might look for it there.
 INSTEAD = {
     "--model.vocab-size": "follows from the tokenizer; write --tokenizer.vocab-size",
@@ -37,7 +39,12 @@ def configure(name: str | None, overrides: list[str], data: str | None, options:
       UserError: no name or an unknown one, a folder that does not exist, or as `override`.
     """
     if name is None:
-        raise UserError(f"no experiment given; write --experiment={'|'.join(experiment_names())}")
+        names = experiment_names()
+        meant = next((word for word in overrides if word in names), None)
+        if meant is None:
+            _by_option([word for word in overrides if OPTION.match(word)], field_types(Experiment), options)
+        meant = meant or "|".join(names)
+        raise UserError(f"no experiment given; write --experiment={meant}")
     experiment = override(load_experiment(name), overrides, options)
     folder = experiment.data.path if data is None else data
     if folder is None:
@@ -45,8 +52,7 @@ def configure(name: str | None, overrides: list[str], data: str | None, options:
     from jaxchat.storage import is_folder, is_remote, to_path  # slow to import, as what follows
 
     check(not os.path.isfile(folder), f"{folder!r} is a file; give --data the folder that contains it")
-    exists = folder != "" and is_folder(to_path(folder))
-    check(exists, f"data folder {folder!r} does not exist; give --data a folder with text")
+    check(is_folder(to_path(folder)), f"data folder {folder!r} does not exist; give --data a folder with text")
     settings: dict[str, Any] = {"path": folder if is_remote(folder) else os.path.abspath(folder)}
     if experiment.data.download and not any(word.startswith("--data.download") for word in overrides):
         from jaxchat.data.hub.download import own_text
@@ -54,6 +60,14 @@ def configure(name: str | None, overrides: list[str], data: str | None, options:
         if is_remote(folder) or own_text(Path(folder)):
             settings["download"] = ()  # the user's own text is all that is trained on
     return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, **settings))
+
+
+def named_fields(overrides: Sequence[str], data: str | None = None) -> frozenset[str]:
+    """The fields that the user has named on the command line, such as `sft.mixture`; --data names `data.path`."""
+    fields = field_types(Experiment)
+    flags = [word.partition("=")[0] for word in overrides if OPTION.match(word)]
+    named = {_field(flag, fields).replace("-", "_") for flag in flags}
+    return frozenset(named if data is None else {*named, "data.path"})
 
 
 def override(experiment: Experiment, arguments: list[str], options: Sequence[str] = ()) -> Experiment:
@@ -82,7 +96,7 @@ def override(experiment: Experiment, arguments: list[str], options: Sequence[str
                 pass
             except SystemExit:
                 raise UserError(_explain(group, fields)) from None
-        raise UserError(f"{' '.join(arguments)}: these options do not go together; see --help") from None
+        raise UserError(f"{shorten(' '.join(arguments))}: these options do not go together; see --help") from None
     except Impossible as error:
         # A section that several stages have does not know which of them it is built for.
         for section in dict.fromkeys(_section(group) for group in groups):
@@ -109,7 +123,7 @@ def _section(group: list[str]) -> str:
 def field_types(config: type, prefix: str = "") -> dict[str, Any]:
     """The type of each field of a configuration class, by the field's name on the command line."""
     fields: dict[str, Any] = {}
-    for name, kind in get_type_hints(config).items():
+    for name, kind, _ in declared(config):
         path = prefix + name.replace("_", "-")
         is_section = isinstance(kind, type) and dataclasses.is_dataclass(kind)
         fields |= field_types(kind, f"{path}.") if is_section else {path: kind}
@@ -120,17 +134,28 @@ def _by_option(arguments: list[str], fields: dict[str, Any], options: Sequence[s
     """Each option with its values, as tyro wants them: `--rl.tasks=a,b` becomes `--rl.tasks a b`."""
     groups: list[list[str]] = []
     for argument in arguments:
-        if re.match(r"--?[A-Za-z]", argument) is None:
-            check(bool(groups), f"{argument!r} is not an option; options begin with --, see --help")
+        if OPTION.match(argument) is None:
+            refuse_long_dash(argument)
+            check(bool(groups), f"{shown(argument)} is not an option; options begin with --, see --help")
             groups[-1].append(argument)
             continue
         flag, equals, value = argument.partition("=")
         kind = fields.get(_field(flag, fields))
         if kind is None:
-            hint = closest(flag, [*(f"--{name}" for name in fields), *options])
-            raise UserError(f"unknown option {flag}{hint} python launch.py --experiment=NAME --help lists all")
-        groups.append([flag, *value.split(",")] if equals and _is_list(kind) else [argument])
+            hint = _hint(flag, fields, options)
+            raise UserError(f"unknown option {shorten(flag)}{hint} python launch.py --experiment=NAME --help lists all")
+        as_list = equals and _is_list(kind)
+        groups.append([flag, *(each.strip() for each in value.split(",") if value.strip())] if as_list else [argument])
     return groups
+
+
+def _hint(flag: str, fields: dict[str, Any], options: Sequence[str]) -> str:
+    """The option that was meant; of one without its section, all that there are."""
+    last = flag.lstrip("-").replace("_", "-")
+    complete = [f"--{name}" for name in fields if name.rpartition(".")[2] == last]
+    if complete:
+        return f"; its section is missing: {' or '.join(complete)}."
+    return closest(flag.replace("_", "-"), [*(f"--{name}" for name in fields), *options])
 
 
 def _is_list(kind: Any) -> bool:
@@ -155,7 +180,7 @@ def _explain(group: list[str], fields: dict[str, Any]) -> str:
     flag = group[0].partition("=")[0]
     name = _field(flag, fields)
     if fields[name] is bool:
-        return f"{' '.join(group)}: write --{name} for yes, --{_negative(name)} for no, without a value"
+        return f"{shorten(' '.join(group))}: write --{name} for yes, --{_negative(name)} for no, without a value"
     if group == [flag]:
         return f"{flag} needs a value: {describe(fields[name])}"
-    return f"{' '.join(group)}: the value must be {describe(fields[name])}"
+    return f"{shorten(' '.join(group))}: the value must be {describe(fields[name])}"

@@ -6,19 +6,17 @@ import argparse
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from jaxchat.errors import UserError, closest
+from jaxchat.config import shown
+from jaxchat.errors import UserError, check, closest
 
 COMMAND = "COMMAND"  # how help pages write a parser's commands
 # What is wrong with an option's value: the beginning of argparse's message, and ours.
-_PROBLEMS = {
-    "ignored explicit argument": "takes no value",
-    "expected": "needs a value",
-    "invalid int value": "takes a whole number",
-    "invalid float value": "takes a number",
-}
+_PROBLEMS = {"ignored explicit argument": "takes no value", "expected": "needs a value"}
+# The dashes that word processors and web pages make of two hyphens.
+_LONG_DASH = re.compile(r"[\u2010-\u2015\u2212]+-?(?=[A-Za-z][\w.-]*(=|$))")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -42,32 +40,53 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         words = sys.argv[1:] if args is None else list(args)
-        has_commands = any(isinstance(action, argparse._SubParsersAction) for action in self._actions)
-        if not has_commands and self.get_default("overrides") is None:
+        for word in words:
+            whole = not any(0xD800 <= ord(character) < 0xE000 for character in word)
+            check(whole, f"{shown(word)} is not UTF-8; rename what it names, or set a UTF-8 locale")
+        if self.get_default("overrides") is None:
             self._refuse_unknown(words)  # first: argparse would complain about a missing option, not the misspelt one
         return super().parse_known_args(words, namespace)
 
     def _refuse_unknown(self, words: list[str]) -> None:
         known = option_strings(self)
+        has_commands = any(isinstance(action, argparse._SubParsersAction) for action in self._actions)
         for word in words:
-            if word == "--":
-                return
+            if word == "--" or (has_commands and not word.startswith("-")):
+                return  # what follows a command is for its own parser
             name = word.partition("=")[0]
             if name.startswith("--") and not any(option.startswith(name) for option in known):
-                raise UserError(f"unknown option {name}{closest(name, known)} See {self.prog} --help")
+                raise UserError(f"unknown option {shorten(name)}{closest(name, known)} See {self.prog} --help")
+            # argparse would take -prompt for -p with the value "rompt".
+            long = name.startswith("-") and len(name) > 2 and f"-{name}" in known
+            check(not long, f"unknown option {name}, did you mean '-{name}'? See {self.prog} --help")
 
     def error(self, message: str) -> NoReturn:
-        name, colon, problem = message.removeprefix("argument ").partition(": ")
-        told = next((ours for theirs, ours in _PROBLEMS.items() if problem.startswith(theirs)), None)
-        if message.startswith("argument ") and told:
+        name, _, problem = message.removeprefix("argument ").partition(": ")
+        name = name.rpartition("/")[2]  # of -p/--prompt the name that explains itself
+        if message.startswith("argument "):
+            told = next((ours for theirs, ours in _PROBLEMS.items() if problem.startswith(theirs)), problem)
+            choice = next((a for a in self._actions if a.choices and name in (a.metavar, *a.option_strings)), None)
+            wrong = re.match(r"invalid choice: (.*?)(?: \(choose from .*\))?$", problem, re.DOTALL)
+            if wrong and choice:
+                self._refuse_choice(name, wrong[1], choice.choices or ())
             raise UserError(f"{name} {told}; see {self.prog} --help")
-        wrong = re.match(r"invalid choice: '([^']*)'", problem)
-        choices = next((a.choices for a in self._actions if name in (a.metavar, *a.option_strings)), None)
-        if wrong and choices:
-            what = "unknown command" if name == COMMAND else f"{name}: unknown value"
-            hint = closest(wrong[1], choices)
-            raise UserError(f"{what} {wrong[1]!r}{hint} Choose from {', '.join(choices)}")
         raise UserError(f"{message}; see {self.prog} --help")
+
+    def _refuse_choice(self, name: str, word: str, choices: Iterable[str]) -> NoReturn:
+        what = "unknown command" if name == COMMAND else f"{name}: unknown value"
+        hint = closest(word.strip("'\""), choices)
+        raise UserError(f"{what} {shorten(word)}{hint} Choose from {', '.join(choices)}")
+
+
+def shorten(word: str) -> str:
+    """A word of the command line for a message."""
+    return word if len(word) <= 60 else f"{word[:60]}…"
+
+
+def refuse_long_dash(word: str) -> None:
+    """Raises UserError for an option whose hyphens have become a dash, as in text copied from a document."""
+    meant = _LONG_DASH.sub("--", word, count=1)
+    check(meant == word, f"{shorten(word)} begins with a dash; write two hyphens: {shorten(meant)}")
 
 
 def option_strings(parser: argparse.ArgumentParser) -> list[str]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from jaxchat.cli.options import configure
 from jaxchat.cli.parser import take_overrides
+from jaxchat.cli.values import path, whole
+from jaxchat.config import Range
 
 
 def add_command(commands: Any) -> None:
@@ -25,8 +27,9 @@ def add_command(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--experiment", metavar="NAME", help="The experiment: a file in experiments/.")
-    add("--steps", type=int, default=5, metavar="N", help="Optimizer steps in the trace. (default 5)")
-    add("--trace", metavar="DIR", help="Where to keep the trace. (default runs/profiles/NAME)")
+    steps = whole(Range(at_least=1, at_most=10_000))
+    add("--steps", type=steps, default=5, metavar="N", help="Optimizer steps in the trace. (default 5)")
+    add("--trace", type=path, metavar="DIR", help="Where to keep the trace. (default runs/profiles/NAME)")
     take_overrides(parser, _profile)
 
 

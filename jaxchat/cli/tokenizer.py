@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from jaxchat.cli.values import path
+
 
 def add_command(commands: Any) -> None:
     """Adds `tokenizer` to the commands of `jaxchat`."""
@@ -17,9 +19,9 @@ def add_command(commands: Any) -> None:
         "PATH and FILE are a run directory, a folder with a tokenizer.json, or a .json or .tiktoken file.",
     )
     add = parser.add_argument
-    add("path", metavar="PATH", help="The tokenizer.")
-    add("--against", nargs="+", default=[], metavar="FILE", help="Tokenizers to compare it with.")
-    add("--text", metavar="TEXT", help="Folder or file of text. (default: the text of the run in PATH)")
+    add("path", type=path, metavar="PATH", help="The tokenizer.")
+    add("--against", type=path, nargs="+", default=[], metavar="FILE", help="Tokenizers to compare it with.")
+    add("--text", type=path, metavar="TEXT", help="Folder or file of text. (default: the text of the run in PATH)")
     add(
         "--pattern", metavar="REGEX", help="Split pattern of .tiktoken files that are not named after a known encoding."
     )

@@ -10,7 +10,17 @@ from jaxchat.config.data import MIN_VOCAB, NUM_BYTES, DataConfig, TokenizerConfi
 from jaxchat.config.experiment import Experiment
 from jaxchat.config.model import LARGEST_HEAD, WIDTH_PER_LAYER, MeshConfig, ModelConfig, head_count, model_width
 from jaxchat.config.optimizer import OptimizerConfig, ScheduleConfig
-from jaxchat.config.ranges import STAGES, Impossible, Range, Section, declared, declared_range, describe
+from jaxchat.config.ranges import (
+    STAGES,
+    Impossible,
+    Range,
+    Section,
+    checked_path,
+    declared,
+    declared_range,
+    describe,
+    shown,
+)
 from jaxchat.config.run import CheckpointConfig, CostConfig, LoggingConfig
 from jaxchat.config.stages import (
     TRAINED,
@@ -26,6 +36,6 @@ __all__ = [
     "LARGEST_HEAD", "MIN_VOCAB", "NUM_BYTES", "STAGES", "TRAINED", "WIDTH_PER_LAYER", "CheckpointConfig", "CostConfig",
     "DataConfig", "EvaluateConfig", "Experiment", "FinetuneConfig", "Impossible", "LoggingConfig", "MeshConfig",
     "ModelConfig", "OptimizerConfig", "PretrainConfig", "RLConfig", "Range", "ScheduleConfig", "Section",
-    "SupervisedConfig", "TokenizerConfig", "TrainConfig", "declared", "declared_range", "describe", "head_count",
-    "model_width",
+    "SupervisedConfig", "TokenizerConfig", "TrainConfig", "checked_path", "declared", "declared_range",
+    "describe", "head_count", "model_width", "shown",
 ]  # fmt: skip

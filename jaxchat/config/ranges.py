@@ -20,7 +20,8 @@ STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "rl", "evaluate", "report"
 # Limits of numbers that declare none: devices count steps and tokens in int32, and compute in float32.
 LARGEST_INT = 2**31 - 1
 SMALLEST_FLOAT, LARGEST_FLOAT = 1e-30, 1e30
-LONGEST_TEXT = 4096  # characters, as of a path on Linux
+LONGEST_TEXT = 4000  # characters: somewhat less than what a path may have on Linux
+LONGEST_NAME = 255  # bytes of a file's or folder's
 SHOWN = 60  # characters of a value that a message repeats
 
 
@@ -49,6 +50,10 @@ class Range:
     def __str__(self) -> str:
         limits = (("at least", self.at_least), ("above", self.above), ("at most", self.at_most), ("below", self.below))
         return " and ".join(f"{words} {_number(limit)}" for words, limit in limits if limit is not None)
+
+    def sentence(self) -> str:
+        """The range for a help page."""
+        return f"{str(self)[0].upper()}{str(self)[1:]}."
 
     def __contains__(self, value: float) -> bool:
         return (
@@ -99,7 +104,7 @@ class Section:
             raise Impossible(f"{self.section}.{message}" if self.section else message, self.of_a_stage)
 
 
-class _Wrong(Exception):
+class _Wrong(ValueError):
     """What a value must be instead."""
 
 
@@ -150,16 +155,29 @@ def _checked(kind: Any, value: Any, marks: tuple[Any, ...], *, needed: bool = Fa
     if kind is str:
         if needed and not value:
             raise _Wrong("text that is not empty")
-        return _checked_text(value, any(isinstance(mark, UserPath) for mark in marks))
+        is_path = any(isinstance(mark, UserPath) for mark in marks)
+        return checked_path(value) if is_path else _checked_text(value)
     return value
 
 
-def _checked_text(text: str, is_path: bool) -> str:
+def _checked_text(text: str) -> str:
     if "\0" in text or any(0xD800 <= ord(character) < 0xE000 for character in text):
         raise _Wrong("text in UTF-8, without null characters")
     if len(text) > LONGEST_TEXT:
         raise _Wrong(f"at most {LONGEST_TEXT:,} characters long")
-    return os.path.expanduser(text) if is_path else text
+    return text
+
+
+def checked_path(text: str) -> str:
+    """Text that is or may be a path, with the home folder for a leading ~.
+
+    Raises:
+      ValueError: no file can have this name; the message says what it must be instead.
+    """
+    text = os.path.expanduser(_checked_text(text))
+    if any(len(part.encode()) > LONGEST_NAME for part in text.split("/")):
+        raise _Wrong(f"of names of at most {LONGEST_NAME} bytes")
+    return text
 
 
 def describe(kind: Any) -> str:

@@ -184,7 +184,7 @@ def test_help_and_bad_input_do_not_wait_for_jax(module, arguments, code):
         "": "the following arguments are required: COMMAND; see jaxchat --help",
         "chatt": "unknown command 'chatt', did you mean 'chat'? Choose from chat, tokenizer, data, lr-range, profile",
         "tokenizer evl": "unknown command 'evl', did you mean 'eval'?",
-        "--hlep": "the following arguments are required: COMMAND",
+        "--hlep": "unknown option --hlep, did you mean '--help'? See jaxchat --help",
         # before argparse complains that --run is missing
         "chat --runn x": "unknown option --runn, did you mean '--run'? See jaxchat chat --help",
         "chat --run=x --temprature=1": "unknown option --temprature, did you mean '--temperature'?",
