@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
       UserError: no parquet files, no checkout, fewer cores than asked for.
       Failed: a process failed.
     """
-    from jaxchat.data.text.shards import find_text
+    from jaxchat.data.text.folder import find_text
     from jaxchat.tokenizer import Tokenizer
 
     text = Path(options.text).absolute()
@@ -136,7 +136,7 @@ def load(text: Path, tokenizer: Path, cores: int, batches: int, packing: str, wo
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     from jaxchat.data.loader import pretrain_batches
     from jaxchat.data.positions import totals
-    from jaxchat.data.text.shards import find_text
+    from jaxchat.data.text.folder import find_text
     from jaxchat.tokenizer import load_tokenizer
 
     words, side = load_tokenizer(tokenizer), find_text(text).train

@@ -192,7 +192,7 @@ def _workspace(work: Work, directory: str):
 
 def _model_and_batches(workspace):
     """The model and a source of batches: random ones, or the loader's with a tokenizer trained on the text or given."""
-    from jaxchat.data.text.shards import find_text
+    from jaxchat.data.text.folder import find_text
     from jaxchat.stages import tokenizer as tokenizer_stage
     from jaxchat.stages.pretrain import training_batches
     from jaxchat.stages.training import random_batches

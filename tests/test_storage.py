@@ -26,7 +26,8 @@ from jaxchat.checkpoint import Checkpoints
 from jaxchat.cli.main import main as chat
 from jaxchat.cli.options import configure
 from jaxchat.data.manifest import Manifest, Origin, Record
-from jaxchat.data.text.shards import find_text, iterate_texts
+from jaxchat.data.text.folder import find_text
+from jaxchat.data.text.shards import iterate_texts
 from jaxchat.errors import UserError
 from jaxchat.runs import metrics
 from jaxchat.runs.metrics import Metrics, read_metrics

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxchat.data.text.shards import SUFFIXES, Format, TextFiles, find_text, iterate_texts
+from jaxchat.data.text.folder import find_text
+from jaxchat.data.text.forms import form_of
+from jaxchat.data.text.shards import TextFiles, iterate_texts
 from jaxchat.errors import UserError, check
 from jaxchat.storage import to_path
 from jaxchat.tokenizer import BaseTokenizer, Tokenizer, load_tokenizer
@@ -52,10 +54,9 @@ def _load(name: str, pattern: str | None) -> BaseTokenizer:
 def _user_texts(path: Path) -> dict[str, list[str]]:
     if not path.is_file():
         return _split_texts(path)
-    kind: Format | None = next((kind for kind, ends in SUFFIXES.items() if path.name.endswith(ends)), None)
-    if kind is None:
+    if form_of(path) is None:
         raise UserError(f"{path} is not text that jaxchat reads; give a .parquet, .jsonl or .txt file, or a folder")
-    texts = _first(iterate_texts(TextFiles((path,), kind)))
+    texts = _first(iterate_texts(TextFiles((path,))))
     check(bool(texts), f"{path} contains no text")
     return {"text": texts}
 

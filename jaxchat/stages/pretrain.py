@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 
 from jaxchat.data.loader import pretrain_batches
-from jaxchat.data.text.shards import TextSplits, iterate_texts
+from jaxchat.data.text.folder import TextSplits
+from jaxchat.data.text.shards import iterate_texts
 from jaxchat.devices.mesh import batch_share
 from jaxchat.eval.bpb import evaluate_bpb
 from jaxchat.stages.samples import prompts_of_texts

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from jaxchat.config import TokenizerConfig
-from jaxchat.data.text.shards import TextFiles, TextSplits, iterate_texts, text_bytes
+from jaxchat.data.text.folder import TextSplits
+from jaxchat.data.text.shards import TextFiles, iterate_texts, known_form, text_bytes
 from jaxchat.devices.processes import on_process_zero
 from jaxchat.errors import UserError, check
 from jaxchat.runs.progress import format_count, format_duration
@@ -72,7 +73,7 @@ def train(config: TokenizerConfig, side: TextFiles, say: Callable[[str], None]) 
     """
     progress = Progress(say, min(config.max_chars, text_bytes(side)), config.vocab_size)
     whole = side.complete and side.hold_out is None and side.on_bad == "refuse" and not is_remote(side.files[0])
-    if config.backend == "rust" and side.format == "parquet" and whole:
+    if config.backend == "rust" and whole and all(known_form(path).format == "parquet" for path in side.files):
         try:
             tokenizer = Tokenizer.train_from_files(
                 side.files, config.vocab_size, max_chars=config.max_chars, progress=progress

@@ -98,7 +98,7 @@ class Tokenizer(BaseTokenizer):
         check_size(vocab_size)
         paths = [os.fspath(path) for path in paths]
         for path in paths:
-            check(path.endswith((".parquet", ".txt")), f"{path} is neither .parquet nor .txt; train from an iterator")
+            check(path.lower().endswith((".parquet", ".txt")), f"{path} is neither .parquet nor .txt; train from an iterator")
         with _user_errors():
             size = vocab_size - len(SPECIAL_TOKENS)
             tokens, characters = rust.train_arrow(read_batches(paths), size, pattern, max_chars, progress=progress)

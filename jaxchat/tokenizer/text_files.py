@@ -25,31 +25,41 @@ _CUT = re.compile(rb"\n(?=[!-~])")
 
 
 def read_batches(paths: Iterable[str]) -> Iterator[Batch]:
-    """The texts of `.parquet` files (column `text`; null rows are skipped) and of plain text files, in order.
+    """The texts of `.parquet` files (one column `text`, see `is_text`; null rows are skipped) and of plain text files.
 
     A row of parquet is one text. A plain file is cut into texts of about `BLOCK_BYTES`.
 
     Raises:
-      UserError: a file is missing, damaged, has no column `text` of strings, or is not UTF-8.
+      UserError: a file is missing, damaged, has no column `text` or several, or is not UTF-8.
     """
     for path in paths:
         try:
-            yield from _read_parquet(path) if path.endswith(".parquet") else _read_plain(path)
+            yield from _read_parquet(path) if path.lower().endswith(".parquet") else _read_plain(path)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type may be text: strings or bytes, also as a dictionary, or nothing but nulls."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    strings = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    binaries = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return any(is_kind(kind) for is_kind in (*strings, *binaries, pa.types.is_null))
 
 
 def _read_parquet(path: str) -> Iterator[Batch]:
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         names = file.schema_arrow.names
+        count = names.count(COLUMN)
         check(
-            COLUMN in names, f"{path} cannot be read: it has no column {COLUMN!r}; its columns are {', '.join(names)}"
+            count > 0, f"{path} cannot be read: it has no column {COLUMN!r}; its columns are {', '.join(names)}"
         )
+        check(count == 1, f"{path} cannot be read: it has {count} columns {COLUMN!r}; keep one")
         kind = file.schema_arrow.field(COLUMN).type
-        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        check(is_text, f"{path} cannot be read: column {COLUMN!r} contains {kind}, not strings")
+        check(is_text(kind), f"{path} cannot be read: column {COLUMN!r} contains {kind}, not strings")
         for batch in file.iter_batches(ROWS, columns=[COLUMN]):
-            # Large strings have offsets of 64 bits; the bytes stay where they are.
+            # Large strings have offsets of 64 bits; the bytes of strings stay where they are.
             texts = batch.column(0).drop_null().cast(pa.large_string())
             _, offsets, utf8 = texts.buffers()
             offsets = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]

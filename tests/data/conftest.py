@@ -28,4 +28,4 @@ def side(tmp_path_factory) -> TextFiles:
     files = tuple(folder / f"shard_{shard}.parquet" for shard in range(2))
     for shard, path in enumerate(files):
         pq.write_table(pa.table({"text": texts[9 * shard : 9 * shard + 9]}), path, row_group_size=3)
-    return TextFiles(files, "parquet")
+    return TextFiles(files)

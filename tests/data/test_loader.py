@@ -118,7 +118,7 @@ def test_best_fit_trains_on_every_token_once_and_begins_every_row_with_bos(tmp_p
     folder = tmp_path_factory.mktemp("text")
     texts = [f"{i} " + "cat" * length for i, length in enumerate(lengths)]
     pq.write_table(pa.table({"text": texts}), folder / "a.parquet", row_group_size=7)
-    side = TextFiles((folder / "a.parquet",), "parquet")
+    side = TextFiles((folder / "a.parquet",))
     found = []
     for batch in best_fit_batches(side, rows=rows, repeat=False):
         for inputs, targets in zip(batch["inputs"].tolist(), batch["targets"].tolist(), strict=True):
@@ -280,7 +280,7 @@ from jaxchat.data.loader import pretrain_batches
 from jaxchat.data.text.shards import TextFiles
 from jaxchat.tokenizer import Tokenizer
 tokenizer = Tokenizer.train_from_iterator(["the cat sat on the mat"] * 3, 265)
-side = TextFiles(tuple(map(pathlib.Path, {[str(path) for path in side.files]!r})), "parquet")
+side = TextFiles(tuple(map(pathlib.Path, {[str(path) for path in side.files]!r})))
 iterator = pretrain_batches(side, tokenizer, rows=64, sequence_len=512, seed=0)
 print(next(iterator)["inputs"].shape)
 """
@@ -291,7 +291,7 @@ print(next(iterator)["inputs"].shape)
 def test_an_error_in_a_file_comes_out_of_next_unchanged(tmp_path):
     lines = ['{"text": "the cat sat on the mat"}\n'] * 9 + ["nonsense\n"]
     (tmp_path / "a.jsonl").write_text("".join(lines))
-    iterator = text_batches(TextFiles((tmp_path / "a.jsonl",), "jsonl"))
+    iterator = text_batches(TextFiles((tmp_path / "a.jsonl",)))
     for _ in range(2):
         with pytest.raises(UserError) as raised:
             next(iterator)
@@ -301,13 +301,13 @@ def test_an_error_in_a_file_comes_out_of_next_unchanged(tmp_path):
 def test_too_little_text_and_other_data_are_refused(side, tmp_path):
     (tmp_path / "a.txt").write_text("the cat")
     with pytest.raises(UserError, match="a.txt holds only . tokens, fewer than the 17 of one row"):
-        next(text_batches(TextFiles((tmp_path / "a.txt",), "txt")))
+        next(text_batches(TextFiles((tmp_path / "a.txt",))))
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(UserError, match="a.txt holds no text"):
-        next(text_batches(TextFiles((tmp_path / "a.txt",), "txt"), repeat=False))
+        next(text_batches(TextFiles((tmp_path / "a.txt",)), repeat=False))
     state = text_batches(side).get_state()
     with pytest.raises(UserError, match="has changed: it has 3 blocks now, but had 6 when"):
-        text_batches(TextFiles(side.files[:1], "parquet")).set_state(state)
+        text_batches(TextFiles(side.files[:1])).set_state(state)
     with pytest.raises(UserError, match="no conversations"):
         chat_batches([], TOKENIZER, rows=1, sequence_len=8, seed=0)
     state = chats().get_state()

@@ -10,7 +10,8 @@ import pytest
 
 from jaxchat.data.synthetic import write_synthetic
 from jaxchat.data.synthetic.world import ATTRIBUTES, QUESTIONS, STATEMENTS, VALUES, build_world
-from jaxchat.data.text.shards import find_text, iterate_texts
+from jaxchat.data.text.folder import find_text
+from jaxchat.data.text.shards import iterate_texts
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tools.calculator import calculate

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxchat.data.loader import chat_batches, pretrain_batches
-from jaxchat.data.text.shards import find_text
+from jaxchat.data.text.folder import find_text
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params, logits
 from jaxchat.tokenizer import Tokenizer

@@ -8,7 +8,8 @@ import pytest
 
 import jaxchat.stages.tokenizer as stage
 from jaxchat.config import TokenizerConfig
-from jaxchat.data.text.shards import find_text, iterate_texts, text_bytes
+from jaxchat.data.text.folder import find_text
+from jaxchat.data.text.shards import iterate_texts, text_bytes
 from jaxchat.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from tests.tiny import record, refusal, start
 from tests.tokenizer.texts import corpus

@@ -14,8 +14,9 @@ from jaxchat.data.hub.catalogue import Request
 from jaxchat.data.hub.client import Stopped
 from jaxchat.data.hub.download import Download, is_whole, jobs_of, local_folder, own_text
 from jaxchat.data.manifest import Manifest
+from jaxchat.data.text.folder import TextSplits, find_text
 from jaxchat.data.text.reading import OnBad
-from jaxchat.data.text.shards import TextFiles, TextSplits, find_text
+from jaxchat.data.text.shards import TextFiles
 from jaxchat.errors import UserError, check
 from jaxchat.runs.progress import format_duration
 
@@ -96,8 +97,9 @@ class BackgroundDownload:
             val = named
         sides = (tuple(path for path in train if path != val), (val,))
         check(bool(sides[0]), f"{self.folder}: the only shard requested is for validation; request more shards")
-        common: dict[str, Any] = {"format": "parquet", "wait": self.wait, "on_bad": on_bad, "say": self._say}
-        return TextSplits(*(TextFiles(files, **common) for files in sides))
+        common: dict[str, Any] = {"wait": self.wait, "on_bad": on_bad, "say": self._say}
+        how = f"as {'manifest.json' if val == pinned else '--data.val-shard'} says"
+        return TextSplits(*(TextFiles(files, **common) for files in sides), self.folder / "pretrain", how)
 
     def wait(self, path: Path, given_up: Callable[[], bool] = lambda: False) -> None:
         """Returns once a file is there.
@@ -126,6 +128,10 @@ class BackgroundDownload:
             self._start()
             names = ", ".join(request.dataset.name for request in tasks)
             self._wait(lambda: self._have(tasks), names)
+
+    def missing_tasks(self) -> list[str]:
+        """The names of the data sets besides text that are still to be downloaded."""
+        return [r.dataset.name for r in self._wanted if not r.is_text and not self._have([r])]
 
     def _have(self, requests: Sequence[Request]) -> bool:
         """Whether all their files are there, whichever process has downloaded them."""

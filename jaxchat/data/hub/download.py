@@ -24,7 +24,7 @@ from jaxchat.data.hub.catalogue import Archive, Dataset, Request, Shards, Table
 from jaxchat.data.hub.client import PATIENCE, HubClient, RemoteFile, Stopped, on_disk
 from jaxchat.data.hub.convert import unpack, write_items
 from jaxchat.data.manifest import Manifest, Origin, Record, file_sha256
-from jaxchat.data.text.shards import SUFFIXES
+from jaxchat.data.text.listing import list_text, text_folder
 from jaxchat.errors import UserError, check
 
 WORKERS = 4  # files at a time: one connection rarely uses the whole bandwidth
@@ -380,14 +380,13 @@ def is_whole(job: Job, manifest: Manifest) -> bool:
 
 
 def own_text(folder: Path) -> list[str]:
-    """The files of pretraining text in a data folder that this program has not downloaded."""
-    place = folder / "pretrain" if (folder / "pretrain").is_dir() else folder
-    ends = tuple(end for kind in SUFFIXES.values() for end in kind)
+    """The files of pretraining text, empty or not, or of tables to be converted, in a data folder that were not
+    downloaded."""
     try:
-        names = sorted(entry.name for entry in os.scandir(place) if entry.is_file() and not entry.name.startswith("."))
+        listing = list_text(text_folder(folder))
     except OSError:
         return []
-    names = [str((place / name).relative_to(folder)) for name in names if name.endswith(ends)]
+    names = [str(path.relative_to(folder)) for path in sorted({*listing.texts, *listing.empty, *listing.tables})]
     # The manifest is read after the folder, because another process may be downloading: it records a file before it
     # moves it there.
     recorded = Manifest.read(folder).files if names else {}

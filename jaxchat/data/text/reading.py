@@ -1,4 +1,4 @@
-"""The documents in parquet, jsonl and txt files, and what to do about damaged ones.
+"""The documents in files of parquet and JSON, and what to do about damaged ones; `plain` has those of txt files.
 
 Readers report broken lines, unreadable files and the like to `Findings`, which either refuses them or counts them and
 lets the reader continue without them.
@@ -6,27 +6,30 @@ lets the reader continue without them.
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jaxchat.data.text.forms import DAMAGE, HEAD_BYTES, form_of, read_whole, something_else
+from jaxchat.data.text.remedies import one_text_column, rename_column
 from jaxchat.errors import UserError, check
 from jaxchat.storage import AnyPath, first_line, of_the_cloud, to_path
+from jaxchat.tokenizer.text_files import is_text
 
 OnBad = Literal["refuse", "skip"]
 
 BLOCK_BYTES = 4 << 20  # of jsonl or txt: a few thousand documents, read and parsed in about 50 ms
-TXT_DOCUMENT_CHARS = 16_000  # a long txt file is cut at blank lines into documents of about this length
 LONGEST_CHARS = 10_000_000  # of a document; War and Peace has 3 million. More mean lost line breaks, or not text
-_LINE_END, _BLANK_LINE, LONGEST_DELIMITER = re.compile(rb"\n"), re.compile(rb"\r?\n\r?\n"), 4
+LONGEST_DELIMITER = 16  # bytes
+# Where a block that reaches at least to an offset of a file ends.
+Border = Callable[[IO[bytes], int], int]
+_BLANK = b" \t\r\n\xef\xbb\xbf"  # around JSON: white space, and the byte order mark of a file
 
 
 class Findings:
@@ -46,13 +49,13 @@ class Findings:
         self._on_bad, self._say = on_bad, say
         self.left_out: Counter[str] = Counter()
 
-    def bad(self, kind: str, message: str) -> None:
+    def bad(self, kind: str, message: str, remedy: str = "") -> None:
         """Counts one of a kind.
 
         Raises:
-          UserError: with the message, where bad text is refused.
+          UserError: with the message and the remedy, where bad text is refused.
         """
-        check(self._on_bad == "skip", f"{message}; --data.on-bad=skip leaves it out")
+        check(self._on_bad == "skip", f"{message}{remedy}; --data.on-bad=skip leaves it out")
         self.left_out[kind] += 1
         self._say(f"{message}; left out")
 
@@ -79,10 +82,10 @@ class Unreadable(UserError):
 
 
 def open_parquet(path: AnyPath) -> pq.ParquetFile:
-    """Opens a parquet file that has a column `text` of strings.
+    """Opens a parquet file that has one column `text`, of strings or bytes in UTF-8, plain or as a dictionary.
 
     Raises:
-      Unreadable: it is not parquet, cut short, or missing.
+      Unreadable: it is not parquet, cut short, empty, or missing.
       UserError: it has other columns.
     """
     try:
@@ -90,14 +93,25 @@ def open_parquet(path: AnyPath) -> pq.ParquetFile:
     except FileNotFoundError:
         raise Unreadable("missing_files", f"{path} is missing") from None
     except (pa.ArrowException, OSError) as error:
-        _check_damage(path, error)
+        check_damage(path, error)
         raise Unreadable("unreadable_files", f"{path} is not a parquet file: {first_line(error)}") from None
-    columns = file.schema_arrow
-    check("text" in columns.names, f"{path} has no column 'text'; its columns are: {', '.join(columns.names)}")
-    kind = columns.field("text").type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    check(is_text, f"{path}: column 'text' contains {kind}, not strings")
+    schema = file.schema_arrow
+    count = schema.names.count("text")
+    check(count < 2, f"{path} has {count} columns 'text'; {one_text_column(path)}")
+    if not count:
+        names = ", ".join(schema.names)
+        raise UserError(f"{path} has no column 'text'; its columns are: {names}{_renamed(path, _texts_of(schema))}")
+    kind = schema.field("text").type
+    check(is_text(kind), f"{path}: column 'text' contains {kind}, not strings")
     return file
+
+
+def _texts_of(schema: pa.Schema) -> list[str]:
+    return [field.name for field in schema if is_text(field.type)]
+
+
+def _renamed(path: AnyPath, names: list[str]) -> str:
+    return f"; to train on one, rename it: {rename_column(path, names)}" if names else ""
 
 
 def _source(path: AnyPath) -> Path | IO[bytes]:
@@ -115,12 +129,12 @@ def read_row_group(path: AnyPath, metadata: pq.FileMetaData, group: int, finding
         findings.bad("missing_files", f"{path} is missing")
         return []
     except (pa.ArrowException, OSError) as error:
-        _check_damage(path, error)
+        check_damage(path, error)
         findings.bad("unreadable_blocks", f"{where} cannot be read: {first_line(error)}")
         return []
     try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
+        return (column if pa.types.is_string(column.type) else column.cast(pa.large_string())).to_pylist()
+    except (pa.ArrowInvalid, UnicodeDecodeError):
         return _decode_each(column, where, findings)
 
 
@@ -134,7 +148,7 @@ def _decode_each(column: pa.ChunkedArray, where: str, findings: Findings) -> lis
     return texts
 
 
-def _check_damage(path: AnyPath, error: Exception) -> None:
+def check_damage(path: AnyPath, error: Exception) -> None:
     """Distinguishes damage from a failure of the disk or storage, which may pass, and may affect one process alone.
 
     Raises:
@@ -144,35 +158,36 @@ def _check_damage(path: AnyPath, error: Exception) -> None:
     check(not failed, f"{path} cannot be read now: {first_line(error)}; fix that, and the same command continues")
 
 
-def _read_block(path: AnyPath, start: int, delimiter: re.Pattern[bytes]) -> tuple[bytes, int]:
-    """The whole records of the block at byte `start`, and the byte at which they begin.
+def after(delimiter: re.Pattern[bytes]) -> Border:
+    """The border after the first delimiter that begins at or after an offset, or at the file's end if there is none."""
 
-    A record belongs to the block in which the delimiter before it begins. So each record is read once, whatever its
-    length, without an index of the file.
+    def border(file: IO[bytes], offset: int) -> int:
+        file.seek(offset)
+        tail = b""
+        while data := file.read(1 << 16):
+            if found := delimiter.search(tail + data):
+                return file.tell() - len(tail) - len(data) + found.end()
+            tail = (tail + data)[-LONGEST_DELIMITER + 1 :]
+        return file.seek(0, 2)
+
+    return border
+
+
+_LINE_BORDER = after(re.compile(rb"\n"))
+
+
+def try_read_block(path: AnyPath, start: int, border: Border, findings: Findings) -> tuple[bytes, int] | None:
+    """The whole records of the block of `BLOCK_BYTES` at byte `start`, and the byte at which they begin.
+
+    Both ends of a block are moved to the next border. So each record is read once, whatever its length, without an
+    index of the file. None if the file cannot be read.
     """
-    with path.open("rb") as file:
-        begin = 0 if start == 0 else _after_delimiter(file, start, delimiter)
-        end = _after_delimiter(file, start + BLOCK_BYTES, delimiter)
-        file.seek(begin)
-        return file.read(end - begin), begin
-
-
-def _after_delimiter(file: IO[bytes], offset: int, delimiter: re.Pattern[bytes]) -> int:
-    """The position after the first delimiter that begins at or after `offset`; the file's size if there is none."""
-    file.seek(offset)
-    tail = b""
-    while data := file.read(1 << 16):
-        if found := delimiter.search(tail + data):
-            return file.tell() - len(tail) - len(data) + found.end()
-        tail = (tail + data)[-LONGEST_DELIMITER + 1 :]
-    return file.seek(0, 2)
-
-
-def _try_read_block(
-    path: AnyPath, start: int, delimiter: re.Pattern[bytes], findings: Findings
-) -> tuple[bytes, int] | None:
     try:
-        return _read_block(path, start, delimiter)
+        with path.open("rb") as file:
+            begin = 0 if start == 0 else border(file, start)
+            end = border(file, start + BLOCK_BYTES)
+            file.seek(begin)
+            return file.read(end - begin), begin
     except OSError as error:
         unreadable = _unreadable(path, error)
         findings.bad(unreadable.kind, str(unreadable))
@@ -181,7 +196,7 @@ def _try_read_block(
 
 def read_json_block(path: AnyPath, start: int, findings: Findings) -> list[str | None]:
     """The texts of the lines that begin in the `BLOCK_BYTES` from `start`."""
-    block = _try_read_block(path, start, _LINE_END, findings)
+    block = try_read_block(path, start, _LINE_BORDER, findings)
     if block is None:
         return []
     data, begin = block
@@ -193,86 +208,61 @@ def _count_lines(path: AnyPath, end: int) -> int:
         return sum(file.read(min(1 << 20, end - at)).count(b"\n") for at in range(0, end, 1 << 20))
 
 
-def read_json_gzip(path: AnyPath, findings: Findings) -> list[str | None]:
-    """The texts of the lines of a whole gzip file."""
-    data = _try_read(path, findings)
-    return [] if data is None else _parse_texts(path, data, lambda: 0, findings)
+def read_json_file(path: AnyPath, findings: Findings) -> list[str | None]:
+    """The texts of a whole file: a compressed one, or `.json`, which has one object a line or is a list of objects."""
+    data = try_read(path, findings)
+    if data is None:
+        return []
+    form = form_of(path)
+    if form is None or form.format == "jsonl" or not data.lstrip(_BLANK).startswith(b"["):
+        return _parse_texts(path, data, lambda: 0, findings)
+    texts: list[str | None] = []
+    try:
+        values = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        findings.bad("unreadable_blocks", f"{path}: broken JSON ({first_line(error)}); mend it, or write jsonl")
+        return []
+    for number, value in enumerate(values, start=1):
+        try:
+            texts.append(_text_of(_checked(value)))
+        except ValueError as error:
+            findings.bad("broken_lines", f"{path}: item {number}: {error}", _remedy(path, value))
+    return texts
 
 
 def _parse_texts(path: AnyPath, data: bytes, lines_before: Callable[[], int], findings: Findings) -> list[str | None]:
     texts: list[str | None] = []
     for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
+        if not line.strip(_BLANK):
             continue
+        value = None
         try:
-            value = _parse_object(line)
-            if not isinstance(value.get("text"), str):
-                raise ValueError(f"no string field 'text'; the fields are: {', '.join(value) or 'none'}")
+            value = parse_object(line)
+            texts.append(_text_of(value))
         except ValueError as error:
-            findings.bad("broken_lines", f"{path}:{lines_before() + number}: {error}")
-            continue
-        texts.append(value["text"])
+            findings.bad("broken_lines", f"{path}:{lines_before() + number}: {error}", _remedy(path, value))
     return texts
 
 
-def read_long_txt_block(path: AnyPath, start: int, findings: Findings) -> list[str | None]:
-    """The documents of one block of a long txt file, cut at blank lines."""
-    block = _try_read_block(path, start, _BLANK_LINE, findings)
-    if block is None:
-        return []
-    data, begin = block
-    texts: list[str | None] = []
-    paragraphs: list[str] = []  # of the document that is being collected
-    length = 0
-    for paragraph in _paragraphs(path, data, begin, findings):
-        paragraphs.append(paragraph)
-        length += len(paragraph)
-        if length >= TXT_DOCUMENT_CHARS:
-            texts.append("\n\n".join(paragraphs))
-            paragraphs, length = [], 0
-    if length:
-        texts.append("\n\n".join(paragraphs))
-    return texts
+def _text_of(value: dict[str, Any]) -> str | None:
+    """The text of an object; None where it is null, as in a row of parquet. Raises ValueError if it has none."""
+    text = value.get("text")
+    if isinstance(text, str) or (text is None and "text" in value):
+        return text
+    if "text" in value:
+        raise ValueError(f"field 'text' is a {type(text).__name__}, not a string")
+    raise ValueError(f"no field 'text'; the fields are: {', '.join(value) or 'none'}")
 
 
-def _paragraphs(path: AnyPath, data: bytes, begin: int, findings: Findings) -> list[str]:
-    try:
-        return _plain(data).split("\n\n")
-    except UnicodeDecodeError:
-        ends = [(match.start(), match.end()) for match in _BLANK_LINE.finditer(data)] + [(len(data), len(data))]
-        texts, at = [], 0
-        for end, after in ends:
-            texts.append(_decode(path, data[at:end], begin + at, findings))
-            at = after
-        return [text for text in texts if text is not None]
+def _remedy(path: AnyPath, value: Any) -> str:
+    """How to rename a field to `text`, where there is one of strings and none of that name."""
+    if not isinstance(value, dict) or "text" in value or form_of(path) != ("jsonl", ""):
+        return ""
+    return _renamed(path, [name for name, text in value.items() if isinstance(text, str)])
 
 
-def read_txt_files(paths: tuple[AnyPath, ...], findings: Findings) -> list[str | None]:
-    """The texts of short txt files, each a document."""
-    texts = []
-    for path in paths:
-        data = _try_read(path, findings)
-        text = None if data is None else _decode(path, data, 0, findings)
-        if text is not None:
-            texts.append(text)
-    return texts
-
-
-def _decode(path: AnyPath, data: bytes, begin: int, findings: Findings) -> str | None:
-    """The text of bytes from position `begin` of a file; None if they are not UTF-8."""
-    try:
-        return _plain(data)
-    except UnicodeDecodeError as error:
-        message = f"{path} is not UTF-8 text (byte {begin + error.start}); convert or remove it"
-        findings.bad("documents_not_utf8", message)
-        return None
-
-
-def _plain(data: bytes) -> str:
-    return data.decode("utf-8-sig").replace("\r\n", "\n")
-
-
-def _try_read(path: AnyPath, findings: Findings) -> bytes | None:
+def try_read(path: AnyPath, findings: Findings) -> bytes | None:
+    """All bytes of a file, decompressed; None if they cannot be read."""
     try:
         return _read_bytes(path)
     except Unreadable as error:
@@ -282,43 +272,53 @@ def _try_read(path: AnyPath, findings: Findings) -> bytes | None:
 
 def _read_bytes(path: AnyPath) -> bytes:
     try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
+        return read_whole(path)
+    except (OSError, *DAMAGE) as error:
         raise _unreadable(path, error) from None
 
 
 def _unreadable(path: AnyPath, error: Exception) -> Unreadable:
     if isinstance(error, FileNotFoundError):
         return Unreadable("missing_files", f"{path} cannot be read: it is missing")
-    _check_damage(path, error)
+    check_damage(path, error)
     return Unreadable("unreadable_blocks", f"{path} cannot be read: {first_line(error)}")
 
 
 def read_jsonl(path: AnyPath) -> list[dict]:
-    """The JSON objects, one a line, of a plain or gzip-compressed (`.gz`) file; blank lines are skipped.
+    """The JSON objects, one a line, of a plain or compressed (`.gz`, ...) file; blank lines are skipped.
 
     Raises:
       UserError: the file cannot be read, or a line is not a JSON object (`FILE:LINE: ...`).
     """
-    objects = []
-    for number, line in enumerate(_read_bytes(to_path(path)).split(b"\n"), start=1):
-        if line.strip():
+    return [value for _, value in iterate_jsonl(path)]
+
+
+def iterate_jsonl(path: AnyPath) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers, from 1, and objects, as `read_jsonl` reads them."""
+    data = _read_bytes(to_path(path))
+    other = something_else(path, data[:HEAD_BYTES])
+    check(other is None, f"{path} {other}")
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if line.strip(_BLANK):
             try:
-                objects.append(_parse_object(line))
+                yield number, parse_object(line)
             except ValueError as error:
                 raise UserError(f"{path}:{number}: {error}") from None
-    return objects
 
 
-def _parse_object(line: bytes) -> dict:
+def parse_object(line: bytes) -> dict[str, Any]:
     """Parses one JSON object. Raises ValueError for anything else, and for text that UTF-8 cannot represent."""
     try:
         value = json.loads(line.decode("utf-8-sig"))  # json alone accepts encoded surrogates
     except (ValueError, RecursionError) as error:
         raise ValueError(f"broken JSON ({first_line(error)}); fix or remove the line") from None
+    return _checked(value, b"\\u" in line)
+
+
+def _checked(value: Any, may_have_surrogates: bool = True) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"not a JSON object but a {type(value).__name__}; write one object a line")
-    if b"\\u" in line:
+    if may_have_surrogates:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Folders of text: which files they contain, which of them are for validation, and their blocks of documents."""
+"""The files of one side of the text, for training or validation, as a sequence of blocks of documents."""
 
 from __future__ import annotations
 
@@ -7,34 +7,27 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
 
-from jaxchat.data.manifest import FILE_NAME, pinned_shard, recorded_shards
-from jaxchat.data.text import reading
+from jaxchat.data.text import plain, reading
+from jaxchat.data.text.forms import Form, form_of
 from jaxchat.data.text.reading import Findings, OnBad, Unreadable, open_parquet
-from jaxchat.errors import UserError, check, closest
-from jaxchat.storage import AnyPath, is_folder, size_of, to_path
+from jaxchat.storage import AnyPath, size_of
 
-Format = Literal["parquet", "jsonl", "txt"]
-SUFFIXES: dict[Format, tuple[str, ...]] = {"parquet": (".parquet",), "jsonl": (".jsonl", ".jsonl.gz"), "txt": (".txt",)}
-
-LONG_TXT_BYTES = 100_000  # a longer txt file is a book or a corpus rather than one document
 REPORTED = 20  # of the bad text that is left out, this much is reported, and the rest only counted
-# Of a single file one document in this many is for validation: the first number that leaves documents on both sides.
-HOLD_OUT = (50, 25, 12, 6, 3, 2)
 
 
 @dataclass(frozen=True)
 class TextFiles:
     """The files of one side of a text folder, for training or for validation.
 
-    A folder of one file has no other file for validation. Then both sides read that file: documents whose CRC-32 is a
-    multiple of `hold_out` are for validation, and `held_out` tells whether this is the validation side.
+    Where there is no file for validation, both sides read the same files: documents whose CRC-32 is a multiple of
+    `hold_out` are for validation, and `held_out` tells whether this is the validation side.
 
     Attributes:
-      files: the files, in the order in which they are read.
-      format: what all of them contain.
+      files: the files, in the order in which they are read. The name of each tells its form.
       hold_out, held_out: see above.
+      document_chars: about how many characters of a txt file make a document, however short the file; None: a short
+        file is one document, and longer ones are cut into documents of the usual length.
       wait: given if the files (parquet only) may still be downloading. It takes a file and a function that says
         whether nobody wants the file any more; it returns once the file is there, and raises if it will not come.
       on_bad: whether damaged text ends the reading or is left out.
@@ -42,9 +35,9 @@ class TextFiles:
     """
 
     files: tuple[AnyPath, ...]
-    format: Format
     hold_out: int | None = None
     held_out: bool = False
+    document_chars: int | None = None
     wait: Callable[[AnyPath, Callable[[], bool]], None] | None = field(default=None, compare=False, repr=False)
     on_bad: OnBad = "refuse"
     say: Callable[[str], None] = field(default=print, compare=False, repr=False)
@@ -59,112 +52,11 @@ class TextFiles:
         return self.hold_out is None or (zlib.crc32(text.encode()) % self.hold_out == 0) == self.held_out
 
 
-@dataclass(frozen=True)
-class TextSplits:
-    """The two sides of a text folder."""
-
-    train: TextFiles
-    val: TextFiles
-
-
-def find_text(
-    data_dir: AnyPath | str,
-    val_shard: str | None = None,
-    *,
-    on_bad: OnBad = "refuse",
-    say: Callable[[str], None] = print,
-) -> TextSplits:
-    """Finds the text in a folder, or in `pretrain/` inside it, and splits it into training and validation.
-
-    The files are sorted by name. Validation gets the one that `val_shard` names (with or without its suffix), else the
-    one that the folder's manifest pins, which is never trained on, else the last. Of a single file it gets about every
-    50th document. Text files beside parquet or jsonl are taken to be notes and ignored.
-
-    Args:
-      on_bad, say: as in `TextFiles`.
-
-    Raises:
-      UserError: there is no such folder, no text in it, both parquet and jsonl, a parquet file without a column `text`,
-        a `val_shard` or pinned shard that is missing, a single document, or a damaged manifest; with `on_bad="refuse"`
-        also a file that is not parquet, and a shard that the manifest lists and the folder lacks.
-    """
-    folder = to_path(data_dir)
-    check(is_folder(folder) or folder.exists(), f"data folder {folder} does not exist")
-    check(folder.is_dir(), f"{folder} is not a folder")
-    folder = folder / "pretrain" if (folder / "pretrain").is_dir() else folder
-    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    kind, files = _text_files(folder, entries)
-    sides = partial(TextFiles, format=kind, on_bad=on_bad, say=say)
-    pinned = pinned_shard(folder)
-    if pinned is not None:
-        check(
-            pinned in files,
-            f"{pinned}, which {FILE_NAME} names as the validation shard, is missing; 'jaxchat data get' downloads it",
-        )
-        files = tuple(sorted({*files, *recorded_shards(folder)}))
-    if kind == "parquet":
-        for path in files:
-            _check_parquet(path, on_bad)
-    if len(files) == 1:
-        check(val_shard in (None, *_names(files[0])), _no_such_shard(val_shard, folder, files))
-        check(pinned is None, _no_training_text(folder, files[0]))
-        return _hold_out(sides(files))
-    # The pinned shard is never trained on, even if another one is for validation.
-    val = files[-1] if pinned is None else pinned
-    if val_shard is not None:
-        named = next((path for path in files if val_shard in _names(path)), None)
-        if named is None:
-            raise UserError(_no_such_shard(val_shard, folder, files))
-        val = named
-    if kind == "parquet":
-        _check_parquet(val, "refuse")
-    train = tuple(path for path in files if path not in (val, pinned))
-    check(bool(train), _no_training_text(folder, val))
-    return TextSplits(sides(train), sides((val,)))
-
-
-def _text_files(folder: AnyPath, entries: list[AnyPath]) -> tuple[Format, tuple[AnyPath, ...]]:
-    files = [path for path in entries if path.is_file()]
-    found: dict[Format, tuple[AnyPath, ...]] = {
-        kind: tuple(path for path in files if path.name.endswith(ends)) for kind, ends in SUFFIXES.items()
-    }
-    names = [path.name for path in entries]
-    contents = f"it contains {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "it is empty"
-    check(any(found.values()), f"no text in {folder}; {contents}; put .parquet, .jsonl or .txt files there")
-    check(
-        not (found["parquet"] and found["jsonl"]),
-        f"{folder} contains both parquet and jsonl files; keep one kind, or move the other to a separate folder",
-    )
-    return next((kind, files) for kind, files in found.items() if files)
-
-
-def _check_parquet(path: AnyPath, on_bad: OnBad) -> None:
-    try:
-        open_parquet(path)
-    except Unreadable as error:
-        remedy = "; 'jaxchat data get' downloads it" if error.kind == "missing_files" else ""
-        check(on_bad == "skip", f"{error}{remedy}; --data.on-bad=skip leaves out files that are for training")
-
-
-def _names(path: AnyPath) -> tuple[str, str]:
-    return path.name, path.name.split(".", 1)[0]
-
-
-def _no_such_shard(val_shard: str | None, folder: AnyPath, files: tuple[AnyPath, ...]) -> str:
-    return f"validation shard {val_shard!r} is not in {folder}{closest(str(val_shard), [path.name for path in files])}"
-
-
-def _no_training_text(folder: AnyPath, val: AnyPath) -> str:
-    return f"{folder} contains no text for training, only {val.name} for validation; 'jaxchat data get' downloads more"
-
-
-def _hold_out(side: TextFiles) -> TextSplits:
-    for modulus in HOLD_OUT:
-        splits = TextSplits(replace(side, hold_out=modulus), replace(side, hold_out=modulus, held_out=True))
-        quiet = (replace(half, say=lambda line: None) for half in (splits.train, splits.val))
-        if all(next(iterate_texts(half), None) is not None for half in quiet):
-            return splits
-    raise UserError(f"{side.files[0]} has too few documents to keep one for validation; add a second file")
+def known_form(path: AnyPath) -> Form:
+    """The form of a file that is known to be text."""
+    form = form_of(path)
+    assert form is not None, f"{path} is no text by its name"
+    return form
 
 
 def iterate_texts(text: TextFiles) -> Iterator[str]:
@@ -176,12 +68,13 @@ def iterate_texts(text: TextFiles) -> Iterator[str]:
 def text_bytes(text: TextFiles) -> int:
     """Estimates the bytes of text in the files, for showing progress.
 
-    A gzip file counts four times its size, a file that is still downloading as much as the average of the others.
+    A compressed file counts four times its size, a file that is still downloading as much as the average of the others.
     """
     there = [path for path in text.files if text.wait is None or path.is_file()]
     total = 0
     for path in there:
-        if text.format == "parquet":
+        form = known_form(path)
+        if form.format == "parquet":
             try:
                 metadata = open_parquet(path).metadata
             except Unreadable:
@@ -190,7 +83,7 @@ def text_bytes(text: TextFiles) -> int:
             columns = (group.column(index) for group in groups for index in range(group.num_columns))
             total += sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "text")
         else:
-            total += size_of(path) * (4 if path.suffix == ".gz" else 1)
+            total += size_of(path) * (4 if form.compression else 1)
     return total * len(text.files) // max(1, len(there))
 
 
@@ -209,7 +102,7 @@ class Block(list[str]):
 class TextBlocks:
     """The text as a random-access sequence of blocks, each a list of documents, read when it is asked for.
 
-    A block is a row group of parquet, about 4 MiB of jsonl or txt, or a whole `.jsonl.gz`. Empty documents are left
+    A block is a row group of parquet, about 4 MiB of jsonl or txt, or a whole compressed or `.json` file. Empty documents are left
     out, so a block may be empty. While files are still downloading, reading a block waits for its file and those before
     it, and `len` waits for all of them; the order in which they arrive makes no difference to the blocks.
 
@@ -277,26 +170,45 @@ class TextBlocks:
 
 
 def _list_blocks(text: TextFiles) -> list[_BlockReader]:
-    if text.format == "parquet":
-        return [reader for path in text.files for reader in _list_row_groups(path, text.on_bad)]
     readers: list[_BlockReader] = []
     small: list[AnyPath] = []  # short txt files, which share a block
     small_bytes = 0
+
+    def close_small() -> None:
+        nonlocal small, small_bytes
+        if small:
+            readers.append((f"{small[0]} to {small[-1].name}", partial(plain.read_short_files, tuple(small))))
+        small, small_bytes = [], 0
+
     for path in text.files:
+        if not _is_short_txt(path, text.document_chars):
+            readers += _list_file(path, text)
+            continue
         size = size_of(path)
-        if path.suffix == ".gz":
-            readers.append((f"{path}", partial(reading.read_json_gzip, path)))
-        elif text.format == "jsonl" or size > LONG_TXT_BYTES:
-            read = reading.read_json_block if text.format == "jsonl" else reading.read_long_txt_block
-            readers += [(f"{path}", partial(read, path, start)) for start in range(0, size, reading.BLOCK_BYTES)]
-        else:
-            if small_bytes + size > reading.BLOCK_BYTES:
-                readers.append((f"{small[0]} to {small[-1].name}", partial(reading.read_txt_files, tuple(small))))
-                small, small_bytes = [], 0
-            small, small_bytes = [*small, path], small_bytes + size
-    if small:
-        readers.append((f"{small[0]} to {small[-1].name}", partial(reading.read_txt_files, tuple(small))))
+        if small_bytes + size > reading.BLOCK_BYTES:
+            close_small()
+        small, small_bytes = [*small, path], small_bytes + size
+    close_small()
     return readers
+
+
+def _is_short_txt(path: AnyPath, document_chars: int | None) -> bool:
+    return document_chars is None and known_form(path) == ("txt", "") and size_of(path) <= plain.LONG_FILE_BYTES
+
+
+def _list_file(path: AnyPath, text: TextFiles) -> list[_BlockReader]:
+    form = known_form(path)
+    if form.format == "parquet":
+        return _list_row_groups(path, text.on_bad)
+    if form.format == "txt" and form.compression:
+        return [(f"{path}", partial(plain.read_packed_file, path, text.document_chars))]
+    if form != ("jsonl", "") and form != ("txt", ""):
+        return [(f"{path}", partial(reading.read_json_file, path))]
+    starts = range(0, size_of(path), reading.BLOCK_BYTES)
+    if form.format == "jsonl":
+        return [(f"{path}", partial(reading.read_json_block, path, start)) for start in starts]
+    cut = plain.cut_of(path, text.document_chars or plain.DOCUMENT_CHARS)
+    return [(f"{path}", lambda findings, start=start: plain.read_block(path, start, cut, findings)) for start in starts]
 
 
 def _list_row_groups(path: AnyPath, on_bad: OnBad) -> list[_BlockReader]:

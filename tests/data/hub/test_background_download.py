@@ -36,7 +36,7 @@ def there(tmp_path_factory):
     folder = tmp_path_factory.mktemp("there")
     for name in SHARDS:
         (folder / name).write_bytes(SHARDS[name])
-    return TextFiles(tuple(folder / name for name in NAMES), "parquet")
+    return TextFiles(tuple(folder / name for name in NAMES))
 
 
 def batches(side, **options):

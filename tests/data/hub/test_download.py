@@ -26,7 +26,7 @@ from jaxchat.data.hub.catalogue import DATASETS, parse_request, parse_requests
 from jaxchat.data.hub.client import Stopped
 from jaxchat.data.hub.download import Download
 from jaxchat.data.manifest import Manifest
-from jaxchat.data.text.shards import find_text
+from jaxchat.data.text.folder import find_text
 from jaxchat.errors import UserError
 from tests.data.hub_server import LAST, REPO, SHARDS, TEXT, Fault, get
 
@@ -364,7 +364,7 @@ def test_a_damaged_manifest(server, tmp_path):
     "arguments, expected",
     {
         "climbmx": "unknown data set 'climbmx', did you mean 'climbmix'? There are: climbmix, fineweb-edu, smoltalk",
-        "fineweb-edu --shards 0": "fineweb-edu has 1,822 shards for training; ask for 1 to 1,822, not 0",
+        "fineweb-edu --shards 0": "--shards is 0; it must be at least 1",
         "fineweb-edu:1823": "fineweb-edu has 1,822 shards for training; ask for 1 to 1,822, not 1,823",
         "fineweb-edu:x": "fineweb-edu:x: write fineweb-edu:SHARDS, such as fineweb-edu:50",
         "gsm8k:3": "gsm8k:3: gsm8k is not pretraining text and has no shards; write gsm8k",

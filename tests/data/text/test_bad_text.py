@@ -11,8 +11,9 @@ import pytest
 
 from jaxchat.data.loader import pretrain_batches
 from jaxchat.data.manifest import Manifest, Origin, Record
-from jaxchat.data.text import reading, shards
-from jaxchat.data.text.shards import TextBlocks, TextFiles, find_text, iterate_texts
+from jaxchat.data.text import plain, reading, shards
+from jaxchat.data.text.folder import find_text
+from jaxchat.data.text.shards import TextBlocks, TextFiles, iterate_texts
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer
 from tests.tiny import damage, record, refusal, start
@@ -32,7 +33,7 @@ def write(path, texts, **options):
 def read(side, on_bad):
     """The documents, what was left out by kind, and the lines that were printed."""
     said = []
-    side = TextFiles(side.files, side.format, on_bad=on_bad, say=said.append)
+    side = TextFiles(side.files, on_bad=on_bad, say=said.append)
     blocks = list(TextBlocks(side))
     counts = {}
     for block in blocks:
@@ -41,9 +42,9 @@ def read(side, on_bad):
     return [text for block in blocks for text in block], counts, said
 
 
-def check_bad(files, kind, expected, *, left, counts):
+def check_bad(files, expected, *, left, counts):
     """Refused by a line, or left out with the same line."""
-    side = TextFiles(tuple(files), kind)
+    side = TextFiles(tuple(files))
     with pytest.raises(UserError, match=expected) as raised:
         read(side, "refuse")
     assert str(raised.value).endswith("--data.on-bad=skip leaves it out") and "\n" not in str(raised.value)
@@ -57,7 +58,7 @@ def test_a_row_group(tmp_path):
     write(tmp_path / "a.parquet", numbered(0, 150))
     damage(tmp_path / "a.parquet", 1)
     left = numbered(0, 50) + numbered(100, 150)
-    check_bad([tmp_path / "a.parquet"], "parquet", "a.parquet: row group 1 cannot be read", left=left,
+    check_bad([tmp_path / "a.parquet"], "a.parquet: row group 1 cannot be read", left=left,
               counts={"unreadable_blocks": 1})  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def test_flipped_bits_are_found_where_pages_have_checksums(tmp_path, compression
             1 << draw.randrange(8)
         )
         (tmp_path / "a.parquet").write_bytes(data)
-        kept, counts, said = read(TextFiles((tmp_path / "a.parquet",), "parquet"), "skip")
+        kept, counts, said = read(TextFiles((tmp_path / "a.parquet",)), "skip")
         assert kept in (texts, texts[50:]), "other text"
         assert (kept != texts) == (counts == {"unreadable_blocks": 1}) == (len(said) == 1)
         found += kept != texts
@@ -91,7 +92,7 @@ def test_cuts_and_flips_anywhere_never_end_in_a_traceback(tmp_path):
             data[draw.randrange(len(data))] ^= 1 << draw.randrange(8) if data else 0
         (tmp_path / "a.parquet").write_bytes(data)
         try:
-            read(TextFiles((tmp_path / "a.parquet",), "parquet"), "skip")
+            read(TextFiles((tmp_path / "a.parquet",)), "skip")
         except UserError as error:
             assert "a.parquet" in str(error)  # the damage may change the columns' names
 
@@ -138,22 +139,20 @@ def test_only_documents_that_are_not_utf8_are_lost(tmp_path):
     binary = pa.array([*good[:3], b"fine \xff\xfe", None, b"", *good[3:]], pa.binary())
     text = pa.Array.from_buffers(pa.string(), len(binary), binary.buffers())  # unchecked, as other writers are
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
-    check_bad([tmp_path / "a.parquet"], "parquet", r"row group 0, document 3 is not UTF-8 \(byte 5\)",
+    check_bad([tmp_path / "a.parquet"], r"row group 0, document 3 is not UTF-8 \(byte 5\)",
               left=numbered(0, 8), counts={"documents_not_utf8": 1, "empty_documents": 2})  # fmt: skip
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\xff"}\n{"text": "two"}\n')
-    check_bad(
-        [tmp_path / "b.jsonl"], "jsonl", "b.jsonl:2: broken JSON", left=["one", "two"], counts={"broken_lines": 1}
-    )
+    check_bad([tmp_path / "b.jsonl"], "b.jsonl:2: broken JSON", left=["one", "two"], counts={"broken_lines": 1})
     (tmp_path / "c.txt").write_bytes(b"fine \xff")
     (tmp_path / "d.txt").write_bytes(b"fine")
-    check_bad([tmp_path / "c.txt", tmp_path / "d.txt"], "txt", r"c.txt is not UTF-8 text \(byte 5\)", left=["fine"],
+    check_bad([tmp_path / "c.txt", tmp_path / "d.txt"], r"c.txt is not UTF-8 text \(byte 5\)", left=["fine"],
               counts={"documents_not_utf8": 1})  # fmt: skip
 
 
 def test_a_long_text_loses_only_the_paragraph_that_is_not_utf8(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "LONG_TXT_BYTES", 10)
+    monkeypatch.setattr(plain, "LONG_FILE_BYTES", 10)
     (tmp_path / "a.txt").write_bytes(b"first\r\n\nsecond \xff\n\nthird \xc3\xa9\n\nfourth")
-    check_bad([tmp_path / "a.txt"], "txt", r"a.txt is not UTF-8 text \(byte 15\)", left=["first\n\nthird é\n\nfourth"],
+    check_bad([tmp_path / "a.txt"], r"a.txt is not UTF-8 text \(byte 15\)", left=["first\n\nthird é\n\nfourth"],
               counts={"documents_not_utf8": 1})  # fmt: skip
 
 
@@ -163,10 +162,10 @@ def test_broken_lines_and_gzip(tmp_path):
     data = "\n".join(lines).encode()
     for name, packed in (("a.jsonl", data), ("b.jsonl.gz", gzip.compress(data))):
         (tmp_path / name).write_bytes(packed)
-        check_bad([tmp_path / name], "jsonl", f"{name}:2: broken JSON", left=numbered(0, 5),
+        check_bad([tmp_path / name], f"{name}:2: broken JSON", left=numbered(0, 5),
                   counts={"broken_lines": 4, "empty_documents": 1})  # fmt: skip
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(data)[:-20])
-    check_bad([tmp_path / "b.jsonl.gz"], "jsonl", "b.jsonl.gz cannot be read", left=[], counts={"unreadable_blocks": 1})
+    check_bad([tmp_path / "b.jsonl.gz"], "b.jsonl.gz cannot be read", left=[], counts={"unreadable_blocks": 1})
 
 
 def test_encoded_surrogates_are_not_utf8(tmp_path):
@@ -174,16 +173,16 @@ def test_encoded_surrogates_are_not_utf8(tmp_path):
         (tmp_path / name).write_bytes(b'{"text": "good"}\n{"text": "bad \xed\xa0\x80"}\n')
     left, counts = ["good"] * 2, {"broken_lines": 2}
     files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
-    check_bad(files, "jsonl", r"a.jsonl:2: broken JSON .*utf-8", left=left, counts=counts)
+    check_bad(files, r"a.jsonl:2: broken JSON .*utf-8", left=left, counts=counts)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_long_text_is_read_in_blocks_whatever_ends_its_lines(tmp_path, monkeypatch, end):
     monkeypatch.setattr(reading, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(shards, "LONG_TXT_BYTES", 1000)
+    monkeypatch.setattr(plain, "LONG_FILE_BYTES", 1000)
     paragraphs = [f"{i} " + "words " * (i % 40) for i in range(200)]
     (tmp_path / "a.txt").write_bytes((end * 2).join(paragraphs).encode())
-    blocks = list(TextBlocks(TextFiles((tmp_path / "a.txt",), "txt")))
+    blocks = list(TextBlocks(TextFiles((tmp_path / "a.txt",))))
     assert max(len(text) for block in blocks for text in block) < 1500
     assert [p for block in blocks for text in block for p in text.split("\n\n") if p] == paragraphs
 
@@ -192,7 +191,7 @@ def test_a_failing_disk_is_not_damage(tmp_path):
     """If one of several processes, or of two runs, left text out because of it, they would read different text."""
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n')
-    blocks = TextBlocks(TextFiles((path,), "jsonl", on_bad="skip"))
+    blocks = TextBlocks(TextFiles((path,), on_bad="skip"))
     path.unlink()
     path.mkdir()  # opening it is an error of the operating system
     with pytest.raises(UserError, match="a.jsonl cannot be read now: .*; fix that, and the same command continues"):
@@ -206,17 +205,17 @@ def test_a_line_of_50_megabytes(tmp_path):
     expected = (
         "a.jsonl: the document beginning 'word word word word ' has 50,000,000 characters, more than the 10,000,000"
     )
-    check_bad([tmp_path / "a.jsonl"], "jsonl", expected, left=["one", "two"], counts={"long_documents": 1})
+    check_bad([tmp_path / "a.jsonl"], expected, left=["one", "two"], counts={"long_documents": 1})
     (tmp_path / "a.jsonl").write_text("x" * 50_000_000 + "\n")  # and the line itself is not printed
     with pytest.raises(UserError, match="a.jsonl:1: broken JSON") as raised:
-        read(TextFiles((tmp_path / "a.jsonl",), "jsonl"), "refuse")
+        read(TextFiles((tmp_path / "a.jsonl",)), "refuse")
     assert len(str(raised.value)) < 300
 
 
 def test_only_the_first_are_named_and_all_are_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text("nonsense\n" * 100)
     said = []
-    blocks = TextBlocks(TextFiles((tmp_path / "a.jsonl",), "jsonl", on_bad="skip", say=said.append))
+    blocks = TextBlocks(TextFiles((tmp_path / "a.jsonl",), on_bad="skip", say=said.append))
     for _ in range(2):
         assert blocks[0].left_out == {"broken_lines": 100}
     assert len(said) == shards.REPORTED and said[-1].endswith("left out; any more are only counted")

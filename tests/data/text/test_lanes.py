@@ -89,7 +89,7 @@ def test_in_an_epoch_the_lanes_read_each_document_once(side):
 def test_a_lane_whose_blocks_are_empty_gets_others_in_the_next_epoch(tmp_path):
     texts = [f"the {i} cats" if i % 4 == 0 else "" for i in range(16)]  # every other row group has no text
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=2)
-    side = TextFiles((tmp_path / "a.parquet",), "parquet")
+    side = TextFiles((tmp_path / "a.parquet",))
     batches = take(text_batches(side, rows=8, sequence_len=8, lanes=8), 40)
     for lane in range(8):
         assert set(documents_of(batches, lane)) == {text for text in texts if text}
@@ -105,7 +105,7 @@ def test_impossible_lanes_are_refused(side):
         text_batches(side, rows=7, lanes=7)
     with pytest.raises(ValueError, match="need text that repeats"):
         text_batches(side, rows=3, lanes=3, repeat=False)
-    with pytest.raises(UserError, match="data.lanes is 3; it must be at least 1, and divide the 256 rows"):
+    with pytest.raises(UserError, match="data.lanes is 3; it must divide the 256 rows"):
         Experiment(data=DataConfig(lanes=3))
     state = text_batches(side, rows=6, lanes=3).get_state()
     with pytest.raises(UserError, match="was saved for 3 lanes, not 2; set data.lanes"):

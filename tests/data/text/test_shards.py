@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxchat.data.text import reading, shards
+from jaxchat.data.text import plain, reading, shards
 from jaxchat.data.text.reading import read_jsonl
-from jaxchat.data.text.shards import TextBlocks, TextFiles, find_text, iterate_texts
+from jaxchat.data.text.folder import find_text
+from jaxchat.data.text.shards import TextBlocks, TextFiles, iterate_texts
 from jaxchat.errors import UserError
 
 
@@ -95,15 +96,15 @@ def test_one_small_file_still_has_both_sides(tmp_path):
 def test_a_long_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
     paragraphs = [f"paragraph {i} " + "word " * (i % 700) for i in range(600)]
     (tmp_path / "book.txt").write_text("\n\n".join(paragraphs))
-    pieces = list(iterate_texts(TextFiles((tmp_path / "book.txt",), "txt")))
+    pieces = list(iterate_texts(TextFiles((tmp_path / "book.txt",))))
     assert "\n\n".join(pieces).split("\n\n") == paragraphs
-    assert all(len(piece) < reading.TXT_DOCUMENT_CHARS + 4000 for piece in pieces)
+    assert all(len(piece) < plain.DOCUMENT_CHARS + 4000 for piece in pieces)
     split = find_text(tmp_path)
     assert sorted([*iterate_texts(split.train), *iterate_texts(split.val)]) == sorted(pieces)
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(0, 90), max_size=30), block=st.integers(1, 200))
+@given(lengths=st.lists(st.integers(0, 90), min_size=2, max_size=30), block=st.integers(1, 200))
 def test_each_line_and_paragraph_is_read_once_whatever_the_block_size(tmp_path_factory, lengths, block):
     folder = tmp_path_factory.mktemp("text")
     texts = [f"{i}:" + "é" * length for i, length in enumerate(lengths)]
@@ -111,15 +112,15 @@ def test_each_line_and_paragraph_is_read_once_whatever_the_block_size(tmp_path_f
     (folder / "a.txt").write_text("\n\n".join(texts))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "BLOCK_BYTES", block)
-        patch.setattr(shards, "LONG_TXT_BYTES", 1)
-        patch.setattr(reading, "TXT_DOCUMENT_CHARS", 1)
-        assert list(iterate_texts(TextFiles((folder / "a.jsonl",), "jsonl"))) == texts
-        assert list(iterate_texts(TextFiles((folder / "a.txt",), "txt"))) == texts
+        patch.setattr(plain, "LONG_FILE_BYTES", 1)
+        assert list(iterate_texts(TextFiles((folder / "a.jsonl",)))) == texts
+        found = list(iterate_texts(TextFiles((folder / "a.txt",))))
+        assert [part for text in found for part in text.split("\n\n") if part] == texts
 
 
 def test_documents_without_text_are_left_out(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["one", "", None, "two"])
-    assert list(iterate_texts(TextFiles((tmp_path / "a.parquet",), "parquet"))) == ["one", "two"]
+    assert list(iterate_texts(TextFiles((tmp_path / "a.parquet",)))) == ["one", "two"]
 
 
 def test_small_txt_files_share_blocks(tmp_path):
@@ -140,11 +141,11 @@ def test_missing_empty_or_mixed_folders(tmp_path):
         find_text(tmp_path / "empty")
     (tmp_path / "empty" / "table.csv").write_text("a,b")
     (tmp_path / "empty" / "chat").mkdir()
-    with fails("no text in .*; it contains chat, table.csv; put .parquet"):
+    with fails("table.csv: csv is not read as it is; convert it with: python -c"):
         find_text(tmp_path / "empty")
-    write_parquet(tmp_path / "a.parquet", ["x"])
-    with fails("both parquet and jsonl files"):
-        find_text(tmp_path)
+    (tmp_path / "empty" / "table.csv").rename(tmp_path / "empty" / "table.xls")
+    with fails("no text in .*; it contains chat, table.xls; put .parquet"):
+        find_text(tmp_path / "empty")
 
 
 def test_bad_parquet(tmp_path):
@@ -174,7 +175,7 @@ def test_a_damaged_row_group_is_named(tmp_path):
         b"\xff" * group.total_compressed_size
     )
     path.write_bytes(data)
-    blocks = TextBlocks(TextFiles((path,), "parquet"))
+    blocks = TextBlocks(TextFiles((path,)))
     assert blocks[0] == numbered(0, 1000)
     with fails("a.parquet: row group 1 cannot be read"):
         blocks[1]
@@ -183,8 +184,9 @@ def test_a_damaged_row_group_is_named(tmp_path):
 BROKEN_LINES = [
     ('{"text": "x"', "broken JSON"),
     ("[1]", "not a JSON object but a list"),
-    ('{"content": "x", "id": 1}', "no string field 'text'; the fields are: content, id"),
-    ('{"text": null}', "no string field 'text'"),
+    ('{"content": "x", "id": 1}', "no field 'text'; the fields are: content, id"),
+    ('{"text": ["x"]}', "field 'text' is a list, not a string"),
+    ('{"text": 1, "id": 2}', "field 'text' is a int, not a string"),
     (r'{"text": "\ud83d"}', "half a surrogate pair"),
 ]
 
@@ -199,13 +201,13 @@ def test_a_broken_line_of_text_is_named_by_file_and_line(tmp_path, line, message
         patch.setattr(reading, "BLOCK_BYTES", 1000)
         for name in ("a.jsonl", "a.jsonl.gz"):
             with fails(rf"{name}:52: {message}"):
-                list(iterate_texts(TextFiles((tmp_path / name,), "jsonl")))
+                list(iterate_texts(TextFiles((tmp_path / name,))))
 
 
 def test_broken_txt_and_gzip(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine \xff")
     with fails(r"a.txt is not UTF-8 text \(byte 5\)"):
-        list(iterate_texts(TextFiles((tmp_path / "a.txt",), "txt")))
+        list(iterate_texts(TextFiles((tmp_path / "a.txt",))))
     for data in (b"not gzip", gzip.compress(b'{"text": "x"}\n' * 100)[:-20]):
         (tmp_path / "a.jsonl.gz").write_bytes(data)
         with fails("a.jsonl.gz cannot be read"):
