@@ -146,8 +146,11 @@ def is_folder(path: AnyPath) -> bool:
 def append_bytes(path: AnyPath, data: bytes) -> None:
     """Appends to a file, creating it if needed; in cloud storage the whole file is read and written again."""
     if not is_remote(path):
-        with path.open("ab") as file:
-            file.write(data)
+        try:
+            with path.open("ab") as file:
+                file.write(data)
+        except OSError as error:  # a write does not say to which file
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
         return
     # Not with a file object: after a failed write its destructor would try again, and complain on stderr.
     files, name = fsspec.core.url_to_fs(os.fspath(path))

@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from jaxchat import stopping
 from jaxchat.config import ScheduleConfig
 from jaxchat.errors import check
 from jaxchat.model.parameters import GROUPS, groups_of
@@ -200,13 +201,14 @@ def run(
     try:
         fresh_state, step_fn, source = _prepare(workspace, steps)
         start = source.get_state()
-        for i, test in enumerate(tests):
-            source.set_state(start)
-            done.append(test)
-            measure(test, fresh_state(_table(test)), step_fn, source, _shower(line, i * steps))
-            _write(workspace, done)
-            if line:
-                line.show_note(f"{test.group}: {_outcome(test)}")
+        with stopping.deferred(alone=jax.process_count() == 1):
+            for i, test in enumerate(tests):
+                source.set_state(start)
+                done.append(test)
+                measure(test, fresh_state(_table(test)), step_fn, source, _shower(line, i * steps))
+                _write(workspace, done)
+                if line:
+                    line.show_note(f"{test.group}: {_outcome(test)}")
     except KeyboardInterrupt:
         for test in done:
             if test.stopped is None and len(test.losses) < steps:
@@ -266,8 +268,10 @@ def measure(test: RangeTest, state: State, step_fn, source, show: Callable[[int,
     steps, waiting = len(test.rates), None
     for step in range(steps + 1):
         dispatched = None
+        stopping.raise_if_asked()
         if step < steps:  # before the previous loss is read, so that the device never waits
-            batch, _ = source.next_batch(step, state["params"])
+            with stopping.interruptible():
+                batch, _ = source.next_batch(step, state["params"])
             state, metrics = step_fn(state, batch)
             dispatched = metrics["loss"]
         if waiting is not None:

@@ -5,30 +5,32 @@
 | 0 | the command has done its work |
 | 1 | a bug in jaxchat: the traceback says where |
 | 2 | bad input, or a disk or storage that failed |
-| 75 | SIGTERM; what a training had reached is saved |
+| 75 | SIGTERM or SIGHUP (a closed terminal) |
 | 76 | another process of the same training was lost (`jaxchat.devices.processes` ends this one) |
 | 130 | Ctrl-C |
 | 141 | whatever read the output has gone |
+
+What a training has reached is saved before it ends with 75, 130 or 141, and with 2 if there is no room for its output.
+A second Ctrl-C ends it at once. A message that stderr cannot take is lost, and stops nothing. How signals and failed
+output end a command, at any moment of it, is in `jaxchat.stopping`; the rest is here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import importlib
 import os
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import NoReturn
 
-from jaxchat.devices.launchers import PREEMPTED, Preempted
+from jaxchat import stopping
 from jaxchat.errors import UserError
+from jaxchat.stopping import Cause, Interrupted
 
-BUG, BAD_INPUT, INTERRUPTED, OUTPUT_CLOSED = 1, 2, 130, 141
+BUG, BAD_INPUT = 1, 2
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 RESUME = "the same command resumes from here"
 
@@ -43,7 +45,8 @@ def run_command(command: Callable[[], int], *, resumes: bool = False) -> int:
       resumes: started again, the command resumes where it stopped, and the line says so.
     """
     try:
-        return command()
+        with stopping.resuming(resumes):
+            return command()
     except (Exception, KeyboardInterrupt) as error:
         stopped = _explain(error, resumes)
         if stopped is None:
@@ -65,10 +68,9 @@ def _explain(error: BaseException, resumes: bool) -> tuple[int, str] | None:
     retry = RESUME if resumes else "try again"
     if isinstance(error, UserError):
         return BAD_INPUT, f"error: {error}"
-    if isinstance(error, Preempted):
-        return PREEMPTED, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, f"stopped; {RESUME}" if resumes else "stopped"
+        interrupted = error if isinstance(error, Interrupted) else Interrupted(Cause.CTRL_C)
+        return interrupted.cause.code, interrupted.line(resumes)
     if isinstance(error, OSError) and error.errno in DISK:
         where = f"{error.filename}: " if error.filename else ""
         return BAD_INPUT, f"error: {where}{error.strerror}; correct that, and {retry}"
@@ -79,25 +81,8 @@ def _explain(error: BaseException, resumes: bool) -> tuple[int, str] | None:
     if isinstance(error, BrokenPipeError):
         # The interpreter flushes stdout at exit, and would complain too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OUTPUT_CLOSED, ""
+        return Cause.CLOSED_PIPE.code, ""
     return None
-
-
-@contextlib.contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """SIGTERM raises `Preempted`. The training loop has a handler of its own, which saves first."""
-
-    def stop(number, frame):
-        raise Preempted(f"stopped by SIGTERM; {RESUME}")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def processes() -> ModuleType:
@@ -111,9 +96,11 @@ def several_processes() -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process, after a failure without waiting for threads: those of a failed save wait for ten minutes."""
-    if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    """Ends this process, without waiting for threads, and without Python's own end.
+
+    The threads of a failed save would wait for ten minutes. A signal during Python's end gives tracebacks.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(code)

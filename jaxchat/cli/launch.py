@@ -15,16 +15,20 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import shlex
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
-from jaxchat.cli.exits import processes, run_command, several_processes, sigterm_raises
+from jaxchat.cli.exits import processes, run_command, several_processes
 from jaxchat.cli.experiments import load_experiment, summaries
 from jaxchat.cli.field_help import add_fields
 from jaxchat.cli.options import configure
 from jaxchat.cli.parser import HelpFormatter, Parser, option_strings
-from jaxchat.config import STAGES, Experiment
+from jaxchat.cli.places import check_place
+from jaxchat.cli.values import path, whole, words
+from jaxchat.config import STAGES, Experiment, Range
 from jaxchat.devices.launchers import find_cluster
 
 
@@ -35,19 +39,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     parser = launch_parser()
-    with sigterm_raises():
-        options, overrides = parser.parse_known_args(argv)
-        if options.list:
-            return _list()
-        if options.help:
-            return _help(parser, options.experiment)
-        experiment = configure(options.experiment, overrides, options.data, option_strings(parser))
-        if options.stages is not None:
-            experiment = dataclasses.replace(experiment, stages=tuple(options.stages.split(",")))
-        prepare_jax()
-        if options.dry_run:
-            return _dry_run(experiment)
-        return _train(experiment, options)
+    options, overrides = parser.parse_known_args(argv)
+    if options.list:
+        return _list()
+    if options.help:
+        return _help(parser, options.experiment)
+    experiment = configure(options.experiment, overrides, options.data, option_strings(parser))
+    if options.stages is not None:
+        experiment = dataclasses.replace(experiment, stages=options.stages)
+    directory = options.run_dir or f"runs/{experiment.name}"
+    redo = check_start(experiment, directory, redo=options.redo, fresh=options.fresh)
+    prepare_jax()
+    if options.dry_run:
+        return _dry_run(experiment)
+    return _train(experiment, directory, redo, options)
 
 
 def launch_parser() -> Parser:
@@ -65,10 +70,11 @@ def launch_parser() -> Parser:
     add("-h", "--help", action="store_true", help="Show this page; with --experiment, all its fields too.")
     add("--list", action="store_true", help="List the experiments.")
     add("--experiment", metavar="NAME", help="The experiment: a file in experiments/.")
-    add("--stages", metavar="A,B", help=f"Run only these stages, of {', '.join(STAGES)}.")
-    add("--run-dir", metavar="DIR", help="Where the run lives. (default runs/NAME)")
+    add("--stages", type=words, metavar="A,B", help=f"Run only these stages, of {', '.join(STAGES)}.")
+    add("--run-dir", type=path, metavar="DIR", help="Where the run lives. (default runs/NAME)")
     add(
         "--data",
+        type=path,
         metavar="DIR",
         help="Folder with your text (parquet, jsonl or txt), or with pretrain/, chat/ and eval/. The experiment's data "
         "sets are downloaded to a folder without text. (default data/)",
@@ -88,9 +94,32 @@ def launch_parser() -> Parser:
         "several processes", "Needed only where no launcher sets them: see deploy/README.md."
     ).add_argument
     several("--coordinator", metavar="HOST:PORT", help="Host of process 0, and a free port there.")
-    several("--num-processes", metavar="N", type=int, help="Number of processes; 1 to train alone.")
-    several("--process-id", metavar="I", type=int, help="Number of this process, from 0.")
+    several(
+        "--num-processes", metavar="N", type=whole(Range(at_least=1)), help="Number of processes; 1 to train alone."
+    )
+    several("--process-id", metavar="I", type=whole(Range(at_least=0)), help="Number of this process, from 0.")
     return parser
+
+
+def check_start(
+    experiment: Experiment, directory: str, *, redo: str | None = None, fresh: bool = False
+) -> Collection[str]:
+    """Checks all that can be checked without JAX, which takes seconds to import; returns the stages to do again.
+
+    Raises:
+      UserError: a run would be refused.
+    """
+    from jaxchat.runs.directory import RunDirectory  # slow to import, as what follows
+    from jaxchat.runs.starting import stages_to_redo
+    from jaxchat.stages.settings import check_run, check_settings
+    from jaxchat.storage import to_run_directory
+
+    check_settings(experiment)
+    again = stages_to_redo(redo, experiment.stages)
+    check_place(directory, "--run-dir")
+    run = RunDirectory(to_run_directory(directory))
+    check_run(experiment, run, redo=STAGES if fresh else again)
+    return again
 
 
 def _list() -> int:
@@ -128,16 +157,14 @@ def _dry_run(experiment: Experiment) -> int:
     return 0
 
 
-def _train(experiment: Experiment, options: argparse.Namespace) -> int:
+def _train(experiment: Experiment, directory: str, redo: Collection[str], options: argparse.Namespace) -> int:
     cluster = find_cluster(os.environ, options.coordinator, options.num_processes, options.process_id)
     processes().start(cluster)
-    from jaxchat.runs.starting import stages_to_redo, take
+    from jaxchat.runs.starting import take
     from jaxchat.stages.pipeline import check_possible, run_stages
     from jaxchat.stages.workspace import Workspace
 
     check_possible(experiment)
-    directory = options.run_dir or f"runs/{experiment.name}"
-    redo = stages_to_redo(options.redo, experiment.stages)
     with contextlib.ExitStack() as held:
         processes().on_process_zero(lambda: take(directory, held, fresh=options.fresh))
         run_stages(Workspace(experiment, directory, redo=redo))
@@ -153,8 +180,9 @@ def _talk(directory: str) -> int:
     """Points to the report and the chat; starts the chat where somebody is at a terminal."""
     # Without an activated environment the command is beside this Python.
     command = "jaxchat" if shutil.which("jaxchat") else os.path.relpath(Path(sys.executable).with_name("jaxchat"))
-    print(f"\nreport:     {directory}/report.md\ntalk to it: {command} chat --run {directory}")
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    talk = shlex.join([*shlex.split(command), "chat", f"--run={directory}"])
+    print(f"\nreport:     {directory}/report.md\ntalk to it: {talk}")
+    if sys.stdin is None or not (sys.stdin.isatty() and sys.stdout.isatty()):
         return 0
     from jaxchat.cli.main import main as jaxchat
 

@@ -1,18 +1,30 @@
-"""The console command `jaxchat`."""
+"""The console command `jaxchat`.
+
+Nothing slow is imported before `main` has seen to Ctrl-C.
+"""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from jaxchat.cli import chat, data, lr_range, profile, tokenizer
-from jaxchat.cli.exits import run_command
-from jaxchat.cli.parser import Parser
+from jaxchat import stopping
+
+if TYPE_CHECKING:
+    from jaxchat.cli.parser import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `jaxchat ...` and returns its exit code, one of those of `jaxchat.cli.exits`."""
-    return run_command(lambda: _run(argv))
+    """Runs `jaxchat ...` and returns its exit code, one of those of `jaxchat.cli.exits`.
+
+    Without `argv` it is the program itself: it takes the arguments of the command line, and ends the process.
+    """
+    if argv is None:
+        stopping.begin()
+    from jaxchat.cli.exits import leave, run_command
+
+    code = run_command(lambda: _run(argv))
+    return leave(code) if argv is None else code
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -27,6 +39,9 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def jaxchat_parser() -> Parser:
     """The parser of `jaxchat`, with all its commands."""
+    from jaxchat.cli import chat, data, lr_range, profile, tokenizer
+    from jaxchat.cli.parser import Parser
+
     parser = Parser(
         prog="jaxchat",
         description="Talk to a model that jaxchat has trained, compare tokenizers, download data, "
@@ -39,4 +54,4 @@ def jaxchat_parser() -> Parser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

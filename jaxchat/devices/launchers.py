@@ -10,12 +10,8 @@ from dataclasses import dataclass
 
 from jaxchat.errors import UserError, check
 
-PREEMPTED, LOST = 75, 76  # exit codes; 75 is "temporary failure" in sysexits.h
+LOST = 76  # the exit code of a process that has lost another one
 PORTS = range(61440, 65536)  # above those that Linux uses for outgoing connections
-
-
-class Preempted(Exception):
-    """The process was asked to end (SIGTERM), and has saved what is worth keeping."""
 
 
 @dataclass(frozen=True)

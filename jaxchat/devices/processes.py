@@ -18,8 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -29,8 +28,10 @@ from jax._src import distributed
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxchat import stopping
 from jaxchat.devices.launchers import LOST, Cluster
 from jaxchat.errors import UserError, check
+from jaxchat.stopping import Cause
 
 START_SECONDS = 300  # within which all processes must connect
 HEARTBEAT_SECONDS = 2.0
@@ -41,7 +42,6 @@ LEAVE_SECONDS = (
 # JAX's own timeout, after which it ends the remaining processes with a stack trace: the last resort. JAX may take a
 # process for lost after half of it, which must still be later than LOST_SECONDS.
 JAX_TIMEOUT_SECONDS = 100
-PATIENCE = 5.0  # seconds from SIGTERM until a wait for a batch is interrupted
 RESUME = "the same command resumes from the last checkpoint"
 FOREVER_MS = 7 * 24 * 3600 * 1000
 
@@ -67,7 +67,7 @@ def start(cluster: Cluster | None) -> None:
     if cluster.process_id == 0:
         _check_free(int(port))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # `Preemption` handles SIGTERM
+    jax.config.update("jax_enable_preemption_service", False)  # `jaxchat.stopping` handles SIGTERM
     timer = threading.Timer(START_SECONDS, _give_up, (cluster, host.strip("[]"), int(port)))
     timer.daemon = True
     timer.start()
@@ -114,6 +114,7 @@ def finish() -> None:
     global _watch
     if _watch is not None:
         exchange("")
+        stopping.leave_others = None
         _watch.stop()
         _watch = None
         jax.distributed.shutdown()
@@ -151,6 +152,7 @@ def _begin_watch() -> None:
         _libc.signal(signal.SIGABRT, _on_abort)
         _watch = _Watch(daemon=True)
         _watch.start()
+        stopping.leave_others = leave
 
 
 _libc = ctypes.CDLL(None)
@@ -267,90 +269,34 @@ def on_process_zero(work: Callable[[], Any]) -> Any:
     return result["value"]
 
 
-@contextlib.contextmanager
-def delay_ctrl_c() -> Iterator[None]:
-    """Delays Ctrl-C until the end of the block; a second one interrupts at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before, pressed = signal.getsignal(signal.SIGINT), False
+class StopFlag:
+    """How several processes agree on the step after which all stop: else their checkpoint would be of two steps.
 
-    def on_ctrl_c(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, on_ctrl_c)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        signal.raise_signal(signal.SIGINT)
-
-
-class Preemption:
-    """A context in which SIGTERM asks the training to stop; if the context ends without an error, it is sent again.
-
-    With several processes Ctrl-C does the same: they must agree on the step after which all stop, or their checkpoint
-    would be of two different steps. Each brings its `flag` to every step, and the sum is read with the step's metrics,
-    one step late, so that nothing waits for it.
-
-    A single process may be `waiting`, perhaps for text that never comes: after `PATIENCE` seconds, or at a second
-    SIGTERM, a KeyboardInterrupt ends the wait.
+    Each brings its flag to every step, and the highest is read with the step's metrics, one step late, so that nothing
+    waits for it.
     """
 
     def __init__(self):
-        self.waiting = False
-        self._received: int | None = None  # the signal
-        self._timer: threading.Timer | None = None
-        self._signals = (signal.SIGTERM, signal.SIGINT) if active() else (signal.SIGTERM,)
-        self._before: dict[signal.Signals, Any] = {}
-        self._flags: dict[bool, jax.Array] = {}
+        self._flags: dict[int, jax.Array] = {}
 
-    def __enter__(self) -> Preemption:
-        if threading.current_thread() is threading.main_thread():  # the only one for which Python allows handlers
-            self._before = {number: signal.signal(number, self._on_signal) for number in self._signals}
-        return self
+    def __call__(self, cause: Cause | None) -> int | jax.Array:
+        """A number for `cause_of`, the same on all processes; all must call it at the same steps.
 
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        if error is None and self._received is not None:
-            signal.raise_signal(self._received)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        again, self._received = self._received is not None, number
-        if signal.SIGINT in self._before:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C interrupts
-        elif again and self.waiting:
-            raise KeyboardInterrupt
-        elif not again:
-            self._timer = threading.Timer(PATIENCE, self._end_wait)
-            self._timer.daemon = True
-            self._timer.start()
-
-    def _end_wait(self) -> None:
-        if self.waiting:
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-
-    @property
-    def requested(self) -> bool:
-        """Whether a single process is to stop after this step; of several processes only the sum of `flag` says so."""
-        return self._received is not None and not active()
-
-    def flag(self) -> bool | jax.Array:
-        """Above 0 if any process was asked to stop, the same on all of them; all must call it at the same steps."""
-        received = self._received is not None
+        Args:
+          cause: why this process is to stop; None if it is not.
+        """
+        number = 0 if cause is None else 1 + list(Cause).index(cause)
         if not active():
-            return received
+            return number
+        mesh = Mesh(np.array(jax.devices()), ("all",))
         if not self._flags:
-            mesh = Mesh(np.array(jax.devices()), ("all",))
-            shape = (jax.local_device_count(),)
-            for value in (False, True):
-                part = np.full(shape, value, np.int32)
-                self._flags[value] = jax.make_array_from_process_local_data(NamedSharding(mesh, P("all")), part)
-            self._sum = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, P()))
-        return self._sum(self._flags[received])
+            self._highest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+        if number not in self._flags:
+            part = np.full((jax.local_device_count(),), number, np.int32)
+            self._flags[number] = jax.make_array_from_process_local_data(NamedSharding(mesh, P("all")), part)
+        return self._highest(self._flags[number])
+
+
+def cause_of(number: float) -> Cause | None:
+    """Why a process is to stop, from what `StopFlag` has returned; None if none is."""
+    return list(Cause)[int(number) - 1] if number else None

@@ -15,6 +15,7 @@ from jaxchat.devices.mesh import put_batch
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, hidden_states
 from jaxchat.ops.compute import FP32, Compute
+from jaxchat.stopping import raise_if_asked
 from jaxchat.train.loss import LossConfig, token_nll
 
 
@@ -38,17 +39,10 @@ def evaluate_bpb(
     """
     put = jax.device_put if compute.mesh is None else functools.partial(put_batch, compute.mesh)
     token_bytes = np.asarray(token_bytes)
-    sums = [
-        _sums(
-            config,
-            compute,
-            params,
-            token_bytes,
-            put(b["inputs"]),
-            put(b["targets"]),
-        )
-        for b in batches
-    ]
+    sums = []
+    for b in batches:
+        raise_if_asked()
+        sums.append(_sums(config, compute, params, token_bytes, put(b["inputs"]), put(b["targets"])))
     # Read once, at the end, so that a batch is dispatched while the one before it is computed.
     nats, count = np.sum(np.array(jax.device_get(sums), np.float64).reshape(-1, 2), axis=0)
     return nats / (math.log(2) * count) if count else math.nan

@@ -17,20 +17,20 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from jaxchat import stopping
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.devices.launchers import Preempted
 from jaxchat.devices.machine import device_peak_flops
-from jaxchat.devices.processes import Preemption, active, delay_ctrl_c
+from jaxchat.devices.processes import StopFlag, active, cause_of
 from jaxchat.errors import UserError, check
 from jaxchat.runs.metrics import Metrics
+from jaxchat.stopping import Cause, Deferral, Interrupted
 from jaxchat.train.divergence import Diverged, LossWatch
 from jaxchat.train.step import Batch, State
 
 MAX_RETURNS = 3  # to one checkpoint: a training that diverges more often suffers from more than bad batches
-STOP = "stop"  # in a step's results: how many processes were asked to stop
+STOP = "stop"  # in a step's results: whether and why a process was asked to stop, as a number
 # The metrics of an evaluation that rate a checkpoint, with the sign that makes higher better.
 SCORE_SIGNS = {"bpb": -1.0, "reward_eval": 1.0}
-RESUME = "the same command resumes from there"
 
 
 @runtime_checkable
@@ -118,8 +118,8 @@ class Loop:
         Raises:
           UserError: the loss diverges, and the training cannot or must not resume without the batches at fault; or the
             checkpoints are those of a training with another number of steps.
-          Preempted: after SIGTERM, at the end of the current step, when the state is saved.
-          KeyboardInterrupt: after the state was saved.
+          Interrupted: the training was asked to end (`jaxchat.stopping`), and has, after the current step, saved its
+            state.
         """
         abstract = jax.tree.map(_abstract, state)
         self.checkpoints.prepare(abstract)
@@ -129,12 +129,12 @@ class Loop:
         else:
             jax.tree.map(lambda x: x.delete(), state)  # the caller may hold it, and its memory is needed
             state = self._resume(abstract, step)
-        with Preemption() as preemption:
+        with stopping.deferred(alone=not active()) as deferral:
             self._evaluate_at_start(step, state)
             try:
                 while True:
                     try:
-                        return _Attempt(self, state, step, preemption).run()
+                        return _Attempt(self, state, step, deferral).run()
                     except Diverged as error:
                         diverged = error.with_traceback(None)  # a traceback would hold the state, and its memory
                     state, step = self._return_to_checkpoint(abstract, diverged)
@@ -155,8 +155,7 @@ class Loop:
         self.metrics.flush()  # whoever resumes from this checkpoint must find what was logged before it
         self.checkpoints.wait()
         data = self.source.whole_state(position)
-        with delay_ctrl_c():  # a half-written save cannot be retried
-            self.checkpoints.save(step, state, data=data, meta=meta, is_copy=is_copy)
+        self.checkpoints.save(step, state, data=data, meta=meta, is_copy=is_copy)
 
     def evaluate(self, evaluators: Iterable[Evaluator], step: int, params) -> None:
         """Runs evaluators after `step` steps, logs what they measure, and rates the checkpoint of that step."""
@@ -276,29 +275,27 @@ class _Attempt:
     dispatched the three do not belong together, and `consistent` is false: the step takes the old state's buffers.
     """
 
-    def __init__(self, loop: Loop, state: State, step: int, preemption: Preemption):
-        self.loop, self.preemption = loop, preemption
+    def __init__(self, loop: Loop, state: State, step: int, deferral: Deferral):
+        self.loop, self.deferral, self.stop_flag = loop, deferral, StopFlag()
         self.state, self.step, self.position, self.consistent = state, step, loop.source.get_state(), True
         self.first = step
         self.dispatched: deque[_DispatchedStep] = deque()
         self.clock = time.perf_counter()  # when the time of the next step to be logged began
-        self.stopping = False
+        self.stop: Cause | None = None  # why the training is to end after this step
 
     def run(self) -> State:
         """Trains; whatever ends it early, what is worth saving is saved, or left in the newest checkpoint.
 
         Raises:
-          Diverged, Preempted, KeyboardInterrupt.
+          Diverged, Interrupted, KeyboardInterrupt.
         """
         try:
             while self.step < self.loop.num_steps:
                 self.one_step()
             return self.state
-        except KeyboardInterrupt:
-            self.save_after_interrupt()
-            if self.preemption.requested:
-                raise Preempted(f"stopped by SIGTERM at step {self.step:,}; {RESUME}") from None
-            raise
+        except KeyboardInterrupt as error:  # Ctrl-C outside the program: in a notebook
+            stopped = error if isinstance(error, Interrupted) else Interrupted(Cause.CTRL_C)
+            raise Interrupted(stopped.cause, stopped.kept or self.save_after_interrupt()) from None
         except Diverged:
             raise
         except Exception:  # bad text, for example
@@ -306,8 +303,6 @@ class _Attempt:
                 with contextlib.suppress(Diverged):
                     self.log_dispatched()
             raise
-        finally:
-            self.preemption.waiting = False
 
     def one_step(self) -> None:
         """One step, from its batch to the evaluation after it."""
@@ -318,35 +313,36 @@ class _Attempt:
         last = self.step == loop.num_steps
         save = last or bool(loop.save_every and self.step % loop.save_every == 0)
         due = [e for e in loop.evaluators if e.is_due(self.step, loop.num_steps)]
-        self.stopping = self.stopping or self.preemption.requested
+        if self.deferral.alone:
+            self.stop = self.stop or self.deferral.cause
 
         # While the devices compute this step, read and log the one before. This one is read too if the host has to
         # wait for its end anyway: to save, to evaluate, or to sample from its parameters, which takes long.
-        self.log_dispatched(leave=0 if last or due or self.stopping or loop.source.samples else 1)
+        self.log_dispatched(leave=0 if last or due or self.stop or loop.source.samples else 1)
         if save and self.dispatched:
             save = not self.copy_for_later_save()
-        if save or self.stopping:
+        if save or self.stop:
             self.log_dispatched()
             loop.save(self.state, self.step, self.position)
-        if self.stopping:
+        if self.stop:
             loop.checkpoints.wait()
-            raise Preempted(f"stopped by SIGTERM, step {self.step:,} saved; {RESUME}")
+            raise Interrupted(self.stop, f"step {self.step:,} saved")
         if due:  # after the save: an evaluation that fails loses nothing
             loop.evaluate(due, self.step, self.state["params"])
         if save or due:
             self.clock = time.perf_counter()
 
     def next_batch(self) -> tuple[Batch, dict[str, float]]:
-        began, self.preemption.waiting = time.perf_counter(), True
-        batch, extra = self.loop.source.next_batch(self.step, self.state["params"])
-        self.preemption.waiting = False
+        began, samples = time.perf_counter(), self.loop.source.samples  # which looks for a request to end by itself
+        with contextlib.nullcontext() if samples else stopping.interruptible():
+            batch, extra = self.loop.source.next_batch(self.step, self.state["params"])
         return batch, {**extra, "input_seconds": time.perf_counter() - began}
 
     def dispatch(self, batch: Batch, extra: dict[str, float]) -> None:
         self.consistent = False
         self.state, results = self.loop.step_fn(self.state, batch)
         self.position = self.loop.source.get_state()
-        results = {**results, STOP: self.preemption.flag()}
+        results = {**results, STOP: self.stop_flag(self.deferral.cause)}
         self.dispatched.append(_DispatchedStep(self.step, batch["inputs"].size, results, extra, self.position))
         self.step, self.consistent = self.step + 1, True
 
@@ -358,7 +354,7 @@ class _Attempt:
         Raises:
           Diverged: a step, which is not logged.
         """
-        while len(self.dispatched) > (0 if self.stopping else leave):
+        while len(self.dispatched) > (0 if self.stop else leave):
             oldest = self.dispatched[0]
             results = {name: float(value) for name, value in jax.device_get(oldest.results).items()}
             now = time.perf_counter()
@@ -368,7 +364,7 @@ class _Attempt:
             self.loop.log_step(oldest.step, oldest.tokens, results, oldest.extra, now - self.clock)
             self.clock = now
             self.dispatched.popleft()  # only now: after an interruption above it is logged again
-            self.stopping = self.stopping or results[STOP] > 0
+            self.stop = self.stop or cause_of(results[STOP])
             if oldest.copy is not None:
                 self.loop.save(oldest.copy, oldest.step + 1, oldest.position, is_copy=True)
 
@@ -386,19 +382,23 @@ class _Attempt:
     def has_unsaved_copy(self) -> bool:
         return any(step.copy is not None for step in self.dispatched)
 
-    def save_after_interrupt(self) -> None:
-        """Saves the state, unless it is lost because the interruption came while a step was dispatched."""
-        if active():  # one of several processes cannot save alone; there it takes a second Ctrl-C to come here
-            return
+    def save_after_interrupt(self) -> str:
+        """Saves the state, unless it is lost because the interruption came while a step was dispatched.
+
+        Returns which step was saved, in words; empty if none was.
+        """
+        if active():  # one of several processes cannot save alone
+            return ""
         try:
             if self.consistent or self.has_unsaved_copy():
                 self.log_dispatched()
-        except Diverged as diverged:  # the state is of no use; the checkpoint before it is
-            raise KeyboardInterrupt from diverged
-        if self.consistent and self.step > self.first:
-            self.loop.metrics.note(f"interrupted: saving step {self.step:,}; {RESUME}")
+        except Diverged:  # the state is of no use; the checkpoint before it is
+            return ""
+        saves = self.consistent and self.step > self.first
+        if saves:
             self.loop.save(self.state, self.step, self.position)
         self.loop.checkpoints.wait()
+        return f"step {self.step:,} saved" if saves else ""
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:

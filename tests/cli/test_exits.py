@@ -9,27 +9,33 @@ import sys
 import pytest
 
 from jaxchat.cli import launch, main
-from jaxchat.cli.exits import run_command, sigterm_raises
-from jaxchat.devices.launchers import PREEMPTED, Preempted
+from jaxchat.cli.exits import run_command
 from jaxchat.errors import UserError
+from jaxchat.stopping import Cause, Interrupted
 from tests.tiny import ROOT
 
-# Real processes whose output nobody reads, whose SIGTERM and failures are real.
-FAILING = """
-import os, sys, threading, time
-from jaxchat.cli.exits import leave, run_command, sigterm_raises
+# Real processes, whose signals and failures are real.
+ENDING = """
+import os, signal, subprocess, sys, threading, time
+from jaxchat import stopping
+stopping.begin(resumes=True)
+from jaxchat.cli.exits import leave, run_command
+from jaxchat.stopping import deferred, raise_if_asked
+def me(*names):
+    for name in names:
+        os.kill(os.getpid(), getattr(signal, name))
 def command():
-    with sigterm_raises():
-        {body}
+    {body}
     return 0
-{before}
 leave(run_command(command, resumes=True))
 """
+RESUMES = "the same command resumes from here\n"
 
 
-def end(body, before="", **options):
-    program = [sys.executable, "-c", FAILING.format(body=body, before=before)]
-    return subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=60, **options)
+def end(body, command=(), **options):
+    program = [*command, sys.executable, "-c", ENDING.format(body=body)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.run(program, cwd=ROOT, text=True, timeout=60, **options)
 
 
 @pytest.mark.parametrize("resumes", [False, True])
@@ -37,7 +43,6 @@ def end(body, before="", **options):
     "error, code, line, retry",
     [
         (UserError("bad; do this"), 2, "error: bad; do this", ""),
-        (Preempted("stopped; resume"), PREEMPTED, "stopped; resume", ""),
         (
             OSError(errno.EROFS, "Read-only file system", "x"),
             2,
@@ -74,24 +79,158 @@ def test_a_bug_is_raised_and_a_result_returned():
     assert run_command(lambda: 0) == 0
 
 
-def test_sigterm_ends_a_process_with_75():
-    done = end("os.kill(os.getpid(), 15); time.sleep(30)")
-    assert (done.returncode, done.stderr) == (75, "stopped by SIGTERM; the same command resumes from here\n")
-    before = signal.getsignal(signal.SIGTERM)
-    with sigterm_raises():
-        assert signal.getsignal(signal.SIGTERM) != before
-    assert signal.getsignal(signal.SIGTERM) == before
+@pytest.mark.parametrize(
+    "signals, code, line",
+    [
+        (["SIGINT"], 130, "stopped"),
+        (["SIGTERM"], 75, "stopped by SIGTERM"),
+        (["SIGHUP"], 75, "stopped by SIGHUP"),
+        (["SIGINT", "SIGINT"], 130, "stopped"),
+    ],
+)
+@pytest.mark.parametrize(
+    "busy",
+    [
+        "time.sleep(30)",
+        "threading.Event().wait()",
+        "while True: pass",
+        "subprocess.run(['sleep', '30'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)",
+    ],
+)
+def test_a_signal_ends_a_process_at_once(signals, code, line, busy):
+    """Whatever it does, and without an exception: one would be lost in some of these places."""
+    body = f"print('out'); threading.Timer(0.2, me, {signals}).start(); {busy}"
+    body = body if ":" not in busy else body.replace("; while", "\n    while")
+    done = end(body)
+    assert (done.returncode, done.stderr, done.stdout) == (code, f"{line}; {RESUMES}", "out\n")
+
+
+def test_both_signals_at_once():
+    done = end("me('SIGTERM', 'SIGINT', 'SIGHUP'); time.sleep(30)")
+    assert done.returncode in (75, 130) and done.stderr.count("\n") == 1
+
+
+def test_a_signal_in_a_callback_is_not_swallowed():
+    """An exception of the handler would be, with `Exception ignored in` on stderr, and the program would go on."""
+    done = end("""
+    class Callback:
+        def __del__(self):
+            me("SIGINT")
+            for _ in range(100): time.sleep(0.1)
+    Callback()""")
+    assert (done.returncode, done.stderr) == (130, f"stopped; {RESUMES}")
+
+
+def test_a_signal_while_modules_are_imported(tmp_path):
+    """A library may catch what an import of it raises."""
+    (tmp_path / "broken.py").write_text("try:\n    me('SIGINT'); time.sleep(30)\nexcept BaseException:\n    pass")
+    done = end(f"exec(open({str(tmp_path / 'broken.py')!r}).read(), globals())")
+    assert (done.returncode, done.stderr) == (130, f"stopped; {RESUMES}")
+
+
+def test_signals_that_were_ignored_stay_ignored():
+    done = end("me('SIGHUP'); time.sleep(0.3)", command=["nohup"], stdin=subprocess.DEVNULL)
+    assert done.returncode == 0
+
+
+def test_signals_at_the_end():
+    """While Python would shut down."""
+    for name, code in (("SIGINT", 130), ("SIGTERM", 75)):
+        done = end(f"import atexit; atexit.register(me, {name!r})")
+        assert (done.returncode, done.stderr) == (0, "")
+        done = end(f"threading.Thread(target=time.sleep, args=(0.2,)).start(); me({name!r})")
+        assert done.returncode == code
+
+
+def test_work_that_has_something_to_save():
+    work = """
+    with deferred():
+        me({signals})
+        for _ in range(50):
+            time.sleep(0.01)
+        open("/dev/null").close()
+        print("saved")
+    print("not here")"""
+    told = "stopping as soon as the work so far is saved; Ctrl-C again stops at once\n"
+    for signals, code in (("'SIGINT'", 130), ("'SIGTERM'", 75), ("'SIGHUP', 'SIGTERM'", 75)):
+        done = end(work.format(signals=signals))
+        assert (done.returncode, done.stdout) == (code, "saved\n"), done
+        assert done.stderr.startswith(told) and done.stderr.count("\n") == 2 and done.stderr.endswith(RESUMES)
+    done = end(work.format(signals="'SIGINT'); time.sleep(0.2); me('SIGINT'"))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{told}stopped; {RESUMES}")
+
+
+def test_what_must_not_outlive_the_process(tmp_path):
+    file = tmp_path / "there"
+    file.touch()
+    done = end(f"""
+    with stopping.before_end(lambda: os.remove({str(file)!r})):
+        try:
+            me("SIGTERM"); time.sleep(30)
+        finally:
+            pass
+    print("not here")""")
+    assert (done.returncode, done.stdout, file.exists()) == (75, "", False)
 
 
 def test_a_process_that_failed_does_not_wait_for_threads():
     """Those of a save that failed wait for ten minutes."""
-    thread = "threading.Thread(target=time.sleep, args=(100,)).start()"
-    done = end("print('out'); open('/dev/full', 'w', buffering=1).write('x\\n')", before=thread)
+    thread = "threading.Thread(target=time.sleep, args=(100,)).start(); "
+    done = end(f"{thread}print('out'); open('/dev/full', 'w', buffering=1).write('x\\n')")
     assert done.returncode == 2 and done.stdout == "out\n"
     assert done.stderr == "error: No space left on device; correct that, and the same command resumes from here\n"
 
 
-@pytest.mark.parametrize("program", [["launch.py", "--list"], ["-m", "jaxchat.cli.main", "data", "list"]])
+FULL = "error: there is no room for what is printed; make room, and"
+
+
+@pytest.mark.parametrize("write", ["print('x')", "print('x', end='')", "sys.stdout.buffer.write(b'x')"])
+def test_output_for_which_there_is_no_room(write):
+    with open("/dev/full", "w") as full:
+        done = end(write, stdout=full)
+        assert (done.returncode, done.stderr) == (2, f"{FULL} {RESUMES}")
+        done = end(f"\n    with deferred():\n        {write}; sys.stdout.flush(); me('SIGTERM'); print(9)", stdout=full)
+        assert done.returncode == 2 and done.stderr.endswith(f"{FULL} {RESUMES}")
+        done = end("print('x', file=sys.stderr); raise stopping.Interrupted(stopping.Cause.SIGTERM)", stderr=full)
+        assert (done.returncode, done.stdout) == (75, "")
+
+
+@pytest.mark.parametrize("streams", [(0,), (1,), (2,), (0, 1, 2)])
+def test_closed_streams(streams, tmp_path):
+    """A file must not get the number of standard error, and with it what libraries print."""
+    shell = " ".join(f"{number}{'<' if number == 0 else '>'}&-" for number in streams)
+    body = f"""
+    with open({str(tmp_path / "file")!r}, "w") as file:
+        assert file.fileno() > 2
+        print("out"); print("err", file=sys.stderr); os.system("echo child; echo child >&2")
+    assert sys.stdout.isatty() in (True, False)"""
+    done = end(body, command=["sh", "-c", f'exec "$@" {shell}', "-"])
+    assert done.returncode == 0 and (tmp_path / "file").read_text() == ""
+    assert done.stdout == ("" if 1 in streams else "out\nchild\n")
+    assert done.stderr == ("" if 2 in streams else "err\nchild\n")
+
+
+@pytest.mark.parametrize("missing", ["SIGHUP", "pthread_kill", "SIGTERM"])
+def test_a_system_without_some_signals(missing):
+    program = f"""
+import signal
+del signal.{missing}
+from jaxchat import stopping
+stopping.begin()
+from jaxchat.cli.exits import leave, run_command
+def command():
+    with stopping.deferred() as deferral:
+        signal.raise_signal(signal.SIGINT)
+        while deferral.cause is None: pass
+leave(run_command(command))"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+
+
+COMMANDS = [["launch.py", "--list"], ["-m", "jaxchat", "data", "list"], ["-m", "jaxchat.cli.main", "--help"]]
+
+
+@pytest.mark.parametrize("program", COMMANDS)
 def test_output_that_nobody_reads(program):
     read, write = os.pipe()
     os.close(read)
@@ -109,3 +248,33 @@ def test_both_programs_end_in_the_same_way(program, capsys, monkeypatch):
 
     monkeypatch.setattr(program, "_run", fail)
     assert program.main([]) == 2 and capsys.readouterr().err == "error: bad\n"
+
+
+@pytest.mark.parametrize("program", COMMANDS)
+@pytest.mark.parametrize("streams, code", [(">/dev/full", 2), (">&-", 0), ("<&-", 0), ("2>&-", 0), (">&- 2>&- <&-", 0)])
+def test_streams_of_commands(program, streams, code):
+    shell = ["sh", "-c", f'exec "$@" {streams}', "-", sys.executable, *program]
+    done = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and done.stderr.count("\n") == (code == 2)
+
+
+def test_what_is_imported_before_ctrl_c_is_seen_to():
+    """It takes about as long as Python's own start."""
+    program = "import sys; import jaxchat.cli.main; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert {"numpy", "jax", "rich", "argparse", "etils"}.isdisjoint(done.stdout.split())
+
+
+def test_lines_for_the_user():
+    lines = {cause: (Interrupted(cause).line(False), Interrupted(cause, "step 3 saved").line(True)) for cause in Cause}
+    there = "; the same command resumes from there"
+    assert lines == {
+        Cause.CTRL_C: ("stopped", f"stopped, step 3 saved{there}"),
+        Cause.SIGTERM: ("stopped by SIGTERM", f"stopped by SIGTERM, step 3 saved{there}"),
+        Cause.SIGHUP: ("stopped by SIGHUP", f"stopped by SIGHUP, step 3 saved{there}"),
+        Cause.CLOSED_PIPE: ("", f"stopped by a closed pipe, step 3 saved{there}"),
+        Cause.FULL_DISK: (
+            f"{FULL} try again",
+            f"error: there is no room for what is printed, step 3 saved; make room, and {there[2:]}",
+        ),
+    }

@@ -16,8 +16,9 @@ import pytest
 
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.data.text.lanes import place_in_epoch
-from jaxchat.devices.launchers import LOST, PREEMPTED
-from jaxchat.devices.processes import Preemption, exchange, on_process_zero
+from jaxchat.devices.launchers import LOST
+from jaxchat.devices.processes import StopFlag, cause_of, exchange, on_process_zero
+from jaxchat.stopping import Cause
 from tests.tiny import ARGUMENTS, ROOT, STEPS, copy, damage, record, start, values
 
 # A process that sends itself a signal when it asks for the batch of a step: `SIGKILL 1 3` in process 1 at step 3.
@@ -96,7 +97,7 @@ def last_line(err):
 def test_sigterm_to_one_saves_one_step_from_which_a_single_process_resumes(whole, tmp_path):
     run = copy(whole, tmp_path / "run")
     ends = train(run, "--stages=pretrain", fault="SIGTERM 1 2")  # one of the two is asked
-    assert [code for code, _ in ends] == [PREEMPTED, PREEMPTED], ends
+    assert [code for code, _ in ends] == [75, 75], ends
     assert all("stopped by SIGTERM, step 3 saved; the same command resumes from there" in err for _, err in ends)
     assert Checkpoints(run / "pretrain" / "checkpoints").latest_step() == 3
     code, _, err = start(run, "--stages=pretrain")
@@ -118,7 +119,7 @@ def test_each_reads_its_lanes_and_a_single_process_resumes_with_all_of_them(tmp_
     assert code == 0, err
     run = tmp_path / "run"
     ends = train(run, *settings, fault="SIGTERM 0 3")
-    assert [code for code, _ in ends] == [PREEMPTED, PREEMPTED], ends
+    assert [code for code, _ in ends] == [75, 75], ends
     state = position(run, "pretrain")
     assert state["of"] == len(state["lanes"]) == 4 and all(lane["blocks"] == 16 for lane in state["lanes"].values())
     for group in (2, 3):
@@ -293,29 +294,7 @@ def test_a_single_process_agrees_with_itself():
     assert on_process_zero(lambda: 7) == 7
 
 
-class TestPreemption:
-    def test_sigterm_is_a_request_and_the_handler_before_returns(self):
-        before = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(KeyError):  # an error on its way out: the signal is not sent again
-            with Preemption() as preemption:
-                assert not preemption.requested and not preemption.flag()
-                signal.raise_signal(signal.SIGTERM)
-                assert preemption.requested and preemption.flag()
-                raise KeyError
-        assert signal.getsignal(signal.SIGTERM) == before
-
-    def test_ctrl_c_still_interrupts_a_single_process(self):
-        with pytest.raises(KeyboardInterrupt):
-            with Preemption():
-                signal.raise_signal(signal.SIGINT)
-
-    def test_a_request_that_nobody_has_heeded_is_sent_again(self):
-        happened = []
-        before = signal.signal(signal.SIGTERM, lambda number, frame: happened.append(number))
-        try:
-            with Preemption():
-                signal.raise_signal(signal.SIGTERM)
-                assert not happened
-            assert happened == [signal.SIGTERM]
-        finally:
-            signal.signal(signal.SIGTERM, before)
+def test_what_stops_a_single_process_is_what_it_was_asked():
+    flag = StopFlag()
+    for cause in (None, *Cause):
+        assert cause_of(float(flag(cause))) is cause
