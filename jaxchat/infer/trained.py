@@ -52,20 +52,21 @@ def load_model(run_dir: epath.PathLike, stage: str | None = None, step: str | No
         stage is None or stage in TRAINED,
         f"{stage!r} is not a stage with a model{closest(str(stage), TRAINED)} In {run_dir} {there}",
     )
-    check(bool(finished), f"{run_dir} has no model yet: {there}")
-    check(stage is None or stage in finished, f"stage {stage!r} of {run_dir} is not finished; {there}")
+    check(bool(finished) or stage is not None, f"{run_dir} has no model yet: {there}")
+    check(stage is None or directory.leaves_model(stage), f"stage {stage!r} of {run_dir} is not finished; {there}")
     stage = stage or finished[-1]
     tokenizer = load_tokenizer(directory.tokenizer)
     model = GPTConfig.of(experiment.model, tokenizer.vocab_size)
     checkpoints = Checkpoints(directory.checkpoints(stage))
-    params = checkpoints.restore_params(abstract_params(model), _checkpoint_step(checkpoints, step))
+    at = directory.last_step(stage) if step is None else _checkpoint_step(checkpoints, step)
+    params = checkpoints.restore_params(abstract_params(model), at)
     return TrainedModel(experiment, model, tokenizer, params, stage)
 
 
-def _checkpoint_step(checkpoints: Checkpoints, step: str | None) -> int | None:
+def _checkpoint_step(checkpoints: Checkpoints, step: str) -> int | None:
     if step != "best":
-        check(step is None or step.isdecimal(), f"--step is {step!r}; it must be a number, or best")
-        return None if step is None else int(step)
+        check(step.isdecimal(), f"--step is {step!r}; it must be a number, or best")
+        return int(step)
     best = checkpoints.best_step()
     check(
         best is not None,

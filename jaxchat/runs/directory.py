@@ -153,34 +153,45 @@ class RunDirectory:
         """
         try:
             if self.is_run():
-                self._continue(experiment, redo, say)
+                if self._has_config():
+                    self._complete_records(self.read_config())
+                self.check(experiment, redo=redo, say=say)
+                for stage in self._following(redo):
+                    self.set_aside(stage, say)
             self.path.mkdir(parents=True, exist_ok=True)
             if not (keep_config and self.finished("tokenizer")):
                 write_json(self.config_file, dataclasses.asdict(experiment))
         except OSError as error:
             raise UserError(f"{self} cannot be created ({reason(error)}); choose another --run-dir") from None
 
-    def _continue(self, experiment: Experiment, redo: Collection[str], say: Say) -> None:
-        if self.config_file.exists() or not any(self.begun(stage) for stage in STAGES):
-            before = self.read_config()
-            check(
-                before.name == experiment.name,
-                f"{self} is a run of experiment {before.name!r}, not {experiment.name!r}; choose another --run-dir, or "
-                "start over with --fresh",
-            )
-            self._complete_records(before)
+    def check(self, experiment: Experiment, *, redo: Collection[str] = (), say: Say = lambda line: None) -> None:
+        """Checks that `experiment` can go on with what is in the directory, if anything is; writes nothing.
+
+        Raises:
+          UserError: as `open`.
+        """
+        if not self.is_run():
+            return
+        before = self.read_config() if self._has_config() else None
+        check(
+            before is None or before.name == experiment.name,
+            f"{self} is a run of experiment {before and before.name!r}, not {experiment.name!r}; choose another "
+            "--run-dir, or start over with --fresh",
+        )
         again = self._following(redo)
         for stage in STAGES:
             if stage not in again and self.made(stage):
-                self._check_same(stage, experiment, say)
-        for stage in again:
-            self.set_aside(stage, say)
+                self._check_same(stage, self.config_of(stage) or before, experiment, say)
 
-    def _check_same(self, stage: str, now: Experiment, say: Say) -> None:
+    def _has_config(self) -> bool:
+        """Whether config.json is there, or must be, since no stage has recorded its settings."""
+        return self.config_file.exists() or not any(self.begun(stage) for stage in STAGES)
+
+    def _check_same(self, stage: str, before: Experiment | None, now: Experiment, say: Say) -> None:
         """Raises a UserError if settings that have decided what `stage` made differ from those of `now`."""
-        before, finished = self.config_of(stage), self.finished(stage)
         if before is None:
             return
+        finished = self.finished(stage)
         old, new = (deciding(experiment, stage, finished=finished) for experiment in (before, now))
         for name in {**new, **old}:
             if old.get(name) != new.get(name):

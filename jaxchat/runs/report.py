@@ -1,88 +1,76 @@
 """The report of a run: what was trained, on what and for how long, what it can do, and how to talk to it.
 
-`write_report` reads what the stages left (`config.json`, `metrics.jsonl`, `STAGE/stage.json`) and writes `report.json`
-for programs, `report.md` for people, and `plots/*.png`. The report leaves out what a run does not have.
+`write_report` reads what the stages left (`config.json`, `metrics.jsonl`, the records and answers of the stages) and
+writes `report.json` for programs, `report.md` for people, and `plots/*.png`. The report leaves out what a run does not
+have, and what was made from something that has been made again since.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import re
-import shlex
 import statistics
-import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from jaxchat.config import STAGES, CostConfig, model_width
-from jaxchat.runs.directory import RunDirectory
-from jaxchat.runs.metrics import read_metrics
+from jaxchat.config import STAGES, CostConfig, Experiment
+from jaxchat.runs.directory import TRAINED, RunDirectory
+from jaxchat.runs.files import Object, read_lines, write_bytes, write_json
 from jaxchat.runs.plots import Curve, all_plots, curves
-from jaxchat.runs.progress import format_count, format_duration
-from jaxchat.verbatim import without_controls
+from jaxchat.runs.report_page import page, scores_of
 
-_CAPTIONS = {
-    "evaluation.png": "Held-out questions answered correctly after each stage, in percent.",
-    "loss.png": "Training loss: measured (thin) and its trend (thick). The first steps of pretraining are cut off.",
-    "bpb.png": "Bits per byte on validation text; lower is better.",
-    "reward.png": "Mean reward during reinforcement learning.",
-    "learning_rates.png": "Learning rates of the parameter groups.",
-}
-_TOOL_CALL = re.compile(
-    r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.DOTALL
-)
-_DONE = {
-    "tokenizer": "learned the vocabulary",
-    "pretrain": "read text",
-    "midtrain": "learned to hold a conversation",
-    "sft": "learned to answer",
-    "rl": "practiced on questions with checkable answers",
-    "evaluate": "answered held-out questions",
-}
+EXAMPLES = 3  # answers of each task that the report shows
+_ANSWER = Object({"question": str, "answer": str, "right": str, "score": float, "cut": bool})
 
 
-def write_report(directory: RunDirectory, *, vocab_size: int, parameters: int) -> None:
+def write_report(
+    directory: RunDirectory, *, vocab_size: int, parameters: int, say: Callable[[str], None] = lambda line: None
+) -> None:
     """Writes `report.json`, `report.md` and `plots/*.png` into a run directory.
 
     Args:
       vocab_size: the size of the run's vocabulary.
       parameters: the number of the model's parameters.
+      say: takes lines for the user.
 
     Raises:
-      UserError: it is not a run directory, or a file in it is damaged.
+      UserError: it is not a run directory, or a file in it is damaged or cannot be written.
     """
-    run_dir, records = directory.path, read_metrics(directory.path)
+    run_dir, records = directory.path, directory.read_metrics(say)
     report = build_report(directory, records, vocab_size, parameters)
-    plots = all_plots(records, _scores(report["evaluation"]))
-    (run_dir / "plots").mkdir(parents=True, exist_ok=True)
+    plots = all_plots(records, scores_of(report["evaluation"]))
     for name, png in plots.items():
-        (run_dir / "plots" / name).write_bytes(png)
-    (run_dir / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    (run_dir / "report.md").write_text(_markdown(report, list(plots), _shown_path(run_dir)))
+        write_bytes(run_dir / "plots" / name, png)
+    write_json(run_dir / "report.json", report)
+    write_bytes(run_dir / "report.md", page(report, list(plots), _shown_path(run_dir)).encode())
 
 
 def build_report(
     directory: RunDirectory, records: list[dict[str, Any]], vocab_size: int, parameters: int
 ) -> dict[str, Any]:
-    """The contents of `report.json`, from a run directory, its `read_metrics`, and the arguments of `write_report`.
+    """The contents of `report.json`, from a run directory, its metrics, and the arguments of `write_report`.
 
     Each entry of `stages` is the stage's record with its `cost`, its median speed, the last value of each of its
     `metrics` and its last `samples`. `seconds` are wall-clock seconds. `cost` is in dollars at the experiment's price
     of a device-hour; None on a CPU, which that price is not for. `evaluation` has each stage's `bpb` and the share of
-    each task answered correctly, `rl` the reward before and after if it was evaluated.
+    each task answered correctly, `scores` the same shares with the settings they were measured with, `answers` a few
+    answers of the last stage that was scored, `rl` the reward before and after if it was evaluated. `stale` has the
+    stages that are left out, with what was made again since they were made from it.
     """
     experiment = directory.read_config()
-    stages = {stage: record for stage in STAGES if (record := directory.read_record(stage)) is not None}
+    records_of = {stage: record for stage in STAGES if (record := directory.read_record(stage)) is not None}
+    stale = {stage: older for stage in records_of if (older := directory.stale(stage)) is not None}
+    stages = {stage: record for stage, record in records_of.items() if stage not in stale}
     by_stage = curves(records)
     for stage, entry in stages.items():
         own = [record for record in records if record["stage"] == stage]
         last = {name: float(values[-1]) for name, (_, values) in by_stage.get(stage, {}).items()}
         entry["metrics"] = {**last, **entry.get("metrics", {})}
         entry["samples"] = entry.get("samples") or _last_samples(own)
+        entry |= {"shares": shares} if (shares := _shares(own)) else {}
         entry["cost"] = _cost(experiment.cost, entry)
         entry.update(_speed(own))
     costs = [entry["cost"] for entry in stages.values() if entry["cost"] is not None]
@@ -94,11 +82,28 @@ def build_report(
         "seconds": sum(entry.get("seconds") or 0 for entry in stages.values()),
         "cost": sum(costs) if costs else None,
         "evaluation": _evaluation(stages, records),
+        "scores": (scores := _scores_with_settings(records)),
+        "answers": _answers(directory, scores),
         "rl": _reward(by_stage.get("rl", {})),
         "stages": stages,
+        "stale": stale,
         "machine": longest.get("machine", {}),
-        "config": dataclasses.asdict(experiment),
+        "config": _config_as_made(directory, experiment, list(stages)),
     }
+
+
+def _config_as_made(directory: RunDirectory, experiment: Experiment, stages: list[str]) -> dict[str, Any]:
+    """The experiment with the settings that each stage was made with, which later starts need not repeat."""
+    config = dataclasses.asdict(experiment)
+    for stage in stages:
+        before = directory.config_of(stage)
+        if before is None or stage not in ("tokenizer", *TRAINED):
+            continue
+        made = dataclasses.asdict(before)
+        config[stage] = made[stage]
+        if stage == "pretrain":
+            config |= {name: made[name] for name in ("data", "seed", "precision", "model", "optimizer")}
+    return config
 
 
 def _cost(price: CostConfig, entry: dict[str, Any]) -> float | None:
@@ -126,6 +131,13 @@ def _speed(records: list[dict[str, Any]]) -> dict[str, float]:
     return medians
 
 
+def _shares(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over the steps of rl: the share of questions whose answers were all worth the same, of answers cut."""
+    values = {name: [record[name] for record in records if isinstance(record.get(name), (int, float))]
+              for name in ("groups_without_signal", "cut")}  # fmt: skip
+    return {name: statistics.fmean(found) for name, found in values.items() if found}
+
+
 def _last_samples(records: list[dict[str, Any]]) -> list[dict[str, str]]:
     samples = [record for record in records if "sample" in record and "prompt" in record]
     last = max((record["step"] for record in samples), default=0)
@@ -144,226 +156,38 @@ def _evaluation(stages: dict[str, Any], records: list[dict[str, Any]]) -> dict[s
     return {stage: found for stage, found in results.items() if found}
 
 
+def _scores_with_settings(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """For each stage and task its last score: `score`, `count`, and what else is known of how it was measured."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for record in records:
+        for name in record:
+            if "of" in record and name.startswith("score/") and record[name] is not None:
+                task = name.removeprefix("score/")
+                facts = {fact: record.get(f"{fact}/{task}") for fact in ("score", "count", "cut", "too_long")}
+                facts |= {fact: record.get(fact) for fact in ("max_new_tokens", "temperature", "questions")}
+                known = {fact: value for fact, value in facts.items() if value is not None}
+                found.setdefault(record["of"], {})[task] = known
+    return {stage: found[stage] for stage in STAGES if stage in found}
+
+
+def _answers(directory: RunDirectory, scores: dict[str, Any]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """A few answers to each task of the last stage that was scored."""
+    if not scores:
+        return {}
+    stage = list(scores)[-1]
+    found = {}
+    for task in scores[stage]:
+        kept, _ = read_lines(directory.answers(stage, task), _ANSWER, "delete it")
+        if kept:
+            found[task] = [kept[i * len(kept) // EXAMPLES] for i in range(min(EXAMPLES, len(kept)))]
+    return {stage: found} if found else {}
+
+
 def _reward(rl: dict[str, Curve]) -> dict[str, float]:
     _, rewards = rl.get("reward_eval", ((), ()))
     return {"reward_before": float(rewards[0]), "reward_after": float(rewards[-1])} if len(rewards) > 1 else {}
 
 
-def _scores(evaluation: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    scores = {stage: {k: v for k, v in found.items() if k != "bpb"} for stage, found in evaluation.items()}
-    return {stage: found for stage, found in scores.items() if found}
-
-
-# --- report.md -----------------------------------------------------------------------------------------------------
-
-
-def _markdown(report: dict[str, Any], plots: list[str], shown_path: str) -> str:
-    sections = [
-        f"# {report['name'] or 'A run'}",
-        _story(report),
-        _how_to_talk(report, shown_path),
-        _can_do(report, plots),
-        _samples(report),
-        _road(report),
-        *(_plot(name) for name in ("loss.png", "bpb.png", "reward.png", "learning_rates.png") if name in plots),
-        _settings(report),
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
-
-
 def _shown_path(run_dir: epath.Path) -> str:
     """The path as one would type it: relative if the run is below the working directory."""
     return os.fspath(run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir)
-
-
-def _story(report: dict[str, Any]) -> str:
-    config, stages = report["config"], report["stages"]
-    depth = config["model"]["depth"]
-    size = f"{format_count(report['parameters'])} parameters ({depth} layers, {model_width(depth)} wide)"
-    sentences = [f"A chatbot trained from nothing: {size}."]
-    path, sets = config["data"]["path"], config["data"]["download"]
-    source = f"text from the folder `{Path(path).name}`" if path else "stories of a small world that jaxchat made up"
-    if sets:
-        source = f"text ({sets[0].partition(':')[0]})"
-    read = stages.get("pretrain", {}).get("tokens")
-    heard = sum(stages.get(stage, {}).get("tokens") or 0 for stage in ("midtrain", "sft"))
-    if read:
-        then = f", then {format_count(heard)} tokens of conversations" if heard else ""
-        sentences.append(f"It has read {format_count(read)} tokens of {source}{then}.")
-    scores = _scores(report["evaluation"])
-    if scores:
-        stage, found = list(scores.items())[-1]
-        results = ", ".join(f"{task.replace('_', ' ')} {score:.0%}" for task, score in found.items())
-        sentences.append(f"After {stage} it answers these shares of held-out questions correctly: {results}.")
-    if stages:
-        sentences.append(
-            f"All of it took {format_duration(report['seconds'])}{_on(report['machine'])}{_for(report['cost'])}."
-        )
-    return textwrap.fill(" ".join(sentences), 120)
-
-
-def _on(machine: dict[str, Any]) -> str:
-    if not machine:
-        return ""
-    return f" on {_device(machine)}"
-
-
-def _device(machine: dict[str, Any]) -> str:
-    if machine["platform"] == "cpu":
-        return f"{machine['cores']} CPU cores" if machine["cores"] > 1 else "one CPU core"
-    return f"{machine['device_count']} × {machine['device_kind']}"
-
-
-def _for(cost: float | None) -> str:
-    return f" and cost ${cost:,.2f}" if cost else ""
-
-
-def _how_to_talk(report: dict[str, Any], shown_path: str) -> str:
-    if not any(report["stages"].get(stage, {}).get("steps") for stage in ("midtrain", "sft", "rl")):
-        return ""
-    return f"Talk to it:\n\n    jaxchat chat --run {shlex.quote(shown_path)}"
-
-
-def _can_do(report: dict[str, Any], plots: list[str]) -> str:
-    scores = _scores(report["evaluation"])
-    parts = []
-    if scores:
-        tasks = list(dict.fromkeys(task for found in scores.values() for task in found))
-        rows = [[task.replace("_", " "), *(_percent(found.get(task)) for found in scores.values())] for task in tasks]
-        parts.append(_table([["held-out questions", *(f"after {stage}" for stage in scores)], *rows]))
-    if "evaluation.png" in plots:
-        parts.append(_plot("evaluation.png"))
-    bpb = {stage: found["bpb"] for stage, found in report["evaluation"].items() if "bpb" in found}
-    if bpb:
-        values = ", ".join(f"{value:.3f} after {stage}" for stage, value in bpb.items())
-        parts.append(f"Bits per byte on each stage's validation text: {values}.")
-    if report["rl"]:
-        before, after = report["rl"]["reward_before"], report["rl"]["reward_after"]
-        parts.append(
-            f"Mean reward on evaluation questions: {before:.3f} before reinforcement learning, {after:.3f} after it."
-        )
-    return "\n\n".join(["## What it can do", *parts]) if parts else ""
-
-
-def _samples(report: dict[str, Any]) -> str:
-    parts = []
-    for stage, entry in report["stages"].items():
-        texts = [_sample_text(stage, sample) for sample in entry.get("samples") or []]
-        if texts:
-            parts.append(f"After {stage}:\n\n" + "\n\n".join(texts))
-    return "\n\n".join(["## What it says", *parts]) if parts else ""
-
-
-def _sample_text(stage: str, sample: dict[str, str]) -> str:
-    """The sample as a fenced block, since a model's text is not Markdown."""
-    prompt, completion = sample["prompt"], _TOOL_CALL.sub(_tool_call, sample["completion"])
-    text = without_controls(prompt + completion if stage == "pretrain" else f"> {prompt}\n{completion}")
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}text\n{text}\n{fence}"
-
-
-def _tool_call(match: re.Match[str]) -> str:
-    call, output = match.groups()
-    return f"[python: {call}{'' if output is None else f' → {output}'}] "
-
-
-def _road(report: dict[str, Any]) -> str:
-    stages = report["stages"]
-    if not stages:
-        return ""
-    header = ["stage", "what it did", "steps", "tokens", "time", "tokens/s", "MFU", "peak memory so far", "cost"]
-    rows = []
-    for stage, entry in stages.items():
-        memory = entry.get("peak_memory_bytes")
-        rows.append([
-            stage,
-            "skipped" if entry.get("skipped") else _DONE.get(stage, ""),
-            f"{entry['steps']:,}" if entry.get("steps") else "",
-            format_count(entry["tokens"]) if entry.get("tokens") else "",
-            format_duration(entry.get("seconds") or 0),
-            format_count(entry["tokens_per_second"]) if "tokens_per_second" in entry else "",
-            f"{entry['mfu']:.0%}" if "mfu" in entry else "",
-            f"{memory / 2**30:.1f} GiB" if memory else "",
-            f"${entry['cost']:,.2f}" if entry["cost"] else "",
-        ])  # fmt: skip
-    total = ["**all**", "", "", "", f"**{format_duration(report['seconds'])}**", "", "", ""]
-    rows.append([*total, f"**${report['cost']:,.2f}**" if report["cost"] else ""])
-    used = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    table = _table([[row[i] for i in used] for row in [header, *rows]], left=2)
-    price = report["config"]["cost"]["dollars_per_device_hour"]
-    note = f"\n\nCost at ${price:,.2f} per device-hour." if report["cost"] else ""
-    waited = ", ".join(
-        f"{stage} {entry['input_share']:.1%}" for stage, entry in stages.items() if "input_share" in entry
-    )
-    waits = (
-        f"\n\nShare of the steps' time spent waiting for batches (in rl: sampling them): {waited}." if waited else ""
-    )
-    missing = [s for s in report["config"]["stages"] if s not in stages and s != "report"]
-    unfinished = f"\n\nNot finished: {', '.join(missing)}." if missing else ""
-    diverged = "".join(
-        f"\n\n{stage}: {_went_back(entry)}" for stage, entry in stages.items() if entry.get("divergences")
-    )
-    lines = [f"- {stage}: {line}." for stage, entry in stages.items() if (line := describe_data(entry))]
-    data = "\n\nIts data:\n\n" + "\n".join(lines) if lines else ""
-    return f"## How it got there\n\n{table}{note}{waits}{unfinished}{diverged}{data}"
-
-
-def describe_data(entry: dict[str, Any]) -> str:
-    """Describes how full a stage's rows were and what was left out of its text, from its record."""
-    parts = []
-    if packing := entry.get("packing"):
-        parts.append(f"rows {packing['utilisation']:.1%} full")
-        if packing.get("documents"):
-            cut = packing["cut"] / packing["documents"]
-            parts.append(f"0 tokens cropped, {cut:.1%} of documents cut into pieces")
-    if left_out := entry.get("left_out"):
-        counts = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in sorted(left_out.items()))
-        parts.append(f"left out of the text: {counts}")
-    return "; ".join(parts)
-
-
-def _went_back(entry: dict[str, Any]) -> str:
-    events = entry["divergences"]
-    batches = sum(event["batches"] for event in events)
-    reasons = "; ".join(f"{event['why']}, back to {event['back_to']:,}" for event in events)
-    times = "once" if len(events) == 1 else f"{len(events)} times"
-    return f"went back to a checkpoint {times}, skipping {batches:,} batches ({reasons})."
-
-
-def _settings(report: dict[str, Any]) -> str:
-    config, machine = report["config"], report["machine"]
-    model, optimizer = config["model"], config["optimizer"]
-    rows = [
-        ["model", f"depth {model['depth']}, width {model_width(model['depth'])}, "
-                  f"context {model['sequence_len']:,} tokens"],
-        ["tokenizer", f"{report['vocab_size']:,} tokens"],
-        ["optimizer", f"Muon {optimizer['matrix_lr']:g}; AdamW {optimizer['embedding_lr']:g} (embedding), "
-                      f"{optimizer['head_lr']:g} (head)"],
-        *([f"batch, {stage}", f"{config[stage]['batch_tokens']:,} tokens"]
-          for stage in ("pretrain", "midtrain", "sft") if stage in report["stages"]),
-        ["seed", f"{config['seed']}"],
-    ]  # fmt: skip
-    if "rl" in report["stages"]:
-        rl = config["rl"]
-        shape = f"{rl['questions_per_step']} questions × {rl['samples_per_question']} samples a step"
-        rows.append(["rl", f"{rl['method'].replace('_', ' ')}, {shape}"])
-    if machine:
-        host = "" if machine["platform"] == "cpu" else f"; host with {machine['cores']} CPU cores"
-        rows.append(["machine", f"{_device(machine)}{host}, {machine['memory_bytes'] / 2**30:.0f} GiB of memory"])
-        rows.append(["software", f"JAX {machine['jax']}, Python {machine['python']}"])
-    return "## Settings\n\n" + _table([["", ""], *rows], left=2) + "\n\n`config.json` has all settings."
-
-
-def _plot(name: str) -> str:
-    return f"![{name.removesuffix('.png').replace('_', ' ')}](plots/{name})\n\n*{_CAPTIONS[name]}*"
-
-
-def _table(rows: list[list[str]], left: int = 1) -> str:
-    """A Markdown table. The first row is the header; all but the first `left` columns are right-aligned."""
-    header, *body = rows
-    rule = ["---" if i < left else "---:" for i in range(len(header))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *body])
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"

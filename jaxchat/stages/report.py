@@ -19,4 +19,9 @@ def _write(workspace: Workspace) -> None:
     tokenizer = directory.read_record("tokenizer") or {}
     vocab_size = tokenizer.get("metrics", {}).get("vocab_size", experiment.tokenizer.vocab_size)
     model = GPTConfig.of(experiment.model, vocab_size)
-    write_report(directory, vocab_size=vocab_size, parameters=count_parameters(model).total)
+    write_report(
+        directory,
+        vocab_size=vocab_size,
+        parameters=count_parameters(model).total,
+        say=lambda line: workspace.say(f"report    {line}"),
+    )

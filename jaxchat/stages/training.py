@@ -26,7 +26,7 @@ from jaxchat.ops.compute import for_training
 from jaxchat.optim.optimizer import learning_rates, make_optimizer
 from jaxchat.optim.schedules import multiplier
 from jaxchat.runs.metrics import Metrics
-from jaxchat.runs.report import describe_data
+from jaxchat.runs.report_page import describe_data
 from jaxchat.stages.samples import Prompt
 from jaxchat.stages.workspace import Workspace
 from jaxchat.tokenizer import BaseTokenizer

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from jaxchat.config import DataConfig, Experiment, LoggingConfig, ModelConfig, PretrainConfig
+from jaxchat.config import (
+    CheckpointConfig,
+    CostConfig,
+    DataConfig,
+    EvaluateConfig,
+    Experiment,
+    FinetuneConfig,
+    LoggingConfig,
+    ModelConfig,
+    PretrainConfig,
+    RLConfig,
+    TokenizerConfig,
+)
 from jaxchat.errors import UserError
 from jaxchat.runs.directory import RunDirectory
+from jaxchat.runs.files import write_bytes
+from jaxchat.runs.metrics import Metrics
 
 EXPERIMENT = Experiment(name="tiny", model=ModelConfig(depth=4))
 
@@ -120,7 +135,9 @@ class TestOpening:
     def test_the_tokenizer_fixes_text_and_seed(self, directory):
         directory.write_record("tokenizer", {})
         directory.open(changed(model=ModelConfig(depth=6)))
-        with pytest.raises(UserError, match="tokenizer was made with seed 42, not 7; leave it at that, do the stage again with --redo="):
+        with pytest.raises(
+            UserError, match="tokenizer was made with seed 42, not 7; leave it at that, do the stage again with --redo="
+        ):
             directory.open(changed(seed=7))
 
     def test_a_training_fixes_the_model_and_its_own_settings(self, directory):
@@ -142,3 +159,222 @@ class TestOpening:
         directory.write_record("tokenizer", {})
         directory.open(EXPERIMENT, keep_config=True)
         assert json.loads(directory.config_file.read_text())["on_nan"] == "skip"
+
+
+def make(directory, *stages, experiment=EXPERIMENT, **facts):
+    """Makes stages one after another, each of the one before."""
+    for stage in stages:
+        before = [name for name in ("pretrain", "midtrain", "sft", "rl") if directory.finished(name)]
+        sources = ["tokenizer", *before[-1:]] if stage != "tokenizer" else []
+        directory.begin(stage, experiment, sources)
+        record = {"stage": stage, "steps": 4, "started": 1.0, "finished": 2.0, "id": directory.id_of(stage), **facts}
+        directory.write_record(stage, record)
+
+
+class TestSettings:
+    """What decides a stage is fixed once it has made something; the rest may change."""
+
+    @pytest.fixture
+    def made(self, directory):
+        make(directory, "tokenizer", "pretrain", "sft")
+        return directory
+
+    @pytest.mark.parametrize(
+        "free",
+        [
+            {"evaluate": EvaluateConfig(limit=3, tasks=("gsm8k",), of=("sft",), max_new_tokens=9)},
+            {"checkpoints": CheckpointConfig(keep=7), "cost": CostConfig(devices=3), "remat": "full", "on_nan": "skip"},
+            {"pretrain": PretrainConfig(device_rows=1, eval_every=1, sample_every=2, save_every=3, eval_tokens=4)},
+            {"rl": RLConfig(samples_per_question=3)},  # not begun
+            {"midtrain": FinetuneConfig(mixture=("chat:10",))},
+            {"stages": ("evaluate", "report")},
+        ],
+        ids=lambda value: ",".join(value),
+    )
+    def test_these_may_change(self, made, free):
+        made.open(changed(**free))
+        assert made.read_config() == changed(**free)
+
+    @pytest.mark.parametrize(
+        ("fixed", "message"),
+        [
+            (
+                {"sft": FinetuneConfig(mixture=("chat:10", "sums"))},
+                "sft was made with sft.mixture chat, not chat:10,sums;",
+            ),
+            ({"sft": FinetuneConfig(num_iterations=3)}, "sft was made with sft.num-iterations None, not 3;"),
+            (
+                {"pretrain": PretrainConfig(num_iterations=3)},
+                "pretrain was made with pretrain.num-iterations None, not 3;",
+            ),
+            ({"precision": "float32"}, "pretrain was made with precision auto, not float32;"),
+            ({"data": DataConfig(packing="concat")}, "pretrain was made with data.packing best-fit, not concat;"),
+            ({"data": DataConfig(path="books")}, "tokenizer was made with data.path None, not a folder of your own;"),
+            (
+                {"tokenizer": TokenizerConfig(vocab_size=999)},
+                "tokenizer was made with tokenizer.vocab-size 32768, not 999;",
+            ),
+        ],
+        ids=lambda value: None if isinstance(value, str) else ",".join(value),
+    )
+    def test_these_may_not(self, made, fixed, message):
+        before = made.config_file.read_bytes()
+        with pytest.raises(UserError) as error:
+            made.open(changed(**fixed))
+        stage = message.split()[0]
+        assert str(error.value) == (
+            f"{made}: {message} leave it at that, do the stage again with --redo={stage}, or choose another --run-dir"
+        )
+        assert made.config_file.read_bytes() == before
+        made.open(changed(**fixed), redo=[stage])  # the remedy
+        assert made.read_config() == changed(**fixed) and not made.finished(stage)
+
+    def test_a_data_folder_may_move(self, directory):
+        make(directory, "tokenizer", "pretrain", experiment=changed(data=DataConfig(path="/old")))
+        said = []
+        directory.open(changed(data=DataConfig(path="/new")), say=said.append)
+        assert said == ["data      tokenizer was made from /old", "data      pretrain was made from /old"]
+
+    def test_an_unfinished_stage_may_become_longer(self, directory):
+        make(directory, "tokenizer")
+        directory.begin("pretrain", EXPERIMENT, ["tokenizer"])
+        (directory.checkpoints("pretrain") / "3").mkdir(parents=True)
+        directory.open(changed(pretrain=PretrainConfig(num_iterations=9)))  # whether it can is for the training to say
+        with pytest.raises(UserError, match="pretrain was begun with pretrain.lr-fraction 1.0, not 2.0"):
+            directory.open(changed(pretrain=PretrainConfig(lr_fraction=2.0)))
+
+    def test_what_a_stage_was_made_with_outlives_later_starts(self, made):
+        made.open(changed(pretrain=PretrainConfig(eval_every=7)))
+        assert made.read_config().pretrain.eval_every == 7
+        assert made.config_of("pretrain").pretrain.eval_every == 250
+
+    def test_a_lost_config_is_written_again(self, made):
+        made.config_file.unlink()
+        with pytest.raises(UserError, match="config.json is missing; the same launch.py command writes it again"):
+            made.read_config()
+        with pytest.raises(UserError, match="sft was made with sft.lr-fraction 1.0, not 0.5"):
+            made.open(changed(sft=FinetuneConfig(lr_fraction=0.5)))
+        made.open(EXPERIMENT)
+        assert made.read_config() == EXPERIMENT
+
+
+class TestDoingAgain:
+    @pytest.fixture
+    def made(self, directory):
+        make(directory, "tokenizer", "pretrain", "sft", "rl")
+        for stage in ("pretrain", "sft", "rl"):
+            with Metrics(directory.path, stage, identity=directory.id_of(stage), live=False) as metrics:
+                metrics.log(3, loss=1.0)
+            with Metrics(directory.path, "evaluate", live=False) as metrics:
+                metrics.log(4, of=stage, model=directory.id_of(stage), **{"score/sums": 0.5})
+            write_bytes(directory.answers(stage, "sums"), b"{}\n")
+        return directory
+
+    def lines(self, directory):
+        return [(line["stage"], line.get("of")) for line in directory.read_metrics()]
+
+    def test_what_follows_is_set_aside_with_its_metrics_and_answers(self, made):
+        said = []
+        made.open(EXPERIMENT, redo=["sft"], say=said.append)
+        assert [line.split()[0] for line in said] == ["sft", "rl"] and "sft.old-1" in said[0]
+        assert made.stages_with_model() == ["pretrain"]
+        assert self.lines(made) == [("pretrain", None), ("evaluate", "pretrain")]
+        aside = made.path / "sft.old-1"
+        assert json.loads((aside / "stage.json").read_text())["stage"] == "sft"
+        assert (aside / "evaluate-sft" / "sums.jsonl").exists() and not made.answers("sft", "sums").exists()
+        kept = [json.loads(line) for line in (aside / "metrics.jsonl").read_text().splitlines()]
+        assert [(line["stage"], line.get("of")) for line in kept] == [("sft", None), ("evaluate", "sft")]
+
+    def test_again_and_again(self, made):
+        for number in (1, 2, 3):
+            make(made, *(["sft"] if number > 1 else []))
+            made.open(EXPERIMENT, redo=["sft"])
+            assert (made.path / f"sft.old-{number}" / "stage.json").exists()
+
+    def test_an_impossible_start_sets_nothing_aside(self, made):
+        with pytest.raises(UserError, match="pretrain was made with model.depth 4, not 6"):
+            made.open(changed(model=ModelConfig(depth=6)), redo=["sft"])
+        assert made.stages_with_model() == ["pretrain", "sft", "rl"]
+
+    def test_evaluate_alone(self, made):
+        made.write_record("evaluate", {"stage": "evaluate"})
+        made.open(EXPERIMENT, redo=["evaluate"])
+        assert made.stages_with_model() == ["pretrain", "sft", "rl"]
+        assert self.lines(made) == [(stage, None) for stage in ("pretrain", "sft", "rl")]
+
+    def test_scores_of_a_deleted_model_are_gone(self, made):
+        """Deleted by hand, and trained again: neither its scores nor what was made from it are shown."""
+        shutil.rmtree(made.path / "sft")
+        assert self.lines(made) == [
+            ("pretrain", None), ("evaluate", "pretrain"), ("rl", None), ("evaluate", "rl")
+        ]  # fmt: skip
+        made.begin("sft", EXPERIMENT, ["tokenizer", "pretrain"])
+        assert made.stale("rl") == "sft" and made.stale("sft") is None
+        assert made.stages_with_model() == ["pretrain"]
+        assert self.lines(made) == [("pretrain", None), ("evaluate", "pretrain"), ("sft", None)]
+        with Metrics(made.path, "sft", identity=made.id_of("sft"), live=False) as metrics:
+            metrics.log(0, loss=9.0)
+        assert [line["loss"] for line in made.read_metrics() if line["stage"] == "sft"] == [9.0]
+
+    def test_a_stage_that_goes_on_is_still_the_same(self, directory):
+        directory.begin("pretrain", EXPERIMENT)
+        first = directory.id_of("pretrain")
+        directory.begin("pretrain", EXPERIMENT)  # nothing was saved
+        assert directory.id_of("pretrain") != first
+        first = directory.id_of("pretrain")
+        (directory.checkpoints("pretrain") / "3").mkdir(parents=True)
+        directory.begin("pretrain", EXPERIMENT)
+        assert directory.id_of("pretrain") == first
+
+    def test_what_follows_a_stale_stage_is_stale(self, made):
+        made.begin("tokenizer", EXPERIMENT)
+        (made.path / "tokenizer" / "stage.json").unlink()
+        made.begin("tokenizer", EXPERIMENT)
+        assert [made.stale(stage) for stage in ("pretrain", "sft", "rl")] == ["tokenizer"] * 3
+
+
+class TestEarlierVersions:
+    """Runs without begun.json, whose metrics and records have no identity."""
+
+    @pytest.fixture
+    def old(self, directory):
+        times = {"tokenizer": 0.0, "pretrain": 10.0, "sft": 20.0, "rl": 30.0, "evaluate": 40.0}
+        parents = {"sft": "pretrain", "rl": "sft"}
+        for stage, began in times.items():
+            parent = {"stage": parents[stage], "step": 4} if stage in parents else None
+            record = {"stage": stage, "parent": parent, "steps": 4, "started": began, "finished": began + 9}
+            directory.write_record(stage, record)
+        lines = [{"stage": "evaluate", "step": 4, "time": 45.0, "of": of, "score/sums": 0.5} for of in ("sft", "rl")]
+        (directory.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return directory
+
+    def test_all_is_known_that_can_be(self, old):
+        assert old.stages_with_model() == ["pretrain", "sft", "rl"] and old.id_of("sft") is None
+        assert len(old.read_metrics()) == 2
+        old.open(changed(evaluate=EvaluateConfig(max_new_tokens=7)))
+        assert old.id_of("sft") and old.config_of("evaluate").evaluate.max_new_tokens == 512
+        assert old.stages_with_model() == ["pretrain", "sft", "rl"] and len(old.read_metrics()) == 2
+        old.open(EXPERIMENT, redo=["sft"])
+        assert old.stages_with_model() == ["pretrain"] and old.read_metrics() == []
+
+    def test_a_model_that_was_trained_again_has_no_scores_of_before(self, old):
+        record = {**old.read_record("sft"), "started": 50.0, "finished": 60.0}
+        old.write_record("sft", record)
+        assert [line["of"] for line in old.read_metrics()] == ["rl"]
+        old.open(EXPERIMENT)
+        assert old.stale("rl") == "sft" and old.read_metrics() == []
+
+    def test_its_settings_are_fixed_too(self, old):
+        with pytest.raises(UserError, match="sft was made with sft.epochs 1.0, not 2.0"):
+            old.open(changed(sft=FinetuneConfig(epochs=2.0)))
+
+
+def test_a_lost_checkpoint_is_named_with_its_remedy(directory):
+    make(directory, "pretrain")
+    with pytest.raises(UserError, match="has no checkpoint of step 4, .*; do the stage again with --redo=pretrain"):
+        directory.last_step("pretrain")
+    (directory.checkpoints("pretrain") / "2").mkdir(parents=True)
+    with pytest.raises(UserError, match="stage.json to go on from step 2, or do the stage again with --redo=pretrain"):
+        directory.last_step("pretrain")
+    (directory.checkpoints("pretrain") / "4").mkdir()
+    assert directory.last_step("pretrain") == 4

@@ -129,7 +129,7 @@ def test_report_md_tells_the_story(run_dir):
     assert f"    jaxchat chat --run '{run_dir}'\n" in text
     assert "| held-out questions | after sft | after rl |\n| --- | ---: | ---: |\n| sums | 50.0% | 75.0% |" in text
     assert "| arc easy | 25.0% |  |" in text
-    assert "1.250 after pretrain, 0.750 after sft." in text
+    assert "Bits per byte of text, held out: 1.250 after pretrain." in text
     assert "0.250 before reinforcement learning, 0.500 after it." in text
     assert "| pretrain | read text | 20 | 20.5k | 30m 00s | 1.00k | 50% | 1.5 GiB | $3.00 |" in text
     assert "Not finished: midtrain, evaluate." in text

@@ -1,0 +1,316 @@
+"""The report of a run as a page of Markdown, `report.md`, made of what `report.json` has."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from jaxchat.config import model_width
+from jaxchat.runs.progress import format_count, format_duration
+from jaxchat.verbatim import without_controls
+
+_CAPTIONS = {
+    "evaluation.png": "Held-out questions answered correctly after each stage, in percent.",
+    "loss.png": "Training loss: measured (thin) and its trend (thick). The first steps of pretraining are cut off.",
+    "bpb.png": "Bits per byte on validation text; lower is better.",
+    "reward.png": "Mean reward during reinforcement learning.",
+    "learning_rates.png": "Learning rates of the parameter groups.",
+}
+_TOOL_CALL = re.compile(
+    r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.DOTALL
+)
+_DONE = {
+    "tokenizer": "learned the vocabulary",
+    "pretrain": "read text",
+    "midtrain": "learned to hold a conversation",
+    "sft": "learned to answer",
+    "rl": "practiced on questions with checkable answers",
+    "evaluate": "answered held-out questions",
+}
+
+
+def page(report: dict[str, Any], plots: list[str], shown_path: str) -> str:
+    sections = [
+        f"# {report['name'] or 'A run'}",
+        _story(report),
+        _how_to_talk(report, shown_path),
+        _can_do(report, plots),
+        _answers(report),
+        _samples(report),
+        _road(report),
+        *(_plot(name) for name in ("loss.png", "bpb.png", "reward.png", "learning_rates.png") if name in plots),
+        _settings(report),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _story(report: dict[str, Any]) -> str:
+    config, stages = report["config"], report["stages"]
+    depth = config["model"]["depth"]
+    size = f"{format_count(report['parameters'])} parameters ({depth} layers, {model_width(depth)} wide)"
+    sentences = [f"A chatbot trained from nothing: {size}."]
+    path, sets = config["data"]["path"], config["data"]["download"]
+    source = f"text from the folder `{Path(path).name}`" if path else "stories of a small world that jaxchat made up"
+    if sets:
+        source = f"text ({sets[0].partition(':')[0]})"
+    read = stages.get("pretrain", {}).get("tokens")
+    heard = sum(stages.get(stage, {}).get("tokens") or 0 for stage in ("midtrain", "sft"))
+    if read:
+        then = f", then {format_count(heard)} tokens of conversations" if heard else ""
+        sentences.append(f"It has read {format_count(read)} tokens of {source}{then}.")
+    scores = scores_of(report["evaluation"])
+    if scores:
+        stage, found = list(scores.items())[-1]
+        results = ", ".join(f"{task.replace('_', ' ')} {score:.0%}" for task, score in found.items())
+        sentences.append(f"After {stage} it answers these shares of held-out questions correctly: {results}.")
+    if stages:
+        sentences.append(
+            f"All of it took {format_duration(report['seconds'])}{_on(report['machine'])}{_for(report['cost'])}."
+        )
+    return textwrap.fill(" ".join(sentences), 120)
+
+
+def _on(machine: dict[str, Any]) -> str:
+    if not machine:
+        return ""
+    return f" on {_device(machine)}"
+
+
+def _device(machine: dict[str, Any]) -> str:
+    if machine["platform"] == "cpu":
+        return f"{machine['cores']} CPU cores" if machine["cores"] > 1 else "one CPU core"
+    return f"{machine['device_count']} × {machine['device_kind']}"
+
+
+def _for(cost: float | None) -> str:
+    return f" and cost ${cost:,.2f}" if cost else ""
+
+
+def _how_to_talk(report: dict[str, Any], shown_path: str) -> str:
+    if not any(report["stages"].get(stage, {}).get("steps") for stage in ("midtrain", "sft", "rl")):
+        return ""
+    return f"Talk to it:\n\n    jaxchat chat --run {shlex.quote(shown_path)}"
+
+
+def _can_do(report: dict[str, Any], plots: list[str]) -> str:
+    scores = scores_of(report["evaluation"])
+    parts = []
+    if scores:
+        tasks = list(dict.fromkeys(task for found in scores.values() for task in found))
+        rows = [row for task in tasks for row in _score_rows(task, scores, report.get("scores", {}))]
+        known = [i for i in range(len(rows[0])) if i <= len(scores) or any(row[i] for row in rows)]
+        header = ["held-out questions", *(f"after {stage}" for stage in scores), *_SETTINGS]
+        parts.append(_table([[row[i] for i in known] for row in [header, *rows]]))
+    if "evaluation.png" in plots:
+        parts.append(_plot("evaluation.png"))
+    # Two sentences: a byte of what the assistant says is far easier to predict than one of a book.
+    for stages, what in ((("pretrain",), "text"), (("midtrain", "sft"), "what the assistant says in conversations")):
+        bpb = {stage: report["evaluation"].get(stage, {}).get("bpb") for stage in stages}
+        values = ", ".join(f"{value:.3f} after {stage}" for stage, value in bpb.items() if value is not None)
+        if values:
+            parts.append(f"Bits per byte of {what}, held out: {values}.")
+    if report["rl"]:
+        before, after = report["rl"]["reward_before"], report["rl"]["reward_after"]
+        parts.append(
+            f"Mean reward on evaluation questions: {before:.3f} before reinforcement learning, {after:.3f} after it."
+        )
+    parts += _rl_facts(report["stages"].get("rl", {}))
+    return "\n\n".join(["## What it can do", *parts]) if parts else ""
+
+
+def _rl_facts(entry: dict[str, Any]) -> list[str]:
+    """What the answers sampled in reinforcement learning had to teach, where its metrics tell."""
+    shares = entry.get("shares", {})
+    idle, cut = shares.get("groups_without_signal"), shares.get("cut")
+    sentences = []
+    if idle == 1:
+        sentences.append(
+            "Reinforcement learning changed nothing: all answers to a question were always worth the same."
+        )
+    elif idle is not None:
+        sentences.append(f"In reinforcement learning, {idle:.1%} of the questions taught nothing: all answers to one "
+                         "were worth the same.")  # fmt: skip
+    if cut:
+        sentences.append(f"{cut:.1%} of its answers had no room to end.")
+    return [" ".join(sentences)] if sentences else []
+
+
+_SETTINGS = ("asked", "cut", "longest answer")
+
+
+def _score_rows(task: str, scores: dict[str, Any], facts: dict[str, Any]) -> list[list[str]]:
+    """A row for each way in which the task was asked: scores in one row can be compared."""
+    ways: dict[tuple, dict[str, Any]] = {}
+    for stage in scores:
+        if task in scores[stage]:
+            entry = {"score": scores[stage][task], **facts.get(stage, {}).get(task, {})}
+            way = tuple(entry.get(name) for name in ("count", "questions", "max_new_tokens", "temperature"))
+            ways.setdefault(way, {})[stage] = entry
+    rows = []
+    for (count, _, longest, _), entries in ways.items():
+        shares = [_percent(entries[stage]["score"]) if stage in entries else "" for stage in scores]
+        cut = ", ".join(f"{entries[stage].get('cut') or 0:,}" for stage in entries)
+        cut = cut if any(entry.get("cut") for entry in entries.values()) else ""
+        asked = f"{count:,}" if count is not None else ""
+        rows.append([task.replace("_", " "), *shares, asked, cut, f"{longest:,} tokens" if longest else ""])
+    return rows
+
+
+def _answers(report: dict[str, Any]) -> str:
+    parts = []
+    for stage, tasks in report.get("answers", {}).items():
+        for task, answers in tasks.items():
+            shown = "\n\n".join(_answer_text(answer) for answer in answers)
+            parts.append(f"{task.replace('_', ' ').capitalize()}, after {stage}:\n\n{shown}")
+    return "\n\n".join(["## What it answers", *parts]) if parts else ""
+
+
+def _answer_text(answer: dict[str, Any]) -> str:
+    marks = [f"score {answer['score']:g}", *(["cut"] if answer["cut"] else [])]
+    right = f"; right: {answer['right']}" if answer["score"] < 1 and answer["right"] else ""
+    return _fenced(f"> {answer['question']}\n{_spoken(answer['answer'])}\n({', '.join(marks)}{right})")
+
+
+def _samples(report: dict[str, Any]) -> str:
+    parts = []
+    for stage, entry in report["stages"].items():
+        texts = [_sample_text(stage, sample) for sample in entry.get("samples") or []]
+        if texts:
+            parts.append(f"After {stage}:\n\n" + "\n\n".join(texts))
+    return "\n\n".join(["## What it says", *parts]) if parts else ""
+
+
+def _sample_text(stage: str, sample: dict[str, str]) -> str:
+    prompt, completion = sample["prompt"], _spoken(sample["completion"])
+    return _fenced(prompt + completion if stage == "pretrain" else f"> {prompt}\n{completion}")
+
+
+def _fenced(text: str) -> str:
+    """A fenced block, since a model's text is not Markdown."""
+    text = without_controls(text)
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _spoken(completion: str) -> str:
+    """A completion with its calls of tools as one reads them."""
+    return _TOOL_CALL.sub(_tool_call, completion)
+
+
+def _tool_call(match: re.Match[str]) -> str:
+    call, output = match.groups()
+    return f"[python: {call}{'' if output is None else f' → {output}'}] "
+
+
+def _road(report: dict[str, Any]) -> str:
+    stages = report["stages"]
+    if not stages:
+        return ""
+    header = ["stage", "what it did", "steps", "tokens", "time", "tokens/s", "MFU", "peak memory so far", "cost"]
+    rows = []
+    for stage, entry in stages.items():
+        memory = entry.get("peak_memory_bytes")
+        rows.append([
+            stage,
+            "skipped" if entry.get("skipped") else _DONE.get(stage, ""),
+            f"{entry['steps']:,}" if entry.get("steps") else "",
+            format_count(entry["tokens"]) if entry.get("tokens") else "",
+            format_duration(entry.get("seconds") or 0),
+            format_count(entry["tokens_per_second"]) if "tokens_per_second" in entry else "",
+            f"{entry['mfu']:.0%}" if "mfu" in entry else "",
+            f"{memory / 2**30:.1f} GiB" if memory else "",
+            f"${entry['cost']:,.2f}" if entry["cost"] else "",
+        ])  # fmt: skip
+    total = ["**all**", "", "", "", f"**{format_duration(report['seconds'])}**", "", "", ""]
+    rows.append([*total, f"**${report['cost']:,.2f}**" if report["cost"] else ""])
+    used = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    table = _table([[row[i] for i in used] for row in [header, *rows]], left=2)
+    price = report["config"]["cost"]["dollars_per_device_hour"]
+    note = f"\n\nCost at ${price:,.2f} per device-hour." if report["cost"] else ""
+    waited = ", ".join(
+        f"{stage} {entry['input_share']:.1%}" for stage, entry in stages.items() if "input_share" in entry
+    )
+    waits = (
+        f"\n\nShare of the steps' time spent waiting for batches (in rl: sampling them): {waited}." if waited else ""
+    )
+    missing = [s for s in report["config"]["stages"] if s not in stages and s != "report"]
+    stale = report.get("stale", {})
+    missing = [stage for stage in missing if stage not in stale]
+    unfinished = f"\n\nNot finished: {', '.join(missing)}." if missing else ""
+    for stage, older in stale.items():
+        unfinished += f"\n\nLeft out: {stage}, which was made from an earlier {older}."
+    diverged = "".join(
+        f"\n\n{stage}: {_went_back(entry)}" for stage, entry in stages.items() if entry.get("divergences")
+    )
+    lines = [f"- {stage}: {line}." for stage, entry in stages.items() if (line := describe_data(entry))]
+    data = "\n\nIts data:\n\n" + "\n".join(lines) if lines else ""
+    return f"## How it got there\n\n{table}{note}{waits}{unfinished}{diverged}{data}"
+
+
+def describe_data(entry: dict[str, Any]) -> str:
+    """Describes how full a stage's rows were and what was left out of its text, from its record."""
+    parts = []
+    if packing := entry.get("packing"):
+        parts.append(f"rows {packing['utilisation']:.1%} full")
+        if packing.get("documents"):
+            cut = packing["cut"] / packing["documents"]
+            parts.append(f"0 tokens cropped, {cut:.1%} of documents cut into pieces")
+    if left_out := entry.get("left_out"):
+        counts = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in sorted(left_out.items()))
+        parts.append(f"left out of the text: {counts}")
+    return "; ".join(parts)
+
+
+def _went_back(entry: dict[str, Any]) -> str:
+    events = entry["divergences"]
+    batches = sum(event["batches"] for event in events)
+    reasons = "; ".join(f"{event['why']}, back to {event['back_to']:,}" for event in events)
+    times = "once" if len(events) == 1 else f"{len(events)} times"
+    return f"went back to a checkpoint {times}, skipping {batches:,} batches ({reasons})."
+
+
+def _settings(report: dict[str, Any]) -> str:
+    config, machine = report["config"], report["machine"]
+    model, optimizer = config["model"], config["optimizer"]
+    rows = [
+        ["model", f"depth {model['depth']}, width {model_width(model['depth'])}, "
+                  f"context {model['sequence_len']:,} tokens"],
+        ["tokenizer", f"{report['vocab_size']:,} tokens"],
+        ["optimizer", f"Muon {optimizer['matrix_lr']:g}; AdamW {optimizer['embedding_lr']:g} (embedding), "
+                      f"{optimizer['head_lr']:g} (head)"],
+        *([f"batch, {stage}", f"{config[stage]['batch_tokens']:,} tokens"]
+          for stage in ("pretrain", "midtrain", "sft") if stage in report["stages"]),
+        ["seed", f"{config['seed']}"],
+    ]  # fmt: skip
+    if "rl" in report["stages"]:
+        rl = config["rl"]
+        shape = f"{rl['questions_per_step']} questions × {rl['samples_per_question']} samples a step"
+        rows.append(["rl", f"{rl['method'].replace('_', ' ')}, {shape}"])
+    if machine:
+        host = "" if machine["platform"] == "cpu" else f"; host with {machine['cores']} CPU cores"
+        rows.append(["machine", f"{_device(machine)}{host}, {machine['memory_bytes'] / 2**30:.0f} GiB of memory"])
+        rows.append(["software", f"JAX {machine['jax']}, Python {machine['python']}"])
+    return "## Settings\n\n" + _table([["", ""], *rows], left=2) + "\n\n`config.json` has all settings."
+
+
+def _plot(name: str) -> str:
+    return f"![{name.removesuffix('.png').replace('_', ' ')}](plots/{name})\n\n*{_CAPTIONS[name]}*"
+
+
+def _table(rows: list[list[str]], left: int = 1) -> str:
+    """A Markdown table. The first row is the header; all but the first `left` columns are right-aligned."""
+    header, *body = rows
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *body])
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def scores_of(evaluation: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    scores = {stage: {k: v for k, v in found.items() if k != "bpb"} for stage, found in evaluation.items()}
+    return {stage: found for stage, found in scores.items() if found}
