@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 PATIENCE = 5.0  # seconds from the request to stop until a wait for something that may never come is interrupted
+NOTICE = "stopping as soon as the work so far is saved; Ctrl-C again stops at once"
 STDOUT, STDERR = 1, 2
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -88,11 +89,12 @@ class Deferral:
       cause: why it is to end; None as long as it is not.
       alone: whether `raise_if_asked` may end it anywhere; several processes must agree where all of them stop.
       waiting: within `interruptible`.
+      notice: what the user is told at the request.
     """
 
-    def __init__(self, alone: bool):
+    def __init__(self, alone: bool, notice: str):
         self.cause: Cause | None = None
-        self.alone, self.waiting = alone, False
+        self.alone, self.notice, self.waiting = alone, notice, False
         self._presses, self._overdue = 0, False
 
     def grant(self, cause: Cause) -> bool:
@@ -105,7 +107,7 @@ class Deferral:
             if self.alone and hasattr(signal, "pthread_kill"):
                 threading.Thread(target=self._end_wait, daemon=True).start()
         if cause is self.cause:
-            _tell("stopping as soon as the work so far is saved; Ctrl-C again stops at once")
+            _tell(self.notice)
         return True
 
     def _end_wait(self) -> None:
@@ -170,20 +172,20 @@ def resuming(resumes: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deferred(*, alone: bool = True) -> Iterator[Deferral]:
+def deferred(*, alone: bool = True, notice: str = NOTICE) -> Iterator[Deferral]:
     """A context in which a request to end is only noted, for work that has something to save.
 
     Without `begin` it takes the signals for its duration, in the main thread.
 
     Args:
-      alone: as in `Deferral`.
+      alone, notice: as in `Deferral`.
 
     Raises:
       Interrupted: at its end, if the work was asked to end and has not done so.
     """
     global _deferral
     before = _take_signals() if threading.current_thread() is threading.main_thread() else {}
-    _deferral = deferral = Deferral(alone)
+    _deferral = deferral = Deferral(alone, notice)
     try:
         yield deferral
     finally:
@@ -225,12 +227,18 @@ def signals_raise() -> Iterator[None]:
 
     There the terminal is in a state of its own, which `input` restores when it is left by an exception.
     """
+    global _watched
+    # The thread would come too late to see whose handler it was.
+    watched, wakeup = _watched, signal.set_wakeup_fd(-1)
     before = {number: signal.signal(number, _raise) for number in _taken()}
+    _watched = False
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        _watched = watched
 
 
 @contextlib.contextmanager
@@ -278,7 +286,7 @@ def _watch(read: int) -> None:
     """Receives the numbers of signals from the pipe that Python writes them to, and acts on those that are ours."""
     while True:
         for number in os.read(read, 64):
-            # Whoever has set another handler since, such as a prompt, sees to the signal.
+            # Whoever has set another handler sees to the signal.
             if number in _CAUSES and signal.getsignal(number) is _on_signal:
                 _act(_CAUSES[number])
 
@@ -359,6 +367,8 @@ def _tell(line: str, *, last: bool = False) -> None:
     Args:
       last: the process ends, and a live line must leave the terminal with a cursor.
     """
+    if not line and not last:
+        return
     text = f"{line}\n" if line else ""
     with contextlib.suppress(OSError):
         if os.isatty(STDERR) and "rich" in sys.modules and os.environ.get("TERM") != "dumb":
