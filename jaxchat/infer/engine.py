@@ -36,7 +36,7 @@ from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.tools.calculator import calculate
 
 DECODE_STEPS = 8
-FORCED = 64  # the longest tool answer in tokens: the calculator's 51 characters and two special tokens fit
+FORCED = 64  # the longest tool answer in tokens: the calculator's 54 characters and two special tokens fit
 SHORTEST_PROMPT, SHORTEST_CACHE = 16, 64
 
 RUNNING, PAUSED, DONE = range(3)
