@@ -24,7 +24,7 @@ from jaxchat.errors import check
 from jaxchat.storage import AnyPath, first_line, of_the_cloud
 
 _NAME = re.compile(r"(.+?)\.(jsonl|ndjson|json|parquet)(?:\.(gz|bz2|xz|zst))?", re.IGNORECASE)
-_UNPACK: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
+_UNPACK: dict[str, Callable[[IO[bytes]], Any]] = {
     "gz": lambda file: gzip.GzipFile(fileobj=file),
     "bz2": bz2.BZ2File,
     "xz": lzma.LZMAFile,

@@ -5,14 +5,20 @@ from __future__ import annotations
 import itertools
 
 from jaxchat.data.chat.packing import RenderedConversations
+from jaxchat.data.chat.targets import count_targets, trainable
 from jaxchat.data.loader import chat_batches, count_rows
+from jaxchat.data.text.reading import Findings
 from jaxchat.devices.mesh import batch_share
 from jaxchat.errors import UserError
 from jaxchat.eval.bpb import evaluate_bpb
+from jaxchat.model.config import GPTConfig
+from jaxchat.stages.preflight import check_targets
 from jaxchat.stages.samples import prompts_of_chats
 from jaxchat.stages.training import Batches, Training
 from jaxchat.stages.workspace import Workspace
-from jaxchat.tasks import Mixture
+from jaxchat.tasks import Conversation, Mixture, Task
+from jaxchat.tasks.items import spread
+from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.loop import Evaluator
 
 SAMPLES = 3
@@ -27,9 +33,12 @@ def run(workspace: Workspace, stage: str) -> None:
     experiment, tokenizer = workspace.experiment, workspace.tokenizer()
     config, model = getattr(experiment, stage), workspace.model_config(tokenizer)
     plan = workspace.batch_plan(config)
-    tasks = workspace.load_tasks(stage, config.mixture, "train")
+    findings = Findings(experiment.data.on_bad, lambda line: None)
+    tasks = workspace.load_tasks(stage, config.mixture, "train", findings=findings)
     if not tasks:
         raise UserError(f"{stage}: the data folder has none of its tasks ({', '.join(config.mixture)})")
+    targets = count_targets(Mixture(tasks), tokenizer, model.sequence_len)
+    check_targets(stage, targets, model.sequence_len, workspace.say_once)
     rendered = RenderedConversations(Mixture(tasks), tokenizer, model.sequence_len)
     parent = workspace.parent_of(stage)
     common = {"tokenizer": tokenizer, "sequence_len": model.sequence_len, "seed": experiment.seed}
@@ -40,10 +49,10 @@ def run(workspace: Workspace, stage: str) -> None:
     index, count = batch_share(workspace.mesh)
     part = {"process_index": index, "process_count": count}
     batches = chat_batches(rendered, rows=plan.rows * plan.accumulation // count, **part, **common)
-    held_out = [task for task in workspace.load_tasks(stage, config.mixture, "val", quiet=True) if len(task)]
+    held_out = _with_targets(workspace.load_tasks(stage, config.mixture, "val", quiet=True), tokenizer, model)
     validation = []
     if held_out:
-        source = chat_batches(Mixture(held_out), rows=plan.rows // count, epochs=1, **part, **common)
+        source = chat_batches(held_out, rows=plan.rows // count, epochs=1, **part, **common)
         count = max(1, config.eval_tokens // (plan.rows * model.sequence_len))
         validation = list(itertools.islice(source, count))
 
@@ -53,14 +62,20 @@ def run(workspace: Workspace, stage: str) -> None:
 
     params, step = workspace.load_params(parent, model)
     training = Training(workspace, stage, config, model, tokenizer, steps, parent={"stage": parent, "step": step})
-    source = Mixture(held_out or tasks)
-    spread = [source[i * len(source) // SAMPLES] for i in range(SAMPLES)]
+    shown = spread(held_out or [chat for chat in Mixture(tasks) if chat["messages"]], SAMPLES)
     training.train(
         lambda: params,
         Batches(workspace, plan, batches),
         lambda metrics: (
             Evaluator(config.eval_every, validate),
-            training.sampler(metrics, prompts_of_chats(tokenizer, spread)),
+            training.sampler(metrics, prompts_of_chats(tokenizer, list(shown))),
         ),
         mixture={task.name: len(task) for task in tasks},
+        **({"left_out": dict(findings.left_out)} if findings.left_out else {}),
     )
+
+
+def _with_targets(tasks: list[Task], tokenizer: BaseTokenizer, model: GPTConfig) -> list[Conversation]:
+    """The conversations with something to predict: a batch without would have no bits per byte."""
+    chats = [chat for chat in Mixture(tasks) if chat["messages"]]
+    return [chat for chat, useful in zip(chats, trainable(chats, tokenizer, model.sequence_len), strict=True) if useful]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jaxchat.data.hub.background_download import BackgroundDownload
 from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.data.synthetic import write_synthetic
 from jaxchat.data.text.folder import TextSplits, find_text
+from jaxchat.data.text.reading import Findings
 from jaxchat.devices.machine import machine_info, peak_memory_bytes
 from jaxchat.devices.mesh import data_shards, make_mesh
 from jaxchat.devices.processes import on_process_zero
@@ -30,14 +31,15 @@ from jaxchat.ops.compute import Compute, compute_dtype
 from jaxchat.runs.directory import TRAINED, RunDirectory
 from jaxchat.runs.files import Damaged, Object, free_name, read_bytes, read_json, write_json
 from jaxchat.runs.metrics import Metrics
+from jaxchat.stages.preflight import check_data
+from jaxchat.stages.task_source import TaskSource, dataset_of
 from jaxchat.storage import AnyPath, is_folder, is_remote, to_path, to_run_directory
-from jaxchat.tasks import Task, load_task, parse_mixture
+from jaxchat.tasks import Task, parse_mixture
 from jaxchat.tasks.base import Split
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
 from jaxchat.train.budget import BatchPlan, split_batch
 
 _GENERATE = "delete it, and the corpus is generated again"
-GENERATED = ("chat", "sums", "letters", "facts", "long_sums")  # the tasks of the generated corpus
 
 
 class Workspace:
@@ -67,11 +69,18 @@ class Workspace:
         self.experiment, self.directory = experiment, RunDirectory(to_run_directory(directory))
         self._say = say
         self.say = say if jax.process_index() == 0 else lambda line: None
+        self._said: set[str] = set()
         self.mesh = make_mesh(experiment.mesh)
         self.compute = Compute(compute_dtype(experiment), self.mesh)
         on_process_zero(lambda: self.directory.open(experiment, redo=redo, keep_config=keep_config, say=self.say))
         requests = parse_requests(data.download)
         self._download = BackgroundDownload(data.folder, requests, self.say) if requests and data.folder else None
+
+    def say_once(self, line: str) -> None:
+        """Prints a line for the user, unless it was printed before."""
+        if line not in self._said:
+            self._said.add(line)
+            self.say(line)
 
     # --- data and tokenizer -------------------------------------------------------------------------------------
 
@@ -108,8 +117,12 @@ class Workspace:
 
     def _generated(self) -> AnyPath:
         """The generated corpus, written once; one that was left unfinished is written again."""
+        on_process_zero(lambda: str(self._write_generated()))
+        return to_path(self.directory.generated_data)
+
+    def _write_generated(self) -> AnyPath:
         directory = to_path(self.directory.generated_data)
-        on_process_zero(lambda: self._generate(directory))
+        self._generate(directory)
         return directory
 
     def _generate(self, directory: AnyPath) -> None:
@@ -128,35 +141,57 @@ class Workspace:
         write_json(epath.Path(directory / "complete"), wanted)
         self.say(f"data      done in {time.perf_counter() - started:.0f} s")
 
-    def load_tasks(self, stage: str, mixture: tuple[str, ...], split: Split, *, quiet: bool = False) -> list[Task]:
+    def check_data(self, stages: Sequence[str], given: Collection[str] = ()) -> None:
+        """Checks the conversations and questions that `stages` will read, as `preflight.check_data` does.
+
+        What it says, it says once. With the run's tokenizer, or the user's, it knows exactly what is too long.
+        """
+        source = TaskSource(self.experiment.data, self._write_generated, self._downloading)
+        on_process_zero(
+            lambda: check_data(
+                self.experiment, source, stages, tokenizer=self._known_tokenizer(), given=given, say=self.say_once
+            )
+        )
+
+    def _known_tokenizer(self) -> BaseTokenizer | None:
+        if self.directory.finished("tokenizer"):
+            return load_tokenizer(self.directory.tokenizer)
+        users = self.experiment.tokenizer.path
+        return None if users is None else load_tokenizer(users)
+
+    def _downloading(self, task: str) -> bool:
+        return self._download is not None and dataset_of(task) in self._download.missing_tasks()
+
+    def load_tasks(
+        self,
+        stage: str,
+        mixture: tuple[str, ...],
+        split: Split,
+        *,
+        quiet: bool = False,
+        findings: Findings | None = None,
+    ) -> list[Task]:
         """The tasks of `mixture` that the data has, after waiting for downloads.
 
         The user's folder comes first. If it has no conversations, the tasks that jaxchat generates take their place. A
         task that is found nowhere is left out, with a line for the user.
+
+        Args:
+          findings: counts the bad items that are left out; `check_data` has said which.
         """
         if self._download is not None:
             self._download.wait_for_tasks()
+        source = TaskSource(self.experiment.data, self._generated)
+        findings = findings or Findings(self.experiment.data.on_bad, lambda line: None)
         tasks, missing = [], []
         for name, limit in parse_mixture(mixture):
             try:
-                tasks.append(self._load_task(name, split, limit))
+                tasks.append(source.load(name, split, limit, findings))
             except MissingData as error:
                 missing.append(f"{name} ({error})")
         if missing and not quiet:
             self.say(f"{stage:<9} left out, not in the data folder: {', '.join(missing)}")
         return tasks
-
-    def _load_task(self, name: str, split: Split, limit: int | None) -> Task:
-        user = self.experiment.data.folder
-        if user is not None:
-            try:
-                return load_task(name, split, user, limit)
-            except MissingData:
-                # The generated facts are about a world that the user's text does not know.
-                has_chat = (to_path(user) / "chat").exists()
-                if name not in GENERATED or name == "facts" or (name == "chat" and has_chat):
-                    raise
-        return load_task(name, split, self._generated(), limit)
 
     def tokenizer(self) -> BaseTokenizer:
         """The run's tokenizer.

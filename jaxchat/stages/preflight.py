@@ -1,0 +1,206 @@
+"""Checks all conversations and questions that the stages of a run will read, before the first of them starts.
+
+A bad line, a file that is not there, or conversations with nothing to train on would otherwise stop a stage hours into
+the run, or train on nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Collection
+
+from jaxchat.config import Experiment
+from jaxchat.data.chat.targets import Targets, count_targets, fits
+from jaxchat.data.hub.catalogue import parse_requests
+from jaxchat.data.text.folder import find_text
+from jaxchat.data.text.reading import Findings
+from jaxchat.errors import MissingData, UserError, check
+from jaxchat.stages.task_source import NotYet, TaskSource, dataset_of
+from jaxchat.storage import to_path
+from jaxchat.tasks import Task, parse_mixture
+from jaxchat.tasks.base import Split
+from jaxchat.tasks.items import spread
+from jaxchat.tasks.unread import unread_files
+from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
+
+MIXTURES = {"midtrain": "mixture", "sft": "mixture", "rl": "tasks", "evaluate": "tasks"}  # stage -> the field
+SAID = 20  # of the bad lines that are left out, this many are said
+SLOW = 3.0  # seconds after which the user is told how long the checks took
+Say = Callable[[str], None]
+
+
+def check_data(
+    experiment: Experiment,
+    source: TaskSource,
+    stages: Collection[str],
+    *,
+    tokenizer: BaseTokenizer | None = None,
+    given: Collection[str] = (),
+    say: Say = print,
+) -> None:
+    """Reads all that `stages` will read of conversations and questions.
+
+    What is still to be downloaded or generated is not waited for. Without a tokenizer, only conversations and questions
+    that are too long for any tokenizer count as too long.
+
+    Args:
+      given: the fields that the user has set, such as `sft.mixture`: the tasks that they name must be there.
+
+    Raises:
+      UserError: a bad line, unless `data.on_bad` is "skip"; a file that cannot be read; a task that the user names and
+        the data lacks; a stage with nothing to train on, or without a question that fits into the context.
+    """
+    began = time.perf_counter()
+    preflight = _Preflight(experiment, source, tokenizer, given, say)
+    for stage in stages:
+        if stage in MIXTURES:
+            preflight.check_stage(stage)
+    if preflight.loaded and experiment.data.folder is not None:
+        unread = unread_files(to_path(experiment.data.folder))
+        if unread:
+            say(f"data      read by no task: {', '.join(unread[:5])}{', ...' if len(unread) > 5 else ''}")
+    if (seconds := time.perf_counter() - began) >= SLOW:
+        say(f"data      {preflight.items:,} conversations and questions checked in {seconds:.0f} s")
+
+
+def check_planned_data(experiment: Experiment, given: Collection[str] = (), say: Say = print) -> None:
+    """Checks the text, conversations and questions that are there before a run; nothing is downloaded or generated.
+
+    Raises:
+      UserError: as `check_data`, `find_text` and `load_tokenizer`.
+    """
+    data, requests = experiment.data, parse_requests(experiment.data.download)
+    downloads = [request.dataset.name for request in requests]
+    reads_text = not {"tokenizer", "pretrain"}.isdisjoint(experiment.stages)
+    if data.folder is not None and reads_text and not any(request.is_text for request in requests):
+        find_text(data.folder, data.val_shard, on_bad=data.on_bad, say=say)
+    tokenizer = None if experiment.tokenizer.path is None else load_tokenizer(experiment.tokenizer.path)
+    source = TaskSource(data, None, lambda task: dataset_of(task) in downloads)
+    check_data(experiment, source, experiment.stages, tokenizer=tokenizer, given=given, say=say)
+
+
+def check_targets(stage: str, targets: Targets, sequence_len: int, say: Say = print) -> None:
+    """Says how many of a stage's conversations have nothing to train on, and why.
+
+    Raises:
+      UserError: none has anything.
+    """
+    why = targets.why_not(sequence_len)
+    if targets.trainable == 0:
+        remedy = "raise it, or train on other conversations" if targets.too_long else "train on other conversations"
+        raise UserError(
+            f"{stage}: 0 of {targets.total:,} conversations have anything to train on: {why or 'all were left out'}; "
+            f"{remedy} ({stage}.mixture)"
+        )
+    if why:
+        nothing = targets.total - targets.trainable
+        say(f"{stage:<9} {nothing:,} of {targets.total:,} conversations have nothing to train on: {why}")
+
+
+class _Preflight:
+    def __init__(
+        self,
+        experiment: Experiment,
+        source: TaskSource,
+        tokenizer: BaseTokenizer | None,
+        given: Collection[str],
+        say: Say,
+    ):
+        self.experiment, self.source, self.tokenizer, self.given, self.say = experiment, source, tokenizer, given, say
+        self.sequence_len = experiment.model.sequence_len
+        self.loaded: dict[tuple[str, Split], Task | None] = {}  # None: still to come
+        self.counted: dict[tuple[str, Split, int | None], Targets] = {}
+        self.items = 0
+
+    def check_stage(self, stage: str) -> None:
+        """Checks what a stage names; what is still to come is left for later."""
+        field = f"{stage}.{MIXTURES[stage]}"
+        entries = parse_mixture(getattr(getattr(self.experiment, stage), MIXTURES[stage]))
+        names = [name for name, _ in entries]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            self.say(f"{stage:<9} {field} names {', '.join(twice)} more than once: it counts as often")
+        found = []
+        for name, limit in entries:
+            try:
+                task = self._load(name, "test" if stage == "evaluate" else "train")
+            except MissingData as error:
+                dataset = dataset_of(name)
+                remedy = f"; 'jaxchat data get {dataset}' downloads it" if dataset else ""
+                check(field not in self.given, f"{field} names {name}, but {error}{remedy}")
+                continue
+            if task is not None and len(task) < (limit or 0):
+                self.say(f"{stage:<9} {name} has {len(task):,} items, not the {limit:,} that {field} asks for")
+            found.append((name, limit, task))
+        if stage not in ("midtrain", "sft"):
+            self._check_questions(stage, [task for _, _, task in found if task is not None])
+            return
+        check(bool(found), f"{stage}: the data folder has none of its tasks ({', '.join(names)})")
+        if all(task is not None for _, _, task in found):
+            self._check_training(stage, [(name, limit) for name, limit, _ in found])
+
+    def _load(self, name: str, split: Split) -> Task | None:
+        """A task as a whole, read once; None if it is still to come."""
+        if (name, split) not in self.loaded:
+            findings = Findings(self.experiment.data.on_bad, _first(self.say))
+            try:
+                task = self.source.load(name, split, None, findings)
+            except NotYet:
+                task = None
+            self.loaded[name, split] = task
+            self.items += len(task or ())
+            if left_out := findings.left_out.total():
+                self.say(f"data      {name}: {left_out:,} left out for {split}")
+        return self.loaded[name, split]
+
+    def _count(self, name: str, split: Split, limit: int | None) -> Targets:
+        key = name, split, limit
+        if key not in self.counted:
+            task = self._load(name, split)
+            self.counted[key] = count_targets(spread(task or (), limit), self.tokenizer, self.sequence_len)
+        return self.counted[key]
+
+    def _check_training(self, stage: str, entries: list[tuple[str, int | None]]) -> None:
+        parts = {name: self._count(name, "train", limit) for name, limit in entries}
+        targets = sum((self._count(name, "train", limit) for name, limit in entries), Targets())
+        check_targets(stage, targets, self.sequence_len, self.say)
+        held_out = Targets()
+        for name, limit in entries:
+            with contextlib.suppress(MissingData):
+                held_out += self._count(name, "val", limit)
+        named = ", ".join(f"{name} {part.total:,}" for name, part in parts.items())
+        self.say(
+            f"{stage:<9} {targets.total:,} conversations to train on ({named}), {held_out.total:,} to validate with"
+        )
+        if held_out.trainable == 0:
+            why = held_out.why_not(self.sequence_len) or "none is held out"
+            self.say(f"{stage:<9} has no conversation to validate with ({why}): bpb is not measured")
+
+    def _check_questions(self, stage: str, tasks: list[Task]) -> None:
+        fitting = asked = 0
+        for task in tasks:
+            fit = sum(fits(task, self.tokenizer, self.sequence_len))
+            asked += len(task)
+            fitting += fit
+            if fit < len(task):
+                effect = "are not asked" if stage == "rl" else "score 0"
+                self.say(f"{stage:<9} {len(task) - fit:,} of {len(task):,} questions of {task.name} are longer than "
+                         f"model.sequence-len {self.sequence_len}, and {effect}")  # fmt: skip
+        check(
+            fitting > 0 or asked == 0 or stage != "rl",
+            f"rl: none of the {asked:,} questions of its tasks fits into model.sequence-len {self.sequence_len}; "
+            "raise it, or change rl.tasks",
+        )
+
+
+def _first(say: Say) -> Say:
+    """Says the first lines about what is left out, and then that there are more."""
+    said = 0
+
+    def say_some(line: str) -> None:
+        nonlocal said
+        said += 1
+        if said <= SAID:
+            say(f"data      {line}" + ("; any more are only counted" if said == SAID else ""))
+
+    return say_some
