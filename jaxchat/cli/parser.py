@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
             wrong = re.match(r"invalid choice: (.*?)(?: \(choose from .*\))?$", problem, re.DOTALL)
             if wrong and choice:
                 self._refuse_choice(name, wrong[1], choice.choices or ())
-            raise UserError(f"{name} {told}; see {self.prog} --help")
+            raise UserError(f"{name} {told}" if ";" in told else f"{name} {told}; see {self.prog} --help")
         raise UserError(f"{message}; see {self.prog} --help")
 
     def _refuse_choice(self, name: str, word: str, choices: Iterable[str]) -> NoReturn:

@@ -50,7 +50,7 @@ def _in_range(value: float, limits: Range, *, whole: bool) -> Any:
 def path(text: str) -> str:
     """The path of a file or folder; a leading ~ is the home folder."""
     if not text:
-        raise _Wrong("is empty; give it a path")
+        raise _Wrong("is empty; name a file or folder")
     try:
         return checked_path(text)
     except ValueError as error:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from jaxchat.config import PretrainConfig
 from jaxchat.errors import UserError
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.parameters import count_parameters
+
+MOST_STEPS = 10**9  # which pretrain.num-iterations may be at most
 
 
 def attended_keys(length: int, window: int | None) -> int:
@@ -46,6 +49,27 @@ def training_length(config: PretrainConfig, model: GPTConfig) -> int:
     return max(1, int(config.tokens_per_param * count_parameters(model).total // config.batch_tokens))
 
 
+def check_length(config: PretrainConfig, model: GPTConfig) -> None:
+    """Checks that the compute or the tokens that are set give a number of steps that can be counted.
+
+    Raises:
+      UserError: less than one step, or more than `MOST_STEPS`.
+    """
+    if config.num_iterations is not None:
+        return
+    if config.target_flops is not None:
+        name, value = "target-flops", config.target_flops
+        of_a_step = flops_per_token(model) * config.batch_tokens
+    else:
+        name, value = "tokens-per-param", config.tokens_per_param
+        of_a_step = config.batch_tokens / count_parameters(model).total
+    problem = f"pretrain.{name} is {value:g}, but a step of {config.batch_tokens:,} tokens takes {of_a_step:.3g}"
+    if value < of_a_step:
+        raise UserError(f"{problem}; raise it, or set pretrain.num-iterations")
+    if value / of_a_step > MOST_STEPS:
+        raise UserError(f"{problem}; lower it to at most {of_a_step * MOST_STEPS:.3g}: {MOST_STEPS:,} steps")
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """How an optimizer step's rows pass through the devices: `accumulation` times `rows`, `device_rows` on each."""
@@ -78,7 +102,7 @@ def split_batch(batch_tokens: int, device_rows: int, sequence_len: int, data_par
     batches = [tokens for tokens in (below, below + unit) if tokens > 0]
     remedies = [f"batch-tokens {_either(batches)}"]
     if rest_of_rows == 0 and device_total > 0:
-        divisors = [d for d in range(1, device_total + 1) if device_total % d == 0]
+        divisors = _divisors(device_total)
         below = [d for d in divisors if d < device_rows][-1:]
         above = [d for d in divisors if d > device_rows][:1]
         remedies.append(f"device-rows {_either(below + above)}")
@@ -86,6 +110,11 @@ def split_batch(batch_tokens: int, device_rows: int, sequence_len: int, data_par
         f"batch-tokens {batch_tokens} is not a multiple of {micro_tokens} (device-rows {device_rows} x {data_parallel} "
         f"data-parallel devices x sequence-len {sequence_len}); nearest that work: {', or '.join(remedies)}"
     )
+
+
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def _either(values: list[int]) -> str:

@@ -1,0 +1,67 @@
+"""Checks what a run would refuse although each setting by itself is possible: tasks, data sets, what is there already.
+
+Nothing here needs JAX, so that a command with a mistake in it ends at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+
+from jaxchat.config import STAGES, TRAINED, Experiment
+from jaxchat.data.hub.catalogue import parse_requests
+from jaxchat.errors import UserError, check
+from jaxchat.runs.directory import RunDirectory
+from jaxchat.tasks import check_scorable, parse_mixture
+
+
+def check_settings(experiment: Experiment) -> None:
+    """Checks what needs neither devices nor data.
+
+    Raises:
+      UserError: there is no stage to run; a task or data set is unknown; a stage has no task.
+    """
+    check(bool(experiment.stages), "stages is empty; name at least one, such as --stages=pretrain")
+    with naming("data.download"):
+        parse_requests(experiment.data.download)
+    for stage in experiment.stages:
+        if stage in ("midtrain", "sft"):
+            with naming(f"{stage}.mixture"):
+                parse_mixture(getattr(experiment, stage).mixture)
+        if stage in ("rl", "evaluate"):
+            tasks = getattr(experiment, stage).tasks
+            check(bool(tasks), f"{stage}.tasks is empty; name at least one, or leave {stage} out of --stages")
+            with naming(f"{stage}.tasks"):
+                check_scorable(tasks)
+    check(
+        bool(experiment.evaluate.of) or "evaluate" not in experiment.stages,
+        "evaluate.of is empty; name at least one stage, or leave evaluate out of --stages",
+    )
+
+
+def check_run(experiment: Experiment, directory: RunDirectory, *, redo: Collection[str] = ()) -> None:
+    """Checks that what is in a run's directory lets the experiment's stages go on; writes nothing.
+
+    Raises:
+      UserError: another run is there; what a stage begins with is neither there nor made before it.
+    """
+    directory.check(experiment, redo=redo)
+    there = [stage for stage in STAGES if stage not in redo and directory.finished(stage)]
+    for stage in experiment.stages:
+        if stage in TRAINED and stage not in there:
+            check("tokenizer" in there, f"{directory} has no tokenizer yet; run the stage 'tokenizer' first")
+            before = TRAINED[: TRAINED.index(stage)]
+            check(
+                not before or any(earlier in there for earlier in before),
+                f"{stage} needs an earlier stage's parameters; run one of {', '.join(before)} first",
+            )
+        there.append(stage)
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Puts the setting that a UserError is about before its message."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
