@@ -112,6 +112,7 @@ class _Preflight:
         self.loaded: dict[tuple[str, Split], Task | None] = {}  # None: still to come
         self.counted: dict[tuple[str, Split, int | None], Targets] = {}
         self.items = 0
+        self.bad: set[str] = set()
 
     def check_stage(self, stage: str) -> None:
         """Checks what a stage names; what is still to come is left for later."""
@@ -142,15 +143,16 @@ class _Preflight:
     def _load(self, name: str, split: Split) -> Task | None:
         """A task as a whole, read once; None if it is still to come."""
         if (name, split) not in self.loaded:
-            findings = Findings(self.experiment.data.on_bad, _first(self.say))
+            bad = _Bad(self.bad, self.say)
+            findings = Findings(self.experiment.data.on_bad, bad)
             try:
                 task = self.source.load(name, split, None, findings)
             except NotYet:
                 task = None
             self.loaded[name, split] = task
             self.items += len(task or ())
-            if left_out := findings.left_out.total():
-                self.say(f"data      {name}: {left_out:,} left out for {split}")
+            if bad.count:
+                self.say(f"data      {name}: {bad.count:,} left out")
         return self.loaded[name, split]
 
     def _count(self, name: str, split: Split, limit: int | None) -> Targets:
@@ -193,14 +195,16 @@ class _Preflight:
         )
 
 
-def _first(say: Say) -> Say:
-    """Says the first lines about what is left out, and then that there are more."""
-    said = 0
+class _Bad:
+    """Says the first of the lines about what is left out, each once, though a file may be read for several splits."""
 
-    def say_some(line: str) -> None:
-        nonlocal said
-        said += 1
-        if said <= SAID:
-            say(f"data      {line}" + ("; any more are only counted" if said == SAID else ""))
+    def __init__(self, known: set[str], say: Say):
+        self.known, self.say, self.count = known, say, 0
 
-    return say_some
+    def __call__(self, line: str) -> None:
+        if line in self.known:
+            return
+        self.known.add(line)
+        self.count += 1
+        if self.count <= SAID:
+            self.say(f"data      {line}" + ("; any more are only counted" if self.count == SAID else ""))

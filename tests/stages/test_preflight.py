@@ -113,7 +113,7 @@ def test_one_bad_conversation_among_many_is_found_before_training(tmp_path, stag
     assert line.startswith(f"{tmp_path / 'chat/train.jsonl'}:4322: ") and "--data.on-bad=skip" in line
     said = checked(tmp_path, stages=(stage,), on_bad="skip")
     assert "train.jsonl:4322: " in said[0] and said[0].endswith("left out")
-    assert said[1] == "data      chat: 1 left out for train"
+    assert said[1] == "data      chat: 1 left out"
     assert "5,999 conversations to train on" in said[2]
 
 
@@ -121,7 +121,7 @@ def test_many_bad_lines_are_counted_and_only_some_are_said(tmp_path):
     write(tmp_path, {"chat/train.jsonl": [*MANY, *[{"x": 1}] * 100], "chat/val.jsonl": MANY})
     said = checked(tmp_path, on_bad="skip")
     assert sum("train.jsonl:" in line for line in said) == SAID
-    assert "data      chat: 100 left out for train" in said
+    assert "data      chat: 100 left out" in said
 
 
 def test_bad_questions_of_rl_and_evaluation_are_found(tmp_path):

@@ -55,8 +55,12 @@ class RenderedConversations:
         """Tokens of a conversation and its mask, 1 where the token is trained on."""
         if index in self._cache:
             return self._cache[index]
+        conversation = self._conversations[index]
         try:
-            ids, mask = self.tokenizer.render_conversation(self._conversations[index], max_tokens=self.sequence_len + 1)
+            if conversation["messages"]:
+                ids, mask = self.tokenizer.render_conversation(conversation, max_tokens=self.sequence_len + 1)
+            else:  # it takes the place of one that was left out
+                ids, mask = [self.tokenizer.bos_token_id], [0]
         except ValueError as error:
             raise UserError(f"{self._name}: conversation {index} cannot be used: {error}") from None
         rendered = np.asarray(ids, np.int32), np.asarray(mask, np.uint8)

@@ -99,6 +99,13 @@ def test_conversations_are_cut_to_the_row_and_rendered_alike_without_the_cache()
             assert uncached.length(i) == len(uncached[i][0])
 
 
+def test_a_conversation_that_was_left_out_takes_a_place_and_trains_on_nothing():
+    chats = [conversation("the cat", "sat"), conversation(), conversation("on", "the mat")]
+    rendered = RenderedConversations(chats, TOKENIZER, 40)
+    inputs, targets = pack_conversations([[1]], rendered, rows=1)
+    assert rendered.length(1) == 1 and (inputs == TOKENIZER.bos_token_id).all() and (targets == -1).all()
+
+
 def test_bad_conversations_are_named():
     with pytest.raises(UserError, match="the chat data has no conversations"):
         RenderedConversations([], TOKENIZER, 40)
