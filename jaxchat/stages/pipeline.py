@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
 
 from jaxchat.config import Experiment
-from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.devices.mesh import batch_share, data_shards, make_mesh
-from jaxchat.errors import UserError, check
 from jaxchat.ops.attention import attention_kernel
 from jaxchat.ops.compute import for_training
 from jaxchat.runs.directory import TRAINED
 from jaxchat.stages import evaluate, finetune, pretrain, report, rl, tokenizer
-from jaxchat.stages.workspace import Workspace
-from jaxchat.tasks import check_scorable, parse_mixture
-from jaxchat.tokenizer import MIN_VOCAB
-from jaxchat.train.budget import split_batch
+from jaxchat.stages.settings import check_settings, naming
+from jaxchat.stages.workspace import Workspace, planned_model
+from jaxchat.train.budget import check_length, split_batch
 
 RUNNERS = {
     "tokenizer": tokenizer.run,
@@ -37,47 +33,28 @@ def check_possible(experiment: Experiment) -> None:
     """Checks before the first stage what would otherwise stop a later one, hours into the run.
 
     Raises:
-      UserError: a batch or mesh does not divide, a task or data set is unknown, a stage to evaluate has no model, or
-        the vocabulary size or the seed is out of range.
+      UserError: as `check_settings`; a batch or mesh does not divide; pretraining would have no step, or too many.
     """
-    check(0 <= experiment.seed < 1 << 31, f"seed is {experiment.seed}; it must be between 0 and {(1 << 31) - 1}")
-    vocabulary = experiment.tokenizer.vocab_size
-    check(
-        vocabulary >= MIN_VOCAB,
-        f"tokenizer.vocab-size is {vocabulary}; it must be at least {MIN_VOCAB}: the bytes and the special tokens",
-    )
-    with _naming("data.download"):
-        parse_requests(experiment.data.download)
+    check_settings(experiment)
     mesh = make_mesh(experiment.mesh)
     batch_share(mesh)
     if not set(TRAINED).isdisjoint(experiment.stages):
         for_training(experiment)
-    for stage in experiment.stages:
-        if stage in ("pretrain", "midtrain", "sft"):
+    for stage in ("pretrain", "midtrain", "sft"):
+        if stage in experiment.stages:
             config = getattr(experiment, stage)
-            with _naming(stage):
+            with naming(stage):
                 split_batch(config.batch_tokens, config.device_rows, experiment.model.sequence_len, data_shards(mesh))
-        if stage in ("midtrain", "sft"):
-            with _naming(f"{stage}.mixture"):
-                parse_mixture(getattr(experiment, stage).mixture)
-        if stage in ("rl", "evaluate"):
-            with _naming(f"{stage}.tasks"):
-                check_scorable(getattr(experiment, stage).tasks)
-    for stage in experiment.evaluate.of:
-        check(stage in TRAINED, f"evaluate.of names {stage!r}; the stages with a model are {', '.join(TRAINED)}")
+    if "pretrain" in experiment.stages:
+        check_length(experiment.pretrain, planned_model(experiment))
 
 
-@contextlib.contextmanager
-def _naming(where: str) -> Iterator[None]:
-    """Puts the setting that a UserError is about before its message."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+def run_stages(workspace: Workspace, given: Collection[str] = ()) -> None:
+    """Runs the experiment's stages in the workspace's directory, after checking all data that they will read.
 
-
-def run_stages(workspace: Workspace) -> None:
-    """Runs the experiment's stages in the workspace's directory."""
+    Args:
+      given: the fields of the experiment that the user has set: the tasks that they name must be there.
+    """
     device = jax.devices()[0]
     shape = ", ".join(f"{axis} {size}" for axis, size in workspace.mesh.shape.items())
     kernel = attention_kernel(workspace.compute.dtype, workspace.experiment.model.head_dim)
@@ -87,6 +64,7 @@ def run_stages(workspace: Workspace) -> None:
         f"computing in {jnp.dtype(workspace.compute.dtype).name}, attention by {kernel}"
     )
     workspace.say(f"run       {workspace.directory}")
+    workspace.check_data(_to_check(workspace, given), given)
     for stage in workspace.experiment.stages:
         workspace.set_aside_stale(stage)
         if evaluate.complete(workspace) if stage == "evaluate" else stage != "report" and workspace.finished(stage):
@@ -96,4 +74,12 @@ def run_stages(workspace: Workspace) -> None:
         if stage not in ("evaluate", "report"):  # they make nothing that others are made of
             workspace.begin(stage)
         RUNNERS[stage](workspace)
+        if stage == "tokenizer":
+            workspace.check_data(_to_check(workspace, given), given)  # exactly now: tokens can be counted
         workspace.say(f"{stage:<9} finished in {time.perf_counter() - began:,.0f} s")
+
+
+def _to_check(workspace: Workspace, given: Collection[str]) -> list[str]:
+    """The stages that are not finished; evaluation also if the user names its tasks, which can be others each time."""
+    named = {"evaluate"} if "evaluate.tasks" in given else set()
+    return [stage for stage in workspace.experiment.stages if stage in named or not workspace.finished(stage)]
