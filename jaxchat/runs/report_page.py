@@ -260,7 +260,7 @@ def describe_data(entry: dict[str, Any]) -> str:
             parts.append(f"0 tokens cropped, {cut:.1%} of documents cut into pieces")
     if left_out := entry.get("left_out"):
         counts = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in sorted(left_out.items()))
-        parts.append(f"left out of the text: {counts}")
+        parts.append(f"left out: {counts}")
     return "; ".join(parts)
 
 

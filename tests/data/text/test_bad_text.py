@@ -268,5 +268,5 @@ def test_a_run_refuses_bad_text_and_then_continues_without_it(bad_folder, tmp_pa
     assert 0.9 < found["packing"]["utilisation"] <= 1
     line = f"rows {found['packing']['utilisation']:.1%} full; 0 tokens cropped, "
     report = (tmp_path / "run" / "report.md").read_text()
-    assert line in out and line in report and "left out of the text: 3 empty documents, 1 unreadable blocks" in report
+    assert line in out and line in report and "left out: 3 empty documents, 1 unreadable blocks" in report
     assert np.isfinite(found["seconds"])
