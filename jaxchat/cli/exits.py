@@ -59,7 +59,9 @@ def run_command(command: Callable[[], int], *, resumes: bool = False) -> int:
         if several_processes():
             processes().leave(code, line)
         if line:
-            print(line, file=sys.stderr)
+            from jaxchat.verbatim import one_line  # slow to import
+
+            print(one_line(line), file=sys.stderr)
         return code
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import runpy
+import shlex
 import traceback
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def _hint(name: str, names: list[str]) -> str:
     """What was meant, or how a file of one's own becomes an experiment."""
     stem = Path(name).stem if name.endswith(".py") else name
     if name.endswith(".py") and stem not in names:
-        return f"; put the file into {experiments_folder()}, and write --experiment={stem}."
+        return f"; put the file into {experiments_folder()}, and write --experiment={shlex.quote(stem)}."
     return closest(stem, names)
 
 

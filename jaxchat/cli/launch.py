@@ -24,12 +24,13 @@ from pathlib import Path
 from jaxchat.cli.exits import processes, run_command, several_processes
 from jaxchat.cli.experiments import load_experiment, summaries
 from jaxchat.cli.field_help import add_fields
-from jaxchat.cli.options import configure
+from jaxchat.cli.options import configure, named_fields
 from jaxchat.cli.parser import HelpFormatter, Parser, option_strings
 from jaxchat.cli.places import check_place
 from jaxchat.cli.values import path, whole, words
 from jaxchat.config import STAGES, Experiment, Range
 from jaxchat.devices.launchers import find_cluster
+from jaxchat.verbatim import one_line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,8 +52,8 @@ def _run(argv: list[str]) -> int:
     redo = check_start(experiment, directory, redo=options.redo, fresh=options.fresh)
     prepare_jax()
     if options.dry_run:
-        return _dry_run(experiment)
-    return _train(experiment, directory, redo, options)
+        return _dry_run(experiment, named_fields(overrides))
+    return _train(experiment, directory, redo, options, named_fields(overrides))
 
 
 def launch_parser() -> Parser:
@@ -124,7 +125,7 @@ def check_start(
 
 def _list() -> int:
     for name, summary in summaries().items():
-        print(f"{name:<12} {summary}")
+        print(one_line(f"{name:<12} {summary}"))
     return 0
 
 
@@ -144,20 +145,24 @@ def prepare_jax() -> None:
     keep_compiled()
 
 
-def _dry_run(experiment: Experiment) -> int:
+def _dry_run(experiment: Experiment, given: Collection[str]) -> int:
     import jax
 
     if experiment.cost.devices > 1 and jax.config.jax_num_cpu_devices <= 1:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_num_cpu_devices", experiment.cost.devices)  # a CPU stands for the experiment's devices
     from jaxchat.analysis.dry_run import dry_run
     from jaxchat.stages.pipeline import check_possible
+    from jaxchat.stages.preflight import check_planned_data
 
     check_possible(experiment)
+    check_planned_data(experiment, given)
     dry_run(experiment)
     return 0
 
 
-def _train(experiment: Experiment, directory: str, redo: Collection[str], options: argparse.Namespace) -> int:
+def _train(
+    experiment: Experiment, directory: str, redo: Collection[str], options: argparse.Namespace, given: Collection[str]
+) -> int:
     cluster = find_cluster(os.environ, options.coordinator, options.num_processes, options.process_id)
     processes().start(cluster)
     from jaxchat.runs.starting import take
@@ -167,7 +172,7 @@ def _train(experiment: Experiment, directory: str, redo: Collection[str], option
     check_possible(experiment)
     with contextlib.ExitStack() as held:
         processes().on_process_zero(lambda: take(directory, held, fresh=options.fresh))
-        run_stages(Workspace(experiment, directory, redo=redo))
+        run_stages(Workspace(experiment, directory, redo=redo), given)
     if several_processes():
         processes().finish()
         return 0
@@ -180,11 +185,12 @@ def _talk(directory: str) -> int:
     """Points to the report and the chat; starts the chat where somebody is at a terminal."""
     # Without an activated environment the command is beside this Python.
     command = "jaxchat" if shutil.which("jaxchat") else os.path.relpath(Path(sys.executable).with_name("jaxchat"))
-    talk = shlex.join([*shlex.split(command), "chat", f"--run={directory}"])
+    run = [f"--run={directory}"] if directory.startswith("-") else ["--run", directory]
+    talk = shlex.join([command, "chat", *run])
     print(f"\nreport:     {directory}/report.md\ntalk to it: {talk}")
     if sys.stdin is None or not (sys.stdin.isatty() and sys.stdout.isatty()):
         return 0
     from jaxchat.cli.main import main as jaxchat
 
     print()
-    return jaxchat(["chat", "--run", directory])
+    return jaxchat(["chat", *run])

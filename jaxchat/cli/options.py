@@ -152,7 +152,7 @@ def _by_option(arguments: list[str], fields: dict[str, Any], options: Sequence[s
 def _hint(flag: str, fields: dict[str, Any], options: Sequence[str]) -> str:
     """The option that was meant; of one without its section, all that there are."""
     last = flag.lstrip("-").replace("_", "-")
-    complete = [f"--{name}" for name in fields if name.rpartition(".")[2] == last]
+    complete = [f"--{name}" for name in fields if name.rpartition(".")[2] == last != name]
     if complete:
         return f"; its section is missing: {' or '.join(complete)}."
     return closest(flag.replace("_", "-"), [*(f"--{name}" for name in fields), *options])

@@ -9,6 +9,7 @@ import pytest
 
 from jaxchat.cli import experiments
 from jaxchat.cli.experiments import experiment_names, load_experiment, summaries
+from jaxchat.cli.launch import main
 from jaxchat.errors import UserError
 from tests.tiny import ROOT, refusal
 
@@ -30,6 +31,98 @@ def test_files_that_are_not_experiments(tmp_path, monkeypatch):
     for name in ("empty", "number"):
         with pytest.raises(UserError, match=f"{name}.py defines no experiment; write experiment = Experiment"):
             load_experiment(name)
+
+
+FILES = {
+    "v2.0": "from jaxchat.recipes import on_text\nexperiment = on_text(4, devices=1, mfu=0.3, shards=1)\n",
+    "my run": "from jaxchat.config import Experiment\nexperiment = Experiment()\n",
+    "ünï": "from jaxchat.config import Experiment\nexperiment = Experiment()\n",
+    "-x": "from jaxchat.config import Experiment\nexperiment = Experiment()\n",
+}
+BROKEN = {
+    "syntax": (
+        "from jaxchat.config import *\nexperiment = Experiment(\n",
+        "syntax.py:2: SyntaxError: '(' was never closed",
+    ),
+    "import": ("\nimport no_such_module\n", "import.py:2: ModuleNotFoundError: No module named 'no_such_module'"),
+    "own": ("def f():\n    raise KeyError('k')\n\n\nf()\n", "own.py:2: KeyError: 'k'"),
+    "exit": ("import sys\nsys.exit(3)\n", "exit.py:2: it ends the program; an experiment only defines its settings"),
+    "latin": (b"cafe = 'caf\xe9'\n", "latin.py:1: SyntaxError: (unicode error) 'utf-8' codec"),
+    "null": (b"experiment = 1\0\n", "null.py: "),
+    "lines": ("raise ValueError('one\\ntwo')", "lines.py:1: ValueError: one"),
+    "none": ("", "none.py defines no experiment; write experiment = Experiment(...) there"),
+    "number": ("experiment = 3", "number.py defines no experiment; write experiment = Experiment"),
+    "class": ("from jaxchat.config import Experiment\nexperiment = Experiment", "class.py defines no experiment"),
+    "impossible": (
+        "from jaxchat.config import *\nexperiment = Experiment(\n    rl=RLConfig(\n        top_k=0,\n    ),\n)\n",
+        "impossible.py:3: rl.top-k is 0; it must be at least 1",
+    ),
+    "stage": (
+        "from jaxchat.config import *\nexperiment = Experiment(sft=FinetuneConfig(epochs=float('inf')))\n",
+        "stage.py:2: epochs is inf; it must be finite, above 0 and at most 10,000",
+    ),
+    "unknown": (
+        "from jaxchat.config import *\nexperiment = Experiment(sft=FinetuneConfig(epoch=1))\n",
+        "unknown.py:2: TypeError: FinetuneConfig.__init__() got an unexpected keyword argument 'epoch'",
+    ),
+    "deep": ("experiment = " + "(" * 5000 + ")" * 5000, "deep.py"),
+    "endless": ("def f(): f()\nf()\n", "endless.py:1: RecursionError"),
+}
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder of experiments of one's own."""
+    monkeypatch.setattr(experiments, "experiments_folder", lambda: tmp_path)
+    for name, text in {**FILES, **{name: text for name, (text, _) in BROKEN.items()}}.items():
+        (tmp_path / f"{name}.py").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return tmp_path
+
+
+def answer(capsys, *arguments):
+    code = main([*arguments])
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_file_name_will_do(own, name):
+    assert load_experiment(name).name == name
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_cannot_be_run_is_named_with_its_line(own, capsys, name):
+    for more in ([], ["--help"]):
+        assert BROKEN[name][1] in refusal(answer(capsys, f"--experiment={name}", *more))
+
+
+def test_the_list_marks_files_that_are_no_python(own, capsys):
+    (own / ".#d12.py").symlink_to("nowhere")  # as emacs leaves it
+    (own / "folder.py").mkdir()
+    (own / "dangling.py").symlink_to("nowhere")
+    (own / "__init__.py").write_text("")
+    code, out, err = answer(capsys, "--list")
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) == len(FILES) + len(BROKEN)
+    (marked,) = [line for line in out.splitlines() if line.startswith("syntax ")]
+    assert marked == f"syntax       broken: {own}/syntax.py:2: SyntaxError: '(' was never closed"
+    assert {line.split()[0] for line in out.splitlines() if " broken: " in line} >= {"syntax", "latin", "null", "deep"}
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    {
+        "v2.0.py": ", did you mean 'v2.0'?",
+        "experiments/own.py": ", did you mean 'own'?",
+        "/home/me/new idea.py": "; put the file into {own}, and write --experiment='new idea'.",
+        "imprt": ", did you mean 'import'?",
+        "\0": "unknown experiment '\\x00'.",
+        "../own": "unknown experiment '../own'",
+        "x" * 500: "unknown experiment 'xxx",
+    }.items(),
+)
+def test_what_was_meant(own, capsys, name, hint):
+    message = refusal(answer(capsys, f"--experiment={name}"))
+    assert hint.format(own=own) in message and len(message) < 500
 
 
 def test_the_checkout_is_the_packages_or_the_working_directory(tmp_path):

@@ -85,10 +85,10 @@ def refused(capsys, arguments):
         # The one at fault is named, not the one that is only possible together with another.
         "--model.num-kv-heads=4 --seed=x --model.depth=8": "--seed=x: the value",
         # impossible
-        "--model.depth=0": "error: model.depth is 0; it must be at least 1",
-        "--sft.num-iterations=0": "error: sft.num-iterations is 0; it must be at least 1",
+        "--model.depth=0": "model.depth is 0; it must be at least 1",
+        "--sft.num-iterations=0": "sft.num-iterations is 0; it must be at least 1",
         "--rl.samples-per-question=1": "must be at least 2",
-        "--pretrain.schedule.warmup-ratio=0.9": "error: pretrain.schedule.warmup-ratio is 0.9 and decay-ratio is 0.2; they must sum to at most 1",
+        "--pretrain.schedule.warmup-ratio=0.9": "ratio is 0.9 and decay-ratio is 0.2; they must sum to at most 1",
     }.items(),
 )
 def test_bad_option(capsys, arguments, expected):
@@ -114,11 +114,11 @@ def test_bad_option(capsys, arguments, expected):
         f"--data={__file__}": "test_launch.py' is a file; give --data the folder that contains it",
         "--rl.tasks=chat": "rl.tasks: chat has no answers that can be checked",
         "--evaluate.tasks=sums,mine.jsonl": "evaluate.tasks: mine.jsonl has no answers that can be checked",
-        "--evaluate.tasks=": "evaluate.tasks: unknown task ''",
+        "--evaluate.tasks=": "evaluate.tasks is empty; name at least one, or leave evaluate out of --stages",
         "--evaluate.of=base": "evaluate.of names 'base'. The stages with a model are pretrain, midtrain, sft, rl",
         "--stages=pretrian": "unknown stage 'pretrian', did you mean 'pretrain'?",
         "--stages=sft,pretrain": "stages must be in order",
-        "--stages=": "unknown stage ''",
+        "--stages=": "--stages needs a value",
     }.items(),
 )
 def test_bad_setting(tmp_path, arguments, expected):
@@ -158,7 +158,7 @@ BAD_FOLDERS = {
     "no-column": (lambda folder: write_parquet(folder / "a.parquet", body=["x"]), "has no column 'text'; its columns"),
     "numbers": (lambda folder: write_parquet(folder / "a.parquet", text=[1, 2]), "column 'text' contains int64, not"),
     "broken-line": (broken_jsonl, "{folder}/a.jsonl:10: broken JSON"),
-    "no-text": (lambda folder: (folder / "a.jsonl").write_text('{"body": "x"}\n' * 9), "a.jsonl:1: no string field"),
+    "no-text": (lambda folder: (folder / "a.jsonl").write_text('{"body": "x"}\n' * 9), "a.jsonl:1: no field 'text'; the fields are: body"),
     "latin-1": (lambda folder: (folder / "a.txt").write_bytes(b"caf\xe9\n\n" * 9), "a.txt is not UTF-8 text"),
     "one-document": (lambda folder: (folder / "a.txt").write_text("alone"), "too few documents"),
 }  # fmt: skip
@@ -178,7 +178,8 @@ def test_bad_data_folder(tmp_path, name):
 
 def test_bad_data_options(tmp_path):
     assert "data folder 'nowhere' does not exist" in refusal(start(tmp_path / "run", "--data=nowhere"))
-    assert "data folder '' does not exist" in refusal(start(tmp_path / "run", "--data="))
+    assert "--data is empty; name a file or folder" in refusal(start(tmp_path / "run", "--data="))
+    assert "data.path is ''; it must be text that is not empty" in refusal(start(tmp_path / "run", "--data.path="))
     assert "data folder '/nowhere' does not exist" in refusal(start(tmp_path / "run", "--data.path=/nowhere"))
     (tmp_path / "a.txt").write_text("one\n\ntwo")
     assert "is a file; give --data the folder" in refusal(start(tmp_path / "run", f"--data={tmp_path / 'a.txt'}"))
@@ -229,7 +230,7 @@ class TestOverride:
 
 
 def test_a_disk_that_fails_is_a_line(tmp_path, capsys, monkeypatch):
-    def fail(workspace):
+    def fail(workspace, given):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(workspace.directory.path / "metrics.jsonl"))
 
     monkeypatch.setattr("jaxchat.stages.pipeline.run_stages", fail)
