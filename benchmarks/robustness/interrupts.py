@@ -181,7 +181,7 @@ def main() -> int:
             counts = tables.setdefault(name, collections.Counter())
             for time_ in range(arguments.times):
                 # Half of the moments in the first two seconds, while Python imports.
-                after = draw.uniform(0.02, 2.0) if time_ % 2 else draw.uniform(0.02, length)
+                after = draw.uniform(0.02, min(2.0, length) if time_ % 2 else length)
                 end = interrupt(command, signals, after=after, env=env, stdin=stdin)
                 faults = end.faults(right)
                 what = "right" if not faults else "Python's own start" if end.of_python and after < 0.5 else "wrong"
