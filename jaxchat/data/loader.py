@@ -2,8 +2,9 @@
 
 A file becomes a batch in these steps, one module each:
 
-    text/shards.py   which files, and which blocks of documents they contain
-    text/reading.py  the documents of a block
+    text/folder.py   which files: `listing` finds them, `names` and `forms` say what they are
+    text/shards.py   which blocks of documents they contain
+    text/reading.py  the documents of a block of JSON or parquet; `plain` has those of txt
     text/rows.py     documents to tokens, tokens to rows
     text/lanes.py    rows to batches
 
@@ -26,6 +27,7 @@ import grain.python as grain
 from grain.experimental import ThreadPrefetchDatasetIterator
 
 from jaxchat.data.chat.packing import ChatBatches, ConversationPacker, RenderedConversations
+from jaxchat.data.positions import Json
 from jaxchat.data.shuffle import EpochOrder
 from jaxchat.data.text.lanes import LaneBatches, place_in_epoch
 from jaxchat.data.text.rows import BestFitRows, CutRows, TokenStream
@@ -53,6 +55,7 @@ def pretrain_batches(
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int | None = None,
+    fingerprint: Json | None = None,
 ) -> grain.DatasetIterator:
     """Batches of documents, each beginning with `<|bos|>`.
 
@@ -71,6 +74,8 @@ def pretrain_batches(
         lanes that its rows come from. With more than one (only with `repeat`), epochs end a little earlier for some
         than for others.
       num_threads: the tokenizer's threads; None for its default.
+      fingerprint: of the text (see `text.fingerprint`), which its state keeps, and compares with that of a state that
+        is set; None for text that may still be downloading.
 
     Returns:
       A grain iterator of `{"inputs": int32[rows, sequence_len], "targets": int32[rows, sequence_len]}`, with targets of
@@ -125,6 +130,7 @@ def pretrain_batches(
             process_count=process_count,
             bos=bos,
             mask_borders=mask_borders,
+            fingerprint=fingerprint,
         )
 
     return iter(_Prefetched(open_iterator, blocks.interrupted))

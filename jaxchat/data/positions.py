@@ -72,19 +72,29 @@ class LanePosition:
 
 @dataclass(frozen=True)
 class TextPosition:
-    """Where `pretrain_batches` continues: `lanes` has the lanes that a process reads, of `lane_count` in all."""
+    """Where `pretrain_batches` continues.
+
+    Attributes:
+      lane_count: lanes in all.
+      lanes: those that a process reads.
+      fingerprint: of the text (see `text.fingerprint`); None where it is not known, as in the first versions.
+    """
 
     lane_count: int
     lanes: Mapping[int, LanePosition]
+    fingerprint: Json | None = None
 
     def to_json(self) -> Json:
-        return {"of": self.lane_count, "lanes": {str(lane): self.lanes[lane].to_json() for lane in sorted(self.lanes)}}
+        lanes = {str(lane): self.lanes[lane].to_json() for lane in sorted(self.lanes)}
+        fingerprint = {} if self.fingerprint is None else {"fingerprint": self.fingerprint}
+        return {"of": self.lane_count, "lanes": lanes, **fingerprint}
 
     @classmethod
     def from_json(cls, state: Json) -> TextPosition:
         if "of" not in state:  # saved before there were lanes
             return cls(1, {0: LanePosition.from_json(state)})
-        return cls(state["of"], {int(lane): LanePosition.from_json(own) for lane, own in state["lanes"].items()})
+        lanes = {int(lane): LanePosition.from_json(own) for lane, own in state["lanes"].items()}
+        return cls(state["of"], lanes, state.get("fingerprint"))
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,7 @@ def join_positions(states: Sequence[Json]) -> Json:
         return states[0]
     positions = [TextPosition.from_json(state) for state in states]
     lanes = {lane: own for position in positions for lane, own in position.lanes.items()}
-    return TextPosition(positions[0].lane_count, lanes).to_json()
+    return TextPosition(positions[0].lane_count, lanes, positions[0].fingerprint).to_json()
 
 
 def totals(state: Json) -> dict[str, dict[str, int]]:

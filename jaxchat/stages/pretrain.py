@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 
 from jaxchat.data.loader import pretrain_batches
+from jaxchat.data.text.describe import text_record
+from jaxchat.data.text.fingerprint import fingerprint, what_changed
 from jaxchat.data.text.folder import TextSplits
 from jaxchat.data.text.shards import iterate_texts
 from jaxchat.devices.mesh import batch_share
+from jaxchat.devices.processes import on_process_zero
 from jaxchat.eval.bpb import evaluate_bpb
 from jaxchat.stages.samples import prompts_of_texts
 from jaxchat.stages.training import Batches, Training, fresh_params
@@ -25,6 +28,7 @@ def run(workspace: Workspace) -> None:
     config, model = experiment.pretrain, workspace.model_config(tokenizer)
     plan = workspace.batch_plan(config)
     text = workspace.text()
+    on_process_zero(lambda: _say_if_changed(workspace, text))
     training = Training(workspace, "pretrain", config, model, tokenizer, training_length(config, model))
     batches = training_batches(workspace, tokenizer, text)
     index, count = batch_share(workspace.mesh)
@@ -49,6 +53,7 @@ def run(workspace: Workspace) -> None:
         lambda: fresh_params(workspace, model),
         batches,
         lambda metrics: (Evaluator(config.eval_every, validate), training.sampler(metrics, prompts)),
+        text=text_record(text),
     )
 
 
@@ -69,5 +74,14 @@ def training_batches(workspace: Workspace, tokenizer: BaseTokenizer, text: TextS
         lanes=experiment.data.lanes,
         process_index=index,
         process_count=count,
+        fingerprint=fingerprint(text),
     )
     return Batches(workspace, plan, batches)
+
+
+def _say_if_changed(workspace: Workspace, text: TextSplits) -> None:
+    """Says whether the tokenizer was trained on other text, which is no reason to stop: it fits any."""
+    record = workspace.directory.read_record("tokenizer") or {}
+    before, now = record.get("fingerprint"), fingerprint(text)
+    if before and now and (changed := what_changed(before, now)):
+        workspace.say(f"pretrain  the text has changed since the tokenizer was made: {changed}")

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from jaxchat.config import TokenizerConfig
+from jaxchat.data.text.describe import text_record
+from jaxchat.data.text.fingerprint import fingerprint
 from jaxchat.data.text.folder import TextSplits
 from jaxchat.data.text.shards import TextFiles, iterate_texts, known_form, text_bytes
 from jaxchat.devices.processes import on_process_zero
@@ -32,7 +34,8 @@ def run(workspace: Workspace) -> None:
     workspace.say(
         f"tokenizer done in {seconds:.1f} s: {metrics['bytes_per_token']:.2f} bytes per token on validation text"
     )
-    workspace.finish("tokenizer", parent=None, seconds=seconds, started=began, metrics=metrics)
+    facts = {"text": text_record(text), "fingerprint": fingerprint(text)}
+    workspace.finish("tokenizer", parent=None, seconds=seconds, started=began, metrics=metrics, **facts)
 
 
 def _make(workspace: Workspace, text: TextSplits) -> dict:
@@ -41,7 +44,7 @@ def _make(workspace: Workspace, text: TextSplits) -> dict:
     if config.path is not None:
         tokenizer = load_users_tokenizer(config)
     else:
-        workspace.say(f"tokenizer training {config.vocab_size:,} tokens on {text.train.files[0].parent}")
+        workspace.say(f"tokenizer training {config.vocab_size:,} tokens on {text.folder}")
         tokenizer, seen = train(config, text.train, workspace.say)
     tokenizer.save(workspace.directory.tokenizer)
     held_out = list(Limited(iterate_texts(text.val), 1_000_000))

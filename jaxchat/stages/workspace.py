@@ -33,6 +33,7 @@ from jaxchat.runs.files import Damaged, Object, free_name, read_bytes, read_json
 from jaxchat.runs.metrics import Metrics
 from jaxchat.stages.preflight import check_data
 from jaxchat.stages.task_source import TaskSource, dataset_of
+from jaxchat.stages.text_check import check_text, check_tokens
 from jaxchat.storage import AnyPath, is_folder, is_remote, to_path, to_run_directory
 from jaxchat.tasks import Task, parse_mixture
 from jaxchat.tasks.base import Split
@@ -70,6 +71,7 @@ class Workspace:
         self._say = say
         self.say = say if jax.process_index() == 0 else lambda line: None
         self._said: set[str] = set()
+        self._text_checked = False
         self.mesh = make_mesh(experiment.mesh)
         self.compute = Compute(compute_dtype(experiment), self.mesh)
         on_process_zero(lambda: self.directory.open(experiment, redo=redo, keep_config=keep_config, say=self.say))
@@ -86,13 +88,13 @@ class Workspace:
 
     @property
     def text_dir(self) -> AnyPath:
-        """The folder of the pretraining text: the user's `pretrain/`, the user's folder, or the generated one."""
+        """The folder with the pretraining text, in it or in its `pretrain/`: the user's, or the generated one."""
         user = self.experiment.data.folder
         if user is None:
-            return self._generated() / "pretrain"
+            return self._generated()
         path = to_path(user)
         check(is_folder(path), f"data folder {user} does not exist; give --data a folder with text")
-        return path / "pretrain" if (path / "pretrain").is_dir() else path
+        return path
 
     def text(self) -> TextSplits:
         """The pretraining text. Reading it waits for files that are still to be downloaded.
@@ -142,16 +144,26 @@ class Workspace:
         self.say(f"data      done in {time.perf_counter() - started:.0f} s")
 
     def check_data(self, stages: Sequence[str], given: Collection[str] = ()) -> None:
-        """Checks the conversations and questions that `stages` will read, as `preflight.check_data` does.
+        """Checks the text, conversations and questions of `stages`, as `check_text` and `preflight.check_data` do.
 
         What it says, it says once. With the run's tokenizer, or the user's, it knows exactly what is too long.
         """
+        if not {"tokenizer", "pretrain"}.isdisjoint(stages):
+            text = self.text()
+            on_process_zero(lambda: self._check_text(text))
         source = TaskSource(self.experiment.data, self._write_generated, self._downloading)
         on_process_zero(
             lambda: check_data(
                 self.experiment, source, stages, tokenizer=self._known_tokenizer(), given=given, say=self.say_once
             )
         )
+
+    def _check_text(self, text: TextSplits) -> None:
+        if not self._text_checked:
+            check_text(self.experiment, text, self.say)
+        self._text_checked = True
+        if (tokenizer := self._known_tokenizer()) is not None:
+            check_tokens(self.experiment, text, tokenizer)
 
     def _known_tokenizer(self) -> BaseTokenizer | None:
         if self.directory.finished("tokenizer"):

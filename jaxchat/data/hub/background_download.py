@@ -99,7 +99,8 @@ class BackgroundDownload:
         check(bool(sides[0]), f"{self.folder}: the only shard requested is for validation; request more shards")
         common: dict[str, Any] = {"wait": self.wait, "on_bad": on_bad, "say": self._say}
         how = f"as {'manifest.json' if val == pinned else '--data.val-shard'} says"
-        return TextSplits(*(TextFiles(files, **common) for files in sides), self.folder / "pretrain", how)
+        train_side, val_side = (TextFiles(files, **common) for files in sides)
+        return TextSplits(train_side, val_side, self.folder / "pretrain", how)
 
     def wait(self, path: Path, given_up: Callable[[], bool] = lambda: False) -> None:
         """Returns once a file is there.

@@ -64,7 +64,7 @@ def form_of(path: AnyPath) -> Form | None:
     name = path.name.lower()
     compression = next((end for end in _DECOMPRESS if name.endswith(end)), "")
     name = name.removesuffix(compression)
-    kind = next((kind for end, kind in _FORMATS.items() if name.endswith(end)), None)
+    kind: Format | None = next((kind for end, kind in _FORMATS.items() if name.endswith(end)), None)
     if kind is None or (kind == "parquet" and compression):
         return None
     return Form(kind, compression)

@@ -18,9 +18,10 @@ import grain.python as grain
 import numpy as np
 
 from jaxchat.data import IGNORE
-from jaxchat.data.positions import TextPosition
+from jaxchat.data.positions import Json, TextPosition
 from jaxchat.data.shuffle import permutation
-from jaxchat.data.text.rows import BestFitRows, CutRows
+from jaxchat.data.text.fingerprint import what_changed
+from jaxchat.data.text.rows import OTHER_TEXT, BestFitRows, CutRows
 from jaxchat.errors import check
 
 
@@ -43,6 +44,7 @@ class LaneBatches(grain.DatasetIterator):
       process_index, process_count: which part of a global batch's rows this process gets.
       bos: the input at positions that a row does not fill.
       mask_borders: makes the target -1 where it would be `bos`.
+      fingerprint: of the text; None for text that may change.
     """
 
     def __init__(
@@ -56,12 +58,14 @@ class LaneBatches(grain.DatasetIterator):
         process_count: int,
         bos: int,
         mask_borders: bool,
+        fingerprint: Json | None = None,
     ):
         super().__init__()
         self._rows, self._sequence_len = rows, sequence_len
         self._first_row = process_index * rows  # of this process, in a global batch
         self._lane_count, self._lane_rows = lanes, process_count * rows // lanes
         self._bos, self._mask_borders = bos, mask_borders
+        self._fingerprint = fingerprint
         first, last = self._first_row // self._lane_rows, (self._first_row + rows - 1) // self._lane_rows
         self._lanes = {lane: open_lane(lane) for lane in range(first, last + 1)}
 
@@ -80,7 +84,8 @@ class LaneBatches(grain.DatasetIterator):
         return {"inputs": np.where(inputs == IGNORE, self._bos, inputs), "targets": np.ascontiguousarray(targets)}
 
     def get_state(self) -> dict[str, Any]:
-        return TextPosition(self._lane_count, {lane: rows.position for lane, rows in self._lanes.items()}).to_json()
+        lanes = {lane: rows.position for lane, rows in self._lanes.items()}
+        return TextPosition(self._lane_count, lanes, self._fingerprint).to_json()
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from a position that includes this process's lanes.
@@ -94,5 +99,8 @@ class LaneBatches(grain.DatasetIterator):
             f"the position in the data was saved for {position.lane_count} lanes, not {self._lane_count}; set "
             "data.lanes as it was then",
         )
+        if position.fingerprint is not None and self._fingerprint is not None:
+            changed = what_changed(position.fingerprint, self._fingerprint)
+            check(changed is None, f"the text has changed since it was read up to here: {changed}; {OTHER_TEXT}")
         for lane, rows in self._lanes.items():
             rows.position = position.lanes[lane]

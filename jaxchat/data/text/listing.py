@@ -65,9 +65,9 @@ def text_folder(data_dir: AnyPath) -> AnyPath:
 def list_text(folder: AnyPath) -> Listing:
     """Lists a folder and what is in it, without reading more than the beginnings of files.
 
-    Of files that have one name but for their endings, such as `a.jsonl` and `a.jsonl.gz`, one is read. Plain text beside
-    other forms is taken for notes unless its name states a role (see `role_of`), and so are README, LICENSE and the like
-    beside other plain text.
+    Of files that have one name but for their endings, such as `a.jsonl` and `a.jsonl.gz`, one is read. Plain text
+    beside other forms is taken for notes unless its name states a role (see `role_of`), and so are README, LICENSE and
+    the like beside other plain text.
     """
     listing = Listing(folder)
     for path in _walk(listing, folder, {_real(folder)}):

@@ -1,9 +1,9 @@
 """Plain text files as documents: where a long one is cut.
 
-A short file is one document. A longer one, and a file that is all the text there is, is cut by the first of these rules
-that its beginning fits: at `<|endoftext|>`; at blank lines, into documents of about `DOCUMENT_CHARS`; at line ends, each
-line being a document, or about as many characters as above where the lines are wrapped prose; at the ends of sentences,
-or else at spaces. Lines end with LF, CR LF or, in a file without LF, with CR.
+A short file is one document. A longer one, and a file that is all the text there is, is cut by the first of these
+rules that its beginning fits: at `<|endoftext|>`; at blank lines, into documents of about `DOCUMENT_CHARS`; at line
+ends, each line being a document, or about as many characters as above where the lines are wrapped prose; at the ends of
+sentences, or else at spaces. Lines end with LF, CR LF or, in a file without LF, with CR.
 
 Only the separators at which a text is cut are left out of its documents, whatever blocks it is read in.
 """
@@ -227,11 +227,11 @@ def _decode_records(path: AnyPath, data: bytes, begin: int, cut: Cut, findings: 
         pass
     good, at = [], 0
     ends = [match.span() for match in cut.delimiter.finditer(data)]
-    for end, after in [*ends, (len(data), len(data))]:
+    for end, next_begin in [*ends, (len(data), len(data))]:
         text = _decode(path, data[at:end], begin + at, cut.mac, findings)
         if text is not None:
-            good += [text, _with_line_feeds(data[end:after].decode(), cut.mac)]
-        at = after
+            good += [text, _with_line_feeds(data[end:next_begin].decode(), cut.mac)]
+        at = next_begin
     return "".join(good[:-1])
 
 

@@ -25,6 +25,7 @@ from jaxchat.errors import UserError, check
 ENCODE_CHARS = 1 << 20  # tokenized at once: enough to occupy the tokenizer's threads, little enough for memory
 WINDOW_ROWS = 512  # the last row of a window is half empty on average: 0.1 %
 GAP = 32  # a document is cut if otherwise more than this part of a row would stay empty
+OTHER_TEXT = "put it back, or train on the new text from the beginning with --redo=pretrain"
 EPOCH_ROWS = 64  # a window of at least this many rows ends with its epoch rather than reach into the next
 
 
@@ -102,7 +103,8 @@ class TokenStream:
     def place(self, place: TokenPlace) -> None:
         now, then = self.count_blocks(), place.blocks
         same = None in (now, then) or now == then
-        check(same, f"{self._name} has changed: it has {now} blocks now, but had {then} when the position was saved")
+        had = f"it has {now} blocks now, but had {then} when the position was saved"
+        check(same, f"{self._name} has changed: {had}; {OTHER_TEXT}")
         self._seek(place)
 
     def _seek(self, place: TokenPlace) -> None:
@@ -174,8 +176,11 @@ class TokenStream:
         found = self._epoch_tokens
         self._short_epochs = self._short_epochs + 1 if found is not None and found < self._minimum else 0
         if self._short_epochs == self._patience:
-            amount = f"only {found} tokens, fewer than the {self._minimum} of one row" if found else "no text"
-            raise UserError(f"{self._name} holds {amount}; add text or lower model.sequence-len")
+            check(bool(found), f"{self._name} holds no text; add some")
+            raise UserError(
+                f"{self._name} holds only {found} tokens, fewer than the {self._minimum} of one row; add text or lower "
+                "model.sequence-len"
+            )
 
     def _encode(self, documents: list[str]) -> None:
         start = stop = self._document

@@ -102,9 +102,10 @@ class Block(list[str]):
 class TextBlocks:
     """The text as a random-access sequence of blocks, each a list of documents, read when it is asked for.
 
-    A block is a row group of parquet, about 4 MiB of jsonl or txt, or a whole compressed or `.json` file. Empty documents are left
-    out, so a block may be empty. While files are still downloading, reading a block waits for its file and those before
-    it, and `len` waits for all of them; the order in which they arrive makes no difference to the blocks.
+    A block is a row group of parquet, about 4 MiB of jsonl or txt, or a whole compressed or `.json` file. Empty
+    documents are left out, so a block may be empty. While files are still downloading, reading a block waits for its
+    file and those before it, and `len` waits for all of them; the order in which they arrive makes no difference to the
+    blocks.
 
     Raises (when built or when a block is read, unless `on_bad` is "skip"):
       UserError: a file that cannot be read, a broken line (`FILE:LINE: ...`), a line or file without text, a document
