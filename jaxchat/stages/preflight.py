@@ -49,7 +49,7 @@ def check_data(
 
     Raises:
       UserError: a bad line, unless `data.on_bad` is "skip"; a file that cannot be read; a task that the user names and
-        the data lacks; a stage with nothing to train on, or without a question that fits into the context.
+        the data lacks; a stage with nothing to train on; a task without a question that fits into the context.
     """
     began = time.perf_counter()
     preflight = _Preflight(experiment, source, tokenizer, given, say)
@@ -166,6 +166,8 @@ class _Preflight:
         parts = {name: self._count(name, "train", limit) for name, limit in entries}
         targets = sum((self._count(name, "train", limit) for name, limit in entries), Targets())
         check_targets(stage, targets, self.sequence_len, self.say)
+        for name in (name for name, part in parts.items() if part.total and not part.trainable):
+            self.say(f"{stage:<9} {name} has nothing to train on: {parts[name].why_not(self.sequence_len)}")
         held_out = Targets()
         for name, limit in entries:
             with contextlib.suppress(MissingData):
@@ -179,20 +181,17 @@ class _Preflight:
             self.say(f"{stage:<9} has no conversation to validate with ({why}): bpb is not measured")
 
     def _check_questions(self, stage: str, tasks: list[Task]) -> None:
-        fitting = asked = 0
         for task in tasks:
-            fit = sum(fits(task, self.tokenizer, self.sequence_len))
-            asked += len(task)
-            fitting += fit
-            if fit < len(task):
+            longer = len(task) - sum(fits(task, self.tokenizer, self.sequence_len))
+            check(
+                longer < len(task) or not longer,
+                f"{stage}: none of the {longer:,} questions of {task.name} fits into model.sequence-len "
+                f"{self.sequence_len}; raise it, or leave {task.name} out of {stage}.tasks",
+            )
+            if longer:
                 effect = "are not asked" if stage == "rl" else "score 0"
-                self.say(f"{stage:<9} {len(task) - fit:,} of {len(task):,} questions of {task.name} are longer than "
+                self.say(f"{stage:<9} {longer:,} of {len(task):,} questions of {task.name} do not fit into "
                          f"model.sequence-len {self.sequence_len}, and {effect}")  # fmt: skip
-        check(
-            fitting > 0 or asked == 0 or stage != "rl",
-            f"rl: none of the {asked:,} questions of its tasks fits into model.sequence-len {self.sequence_len}; "
-            "raise it, or change rl.tasks",
-        )
 
 
 class _Bad:

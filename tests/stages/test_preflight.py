@@ -12,7 +12,7 @@ from jaxchat.stages.task_source import NotYet, TaskSource
 from jaxchat.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train_from_iterator(["the cat sat on the mat, and the cat sat on the hat"] * 3, 275)
-SHARDS = [{"question": "2 + 2?", "answer": "#### 4"}]
+SHORT = [{"question": "2 + 2?", "answer": "#### 4"}]
 
 
 def talk(question="the cat", answer="sat"):
@@ -125,7 +125,7 @@ def test_many_bad_lines_are_counted_and_only_some_are_said(tmp_path):
 
 
 def test_bad_questions_of_rl_and_evaluation_are_found(tmp_path):
-    bad = [*SHARDS, {"question": "2+2?", "answer": "4"}]
+    bad = [*SHORT, {"question": "2+2?", "answer": "4"}]
     for stage, name in (("rl", "train"), ("evaluate", "test")):
         folder = write(tmp_path / stage, {f"eval/gsm8k/{name}.jsonl": bad})
         sections = {"rl": RLConfig(tasks=("gsm8k",)), "evaluate": EvaluateConfig(tasks=("gsm8k",))}
@@ -169,14 +169,21 @@ def test_fewer_items_than_asked_for_and_names_given_twice_are_said(tmp_path):
 
 def test_questions_that_do_not_fit_are_said_and_refused_if_none_fits(tmp_path):
     long = {"question": "word " * 200, "answer": "#### 4"}
-    write(tmp_path, {"eval/gsm8k/train.jsonl": [long] * 30, "eval/gsm8k/test.jsonl": [*SHARDS, long]})
+    write(tmp_path, {"eval/gsm8k/train.jsonl": [long] * 30, "eval/gsm8k/test.jsonl": [*SHORT, long]})
     sections = {"rl": RLConfig(tasks=("gsm8k",)), "evaluate": EvaluateConfig(tasks=("gsm8k",))}
-    assert refused(tmp_path, stages=("rl",), **sections).startswith(
-        "rl: none of the 29 questions of its tasks fits into model.sequence-len 64"
+    assert refused(tmp_path, stages=("rl",), **sections) == (
+        "rl: none of the 29 questions of gsm8k fits into model.sequence-len 64; raise it, or leave gsm8k out of rl.tasks"
     )
     assert checked(tmp_path, stages=("evaluate",), **sections) == [
-        "evaluate  1 of 2 questions of gsm8k are longer than model.sequence-len 64, and score 0"
+        "evaluate  1 of 2 questions of gsm8k do not fit into model.sequence-len 64, and score 0"
     ]
+
+
+def test_a_part_of_the_mixture_with_nothing_to_train_on_is_said(tmp_path):
+    write(tmp_path, {"chat/train.jsonl": MANY, "long.jsonl": [talk("word " * 200)] * 5})
+    long = str(tmp_path / "long.jsonl")
+    said = checked(tmp_path, sft=FinetuneConfig(mixture=("chat", long)))
+    assert f"sft       {long} has nothing to train on: 4 prompts are longer than model.sequence-len 64" in said
 
 
 # --- what is still to come
