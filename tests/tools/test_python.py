@@ -1,32 +1,377 @@
-"""Programs run in a process with limits, which stops endless and greedy ones."""
+"""Programs of a model: what they cannot do, what they cannot forge, and that nothing of them stays behind."""
 
-import time
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
 from pathlib import Path
 
-from jaxchat.tools.python import run_program
+import pytest
+
+from jaxchat.tools import seccomp
+from jaxchat.tools.python import containment, remove_folder, run_program
+
+CONTAINED = seccomp.supported() and "CAN" not in containment()
+needs_containment = pytest.mark.skipif(not CONTAINED, reason="this machine cannot contain programs")
 
 
-def test_endless_programs_are_stopped_with_what_they_started(tmp_path):
-    mark = tmp_path / "alive"
-    child = f"import time; time.sleep(1.5); open({str(mark)!r}, 'w')"
-    program = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {child!r}])\nwhile True:\n    pass\n"
-    start = time.monotonic()
-    assert not run_program(program, timeout=0.5)
-    assert time.monotonic() - start < 30
-    time.sleep(2)
-    assert not mark.exists()
+@pytest.fixture(autouse=True)
+def nothing_stays(tmp_path, monkeypatch):
+    """No file and no process of a program is left after a test."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    yield
+    assert not list(tmp_path.glob("jaxchat-*"))
+    assert not [where for where in map(working_folder, Path("/proc").glob("[0-9]*")) if str(tmp_path) in where]
 
 
-def test_memory_and_files_are_bounded(tmp_path):
-    assert not run_program("x = bytearray(3 << 30)\n", timeout=20)
-    assert run_program("x = bytearray(3 << 20)\n", timeout=20)
-    assert not run_program("open('big', 'wb').write(bytes(50 << 20))\n", timeout=20)
+def working_folder(process):
+    try:
+        return os.readlink(process / "cwd")
+    except OSError:
+        return ""
 
 
-def test_programs_run_elsewhere_with_an_empty_environment(monkeypatch):
-    monkeypatch.setenv("JAXCHAT_SECRET", "secret")
-    here = str(Path.cwd())
-    assert run_program(
-        f"import os\nassert 'JAXCHAT_SECRET' not in os.environ\nassert os.getcwd() != {here!r}\n", timeout=20
+def judge(program, tests, **options):
+    tests = "def check(candidate):\n" + textwrap.indent(textwrap.dedent(tests), "    ")
+    return run_program(textwrap.dedent(program), entry_point="answer", tests=tests, **options)
+
+
+def test_programs_run_and_are_judged():
+    program = "def answer(x):\n    return [x, 2 * x]\n"
+    assert judge(program, "assert candidate(2) == [2, 4]\nassert candidate(x='a') == ['a', 'aa']")
+    assert not judge(program, "assert candidate(2) == [2, 5]")
+    assert not judge("", "assert candidate(2) == 2")
+    assert not judge("answer = 3", "assert candidate(2) == 3")
+    assert not run_program("assert False")
+    assert not run_program("answer =")
+    assert not run_program("\0") and not run_program("x = '\ud800'")
+
+
+def test_helpers_of_the_tests_are_the_trusted_ones():
+    context = "def twice(x):\n    return 2 * x\n"
+    program = "def twice(x):\n    return 7\n\ndef answer(x):\n    return 7\n"
+    assert not judge(program, "assert candidate(2) == twice(2)", context=context)
+    assert judge("def answer(x):\n    return twice(x)\n", "assert answer(2) == candidate(2) == 4", context=context)
+
+
+def test_exceptions_have_the_class_that_they_had():
+    program = """
+        def answer(kind):
+            if kind == "own":
+                class Own(ValueError): pass
+                raise Own
+            raise {"value": ValueError, "key": KeyError("x"), "exit": SystemExit}[kind]
+    """
+    test = "try:\n    candidate({!r})\nexcept {}:\n    pass\nelse:\n    assert False"
+    assert judge(program, test.format("value", "ValueError")) and judge(program, test.format("key", "KeyError"))
+    assert not judge(program, test.format("value", "KeyError"))
+    assert judge(program, test.format("own", "Exception"))
+    assert not judge(program, test.format("exit", "Exception"))
+
+
+FORGERIES = {
+    "status": "import sys\ndef answer(x):\n    sys.exit(0)",
+    "status 87": "import os\nos._exit(87)",
+    "status in the function": "import os\ndef answer(x):\n    os._exit(0)",
+    "equal to all": "class All(int):\n    def __eq__(self, other): return True\ndef answer(x): return All()",
+    "equal to all, no subclass": "class All:\n    def __eq__(self, other): return True\ndef answer(x): return All()",
+    "equal to all, inside": "class All(str):\n    def __eq__(self, other): return True\ndef answer(x): return [All()]",
+    "equal key": (
+        "class K(str):\n  __hash__ = lambda s: 0\n  __eq__ = lambda s, o: True\n"
+        "def answer(x): return {K(): 1}"
+    ),
+    "lies about its class": (
+        "class Liar:\n    __class__ = int\n    __index__ = lambda s: 0\ndef answer(x): return Liar()"
+    ),
+    "attribute for all": "from unittest.mock import MagicMock\ndef answer(x): return MagicMock()",
+    "number like NumPy's": "class N:\n    ndim = 0\n    def item(self): return self\ndef answer(x): return N()",
+    "builtins": (
+        "import builtins\nbuiltins.AssertionError = builtins.all = builtins.eval = None\n"
+        "def answer(x): return 0"
+    ),
+    "json": "import json\njson.dumps = lambda *a: '{\"opaque\": 1}'\ndef answer(x): return 0",
+    "says passed": (
+        "import os\nfor i in range(64):\n    try: os.write(i, b'passed')\n    except OSError: pass\n"
+        "def answer(x): return 0"
+    ),
+    "says passed and ends": (
+        "import os\nfor i in range(64):\n    try: os.write(i, b'passed\\n')\n    except OSError: pass\n"
+        "os._exit(0)"
+    ),
+    "at exit": "import atexit, os\natexit.register(os._exit, 0)\ndef answer(x): raise SystemExit",
+    "stops iterating": "def answer(x): raise StopIteration",
+    "name of an exit": "class SystemExit(Exception): pass\ndef answer(x): raise SystemExit",
+    "name of an exit, by type": "E = type('KeyboardInterrupt', (Exception,), {})\ndef answer(x): raise E",
+    "searches memory": (
+        "import gc\nfound = [o for o in gc.get_objects() if '=='.join(['candidate(5) ', ' 25']) in str(o)[:9999]]\n"
+        "def answer(x): return 25 if found else 0"
+    ),
+    "searches frames": (
+        "import sys\ndef answer(x):\n    frame, seen = sys._getframe(), ''\n    while frame:\n"
+        "        seen += repr(frame.f_locals) + repr(frame.f_globals)\n        frame = frame.f_back\n"
+        "    return 25 if '=='.join(['candidate(5) ', ' 25']) in seen else 0"
+    ),
+    "reads the checker": (
+        "import os\ndef answer(x):\n    text = open(f'/proc/{os.getppid()}/cmdline').read()\n"
+        "    return 25 if open(f'/proc/{os.getppid()}/mem', 'rb') else 0"
+    ),
+    "ends the checker": "import os\ndef answer(x):\n    os.kill(os.getppid(), 9)\n    return 0",
+    "not to be read": (
+        "import os\nfor i in range(3, 64):\n    try: os.write(i, b'\\xff\\n')\n    except OSError: pass\n"
+        "def answer(x): return 25"
+    ),
+    "too deep": "def answer(x):\n    a = []\n    for _ in range(10**5): a = [a]\n    return a",
+    "in itself": "def answer(x):\n    a = []\n    a.append(a)\n    return a",
+    "closed": "import os\nos.closerange(3, 64)\ndef answer(x): return 25",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", FORGERIES.values(), ids=FORGERIES)
+def test_a_verdict_cannot_be_forged(program):
+    assert not judge(program, "assert candidate(5) == 25")
+
+
+VALUES = [
+    "None", "True", "0", "-(2**60)", "10**5000", "0.1", "float('inf')", r"'é\ud800\n'", r"b'\xff'", "bytearray(b'a')",
+    "(1, (2,))", "[[], [1.0, 'a']]", "{1, 2}", "frozenset({(1,)})", "{'a': 1, 5: [2], (1, 2): None}", "{}", "1 + 2j",
+    "{'int': 'ff'}", "{'opaque': None}",
+]  # fmt: skip
+
+
+def test_values_keep_their_types():
+    same = "assert type(candidate({0})) is type({0}) and candidate({0}) == {0}"
+    assert judge("def answer(x):\n    return x\n", "\n".join(same.format(value) for value in VALUES))
+    nan = "assert str(candidate(float('nan'))) == 'nan' and str(candidate(-0.0)) == '-0.0' and candidate(True) is True"
+    assert judge("def answer(x):\n    return x\n", nan)
+
+
+PLAIN = {
+    "a counter": ("from collections import Counter\ndef answer(): return Counter('aab')", "{'a': 2, 'b': 1}"),
+    "a dict with a default": (
+        "from collections import defaultdict\ndef answer(): return defaultdict(int, a=1)",
+        "{'a': 1}",
+    ),
+    "a named tuple": (
+        "from collections import namedtuple\ndef answer(): return namedtuple('P', 'x y')(1, 2)",
+        "(1, 2)",
+    ),
+    "an enum": ("from enum import IntEnum\nclass E(IntEnum): A = 3\ndef answer(): return [E.A]", "[3]"),
+    "a fraction": ("from fractions import Fraction\ndef answer(): return Fraction(1, 2)", "0.5"),
+    "a decimal": ("from decimal import Decimal\ndef answer(): return Decimal('0.5')", "0.5"),
+    "NumPy's numbers": (
+        "import numpy\ndef answer(): return [numpy.int64(3), numpy.float32(0.5), numpy.bool_(1)]",
+        "[3, 0.5, True]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("program", "value"), PLAIN.values(), ids=PLAIN)
+def test_relatives_of_plain_data_count_as_it(program, value):
+    assert judge(program, f"assert candidate() == {value}")
+    assert not judge(program, f"assert candidate() == [{value}]")
+
+
+def test_other_objects_equal_nothing_but_can_be_gone_through():
+    program = "def answer(): return (i for i in range(3))"
+    assert judge(program, "assert tuple(candidate()) == (0, 1, 2)") and not judge(
+        program, "assert candidate() == [0, 1, 2]"
     )
-    assert not run_program("assert False\n", timeout=20)
+    assert not judge("async def answer(): return 1", "assert candidate() == 1")
+    assert not judge("def answer(): return int", "assert candidate() == int")
+    assert judge("import re\ndef answer(): return re.match('a', 'a')", "assert candidate()")
+
+
+# Each would run to its end if it did what it should not.
+ESCAPES = {
+    "user's file": "open('/etc/passwd').read()",
+    "home": "import os\nos.listdir({home!r})",
+    "root": "import os\nos.listdir('/')",
+    "environment of the evaluator": "open('/proc/{process}/environ').read()",
+    "its own environment": "import os\nassert os.environ['JAXCHAT_SECRET']",
+    "memory of the evaluator": "open('/proc/{process}/mem', 'rb')",
+    "jaxchat's own files": "import jaxchat.config",
+    "file": "open('a', 'w')",
+    "file, appended": "open('a', 'a')",
+    "file elsewhere": "open('/dev/shm/jaxchat-mark', 'w')",
+    "file by the system call": "import os\nos.open('a', os.O_CREAT | os.O_RDONLY)",
+    "emptying a file": "import os\nos.open({package!r}, os.O_RDONLY | os.O_TRUNC)",
+    "folder": "import os\nos.mkdir('d')",
+    "nested folders": "import os\nfor i in range(1500):\n    os.mkdir('d'); os.chdir('d')",
+    "link": "import os\nos.symlink('/', 'a')",
+    "pipe with a name": "import os\nos.mkfifo('a')",
+    "renaming": "import os\nos.rename('../{folder}', '../jaxchat-b')",
+    "removing": "import os\nos.rmdir('.')",
+    "permissions": "import os\nos.chmod('.', 0)",
+    "times": "import os\nos.utime('.', (0, 0))",
+    "file in memory": "import os\nos.memfd_create('a')",
+    "shared memory": "from multiprocessing.shared_memory import SharedMemory\nSharedMemory('jaxchat', True, 99)",
+    "socket": "import socket\nsocket.socket()",
+    "socket of this machine": "import socket\nsocket.socket(socket.AF_UNIX)",
+    "pair of sockets": "import socket\nsocket.socketpair()",
+    "io_uring": "import ctypes\nassert ctypes.CDLL(None).syscall(425, 1, ctypes.create_string_buffer(120)) >= 0",
+    "fork": "import os\nif os.fork() == 0:\n    os._exit(0)",
+    "fork bomb": "import os\nwhile True:\n    os.fork()",
+    "daemon": (
+        "import os\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+        "        while True: open('a', 'w')\n    os._exit(0)"
+    ),
+    "child": "import subprocess, sys\nsubprocess.run([sys.executable, '-c', ''], check=True)",
+    "child in a session of its own": (
+        "import subprocess, sys\nsubprocess.Popen([sys.executable], start_new_session=True)"
+    ),
+    "other program": "import os\nos.execv('/bin/true', ['true'])",
+    "session": "import os\nos.setsid()",
+    "thread": "import threading\nthreading.Thread(target=int).start()",
+    "namespaces": "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0",
+    "mounting": "import ctypes\nassert ctypes.CDLL(None).mount(b'a', b'.', b'tmpfs', 0, 0) == 0",
+    "ptrace": "import ctypes, os\nassert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0",
+    "signal to the evaluator": "import os\nos.kill({process}, 0)",
+    "signal to the checker": "import os\nos.kill(os.getppid(), 0)",
+    "signal to all": "import os\nos.kill(-1, 0)",
+    "signal to its group": "import os\nos.killpg(0, 0)",
+    "signal by a file": "import fcntl, os\nfcntl.fcntl(os.pipe()[0], 8, {process})",
+    "limits of the evaluator": "import resource\nresource.prlimit({process}, resource.RLIMIT_CPU, (1, 1))",
+    "its own limits": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (999, 999))",
+    "priorities": "import os\nos.setpriority(os.PRIO_PROCESS, {process}, 19)",
+    "processors of the evaluator": "import os\nos.sched_setaffinity({process}, [0])",
+    "owner": "import os\nos.setuid(65534)",
+    "memory": "x = bytearray(2 << 30)",
+    "many open files": "import os\nx = [os.pipe() for _ in range(64)]",
+    "input": "input()",
+}  # fmt: skip
+
+
+@needs_containment
+@pytest.mark.parametrize("program", ESCAPES.values(), ids=ESCAPES)
+def test_a_program_cannot_leave(program, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXCHAT_SECRET", "secret")
+    filled = program
+    for name, value in {"process": os.getpid(), "home": str(Path.home()), "package": pytest.__file__}.items():
+        filled = filled.replace(f"{{{name}!r}}", repr(value)).replace(f"{{{name}}}", str(value))
+    compile(filled, "program.py", "exec")
+    assert not run_program(filled, timeout=1)
+
+
+ENDINGS = {
+    "loops": "while True:\n    pass",
+    "sleeps": "import time\ntime.sleep(999)",
+    "recursion": "def f(): f()\nf()",
+    "recursion without a limit": "import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
+    "ends itself": "import os\nos.kill(os.getpid(), 9)",
+    "crashes": "import ctypes\nctypes.string_at(0)",
+    "aborts": "import os\nos.abort()",
+    "takes all memory": "x = []\nwhile True:\n    x.append(bytes(1 << 20))",
+    "ignores signals": (
+        "import signal\nfor s in range(1, 64):\n    try: signal.signal(s, signal.SIG_IGN)\n"
+        "    except (OSError, ValueError): pass\nwhile True:\n    pass"
+    ),
+    "endless answer": "import itertools\ndef answer():\n    return itertools.count()",
+    "huge answer": "def answer():\n    return 'x' * (64 << 20)",
+    "floods": (
+        "import os\nwhile True:\n    for i in range(64):\n        try: os.write(i, b'x' * 9999)\n"
+        "        except OSError: pass"
+    ),
+    "catches all": (
+        "def answer():\n    while True:\n        try:\n            while True: pass\n"
+        "        except BaseException: pass"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", ENDINGS.values(), ids=ENDINGS)
+def test_bad_ends_score_nothing(program):
+    assert not judge(program, "assert candidate() == 1", timeout=1)
+
+
+def test_output_is_dropped():
+    assert judge("def answer():\n    print('x' * 10**7)\n    return 1\n", "print(1)\nassert candidate() == 1")
+
+
+def test_the_interpreters_own_needs_are_met():
+    modules = (
+        "math, re, collections, itertools, functools, heapq, bisect, string, random, decimal, fractions, statistics, "
+        "datetime, hashlib, typing, dataclasses, enum, copy, operator, json, unittest, logging, tempfile, pathlib, "
+        "zoneinfo, asyncio, threading, sqlite3, ctypes, numpy"
+    )
+    code = "random.random(); hashlib.md5(b'').hexdigest(); datetime.datetime.now(); pathlib.Path().resolve()"
+    assert run_program(f"import {modules}\n{code}\nopen('/dev/null').read()\n", timeout=20)
+
+
+# Forbids a system call to this process and its children, as some machines do, and says what containment is left.
+WITHOUT = """
+import ctypes, struct
+libc = ctypes.CDLL(None)
+code = b"".join(struct.pack("<HBBI", *line) for line in [
+    (0x20, 0, 0, 0), (0x15, 0, {length}, {number}), {condition} (6, 0, 0, 0x50026), (6, 0, 0, 0x7FFF0000)])
+class Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, ctypes.byref(Program(len(code) // 8, code)), 0, 0) == 0
+from jaxchat.tools.python import containment
+print(containment())
+"""
+
+
+def said_without(number, condition=""):
+    program = WITHOUT.format(number=number, condition=condition, length=3 if condition else 1)
+    root = str(Path(__file__).parents[2])
+    return subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True).stdout
+
+
+@needs_containment
+def test_what_does_not_hold_is_said():
+    everything = containment()
+    assert everything.startswith("they cannot read your files, write files, use the network, start processes, ")
+    no_landlock = said_without(444)
+    assert "they cannot write files, use the network" in no_landlock and "they CAN read your files" in no_landlock
+    prctl = {"x86_64": 157, "aarch64": 167}[os.uname().machine]
+    no_seccomp = said_without(prctl, "(0x20, 0, 0, 16), (0x15, 0, 1, 22),")
+    assert "on this machine they CAN " in no_seccomp and "use the network" in no_seccomp.split("CAN")[1]
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_all_jumps_of_the_filter_stay_inside(machine):
+    code = seccomp.build_filter(machine)
+    assert len(code) % 8 == 0
+    instructions = [code[i : i + 8] for i in range(0, len(code), 8)]
+    for place, instruction in enumerate(instructions):
+        assert max(instruction[2:4]) + place + 1 < len(instructions) or instruction[0] == 6
+    assert instructions[-1][0] == 6
+
+
+def nest(folder, depth=1500):
+    here = os.open(folder, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+
+
+def test_any_folder_is_removed(tmp_path, capsys):
+    for name, depth in (("deep", 1500), ("deeper", 4000), ("closed", 2)):
+        (tmp_path / name).mkdir()
+        nest(tmp_path / name, depth)
+    (tmp_path / "closed/d").chmod(0)
+    (tmp_path / "closed").chmod(0o500)
+    for name in ("deep", "deeper", "closed", "never there"):
+        assert remove_folder(str(tmp_path / name))
+    assert not list(tmp_path.iterdir())
+    assert not capsys.readouterr().err
+
+
+def test_a_folder_that_is_written_to_is_removed_or_named(tmp_path, capsys):
+    folder = tmp_path / "busy"
+    folder.mkdir()
+    writer = "import os\nwhile True:\n    os.makedirs('{0}', exist_ok=True)\n    open('{0}/a', 'w').close()\n"
+    process = subprocess.Popen([sys.executable, "-c", writer.format(folder)], stderr=subprocess.DEVNULL)
+    try:
+        removed = remove_folder(str(folder))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    said = capsys.readouterr().err
+    assert removed or (str(folder) in said and said.count("\n") == 1)
