@@ -13,8 +13,12 @@ from jaxtyping import Float
 
 
 def reinforce_weights(rewards: Float[np.ndarray, "Q N"]) -> Float[np.ndarray, "Q N"]:
-    """Each reward minus the mean over its question's samples."""
-    return rewards - rewards.mean(axis=1, keepdims=True)
+    """Each reward minus the mean over its question's samples; exactly 0 where all are equal.
+
+    The rounding of a mean would leave weights such as 1e-17 there, which Muon follows by a full step.
+    """
+    differ = rewards.max(axis=1, keepdims=True) > rewards.min(axis=1, keepdims=True)
+    return np.where(differ, rewards - rewards.mean(axis=1, keepdims=True), 0.0)
 
 
 def best_of_n_weights(rewards: Float[np.ndarray, "Q N"]) -> Float[np.ndarray, "Q N"]:

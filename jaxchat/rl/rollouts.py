@@ -19,6 +19,7 @@ from jaxchat.devices.mesh import data_shards, put_whole
 from jaxchat.eval.chat import prompts_of
 from jaxchat.infer.engine import Completion, Engine
 from jaxchat.rl.objectives import OBJECTIVES
+from jaxchat.rl.signal import Signal
 from jaxchat.tasks import Conversation, Task
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.loop import Source
@@ -68,15 +69,18 @@ class Rollouts(Source):
         rollouts = config.questions_per_step * config.samples_per_question
         self.micro_rows = min(config.device_rows, math.ceil(rollouts / parallel)) * parallel
         self.taken = 0  # batches so far: questions and random numbers follow from this number alone
+        self.signal = Signal()
 
     def get_state(self) -> dict:
-        return {"taken": self.taken}
+        return {"taken": self.taken, "signal": self.signal.state()}
 
     def set_state(self, state: dict) -> None:
         self.taken = state["taken"]
+        # An earlier version of jaxchat did not count: its steps are taken to have had a signal.
+        self.signal = Signal(**state.get("signal", {"steps": self.taken}))
 
     def next_batch(self, step: int, params) -> tuple[Batch, dict[str, float]]:
-        """The batch, and the metrics `reward` (mean) and `completion_tokens` (mean number)."""
+        """The batch, and the metrics of `Signal.add` and `completion_tokens` (mean number)."""
         config = self.config
         chosen = [self.questions[i] for i in self._choose(self.taken)]
         asked = [question for question in chosen for _ in range(config.samples_per_question)]
@@ -87,8 +91,9 @@ class Rollouts(Source):
         rewards = np.array(score(asked, completions, self.tokenizer)).reshape(-1, config.samples_per_question)
         weights = OBJECTIVES[config.method](rewards).reshape(-1)
         batch = self._batch(prompts, completions, weights)
+        cut = np.array([not completion.finished for completion in completions]).reshape(rewards.shape)
         metrics = {
-            "reward": float(rewards.mean()),
+            **self.signal.add(rewards, cut),
             "completion_tokens": float(np.mean([len(c.tokens) for c in completions])),
         }
         self.taken += 1

@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxchat.errors import check
 from jaxchat.rl.rollouts import Rollouts, questions_of, sampling, score
+from jaxchat.rl.signal import EARLY
 from jaxchat.stages.samples import prompts_of_chats
 from jaxchat.stages.training import Training
 from jaxchat.stages.workspace import Workspace
@@ -14,6 +15,7 @@ from jaxchat.train.loop import Evaluator
 
 SAMPLES = 3
 EVALUATION_SEED = 0
+SAME = "all answers of each question had the same reward"
 
 
 def run(workspace: Workspace) -> None:
@@ -41,6 +43,9 @@ def run(workspace: Workspace) -> None:
     steps = config.num_iterations or max(1, len(questions) // config.questions_per_step)
     training = Training(workspace, "rl", config, model, tokenizer, steps, parent={"stage": parent, "step": step})
     source = Rollouts(config, questions, training.engine(params), mesh=workspace.mesh, seed=experiment.seed)
+    left_out = sum(map(len, tasks)) - len(questions)
+    if left_out:
+        workspace.say(f"rl        {left_out:,} of its questions fill model.sequence-len {model.sequence_len}: left out")
     asked = spread(held_out, config.eval_questions)
 
     def evaluate(step, params):
@@ -49,10 +54,26 @@ def run(workspace: Workspace) -> None:
         completions = engine.generate(prompts, **sampling(config), seed=EVALUATION_SEED)
         yield "reward_eval", float(np.mean(score(asked, completions, tokenizer)))
 
+    def warn_early(metrics):
+        def look(step, params):
+            if step == EARLY and source.signal.absent:
+                metrics.note(f"{SAME} in the first {step} steps {source.signal.advice(config)}")
+            return ()
+
+        return Evaluator(EARLY, look, at_start=False)
+
     prompts = prompts_of_chats(tokenizer, [conversation for _, conversation in spread(held_out, SAMPLES)])
     training.train(
         lambda: params,
         source,
-        lambda metrics: (Evaluator(config.eval_every, evaluate), training.sampler(metrics, prompts)),
+        lambda metrics: (
+            Evaluator(config.eval_every, evaluate),
+            training.sampler(metrics, prompts),
+            warn_early(metrics),
+        ),
+        at_end=lambda: source.signal.facts(),
         method=config.method,
     )
+    if source.signal.absent:
+        again = "then start again with --redo=rl"
+        workspace.say(f"rl changed nothing: {SAME} in every step {source.signal.advice(config)}; {again}")

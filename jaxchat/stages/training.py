@@ -175,6 +175,8 @@ class Training:
         start: Callable[[], Any],
         source: Source,
         evaluators: Callable[[Metrics], tuple[Evaluator, ...]],
+        *,
+        at_end: Callable[[], dict[str, Any]] = dict,
         **facts,
     ) -> None:
         """Runs the loop to its end and marks the stage as finished.
@@ -182,6 +184,7 @@ class Training:
         Args:
           start: returns the parameters of step 0, which are taken over.
           evaluators: from the stage's log to what is evaluated on the way.
+          at_end: gives facts that are known when the training has ended.
           facts: more for stage.json.
 
         Raises:
@@ -211,7 +214,7 @@ class Training:
             )
             loop.train(state)
             loop.checkpoints.close()
-        facts |= self._data_facts(source.whole_state(source.get_state()))
+        facts |= self._data_facts(source.whole_state(source.get_state())) | at_end()
         if line := describe_data(facts):
             workspace.say(f"{self.stage:<9} {line}")
         workspace.finish(

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxchat.config import MeshConfig, RLConfig
+from jaxchat.config import MeshConfig, OptimizerConfig, RLConfig
 from jaxchat.devices.mesh import make_mesh
 from jaxchat.infer.engine import Completion, Engine
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params, logits
+from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.rl.objectives import best_of_n_weights, reinforce_weights
 from jaxchat.rl.rollouts import Rollouts, questions_of, sampling, score
 from jaxchat.tasks.base import ListTask
@@ -47,10 +48,17 @@ def params():
     return jax.tree.unflatten(tree, moved)
 
 
-def rollouts(tokenizer, params, **settings):
+class Constant(ListTask):
+    """Worth the same whatever the answer; three of it do not have exactly this mean."""
+
+    def score(self, conversation, completion, *, cut=False):
+        return 0.1
+
+
+def rollouts(tokenizer, params, task_type=Lowercase, **settings):
     settings = {"questions_per_step": 3, "samples_per_question": 4, "max_new_tokens": 6, "device_rows": 4, **settings}
     messages = ({"role": "user", "content": text} for text in ("go", "say it", "well?", "and?"))
-    task = Lowercase("lowercase", [{"messages": [m, {"role": "assistant", "content": "a"}]} for m in messages])
+    task = task_type("lowercase", [{"messages": [m, {"role": "assistant", "content": "a"}]} for m in messages])
     questions, engine = questions_of([task], tokenizer, CONTEXT), Engine(MODEL, params, tokenizer, dtype="float32")
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     return Rollouts(RLConfig(top_k=None, **settings), questions, engine, mesh=mesh, seed=3)
@@ -61,6 +69,8 @@ def rollouts(tokenizer, params, **settings):
 def test_reinforce_weights(rewards):
     weights = reinforce_weights(rewards)
     for question in range(len(rewards)):
+        if len(set(rewards[question].tolist())) == 1:
+            assert (weights[question] == 0).all()
         mean = sum(rewards[question]) / len(rewards[question])
         for sample, reward in enumerate(rewards[question]):
             assert weights[question, sample] == pytest.approx(reward - mean, abs=1e-12)
@@ -163,6 +173,41 @@ def test_gradient_is_reinforce(tokenizer, params):
         scale = float(jnp.abs(expected).max())
         assert scale > 0, path
         np.testing.assert_allclose(after - before, expected, atol=2e-3 * scale + 2e-7, err_msg=str(path))
+
+
+@pytest.mark.parametrize("method", ["reinforce", "best_of_n"])
+def test_equal_rewards_change_nothing(tokenizer, params, method):
+    """Neither parameters nor moments: not by rounding, momentum or weight decay."""
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.1), MODEL, lambda count: 1.0)
+    step = make_train_step(MODEL, optimizer)
+    taught = rollouts(tokenizer, params, method=method, samples_per_question=3)
+    batch, _ = taught.next_batch(0, params)
+    state, _ = step(init_state(jax.tree.map(jnp.copy, params), optimizer), jax.device_get(batch))
+    before = jax.device_get(state)
+    source = rollouts(tokenizer, params, Constant, method=method, samples_per_question=3)
+    for number in range(2):
+        batch, extra = source.next_batch(number, state["params"])
+        assert extra["reward"] == pytest.approx(0.1) and extra["groups_without_signal"] == 1
+        state, metrics = step(state, jax.device_get(batch))
+        assert float(metrics["grad_norm"]) == 0
+    assert source.signal.absent and not taught.signal.absent
+    jax.tree.map(np.testing.assert_array_equal, state["params"], before["params"])
+    moments = [leaf for leaf in jax.tree.leaves(state["opt_state"]) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    kept = [leaf for leaf in jax.tree.leaves(before["opt_state"]) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert len(moments) == len(kept) > 0
+    for moment, own in zip(moments, kept, strict=True):
+        np.testing.assert_array_equal(moment, own)
+
+
+def test_rollouts_count_what_was_cut_and_taught(tokenizer, params):
+    source = rollouts(tokenizer, params, Constant)
+    _, extra = source.next_batch(0, params)
+    assert extra["groups_without_signal"] == 1 and 0 <= extra["cut"] <= 1
+    again = rollouts(tokenizer, params, Constant)
+    again.set_state(source.get_state())
+    assert again.signal == source.signal and again.taken == 1
+    again.set_state({"taken": 5})  # of a checkpoint that did not count
+    assert not again.signal.absent and again.signal.facts() == {}
 
 
 @pytest.mark.parametrize("method", ["reinforce", "best_of_n"])

@@ -9,7 +9,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tokenizers
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import STAGES
@@ -19,24 +18,6 @@ from jaxchat.runs.metrics import read_metrics
 from jaxchat.stages.training import Batches
 from jaxchat.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from tests.tiny import ARGUMENTS, STEPS, copy, record, refusal, start, start_process, values
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of all stages; the programs it compiles are cached for later starts."""
-    cache, patch = tmp_path_factory.mktemp("compiled"), pytest.MonkeyPatch()
-    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
-    directory = tmp_path_factory.mktemp("runs") / "whole"
-    code, out, err = start(directory)
-    assert code == 0, err
-    yield directory
-    patch.undo()
-    jax.config.update("jax_compilation_cache_dir", before[0])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
-    compilation_cache.reset_cache()
 
 
 def parameters(directory, stage):
@@ -282,6 +263,22 @@ class TestResume:
         assert code == 0, err
         assert all(loss for _, loss in values(whole, "rl"))
         assert_same_training(parts, whole, "rl", "reward", "completion_tokens", "reward_eval")
+
+    @pytest.mark.parametrize("method", ["reinforce", "best_of_n"])
+    def test_rl_that_learns_nothing_says_so(self, finished, tmp_path, method):
+        run = copy(finished, tmp_path / "run", "pretrain", "midtrain", "sft")
+        code, out, err = start(run, "--stages=rl", "--rl.max-new-tokens=1", f"--rl.method={method}")
+        assert code == 0, err
+        (line,) = [line for line in out.splitlines() if line.startswith("rl changed nothing: ")]
+        assert "all answers of each question had the same reward in every step (0 on average); 100% of them" in line
+        assert "raise --rl.max-new-tokens above 1; then start again with --redo=rl" in line
+        facts = record(run, "rl")
+        assert (facts["groups_without_signal"], facts["cut"], facts["steps_without_signal"]) == (1, 1, 3)
+        assert [value for _, value in values(run, "rl", "groups_without_signal")] == [1, 1, 1]
+        assert [value for _, value in values(run, "rl", "cut")] == [1, 1, 1]
+        mine, parents = parameters(run, "rl"), parameters(run, "sft")
+        for name in mine:
+            np.testing.assert_array_equal(mine[name], parents[name], err_msg=name)
 
     def test_stopped_before_the_last_evaluation(self, finished, tmp_path):
         run = copy(finished, tmp_path / "run", "pretrain")

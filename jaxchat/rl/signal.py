@@ -1,0 +1,81 @@
+"""How much the rollouts have to teach: answers to one question that all earn the same reward teach nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from jaxchat.config import RLConfig
+
+EARLY = 10  # steps after which a training without any signal is told
+MOST_CUT = 0.5  # share of answers without room to end from which that is the likely cause
+
+
+@dataclass
+class Signal:
+    """Sums over the steps of a training so far."""
+
+    steps: int = 0
+    steps_without_signal: int = 0
+    groups: int = 0  # questions, as often as they were asked
+    groups_without_signal: int = 0
+    answers: int = 0
+    cut: int = 0
+    reward: float = 0.0
+
+    def add(self, rewards: Float[np.ndarray, "Q N"], cut: Bool[np.ndarray, "Q N"]) -> dict[str, float]:
+        """Counts a step; returns its metrics.
+
+        `reward` is the mean, `groups_without_signal` the share of questions whose answers all earned the same, and
+        `cut` the share of answers that had no room to end.
+        """
+        equal = rewards.max(axis=1) == rewards.min(axis=1)
+        self.steps += 1
+        self.steps_without_signal += bool(equal.all())
+        self.groups += len(equal)
+        self.groups_without_signal += int(equal.sum())
+        self.answers += rewards.size
+        self.cut += int(cut.sum())
+        self.reward += float(rewards.sum())
+        return {
+            "reward": float(rewards.mean()),
+            "groups_without_signal": float(equal.mean()),
+            "cut": float(cut.mean()),
+        }
+
+    @property
+    def absent(self) -> bool:
+        """Whether no step had anything to teach, so that none has changed the parameters."""
+        return self.steps > 0 and self.steps_without_signal == self.steps
+
+    def facts(self) -> dict[str, float]:
+        """For the stage's record: over all steps, the shares of `add`, and the number of steps without any signal."""
+        if not self.groups:
+            return {}
+        return {
+            "groups_without_signal": self.groups_without_signal / self.groups,
+            "cut": self.cut / self.answers,
+            "steps_without_signal": self.steps_without_signal,
+        }
+
+    def state(self) -> dict[str, float]:
+        """The sums, as JSON."""
+        return asdict(self)
+
+    def advice(self, config: RLConfig) -> str:
+        """The mean reward, and what a training that has no signal should try."""
+        mean, cut = self.reward / max(1, self.answers), self.cut / max(1, self.answers)
+        return f"({mean:.2g} on average); {_advice(config, mean, cut)}"
+
+
+def _advice(config: RLConfig, reward: float, cut: float) -> str:
+    if cut >= MOST_CUT:
+        return f"{cut:.0%} of them had no room to end: raise --rl.max-new-tokens above {config.max_new_tokens}"
+    if config.temperature < 0.5:
+        return f"they hardly differ: raise --rl.temperature above {config.temperature:g}"
+    if reward > 0.5:
+        return "the model knows the answers: name harder --rl.tasks"
+    more = f"raise --rl.samples-per-question above {config.samples_per_question}"
+    return f"the model does not find the right ones: train it longer before rl, name easier --rl.tasks, or {more}"
