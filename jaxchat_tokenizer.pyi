@@ -40,6 +40,7 @@ def train(
     texts: Iterable[str],
     size: int,
     pattern: str,
+    longest: int | None = None,
     threads: int | None = None,
     progress: Callable[[str, int], object] | None = None,
 ) -> list[bytes]: ...
@@ -48,6 +49,7 @@ def train_arrow(
     size: int,
     pattern: str,
     max_chars: int | None = None,
+    longest: int | None = None,
     threads: int | None = None,
     progress: Callable[[str, int], object] | None = None,
 ) -> tuple[list[bytes], int]: ...

@@ -14,6 +14,7 @@ from etils import epath
 from jaxchat.errors import UserError
 from jaxchat.tokenizer.base import FILE_NAME, MIN_VOCAB, SPECIAL_TOKENS, BaseTokenizer
 from jaxchat.tokenizer.bpe import Tokenizer
+from jaxchat.tokenizer.files import holds_ranks, tokenizer_file
 from jaxchat.tokenizer.foreign.huggingface_backend import HuggingFaceTokenizer
 from jaxchat.tokenizer.patterns import SPLIT_PATTERN
 from jaxchat.tokenizer.vocabulary import Unsupported
@@ -33,7 +34,9 @@ __all__ = [
 def load_tokenizer(
     path: epath.PathLike, backend: Literal["auto", "rust", "huggingface"] = "auto"
 ) -> Tokenizer | HuggingFaceTokenizer:
-    """Loads the tokenizer in a folder with a `tokenizer.json`, in such a file, or in a `.tiktoken` file.
+    """Loads the tokenizer in a `tokenizer.json`, a `.tiktoken` file, a folder with one of them, or a run directory.
+
+    What a file is, its content says: its name may be another.
 
     Args:
       backend: "auto" uses Rust, or Hugging Face for files that Rust cannot reproduce exactly.
@@ -41,9 +44,8 @@ def load_tokenizer(
     Raises:
       UserError: the file is missing, damaged, or not possible with the backend.
     """
-    path = epath.Path(path)
-    path = path / FILE_NAME if path.is_dir() else path
-    if path.suffix == ".tiktoken":
+    path = tokenizer_file(path)
+    if holds_ranks(path):
         tokenizer = Tokenizer.from_tiktoken(path)
         return HuggingFaceTokenizer.from_text(tokenizer.to_json()) if backend == "huggingface" else tokenizer
     if backend == "huggingface":

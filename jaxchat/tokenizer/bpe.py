@@ -1,7 +1,8 @@
 """Byte-pair encoding with the Rust extension, whose algorithms are in `rust_tokenizer/`.
 
 Ids are the same as those of `tiktoken` for the same ranks, and of Hugging Face's `tokenizers` for the same
-`tokenizer.json`. Merges are the same as those of `rustbpe` for the same text.
+`tokenizer.json`. Merges are the same as those of `rustbpe` for the same text, up to the first that would make a token
+of more than `MAX_TOKEN_BYTES`: `rustbpe` makes it, which happens in runs of one character rather than in ordinary text.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from etils import epath
 import jaxchat_tokenizer as rust
 from jaxchat.errors import UserError, check, closest
 from jaxchat.tokenizer.base import SPECIAL_TOKENS, BaseTokenizer, Progress, check_learned, check_size
+from jaxchat.tokenizer.files import read_bytes, read_text, tokenizer_file
 from jaxchat.tokenizer.foreign.tiktoken_ranks import from_ranks, parse_ranks
 from jaxchat.tokenizer.foreign.tokenizer_json import from_json, parse, to_json
-from jaxchat.tokenizer.patterns import SPLIT_PATTERN, TIKTOKEN_PATTERNS
+from jaxchat.tokenizer.patterns import MAX_TOKEN_BYTES, SPLIT_PATTERN, TIKTOKEN_PATTERNS
 from jaxchat.tokenizer.text_files import read_batches
-from jaxchat.tokenizer.vocabulary import Vocabulary, existing_file, naming_file, with_chat_tokens
+from jaxchat.tokenizer.vocabulary import Vocabulary, naming_file, with_chat_tokens
 
 if TYPE_CHECKING:
     import tiktoken
@@ -71,12 +73,14 @@ class Tokenizer(BaseTokenizer):
         """Learns `vocab_size` tokens, including the special ones, from texts that are read once.
 
         Every step merges the most frequent pair of neighbours within the pieces of `pattern`, in a tie the one with the
-        lowest (left id, right id). Memory grows with the number of distinct pieces. Raises `UserError` if `vocab_size`
-        is below 265 or above what the texts support.
+        lowest (left id, right id), and passes over pairs that together have more than `MAX_TOKEN_BYTES`. Memory grows
+        with the number of distinct pieces. Raises `UserError` if `vocab_size` is below 265 or above what the texts
+        support.
         """
         check_size(vocab_size)
+        size = vocab_size - len(SPECIAL_TOKENS)
         with _user_errors():
-            tokens = rust.train(texts, vocab_size - len(SPECIAL_TOKENS), pattern, progress=progress)
+            tokens = rust.train(texts, size, pattern, longest=MAX_TOKEN_BYTES, progress=progress)
         check_learned(len(tokens), vocab_size)
         return cls(tokens, pattern)
 
@@ -98,10 +102,15 @@ class Tokenizer(BaseTokenizer):
         check_size(vocab_size)
         paths = [os.fspath(path) for path in paths]
         for path in paths:
-            check(path.lower().endswith((".parquet", ".txt")), f"{path} is neither .parquet nor .txt; train from an iterator")
+            check(
+                path.lower().endswith((".parquet", ".txt")),
+                f"{path} is neither .parquet nor .txt; train from an iterator",
+            )
+        size, batches = vocab_size - len(SPECIAL_TOKENS), read_batches(paths)
         with _user_errors():
-            size = vocab_size - len(SPECIAL_TOKENS)
-            tokens, characters = rust.train_arrow(read_batches(paths), size, pattern, max_chars, progress=progress)
+            tokens, characters = rust.train_arrow(
+                batches, size, pattern, max_chars, longest=MAX_TOKEN_BYTES, progress=progress
+            )
         check_learned(len(tokens), vocab_size)
         if progress is not None:
             progress("read", characters)
@@ -128,15 +137,12 @@ class Tokenizer(BaseTokenizer):
         if not isinstance(encoding, str | os.PathLike):
             vocabulary = from_ranks(encoding._mergeable_ranks, encoding._special_tokens, pattern or encoding._pat_str)
             return cls.from_vocabulary(vocabulary)
-        path = existing_file(encoding)
-        pattern = pattern or TIKTOKEN_PATTERNS.get(path.stem)
+        path = tokenizer_file(encoding)
+        pattern = pattern or TIKTOKEN_PATTERNS.get(path.stem.lower())
         if pattern is None:
-            raise UserError(
-                f"the split pattern of {path} is unknown; pass pattern=, or give the file the name of a known encoding"
-                f"{closest(path.stem, TIKTOKEN_PATTERNS)}"
-            )
+            raise UserError(_unknown_pattern(path))
         with naming_file(path):
-            return cls.from_vocabulary(from_ranks(parse_ranks(path.read_bytes().splitlines()), {}, pattern))
+            return cls.from_vocabulary(from_ranks(parse_ranks(read_bytes(path).splitlines()), {}, pattern))
 
     @classmethod
     def from_file(cls, path: epath.PathLike) -> Self:
@@ -145,9 +151,9 @@ class Tokenizer(BaseTokenizer):
         Special tokens of a foreign file keep their ids; the missing ones of `SPECIAL_TOKENS` are appended. Raises
         `UserError` if the file is missing or damaged, or cannot be reproduced exactly.
         """
-        path = existing_file(path)
+        path = tokenizer_file(path)
         with naming_file(path):
-            return cls.from_text(path.read_text(encoding="utf-8"))
+            return cls.from_text(read_text(path))
 
     @classmethod
     def from_text(cls, text: str) -> Self:
@@ -179,12 +185,15 @@ class Tokenizer(BaseTokenizer):
         return self._vocabulary.tokens + [name.encode() for name, id in self.special_tokens.items() if id >= size]
 
     def to_tiktoken(self) -> tiktoken.Encoding:
-        """The same tokenizer as a `tiktoken.Encoding`; `tiktoken` must be installed.
+        """The same tokenizer as a `tiktoken.Encoding`.
 
-        Raises `UserError` if its rules differ from tiktoken's, as with a foreign `tokenizer.json` that lists merges.
+        Raises `UserError` if `tiktoken` is not installed, or if its rules differ from tiktoken's, as with a foreign
+        `tokenizer.json` that lists merges.
         """
-        import tiktoken
-
+        try:
+            import tiktoken
+        except ImportError:
+            raise UserError("this needs OpenAI's tiktoken: pip install tiktoken") from None
         check(
             self._vocabulary.merges is None and not self._vocabulary.keep_gaps,
             "tiktoken has no rule for the merges of this vocabulary or for text that its pattern does not match",
@@ -229,6 +238,17 @@ class Tokenizer(BaseTokenizer):
                 return decode(_plain(ids), *more)
         except OverflowError:  # more than 64 bits
             raise UserError(f"a token id is out of range: this tokenizer has ids 0 to {self.vocab_size - 1}") from None
+
+
+def _unknown_pattern(path: epath.Path) -> str:
+    """What to do with a `.tiktoken` file of one's own."""
+    near, folder = closest(path.stem, TIKTOKEN_PATTERNS), path.parent / f"{path.stem}-tokenizer"
+    convert = f"Tokenizer.from_tiktoken('{path}', sys.argv[1]).save('{folder}')"
+    return (
+        f"the split pattern of {path} is unknown, since such a file has none{'. ' if near == '.' else f'{near} '}"
+        f"Rename it if it is one of {', '.join(TIKTOKEN_PATTERNS)}; otherwise this makes {folder}, to use instead: "
+        f"python -c \"import sys; from jaxchat.tokenizer import Tokenizer; {convert}\" 'PATTERN'"
+    )
 
 
 def _plain(ids: Sequence[int] | np.ndarray) -> list[int] | np.ndarray:

@@ -1,4 +1,4 @@
-"""Split patterns: the published ones, and how the libraries' regex engines differ in reading a pattern.
+"""What training may join: split patterns, the published ones too, and how the libraries' regex engines read a pattern.
 
 jaxchat and tiktoken split with Rust's `fancy-regex`, Hugging Face's `tokenizers` with Oniguruma.
 """
@@ -10,6 +10,9 @@ import re
 import jaxchat_tokenizer as rust
 
 SPLIT_PATTERN: str = rust.DEFAULT_PATTERN
+# Training makes no token longer than this. Without a limit a line of a million dashes, which is one piece, becomes
+# tokens of up to half a million: places in the vocabulary that no other text can use, and files that load slowly.
+MAX_TOKEN_BYTES = 128
 
 # GPT-2's, which is built into Hugging Face's `ByteLevel`.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

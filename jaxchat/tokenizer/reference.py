@@ -32,7 +32,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from jaxchat.tokenizer.patterns import SPLIT_PATTERN
+from jaxchat.tokenizer.patterns import MAX_TOKEN_BYTES, SPLIT_PATTERN
 
 
 def split(text: str, pattern: str = SPLIT_PATTERN) -> list[bytes]:
@@ -49,35 +49,42 @@ def split(text: str, pattern: str = SPLIT_PATTERN) -> list[bytes]:
     return [found.group().encode() for found in regex.finditer(pattern, text) if found.group()]
 
 
-def train(texts: Iterable[str], size: int, pattern: str = SPLIT_PATTERN) -> list[bytes]:
-    """Learns `size` tokens, including bytes, or fewer if all pieces have become tokens. A token's index is its id."""
+def train(texts: Iterable[str], size: int, pattern: str = SPLIT_PATTERN, longest: int = MAX_TOKEN_BYTES) -> list[bytes]:
+    """Learns `size` tokens, including bytes, or fewer if nothing is left to join. A token's index is its id.
+
+    Tokens have at most `longest` bytes. Otherwise a line of a million dashes, which is one piece, would become tokens
+    of thousands of dashes.
+    """
     tokens = [bytes([byte]) for byte in range(256)]
     pieces = Counter(piece for text in texts for piece in split(text, pattern))
-    for left, right, _ in merges(pieces, size - len(tokens)):
+    for left, right, _ in merges(pieces, size - len(tokens), longest):
         tokens.append(tokens[left] + tokens[right])
     return tokens
 
 
-def merges(pieces: Counter[bytes], number: int) -> Iterator[tuple[int, int, int]]:
+def merges(pieces: Counter[bytes], number: int, longest: int = MAX_TOKEN_BYTES) -> Iterator[tuple[int, int, int]]:
     """The first `number` merges: the ids of the left and right token, and how often they are neighbours.
 
-    The first merge makes id 256, the second 257, and so on.
+    The first merge makes id 256, the second 257, and so on. Pairs of more than `longest` bytes are passed over.
 
     Language repeats itself: 100 MB of English have 20 million pieces, but only 240,000 different ones. So equal pieces
     are counted once and then treated as one with a weight. To be fast, one also has to count again only what a merge
     has changed (see rust_tokenizer/src/train.rs).
     """
     words = [(list(piece), count) for piece, count in pieces.items()]
+    sizes = [1] * 256
     for new in range(256, 256 + number):
         pairs: Counter[tuple[int, int]] = Counter()
         for ids, count in words:
             for pair in zip(ids, ids[1:], strict=False):
-                pairs[pair] += count
+                if sizes[pair[0]] + sizes[pair[1]] <= longest:
+                    pairs[pair] += count
         if not pairs:
             return
         # Any rule for ties would do, but without one the vocabulary would depend on the order of the texts.
         left, right = min(pairs, key=lambda pair: (-pairs[pair], pair))
         yield left, right, pairs[left, right]
+        sizes.append(sizes[left] + sizes[right])
         for ids, _ in words:
             at = 0
             while at + 1 < len(ids):  # from the left: `aaa` becomes `aa|a`

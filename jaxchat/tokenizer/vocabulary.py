@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from etils import epath
 
-from jaxchat.errors import UserError, check
+from jaxchat.errors import UserError
 from jaxchat.tokenizer.base import SPECIAL_TOKENS
 
 
@@ -50,13 +50,6 @@ def with_chat_tokens(special: Mapping[str, int], token_count: int) -> dict[str, 
     return special | {name: following + i for i, name in enumerate(missing)}
 
 
-def existing_file(path: epath.PathLike) -> epath.Path:
-    """The path of a tokenizer's file. Raises `UserError` if there is none."""
-    path = epath.Path(path)
-    check(path.is_file(), f"no tokenizer at {path}; train one with the tokenizer stage")
-    return path
-
-
 @contextlib.contextmanager
 def naming_file(path: epath.Path) -> Iterator[None]:
     """Names the file in errors that occur while its vocabulary is read."""
@@ -66,5 +59,8 @@ def naming_file(path: epath.Path) -> Iterator[None]:
         raise Unsupported(f"{path} needs the Hugging Face backend: {error}") from error
     except UserError as error:
         raise UserError(f"{path} is not a vocabulary that jaxchat can use: {error}") from error
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} is damaged or not a tokenizer ({type(error).__name__}: {error})") from error
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged or not a tokenizer ({type(error).__name__}: {error}); "
+            "give a whole tokenizer.json or .tiktoken file"
+        ) from error

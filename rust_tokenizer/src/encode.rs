@@ -212,7 +212,7 @@ mod tests {
         let splitter = Splitter::new(pattern).unwrap();
         let mut counts = Counter::default();
         counts.add_text(&splitter, SAMPLE).unwrap();
-        let tokens = learn(&counts.finish(), 290, |_| false).unwrap();
+        let tokens = learn(&counts.finish(), 290, usize::MAX, |_| false).unwrap();
         Encoder::new(splitter, Vocabulary::new(tokens).unwrap())
     }
 

@@ -70,6 +70,7 @@ impl Reporter<'_> {
 fn learn_from(
     splitter: &Splitter,
     size: usize,
+    longest: Option<usize>,
     threads: Option<usize>,
     progress: Option<&Py<PyAny>>,
     mut next: impl FnMut(&mut Reporter, &mut Batch) -> PyResult<()>,
@@ -78,7 +79,7 @@ fn learn_from(
     let counts =
         count_batches(splitter, threads_or_all(threads.and_then(NonZero::new)), |batch| next(&mut reporter, batch))?;
     let mut stop = None;
-    let tokens = learn(&counts, size, |done| {
+    let tokens = learn(&counts, size, longest.unwrap_or(usize::MAX), |done| {
         stop = Python::attach(|py| reporter.report(py, "merge", done as u64)).err();
         stop.is_some()
     });
@@ -90,15 +91,18 @@ fn learn_from(
 
 /// Learns at most `size` tokens from an iterable of `str` and returns them as a list of `bytes`; the index is the id.
 ///
+/// No token has more than `longest` bytes; without it, there is no limit.
+///
 /// `progress(phase, done)` is called from time to time, first with "count" and the number of characters read, then with
 /// "merge" and the number of tokens.
 #[pyfunction]
-#[pyo3(signature = (texts, size, pattern, threads=None, progress=None))]
+#[pyo3(signature = (texts, size, pattern, longest=None, threads=None, progress=None))]
 fn train<'py>(
     py: Python<'py>,
     texts: &Bound<'py, PyAny>,
     size: usize,
     pattern: &str,
+    longest: Option<usize>,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Vec<Bound<'py, PyBytes>>> {
@@ -106,7 +110,7 @@ fn train<'py>(
     let iterator: Py<PyIterator> = texts.try_iter()?.unbind();
     let mut characters = 0;
     let tokens = py.detach(|| {
-        learn_from(&splitter, size, threads, progress.as_ref(), |reporter, batch| {
+        learn_from(&splitter, size, longest, threads, progress.as_ref(), |reporter, batch| {
             Python::attach(|py| {
                 reporter.report(py, "count", characters)?;
                 pull(iterator.bind(py), batch, &mut characters)
@@ -123,13 +127,15 @@ fn train<'py>(
 /// work best. Reads up to and including the text in which the character count reaches `max_chars`. Returns the tokens
 /// and the number of characters read.
 #[pyfunction]
-#[pyo3(signature = (batches, size, pattern, max_chars=None, threads=None, progress=None))]
+#[pyo3(signature = (batches, size, pattern, max_chars=None, longest=None, threads=None, progress=None))]
+#[allow(clippy::too_many_arguments)]
 fn train_arrow<'py>(
     py: Python<'py>,
     batches: &Bound<'py, PyAny>,
     size: usize,
     pattern: &str,
     max_chars: Option<u64>,
+    longest: Option<usize>,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<(Vec<Bound<'py, PyBytes>>, u64)> {
@@ -138,7 +144,7 @@ fn train_arrow<'py>(
     let limit = max_chars.unwrap_or(u64::MAX);
     let mut characters = 0;
     let tokens = py.detach(|| {
-        learn_from(&splitter, size, threads, progress.as_ref(), |reporter, batch| {
+        learn_from(&splitter, size, longest, threads, progress.as_ref(), |reporter, batch| {
             Python::attach(|py| {
                 reporter.report(py, "count", characters)?;
                 while batch.is_empty() && characters < limit {

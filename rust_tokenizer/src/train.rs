@@ -168,13 +168,15 @@ impl Pairs {
 
 /// Learns the tokens of a vocabulary of `size` (at least 256): the 256 bytes, then the merges in the order in which
 /// they were made. Each step merges the most frequent pair of neighbours, the lowest (left id, right id) in a tie, from
-/// left to right in every piece. Returns fewer tokens when no pair is left to merge.
+/// left to right in every piece. A pair that would make a token of more than `longest` bytes is passed over. Returns
+/// fewer tokens when no pair is left to merge.
 ///
 /// `interrupted` is called from time to time with the number of tokens so far; if it returns true, training ends with
 /// `Error::Interrupted`.
 pub fn learn(
     counts: &PieceCounts,
     size: usize,
+    longest: usize,
     mut interrupted: impl FnMut(usize) -> bool,
 ) -> Result<Vec<Vec<u8>>, Error> {
     let mut arena = Arena::new(counts)?;
@@ -188,8 +190,11 @@ pub fn learn(
             return Err(Error::Interrupted);
         }
         let Some(((left, right), index)) = pairs.pop() else { break };
-        let merged = tokens.len() as u32;
         let (left_size, right_size) = (sizes[left as usize], sizes[right as usize]);
+        if left_size + right_size > longest {
+            continue;
+        }
+        let merged = tokens.len() as u32;
         tokens.push([&tokens[left as usize][..], &tokens[right as usize][..]].concat());
         sizes.push(left_size + right_size);
         before_new.push(NONE);
@@ -252,16 +257,20 @@ mod tests {
     use crate::split::{DEFAULT_PATTERN, Splitter};
 
     fn learn_from(texts: &[&str], pattern: &str, size: usize) -> Vec<Vec<u8>> {
+        learn_up_to(usize::MAX, texts, pattern, size)
+    }
+
+    fn learn_up_to(longest: usize, texts: &[&str], pattern: &str, size: usize) -> Vec<Vec<u8>> {
         let splitter = Splitter::new(pattern).unwrap();
         let mut counts = Counter::default();
         for text in texts {
             counts.add_text(&splitter, text).unwrap();
         }
-        learn(&counts.finish(), size, |_| false).unwrap()
+        learn(&counts.finish(), size, longest, |_| false).unwrap()
     }
 
     /// Training that recounts all pairs for each merge.
-    fn reference(texts: &[&str], pattern: &str, size: usize) -> Vec<Vec<u8>> {
+    fn reference(longest: usize, texts: &[&str], pattern: &str, size: usize) -> Vec<Vec<u8>> {
         let splitter = Splitter::new(pattern).unwrap();
         let mut pieces: Vec<Vec<u32>> = Vec::new();
         for text in texts {
@@ -273,6 +282,7 @@ mod tests {
             for pair in pieces.iter().flat_map(|piece| piece.windows(2)) {
                 *counts.entry((pair[0], pair[1])).or_insert(0) += 1;
             }
+            counts.retain(|&(left, right), _| tokens[left as usize].len() + tokens[right as usize].len() <= longest);
             let Some((&(left, right), _)) = counts.iter().max_by_key(|&(&pair, &count)| (count, Reverse(pair))) else {
                 break;
             };
@@ -304,7 +314,15 @@ mod tests {
 
     #[test]
     fn stops_when_interrupted() {
-        assert_eq!(learn(&PieceCounts::default(), 999, |_| true), Err(Error::Interrupted));
+        assert_eq!(learn(&PieceCounts::default(), 999, 9, |_| true), Err(Error::Interrupted));
+    }
+
+    #[test]
+    fn no_token_is_longer_than_the_limit() {
+        let tokens = learn_up_to(5, &["aaaaaaaaaaaaaaaaaaaaaaaa"], "[a-z]+", 999);
+        let sizes: Vec<usize> = tokens[256..].iter().map(Vec::len).collect();
+        assert_eq!(sizes, [2, 4]);
+        assert_eq!(learn_up_to(6, &["aaaaaaaaaaaaaaaaaaaaaa"], "[a-z]+", 999).last().unwrap().len(), 6);
     }
 
     #[test]
@@ -320,10 +338,19 @@ mod tests {
 
     proptest! {
         #[test]
-        fn equals_the_reference(texts in prop::collection::vec("[abc \\né]{0,80}", 1..5), merges in 0usize..60) {
+        fn equals_the_reference(
+            texts in prop::collection::vec("[abc \\né]{0,80}", 1..5),
+            merges in 0usize..60,
+            longest in 1usize..12,
+        ) {
             let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
             for pattern in [DEFAULT_PATTERN, "(?s).+"] {
-                prop_assert_eq!(learn_from(&texts, pattern, 256 + merges), reference(&texts, pattern, 256 + merges));
+                for longest in [longest, usize::MAX] {
+                    prop_assert_eq!(
+                        learn_up_to(longest, &texts, pattern, 256 + merges),
+                        reference(longest, &texts, pattern, 256 + merges)
+                    );
+                }
             }
         }
     }

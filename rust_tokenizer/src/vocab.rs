@@ -64,8 +64,11 @@ impl Vocabulary {
     /// tiktoken's rule: any two tokens whose concatenation is a token may merge, and the id of that token is the rank.
     pub fn new(tokens: Vec<Vec<u8>>) -> Result<Self, Error> {
         let mut vocabulary = Self::without_merges(tokens, true)?;
+        // Whether a token has a length; without it, a token of a megabyte would take minutes.
+        let mut lengths = vec![false; 1 + vocabulary.sizes.iter().max().map_or(0, |&size| size as usize)];
+        vocabulary.sizes.iter().for_each(|&size| lengths[size as usize] = true);
         for (id, token) in vocabulary.tokens.iter().enumerate() {
-            for middle in 1..token.len() {
+            for middle in (1..token.len()).filter(|&middle| lengths[middle] && lengths[token.len() - middle]) {
                 let (left, right) = token.split_at(middle);
                 if let (Some(left), Some(right)) = (vocabulary.ids.get(left), vocabulary.ids.get(right)) {
                     vocabulary.ranks.insert(pair(left, right), id as u32);

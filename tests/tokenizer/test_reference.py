@@ -70,6 +70,15 @@ def test_training_on_any_text(texts, name, size):
     assert rust.train(texts, size, PATTERNS[name]) == reference.train(texts, size, PATTERNS[name])
 
 
+@given(st.lists(TEXT | st.text("ab-"), max_size=5), st.integers(1, 9), st.integers(256, 300))
+@example(["-" * 99], 7, 300)
+@settings(max_examples=200, deadline=None)
+def test_no_token_is_longer_than_the_limit(texts, longest, size):
+    tokens = reference.train(texts, size, longest=longest)
+    assert rust.train(texts, size, SPLIT_PATTERN, longest=longest) == tokens
+    assert max(map(len, tokens)) <= longest
+
+
 @given(TEXT, st.sampled_from(sorted(PATTERNS)))
 @example("", "ours")
 @example("'\u017f 'LL 'Ve'rE", "ours")

@@ -14,9 +14,10 @@ from etils import epath
 from jaxchat.config import NUM_BYTES
 from jaxchat.errors import UserError, check
 from jaxchat.tokenizer.base import SPECIAL_TOKENS, BaseTokenizer, Progress, check_learned, check_size, out_of_range
+from jaxchat.tokenizer.files import read_text, tokenizer_file
 from jaxchat.tokenizer.foreign.tokenizer_json import bytes_of, parse, to_json, with_checksum
-from jaxchat.tokenizer.patterns import SPLIT_PATTERN
-from jaxchat.tokenizer.vocabulary import Vocabulary, existing_file, naming_file
+from jaxchat.tokenizer.patterns import MAX_TOKEN_BYTES, SPLIT_PATTERN
+from jaxchat.tokenizer.vocabulary import Vocabulary, naming_file
 
 if TYPE_CHECKING:
     import tokenizers
@@ -64,6 +65,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
         library = _library()
         trainer = library.trainers.BpeTrainer(
             vocab_size=vocab_size - len(SPECIAL_TOKENS),
+            max_token_length=MAX_TOKEN_BYTES + 1,  # which tokens do not reach
             initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
@@ -74,10 +76,10 @@ class HuggingFaceTokenizer(BaseTokenizer):
 
     @classmethod
     def from_file(cls, path: epath.PathLike) -> Self:
-        path = existing_file(path)
+        path = tokenizer_file(path)
         _library()
         with naming_file(path):
-            return cls.from_text(path.read_text(encoding="utf-8"))
+            return cls.from_text(read_text(path))
 
     @classmethod
     def from_text(cls, text: str) -> Self:
@@ -195,7 +197,9 @@ def _from_str(text: str) -> tokenizers.Tokenizer:
         return _library().Tokenizer.from_str(text)
     except UserError:
         raise
-    except Exception as error:  # the library raises nothing more specific
+    except BaseException as error:  # the library raises nothing more specific, and a panic of Rust is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise ValueError(str(error)) from None
 
 

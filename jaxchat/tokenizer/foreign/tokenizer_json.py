@@ -123,12 +123,14 @@ def _to_dict(vocabulary: Vocabulary) -> dict[str, Any]:
     ]
     vocab = {name: id for id, name in enumerate(names)}
     if vocabulary.merges is None:
-        # As in tiktoken, any two tokens that make a third may be merged, not only the pair that training merged.
+        # As in tiktoken, any two tokens that make a third may be merged, not only the pair that training merged. Of the
+        # places in a token of a million bytes, only those are tried where the length of another token ends.
+        lengths = sorted(set(map(len, vocab)))
         merges = [
             [name[:middle], name[middle:]]
             for name, id in vocab.items()
             if id not in inner
-            for middle in range(1, len(name))
+            for middle in (range(1, len(name)) if len(name) <= len(lengths) else lengths)
             if name[:middle] in vocab and name[middle:] in vocab
         ]
     else:

@@ -21,6 +21,7 @@ from jaxchat.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
+from jaxchat.tokenizer.patterns import MAX_TOKEN_BYTES
 from tests.tokenizer.test_conversation import CHAT
 from tests.tokenizer.texts import ANY, corpus
 
@@ -107,6 +108,15 @@ def test_training_has_the_sizes_and_errors_of_the_other_backend(trained):
                 backend.train_from_iterator(["abc"], 265, pattern=pattern)
         with pytest.raises(TypeError):
             backend.train_from_iterator(["a", None], 265)
+
+
+def test_runs_of_one_character_make_no_long_tokens():
+    """Both backends make the same tokens of a run, and pass over the same merges."""
+    texts, size = ["-" * 20_000, *corpus(3, 300)], 400
+    ours, theirs = (backend.train_from_iterator(texts, size) for backend in (Tokenizer, HuggingFaceTokenizer))
+    runs = [sorted(len(token) for token in one.tokens() if set(token) == {ord("-")}) for one in (ours, theirs)]
+    assert runs[0] == runs[1] and runs[0][-1] == MAX_TOKEN_BYTES
+    assert theirs.encode("-" * 5000) == [theirs.tokens().index(b"-" * 128)] * 39 + [theirs.tokens().index(b"-" * 8)]
 
 
 def test_training_on_pieces_of_a_pattern():

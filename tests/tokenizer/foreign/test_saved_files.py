@@ -130,6 +130,70 @@ def test_a_damaged_file_without_a_checksum(tokenizer, tmp_path, how):
         load_tokenizer(tmp_path)
 
 
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    2**40,
+    2**70,
+    1.5,
+    "",
+    "a",
+    "\ud800",
+    "(",
+    [],
+    [[]],
+    ["a", "b"],
+    {},
+    {"a": 0},
+    {"type": "BPE"},
+]
+
+
+def changed(part, draw):
+    """The JSON value `part` with one value in it, anywhere, replaced, left out or repeated."""
+    if not isinstance(part, dict | list) or not part or draw(st.integers(0, 5)) == 0:
+        return draw(st.sampled_from(VALUES))
+    keys = list(part) if isinstance(part, dict) else list(range(len(part)))
+    key, how = (
+        draw(st.sampled_from(keys)),
+        draw(st.sampled_from(["inside", "inside", "inside", "left out", "as another"])),
+    )
+    part = part.copy()
+    if how == "left out":
+        del part[key]
+    else:
+        part[key] = changed(part[key], draw) if how == "inside" else part[draw(st.sampled_from(keys))]
+    return part
+
+
+@given(st.data(), st.sampled_from(["own", "unsealed", "gpt2", "gaps", "normalizer"]))
+@settings(max_examples=300, deadline=None)
+def test_any_change_of_a_file_is_refused_in_one_line_or_read(tmp_path_factory, data, kind):
+    text = trained(SPLIT_PATTERN)[1] if kind in ("own", "unsealed") else foreign(kind)
+    path = tmp_path_factory.mktemp("changed") / FILE_NAME
+    path.write_text(json.dumps(changed(json.loads(unsealed(text) if kind == "unsealed" else text), data.draw)))
+    for backend in ("auto", "rust", "huggingface"):
+        try:
+            tokenizer = load_tokenizer(path, backend)
+            assert tokenizer.decode(tokenizer.encode("a b"))
+            tokenizer.to_json()
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+
+
+def test_tokens_of_a_megabyte(tmp_path):
+    """From before there was a limit; every place in them was tried as the boundary of two tokens."""
+    runs = [b"-" * 2**power for power in range(1, 21)]
+    tokenizer = Tokenizer([bytes([byte]) for byte in range(256)] + runs)
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert same(again, tokenizer) and again.encode("-" * (2**20 + 3)) == tokenizer.encode("-" * (2**20 + 3))
+    halves = [[name, name] for name in ("-" * 2**power for power in range(20))]
+    assert [merge for merge in json.loads(tokenizer.to_json())["model"]["merges"] if merge[0] == merge[1]] == halves
+
+
 def test_missing_or_binary_file(tmp_path):
     for load in (Tokenizer.from_directory, load_tokenizer):
         with pytest.raises(UserError, match="no tokenizer at .*nowhere"):
