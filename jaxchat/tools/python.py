@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from jaxchat import stopping
 from jaxchat.errors import check
 
 TIMEOUT_SECONDS = 5.0
@@ -52,28 +53,34 @@ def run_program(
     request = json.dumps({"program": program, "context": context, "entry_point": entry_point, "tests": tests}).encode()
     seconds = max(1, math.ceil(timeout))
     packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    command = [sys.executable, "-I", "-S", "-c", _START, str(_ROOT), str(seconds), str(_WAITING * seconds), *packages]
     folder = tempfile.mkdtemp(prefix="jaxchat-")
     process = None
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _START, str(_ROOT), str(seconds), str(_WAITING * seconds), *packages],
-            cwd=folder,
-            env={"HOME": folder, "TMPDIR": folder, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-            | {name: os.environ[name] for name in _KEPT if name in os.environ},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        # The checker keeps the time; this limit is for a checker that cannot.
-        verdict, _ = process.communicate(request, timeout=_WAITING * seconds + _STARTING_SECONDS)
-        return verdict == b"passed"
-    except subprocess.TimeoutExpired:
-        return False
-    finally:
+
+    def clean_up() -> None:
         if process is not None:
             _end(process)
         remove_folder(folder)
+
+    try:
+        with stopping.before_end(clean_up):
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env={"HOME": folder, "TMPDIR": folder, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+                | {name: os.environ[name] for name in _KEPT if name in os.environ},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            # The checker keeps the time; this limit is for a checker that cannot.
+            verdict, _ = process.communicate(request, timeout=_WAITING * seconds + _STARTING_SECONDS)
+            return verdict == b"passed"
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        clean_up()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -173,6 +173,14 @@ def test_what_must_not_outlive_the_process(tmp_path):
     assert (done.returncode, done.stdout, file.exists()) == (75, "", False)
 
 
+def test_a_program_of_a_model_does_not_outlive_the_process(tmp_path):
+    done = end("""
+    from jaxchat.tools.python import run_program
+    threading.Timer(1.0, me, ["SIGTERM"]).start()
+    print(run_program("while True: pass", timeout=100))""", env={**os.environ, "TMPDIR": str(tmp_path)})  # fmt: skip
+    assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (75, "", [])
+
+
 def test_a_process_that_failed_does_not_wait_for_threads():
     """Those of a save that failed wait for ten minutes."""
     thread = "threading.Thread(target=time.sleep, args=(100,)).start(); "
