@@ -1,4 +1,4 @@
-"""Files of records, one JSON object each: what they may be called, how they may be packed, and the line of each record.
+"""Files of records, one JSON object each: the line of each record, and which file has the records of a name.
 
 A record that cannot be used has a line by which its file can be mended, so every record comes with its number.
 """
@@ -11,7 +11,6 @@ import io
 import json
 import lzma
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -19,33 +18,39 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxchat.data.text.reading import Unreadable
+from jaxchat.data.text.forms import DAMAGE, HEAD_BYTES, bare_name, form_of, read_head, something_else
+from jaxchat.data.text.reading import Unreadable, check_damage, parse_object
 from jaxchat.errors import check
-from jaxchat.storage import AnyPath, first_line, of_the_cloud
+from jaxchat.storage import AnyPath, first_line
 
-_NAME = re.compile(r"(.+?)\.(jsonl|ndjson|json|parquet)(?:\.(gz|bz2|xz|zst))?", re.IGNORECASE)
+
+def _by_arrow(codec: str) -> Callable[[IO[bytes]], IO[bytes]]:
+    return lambda file: io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, mode="r"), codec))
+
+
 _UNPACK: dict[str, Callable[[IO[bytes]], Any]] = {
-    "gz": lambda file: gzip.GzipFile(fileobj=file),
-    "bz2": bz2.BZ2File,
-    "xz": lzma.LZMAFile,
-    # By pyarrow, since Python has no zstd before 3.14.
-    "zst": lambda file: io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")),
+    "": lambda file: file,
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": _by_arrow("zstd"),
+    ".lz4": _by_arrow("lz4"),
+    ".br": _by_arrow("brotli"),
 }
-_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
-_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_BOM = b"\xef\xbb\xbf"
+_SPACE = re.compile(r"\s*")
 _ROWS = 1024  # of parquet, read at once
 
 
 def has_records(name: str) -> bool:
-    """Whether a file of this name has records: `.jsonl`, `.ndjson`, `.json` or `.parquet`, packed or not."""
-    return _NAME.fullmatch(name) is not None
+    """Whether a file of this name has records: `.jsonl`, `.ndjson`, `.json` or `.parquet`, compressed or not."""
+    form = form_of(Path(name))
+    return form is not None and form.format != "txt" and bare_name(Path(name)) != ""
 
 
 def stem_of(name: str) -> str:
     """The name of a file of records without its endings."""
-    found = _NAME.fullmatch(name)
-    return found[1] if found else name
+    return bare_name(Path(name)) if has_records(name) else name
 
 
 def list_records(folder: AnyPath) -> list[AnyPath]:
@@ -74,23 +79,23 @@ def read_records(path: AnyPath) -> Iterator[tuple[int, Any]]:
     ValueError that says why.
 
     Raises:
-      Unreadable: the file is missing or damaged.
-      UserError: the disk or the storage fails; the file is UTF-16.
+      Unreadable: the file is missing or damaged, or something else than its name says.
+      UserError: the disk or the storage fails.
     """
-    found = _NAME.fullmatch(path.name)
-    kind, packing = (found[2].lower(), (found[3] or "").lower()) if found else ("jsonl", "")
+    form = form_of(path)
     try:
-        if kind == "parquet":
+        if form is not None and form.format == "parquet":
             yield from _rows(path)
             return
+        packing = form.compression if form is not None else ""
         with path.open("rb") as file:
-            yield from _lines(path, _UNPACK[packing](file) if packing else file)
+            yield from _lines(path, _UNPACK[packing](file))
     except FileNotFoundError:
         raise Unreadable("missing_files", f"{path} is missing") from None
-    except _DAMAGE as error:
-        failed = of_the_cloud(error) or (isinstance(error, OSError) and error.errno is not None)
-        check(not failed, f"{path} cannot be read now: {first_line(error)}; fix that, and the same command continues")
-        raise Unreadable("unreadable_files", f"{path} cannot be read: {first_line(error)}") from None
+    except (OSError, *DAMAGE) as error:
+        check_damage(path, error)
+        other = something_else(path, read_head(path)) if form is not None and form.compression else None
+        raise Unreadable("unreadable_files", f"{path} cannot be read: {other or first_line(error)}") from None
 
 
 def place(path: AnyPath, number: int) -> str:
@@ -104,8 +109,8 @@ def _rows(path: AnyPath) -> Iterator[tuple[int, Any]]:
         for batch in file.iter_batches(_ROWS):
             try:
                 rows = batch.to_pylist()
-            except UnicodeDecodeError as error:
-                raise Unreadable("unreadable_files", f"{path}: rows from {number + 1} are not UTF-8") from error
+            except UnicodeDecodeError:
+                raise Unreadable("unreadable_files", f"{path}: a row after {number} is not UTF-8") from None
             for row in rows:
                 number += 1
                 yield number, row
@@ -115,12 +120,12 @@ def _lines(path: AnyPath, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
     began = False
     for number, line in enumerate(file, start=1):
         if not began:
-            utf16 = f"{path} is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW.jsonl"
-            check(not line.startswith(_UTF16), utf16)
-            line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.isspace() or not line:
+            line = line.removeprefix(_BOM)
+            if not line.strip():
                 continue
             began = True
+            if (other := something_else(path, line[:HEAD_BYTES])) is not None:
+                raise Unreadable("unreadable_files", f"{path} {other}")
             if line.lstrip().startswith(b"["):
                 yield from _list(line + file.read(), number)
                 return
@@ -131,56 +136,42 @@ def _lines(path: AnyPath, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
 def _parse(line: bytes) -> Any:
     """The object on a line, or why it is none."""
     try:
-        value = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8 (byte {error.start + 1} of the line); convert or remove it")
-    except (ValueError, RecursionError) as error:
+        return parse_object(line)
+    except ValueError as error:
         if line.strip() == b"{":
             return ValueError("an object that goes on in the next line; write one object a line (jq -c . FILE does)")
-        return ValueError(f"broken JSON ({first_line(error)}); fix or remove the line")
-    return _checked(value, line)
+        return error
 
 
-def _checked(value: Any, source: bytes) -> Any:
-    if not isinstance(value, dict):
-        return ValueError(f"not a JSON object but a {type(value).__name__}; write one object a line")
-    if _ESCAPED_SURROGATE.search(source):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            return ValueError(r"half a surrogate pair (\ud800 to \udfff) is not text; fix or remove the line")
-    return value
-
-
-def _list(data: bytes, first_line_number: int) -> Iterator[tuple[int, Any]]:
-    """The objects of one JSON list, each with the line on which it begins."""
+def _list(data: bytes, number: int) -> Iterator[tuple[int, Any]]:
+    """The objects of one JSON list that begins on line `number`, each with the line on which it begins."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        yield first_line_number + data.count(b"\n", 0, error.start), ValueError("not UTF-8; convert the file")
+        yield number + data.count(b"\n", 0, error.start), ValueError("not UTF-8; convert the file")
         return
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
-    at, line, counted = text.index("[") + 1, first_line_number, 0
-
-    def skip(position: int) -> int:
-        found = space.match(text, position)
-        return found.end() if found else position
-
+    decoder = json.JSONDecoder()
+    at, counted = text.index("[") + 1, 0
     while True:
-        at = skip(at)
-        line, counted = line + text.count("\n", counted, at), at
+        at = _after_space(text, at)
+        number, counted = number + text.count("\n", counted, at), at
         if text.startswith("]", at):
-            if skip(at + 1) < len(text):
-                yield line, ValueError("text after the end of the list; write one object a line, without brackets")
+            if _after_space(text, at + 1) < len(text):
+                yield number, ValueError("text after the end of the list; write one object a line, without brackets")
             return
         try:
-            value, end = decoder.raw_decode(text, at)
+            end = decoder.raw_decode(text, at)[1]
         except (ValueError, RecursionError) as error:
-            yield line, ValueError(f"broken JSON ({first_line(error)}); the rest of the file cannot be read")
+            yield number, ValueError(f"broken JSON ({first_line(error)}); the rest of the file cannot be read")
             return
-        yield line, _checked(value, text[at:end].encode())
-        at = skip(end)
+        yield number, _parse(text[at:end].encode("utf-8", "surrogatepass"))
+        at = _after_space(text, end)
         if not text.startswith((",", "]"), at):
-            yield line + text.count("\n", counted, at), ValueError("no comma between two objects of the list")
+            yield number + text.count("\n", counted, at), ValueError("no comma between two objects of the list")
             return
         at += text.startswith(",", at)
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at

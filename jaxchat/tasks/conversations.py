@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from jaxchat.data.chat.forms import Content, contents_of, to_conversation
 from jaxchat.data.records import has_records, list_records, stem_of
+from jaxchat.data.text.names import role_of
 from jaxchat.data.text.reading import Findings
 from jaxchat.errors import MissingData, UserError, check, closest
 from jaxchat.storage import AnyPath, is_remote, to_path
 from jaxchat.tasks.base import Conversation, ListTask, Split
 from jaxchat.tasks.items import hold_out, read_items, spread
-
-_SIDE = re.compile(r"(train|val|test)|(valid|validation|dev|eval)", re.IGNORECASE)
 
 
 class Conversations(ListTask):
@@ -48,16 +47,16 @@ class ChatFiles:
 
 
 def find_chats(folder: AnyPath) -> ChatFiles:
-    """The files of conversations in a folder. A name that begins with train, val or the like is believed.
+    """The files of conversations in a folder. Names that say what they are for are believed (see `role_of`).
 
-    Files with other names are for training if no name begins with `train`; else they are not read. Without a file
-    for validation, one for testing takes its place.
+    Files with other names are for training if none says that it is; else they are not read. Without a file for
+    validation, one for testing takes its place.
 
     Raises:
       UserError: two files have the same name but for their endings.
     """
     files = list_records(folder)
-    sides = {path: side_of(path.name) for path in files}
+    sides = {path: role_of(PurePath(stem_of(path.name))) for path in files}
     for one, other in zip(files, files[1:], strict=False):
         same = stem_of(one.name).lower() == stem_of(other.name).lower()
         check(
@@ -66,15 +65,6 @@ def find_chats(folder: AnyPath) -> ChatFiles:
     train = [path for path in files if sides[path] == "train"] or [path for path in files if sides[path] is None]
     val = [path for path in files if sides[path] == "val"] or [path for path in files if sides[path] == "test"]
     return ChatFiles(tuple(train), tuple(val), tuple(path for path in files if path not in (*train, *val)))
-
-
-def side_of(name: str) -> Split | None:
-    """What a file is for, if its name says it: `train-00000-of-00002.parquet`, `valid.jsonl`, `dev.jsonl.gz`."""
-    word = re.match(r"[A-Za-z]*", stem_of(name))
-    found = _SIDE.fullmatch(word[0]) if word else None
-    if found is None:
-        return None
-    return "val" if found[2] else found[1].lower()  # pyright: ignore[reportReturnType]
 
 
 def load_chat(split: Split, data_dir: AnyPath, limit: int | None, findings: Findings) -> Conversations:

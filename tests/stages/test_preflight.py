@@ -172,7 +172,8 @@ def test_questions_that_do_not_fit_are_said_and_refused_if_none_fits(tmp_path):
     write(tmp_path, {"eval/gsm8k/train.jsonl": [long] * 30, "eval/gsm8k/test.jsonl": [*SHORT, long]})
     sections = {"rl": RLConfig(tasks=("gsm8k",)), "evaluate": EvaluateConfig(tasks=("gsm8k",))}
     assert refused(tmp_path, stages=("rl",), **sections) == (
-        "rl: none of the 29 questions of gsm8k fits into model.sequence-len 64; raise it, or leave gsm8k out of rl.tasks"
+        "rl: none of the 29 questions of gsm8k fits into model.sequence-len 64; raise it, "
+        "or leave gsm8k out of rl.tasks"
     )
     assert checked(tmp_path, stages=("evaluate",), **sections) == [
         "evaluate  1 of 2 questions of gsm8k do not fit into model.sequence-len 64, and score 0"

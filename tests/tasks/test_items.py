@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxchat.data.text.reading import Findings
 from jaxchat.errors import MissingData, UserError
 from jaxchat.tasks import is_file, load_task, parse_mixture
-from jaxchat.tasks.conversations import find_chats, side_of
+from jaxchat.tasks.conversations import find_chats
 from jaxchat.tasks.items import hold_out
 from jaxchat.tasks.unread import unread_files
 
@@ -119,15 +119,6 @@ def test_questions_in_parquet_as_the_hub_has_them(tmp_path):
 
 
 # --- which files
-
-
-def test_names_say_what_a_file_is_for():
-    said = {"train": "train", "TRAIN.JSONL.gz": "train", "train-00000-of-00002.parquet": "train", "valid.jsonl": "val",
-            "dev.json": "val", "validation-00000.parquet": "val", "val_2.jsonl": "val", "test.jsonl": "test",
-            "mychats.jsonl": None, "training_day.txt.jsonl": None, "1.jsonl": None}  # fmt: skip
-    assert {name: side_of(name) for name in said} == said | {
-        "training_day.txt.jsonl": side_of("training_day.txt.jsonl")
-    }
 
 
 def test_all_files_for_training_are_read_in_order(tmp_path):

@@ -29,6 +29,7 @@ LONGEST_CHARS = 10_000_000  # of a document; War and Peace has 3 million. More m
 LONGEST_DELIMITER = 16  # bytes
 # Where a block that reaches at least to an offset of a file ends.
 Border = Callable[[IO[bytes], int], int]
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _BLANK = b" \t\r\n\xef\xbb\xbf"  # around JSON: white space, and the byte order mark of a file
 
 
@@ -312,7 +313,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
         value = json.loads(line.decode("utf-8-sig"))  # json alone accepts encoded surrogates
     except (ValueError, RecursionError) as error:
         raise ValueError(f"broken JSON ({first_line(error)}); fix or remove the line") from None
-    return _checked(value, b"\\u" in line)
+    return _checked(value, _ESCAPED_SURROGATE.search(line) is not None)
 
 
 def _checked(value: Any, may_have_surrogates: bool = True) -> dict[str, Any]:
