@@ -15,6 +15,7 @@ Nothing here imports JAX, so that tools that inspect a run start at once.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 import uuid
 from collections.abc import Callable, Collection
@@ -27,11 +28,12 @@ from jaxchat.errors import UserError, check
 from jaxchat.runs import metrics
 from jaxchat.runs.config_json import build
 from jaxchat.runs.deciding import deciding, shown
-from jaxchat.runs.files import LOCK, Object, damaged, free_name, read_json, write_json
+from jaxchat.runs.files import LOCK, Object, damaged, free_name, read_bytes, read_json, write_json
 from jaxchat.storage import is_remote, reason, storage_errors, to_path
 
 TRAINED = ("pretrain", "midtrain", "sft", "rl")  # the stages that leave parameters, in order
 Say = Callable[[str], None]
+_ID = 12  # characters
 
 _MACHINE = {
     **dict.fromkeys(("platform", "device_kind", "jax", "python"), str),
@@ -53,6 +55,18 @@ _RECORD = Object(
         "samples": [Object({"prompt": str, "completion": str})],
         "method": str,
         "skipped": bool,
+        "groups_without_signal": float,
+        "cut": float,
+        "steps_without_signal": int,
+        "fingerprint": (None, Object()),
+        "text": Object(
+            optional={
+                **dict.fromkeys(("format", "how_split"), str),
+                **dict.fromkeys(("train_files", "val_files", "left_out"), [str]),
+                **dict.fromkeys(("train_bytes", "val_bytes"), (None, int)),
+                "cut": (None, str),
+            }
+        ),
     }
 )
 _BEGUN = Object({"stage": str, "id": str, "started": float, "made_from": Object(others=str), "config": Object()})
@@ -285,7 +299,7 @@ class RunDirectory:
             self.path / stage / "begun.json",
             {
                 "stage": stage,
-                "id": goes_on["id"] if goes_on else _new_id(),
+                "id": goes_on["id"] if goes_on else uuid.uuid4().hex[:_ID],
                 "started": goes_on["started"] if goes_on else time.time(),
                 "made_from": {source: identity for source in sources if (identity := self.id_of(source))},
                 "config": dataclasses.asdict(experiment),
@@ -294,7 +308,12 @@ class RunDirectory:
 
     def id_of(self, stage: str) -> str | None:
         """What tells this making of a stage from others; None if there is none, or it is of an earlier version."""
-        return (self.begun(stage) or self.read_record(stage) or {}).get("id")
+        return (self.read_record(stage) or {}).get("id") or (self.begun(stage) or {}).get("id")
+
+    def new_id(self, stage: str) -> str:
+        """The identity of a stage that has just been made: of a tokenizer its contents, since it can be made again."""
+        data = read_bytes(self.tokenizer / "tokenizer.json", "") if stage == "tokenizer" else None
+        return uuid.uuid4().hex[:_ID] if data is None else hashlib.sha256(data).hexdigest()[:_ID]
 
     def config_of(self, stage: str) -> Experiment | None:
         """The settings with which a stage was made; None if that is not recorded."""
@@ -324,7 +343,11 @@ class RunDirectory:
                 later = (made.get("finished") or 0) > (record.get("started") or made.get("finished") or 0)
                 if self.id_of(source):
                     made_from[source] = "earlier" if later else self.id_of(source)
-            facts = {"stage": stage, "id": record.get("id") or _new_id(), "started": record.get("started") or 0.0}
+            facts = {
+                "stage": stage,
+                "id": record.get("id") or self.new_id(stage),
+                "started": record.get("started") or 0.0,
+            }
             config = dataclasses.asdict(before)
             write_json(self.path / stage / "begun.json", {**facts, "made_from": made_from, "config": config})
 
@@ -377,7 +400,3 @@ class RunDirectory:
         if "model" in line:
             return line["model"] == self.id_of(stage)
         return line.get("time", 0) >= (record.get("finished") or 0)  # of an earlier version
-
-
-def _new_id() -> str:
-    return uuid.uuid4().hex[:12]

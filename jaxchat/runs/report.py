@@ -70,7 +70,6 @@ def build_report(
         last = {name: float(values[-1]) for name, (_, values) in by_stage.get(stage, {}).items()}
         entry["metrics"] = {**last, **entry.get("metrics", {})}
         entry["samples"] = entry.get("samples") or _last_samples(own)
-        entry |= {"shares": shares} if (shares := _shares(own)) else {}
         entry["cost"] = _cost(experiment.cost, entry)
         entry.update(_speed(own))
     costs = [entry["cost"] for entry in stages.values() if entry["cost"] is not None]
@@ -129,13 +128,6 @@ def _speed(records: list[dict[str, Any]]) -> dict[str, float]:
         waited, taken = map(sum, zip(*pairs, strict=True))
         medians["input_share"] = waited / taken
     return medians
-
-
-def _shares(records: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over the steps of rl: the share of questions whose answers were all worth the same, of answers cut."""
-    values = {name: [record[name] for record in records if isinstance(record.get(name), (int, float))]
-              for name in ("groups_without_signal", "cut")}  # fmt: skip
-    return {name: statistics.fmean(found) for name, found in values.items() if found}
 
 
 def _last_samples(records: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -122,11 +122,10 @@ def _can_do(report: dict[str, Any], plots: list[str]) -> str:
 
 
 def _rl_facts(entry: dict[str, Any]) -> list[str]:
-    """What the answers sampled in reinforcement learning had to teach, where its metrics tell."""
-    shares = entry.get("shares", {})
-    idle, cut = shares.get("groups_without_signal"), shares.get("cut")
+    """What the answers sampled in reinforcement learning had to teach, where its record tells."""
+    idle, cut = entry.get("groups_without_signal"), entry.get("cut")
     sentences = []
-    if idle == 1:
+    if idle is not None and entry.get("steps_without_signal") == entry.get("steps"):
         sentences.append(
             "Reinforcement learning changed nothing: all answers to a question were always worth the same."
         )
@@ -245,18 +244,32 @@ def _road(report: dict[str, Any]) -> str:
     diverged = "".join(
         f"\n\n{stage}: {_went_back(entry)}" for stage, entry in stages.items() if entry.get("divergences")
     )
-    lines = [f"- {stage}: {line}." for stage, entry in stages.items() if (line := describe_data(entry))]
+    described = [(stage, describe(entry)) for stage, entry in stages.items() for describe in (_text, describe_data)]
+    lines = [f"- {stage}: {line}." for stage, line in described if line]
     data = "\n\nIts data:\n\n" + "\n".join(lines) if lines else ""
     return f"## How it got there\n\n{table}{note}{waits}{unfinished}{diverged}{data}"
+
+
+def _text(entry: dict[str, Any]) -> str:
+    """Which text was read to train on and which for validation, and why, from a stage's record."""
+    text = entry.get("text") or {}
+    train, held_out = ", ".join(text.get("train_files", [])), ", ".join(text.get("val_files", []))
+    if not train:
+        return ""
+    parts = [f"trained on {train}", f"validated on {held_out} ({text.get('how_split', '')})"]
+    parts += [f"txt: {text['cut']}"] if text.get("cut") else []
+    parts += [f"not read: {'; '.join(text['left_out'])}"] if text.get("left_out") else []
+    return "; ".join(parts)
 
 
 def describe_data(entry: dict[str, Any]) -> str:
     """Describes how full a stage's rows were and what was left out of its text, from its record."""
     parts = []
-    if packing := entry.get("packing"):
+    packing = entry.get("packing", {})
+    if "utilisation" in packing:
         parts.append(f"rows {packing['utilisation']:.1%} full")
         if packing.get("documents"):
-            cut = packing["cut"] / packing["documents"]
+            cut = packing.get("cut", 0) / packing["documents"]
             parts.append(f"0 tokens cropped, {cut:.1%} of documents cut into pieces")
     if left_out := entry.get("left_out"):
         counts = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in sorted(left_out.items()))

@@ -278,7 +278,8 @@ class Workspace:
         record["peak_memory_bytes"] = peak_memory_bytes()
 
         def write():
-            made = {"stage": stage, "id": self.directory.id_of(stage)}
+            new = stage == "tokenizer"  # its identity is what it contains
+            made = {"stage": stage, "id": self.directory.new_id(stage) if new else self.directory.id_of(stage)}
             self.directory.write_record(stage, {name: value for name, value in made.items() if value} | record)
 
         on_process_zero(write)

@@ -82,7 +82,8 @@ def run_dir(tmp_path_factory):
         for step in range(8):
             metrics.log(step, loss=0.01 * (-1) ** step, reward=0.2 + 0.05 * step)
         metrics.log(8, reward_eval=0.5)
-    finish(path, "rl", seconds=1164, steps=8, tokens=512)
+    taught = {"groups_without_signal": 0.25, "cut": 0.125, "steps_without_signal": 1}
+    finish(path, "rl", seconds=1164, steps=8, tokens=512, **taught)
     with Metrics(path, "evaluate", live=False) as metrics:
         metrics.log(10, of="sft", **{"score/sums": 0.5, "score/arc_easy": 0.25})
         metrics.log(8, of="rl", **{"score/sums": 0.75, "core": 0.1})
@@ -118,6 +119,31 @@ def test_report_json(report):
     assert report["parameters"] == 5_242_880
 
 
+def test_scores_in_one_row_were_asked_in_one_way(tmp_path):
+    begin(tmp_path)
+    for stage in ("sft", "rl"):
+        finish(tmp_path, stage, seconds=1, steps=3)
+    with Metrics(tmp_path, "evaluate", live=False) as metrics:
+        for stage, count, longest, score in (("sft", 200, 64, 0.5), ("rl", 5, 64, 1.0)):
+            facts = {"score/sums": score, "count/sums": count, "cut/sums": 2, "score/facts": score, "count/facts": 9}
+            metrics.log(3, of=stage, max_new_tokens=longest, questions="a" if count == 200 else "b", **facts)
+    answers = [{"question": f"{i} + {i}?", "answer": f"`{i}`", "right": str(2 * i), "score": i % 2, "cut": i == 0}
+               for i in range(9)]  # fmt: skip
+    path = tmp_path / "evaluate" / "rl" / "sums.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(answer) + "\n" for answer in answers) + '{"question": 7}\n{"que')
+    write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| held-out questions | after sft | after rl | asked | cut | longest answer |" in text
+    assert "| sums | 50.0% |  | 200 | 2 | 64 tokens |\n| sums |  | 100.0% | 5 | 2 | 64 tokens |" in text
+    assert "> 0 + 0?\n`0`\n(score 0, cut; right: 0)" in text and text.count("> ") == 3
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["scores"]["rl"]["sums"] == {
+        "score": 1.0, "count": 5, "cut": 2, "max_new_tokens": 64, "questions": "b"
+    }  # fmt: skip
+    assert [answer["question"] for answer in report["answers"]["rl"]["sums"]] == ["0 + 0?", "3 + 3?", "6 + 6?"]
+
+
 def test_report_md_tells_the_story(run_dir):
     text = (run_dir / "report.md").read_text()
     assert "Share of the steps' time spent waiting for batches (in rl: sampling them): pretrain 0.5%" in text
@@ -136,6 +162,33 @@ def test_report_md_tells_the_story(run_dir):
     went_back = "pretrain: went back to a checkpoint once, skipping 3 batches (loss is nan at step 12, back to 10)."
     assert went_back in text
     assert "4,096 tokens" in text and "JAX 0.10.2, Python 3.12.1" in text
+
+
+def test_report_md_says_what_rl_had_to_teach(run_dir, tmp_path):
+    text = " ".join((run_dir / "report.md").read_text().split())
+    assert "25.0% of the questions taught nothing: all answers to one were worth the same. 12.5% of its answers" in text
+    begin(tmp_path)
+    finish(tmp_path, "rl", seconds=1, steps=3, groups_without_signal=1.0, cut=0.0, steps_without_signal=3)
+    write(tmp_path)
+    assert "Reinforcement learning changed nothing: all answers" in (tmp_path / "report.md").read_text()
+
+
+def test_report_md_says_which_text_was_read_as_what(tmp_path):
+    begin(tmp_path)
+    text = {
+        "format": "jsonl",
+        "train_files": ["train.jsonl"],
+        "val_files": ["dev.jsonl"],
+        "how_split": "by their names",
+    }
+    text |= {"train_bytes": 5, "val_bytes": None, "cut": None, "left_out": ["a.md (not text)"]}
+    finish(tmp_path, "pretrain", seconds=1, steps=3, text=text)
+    write(tmp_path)
+    said = (tmp_path / "report.md").read_text()
+    assert (
+        "- pretrain: trained on train.jsonl; validated on dev.jsonl (by their names); not read: a.md (not text)."
+        in said
+    )
 
 
 def test_report_md_shows_samples_as_they_are(run_dir):
