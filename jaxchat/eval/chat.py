@@ -59,6 +59,11 @@ class TaskResult:
     too_long: int
     answers: tuple[Answer, ...]
 
+    def __str__(self) -> str:
+        """Such as `83.5% of 200 (12 cut, 3 too long to ask)`."""
+        marks = [f"{self.cut:,} cut"] * (self.cut > 0) + [f"{self.too_long:,} too long to ask"] * (self.too_long > 0)
+        return f"{self.score:7.1%} of {self.count:,}" + (f" ({', '.join(marks)})" if marks else "")
+
 
 def evaluate_task(
     engine: Engine,

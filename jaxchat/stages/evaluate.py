@@ -61,8 +61,7 @@ def run(workspace: Workspace) -> None:
                 on_process_zero(lambda: _keep_answers(workspace, stage, result))  # noqa: B023 (called at once)
                 facts = {"score": result.score, "count": result.count, "cut": result.cut, "too_long": result.too_long}
                 metrics.log(step, of=stage, **{f"{name}/{task.name}": fact for name, fact in facts.items()}, **settings)
-                cut = f" ({result.cut:,} cut)" if result.cut else ""
-                workspace.say(f"evaluate  {stage:<9} {task.name:<14} {result.score:7.1%} of {result.count:,}{cut}")
+                workspace.say(f"evaluate  {stage:<9} {task.name:<14} {result}")
     workspace.finish("evaluate", parent=None, seconds=time.time() - began, started=began)
 
 

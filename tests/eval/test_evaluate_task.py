@@ -13,17 +13,13 @@ from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params, logits
 from jaxchat.tasks.answers import score_choice
 from jaxchat.tasks.base import ListTask, multiple_choice_question, question_and_answer
+from jaxchat.tasks.checkable import Checkable
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train.step import init_state, make_train_step
 
 SUMS = [(2, 3), (4, 4), (6, 1), (5, 4), (3, 3), (8, 1)]
 CHOICES = [("sky", 0), ("sea", 2), ("sun", 1), ("ash", 3), ("ice", 1)]
 LENGTH = 160
-
-
-class Sums(ListTask):
-    def score(self, conversation, completion, *, cut=False):
-        return float(completion.endswith(f"<|output_end|>{conversation['answer']}"))
 
 
 class Choices(ListTask):
@@ -40,7 +36,7 @@ def call(a, b, answer):
 
 @pytest.fixture(scope="module")
 def sums():
-    return Sums(
+    return Checkable(
         "sums", [question_and_answer(f"{a} and {b}?", call(a, b, str(a + b)), answer=str(a + b)) for a, b in SUMS]
     )
 
@@ -113,8 +109,17 @@ def test_a_question_that_does_not_fit_scores_nothing(engine, sums, choices, kind
     mixed = type(task)(kind, [task[0], endless])
     result = evaluate_task(engine, mixed, max_new_tokens=16, batch_size=8)
     assert (result.score, result.count, result.too_long, result.answers[1].answer) == (0.5, 2, 1, "")
+    assert f"{result}".strip() == "50.0% of 2 (1 too long to ask)"
+
+
+def test_answers_without_room_are_cut_and_say_nothing(engine, sums):
+    # Room for a part of the call, for the call, for its output, and for a number that could go on.
+    for longest in (2, 5, 8, 9):
+        result = evaluate_task(engine, sums, max_new_tokens=longest, batch_size=8)
+        assert (result.cut, result.score) == (6, 0) and all(answer.cut for answer in result.answers)
+        assert f"{result}".strip() == "0.0% of 6 (6 cut)"
 
 
 def test_an_empty_task_is_refused(engine):
     with pytest.raises(UserError, match="sums has no questions"):
-        evaluate_task(engine, Sums("sums", []))
+        evaluate_task(engine, Checkable("sums", []))
