@@ -153,10 +153,14 @@ def _dry_run(experiment: Experiment, given: Collection[str]) -> int:
     from jaxchat.analysis.dry_run import dry_run
     from jaxchat.stages.pipeline import check_possible
     from jaxchat.stages.preflight import check_planned_data
+    from jaxchat.stages.settings import describe_programs
 
     check_possible(experiment)
     check_planned_data(experiment, given)
+    programs = describe_programs(experiment)
     dry_run(experiment)
+    if programs:
+        print(f"programs      {programs}")
     return 0
 
 

@@ -95,6 +95,8 @@ class RLConfig(TrainConfig):
     fine-tune on each question's best sample (best_of_n)."""
     tasks: Annotated[tuple[str, ...], UserPath()] = ("gsm8k",)
     """Tasks that ask and reward: NAME or NAME:EXAMPLES."""
+    humaneval: bool = False
+    """Reward programs too, by running them: adds humaneval, of problems of your own, to the tasks."""
     questions_per_step: Annotated[int, AT_ONCE] = 16
     """Questions of an optimizer step."""
     samples_per_question: Annotated[int, Range(at_least=2, at_most=1 << 16)] = 16
@@ -112,6 +114,7 @@ class RLConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        _add_humaneval(self)
         self.check(len(self.tasks) > 0, "tasks is empty; name at least one task, such as gsm8k")
         answers = self.questions_per_step * self.samples_per_question
         self.check(
@@ -127,8 +130,10 @@ class EvaluateConfig(Section):
 
     section = "evaluate"
 
-    tasks: Annotated[tuple[str, ...], UserPath()] = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
+    tasks: Annotated[tuple[str, ...], UserPath()] = ("arc_easy", "arc_challenge", "mmlu", "gsm8k")
     """Tasks to score: NAME or NAME:EXAMPLES."""
+    humaneval: bool = False
+    """Score programs too, by running what the model writes: adds humaneval to the tasks."""
     of: tuple[str, ...] = ("midtrain", "sft", "rl")
     """Stages whose models are scored."""
     limit: Annotated[int | None, COUNT] = None
@@ -140,6 +145,7 @@ class EvaluateConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
+        _add_humaneval(self)
         for stage in self.of:
             hint = closest(stage, TRAINED)
             self.check(stage in TRAINED, f"of names {stage!r}{hint} The stages with a model are {', '.join(TRAINED)}")
@@ -147,3 +153,9 @@ class EvaluateConfig(Section):
         for name, entries in (("of", list(self.of)), ("tasks", tasks)):
             for entry in entries:
                 self.check(entries.count(entry) == 1, f"{name} names {entry!r} more than once; a score is made once")
+
+
+def _add_humaneval(section: RLConfig | EvaluateConfig) -> None:
+    """Puts humaneval among the tasks where it is asked for. It is never among them by default: it runs programs."""
+    if section.humaneval and not any(entry.partition(":")[0] == "humaneval" for entry in section.tasks):
+        object.__setattr__(section, "tasks", (*section.tasks, "humaneval"))

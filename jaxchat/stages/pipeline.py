@@ -14,7 +14,7 @@ from jaxchat.ops.attention import attention_kernel
 from jaxchat.ops.compute import for_training
 from jaxchat.runs.directory import TRAINED
 from jaxchat.stages import evaluate, finetune, pretrain, report, rl, tokenizer
-from jaxchat.stages.settings import check_settings, naming
+from jaxchat.stages.settings import check_settings, describe_programs, naming
 from jaxchat.stages.workspace import Workspace, planned_model
 from jaxchat.train.budget import check_length, split_batch
 
@@ -64,6 +64,8 @@ def run_stages(workspace: Workspace, given: Collection[str] = ()) -> None:
         f"computing in {jnp.dtype(workspace.compute.dtype).name}, attention by {kernel}"
     )
     workspace.say(f"run       {workspace.directory}")
+    if programs := describe_programs(workspace.experiment):
+        workspace.say(f"programs  {programs}")
     workspace.check_data(_to_check(workspace, given), given)
     for stage in workspace.experiment.stages:
         workspace.set_aside_stale(stage)
@@ -81,5 +83,5 @@ def run_stages(workspace: Workspace, given: Collection[str] = ()) -> None:
 
 def _to_check(workspace: Workspace, given: Collection[str]) -> list[str]:
     """The stages that are not finished; evaluation also if the user names its tasks, which can be others each time."""
-    named = {"evaluate"} if "evaluate.tasks" in given else set()
+    named = {"evaluate"} if not {"evaluate.tasks", "evaluate.humaneval"}.isdisjoint(given) else set()
     return [stage for stage in workspace.experiment.stages if stage in named or not workspace.finished(stage)]

@@ -20,6 +20,7 @@ from jaxchat.stages.task_source import NotYet, TaskSource, dataset_of
 from jaxchat.storage import to_path
 from jaxchat.tasks import Task, parse_mixture
 from jaxchat.tasks.base import Split
+from jaxchat.tasks.conversations import Conversations
 from jaxchat.tasks.items import spread
 from jaxchat.tasks.unread import unread_files
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
@@ -126,9 +127,11 @@ class _Preflight:
             try:
                 task = self._load(name, "test" if stage == "evaluate" else "train")
             except MissingData as error:
-                dataset = dataset_of(name)
+                own = (stage, name) == ("rl", "humaneval")  # the problems of the data set are for testing
+                dataset = None if own else dataset_of(name)
                 remedy = f"; 'jaxchat data get {dataset}' downloads it" if dataset else ""
-                check(field not in self.given, f"{field} names {name}, but {error}{remedy}")
+                # humaneval is there only if it is asked for
+                check(field not in self.given and name != "humaneval", f"{field} names {name}, but {error}{remedy}")
                 continue
             if task is not None and len(task) < (limit or 0):
                 self.say(f"{stage:<9} {name} has {len(task):,} items, not the {limit:,} that {field} asks for")
@@ -145,8 +148,10 @@ class _Preflight:
         if (name, split) not in self.loaded:
             bad = _Bad(self.bad, self.say)
             findings = Findings(self.experiment.data.on_bad, bad)
+            train = self.loaded.get((name, "train")) if split == "val" else None
+            held_out = train.held_out if isinstance(train, Conversations) else None
             try:
-                task = self.source.load(name, split, None, findings)
+                task = held_out or self.source.load(name, split, None, findings)
             except NotYet:
                 task = None
             self.loaded[name, split] = task

@@ -13,6 +13,7 @@ from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.errors import UserError, check
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.tasks import check_scorable, parse_mixture
+from jaxchat.tools.python import containment
 
 
 def check_settings(experiment: Experiment) -> None:
@@ -33,6 +34,11 @@ def check_settings(experiment: Experiment) -> None:
             check(bool(tasks), f"{stage}.tasks is empty; name at least one, or leave {stage} out of --stages")
             with naming(f"{stage}.tasks"):
                 check_scorable(tasks)
+            check(
+                getattr(experiment, stage).humaneval or all(name != "humaneval" for name, _ in parse_mixture(tasks)),
+                f"{stage}.tasks names humaneval, which runs programs that the model writes; add --{stage}.humaneval if "
+                "they may run here (docs/programs.md), or leave it out",
+            )
     check(
         bool(experiment.evaluate.of) or "evaluate" not in experiment.stages,
         "evaluate.of is empty; name at least one stage, or leave evaluate out of --stages",
@@ -56,6 +62,19 @@ def check_run(experiment: Experiment, directory: RunDirectory, *, redo: Collecti
                 f"{stage} needs an earlier stage's parameters; run one of {', '.join(before)} first",
             )
         there.append(stage)
+
+
+def describe_programs(experiment: Experiment) -> str | None:
+    """What will run programs that the model writes, and how they are contained, in words; None if nothing will.
+
+    Raises:
+      UserError: programs do not run on this machine.
+    """
+    possible = [stage for stage in ("rl", "evaluate") if stage in experiment.stages]
+    stages = [stage for stage in possible if getattr(experiment, stage).humaneval]
+    if not stages:
+        return None
+    return f"{' and '.join(stages)} will run what the model writes, in processes of its own: {containment()}"
 
 
 @contextlib.contextmanager

@@ -52,6 +52,8 @@ class TaskSource:
                 if name not in GENERATED or name == "facts" or (name == "chat" and self._has_chats()):
                     raise
         if self.generated is None:
+            if name not in (*GENERATED, "spelling"):
+                raise MissingData(f"{name} needs a data folder; name one with --data")
             raise NotYet
         return load_task(name, split, self.generated(), limit, findings)
 

@@ -15,6 +15,7 @@ _PYTHON = re.compile(r"[\s{.]*py(?:thon)?[\d.]*\b", re.IGNORECASE)
 _STATEMENT = re.compile(r"(?:from|import|def|class|async)\b|@|[A-Za-z_]\w*\s*(?::|=)")
 _LONGEST = 100_000  # characters that are read as Python; parsing takes memory
 _ATTEMPTS = 16  # ends that are tried for a block, and beginnings for code without a fence
+_MOST_FENCES = 100  # that are read; no sensible answer has more
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def defines(code: str, name: str) -> bool:
 def _split(lines: Sequence[str]) -> tuple[list[_Block], list[str]]:
     """The fenced blocks among `lines`, and the lines outside of them."""
     fences = [(number, found) for number, line in enumerate(lines) if (found := _FENCE.fullmatch(line))]
+    del fences[_MOST_FENCES:]
     blocks, unfenced, start, position = [], [], 0, 0
     while position < len(fences):
         first, opening = fences[position]

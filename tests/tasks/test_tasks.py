@@ -109,7 +109,7 @@ def test_conversations_are_found_plain_or_compressed(tmp_path):
         ("arc_easy", "test", "eval/arc_easy.jsonl"),
         ("arc_challenge", "train", "eval/arc_challenge/train.jsonl"),
         ("gsm8k", "val", "eval/gsm8k/train.jsonl"),
-        ("humaneval", "train", "eval/humaneval.jsonl"),
+        ("humaneval", "train", "eval/humaneval_train.jsonl"),
         ("facts", "test", "eval/facts/test.jsonl"),
     ],
 )

@@ -202,7 +202,7 @@ ESCAPES = {
     "link": "import os\nos.symlink('/', 'a')",
     "pipe with a name": "import os\nos.mkfifo('a')",
     "renaming": "import os\nos.rename('../{folder}', '../jaxchat-b')",
-    "removing": "import os\nos.rmdir('.')",
+    "removing": "import os\nos.rmdir(os.getcwd())",
     "permissions": "import os\nos.chmod('.', 0)",
     "times": "import os\nos.utime('.', (0, 0))",
     "file in memory": "import os\nos.memfd_create('a')",
