@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from jaxchat.errors import UserError, check
+from jaxchat.stopping import Interrupted, signals_raise
 from jaxchat.verbatim import write
 
 LONGEST = 16 * 2**20  # bytes: more than fits into any context, and soon read
@@ -64,14 +65,17 @@ def typed_lines() -> Iterator[str]:
                 terminal = stack.enter_context(open("/dev/tty", "w"))
         while True:
             try:
-                if sys.stdout.isatty():
-                    line = input("> ")
-                else:  # input() would write its prompt to standard output
-                    write("> ", terminal)
-                    line = input()
-            except EOFError:
+                with signals_raise():
+                    if sys.stdout.isatty():
+                        line = input("> ")
+                    else:  # input() would write its prompt to standard output
+                        write("> ", terminal)
+                        line = input()
+            except (EOFError, OSError):  # Ctrl-D, or the terminal is gone
                 write("\n", terminal)
                 return
+            except Interrupted:  # by another signal than Ctrl-C
+                raise
             except KeyboardInterrupt:
                 write("\n(press Ctrl-D or type /quit to leave)\n", terminal)
                 continue

@@ -6,54 +6,24 @@ import contextlib
 import itertools
 import math
 import secrets
-import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TextIO
 
+from jaxchat import stopping
 from jaxchat.errors import UserError, check
 from jaxchat.infer.trained import load_model
 from jaxchat.serve.conversation import Conversation
 from jaxchat.serve.standard_input import piped_message, typed_lines
 from jaxchat.serve.writer import Writer
+from jaxchat.stopping import Cause
 from jaxchat.verbatim import Style, one_line, write
 
 HELP = """\
 /clear   forget the conversation
 /quit    leave (or press Ctrl-D)
 /help    show this list
-Ctrl-C stops an answer."""
-
-
-class _Interrupt:
-    """A context in which the first Ctrl-C sets `pressed`, so that no computation breaks off in the middle.
-
-    A second Ctrl-C interrupts as usual.
-    """
-
-    pressed = False
-
-    def __enter__(self):
-        self._before = signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self._before)
-
-    def _press(self, number, frame):
-        if self.pressed:
-            raise KeyboardInterrupt
-        self.pressed = True
-
-
-@contextlib.contextmanager
-def _ctrl_c_kills() -> Iterator[None]:
-    """Ctrl-C kills the process while a model is loaded: Orbax's threads would wait forever for an interrupted one."""
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+Ctrl-C stops an answer; pressed twice, it leaves."""
 
 
 def chat(
@@ -85,11 +55,10 @@ def chat(
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     interactive = prompt is None and sys.stdin is not None and sys.stdin.isatty()
-    message = piped_message(sys.stdin) if prompt == "-" or (prompt is None and not interactive) else prompt
+    piped = prompt == "-" or (prompt is None and not interactive)
     if sys.stderr.isatty():
         _note(f"loading {run_dir}")
-    with _ctrl_c_kills():
-        model = load_model(run_dir, stage, step)
+    model = load_model(run_dir, stage, step)
     base = model.stage == "pretrain"
     conversation = Conversation(
         model.engine(),
@@ -99,6 +68,7 @@ def chat(
         seed=secrets.randbelow(2**31) if seed is None else seed,
         max_tokens=max_tokens,
     )
+    message = piped_message(sys.stdin) if piped else prompt
     if message is not None:
         return 130 if reply(conversation, message, sys.stdout, sys.stderr) else 0
     what = "a base model, which continues your text" if base else "/help lists the commands"
@@ -109,8 +79,6 @@ def chat(
                 reply(conversation, line, sys.stdout, sys.stderr)
             except UserError as error:
                 _note(f"error: {error}", style="")
-            except KeyboardInterrupt:  # pressed twice
-                _note("")
         elif line in ("/quit", "/exit"):
             break
         elif line == "/clear":
@@ -134,21 +102,23 @@ def reply(conversation: Conversation, text: str, out: TextIO, notes: TextIO | No
       UserError: the text does not fit into the context.
     """
     writer = Writer(conversation.engine.tokenizer)
-    with _Interrupt() as interrupt:
+    with stopping.deferred(alone=False, notice="") as request:  # no computation breaks off in the middle
         answer = conversation.ask(text)
         if answer.forgets:
             write("(the context is full: the oldest turns are now being forgotten)", notes, style="dim", end="\n")
         with contextlib.closing(answer.chunks):
             for tokens in answer.chunks:
                 show(writer.write(tokens), out)
-                if interrupt.pressed:
+                if request.cause:
                     break
         show([*writer.close(), ("\n", "")], out)
-        if interrupt.pressed:
+        stopped = request.cause is Cause.CTRL_C
+        if stopped:
+            request.cause = None  # that was all that was asked for; anything else ends the chat
             write("(stopped)", notes, style="dim", end="\n")
         elif answer.cut:
             write(f"(cut: {answer.cut})", notes, style="dim", end="\n")
-    return interrupt.pressed
+    return stopped
 
 
 def show(pieces: Iterable[tuple[str, Style]], out: TextIO) -> None:

@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import json
 import os
 import pty
 import re
@@ -199,7 +200,16 @@ def test_ctrl_c_while_it_loads_ends_quietly(run_dir):
         terminal.expect("loading")
         terminal.type("\x03")
         code, rest = terminal.expect_end()
-        assert code in (-signal.SIGINT, 130) and "Traceback" not in rest
+        assert code == 130 and "stopped" in rest and "Traceback" not in rest
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 75), ("SIGHUP", 75)])
+def test_other_signals_end_the_chat_at_its_prompt(run_dir, name, code):
+    with Terminal(run_dir, *GREEDY) as terminal:
+        terminal.expect("> ")
+        terminal.process.send_signal(getattr(signal, name))
+        ended, rest = terminal.expect_end()
+        assert ended == code and f"stopped by {name}" in rest and "Traceback" not in rest
 
 
 def test_earlier_steps(run_dir, tmp_path):
@@ -212,6 +222,7 @@ def test_earlier_steps(run_dir, tmp_path):
             changed = jax.tree.map(lambda x, step=step: x + step, params)
             checkpoints.save(step, {"params": changed, "step": jnp.asarray(step)}, data={}, meta={})
             checkpoints.record_score(step, score)
+    (tmp_path / "sft" / "stage.json").write_text(json.dumps({"stage": "sft", "steps": 152}))
     for step, added in ((None, 152), ("150", 0), ("151", 151), ("best", 151)):
         loaded = load_model(tmp_path, "sft", step).params
         jax.tree.map(lambda x, y, added=added: np.testing.assert_array_equal(x, y + added), loaded, params)
