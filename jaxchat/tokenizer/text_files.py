@@ -52,15 +52,13 @@ def _read_parquet(path: str) -> Iterator[Batch]:
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         names = file.schema_arrow.names
         count = names.count(COLUMN)
-        check(
-            count > 0, f"{path} cannot be read: it has no column {COLUMN!r}; its columns are {', '.join(names)}"
-        )
+        check(count > 0, f"{path} cannot be read: it has no column {COLUMN!r}; its columns are {', '.join(names)}")
         check(count == 1, f"{path} cannot be read: it has {count} columns {COLUMN!r}; keep one")
         kind = file.schema_arrow.field(COLUMN).type
         check(is_text(kind), f"{path} cannot be read: column {COLUMN!r} contains {kind}, not strings")
         for batch in file.iter_batches(ROWS, columns=[COLUMN]):
             # Large strings have offsets of 64 bits; the bytes of strings stay where they are.
-            texts = batch.column(0).drop_null().cast(pa.large_string())
+            texts = batch.column(0).cast(pa.large_string()).drop_null()
             _, offsets, utf8 = texts.buffers()
             offsets = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
             yield path, offsets, np.frombuffer(utf8 or b"", np.uint8)

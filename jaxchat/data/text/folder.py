@@ -240,7 +240,7 @@ def _can_validate(path: AnyPath, sides: Callable[[tuple[AnyPath, ...]], TextFile
 
 
 def _has_text(side: TextFiles) -> bool:
-    return next(iterate_texts(replace(side, say=lambda line: None)), None) is not None
+    return any(text.strip() for text in iterate_texts(replace(side, say=lambda line: None)))
 
 
 def _rowless(listing: Listing) -> list[LeftOut]:

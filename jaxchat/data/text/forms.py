@@ -43,7 +43,7 @@ _DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".br": _by_arrow("brotli"),
 }
 # What reading a compressed file raises besides OSError if it is damaged.
-DAMAGE = (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+DAMAGE = (EOFError, ValueError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
 
 class Form(NamedTuple):

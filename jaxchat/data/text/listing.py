@@ -155,6 +155,8 @@ def _leave_out_twins(listing: Listing) -> None:
         first = best.setdefault(path.parent / bare_name(path), path)
         if form_of(first) != form_of(path):
             listing.leave_out(path, f"the name of {listing.name(first)} with another ending")
+    # What was converted has served its purpose.
+    listing.tables = [path for path in listing.tables if path.with_suffix("") not in best]
 
 
 def _preference(path: AnyPath) -> tuple[int, str]:

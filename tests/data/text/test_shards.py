@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxchat.data.text import plain, reading, shards
-from jaxchat.data.text.reading import read_jsonl
+from jaxchat.data.text import plain, reading
 from jaxchat.data.text.folder import find_text
+from jaxchat.data.text.reading import read_jsonl
 from jaxchat.data.text.shards import TextBlocks, TextFiles, iterate_texts
 from jaxchat.errors import UserError
 
