@@ -22,7 +22,12 @@ class Conversations(ListTask):
 
     In the place of a bad one that was left out there is a conversation without messages, so that the others keep their
     places: a training that the bad one has stopped resumes where it was.
+
+    Attributes:
+      held_out: those for validation that were in the same file as these for training.
     """
+
+    held_out: Conversations | None = None
 
     def __init__(self, name: str, contents: Sequence[tuple[Content, ...] | None], limit: int | None = None):
         self.name = name
@@ -82,11 +87,18 @@ def _load_folder(name: str, folder: AnyPath, split: Split, limit: int | None, fi
     files = find_chats(folder)
     if not files.train:
         raise MissingData(f"{name} needs {folder / 'train.jsonl'}, which does not exist")
-    if split == "train":
-        contents = _read(files.train, name, findings)
-        return Conversations(name, contents if files.val else hold_out(contents, "train"), limit)
-    contents = _read(files.val, name, findings) if files.val else hold_out(_read(files.train, name, findings), "val")
-    return Conversations(name, contents, limit)
+    if files.val:
+        return Conversations(name, _read(files.train if split == "train" else files.val, name, findings), limit)
+    return _part(name, _read(files.train, name, findings), split, limit)
+
+
+def _part(name: str, contents: list[tuple[Content, ...] | None], split: Split, limit: int | None) -> Conversations:
+    val = Conversations(name, hold_out(contents, "val"), limit)
+    if split != "train":
+        return val
+    train = Conversations(name, hold_out(contents, "train"), limit)
+    train.held_out = val
+    return train
 
 
 def load_file(entry: str, split: Split, limit: int | None, findings: Findings) -> Conversations:
@@ -95,9 +107,7 @@ def load_file(entry: str, split: Split, limit: int | None, findings: Findings) -
     Raises:
       UserError: there is no such file, or as `read_items`.
     """
-    path = file_of(entry)
-    contents = _read((path,), entry, findings)
-    return Conversations(entry, hold_out(contents, "train" if split == "train" else "val"), limit)
+    return _part(entry, _read((file_of(entry),), entry, findings), split, limit)
 
 
 def file_of(entry: str) -> AnyPath:
