@@ -90,11 +90,13 @@ class Deferral:
       alone: whether `raise_if_asked` may end it anywhere; several processes must agree where all of them stop.
       waiting: within `interruptible`.
       notice: what the user is told at the request.
+      heard: all requests so far.
     """
 
     def __init__(self, alone: bool, notice: str):
         self.cause: Cause | None = None
         self.alone, self.notice, self.waiting = alone, notice, False
+        self.heard: set[Cause] = set()
         self._presses, self._overdue = 0, False
 
     def grant(self, cause: Cause) -> bool:
@@ -104,10 +106,10 @@ class Deferral:
             return False
         if self.cause is None:
             self.cause = cause
+            _tell(self.notice)
             if self.alone and hasattr(signal, "pthread_kill"):
                 threading.Thread(target=self._end_wait, daemon=True).start()
-        if cause is self.cause:
-            _tell(self.notice)
+        self.heard.add(cause)
         return True
 
     def _end_wait(self) -> None:
@@ -302,12 +304,17 @@ def _act(cause: Cause) -> None:
 
 def _on_signal(number: int, frame: object) -> None:
     """Python's handler, in the main thread."""
+    cause, deferral = _CAUSES[number], _deferral
     if not (_watched and _owner == os.getpid()):
-        _act(_CAUSES[number])
-    elif _deferral is None:
+        _act(cause)
+    elif deferral is None:
         time.sleep(1.0)  # the other thread ends the process, unless Python's own end has stopped that thread
-        end(_CAUSES[number])
-    deferral = _deferral
+        end(cause)
+    else:
+        for _ in range(100):  # or the deferral might be over before the other thread tells it
+            if cause in deferral.heard:
+                break
+            time.sleep(0.01)
     if deferral is not None:
         deferral.end_wait()
 

@@ -74,8 +74,8 @@ def _explain(error: BaseException, resumes: bool) -> tuple[int, str] | None:
         interrupted = error if isinstance(error, Interrupted) else Interrupted(Cause.CTRL_C)
         return interrupted.cause.code, interrupted.line(resumes)
     if isinstance(error, OSError) and error.errno in DISK:
-        where = f"{error.filename}: " if error.filename else ""
-        return BAD_INPUT, f"error: {where}{error.strerror}; correct that, and {retry}"
+        remedy = "make room" if error.errno in stopping.NO_ROOM else "correct that"
+        return BAD_INPUT, f"error: {error.filename or 'a file'}: {error.strerror}; {remedy}, and {retry}"
     from jaxchat.storage import first_line, of_the_cloud  # slow to import
 
     if of_the_cloud(error):

@@ -5,12 +5,12 @@ Nothing slow is imported before `main` has seen to Ctrl-C.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 from jaxchat import stopping
 
+TYPE_CHECKING = False  # as in `stopping`
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jaxchat.cli.parser import Parser
 
 

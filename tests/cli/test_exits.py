@@ -49,7 +49,7 @@ def end(body, command=(), **options):
             "error: x: Read-only file system; correct that, and",
             "y",
         ),
-        (OSError(errno.EFBIG, "File too large"), 2, "error: File too large; correct that, and", "y"),
+        (OSError(errno.EFBIG, "File too large"), 2, "error: a file: File too large; make room, and", "y"),
     ],
 )
 def test_what_stops_a_command_is_a_line(capsys, resumes, error, code, line, retry):
@@ -186,7 +186,7 @@ def test_a_process_that_failed_does_not_wait_for_threads():
     thread = "threading.Thread(target=time.sleep, args=(100,)).start(); "
     done = end(f"{thread}print('out'); open('/dev/full', 'w', buffering=1).write('x\\n')")
     assert done.returncode == 2 and done.stdout == "out\n"
-    assert done.stderr == "error: No space left on device; correct that, and the same command resumes from here\n"
+    assert done.stderr == f"error: a file: No space left on device; make room, and {RESUMES}"
 
 
 FULL = "error: there is no room for what is printed; make room, and"

@@ -158,7 +158,7 @@ BAD_FOLDERS = {
     "no-column": (lambda folder: write_parquet(folder / "a.parquet", body=["x"]), "has no column 'text'; its columns"),
     "numbers": (lambda folder: write_parquet(folder / "a.parquet", text=[1, 2]), "column 'text' contains int64, not"),
     "broken-line": (broken_jsonl, "{folder}/a.jsonl:10: broken JSON"),
-    "no-text": (lambda folder: (folder / "a.jsonl").write_text('{"body": "x"}\n' * 9), "a.jsonl:1: no field 'text'; the fields are: body"),
+    "no-text": (lambda folder: (folder / "a.jsonl").write_text('{"body": "x"}\n' * 9), "a.jsonl:1: no field 'text'"),
     "latin-1": (lambda folder: (folder / "a.txt").write_bytes(b"caf\xe9\n\n" * 9), "a.txt is not UTF-8 text"),
     "one-document": (lambda folder: (folder / "a.txt").write_text("alone"), "too few documents"),
 }  # fmt: skip
@@ -238,5 +238,5 @@ def test_a_disk_that_fails_is_a_line(tmp_path, capsys, monkeypatch):
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
         f"error: {tmp_path / 'run' / 'metrics.jsonl'}: No space left on device; "
-        "correct that, and the same command resumes from here"
+        "make room, and the same command resumes from here"
     )
