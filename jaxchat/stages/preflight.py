@@ -122,7 +122,7 @@ class _Preflight:
         names = [name for name, _ in entries]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             self.say(f"{stage:<9} {field} names {', '.join(twice)} more than once: it counts as often")
-        found = []
+        found, missing = [], []
         for name, limit in entries:
             try:
                 task = self._load(name, "test" if stage == "evaluate" else "train")
@@ -132,6 +132,7 @@ class _Preflight:
                 remedy = f"; 'jaxchat data get {dataset}' downloads it" if dataset else ""
                 # humaneval is there only if it is asked for
                 check(field not in self.given and name != "humaneval", f"{field} names {name}, but {error}{remedy}")
+                missing.append(str(error))
                 continue
             if task is not None and len(task) < (limit or 0):
                 self.say(f"{stage:<9} {name} has {len(task):,} items, not the {limit:,} that {field} asks for")
@@ -139,7 +140,7 @@ class _Preflight:
         if stage not in ("midtrain", "sft"):
             self._check_questions(stage, [task for _, _, task in found if task is not None])
             return
-        check(bool(found), f"{stage}: the data folder has none of its tasks ({', '.join(names)})")
+        check(bool(found), f"{stage}: the data folder has none of its tasks: {', '.join(missing)}")
         if all(task is not None for _, _, task in found):
             self._check_training(stage, [(name, limit) for name, limit, _ in found])
 

@@ -11,6 +11,7 @@ from jaxchat.data.chat.forms import Content, contents_of, to_conversation
 from jaxchat.data.records import has_records, list_records, stem_of
 from jaxchat.data.text.names import role_of
 from jaxchat.data.text.reading import Findings
+from jaxchat.data.text.remedies import convert
 from jaxchat.errors import MissingData, UserError, check, closest
 from jaxchat.storage import AnyPath, is_remote, to_path
 from jaxchat.tasks.base import Conversation, ListTask, Split
@@ -86,7 +87,7 @@ def _load_folder(name: str, folder: AnyPath, split: Split, limit: int | None, fi
     """Loads the conversations of a folder; where it has no file for validation, every 20th is for validation."""
     files = find_chats(folder)
     if not files.train:
-        raise MissingData(f"{name} needs {folder / 'train.jsonl'}, which does not exist")
+        raise MissingData(f"{name} needs {folder / 'train.jsonl'}, which does not exist{_table_in(folder)}")
     if files.val:
         return Conversations(name, _read(files.train if split == "train" else files.val, name, findings), limit)
     return _part(name, _read(files.train, name, findings), split, limit)
@@ -121,8 +122,18 @@ def file_of(entry: str) -> AnyPath:
         near = [other.name for other in list_records(path.parent)]
         what = "is a folder; name a file in it" if path.is_dir() else f"does not exist{closest(path.name, near)}"
         raise UserError(f"{entry} {what}".removesuffix("."))
-    check(has_records(path.name), f"{entry}: a file of conversations is .jsonl, .json or .parquet; convert it")
+    command = convert(path)
+    how = f"convert it with: {command}" if command else "convert it"
+    check(has_records(path.name), f"{entry}: a file of conversations is .jsonl, .json or .parquet; {how}")
     return path
+
+
+def _table_in(folder: AnyPath) -> str:
+    """How a message about missing conversations goes on where a table is in their place."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if command := convert(path):
+            return f"; convert {path.name} with: {command}"
+    return ""
 
 
 def _read(paths: Sequence[AnyPath], task: str, findings: Findings) -> list[tuple[Content, ...] | None]:

@@ -156,7 +156,10 @@ def test_a_path_must_be_there_whoever_names_it(tmp_path):
 def test_a_stage_without_any_of_its_tasks_is_refused(tmp_path):
     sections = {"sft": FinetuneConfig(mixture=("chat", "gsm8k"))}
     (tmp_path / "chat").mkdir()
-    assert refused(tmp_path, **sections) == "sft: the data folder has none of its tasks (chat, gsm8k)"
+    line = refused(tmp_path, **sections)
+    assert line.startswith("sft: the data folder has none of its tasks: chat needs ") and "gsm8k needs" in line
+    (tmp_path / "chat/train.csv").write_text("question,answer\nq,a\n")
+    assert "; convert train.csv with: python -c " in refused(tmp_path, **sections)
 
 
 def test_fewer_items_than_asked_for_and_names_given_twice_are_said(tmp_path):

@@ -205,7 +205,7 @@ def test_a_path_is_read_wherever_it_is(tmp_path, monkeypatch):
         ("chat.jsonl", "chat.jsonl does not exist, did you mean 'chats.jsonl'?"),
         ("nowhere/chats.jsonl", "does not exist"),
         ("folder/", "is a folder; name a file in it"),
-        ("./a.csv", "is .jsonl, .json or .parquet; convert it"),
+        ("./a.csv", "is .jsonl, .json or .parquet; convert it with: python -c "),
     ],
 )
 def test_a_path_without_conversations_is_refused(tmp_path, monkeypatch, entry, wrong):
