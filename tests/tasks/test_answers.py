@@ -1,5 +1,8 @@
 """What an answer says, and what it is worth: tables of answers as models write them, for each way of grading."""
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -114,6 +117,24 @@ def test_a_cut_number_does_not_count():
     assert score_value("92", (), "The answer is 92 and", cut=True) == 1
     for text in (f"{CALL}<|output_start|>92", f"{CALL}{OUTPUT}", CALL):
         assert score_value("92", (), text, cut=True) == score_value("92", (), text) == 0
+
+
+def documented():
+    """The rows of the table of forms in docs/evaluation.md, as pairs of a value, or None, and a form."""
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text().partition("## Forms of numbers")[2]
+    rows = re.findall(r"^\| (no number|[-\d/]+) \| (`.*`) \|$", text, re.MULTILINE)
+    return [
+        (None if value == "no number" else value, form) for value, forms in rows for form in forms[1:-1].split("` `")
+    ]
+
+
+@pytest.mark.parametrize(("value", "form"), documented())
+def test_the_documented_forms(value, form):
+    for answer in (value or "7", "12345"):
+        right = answer == value
+        assert score_value(answer, (), form) == score_value(answer, (), f"It is {form}") == right
+        task = GSM8K("gsm8k", [{"question": "q", "answer": f"#### {answer}"}])
+        assert task.score(task[0], f"#### {form}") == right
 
 
 # --- a name
