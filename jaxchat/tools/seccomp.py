@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import platform
+import os
 import struct
 import sys
 
@@ -60,7 +60,7 @@ _PR_SET_SECCOMP, _MODE_FILTER = 22, 2
 
 def supported() -> bool:
     """Whether this machine has a filter of its own here."""
-    return sys.platform == "linux" and sys.byteorder == "little" and platform.machine() in _ARCHITECTURES
+    return sys.platform == "linux" and sys.byteorder == "little" and os.uname().machine in _ARCHITECTURES
 
 
 def build_filter(machine: str, *, may_kill: bool = False) -> bytes:
@@ -100,6 +100,6 @@ def install(libc: ctypes.CDLL, *, may_kill: bool = False) -> bool:
     """Filters the calls of this process from now on, for good; False if the machine does not let it."""
     if not supported():
         return False
-    code = ctypes.create_string_buffer(build_filter(platform.machine(), may_kill=may_kill))
+    code = ctypes.create_string_buffer(build_filter(os.uname().machine, may_kill=may_kill))
     program = _Program((len(code) - 1) // 8, ctypes.addressof(code))
     return libc.prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.byref(program), 0, 0) == 0
