@@ -2,8 +2,8 @@
 
 Two processes, so that the verdict never comes from the one that runs the model's code:
 
-    evaluator  --request-->  checker (tests, expected values)  --calls-->  worker (the model's program)
-               <--verdict--                                    <--values--
+    evaluator  → request →  checker (tests, expected values)  → calls →   worker (the model's program)
+               ← verdict ←                                    ← values ←
 
 The worker is forked before the checker has read the tests, so they are nowhere in its memory. It gets arguments and
 gives back values as plain data (`tools.plain`); comparing is done here, with built-in types. Started by `tools.python`.
