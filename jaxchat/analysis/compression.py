@@ -9,7 +9,7 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxchat.data.text.folder import find_text
+from jaxchat.data.text.folder import find_text, why_not
 from jaxchat.data.text.forms import form_of
 from jaxchat.data.text.shards import TextFiles, iterate_texts
 from jaxchat.errors import UserError, check
@@ -56,6 +56,8 @@ def _user_texts(path: Path) -> dict[str, list[str]]:
         return _split_texts(path)
     if form_of(path) is None:
         raise UserError(f"{path} is not text that jaxchat reads; give a .parquet, .jsonl or .txt file, or a folder")
+    why = why_not(path)
+    check(why is None, f"{path} {why}")
     texts = _first(iterate_texts(TextFiles((path,))))
     check(bool(texts), f"{path} contains no text")
     return {"text": texts}

@@ -41,10 +41,13 @@ def add_command(commands: Any) -> None:
 
 
 def _get(arguments: argparse.Namespace) -> int:
-    from jaxchat.data.hub.catalogue import parse_requests  # slow to import: --help need not wait for it
+    from jaxchat.data.hub.catalogue import Archive, parse_requests  # slow to import: --help need not wait for it
     from jaxchat.data.hub.download import Download
 
     requests = parse_requests(arguments.names, arguments.shards)
+    for request in requests:
+        if isinstance(request.dataset.content, Archive):
+            print(f"{request.dataset.name}: {request.dataset.about}", file=sys.stderr)
     folder, progress = arguments.folder, _Bar() if sys.stderr.isatty() else _Lines()
     download = Download(folder, requests, say=progress.say, check_bytes=arguments.check)
     began = time.monotonic()

@@ -17,6 +17,7 @@ from jaxchat.data.text.folder import find_text
 from jaxchat.data.text.reading import Findings
 from jaxchat.errors import MissingData, UserError, check
 from jaxchat.stages.task_source import NotYet, TaskSource, dataset_of
+from jaxchat.stages.text_check import check_text, text_that_is_there
 from jaxchat.storage import to_path
 from jaxchat.tasks import Task, parse_mixture
 from jaxchat.tasks.base import Split
@@ -74,8 +75,8 @@ def check_planned_data(experiment: Experiment, given: Collection[str] = (), say:
     data, requests = experiment.data, parse_requests(experiment.data.download)
     downloads = [request.dataset.name for request in requests]
     reads_text = not {"tokenizer", "pretrain"}.isdisjoint(experiment.stages)
-    if data.folder is not None and reads_text and not any(request.is_text for request in requests):
-        find_text(data.folder, data.val_shard, on_bad=data.on_bad, say=say)
+    if reads_text and (text := text_that_is_there(experiment, say)) is not None:
+        check_text(experiment, text, say)
     tokenizer = None if experiment.tokenizer.path is None else load_tokenizer(experiment.tokenizer.path)
     source = TaskSource(data, None, lambda task: dataset_of(task) in downloads)
     check_data(experiment, source, experiment.stages, tokenizer=tokenizer, given=given, say=say)

@@ -119,14 +119,19 @@ def _check_any(listing: Listing) -> None:
 def _check_contents(listing: Listing, on_bad: OnBad, say: Callable[[str], None]) -> None:
     """Checks that the files are what their names say, and leaves out those that are not, or refuses them."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        for path, why in zip(listing.texts.copy(), pool.map(partial(_look_at, on_bad), listing.texts), strict=True):
+        for path, why in zip(listing.texts.copy(), pool.map(partial(why_not, on_bad=on_bad), listing.texts), strict=True):
             if why is not None:
                 check(on_bad == "skip", f"{path} {why}; --data.on-bad=skip leaves it out")
                 say(f"{path} {why}; left out")
                 listing.leave_out(path, why)
 
 
-def _look_at(on_bad: OnBad, path: AnyPath) -> str | None:
+def why_not(path: AnyPath, on_bad: OnBad = "refuse") -> str | None:
+    """Why a file is not what its name says, and what to do about it; None if it may well be.
+
+    Raises:
+      UserError: a parquet file without a column `text`; with `on_bad="refuse"` also one that is damaged or missing.
+    """
     form = known_form(path)
     if form.format == "parquet":
         _open_checked(path, on_bad)
