@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import re
-import resource
 import sys
 from typing import Any
 
 import jax
+
+try:
+    import resource
+except ImportError:  # Windows, outside WSL
+    resource = None
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets; GeForce with fp32 accumulation. The patterns match JAX's
 # `device_kind`; devices with similar names (L40 and L4, GH200 and H200, a laptop's 4090) must not match.
@@ -48,17 +52,22 @@ def machine_info() -> dict[str, Any]:
         "device_count": len(devices),
         "hosts": jax.process_count(),
         "cores": cores,
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0,
         "jax": jax.__version__,
         "python": platform.python_version(),
     }
 
 
-def peak_memory_bytes() -> int:
-    """The most bytes that any device of this host has held; the peak of this process if the backend does not say."""
+def peak_memory_bytes() -> int | None:
+    """The most bytes that any device of this host has held; the peak of this process if the backend does not say.
+
+    None where the system does not say either.
+    """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peak = max(entry.get("peak_bytes_in_use", 0) for entry in stats)
     if peak:
         return peak
+    if resource is None:
+        return None
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return rss if sys.platform == "darwin" else 1024 * rss

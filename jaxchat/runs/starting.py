@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from jaxchat.config import STAGES
-from jaxchat.errors import check, closest
+from jaxchat.errors import UserError, check, closest
 from jaxchat.runs.directory import RunDirectory
-from jaxchat.runs.files import free_name
+from jaxchat.runs.files import LOCK, free_name
 from jaxchat.runs.lock import locked
 from jaxchat.storage import is_remote
+
+CONFIG = "config.json"
 
 
 def take(name: str | os.PathLike, held: contextlib.ExitStack, *, fresh: bool = False) -> None:
     """Locks a run directory until `held` ends; with `fresh`, an earlier run is first renamed to NAME.old-K.
+
+    A start that is refused before it has made anything, as `held` sees by the UserError, leaves all as it was.
 
     Raises:
       UserError: the directory is not a run, or another process trains in it.
@@ -23,13 +28,36 @@ def take(name: str | os.PathLike, held: contextlib.ExitStack, *, fresh: bool = F
     far = fresh and is_remote(name)
     check(not far, f"--fresh renames runs on this machine only, not {name}; choose another --run-dir")
     there = RunDirectory(name).is_run()
+    if not there and not is_remote(name):
+        held.push(_undo(Path(name)))
     held.enter_context(locked(name))
     if fresh and there:
         directory = Path(name).absolute()
         aside = free_name(directory)
         directory.rename(aside)
         print(f"the earlier run is now {aside}")
+        held.push(_undo(directory, aside))
         held.enter_context(locked(name))
+
+
+def _undo(directory: Path, aside: Path | None = None) -> Callable[..., None]:
+    """What ends a start that was refused before it made anything: no run directory is left, or the earlier one."""
+    was_there = directory.exists()
+
+    def leave(kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not issubclass(kind, UserError) or not directory.is_dir():
+            return
+        if not {path.name for path in directory.iterdir()} <= {LOCK, CONFIG}:
+            return
+        for path in directory.iterdir():
+            path.unlink()
+        if not was_there:
+            directory.rmdir()
+        if aside is not None:
+            aside.rename(directory)
+            print(f"the earlier run is {directory} again")
+
+    return leave
 
 
 def stages_to_redo(text: str | None, stages: tuple[str, ...]) -> tuple[str, ...]:

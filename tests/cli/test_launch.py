@@ -174,6 +174,17 @@ def test_bad_data_folder(tmp_path, name):
     message = refusal(start(tmp_path / "run", f"--data={folder}", "--stages=tokenizer"))
     assert expected.format(folder=folder) in message
     assert sorted(folder.iterdir()) == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_fresh_gives_the_earlier_run_back_where_the_data_is_refused(tmp_path):
+    run = tmp_path / "run"
+    (run / "tokenizer").mkdir(parents=True)
+    (run / "config.json").write_text('{"name": "quickstart"}')
+    (tmp_path / "empty").mkdir()
+    refusal(start(run, "--fresh", f"--data={tmp_path / 'empty'}"))
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "empty"}
+    assert (run / "config.json").read_text() == '{"name": "quickstart"}' and (run / "tokenizer").is_dir()
 
 
 def test_bad_data_options(tmp_path):
