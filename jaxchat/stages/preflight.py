@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection
 from jaxchat.config import Experiment
 from jaxchat.data.chat.targets import Targets, count_targets, fits
 from jaxchat.data.hub.catalogue import parse_requests
-from jaxchat.data.text.folder import find_text
 from jaxchat.data.text.reading import Findings
 from jaxchat.errors import MissingData, UserError, check
 from jaxchat.stages.task_source import NotYet, TaskSource, dataset_of
@@ -82,6 +81,11 @@ def check_planned_data(experiment: Experiment, given: Collection[str] = (), say:
     check_data(experiment, source, experiment.stages, tokenizer=tokenizer, given=given, say=say)
 
 
+def left_out(stage: str, missing: Collection[str]) -> str:
+    """The line about tasks that the data lacks, and that only the experiment names."""
+    return f"{stage:<9} left out, not in the data folder: {', '.join(missing)}"
+
+
 def check_targets(stage: str, targets: Targets, sequence_len: int, say: Say = print) -> None:
     """Says how many of a stage's conversations have nothing to train on, and why.
 
@@ -133,13 +137,18 @@ class _Preflight:
                 remedy = f"; 'jaxchat data get {dataset}' downloads it" if dataset else ""
                 # humaneval is there only if it is asked for
                 check(field not in self.given and name != "humaneval", f"{field} names {name}, but {error}{remedy}")
-                missing.append(str(error))
+                missing.append(f"{name} ({error})")
                 continue
             if task is not None and len(task) < (limit or 0):
                 self.say(f"{stage:<9} {name} has {len(task):,} items, not the {limit:,} that {field} asks for")
             found.append((name, limit, task))
+        if missing and (found or stage not in ("midtrain", "sft")):
+            self.say(left_out(stage, missing))
         if stage not in ("midtrain", "sft"):
             self._check_questions(stage, [task for _, _, task in found if task is not None])
+            for name in names if stage == "rl" else ():
+                with contextlib.suppress(MissingData):
+                    self._load(name, "test")  # asked to measure the progress
             return
         check(bool(found), f"{stage}: the data folder has none of its tasks: {', '.join(missing)}")
         if all(task is not None for _, _, task in found):
@@ -189,9 +198,10 @@ class _Preflight:
 
     def _check_questions(self, stage: str, tasks: list[Task]) -> None:
         for task in tasks:
+            check(len(task) > 0, f"{stage}: {task.name} has no questions; leave it out of {stage}.tasks")
             longer = len(task) - sum(fits(task, self.tokenizer, self.sequence_len))
             check(
-                longer < len(task) or not longer,
+                longer < len(task),
                 f"{stage}: none of the {longer:,} questions of {task.name} fits into model.sequence-len "
                 f"{self.sequence_len}; raise it, or leave {task.name} out of {stage}.tasks",
             )

@@ -65,5 +65,8 @@ class Spelling(Task):
 def load_spelling(split: Split, data_dir: AnyPath, limit: int | None, findings: Findings) -> Spelling:
     """Uses the words of `eval/words.txt` (one a line, lower case), if the data folder has that file."""
     path = data_dir / "eval" / "words.txt"
-    words = path.read_text(encoding="utf-8").split() if path.is_file() else []
+    try:
+        words = path.read_text(encoding="utf-8").split() if path.is_file() else []
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert or remove it") from None
     return Spelling(split, tuple(word for word in words if word.isalpha()), limit)

@@ -126,8 +126,9 @@ def test_many_bad_lines_are_counted_and_only_some_are_said(tmp_path):
 
 def test_bad_questions_of_rl_and_evaluation_are_found(tmp_path):
     bad = [*SHORT, {"question": "2+2?", "answer": "4"}]
-    for stage, name in (("rl", "train"), ("evaluate", "test")):
-        folder = write(tmp_path / stage, {f"eval/gsm8k/{name}.jsonl": bad})
+    for stage, name in (("rl", "train"), ("rl", "test"), ("evaluate", "test")):
+        good = {"eval/gsm8k/train.jsonl": SHORT}
+        folder = write(tmp_path / stage / name, good | {f"eval/gsm8k/{name}.jsonl": bad})
         sections = {"rl": RLConfig(tasks=("gsm8k",)), "evaluate": EvaluateConfig(tasks=("gsm8k",))}
         line = refused(folder, stages=(stage,), **sections)
         assert f"{name}.jsonl:2: the answer '4' does not end with '#### '" in line
@@ -140,7 +141,7 @@ def test_bad_questions_of_rl_and_evaluation_are_found(tmp_path):
 def test_a_task_that_the_user_names_must_be_there(tmp_path):
     write(tmp_path, {"chat/train.jsonl": MANY})
     sections = {"sft": FinetuneConfig(mixture=("chat", "gsm8k"))}
-    assert checked(tmp_path, **sections)  # an experiment may name what the data lacks
+    assert checked(tmp_path, **sections)[0].startswith("sft       left out, not in the data folder: gsm8k (")
     line = refused(tmp_path, given=("sft.mixture",), **sections)
     assert line.startswith("sft.mixture names gsm8k, but gsm8k needs ") and "'jaxchat data get gsm8k'" in line
     sections = {"evaluate": EvaluateConfig(tasks=("arc_easy",))}
@@ -157,7 +158,7 @@ def test_a_stage_without_any_of_its_tasks_is_refused(tmp_path):
     sections = {"sft": FinetuneConfig(mixture=("chat", "gsm8k"))}
     (tmp_path / "chat").mkdir()
     line = refused(tmp_path, **sections)
-    assert line.startswith("sft: the data folder has none of its tasks: chat needs ") and "gsm8k needs" in line
+    assert line.startswith("sft: the data folder has none of its tasks: chat (chat needs ") and "gsm8k needs" in line
     (tmp_path / "chat/train.csv").write_text("question,answer\nq,a\n")
     assert "; convert train.csv with: python -c " in refused(tmp_path, **sections)
 
@@ -181,6 +182,12 @@ def test_questions_that_do_not_fit_are_said_and_refused_if_none_fits(tmp_path):
     assert checked(tmp_path, stages=("evaluate",), **sections) == [
         "evaluate  1 of 2 questions of gsm8k do not fit into model.sequence-len 64, and score 0"
     ]
+
+
+def test_a_task_of_which_every_question_is_left_out_is_refused(tmp_path):
+    write(tmp_path, {"eval/gsm8k/test.jsonl": [{"question": "2+2?", "answer": "4"}]})
+    line = refused(tmp_path, stages=("evaluate",), on_bad="skip", evaluate=EvaluateConfig(tasks=("gsm8k",)))
+    assert line == "evaluate: gsm8k has no questions; leave it out of evaluate.tasks"
 
 
 def test_a_part_of_the_mixture_with_nothing_to_train_on_is_said(tmp_path):

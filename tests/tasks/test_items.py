@@ -216,3 +216,10 @@ def test_a_path_without_conversations_is_refused(tmp_path, monkeypatch, entry, w
     with pytest.raises(UserError) as error:
         load_task(entry, "train", tmp_path)
     assert wrong in str(error.value) and not isinstance(error.value, MissingData)
+
+
+def test_words_that_are_not_utf8_are_refused(tmp_path):
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/words.txt").write_bytes("café\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"words.txt is not UTF-8 text \(byte 3\)"):
+        load_task("spelling", "train", tmp_path)
