@@ -51,7 +51,7 @@ def _find_own_damage(folder: epath.Path, items: tuple[str, ...]) -> str | None:
         return f"{MANIFEST} does not list {unlisted[0]}"
     names = list(listed)[jax.process_index() :: jax.process_count()]
     with readable(folder):
-        missing = next((name for name in names if not (folder / name).exists()), None)
+        missing = next((name for name in names if not (folder / name).is_file()), None)
         if missing is not None:
             return f"{missing} is missing"
         with ThreadPoolExecutor(4) as pool:

@@ -8,14 +8,16 @@ from etils import epath
 
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import Experiment
-from jaxchat.errors import check, closest
+from jaxchat.errors import UserError, check, closest
 from jaxchat.infer.engine import Engine
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, abstract_params
 from jaxchat.ops.compute import compute_dtype
 from jaxchat.runs.directory import TRAINED, RunDirectory
+from jaxchat.runs.files import Damaged, read_bytes
 from jaxchat.storage import is_folder
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
+from jaxchat.tokenizer.base import FILE_NAME
 
 
 class TrainedModel(NamedTuple):
@@ -55,12 +57,28 @@ def load_model(run_dir: epath.PathLike, stage: str | None = None, step: str | No
     check(bool(finished) or stage is not None, f"{run_dir} has no model yet: {there}")
     check(stage is None or directory.leaves_model(stage), f"stage {stage!r} of {run_dir} is not finished; {there}")
     stage = stage or finished[-1]
-    tokenizer = load_tokenizer(directory.tokenizer)
+    tokenizer = load_tokenizer_of(directory)
     model = GPTConfig.of(experiment.model, tokenizer.vocab_size)
     checkpoints = Checkpoints(directory.checkpoints(stage))
     at = directory.last_step(stage) if step is None else _checkpoint_step(checkpoints, step)
     params = checkpoints.restore_params(abstract_params(model), at)
     return TrainedModel(experiment, model, tokenizer, params, stage)
+
+
+def load_tokenizer_of(directory: RunDirectory) -> BaseTokenizer:
+    """The tokenizer of a run.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    again = f"delete the folder {directory.tokenizer}: the same launch.py command makes it again, from the same text"
+    try:
+        read_bytes(directory.tokenizer / FILE_NAME, again)
+        return load_tokenizer(directory.tokenizer)
+    except Damaged:
+        raise
+    except UserError as error:
+        raise UserError(f"{str(error).rpartition('; ')[0] or error}; {again}") from None
 
 
 def _checkpoint_step(checkpoints: Checkpoints, step: str) -> int | None:

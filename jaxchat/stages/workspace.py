@@ -17,30 +17,28 @@ from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import Experiment, SupervisedConfig
 from jaxchat.data.hub.background_download import BackgroundDownload
 from jaxchat.data.hub.catalogue import parse_requests
-from jaxchat.data.synthetic import write_synthetic
 from jaxchat.data.text.folder import TextSplits, find_text
 from jaxchat.data.text.reading import Findings
 from jaxchat.devices.machine import machine_info, peak_memory_bytes
 from jaxchat.devices.mesh import data_shards, make_mesh
 from jaxchat.devices.processes import on_process_zero
 from jaxchat.errors import MissingData, check
+from jaxchat.infer.trained import load_tokenizer_of
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, abstract_params
 from jaxchat.model.parameters import shardings
 from jaxchat.ops.compute import Compute, compute_dtype
 from jaxchat.runs.directory import TRAINED, RunDirectory
-from jaxchat.runs.files import Damaged, Object, free_name, read_bytes, read_json, write_json
 from jaxchat.runs.metrics import Metrics
+from jaxchat.stages.generated import write_generated
 from jaxchat.stages.preflight import check_data
 from jaxchat.stages.task_source import TaskSource, dataset_of
 from jaxchat.stages.text_check import check_text, check_tokens
-from jaxchat.storage import AnyPath, is_folder, is_remote, to_path, to_run_directory
+from jaxchat.storage import AnyPath, is_folder, to_path, to_run_directory
 from jaxchat.tasks import Task, parse_mixture
 from jaxchat.tasks.base import Split
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
 from jaxchat.train.budget import BatchPlan, split_batch
-
-_GENERATE = "delete it, and the corpus is generated again"
 
 
 class Workspace:
@@ -71,7 +69,7 @@ class Workspace:
         self._say = say
         self.say = say if jax.process_index() == 0 else lambda line: None
         self._said: set[str] = set()
-        self._text_checked = False
+        self._text_checked = self._generated_checked = False
         self.mesh = make_mesh(experiment.mesh)
         self.compute = Compute(compute_dtype(experiment), self.mesh)
         on_process_zero(lambda: self.directory.open(experiment, redo=redo, keep_config=keep_config, say=self.say))
@@ -124,24 +122,10 @@ class Workspace:
 
     def _write_generated(self) -> AnyPath:
         directory = to_path(self.directory.generated_data)
-        self._generate(directory)
+        if not self._generated_checked:
+            write_generated(directory, self.experiment, self.say)
+        self._generated_checked = True
         return directory
-
-    def _generate(self, directory: AnyPath) -> None:
-        data, started = self.experiment.data, time.perf_counter()
-        wanted = {"documents": data.synthetic_documents, "conversations": data.synthetic_conversations}
-        wanted["seed"] = self.experiment.seed
-        found = _generated_with(directory / "complete")
-        if found is not None and {**wanted, **found} == wanted:
-            return
-        if found is not None and not is_remote(directory):
-            aside = free_name(directory)
-            directory.rename(aside)
-            self.say(f"data      the corpus of other settings is now {aside}")
-        self.say(f"data      generating the synthetic corpus in {directory}")
-        write_synthetic(directory, **wanted)
-        write_json(epath.Path(directory / "complete"), wanted)
-        self.say(f"data      done in {time.perf_counter() - started:.0f} s")
 
     def check_data(self, stages: Sequence[str], given: Collection[str] = ()) -> None:
         """Checks the text, conversations and questions of `stages`, as `check_text` and `preflight.check_data` do.
@@ -167,7 +151,7 @@ class Workspace:
 
     def _known_tokenizer(self) -> BaseTokenizer | None:
         if self.directory.finished("tokenizer"):
-            return load_tokenizer(self.directory.tokenizer)
+            return load_tokenizer_of(self.directory)
         users = self.experiment.tokenizer.path
         return None if users is None else load_tokenizer(users)
 
@@ -212,7 +196,7 @@ class Workspace:
           UserError: the tokenizer stage has not run.
         """
         check(self.finished("tokenizer"), f"{self.directory} has no tokenizer yet; run the stage 'tokenizer' first")
-        return load_tokenizer(self.directory.tokenizer)
+        return load_tokenizer_of(self.directory)
 
     # --- the model ----------------------------------------------------------------------------------------------
 
@@ -318,18 +302,6 @@ class Workspace:
             total_steps=total_steps,
             enabled=jax.process_index() == 0,
         )
-
-
-def _generated_with(path: AnyPath) -> dict[str, int] | None:
-    """The settings of a generated corpus, none in one of an earlier version; None for one left unfinished."""
-    try:
-        if read_bytes(path, _GENERATE) == b"":
-            return {}
-        return read_json(path, Object(others=int), _GENERATE)
-    except Damaged:  # a folder is in the way; anything else is written again, to the same bytes
-        if path.is_dir():
-            raise
-        return None
 
 
 def planned_model(experiment: Experiment) -> GPTConfig:

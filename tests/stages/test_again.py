@@ -61,8 +61,29 @@ class TestOtherQuestions:
         (questions,) = (run / "data" / "eval" / "sums").glob("test.jsonl")
         lines = questions.read_text().splitlines(keepends=True)
         questions.write_text("".join(lines[1:9]))
+        (run / "data" / "complete").write_text("")  # as earlier versions wrote it: nothing is known of the files
         code, out, err = start(run, "--stages=evaluate", "--evaluate.of=sft")
         assert code == 0 and "sums" in out and "letters" not in out, err
+
+
+class TestGeneratedCorpus:
+    def test_one_that_was_damaged_is_written_again(self, finished, tmp_path):
+        run = begin(finished, tmp_path / "run", "pretrain", "sft")
+        for damaged in (run / "data" / "chat" / "train.jsonl", run / "data" / "eval" / "sums" / "test.jsonl"):
+            damaged.unlink()
+            code, out, err = start(run, "--stages=evaluate", "--evaluate.of=sft", "--redo=evaluate")
+            assert (
+                code == 0 and f"{damaged.name} is not what was generated: the corpus is now {run}/data.old-" in out
+            ), err
+            assert damaged.read_bytes() == (finished / damaged.relative_to(run)).read_bytes()
+
+    def test_of_a_damaged_note_too(self, finished, tmp_path):
+        run = begin(finished, tmp_path / "run", "pretrain", "sft")
+        for text in ("{", "[]", "{}"):
+            (run / "data" / "complete").write_text(text)
+            code, out, err = start(run, "--stages=evaluate", "--evaluate.of=sft", "--evaluate.tasks=sums")
+            assert code == 0 and "generating the synthetic corpus" in out, err
+            assert (run / "data" / "complete").read_bytes() == (finished / "data" / "complete").read_bytes()
 
 
 class TestRedo:
