@@ -348,9 +348,10 @@ def local_folder(folder: Path | str) -> Path:
     """A folder that downloads can go to.
 
     Raises:
-      UserError: it is remote storage, which has no local paths.
+      UserError: it is remote storage, which has no local paths, or a file.
     """
     check("://" not in str(folder), f"{folder} is not a local folder; download to one, and copy it from there")
+    check(not Path(folder).is_file(), f"{folder} is a file; give the folder that contains it, or another")
     return Path(folder)
 
 

@@ -119,7 +119,8 @@ def _check_any(listing: Listing) -> None:
 def _check_contents(listing: Listing, on_bad: OnBad, say: Callable[[str], None]) -> None:
     """Checks that the files are what their names say, and leaves out those that are not, or refuses them."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        for path, why in zip(listing.texts.copy(), pool.map(partial(why_not, on_bad=on_bad), listing.texts), strict=True):
+        files = listing.texts.copy()
+        for path, why in zip(files, pool.map(partial(why_not, on_bad=on_bad), files), strict=True):
             if why is not None:
                 check(on_bad == "skip", f"{path} {why}; --data.on-bad=skip leaves it out")
                 say(f"{path} {why}; left out")
