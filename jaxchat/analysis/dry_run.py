@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 
 import jax
@@ -26,6 +27,7 @@ from jaxchat.stages.training import abstract_batch
 from jaxchat.stages.workspace import planned_model
 from jaxchat.train.budget import flops_per_token, split_batch, training_length
 from jaxchat.train.memory import GIB, CompiledStep, compile_step, plan_step, usable_memory
+from jaxchat.verbatim import Style, write
 
 
 def dry_run(experiment: Experiment) -> None:
@@ -36,44 +38,49 @@ def dry_run(experiment: Experiment) -> None:
     """
     if experiment.tokenizer.path is not None:
         load_users_tokenizer(experiment.tokenizer)
-    model, console = planned_model(experiment), Console(soft_wrap=True)
+    model = planned_model(experiment)
     mesh = make_mesh(experiment.mesh)
     parallel = data_shards(mesh)
     parameters = count_parameters(model)
-    console.print(f"[bold]{experiment.name}[/bold]: d{model.depth}, width {model.width}, {model.num_heads} heads, "
-                  f"context {model.sequence_len:,}, vocabulary {model.vocab_size:,}")  # fmt: skip
-    console.print(f"parameters    {parameters.total:,} (embedding {parameters.embedding:,}, blocks "
-                  f"{parameters.matrices:,}, head {parameters.head:,})")  # fmt: skip
-    console.print(f"FLOPs a token {flops_per_token(model):.4g} (forward and backward)")
-    _print_windows(console, model)
-    _print_data(console, experiment)
-    _print_stages(console, experiment, model, parallel)
-    _print_memory(console, experiment, model, mesh)
+    _say(experiment.name, "bold", end="")
+    _say(f": d{model.depth}, width {model.width}, {model.num_heads} heads, "
+         f"context {model.sequence_len:,}, vocabulary {model.vocab_size:,}")  # fmt: skip
+    _say(f"parameters    {parameters.total:,} (embedding {parameters.embedding:,}, blocks "
+         f"{parameters.matrices:,}, head {parameters.head:,})")  # fmt: skip
+    _say(f"FLOPs a token {flops_per_token(model):.4g} (forward and backward)")
+    _print_windows(model)
+    _print_data(experiment)
+    _print_stages(experiment, model, parallel)
+    _print_memory(experiment, model, mesh)
 
 
-def _print_windows(console: Console, model: GPTConfig) -> None:
+def _say(text: str, style: Style = "", *, end: str = "\n") -> None:
+    write(text, sys.stdout, style=style, end=end)
+
+
+def _print_windows(model: GPTConfig) -> None:
     windows = [window for window in model.windows if window is not None]
     if windows:
         full = flops_per_token(dataclasses.replace(model, window_pattern="L"))
-        console.print(f"windows       {model.window_pattern}: {len(windows)} of {model.depth} layers see "
-                      f"{windows[0]:,} tokens back; {1 - flops_per_token(model) / full:.1%} fewer FLOPs than with full "
-                      "attention in all")  # fmt: skip
+        _say(f"windows       {model.window_pattern}: {len(windows)} of {model.depth} layers see "
+             f"{windows[0]:,} tokens back; {1 - flops_per_token(model) / full:.1%} fewer FLOPs than with full "
+             "attention in all")  # fmt: skip
 
 
-def _print_data(console: Console, experiment: Experiment) -> None:
+def _print_data(experiment: Experiment) -> None:
     requests = parse_requests(experiment.data.download)
     if requests:
         size = sum(job.size for request in requests for job in jobs_of(request))
-        console.print(f"downloads     {', '.join(experiment.data.download)}: about {size / 1e9:.1f} GB to "
-                      f"{experiment.data.folder}, minus what is already there", highlight=False)  # fmt: skip
+        _say(f"downloads     {', '.join(experiment.data.download)}: about {size / 1e9:.1f} GB to "
+             f"{experiment.data.folder}, minus what is already there")  # fmt: skip
 
 
-def _print_stages(console: Console, experiment: Experiment, model: GPTConfig, parallel: int) -> None:
+def _print_stages(experiment: Experiment, model: GPTConfig, parallel: int) -> None:
     price = experiment.cost
     peak = device_peak_flops(price.device)
     rate = f"{price.expected_mfu:.0%} MFU" if peak else "peak speed unknown"
-    console.print(f"expected on   {price.devices} x {price.device}, {rate}, ${price.dollars_per_device_hour:.2f} "
-                  "a device-hour")  # fmt: skip
+    _say(f"expected on   {price.devices} x {price.device}, {rate}, ${price.dollars_per_device_hour:.2f} "
+         "a device-hour")  # fmt: skip
     table = Table("stage", *("steps", "tokens", "rows x accum.", "FLOPs", "hours", "cost"), box=None)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -94,26 +101,26 @@ def _print_stages(console: Console, experiment: Experiment, model: GPTConfig, pa
         table.add_row(
             stage, f"{steps:,}", f"{tokens:,}", rows, f"{flops:.3g}", f"{taken:.2f}" if peak else "unknown", dollars
         )
-    console.print(table)
+    Console(soft_wrap=True).print(table)
 
 
-def _print_memory(console: Console, experiment: Experiment, model: GPTConfig, mesh) -> None:
+def _print_memory(experiment: Experiment, model: GPTConfig, mesh) -> None:
     device, began = jax.devices()[0], time.perf_counter()
-    with console.status(f"compiling the pretraining step for {mesh.size} x {device.device_kind}"):
+    with Console().status(f"compiling the pretraining step for {mesh.size} x {device.device_kind}"):
         step = compile_pretraining(experiment, model, mesh, usable_memory())
     memory = step.memory
-    console.print(f"memory        {memory.total / GIB:.2f} GiB a device: {memory.held / GIB:.2f} parameters, optimizer "
-                  f"and batch, {memory.used / GIB:.2f} in use by a step")  # fmt: skip
-    console.print(f"              according to XLA's analysis of the step, compiled for {device.platform} "
-                  f"({time.perf_counter() - began:.0f} s)")  # fmt: skip
+    _say(f"memory        {memory.total / GIB:.2f} GiB a device: {memory.held / GIB:.2f} parameters, optimizer "
+         f"and batch, {memory.used / GIB:.2f} in use by a step")  # fmt: skip
+    _say(f"              according to XLA's analysis of the step, compiled for {device.platform} "
+         f"({time.perf_counter() - began:.0f} s)")  # fmt: skip
     if step.limit is None:
-        console.print(f"remat         {step.remat}; the devices here do not say how much memory they have")
+        _say(f"remat         {step.remat}; the devices here do not say how much memory they have")
     else:
-        console.print(f"              {step}")
+        _say(f"              {step}")
     if not step.fits:
-        console.print(f"[yellow]warning[/yellow]: {step.too_large('pretrain', experiment.pretrain.device_rows)}")
+        _say(f"warning: {step.too_large('pretrain', experiment.pretrain.device_rows)}")
     if device.platform == "cpu" and device_peak_flops(experiment.cost.device):
-        console.print("              a CPU computes bf16 in fp32: expect a GPU's step to use half of that or less")
+        _say("              a CPU computes bf16 in fp32: expect a GPU's step to use half of that or less")
 
 
 def compile_pretraining(experiment: Experiment, model: GPTConfig, mesh, limit: int | None) -> CompiledStep:
