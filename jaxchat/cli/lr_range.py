@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxchat.cli.options import configure
 from jaxchat.cli.parser import take_overrides
+from jaxchat.cli.places import check_place
 from jaxchat.cli.values import number, path, whole
 from jaxchat.config import Range
 
@@ -49,6 +50,8 @@ def add_command(commands: Any) -> None:
 
 def _lr_range(arguments: argparse.Namespace) -> int:
     experiment = configure(arguments.experiment, arguments.overrides, arguments.data, arguments.options)
+    directory = arguments.run_dir or f"runs/{experiment.name}"
+    check_place(directory, "--run-dir")
     from jaxchat.analysis.lr_range import GROUPS, run  # imports JAX: --help and bad options need not wait for it
     from jaxchat.devices.compile_cache import keep_compiled
     from jaxchat.runs.starting import take
@@ -57,7 +60,6 @@ def _lr_range(arguments: argparse.Namespace) -> int:
 
     keep_compiled()
     check_possible(experiment)
-    directory = arguments.run_dir or f"runs/{experiment.name}"
     groups = GROUPS if arguments.group == "all" else (arguments.group,)
     with contextlib.ExitStack() as held:
         take(directory, held)

@@ -24,15 +24,17 @@ def check_place(directory: str, option: str) -> None:
         check(there.exists(), f"{there} is a link to what does not exist; {choose}")
         what = f"{there} is a file" if there == path else f"{directory} is inside {there}, which is a file"
         check(there.is_dir(), f"{what}; {choose}")
-        whose = _OTHERS.get(str(path.resolve()))
+        whose = _others().get(str(path.resolve()))
         check(whose is None, f"{directory} is {whose}; give {option} a folder of its own, such as runs/mine")
         check(os.access(there, os.W_OK | os.X_OK), f"{there} cannot be written; {choose}")
     except OSError as error:
         raise UserError(f"{directory} cannot be created ({error.strerror}); {choose}") from None
 
 
-_OTHERS = {
-    os.path.realpath(os.path.expanduser("~")): "the home folder",
-    str(Path(__file__).resolve().parents[2]): "the checkout",
-    os.path.realpath(os.sep): "the root folder",
-}
+def _others() -> dict[str, str]:
+    """Folders that are for other things than one run."""
+    return {
+        os.path.realpath(os.path.expanduser("~")): "the home folder",
+        str(Path(__file__).resolve().parents[2]): "the checkout",
+        os.path.realpath(os.sep): "the root folder",
+    }

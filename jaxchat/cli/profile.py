@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxchat.cli.options import configure
 from jaxchat.cli.parser import take_overrides
+from jaxchat.cli.places import check_place
 from jaxchat.cli.values import path, whole
 from jaxchat.config import Range
 
@@ -35,10 +36,11 @@ def add_command(commands: Any) -> None:
 
 def _profile(arguments: argparse.Namespace) -> int:
     experiment = configure(arguments.experiment, arguments.overrides, None, arguments.options)
+    directory = arguments.trace or f"runs/profiles/{experiment.name}"
+    check_place(directory, "--trace")
     from jaxchat.analysis.profile import profile  # imports JAX: --help and bad options need not wait for it
     from jaxchat.devices.mesh import set_xla_flags
 
     set_xla_flags("--xla_gpu_enable_command_buffer=")  # the profiler does not see the kernels in command buffers
-    directory = Path(arguments.trace or f"runs/profiles/{experiment.name}")
-    profile(experiment, steps=arguments.steps, directory=directory)
+    profile(experiment, steps=arguments.steps, directory=Path(directory))
     return 0
