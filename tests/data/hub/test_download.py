@@ -252,7 +252,8 @@ def test_stopping_and_resuming(server, tmp_path):
     assert any(ranges for name in SHARDS for ranges in server.gets(f"/{name}"))
 
 
-def test_a_killed_command_resumes_where_it_was(server, tmp_path):
+@pytest.mark.parametrize("name, code", [("SIGKILL", -9), ("SIGINT", 130), ("SIGTERM", 75), ("SIGHUP", 75)])
+def test_a_command_that_was_stopped_resumes_where_it_was(server, tmp_path, name, code):
     """The command itself, in a separate process, with the environment variables that users set."""
     server.seconds_per_piece = 0.05
     command = [sys.executable, "-m", "jaxchat.cli.main", "data", "get", TEXT, "--shards", "3", "--folder", tmp_path]
@@ -262,8 +263,9 @@ def test_a_killed_command_resumes_where_it_was(server, tmp_path):
     while sum(path.stat().st_size for path in tmp_path.rglob("*.part")) < 200_000:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.send_signal(getattr(signal, name))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and err.count(b"\n") == (code > 0), err
     server.seconds_per_piece = 0
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
