@@ -40,10 +40,8 @@ def configure(name: str | None, overrides: list[str], data: str | None, options:
     """
     if name is None:
         names = experiment_names()
-        meant = next((word for word in overrides if word in names), None)
-        if meant is None:
-            _by_option([word for word in overrides if OPTION.match(word)], field_types(Experiment), options)
-        meant = meant or "|".join(names)
+        _by_option([word for word in overrides if OPTION.match(word)], field_types(Experiment), options)
+        meant = next((word for word in overrides if word in names), "|".join(names))
         raise UserError(f"no experiment given; write --experiment={meant}")
     experiment = override(load_experiment(name), overrides, options)
     folder = experiment.data.path if data is None else data

@@ -43,7 +43,7 @@ class TestProcess:
     "arguments, expected",
     {
         "": "no experiment given; write --experiment=d12|d32|d6|",
-        "quickstart": "no experiment given",
+        "quickstart": "no experiment given; write --experiment=quickstart",
         "--experiment": "--experiment needs a value",
         "--experiment=": "unknown experiment ''. Experiments: d12, d32",
         "--experiment=quickstar": "unknown experiment 'quickstar', did you mean 'quickstart'?",
@@ -51,6 +51,11 @@ class TestProcess:
         "--experiment=d12 --fresh=yes": "--fresh takes no value",
         "--experiment=d12 --stages": "--stages needs a value",
         "--experiment=d12 stray": "'stray' is not an option",
+        "-experiment=d12": "unknown option -experiment, did you mean '--experiment'?",
+        "--experimnt d12": "unknown option --experimnt, did you mean '--experiment'?",
+        "--experiment=d12 --stages=sft,": "--stages is 'sft,'; it must be words separated by commas",
+        "--experiment=d12 --num-processes=0": "--num-processes is 0; it must be at least 1",
+        "--experiment=d12 —seed=3": "—seed=3 begins with a dash; write two hyphens: --seed=3",
     }.items(),
 )
 def test_bad_command(capsys, arguments, expected):
@@ -72,6 +77,10 @@ def refused(capsys, arguments):
         "--zzz=1": "unknown option --zzz. python launch.py --experiment=NAME --help lists all",
         "-seed=3": "unknown option -seed, did you mean '--seed'?",
         "--pretrain=3": "unknown option --pretrain",
+        "--depth=3": "unknown option --depth; its section is missing: --model.depth.",
+        "--epochs 3": "unknown option --epochs; its section is missing: --midtrain.epochs or --sft.epochs.",
+        "--model.Depth=3": "unknown option --model.Depth, did you mean '--model.depth'?",
+        "--" + "x" * 999: "unknown option --xxxx",
         # ill-typed
         "--pretrain.num-iterations=abc": "--pretrain.num-iterations=abc: the value must be a whole number or None",
         "--pretrain.num_iterations 1.5": "--pretrain.num_iterations 1.5: the value must be a whole number or None",
@@ -85,6 +94,10 @@ def refused(capsys, arguments):
         # The one at fault is named, not the one that is only possible together with another.
         "--model.num-kv-heads=4 --seed=x --model.depth=8": "--seed=x: the value",
         # impossible
+        "--rl.tasks=": "rl.tasks is empty; name at least one task",
+        "--sft.mixture=a,,b": "sft.mixture is ('a', '', 'b'); it must be text that is not empty",
+        "--seed=" + "9" * 99: "seed is a whole number of about 99 digits; it must be at most 2,147,483,647",
+        "--seed=" + "9" * 9999: "the value must be a whole number",
         "--model.depth=0": "model.depth is 0; it must be at least 1",
         "--sft.num-iterations=0": "sft.num-iterations is 0; it must be at least 1",
         "--rl.samples-per-question=1": "must be at least 2",
