@@ -42,7 +42,7 @@ class CostConfig(Section):
 
     device: str = "NVIDIA H100"
     """Kind of device, as JAX names it."""
-    devices: Annotated[int, Range(at_least=1, at_most=1 << 16)] = 1
+    devices: Annotated[int, Range(at_least=1, at_most=1024)] = 1
     """Number of devices."""
     dollars_per_device_hour: Annotated[float, Range(at_least=0, at_most=1_000_000)] = 3.0
     """Price of a device for an hour, in dollars."""
