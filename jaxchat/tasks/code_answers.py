@@ -33,7 +33,8 @@ def extract_code(text: str, entry_point: str, *, cut: bool = False) -> str:
     The first of these that there is:
 
     1. The first fenced block that is Python and defines the function, whatever its language is said to be, with the
-       imports, functions and classes of the other blocks. Fences are those of CommonMark: three or more backticks or
+       imports, functions and classes of the other blocks. One where the function has no body, since the question is
+       repeated, comes last. Fences are those of CommonMark: three or more backticks or
        tildes, in lists and quotations too. One that is not closed goes to the end. One inside a string of the code,
        such as a docstring, does not end it.
     2. The first stretch of unfenced lines that is Python and defines the function; prose around it is left out.
@@ -48,10 +49,11 @@ def extract_code(text: str, entry_point: str, *, cut: bool = False) -> str:
     if cut and not _FENCE.fullmatch(lines[-1]):
         lines = lines[:-1]
     blocks, unfenced = _split(lines)
-    for index, block in enumerate(blocks):
-        code = block.code if block.closed else _valid_beginning(block.code.split("\n"))
-        if entry_point in _names(_parse(code)):
-            return _with_definitions(code, blocks[:index] + blocks[index + 1 :])
+    codes = [block.code if block.closed else _valid_beginning(block.code.split("\n")) for block in blocks]
+    whole = [index for index, code in enumerate(codes) if entry_point in _names(_parse(code))]
+    if whole:
+        index = next((index for index in whole if not _is_stub(_parse(codes[index]), entry_point)), whole[0])
+        return _with_definitions(codes[index], blocks[:index] + blocks[index + 1 :])
     for code in _stretches(unfenced):
         if entry_point in _names(_parse(code)):
             return code
@@ -120,17 +122,21 @@ def _content(lines: Sequence[str], indent: str) -> str:
     if ">" in indent:
         lines = [re.sub(r"^[ \t]*>+ ?", "", line) for line in lines]
         indent = ""
-    width = len(indent)
-    shifted = [line[min(width, len(line) - len(line.lstrip())) :] for line in lines]
-    code = "\n".join(shifted)
-    return code if _parse(code) else textwrap.dedent("\n".join(lines)) if width else code
+    code = "\n".join(_shifted(lines, len(indent)))
+    return code if _parse(code) else textwrap.dedent("\n".join(lines)) if indent else code
+
+
+def _shifted(lines: Sequence[str], width: int) -> list[str]:
+    """The lines without up to `width` characters of their indentation."""
+    return [line[min(width, len(line) - len(line.lstrip())) :] for line in lines]
 
 
 def _stretches(lines: Sequence[str]) -> Iterator[str]:
-    """Stretches of the lines that may be Python, each from a line that looks like a statement."""
-    starts = [number for number, line in enumerate(lines) if _STATEMENT.match(line)]
+    """Stretches of the lines that may be Python: from a line that looks like a statement, without its indentation."""
+    starts = [number for number, line in enumerate(lines) if _STATEMENT.match(line.lstrip())]
     for start in starts[:_ATTEMPTS]:
-        yield _valid_beginning(lines[start:])
+        width = len(lines[start]) - len(lines[start].lstrip())
+        yield _valid_beginning(_shifted(lines[start:], width))
 
 
 def _valid_beginning(lines: Sequence[str]) -> str:
@@ -175,7 +181,10 @@ def _parse_or_line(code: str) -> tuple[ast.Module | None, int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of escapes such as "\d"
         try:
-            return ast.parse(code), 0
+            tree = ast.parse(code)
+            if any(isinstance(node, ast.Return) for node in _top_level(tree)):
+                return None, 0  # the body of a function
+            return tree, 0
         except SyntaxError as error:
             return None, error.lineno or 0
         except (ValueError, RecursionError, MemoryError):  # a null byte, or nested too deeply
@@ -184,17 +193,34 @@ def _parse_or_line(code: str) -> tuple[ast.Module | None, int]:
 
 def _names(tree: ast.Module | None) -> Iterator[str]:
     """The names that the top level of a module defines."""
-    waiting: list[ast.AST] = [tree] if tree else []
-    while waiting:
-        node = waiting.pop()
+    for node in _top_level(tree) if tree else ():
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.alias):
             yield node.asname or node.name.partition(".")[0]
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
-        elif not isinstance(node, ast.Lambda):
+
+
+def _top_level(tree: ast.Module) -> Iterator[ast.AST]:
+    """The nodes of a module that are not inside a function or a class."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
             waiting += ast.iter_child_nodes(node)
+
+
+def _is_stub(tree: ast.Module | None, name: str) -> bool:
+    """Whether the function `name` has nothing but a docstring, `pass` or `...`."""
+    functions = [
+        node for node in (tree.body if tree else ()) if isinstance(node, ast.FunctionDef) and node.name == name
+    ]
+    return bool(functions) and all(
+        isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+        for node in functions[-1].body
+    )
 
 
 def _has_body(tree: ast.Module | None, name: str) -> bool:

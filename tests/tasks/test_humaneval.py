@@ -104,6 +104,12 @@ FORMS = {
     "two versions: the first": (f"{FENCED}\nBetter:\n{F}python\ndef total(n):\n    return 0\n{F}", 1),
     "two versions: the first is wrong": (f"{F}python\ndef total(n):\n    return 0\n{F}\n{FENCED}", 0),
     "broken first": (f"{F}python\ndef total(n)\n    return 0\n{F}\n{FENCED}", 1),
+    "the question first": (f"{F}python\n{PROMPT}{F}\nThe answer:\n{FENCED}", 1),
+    "a stub first": (f"{F}python\ndef total(n):\n    ...\n{F}\n{FENCED}", 1),
+    "nothing but a stub": (f"{F}python\ndef total(n):\n    pass\n{F}", 0),
+    "[PYTHON]": (f"[PYTHON]\n{RIGHT}[/PYTHON]", 1),
+    "indented without a fence": (f"So:\n\n{indented(RIGHT, '    ')}\nThat is it.", 1),
+    "a space before it": (f" {RIGHT}", 1),
     "helper in a block of its own": (
         f"{F}python\nimport math\ndef add(a, b):\n    return math.fsum([a, b])\n{F}\nand\n"
         f"{F}python\ndef total(n):\n    s = 0\n    for x in n: s = add(s, x)\n    return 2 * s\n{F}", 1),
@@ -143,6 +149,9 @@ FORMS = {
     "body, indented by tabs": (f"{F}python\n\ts = sum(numbers)\n\treturn 2 * s\n{F}", 1),
     "body, indented by two": ("  s = sum(numbers)\n  return 2 * s", 1),
     "body, first line not indented": ("s = 0\n    for n in numbers:\n        s += 2 * n\n    return s\n", 1),
+    "body, a local of the function's name": ("    total = 2 * sum(numbers)\n    return total\n", 1),
+    "body, a local of the function's name, fenced": (f"{F}\ntotal = 2 * sum(numbers)\nreturn total\n{F}", 1),
+    "body, a function inside": ("    import math\n    def f(x):\n        return 2 * x\n    return f(sum(numbers))", 1),
     "body, another function behind": ("    return 2 * sum(numbers)\n\n\ndef other():\n    return 1\n", 1),
     "body, prose behind": ("    return 2 * sum(numbers)\n\nThis adds the numbers.\n", 1),
     "wrong": (f"{F}python\ndef total(n):\n    return sum(n)\n{F}", 0),
