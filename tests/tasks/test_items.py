@@ -6,7 +6,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxchat.data.text.reading import Findings
@@ -223,3 +223,55 @@ def test_words_that_are_not_utf8_are_refused(tmp_path):
     (tmp_path / "eval/words.txt").write_bytes("café\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"words.txt is not UTF-8 text \(byte 3\)"):
         load_task("spelling", "train", tmp_path)
+
+
+# --- damage
+
+FILES = {
+    "chat": ("chat/train", talk("héllo", "a")),
+    "gsm8k": ("eval/gsm8k/test", {"question": "2+2?", "answer": "<<2+2=4>>4 #### 4"}),
+    "arc_easy": ("eval/arc_easy", {"question": "q", "choices": HUB, "answerKey": "B"}),
+    "sums": ("eval/sums/test", talk("q", "1") | {"answer": "1", "others": ["2"]}),
+    "humaneval": ("eval/humaneval", HUMANEVAL),
+}
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "label", "role"]), inner),
+    max_leaves=6,
+)
+
+
+def packed(records, ending):
+    if ending == ".parquet":
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(records), sink)
+        return sink.getvalue().to_pybytes()
+    text = json.dumps(records) if ending == ".json" else "\n".join(map(json.dumps, records)) + "\n"
+    return gzip.compress(text.encode()) if ending == ".jsonl.gz" else text.encode()
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_damage_is_refused_in_one_line_or_read(tmp_path_factory, data):
+    name = data.draw(st.sampled_from(sorted(FILES)))
+    ending = data.draw(st.sampled_from([".jsonl", ".jsonl.gz", ".json", ".parquet"]))
+    file, record = FILES[name]
+    records = [record] * 3
+    if ending != ".parquet":  # whose columns have one type
+        field = data.draw(st.sampled_from(sorted(record)))
+        records[1] = {**record, field: data.draw(JSON)}
+    content = bytearray(packed(records, ending))
+    for _ in range(data.draw(st.integers(0, 3))):
+        at = data.draw(st.integers(0, len(content)))
+        content[at : at + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=9))
+    folder = tmp_path_factory.mktemp("damaged")
+    path = folder / f"{file}{ending}"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    for on_bad in ("refuse", "skip"):
+        try:
+            task = load_task(name, "train" if name == "chat" else "test", folder, findings=Findings(on_bad, str))
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:
+            assert all(isinstance(conversation["messages"], list) for conversation in task)
