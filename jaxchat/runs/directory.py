@@ -118,7 +118,7 @@ class RunDirectory:
         remedy = "restore it, or train again with launch.py --fresh"
         if any((self.path / stage / "begun.json").exists() for stage in STAGES):
             remedy = "delete it: the same launch.py command writes it again"
-        config = read_json(self.config_file, Object(), remedy)
+        config = read_json(self.config_file, Object({"name": str}), remedy)
         if config is None and "delete" in remedy:
             raise UserError(f"{self.config_file} is missing; the same launch.py command writes it again")
         check(config is not None, f"{self} is not a run: it has no config.json")
