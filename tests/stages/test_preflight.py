@@ -10,6 +10,7 @@ from jaxchat.errors import UserError
 from jaxchat.stages.preflight import SAID, check_data
 from jaxchat.stages.task_source import NotYet, TaskSource
 from jaxchat.tokenizer import Tokenizer
+from tests.tiny import refusal, start
 
 TOKENIZER = Tokenizer.train_from_iterator(["the cat sat on the mat, and the cat sat on the hat"] * 3, 275)
 SHORT = [{"question": "2 + 2?", "answer": "#### 4"}]
@@ -221,3 +222,25 @@ def test_the_generated_corpus_passes(tmp_path):
     }
     said = checked(tmp_path, source=source, stages=("midtrain", "sft", "rl", "evaluate"), length=128, **sections)
     assert [line.split()[0] for line in said] == ["midtrain", "sft"]
+
+
+# --- by the commands
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_start_and_its_dry_run_refuse_alike_before_anything_is_trained(tmp_path, dry):
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps(record) + "\n" for record in [*MANY, {"messages": [{"role": "user"}]}]))
+    for mixture, wanted in {
+        str(chats): f"{chats}:41: 'content' of message 1, from the user, is missing; --data.on-bad=skip leaves it out",
+        str(tmp_path / "chat.jsonl"): f"{tmp_path / 'chat.jsonl'} does not exist, did you mean 'chats.jsonl'?",
+    }.items():
+        assert refusal(start(tmp_path / "run", f"--sft.mixture={mixture}", *dry)) == wanted
+    assert not (tmp_path / "run" / "tokenizer").exists()
+
+
+def test_a_task_named_on_the_command_line_must_be_there(tmp_path):
+    write(tmp_path / "data", {"chat/train.jsonl": MANY, "text.jsonl": [{"text": f"{i} " * 50} for i in range(9)]})
+    for option in ("--sft.mixture=chat,gsm8k", "--rl.tasks=gsm8k", "--evaluate.tasks=gsm8k"):
+        line = refusal(start(tmp_path / "run", f"--data={tmp_path / 'data'}", option))
+        assert line.startswith(f"{option[2:].partition('=')[0]} names gsm8k, but ")
