@@ -149,9 +149,10 @@ def interrupt(
         return End(code, seen.decode(errors="replace") * (line is not None) + kept.read(), time.monotonic() - began)
 
 
-def finish(command: Sequence[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def finish(command: Sequence[str], env: dict[str, str], stdout=subprocess.PIPE) -> subprocess.CompletedProcess[str]:
     """Runs a command undisturbed."""
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    streams = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": subprocess.PIPE}
+    return subprocess.run(command, cwd=ROOT, env=env, text=True, **streams)
 
 
 def main() -> int:
