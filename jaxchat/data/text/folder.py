@@ -11,6 +11,7 @@ from jaxchat.data.manifest import FILE_NAME, pinned_shard, recorded_shards
 from jaxchat.data.text import plain
 from jaxchat.data.text.forms import bare_name, form_of, read_head, something_else
 from jaxchat.data.text.listing import LeftOut, Listing, list_text, role_in, text_folder
+from jaxchat.data.text.names import is_about
 from jaxchat.data.text.reading import OnBad, Unreadable, check_damage, open_parquet
 from jaxchat.data.text.remedies import convert
 from jaxchat.data.text.shards import TextFiles, iterate_texts, known_form
@@ -104,7 +105,7 @@ def _beside(data_dir: AnyPath) -> list[LeftOut]:
 def _check_any(listing: Listing) -> None:
     folder, roles = listing.folder, {path: role_in(listing, path) for path in listing.tables}
     named = [path for path, role in roles.items() if role in ("train", "val")]
-    if listing.tables and (named or not listing.texts):
+    if listing.tables and (named or all(is_about(bare_name(path)) for path in listing.texts)):
         table = (named or listing.tables)[0]
         why = next(entry.why for entry in listing.left_out if entry.name == listing.name(table))
         raise UserError(f"{table}: {why}; convert it with: {convert(table)}")

@@ -344,7 +344,7 @@ def test_one_of_two_columns_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "arrow", "feather", "TSV"])
-@pytest.mark.parametrize("beside", ["other.jsonl", None])
+@pytest.mark.parametrize("beside", ["other.jsonl", "README.txt", None])
 def test_a_table_is_converted(tmp_path, kind, beside):
     texts = [*texts_of("a"), "with\na line break, and a comma"]
     path = tmp_path / f"train.{kind}"
@@ -364,7 +364,7 @@ def test_a_table_is_converted(tmp_path, kind, beside):
     run_command_in(error)
     split = find_text(tmp_path)
     assert "train.parquet" in names(split.train)
-    found = [*iterate_texts(split.train), *(iterate_texts(split.val) if beside is None else [])]
+    found = [*iterate_texts(split.train), *(iterate_texts(split.val) if split.train.hold_out else [])]
     assert sorted(found) == sorted(texts)
 
 
