@@ -23,21 +23,21 @@ class Answer:
     """An answer that is being generated.
 
     Attributes:
-      forgets: whether the conversation forgets turns here for the first time.
       chunks: the answer's tokens as they come, without the one that ends it.
+      forgets: once `chunks` is exhausted, whether turns were forgotten for it, for the first time.
       cut: once `chunks` is exhausted, what cut the answer off; None if the model ended it, or if it was stopped.
     """
 
-    forgets: bool
     chunks: Generator[list[int], None, None] = field(init=False)
+    forgets: bool = False
     cut: str | None = None
 
 
 class Conversation:
     """The turns so far, as the prompt of the next one.
 
-    Half of the context, or `max_tokens` if that is less, is kept free for an answer: the oldest turns are forgotten for
-    it. A base model (`base`) has no turns: it continues each text on its own.
+    Half of the context, or `max_tokens` if that is less, is kept free for an answer, and more when it takes more: the
+    oldest turns are forgotten for it. A base model (`base`) has no turns: it continues each text on its own.
     """
 
     def __init__(
@@ -68,43 +68,47 @@ class Conversation:
                 f"this message has {len(ids):,} tokens; at most {max(0, fits):,} fit into the model's context of "
                 f"{self.context:,}; shorten it"
             )
-        first, turns = not self.forgets, len(self.turns)
-        room = min(self.max_tokens, self.context // 2)
-        while self.turns and len(self._prompt(question)) + room > self.context:
-            del self.turns[0]
-        self.forgets |= len(self.turns) < turns
-        answer = Answer(forgets=first and self.forgets)
-        answer.chunks = self._generate(answer, self._prompt(question), question)
+        answer = Answer()
+        answer.chunks = self._generate(answer, question)
         return answer
 
-    def _prompt(self, question: list[int]) -> list[int]:
-        turns = [token for turn in self.turns for token in turn.question + turn.answer]
-        return [self.engine.tokenizer.bos_token_id, *turns, *question]
+    def _prompt(self, ids: list[int], answer: Answer, room: int) -> list[int]:
+        """The turns that leave `room` after them and `ids`, or half of the context if that is less, and `ids`."""
+        room, turns = min(room, self.context // 2), len(self.turns)
+        while True:
+            before = [token for turn in self.turns for token in turn.question + turn.answer]
+            prompt = [self.engine.tokenizer.bos_token_id, *before, *ids]
+            if not self.turns or len(prompt) + room <= self.context:
+                break
+            del self.turns[0]
+        if len(self.turns) < turns:
+            answer.forgets, self.forgets = not self.forgets or answer.forgets, True
+        return prompt
 
-    def _generate(self, answer: Answer, prompt: list[int], question: list[int]) -> Generator[list[int], None, None]:
-        stream = self.engine.stream(
-            [prompt], max_new_tokens=self.max_tokens, **self.sampling, seed=self.seed, tools=not self.base
-        )
-        self.seed += 1
-        written: list[int] = []
-        ended = False
+    def _generate(self, answer: Answer, question: list[int]) -> Generator[list[int], None, None]:
+        tokenizer, written, ended = self.engine.tokenizer, [], False
         try:
-            for chunk in stream:
-                ended = any(own and token in self.engine.stops for _, token, own in chunk)
-                tokens = [token for _, token, _ in chunk]
-                tokens = tokens[:-1] if ended else tokens  # the row's last
-                written.extend(tokens)
-                yield tokens
-            if not ended:
-                full = len(prompt) + self.max_tokens >= self.context
-                answer.cut = (
-                    f"the context of {self.context:,} tokens is full" if full else f"--max-tokens {self.max_tokens}"
-                )
+            while not ended and answer.cut is None:
+                left = self.max_tokens - len(written)
+                prompt = self._prompt([*question, *written], answer, left)
+                options = {"seed": self.seed, "tools": not self.base, **self.sampling}
+                self.seed += 1
+                for chunk in self.engine.stream([prompt], max_new_tokens=left, **options):
+                    ended = any(own and token in self.engine.stops for _, token, own in chunk)
+                    tokens = [token for _, token, _ in chunk]
+                    tokens = tokens[:-1] if ended else tokens  # the row's last
+                    written.extend(tokens)
+                    yield tokens
+                if len(written) == self.max_tokens and not ended:
+                    answer.cut = f"--max-tokens {self.max_tokens}"
+                # The answer goes on where there are turns to forget for it. The engine does not take up an open call.
+                elif not ended and not (self.turns and without_open_call(tokenizer, written) == written):
+                    answer.cut = f"the context of {self.context:,} tokens is full"
         finally:
             if (written or ended) and not self.base:
                 # The model has only seen conversations whose answers end, and whose tool calls are whole.
-                end = self.engine.tokenizer.encode_special("<|assistant_end|>")
-                self.turns.append(Turn(question, [*without_open_call(self.engine.tokenizer, written), end]))
+                end = tokenizer.encode_special("<|assistant_end|>")
+                self.turns.append(Turn(question, [*without_open_call(tokenizer, written), end]))
 
 
 def without_open_call(tokenizer: BaseTokenizer, tokens: list[int]) -> list[int]:

@@ -104,14 +104,14 @@ def reply(conversation: Conversation, text: str, out: TextIO, notes: TextIO | No
     writer = Writer(conversation.engine.tokenizer)
     with stopping.deferred(alone=False, notice="") as request:  # no computation breaks off in the middle
         answer = conversation.ask(text)
-        if answer.forgets:
-            write("(the context is full: the oldest turns are now being forgotten)", notes, style="dim", end="\n")
         with contextlib.closing(answer.chunks):
             for tokens in answer.chunks:
                 show(writer.write(tokens), out)
                 if request.cause:
                     break
         show([*writer.close(), ("\n", "")], out)
+        if answer.forgets:
+            write("(the context is full: the oldest turns are now being forgotten)", notes, style="dim", end="\n")
         stopped = request.cause is Cause.CTRL_C
         if stopped:
             request.cause = None  # that was all that was asked for; anything else ends the chat

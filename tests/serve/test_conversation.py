@@ -1,11 +1,13 @@
 """Conversations with a model that has memorized a few: what is remembered, what is cut, and what is said about it."""
 
+import dataclasses
 import io
 
+import jax
 import pytest
 
 from jaxchat.errors import UserError
-from jaxchat.serve.conversation import Conversation, without_open_call
+from jaxchat.serve.conversation import Conversation, Turn, without_open_call
 from jaxchat.serve.terminal import reply
 from tests.serve.conftest import CONTEXT
 
@@ -112,6 +114,22 @@ def test_half_of_the_context_is_kept_free_for_an_answer(new):
     assert notes.count("") == 7
     kept = sum(len(turn.question) + len(turn.answer) for turn in conversation.turns[:-1])
     assert kept <= CONTEXT // 2
+
+
+def test_a_long_answer_makes_room_for_itself(new, engine):
+    """With noise for parameters, and none for special tokens, the model never ends an answer."""
+    noise = iter(jax.random.split(jax.random.key(0), 100))
+    params = jax.tree.map(lambda leaf: jax.random.normal(next(noise), leaf.shape, leaf.dtype) / 8, engine.params)
+    first = min(engine.tokenizer.special_tokens.values())
+    params["head"]["kernel"] = params["head"]["kernel"].at[:, first:].set(0)
+    conversation = new(max_tokens=1000)
+    conversation.engine = dataclasses.replace(engine, params=params)
+    conversation.turns = [Turn([97] * 20, [98] * 10), Turn([99] * 5, [98] * 15)]
+    answer = conversation.ask("z" * 6)
+    chunks = list(answer.chunks)
+    assert sum(map(len, chunks)) == CONTEXT - 1 - 6 - 3
+    assert answer.forgets and answer.cut == f"the context of {CONTEXT} tokens is full"
+    assert len(conversation.turns) == 1 and conversation.turns[0].answer[:-1] == [t for chunk in chunks for t in chunk]
 
 
 def test_only_whole_calls_are_kept(engine):
