@@ -91,7 +91,7 @@ def _names_in(text: str, names: set[str]) -> set[str]:
     """Those of `names` that `text` has as whole words, the longer of two that overlap."""
     ordered = sorted((name for name in names if name), key=len, reverse=True)
     # Hyphens and apostrophes inside of words are part of them, but not a genitive's; so are the signs of C++ and C#.
-    before, after = r"(?<![^\W_])(?<![^\W_][-'])", r"(?![^\W_]|-[^\W_]|'(?!s\b)[^\W_]|[+#])"
+    before, after = r"(?<!\w)(?<!\w[-'])", r"(?!\w|-\w|'(?!s\b)\w|[+#])"
     denied = r"(?P<denied>(?:\bnot|n't|\bnever)\s(?:(?:an?|the|in|at)\s)?)?"
     pattern = f"{denied}{before}(?P<name>{'|'.join(map(re.escape, ordered))}){after}"
     found = re.finditer(pattern, _plain_name(text)) if ordered else ()

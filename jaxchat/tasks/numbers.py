@@ -49,7 +49,8 @@ _TOKEN = re.compile(
     r"(?P<exponent>[eE][-+]?\d+(?![^\W_]))?"
 )
 _SIGN = re.compile(
-    rf"(?:(?P<word>\b(?:minus|negative)\s+)|(?P<sign>(?<!-)[-+]\s*))?(?P<currency>(?<![^\W_]){_CURRENCY}\s*)?[{{*_`]*\Z",
+    rf"(?:(?P<word>\b(?:minus|negative)\s+)|(?P<sign>(?<!-)[-+]\s*))?(?P<currency>(?<![^\W_]){_CURRENCY}\s*)?"
+    r"(?:(?<=[-+])\()?[{*_`]*\Z",
     re.IGNORECASE,
 )
 _SCALE = re.compile(r"\s?(hundred|thousand|million|billion|trillion)\b", re.IGNORECASE)

@@ -166,7 +166,7 @@ NAMES = [
     ("C", ("C++", "C#"), 1, "C  It is C."),
     ("c-a-t", (), 1, "It is spelled c-a-t.  C-A-T"),
     ("c-a-t", (), 0, "c-a-t-s  s-c-a-t  c-a  cat"),
-    ("cat", ("dog",), 0, "a cat-like pet  cat and dog"),
+    ("cat", ("dog",), 0, "a cat-like pet  cat and dog  my_cat"),
     ("baker", ("cook",), 0, "She is not a baker.  She isn't a baker."),
     ("5:30", (), 1, "At 5:30."),
 ]

@@ -32,6 +32,7 @@ SENTENCES = [
     ("minus 5", "-5"),
     ("Negative 5", "-5"),
     ("It is - 5", "-5"),
+    ("-(5)", "-5"),
     ("the answer—5", "5"),
     ("so 72, in total", "72"),
     ("72/week", "72"),
