@@ -32,15 +32,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.dont_write_bytecode = True
-
-from jaxchat.cli.launch import launch_parser  # noqa: E402
-from jaxchat.cli.launch import main as launch  # noqa: E402
-from jaxchat.cli.main import jaxchat_parser  # noqa: E402
-from jaxchat.cli.main import main as jaxchat  # noqa: E402
-from jaxchat.cli.options import field_types  # noqa: E402
-from jaxchat.config import Experiment, Section, declared, declared_range  # noqa: E402
+from jaxchat.cli.launch import launch_parser
+from jaxchat.cli.launch import main as launch
+from jaxchat.cli.main import jaxchat_parser
+from jaxchat.cli.main import main as jaxchat
+from jaxchat.cli.options import field_types
+from jaxchat.config import Experiment, Section, declared, declared_range
 
 RIGHT_CODES = (0, 2, 75, 130)
 LIMIT = 120  # seconds for a line, on a busy machine
@@ -303,6 +300,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="run only the line of this number, and show its output")
     options = parser.parse_args()
+    sys.dont_write_bytecode = True
     ends, wrong, began = collections.Counter(), [], time.monotonic()
     numbers = range(options.lines) if options.only is None else [options.only]
     with prepared() as (_, written):

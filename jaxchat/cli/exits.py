@@ -32,6 +32,7 @@ from jaxchat.stopping import Cause, Interrupted
 
 BUG, BAD_INPUT = 1, 2
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+LONGEST = 1500  # characters of a line for the user, who may have given a name as long as that
 RESUME = "the same command resumes from here"
 
 
@@ -61,7 +62,8 @@ def run_command(command: Callable[[], int], *, resumes: bool = False) -> int:
         if line:
             from jaxchat.verbatim import one_line  # slow to import
 
-            print(one_line(line), file=sys.stderr)
+            line = one_line(line)
+            print(line if len(line) <= LONGEST else f"{line[:LONGEST]}…", file=sys.stderr)
         return code
 
 

@@ -39,8 +39,8 @@ class DataConfig(Section):
     """Data sets of "jaxchat data list" to download during training, pretraining text as NAME:SHARDS. Text of your own
     in the data folder takes their place."""
     val_shard: str | None = None
-    """Name of the text file that is kept for validation. None: the one that the manifest names, else what is called val,
-    dev or test, else the last."""
+    """Name of the text file that is kept for validation. None: the one that the manifest names, else what is called
+    val, dev or test, else the last."""
     generate: bool = False
     """Whether to generate a synthetic corpus where there is no data folder."""
     synthetic_documents: Annotated[int, Range(at_least=100, at_most=10**8)] = 40_000

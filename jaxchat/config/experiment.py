@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from jaxchat.config.data import DataConfig, TokenizerConfig
 from jaxchat.config.model import MeshConfig, ModelConfig
 from jaxchat.config.optimizer import OptimizerConfig
-from jaxchat.config.ranges import STAGES, Range, Section
+from jaxchat.config.ranges import STAGES, Range, Section, shown
 from jaxchat.config.run import CheckpointConfig, CostConfig, LoggingConfig
 from jaxchat.config.stages import EvaluateConfig, FinetuneConfig, PretrainConfig, RLConfig
 from jaxchat.errors import closest
@@ -51,7 +51,9 @@ class Experiment(Section):
         super().__post_init__()
         for stage in self.stages:
             hint = closest(stage, STAGES)
-            self.check(stage in STAGES, f"stages names the unknown stage {stage!r}{hint} Stages: {', '.join(STAGES)}")
+            self.check(
+                stage in STAGES, f"stages names the unknown stage {shown(stage)}{hint} Stages: {', '.join(STAGES)}"
+            )
         order = [STAGES.index(stage) for stage in self.stages]
         self.check(order == sorted(set(order)), f"stages must be in order, each once: {', '.join(STAGES)}")
         heads, tensor = self.model.kv_heads, self.mesh.tensor

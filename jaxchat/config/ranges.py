@@ -63,7 +63,7 @@ class Range:
             and (self.below is None or value < self.below)
         )
 
-    def problem(self, value: float, whole: bool) -> str | None:
+    def problem(self, value: Any, whole: bool) -> str | None:
         """What `value` must be instead, in words; None if it is fine."""
         if value not in self:  # as NaN is in none
             finite = isinstance(value, Integral) or math.isfinite(value)
@@ -147,12 +147,12 @@ def _checked(kind: Any, value: Any, marks: tuple[Any, ...], *, needed: bool = Fa
         fits = isinstance(value, kind)
     if not fits:
         raise _Wrong(f"of class {kind.__name__}" if dataclasses.is_dataclass(kind) else describe(kind))
-    if kind in (int, float):
+    if isinstance(value, Real) and kind in (int, float):
         for limits in marks:
             if isinstance(limits, Range) and (problem := limits.problem(value, kind is int)):
                 raise _Wrong(problem)
-        return kind(value) + 0  # -0.0 becomes 0.0
-    if kind is str:
+        return kind(value) + 0  # pyright: ignore[reportArgumentType]  (-0.0 becomes 0.0)
+    if isinstance(value, str) and kind is str:
         if needed and not value:
             raise _Wrong("text that is not empty")
         is_path = any(isinstance(mark, UserPath) for mark in marks)

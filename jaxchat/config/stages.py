@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from jaxchat.config.optimizer import RATE, ScheduleConfig
-from jaxchat.config.ranges import Range, Section, UserPath
+from jaxchat.config.ranges import Range, Section, UserPath, shown
 from jaxchat.errors import closest
 
 TRAINED = ("pretrain", "midtrain", "sft", "rl")  # the stages that leave parameters, in order
@@ -148,11 +148,15 @@ class EvaluateConfig(Section):
         _add_humaneval(self)
         for stage in self.of:
             hint = closest(stage, TRAINED)
-            self.check(stage in TRAINED, f"of names {stage!r}{hint} The stages with a model are {', '.join(TRAINED)}")
+            self.check(
+                stage in TRAINED, f"of names {shown(stage)}{hint} The stages with a model are {', '.join(TRAINED)}"
+            )
         tasks = [re.sub(r":\d+$", "", entry) for entry in self.tasks]
         for name, entries in (("of", list(self.of)), ("tasks", tasks)):
             for entry in entries:
-                self.check(entries.count(entry) == 1, f"{name} names {entry!r} more than once; a score is made once")
+                self.check(
+                    entries.count(entry) == 1, f"{name} names {shown(entry)} more than once; a score is made once"
+                )
 
 
 def _add_humaneval(section: RLConfig | EvaluateConfig) -> None:

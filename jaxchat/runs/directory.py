@@ -23,7 +23,7 @@ from typing import Any
 
 from etils import epath
 
-from jaxchat.config import STAGES, Experiment
+from jaxchat.config import STAGES, TRAINED, Experiment
 from jaxchat.errors import UserError, check
 from jaxchat.runs import metrics
 from jaxchat.runs.config_json import build
@@ -31,7 +31,6 @@ from jaxchat.runs.deciding import deciding, shown
 from jaxchat.runs.files import LOCK, Object, damaged, free_name, read_bytes, read_json, write_json
 from jaxchat.storage import is_remote, reason, storage_errors, to_path
 
-TRAINED = ("pretrain", "midtrain", "sft", "rl")  # the stages that leave parameters, in order
 Say = Callable[[str], None]
 _ID = 12  # characters
 

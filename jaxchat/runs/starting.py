@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxchat.config import STAGES
+from jaxchat.config import STAGES, shown
 from jaxchat.errors import UserError, check, closest
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.files import LOCK, free_name
@@ -28,16 +28,17 @@ def take(name: str | os.PathLike, held: contextlib.ExitStack, *, fresh: bool = F
     far = fresh and is_remote(name)
     check(not far, f"--fresh renames runs on this machine only, not {name}; choose another --run-dir")
     there = RunDirectory(name).is_run()
-    if not there and not is_remote(name):
-        held.push(_undo(Path(name)))
+    undo = None if there or is_remote(name) else _undo(Path(name))
     held.enter_context(locked(name))
     if fresh and there:
         directory = Path(name).absolute()
-        aside = free_name(directory)
+        aside = Path(free_name(directory))
         directory.rename(aside)
         print(f"the earlier run is now {aside}")
-        held.push(_undo(directory, aside))
+        undo = _undo(directory, aside)
         held.enter_context(locked(name))
+    if undo is not None:  # not before the lock is held: what is there may be of another start
+        held.push(undo)
 
 
 def _undo(directory: Path, aside: Path | None = None) -> Callable[..., None]:
@@ -49,13 +50,14 @@ def _undo(directory: Path, aside: Path | None = None) -> Callable[..., None]:
             return
         if not {path.name for path in directory.iterdir()} <= {LOCK, CONFIG}:
             return
-        for path in directory.iterdir():
-            path.unlink()
-        if not was_there:
-            directory.rmdir()
-        if aside is not None:
-            aside.rename(directory)
-            print(f"the earlier run is {directory} again")
+        with contextlib.suppress(OSError):
+            for path in directory.iterdir():
+                path.unlink()
+            if not was_there:
+                directory.rmdir()
+            if aside is not None:
+                aside.rename(directory)
+                print(f"the earlier run is {directory} again")
 
     return leave
 
@@ -68,6 +70,8 @@ def stages_to_redo(text: str | None, stages: tuple[str, ...]) -> tuple[str, ...]
     """
     named = tuple(text.split(",")) if text is not None else ()
     for stage in named:
-        check(stage in STAGES, f"--redo: unknown stage {stage!r}{closest(stage, STAGES)} Stages: {', '.join(STAGES)}")
+        check(
+            stage in STAGES, f"--redo: unknown stage {shown(stage)}{closest(stage, STAGES)} Stages: {', '.join(STAGES)}"
+        )
         check(stage in stages, f"--redo={stage}: this start runs only {', '.join(stages)}; name it in --stages too")
     return named
