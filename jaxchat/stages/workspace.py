@@ -31,7 +31,7 @@ from jaxchat.ops.compute import Compute, compute_dtype
 from jaxchat.runs.directory import TRAINED, RunDirectory
 from jaxchat.runs.metrics import Metrics
 from jaxchat.stages.generated import write_generated
-from jaxchat.stages.preflight import check_data
+from jaxchat.stages.preflight import check_data, left_out
 from jaxchat.stages.task_source import TaskSource, dataset_of
 from jaxchat.stages.text_check import check_text, check_tokens
 from jaxchat.storage import AnyPath, is_folder, to_path, to_run_directory
@@ -186,7 +186,7 @@ class Workspace:
             except MissingData as error:
                 missing.append(f"{name} ({error})")
         if missing and not quiet:
-            self.say(f"{stage:<9} left out, not in the data folder: {', '.join(missing)}")
+            self.say_once(left_out(stage, missing))
         return tasks
 
     def tokenizer(self) -> BaseTokenizer:
