@@ -163,7 +163,7 @@ def follow(message: str, run: Path, arguments: list[str]) -> list[str] | None:
             if os.path.lexists(place) and not os.path.lexists(aside):
                 place.rename(aside)
         return arguments
-    if "same launch.py command" in message or "launch.py" in remedy:
+    if "launch.py" in message or re.search("run the stage '\\w+' first", remedy):
         return commands(run)["again"]
     return None
 
@@ -254,7 +254,6 @@ def main() -> int:
 
 def import_everything() -> None:
     """Imports what commands import, without starting JAX's devices: a child could not use its parent's."""
-    sys.path.insert(0, str(ROOT))
     import jaxchat.cli.launch
     import jaxchat.cli.main
     import jaxchat.serve.terminal

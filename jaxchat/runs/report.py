@@ -20,7 +20,7 @@ from jaxchat.config import STAGES, CostConfig, Experiment
 from jaxchat.runs.directory import TRAINED, RunDirectory
 from jaxchat.runs.files import Object, read_lines, write_bytes, write_json
 from jaxchat.runs.plots import Curve, all_plots, curves
-from jaxchat.runs.report_page import page, scores_of
+from jaxchat.runs.report_page import page
 
 EXAMPLES = 3  # answers of each task that the report shows
 _ANSWER = Object({"question": str, "answer": str, "right": str, "score": float, "cut": bool})
@@ -41,7 +41,7 @@ def write_report(
     """
     run_dir, records = directory.path, directory.read_metrics(say)
     report = build_report(directory, records, vocab_size, parameters)
-    plots = all_plots(records, scores_of(report["evaluation"]))
+    plots = all_plots(records, _asked_alike(records, report["scores"]))
     for name, png in plots.items():
         write_bytes(run_dir / "plots" / name, png)
     write_json(run_dir / "report.json", report)
@@ -160,6 +160,25 @@ def _scores_with_settings(records: list[dict[str, Any]]) -> dict[str, dict[str, 
                 known = {fact: value for fact, value in facts.items() if value is not None}
                 found.setdefault(record["of"], {})[task] = known
     return {stage: found[stage] for stage in STAGES if stage in found}
+
+
+_WAY = ("count", "questions", "max_new_tokens", "temperature")
+
+
+def _asked_alike(records: list[dict[str, Any]], scores: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The scores that can stand in one picture: of each task those asked in the way in which it was asked last."""
+    asked = [(record["of"], name.partition("/")[2]) for record in records if "of" in record for name in record
+             if name.startswith("score/")]  # fmt: skip
+    last = {task: scores[stage][task] for stage, task in asked if task in scores.get(stage, {})}
+    alike = {
+        stage: {
+            task: entry["score"]
+            for task, entry in found.items()
+            if all(entry.get(fact) == last[task].get(fact) for fact in _WAY)
+        }
+        for stage, found in scores.items()
+    }
+    return {stage: found for stage, found in alike.items() if found}
 
 
 def _answers(directory: RunDirectory, scores: dict[str, Any]) -> dict[str, dict[str, list[dict[str, Any]]]]:

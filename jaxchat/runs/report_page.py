@@ -61,10 +61,12 @@ def _story(report: dict[str, Any]) -> str:
     if read:
         then = f", then {format_count(heard)} tokens of conversations" if heard else ""
         sentences.append(f"It has read {format_count(read)} tokens of {source}{then}.")
-    scores = scores_of(report["evaluation"])
+    scores = _scores(report["evaluation"])
     if scores:
         stage, found = list(scores.items())[-1]
-        results = ", ".join(f"{task.replace('_', ' ')} {score:.0%}" for task, score in found.items())
+        facts = report.get("scores", {}).get(stage, {})
+        asked = {task: f" of {facts[task]['count']:,}" if "count" in facts.get(task, {}) else "" for task in found}
+        results = ", ".join(f"{task.replace('_', ' ')} {score:.0%}{asked[task]}" for task, score in found.items())
         sentences.append(f"After {stage} it answers these shares of held-out questions correctly: {results}.")
     if stages:
         sentences.append(
@@ -96,7 +98,7 @@ def _how_to_talk(report: dict[str, Any], shown_path: str) -> str:
 
 
 def _can_do(report: dict[str, Any], plots: list[str]) -> str:
-    scores = scores_of(report["evaluation"])
+    scores = _scores(report["evaluation"])
     parts = []
     if scores:
         tasks = list(dict.fromkeys(task for found in scores.values() for task in found))
@@ -324,6 +326,6 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
 
 
-def scores_of(evaluation: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def _scores(evaluation: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     scores = {stage: {k: v for k, v in found.items() if k != "bpb"} for stage, found in evaluation.items()}
     return {stage: found for stage, found in scores.items() if found}

@@ -230,6 +230,36 @@ def change_the_manifests_type(folder):
     (folder / "manifest.json").write_text("[1, 2]")
 
 
+def leave_nothing_in_the_manifest(folder):
+    (folder / "manifest.json").write_text("{}")
+
+
+def leave_a_file_out_of_the_manifest(folder):
+    listed = json.loads((folder / "manifest.json").read_text())
+    listed.pop(next(name for name in listed if name.startswith("params/d/")))
+    (folder / "manifest.json").write_text(json.dumps(listed))
+
+
+def put_numbers_for_files_into_the_manifest(folder):
+    (folder / "manifest.json").write_text('{"params/_METADATA": 5, "data/metadata": ["x", null]}')
+
+
+def replace_a_file_by_a_folder(folder):
+    path = biggest(folder)
+    path.unlink()
+    path.mkdir()
+
+
+def replace_a_file_by_a_link_to_nothing(folder):
+    path = biggest(folder)
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def delete_the_parameters(folder):
+    shutil.rmtree(folder / "params")
+
+
 def empty(folder):
     for path in files(folder):
         path.unlink()
@@ -243,6 +273,12 @@ DAMAGES = [
     delete_the_manifest,
     scribble_over_the_manifest,
     change_the_manifests_type,
+    leave_nothing_in_the_manifest,
+    leave_a_file_out_of_the_manifest,
+    put_numbers_for_files_into_the_manifest,
+    replace_a_file_by_a_folder,
+    replace_a_file_by_a_link_to_nothing,
+    delete_the_parameters,
     empty,
 ]
 
@@ -258,7 +294,9 @@ def test_damage_is_refused_with_a_remedy(checkpoints, damage):
     with pytest.raises(UserError) as error:
         fresh.restore(state())
     message = str(error.value)
-    assert "\n" not in message and message.endswith("delete that folder to resume from step 10")
+    assert "\n" not in message and message.endswith(
+        f"delete that folder to resume from step 10, or train again with --redo={checkpoints.directory.parent.name}"
+    )
     assert message.startswith(f"checkpoint {checkpoints.directory / '20'} is damaged (")
     assert_same(fresh.restore(state(), 10)[0], state(seed=10, step=10))
     shutil.rmtree(checkpoints.directory / "20")
@@ -268,14 +306,35 @@ def test_damage_is_refused_with_a_remedy(checkpoints, damage):
     fresh.close()
 
 
+def test_of_a_finished_stage_its_record_is_in_the_way_of_an_earlier_step(checkpoints):
+    for step in (10, 20):
+        checkpoints.save(step, state(seed=step, step=step), data={}, meta={})
+    checkpoints.close()
+    record = checkpoints.directory.parent / "stage.json"
+    record.write_text("{}")
+    truncate(checkpoints.directory / "20")
+    with pytest.raises(
+        UserError, match=f"; delete it and {record} to resume from step 10, or train again with --redo="
+    ):
+        Checkpoints(checkpoints.directory).restore(state())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"20": "x"}', '{"a": 1.0}', '{"20": 1e999}'])
+def test_damaged_scores_are_no_scores(checkpoints, text):
+    checkpoints.save(20, state(), data={}, meta={})
+    checkpoints.close()
+    (checkpoints.directory / "worths.json").write_text(text)
+    assert Checkpoints(checkpoints.directory).best_step() is None
+
+
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, delete_metadata])
-def test_without_a_good_step_the_remedy_for_damaged_parameters_is_fresh(checkpoints, damage):
+def test_without_a_good_step_the_remedy_is_to_train_the_stage_again(checkpoints, damage):
     for step in (10, 20):
         checkpoints.save(step, state(), data={}, meta={})
     checkpoints.close()
     damage(checkpoints.directory / "10" / "params" if damage is not delete_metadata else checkpoints.directory / "10")
     damage(checkpoints.directory / "20" / "params" if damage is not delete_metadata else checkpoints.directory / "20")
-    with pytest.raises(UserError, match=r"/20 is damaged \(params/.*\); start over with --fresh$"):
+    with pytest.raises(UserError, match=r"/20 is damaged \(params/.*\); train again with --redo="):
         Checkpoints(checkpoints.directory).restore_params(state()["params"])
 
 

@@ -17,7 +17,7 @@ from jaxchat.runs.config_json import to_json
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.metrics import Metrics
 from jaxchat.runs.plots import all_plots, curves, smoothed
-from jaxchat.runs.report import write_report
+from jaxchat.runs.report import _asked_alike, write_report
 
 GPU = {
     "platform": "gpu",
@@ -136,6 +136,14 @@ def test_scores_in_one_row_were_asked_in_one_way(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "| held-out questions | after sft | after rl | asked | cut | longest answer |" in text
     assert "| sums | 50.0% |  | 200 | 2 | 64 tokens |\n| sums |  | 100.0% | 5 | 2 | 64 tokens |" in text
+    assert (
+        "After rl it answers these shares of held-out questions correctly: sums 100% of 5, facts 100% of 9."
+        in " ".join(text.split())
+    )
+    lines = RunDirectory(tmp_path).read_metrics()
+    assert _asked_alike(lines, json.loads((tmp_path / "report.json").read_text())["scores"]) == {
+        "rl": {"sums": 1.0, "facts": 1.0}
+    }
     assert "> 0 + 0?\n`0`\n(score 0, cut; right: 0)" in text and text.count("> ") == 3
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["scores"]["rl"]["sums"] == {
