@@ -134,7 +134,7 @@ class TestWholeRun:
         (tmp_path / "thesis.txt").write_text("mine")
         assert "not a run" in refusal(start(tmp_path))
         assert "not a run" in refusal(start(tmp_path, "--fresh"))
-        assert "not a run" in refusal(start(tmp_path / "thesis.txt"))
+        assert "is a file" in refusal(start(tmp_path / "thesis.txt"))
         assert "choose another --run-dir" in refusal(start(tmp_path / "thesis.txt" / "run"))
         assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -165,11 +165,11 @@ class TestStages:
     def test_only_the_named_ones_run_and_others_keep_their_freedom(self, finished, tmp_path):
         run = copy(finished, tmp_path / "run", "pretrain")
         # sft has not started, so its settings may still change. Midtraining is skipped.
-        few = run / "few.jsonl"  # too few to hold any out
+        few = run / "few.jsonl"  # so few that one is held out
         line = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}
         few.write_text(f"{json.dumps(line)}\n" * 10)
         code, out, err = start(run, "--stages=sft", f"--sft.mixture={few}")
-        assert code == 0 and list(record(run, "sft")["mixture"].values()) == [10], err
+        assert code == 0 and list(record(run, "sft")["mixture"].values()) == [9], err
         shutil.rmtree(run / "sft")
         code, out, err = start(run, "--stages=sft", "--sft.num-iterations=2", "--sft.mixture=chat:100,letters:50")
         assert code == 0, err
@@ -184,13 +184,19 @@ class TestStages:
         for stage in ("midtrain", "sft", "rl"):
             assert "pretrain" in refusal(start(run, f"--stages={stage}"))
 
-    def test_a_skipped_rl_leaves_no_model(self, finished, tmp_path):
+    def test_a_skipped_rl_leaves_no_model(self, finished, tmp_path, monkeypatch):
         run = copy(finished, tmp_path / "run", "pretrain", "sft")
+        name_nothing(monkeypatch)
         code, out, err = start(run, "--stages=rl,evaluate", "--rl.tasks=gsm8k", "--evaluate.of=rl")
         assert code == 0, err
         assert "rl        skipped: the data folder has none of its tasks (gsm8k)" in out
         assert "evaluate  rl left no model" in out
         assert record(run, "rl")["steps"] == 0
+
+
+def name_nothing(monkeypatch):
+    """Starts as if the experiment, and not the user, had named the tasks: those that the data lacks are left out."""
+    monkeypatch.setattr("jaxchat.cli.launch.named_fields", lambda overrides: frozenset())
 
 
 def interrupt_at(monkeypatch, source, step, error=KeyboardInterrupt):
@@ -312,7 +318,8 @@ STORIES = ["The old fox slept under the tree, and the rain fell on the leaves al
 class TestOwnText:
     @pytest.mark.slow
     @pytest.mark.parametrize("form", ["txt", "jsonl"])
-    def test_text_alone_is_enough(self, finished, tmp_path, form):
+    def test_text_alone_is_enough(self, finished, tmp_path, form, monkeypatch):
+        name_nothing(monkeypatch)
         folder = tmp_path / "texts"
         folder.mkdir()
         if form == "txt":
