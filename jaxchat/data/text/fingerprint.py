@@ -74,10 +74,10 @@ def _hash(data: bytes) -> str:
 
 
 def what_changed(before: Json, now: Json) -> str | None:
-    """How the text differs from what it was, for a message; None if it is the same."""
+    """How the text differs from what it was, for a message; None if it is the same, or if `before` is damaged."""
     for side, name in _SIDES.items():
-        old, new = before[side], now[side]
-        if old == new:
+        old, new = before.get(side) if isinstance(before, dict) else None, now[side]
+        if old == new or not _is_whole(old):
             continue
         if "each" not in old or "each" not in new:
             counts = [f"{found['files']:,} files of {found['bytes']:,} bytes" for found in (new, old)]
@@ -87,6 +87,15 @@ def what_changed(before: Json, now: Json) -> str | None:
             return ", ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
         return f"one in {new.get('hold_out')} documents is for validation, not one in {old.get('hold_out')}"
     return None
+
+
+def _is_whole(side: Any) -> bool:
+    """Whether a side is as `_of_side` writes it."""
+    try:
+        sizes = [int(size) for size, _ in side.get("each", {}).values()]
+        return isinstance(side["hash"], str) and side["files"] + side["bytes"] + sum(sizes) >= 0
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
 
 
 def _changes(old: dict[str, list], new: dict[str, list]):

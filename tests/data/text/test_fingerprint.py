@@ -91,6 +91,23 @@ def test_large_files_are_sampled_to_their_ends_and_many_files_are_not_named(tmp_
     assert changed.startswith("training has 1 files of ") and ", not 2 files of " in changed
 
 
+def test_a_damaged_fingerprint_says_nothing(tmp_path):
+    now = prints(write(tmp_path / "text"))
+    whole = now["train"]
+    for side in (
+        None,
+        3,
+        [],
+        {},
+        {**whole, "each": 3},
+        {**whole, "each": {"a": 1}},
+        {**whole, "files": "x", "hash": ""},
+    ):
+        assert what_changed({"train": side, "val": now["val"]}, now) is None
+    assert what_changed({}, now) is None
+    assert what_changed({**now, "train": {**whole, "hash": "", "each": {}}}, now) == "a.jsonl is new, b.jsonl is new"
+
+
 def test_a_position_is_of_its_text(tmp_path):
     write(tmp_path / "text")
     split = find_text(tmp_path / "text")
