@@ -85,7 +85,7 @@ def override(experiment: Experiment, arguments: list[str], options: Sequence[str
     groups = _by_option(arguments, fields, options)
     try:
         return _parse(experiment, groups)
-    except SystemExit:
+    except (SystemExit, Impossible) as error:
         # The option at fault fails when it is the only one, too.
         for group in groups:
             try:
@@ -94,8 +94,8 @@ def override(experiment: Experiment, arguments: list[str], options: Sequence[str
                 pass
             except SystemExit:
                 raise UserError(_explain(group, fields)) from None
-        raise UserError(f"{shorten(' '.join(arguments))}: these options do not go together; see --help") from None
-    except Impossible as error:
+        if isinstance(error, SystemExit):
+            raise UserError(f"{shorten(' '.join(arguments))}: these do not go together; see --help") from None
         # A section that several stages have does not know which of them it is built for.
         for section in dict.fromkeys(_section(group) for group in groups):
             try:
