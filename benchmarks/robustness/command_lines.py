@@ -201,16 +201,18 @@ def run_line(line: list[str], written: list[str]) -> End:
         except BaseException:
             traceback.print_exc()
     end = End(code, out.getvalue(), err.getvalue(), time.monotonic() - began)
-    wrong = _wrong(end) or (f"written outside: {written[0]}" if written else None)
+    wrong = _wrong(line, end) or (f"written outside: {written[0]}" if written else None)
     return End(end.code, end.out, end.err, end.seconds, wrong)
 
 
-def _wrong(end: End) -> str | None:
+def _wrong(line: list[str], end: End) -> str | None:
     if "Traceback" in end.out + end.err:
         return f"traceback: {end.err.strip().splitlines()[-1][:300]}"
     if end.code not in RIGHT_CODES:
         return f"exit code {end.code}"
     lines = end.err.splitlines()
+    if line[1:2] == ["data"]:  # a download says on stderr how far it is
+        lines = lines[-1:]
     if end.code == 2 and (len(lines) != 1 or not lines[0].removeprefix("error: ").strip()):
         return f"{len(lines)} lines on stderr"
     if end.code == 2 and len(lines[0]) > 1500:
@@ -320,7 +322,7 @@ def main() -> int:
     for command in commands[:8]:
         print(f"| {command} | {' | '.join(str(ends[command, code]) for code in codes)} |")
     print(
-        f"\n{len(numbers):,} lines, seed {options.seed}, {taken:.0f} s: {len(wrong)} ended in another way {wrong or ''}"
+        f"\n{len(numbers):,} lines, seed {options.seed}, {taken:.0f} s: {len(wrong)} ended in a wrong way {wrong or ''}"
     )
     return 1 if wrong else 0
 

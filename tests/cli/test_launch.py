@@ -236,6 +236,11 @@ class TestOverride:
     def test_lists_by_spaces_or_commas(self, words):
         assert override(self.experiment, words).sft.mixture == ("chat:5", "sums")
 
+    @pytest.mark.parametrize("words", [["--sft.epochs=x", "--rl.top-k=0"], ["--rl.top-k=0", "--sft.epochs=x"]])
+    def test_an_ill_typed_value_beside_an_impossible_one(self, words):
+        with pytest.raises(UserError, match="^--sft.epochs=x: the value must be a number$"):
+            override(self.experiment, words)
+
     def test_nothing_changes_without_arguments(self):
         for name in experiment_names():
             experiment = load_experiment(name)
