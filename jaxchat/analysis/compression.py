@@ -16,6 +16,7 @@ from jaxchat.errors import UserError, check
 from jaxchat.storage import to_path
 from jaxchat.tokenizer import BaseTokenizer, Tokenizer, load_tokenizer
 from jaxchat.tokenizer.compare import Compression, measure, samples, table
+from jaxchat.tokenizer.files import holds_ranks, tokenizer_file
 from jaxchat.tokenizer.patterns import TIKTOKEN_PATTERNS
 
 TEXT_BYTES = 2_000_000  # taken from the training and the validation text each
@@ -42,9 +43,8 @@ def evaluate(path: str, against: Sequence[str], text: str | None, *, pattern: st
 
 def _load(name: str, pattern: str | None) -> BaseTokenizer:
     """The tokenizer of a run directory, or in a folder or file."""
-    path = epath.Path(to_path(name))
-    path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
-    if path.suffix != ".tiktoken" or path.stem in TIKTOKEN_PATTERNS or not path.exists():
+    path = tokenizer_file(to_path(name))
+    if path.stem.lower() in TIKTOKEN_PATTERNS or not holds_ranks(path):
         return load_tokenizer(path)
     known = ", ".join(TIKTOKEN_PATTERNS)
     check(pattern is not None, f"{path} has no split pattern; give --pattern REGEX, or rename it to one of {known}")
