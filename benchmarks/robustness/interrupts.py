@@ -105,7 +105,7 @@ def interrupt(
       signals: sent `gap` seconds apart; none closes the pipe that reads stdout and stderr.
       after: seconds before the interrupt, from the start or from `line`.
       line: text to wait for on stdout or stderr.
-      stdin: what is written to standard input, which then stays open; None for an empty one.
+      stdin: what is written to standard input, which then ends; None for an empty one.
     """
     with tempfile.TemporaryFile("w+") as kept, contextlib.ExitStack() as stack:
         read, write = os.pipe()
@@ -125,7 +125,7 @@ def interrupt(
         try:
             if stdin is not None and process.stdin is not None:
                 process.stdin.write(stdin.encode())
-                process.stdin.flush()
+                process.stdin.close()
             seen = b""
             while line is not None and line.encode() not in seen:
                 data = out.read(4096)
