@@ -71,7 +71,9 @@ def _explain(error: BaseException, resumes: bool) -> tuple[int, str] | None:
     """The exit code and the line for the user; None for a bug."""
     retry = RESUME if resumes else "try again"
     if isinstance(error, UserError):
-        return BAD_INPUT, f"error: {error}"
+        from jaxchat.verbatim import one_line  # not before Ctrl-C is seen to
+
+        return BAD_INPUT, f"error: {one_line(str(error))}"
     if isinstance(error, KeyboardInterrupt):
         interrupted = error if isinstance(error, Interrupted) else Interrupted(Cause.CTRL_C)
         return interrupted.cause.code, interrupted.line(resumes)

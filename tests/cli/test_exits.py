@@ -286,3 +286,11 @@ def test_lines_for_the_user():
             f"error: there is no room for what is printed, step 3 saved; make room, and {there[2:]}",
         ),
     }
+
+
+def test_a_name_with_control_codes_leaves_the_error_one_harmless_line(capfd):
+    def refuse():
+        raise UserError("there is no run no\x1b[31m\nrun [b] :smile:")
+
+    assert run_command(refuse) == 2
+    assert capfd.readouterr().err == "error: there is no run no\\x1b[31m\\nrun [b] :smile:\n"
