@@ -215,7 +215,7 @@ def _wrong(line: list[str], end: End) -> str | None:
         lines = lines[-1:]
     if end.code == 2 and (len(lines) != 1 or not lines[0].removeprefix("error: ").strip()):
         return f"{len(lines)} lines on stderr"
-    if end.code == 2 and len(lines[0]) > 1500:
+    if end.code == 2 and len(lines[0]) > 1600:
         return f"a line of {len(lines[0]):,} characters"
     return None
 

@@ -11,7 +11,6 @@ and resumes the unfinished one.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import os
@@ -29,7 +28,7 @@ from jaxchat.cli.parser import HelpFormatter, Parser, option_strings
 from jaxchat.cli.places import check_place
 from jaxchat.cli.values import path, whole, words
 from jaxchat.config import STAGES, Experiment, Range
-from jaxchat.devices.launchers import find_cluster
+from jaxchat.devices.launchers import Cluster, find_cluster
 from jaxchat.verbatim import one_line
 
 
@@ -50,10 +49,11 @@ def _run(argv: list[str]) -> int:
         experiment = dataclasses.replace(experiment, stages=options.stages)
     directory = options.run_dir or f"runs/{experiment.name}"
     redo = check_start(experiment, directory, redo=options.redo, fresh=options.fresh)
+    cluster = find_cluster(os.environ, options.coordinator, options.num_processes, options.process_id)
     prepare_jax()
     if options.dry_run:
         return _dry_run(experiment, named_fields(overrides))
-    return _train(experiment, directory, redo, options, named_fields(overrides))
+    return _train(experiment, directory, redo, options.fresh, cluster, named_fields(overrides))
 
 
 def launch_parser() -> Parser:
@@ -165,9 +165,13 @@ def _dry_run(experiment: Experiment, given: Collection[str]) -> int:
 
 
 def _train(
-    experiment: Experiment, directory: str, redo: Collection[str], options: argparse.Namespace, given: Collection[str]
+    experiment: Experiment,
+    directory: str,
+    redo: Collection[str],
+    fresh: bool,
+    cluster: Cluster | None,
+    given: Collection[str],
 ) -> int:
-    cluster = find_cluster(os.environ, options.coordinator, options.num_processes, options.process_id)
     processes().start(cluster)
     from jaxchat.runs.starting import take
     from jaxchat.stages.pipeline import check_possible, run_stages
@@ -175,7 +179,7 @@ def _train(
 
     check_possible(experiment)
     with contextlib.ExitStack() as held:
-        processes().on_process_zero(lambda: take(directory, held, fresh=options.fresh))
+        processes().on_process_zero(lambda: take(directory, held, fresh=fresh))
         run_stages(Workspace(experiment, directory, redo=redo), given)
     if several_processes():
         processes().finish()

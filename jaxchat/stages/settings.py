@@ -20,9 +20,14 @@ def check_settings(experiment: Experiment) -> None:
     """Checks what needs neither devices nor data.
 
     Raises:
-      UserError: there is no stage to run; a task or data set is unknown; a stage has no task.
+      UserError: there is no stage to run, or no data; a task or data set is unknown; a stage has no task.
     """
     check(bool(experiment.stages), "stages is empty; name at least one, such as --stages=pretrain")
+    check(
+        experiment.data.folder is not None or experiment.data.generate,
+        f"{experiment.name} trains on your text: give it a folder with --data=DIR, or name data sets with "
+        "--data.download",
+    )
     with naming("data.download"):
         parse_requests(experiment.data.download)
     for stage in experiment.stages:
