@@ -120,7 +120,8 @@ class RunDirectory:
         config = read_json(self.config_file, Object({"name": str}), remedy)
         if config is None and "delete" in remedy:
             raise UserError(f"{self.config_file} is missing; the same launch.py command writes it again")
-        check(config is not None, f"{self} is not a run: it has no config.json")
+        if config is None:
+            raise UserError(f"{self} is not a run: it has no config.json")
         return self._experiment(self.config_file, config, remedy)
 
     def _experiment(self, path: epath.Path, config: dict[str, Any], remedy: str) -> Experiment:
@@ -370,7 +371,7 @@ class RunDirectory:
         if not folder.exists():
             return
         check(not is_remote(self.path), f"stages can be set aside on this machine only, not in {self}; delete {folder}")
-        aside = free_name(folder)
+        aside = epath.Path(free_name(folder))
         folder.rename(aside)
         for name in (f"evaluate/{stage}", f"tensorboard/{stage}", f"wandb/{stage}.id"):
             if (self.path / name).exists():

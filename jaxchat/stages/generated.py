@@ -28,8 +28,8 @@ def write_generated(directory: AnyPath, experiment: Experiment, say: Callable[[s
       Damaged: there is a folder where the note of its settings belongs.
     """
     data, began, note = experiment.data, time.perf_counter(), directory / "complete"
-    wanted = {"documents": data.synthetic_documents, "conversations": data.synthetic_conversations}
-    wanted["seed"] = experiment.seed
+    documents, conversations, seed = data.synthetic_documents, data.synthetic_conversations, experiment.seed
+    wanted = {"seed": seed, "documents": documents, "conversations": conversations}
     found = _noted(note)
     if found is not None:
         other = {**wanted, **{name: found[name] for name in wanted if name in found}} != wanted
@@ -42,7 +42,7 @@ def write_generated(directory: AnyPath, experiment: Experiment, say: Callable[[s
             directory.rename(aside)
             say(f"data      {what} is now {aside}")
     say(f"data      generating the synthetic corpus in {directory}")
-    write_synthetic(directory, **wanted)
+    write_synthetic(directory, seed=seed, documents=documents, conversations=conversations)
     files = {path.relative_to(directory).as_posix(): _size_and_crc(path) for path in _files(directory) if path != note}
     write_json(epath.Path(note), {**wanted, "files": files})
     say(f"data      done in {time.perf_counter() - began:.0f} s")
@@ -68,7 +68,9 @@ def _changed(directory: AnyPath, files: dict[str, list[int]]) -> str | None:
 
 
 def _files(directory: AnyPath) -> list[AnyPath]:
-    return [path for path in directory.rglob("*") if not path.is_dir()]
+    # Not `rglob`, which cloud storage does not have.
+    found = [_files(path) if path.is_dir() else [path] for path in sorted(directory.iterdir())]
+    return [path for paths in found for path in paths]
 
 
 def _size_and_crc(path: AnyPath) -> list[int]:
