@@ -154,7 +154,7 @@ def test_json_is_lines_or_one_list(tmp_path):
     assert [*split.left_out] == [("dataset_info.json", "json without a field 'text'")]
     (tmp_path / "a.json").write_text('[{"text": "x"}, {"text": 3}, 5]')
     with fails(r"a.json: item 2: field 'text' is a int, not a string"):
-        find_text(tmp_path), list(iterate_texts(find_text(tmp_path).train))
+        list(iterate_texts(find_text(tmp_path).train))
     (tmp_path / "a.json").write_text('[{"text": "x"}, {"text": ')
     with fails(r"a.json: broken JSON"):
         list(iterate_texts(find_text(tmp_path).train))
