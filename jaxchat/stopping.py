@@ -88,21 +88,22 @@ class Deferral:
     Attributes:
       cause: why it is to end; None as long as it is not.
       alone: whether `raise_if_asked` may end it anywhere; several processes must agree where all of them stop.
+      unsaved: whether there is something to save; as long as there is not, a request ends the process at once.
       waiting: within `interruptible`.
       notice: what the user is told at the request.
       heard: all requests so far.
     """
 
-    def __init__(self, alone: bool, notice: str):
+    def __init__(self, alone: bool, unsaved: bool, notice: str):
         self.cause: Cause | None = None
-        self.alone, self.notice, self.waiting = alone, notice, False
+        self.alone, self.unsaved, self.notice, self.waiting = alone, unsaved, notice, False
         self.heard: set[Cause] = set()
         self._presses, self._overdue = 0, False
 
     def grant(self, cause: Cause) -> bool:
-        """Takes note of a request to end; False for the second Ctrl-C, which is final."""
+        """Takes note of a request to end; False if it is final: the second Ctrl-C, or any while nothing is unsaved."""
         self._presses += cause is Cause.CTRL_C
-        if self._presses > 1:
+        if self._presses > 1 or not self.unsaved:
             return False
         if self.cause is None:
             self.cause = cause
@@ -174,20 +175,20 @@ def resuming(resumes: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deferred(*, alone: bool = True, notice: str = NOTICE) -> Iterator[Deferral]:
+def deferred(*, alone: bool = True, unsaved: bool = True, notice: str = NOTICE) -> Iterator[Deferral]:
     """A context in which a request to end is only noted, for work that has something to save.
 
     Without `begin` it takes the signals for its duration, in the main thread.
 
     Args:
-      alone, notice: as in `Deferral`.
+      alone, unsaved, notice: as in `Deferral`.
 
     Raises:
       Interrupted: at its end, if the work was asked to end and has not done so.
     """
     global _deferral
     before = _take_signals() if threading.current_thread() is threading.main_thread() else {}
-    _deferral = deferral = Deferral(alone, notice)
+    _deferral = deferral = Deferral(alone, unsaved, notice)
     try:
         yield deferral
     finally:

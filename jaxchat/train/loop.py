@@ -119,7 +119,7 @@ class Loop:
           UserError: the loss diverges, and the training cannot or must not resume without the batches at fault; or the
             checkpoints are those of a training with another number of steps.
           Interrupted: the training was asked to end (`jaxchat.stopping`), and has, after the current step, saved its
-            state.
+            state. Before the end of the first step that it does there is nothing to save, and it ends at once.
         """
         abstract = jax.tree.map(_abstract, state)
         self.checkpoints.prepare(abstract)
@@ -129,7 +129,7 @@ class Loop:
         else:
             jax.tree.map(lambda x: x.delete(), state)  # the caller may hold it, and its memory is needed
             state = self._resume(abstract, step)
-        with stopping.deferred(alone=not active()) as deferral:
+        with stopping.deferred(alone=not active(), unsaved=False) as deferral:
             self._evaluate_at_start(step, state)
             try:
                 while True:
@@ -344,7 +344,7 @@ class _Attempt:
         self.position = self.loop.source.get_state()
         results = {**results, STOP: self.stop_flag(self.deferral.cause)}
         self.dispatched.append(_DispatchedStep(self.step, batch["inputs"].size, results, extra, self.position))
-        self.step, self.consistent = self.step + 1, True
+        self.step, self.consistent, self.deferral.unsaved = self.step + 1, True, True
 
     def log_dispatched(self, leave: int = 0) -> None:
         """Waits for dispatched steps and logs them until `leave` are left, or none if the training is to stop.
