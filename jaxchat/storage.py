@@ -118,7 +118,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     found = re.search(r"No space left on device|Read-only file system|Permission denied|File too large", str(error))
-    return found[0] if found else str(error).partition("\n")[0]
+    return found[0] if found else first_line(error)
 
 
 def is_folder(path: AnyPath) -> bool:
@@ -144,11 +144,21 @@ def is_folder(path: AnyPath) -> bool:
 
 
 def append_bytes(path: AnyPath, data: bytes) -> None:
-    """Appends to a file, creating it if needed; in cloud storage the whole file is read and written again."""
+    """Appends to a file, creating it if needed; in cloud storage the whole file is read and written again.
+
+    On this machine it appends all or nothing.
+    """
     if not is_remote(path):
         try:
-            with path.open("ab") as file:
-                file.write(data)
+            with open(path, "ab", buffering=0) as file:
+                size = file.seek(0, os.SEEK_END)
+                try:
+                    while data:  # a disk that is nearly full takes a part
+                        data = data[file.write(data) :]
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        file.truncate(size)
+                    raise
         except OSError as error:  # a write does not say to which file
             raise OSError(error.errno, error.strerror, os.fspath(path)) from None
         return

@@ -31,7 +31,10 @@ from jaxchat.errors import UserError
 from jaxchat.stopping import Cause, Interrupted
 
 BUG, BAD_INPUT = 1, 2
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK = (
+    *(*stopping.NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
+    *(errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG),
+)
 LONGEST = 1500  # characters of a line for the user, who may have given a name as long as that
 RESUME = "the same command resumes from here"
 

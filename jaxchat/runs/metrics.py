@@ -26,7 +26,8 @@ from etils import epath
 from jaxchat.errors import UserError
 from jaxchat.runs.files import Object, parse_line, read_bytes, read_json, read_lines, split_lines, write_bytes
 from jaxchat.runs.progress import LiveLine
-from jaxchat.storage import append_bytes, first_line, is_remote, storage_errors
+from jaxchat.stopping import NO_ROOM
+from jaxchat.storage import append_bytes, is_remote, reason, storage_errors
 
 NAME = "metrics.jsonl"
 REMEDY = "move it aside: the run goes on without its metrics so far"
@@ -225,9 +226,9 @@ class _JsonLines:
     def flush(self) -> None:
         try:
             self._append()
-        except storage_errors():
+        except storage_errors() as error:
             if not self._remote:
-                raise
+                raise self._unwritable(error) from error
             self._flushed = time.monotonic()  # it may recover; hours of training must not end because of a log
 
     def _append(self) -> None:
@@ -240,10 +241,14 @@ class _JsonLines:
         try:
             self._append()
         except storage_errors() as error:
-            if not self._remote:
-                raise
-            problem = f"{self._path} cannot be written ({first_line(error)})"
-            raise UserError(f"{problem}; the same command resumes from the last checkpoint") from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: Exception) -> UserError:
+        remedy = "make room, and " if isinstance(error, OSError) and error.errno in NO_ROOM else ""
+        return UserError(
+            f"{self._path} cannot be written ({reason(error)}); {remedy}the same command resumes from the last "
+            "checkpoint"
+        )
 
 
 class _TensorBoard:

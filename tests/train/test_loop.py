@@ -217,7 +217,7 @@ def test_a_signal_saves_at_the_step_boundary(tmp_path, asked, name, why):
     number = getattr(signal, name)
     whole = loop(tmp_path / "whole", save_every=3)
     end = whole.train(begin())
-    for stop in (0, 2, 3, 6):  # the first step, the two around a save, the last
+    for stop in (1, 2, 3, 6):  # the two around a save, and the last
 
         def step(state, batch, stop=stop):
             if asked == "within the step" and int(state["step"]) == stop:
@@ -239,6 +239,52 @@ def test_a_signal_saves_at_the_step_boundary(tmp_path, asked, name, why):
         assert len(table(directory)) == stop + 1
         assert loop(directory, save_every=3).train(begin())["params"]["x"] == end["params"]["x"]
         assert table(directory) == table(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_signal_before_the_end_of_the_first_step_takes_effect_at_once(tmp_path, number, first):
+    """As in RL, where XLA compiles in it: there is nothing to save."""
+    if first:
+        with pytest.raises(KeyboardInterrupt):
+            loop(tmp_path, source=Counting(stop=first)).train(begin())
+
+    def step(state, batch):
+        signal.raise_signal(number)
+        raise AssertionError("the step went on")
+
+    stopped = loop(tmp_path, step_fn=step)
+    with pytest.raises(Interrupted, match="stopped( by SIGTERM| by SIGHUP)?$"):
+        stopped.train(begin())
+    assert stopped.checkpoints.latest_step() == (first or None)
+    whole = loop(tmp_path / "whole").train(begin())
+    assert loop(tmp_path).train(begin())["params"]["x"] == whole["params"]["x"]
+    assert table(tmp_path) == table(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("in_the_way", ["a full disk", "a folder"])
+@pytest.mark.parametrize("due", [3, 4, 5])
+def test_a_log_that_cannot_be_written_ends_the_training_in_order(tmp_path, in_the_way, due):
+    """Whether no save is due, or one has begun, or one waits for the log of its step."""
+    file, aside = tmp_path / "metrics.jsonl", tmp_path / "aside"
+
+    class Source(Counting):
+        def next_batch(self, step, params):
+            if step == 5:
+                file.rename(aside)
+                file.symlink_to("/dev/full") if in_the_way == "a full disk" else file.mkdir()
+            return super().next_batch(step, params)
+
+    stopped = loop(tmp_path, source=Source(), save_every=due)
+    why = r"No space left on device\); make room, and" if in_the_way == "a full disk" else r"Is a directory\);"
+    with pytest.raises(UserError, match=rf"metrics.jsonl cannot be written \({why} the same command resumes from"):
+        stopped.train(begin())
+    assert stopped.checkpoints.steps() == ([due] if due < 5 else [])
+    file.unlink() if in_the_way == "a full disk" else file.rmdir()
+    aside.rename(file)
+    whole = loop(tmp_path / "whole", save_every=due)
+    assert loop(tmp_path, save_every=due).train(begin())["params"]["x"] == whole.train(begin())["params"]["x"]
+    assert table(tmp_path) == table(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
