@@ -20,6 +20,7 @@ from jaxchat.eval.chat import prompts_of
 from jaxchat.infer.engine import Completion, Engine
 from jaxchat.rl.objectives import OBJECTIVES
 from jaxchat.rl.signal import Signal
+from jaxchat.stopping import raise_if_asked
 from jaxchat.tasks import Conversation, Task
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.loop import Source
@@ -40,10 +41,11 @@ def questions_of(tasks: list[Task], tokenizer: BaseTokenizer, sequence_len: int)
 
 def score(questions: Sequence[Question], completions: list[Completion], tokenizer: BaseTokenizer) -> list[float]:
     """The reward of each completion, as an answer to the question at the same index."""
-    return [
-        task.score(conversation, tokenizer.decode(completion.tokens), cut=not completion.finished)
-        for (task, conversation), completion in zip(questions, completions, strict=True)
-    ]
+    rewards = []
+    for (task, conversation), completion in zip(questions, completions, strict=True):
+        raise_if_asked()  # a score may take seconds, if an answer is a program
+        rewards.append(task.score(conversation, tokenizer.decode(completion.tokens), cut=not completion.finished))
+    return rewards
 
 
 def sampling(config: RLConfig) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Rewards to weights, rollouts to batches, and what a step of REINFORCE does to the parameters."""
 
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from jaxchat import stopping
 from jaxchat.config import MeshConfig, OptimizerConfig, RLConfig
 from jaxchat.devices.mesh import make_mesh
 from jaxchat.infer.engine import Completion, Engine
@@ -86,6 +89,25 @@ def test_best_of_n_weights(rewards):
             best = row.index(max(row))
             assert weights[best] == 1
             assert np.isnan(weights[:best] + weights[best + 1 :]).all()
+
+
+def test_scoring_is_left_between_two_answers(tokenizer):
+    """Each may be a program that runs for seconds."""
+
+    class Slow(ListTask):
+        def score(self, conversation, completion, *, cut=False):
+            scored.append(completion)
+            signal.raise_signal(signal.SIGTERM)
+            return 0.0
+
+    scored, question = [], {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
+    task = Slow("slow", [question])
+    answers = [
+        Completion(tokenizer.encode(text), [True], tokenizer.encode_special("<|assistant_end|>")) for text in "ab"
+    ]
+    with pytest.raises(stopping.Interrupted), stopping.deferred():
+        score([(task, question)] * 2, answers, tokenizer)
+    assert scored == ["a"]
 
 
 def test_only_sampled_tokens_and_the_stop_are_targets(tokenizer, params):
