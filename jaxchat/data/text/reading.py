@@ -265,10 +265,17 @@ def _remedy(path: AnyPath, value: Any) -> str:
 def try_read(path: AnyPath, findings: Findings) -> bytes | None:
     """All bytes of a file, decompressed; None if they cannot be read."""
     try:
-        return _read_bytes(path)
+        data = _read_bytes(path)
     except Unreadable as error:
         findings.bad(error.kind, str(error))
         return None
+    form = form_of(path)
+    if form is not None and form.compression:  # of other files `find_text` has looked at the beginning
+        other = something_else(path.with_suffix(""), data[:HEAD_BYTES])
+        if other is not None:
+            findings.bad("documents_not_utf8", f"{path}, unpacked, {other}")
+            return None
+    return data
 
 
 def _read_bytes(path: AnyPath) -> bytes:

@@ -408,3 +408,13 @@ def test_lines_as_editors_leave_them(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": null}\r\n{"text": "two", "id": 3}')
     write(tmp_path / "b.jsonl")
     assert list(iterate_texts(find_text(tmp_path).train)) == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz"])
+def test_packed_text_is_utf_8_too(tmp_path, name):
+    write(tmp_path / "b.jsonl")
+    write(tmp_path / "train.txt.gz")
+    (tmp_path / name).write_bytes(gzip.compress('{"text": "some text"}\n'.encode("utf-16-le")))
+    (tmp_path / name).rename(tmp_path / f"train_{name}")
+    with fails(f"train_{name}, unpacked, is UTF-16LE, not UTF-8; convert it with: iconv"):
+        list(iterate_texts(find_text(tmp_path).train))
