@@ -188,10 +188,9 @@ class _Preflight:
         for name, limit in entries:
             with contextlib.suppress(MissingData):
                 held_out += self._count(name, "val", limit)
-        named = ", ".join(f"{name} {part.total:,}" for name, part in parts.items())
-        self.say(
-            f"{stage:<9} {targets.total:,} conversations to train on ({named}), {held_out.total:,} to validate with"
-        )
+        named = ", ".join(f"{name} {part.trainable:,}" for name, part in parts.items())
+        counts = f"{targets.trainable:,} conversations to train on ({named}), {held_out.trainable:,} to validate with"
+        self.say(f"{stage:<9} {counts}")
         if held_out.trainable == 0:
             why = held_out.why_not(self.sequence_len) or "none is held out"
             self.say(f"{stage:<9} has no conversation to validate with ({why}): bpb is not measured")

@@ -15,7 +15,7 @@ from jaxchat.data.records import find_records, has_records, place, read_records,
 from jaxchat.data.text.reading import Unreadable
 from jaxchat.errors import UserError
 
-OBJECTS = [{"n": 1}, {"n": "zwei, 二"}, {"n": [3, {"m": None}]}]
+OBJECTS = [{"n": 1}, {"n": "zwei, 二 \u2028 \U0001f600"}, {"n": [3, {"m": None}]}]
 
 
 def zstd(data):

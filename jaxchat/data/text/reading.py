@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from jaxchat.data.text.forms import DAMAGE, HEAD_BYTES, form_of, read_whole, something_else
 from jaxchat.data.text.remedies import one_text_column, rename_column
 from jaxchat.errors import UserError, check
-from jaxchat.storage import AnyPath, first_line, of_the_cloud, to_path
+from jaxchat.storage import AnyPath, first_line, of_the_cloud
 from jaxchat.tokenizer.text_files import is_text
 
 OnBad = Literal["refuse", "skip"]
@@ -290,28 +290,6 @@ def _unreadable(path: AnyPath, error: Exception) -> Unreadable:
         return Unreadable("missing_files", f"{path} cannot be read: it is missing")
     check_damage(path, error)
     return Unreadable("unreadable_blocks", f"{path} cannot be read: {first_line(error)}")
-
-
-def read_jsonl(path: AnyPath) -> list[dict]:
-    """The JSON objects, one a line, of a plain or compressed (`.gz`, ...) file; blank lines are skipped.
-
-    Raises:
-      UserError: the file cannot be read, or a line is not a JSON object (`FILE:LINE: ...`).
-    """
-    return [value for _, value in iterate_jsonl(path)]
-
-
-def iterate_jsonl(path: AnyPath) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers, from 1, and objects, as `read_jsonl` reads them."""
-    data = _read_bytes(to_path(path))
-    other = something_else(path, data[:HEAD_BYTES])
-    check(other is None, f"{path} {other}")
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if line.strip(_BLANK):
-            try:
-                yield number, parse_object(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: {error}") from None
 
 
 def parse_object(line: bytes) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from jaxchat.data.text import plain, reading
 from jaxchat.data.text.folder import find_text
-from jaxchat.data.text.reading import read_jsonl
 from jaxchat.data.text.shards import TextBlocks, TextFiles, iterate_texts
 from jaxchat.errors import UserError
 
@@ -211,17 +210,4 @@ def test_broken_txt_and_gzip(tmp_path):
     for data in (b"not gzip", gzip.compress(b'{"text": "x"}\n' * 100)[:-20]):
         (tmp_path / "a.jsonl.gz").write_bytes(data)
         with fails("a.jsonl.gz cannot be read"):
-            read_jsonl(tmp_path / "a.jsonl.gz")
-
-
-def test_read_jsonl(tmp_path):
-    objects = [{"a": 1}, {"b": ["é", "\u2028", "\U0001f600"]}]
-    lines = ("\n".join(map(json.dumps, objects)) + "\n\n").encode()
-    (tmp_path / "a.jsonl").write_bytes(lines)
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
-    assert read_jsonl(tmp_path / "a.jsonl") == read_jsonl(tmp_path / "b.jsonl.gz") == objects
-    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\nnonsense\n')
-    with fails("a.jsonl:3: broken JSON"):
-        read_jsonl(tmp_path / "a.jsonl")
-    with fails("none.jsonl cannot be read"):
-        read_jsonl(tmp_path / "none.jsonl")
+            list(iterate_texts(TextFiles((tmp_path / "a.jsonl.gz",))))
