@@ -4,7 +4,8 @@ A program that has called `begin` ends at once, wherever it is, with its exit co
 keeps on disk survives the end of its process at any moment. No exception is raised for it. One that comes out of
 nowhere is swallowed by callbacks of libraries, breaks their imports off half-way, and leaves their threads waiting.
 
-Work that has something to save asks for time with `deferred`, and ends where it likes. The second Ctrl-C is final.
+Work that has something to save asks for time with `deferred`, and ends where it likes. The second Ctrl-C is final,
+unless it comes together with the first: `timeout -s INT` and others signal the process and its group.
 
 A thread receives the signals, since Python runs handlers in the main thread alone, and there only between two calls of
 C: not while XLA compiles. This module is what a program imports first, and so imports little itself.
@@ -19,6 +20,7 @@ try:
     import enum
     import errno
     import io
+    import math
     import os
     import select
     import signal
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 PATIENCE = 5.0  # seconds from the request to stop until a wait for something that may never come is interrupted
+TOGETHER = 0.3  # seconds within which two signals are one Ctrl-C
 NOTICE = "stopping as soon as the work so far is saved; Ctrl-C again stops at once"
 STDOUT, STDERR = 1, 2
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -98,18 +101,20 @@ class Deferral:
         self.cause: Cause | None = None
         self.alone, self.unsaved, self.notice, self.waiting = alone, unsaved, notice, False
         self.heard: set[Cause] = set()
-        self._presses, self._overdue = 0, False
+        self._pressed, self._overdue = math.inf, False
 
     def grant(self, cause: Cause) -> bool:
         """Takes note of a request to end; False if it is final: the second Ctrl-C, or any while nothing is unsaved."""
-        self._presses += cause is Cause.CTRL_C
-        if self._presses > 1 or not self.unsaved:
+        second = cause is Cause.CTRL_C and time.monotonic() > self._pressed + TOGETHER
+        if second or not self.unsaved:
             return False
         if self.cause is None:
             self.cause = cause
             _tell(self.notice)
             if self.alone and hasattr(signal, "pthread_kill"):
                 threading.Thread(target=self._end_wait, daemon=True).start()
+        if cause is Cause.CTRL_C and math.isinf(self._pressed):
+            self._pressed = time.monotonic()  # after the notice, which may take a second to be told
         self.heard.add(cause)
         return True
 
@@ -135,6 +140,7 @@ _resumes = False
 _deferral: Deferral | None = None
 _ending = threading.Lock()  # held by the thread that ends the process
 _actions: list[Callable[[], None]] = []
+_explained = False  # whether it is decided why the process ends
 # How to end a process that others depend on, instead of at once; set by `jaxchat.devices.processes`.
 leave_others: Callable[[int, str], None] | None = None
 
@@ -328,6 +334,13 @@ def _raise(number: int, frame: object) -> None:
 # --- standard streams -------------------------------------------------------------------------------------------------
 
 
+def explain(line: str) -> None:
+    """Prints to stderr why this process is about to end; if nobody reads that, the exit code is the same."""
+    global _explained
+    _explained = True
+    print(line, file=sys.stderr)
+
+
 class _Output(io.FileIO):
     """Standard output or error, which raises no errors: output that nobody can take is a request to end."""
 
@@ -337,7 +350,8 @@ class _Output(io.FileIO):
         except OSError as error:
             if error.errno == errno.EPIPE:
                 _open(self.fileno(), anew=True)  # what is written from now on, by whomever, is lost in silence
-                _act(Cause.CLOSED_PIPE)
+                if not (_explained and self.fileno() == STDERR):
+                    _act(Cause.CLOSED_PIPE)
             elif error.errno in NO_ROOM and self.fileno() == STDOUT:
                 _act(Cause.FULL_DISK)
             # Otherwise the terminal is gone, and SIGHUP comes by itself; or the messages on stderr are lost, which is

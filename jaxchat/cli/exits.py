@@ -66,7 +66,7 @@ def run_command(command: Callable[[], int], *, resumes: bool = False) -> int:
             from jaxchat.verbatim import one_line  # slow to import
 
             line = one_line(line)
-            print(line if len(line) <= LONGEST else f"{line[:LONGEST]}…", file=sys.stderr)
+            stopping.explain(line if len(line) <= LONGEST else f"{line[:LONGEST]}…")
         return code
 
 

@@ -156,8 +156,53 @@ def test_work_that_has_something_to_save():
         done = end(work.format(signals=signals))
         assert (done.returncode, done.stdout) == (code, "saved\n"), done
         assert done.stderr.startswith(told) and done.stderr.count("\n") == 2 and done.stderr.endswith(RESUMES)
-    done = end(work.format(signals="'SIGINT'); time.sleep(0.2); me('SIGINT'"))
+    done = end(work.format(signals="'SIGINT'); time.sleep(0.4); me('SIGINT'"))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{told}stopped; {RESUMES}")
+
+
+@pytest.mark.parametrize("doubled", ["'SIGINT', 'SIGINT'", "'SIGINT'); time.sleep(0.05); me('SIGINT'"])
+def test_one_ctrl_c_that_arrives_twice(doubled):
+    done = end(f"""
+    with deferred():
+        me({doubled}); time.sleep(0.5)
+        print("saved")""")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (130, "saved\n", 2)
+
+
+def test_a_time_limit_that_sends_ctrl_c(tmp_path):
+    """`timeout` signals the process, and then its group."""
+    body = f"""
+    with deferred() as asked:
+        open({str(tmp_path / "begun")!r}, "w").close()
+        while asked.cause is None: time.sleep(0.01)
+        time.sleep(0.5)
+        print("saved")"""
+    done = end(body, command=["timeout", "--preserve-status", "-s", "INT", "3"])
+    assert (tmp_path / "begun").exists() and (done.returncode, done.stdout) == (130, "saved\n"), done
+
+
+def test_work_with_nothing_to_save_yet():
+    """Before its first step has been done, a training ends at once."""
+    for name, code in (("SIGINT", 130), ("SIGTERM", 75)):
+        done = end(f"\n    with deferred(unsaved=False):\n        me({name!r}); time.sleep(30)")
+        assert done.returncode == code and done.stderr.count("\n") == 1 and done.stderr.endswith(RESUMES)
+
+
+@pytest.mark.parametrize(
+    "body, code",
+    [
+        ("from jaxchat.errors import UserError; raise UserError('bad')", 2),
+        ("raise stopping.Interrupted(stopping.Cause.SIGTERM, 'step 3 saved')", 75),
+        ("raise stopping.Interrupted(stopping.Cause.CTRL_C)", 130),
+    ],
+)
+def test_a_reason_that_nobody_reads_is_still_the_reason(body, code):
+    """As with `2>&1 | tee log`, where Ctrl-C ends tee first."""
+    read, write = os.pipe()
+    os.close(read)
+    done = end(body, stdout=write, stderr=write)
+    os.close(write)
+    assert done.returncode == code
 
 
 def test_what_must_not_outlive_the_process(tmp_path):
