@@ -168,7 +168,7 @@ class RunDirectory:
         try:
             if self.is_run():
                 if self._has_config():
-                    self._complete_records(self.read_config())
+                    self._complete_records(self.read_config(), redo)
                 self.check(experiment, redo=redo, say=say)
                 for stage in self._following(redo):
                     self.set_aside(stage, say)
@@ -330,10 +330,10 @@ class RunDirectory:
                 return older
         return None
 
-    def _complete_records(self, before: Experiment) -> None:
+    def _complete_records(self, before: Experiment, redo: Collection[str]) -> None:
         """Writes the begun.json of stages that an earlier version has made, with the settings of config.json."""
         for stage in STAGES:
-            if not self.made(stage) or self.begun(stage) is not None:
+            if stage in redo or not self.made(stage) or self.begun(stage) is not None:
                 continue
             record = self.read_record(stage) or {}
             sources = ["tokenizer", *([record["parent"]["stage"]] if record.get("parent") else [])]

@@ -364,6 +364,14 @@ class TestEarlierVersions:
         old.open(EXPERIMENT)
         assert old.stale("rl") == "sft" and old.read_metrics() == []
 
+    @pytest.mark.parametrize("stage", ["evaluate", "rl"])
+    def test_a_damaged_record_is_done_again(self, old, stage):
+        (old.path / stage / "stage.json").write_text("{")
+        with pytest.raises(UserError, match=f"--redo={stage}"):
+            old.open(EXPERIMENT)
+        old.open(EXPERIMENT, redo=[stage])
+        assert (old.path / f"{stage}.old-1" / "stage.json").read_text() == "{"
+
     def test_its_settings_are_fixed_too(self, old):
         with pytest.raises(UserError, match="sft was made with sft.epochs 1.0, not 2.0"):
             old.open(changed(sft=FinetuneConfig(epochs=2.0)))
