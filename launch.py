@@ -3,7 +3,7 @@
 from jaxchat import stopping
 
 if __name__ == "__main__":
-    stopping.begin(resumes=True)  # first: what follows takes longer to import
+    stopping.begin()  # first: what follows takes longer to import
     from jaxchat.cli.exits import leave
     from jaxchat.cli.launch import main
 

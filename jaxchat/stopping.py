@@ -79,7 +79,7 @@ class Interrupted(KeyboardInterrupt):
         """
         if self.cause is Cause.CLOSED_PIPE and not self.kept:
             return ""
-        again = f"the same command resumes from {'there' if self.kept else 'here'}" if resumes else ""
+        again = f"{same_command()} resumes from {'there' if self.kept else 'here'}" if resumes else ""
         if self.cause is Cause.FULL_DISK:
             again = f"make room, and {again or 'try again'}"
         return "; ".join(filter(None, (str(self), again)))
@@ -137,6 +137,7 @@ class Deferral:
 _owner = 0  # the process that called `begin`: a fork of it has the handlers, but not the thread
 _watched = False  # whether there is the thread that receives signals
 _resumes = False
+_done_once: list[str] = []  # options of the command that have done their work, and would do it again
 _deferral: Deferral | None = None
 _ending = threading.Lock()  # held by the thread that ends the process
 _actions: list[Callable[[], None]] = []
@@ -145,17 +146,14 @@ _explained = False  # whether it is decided why the process ends
 leave_others: Callable[[int, str], None] | None = None
 
 
-def begin(*, resumes: bool = False) -> None:
+def begin() -> None:
     """Makes this process end in the way that this module describes; to be called once, before anything slow.
 
     Signals that are ignored already, as under nohup, stay ignored. The descriptor of a closed standard stream becomes
     the null device's: the next file would get it otherwise, and with it what libraries print.
-
-    Args:
-      resumes: as for `Interrupted.line`.
     """
-    global _owner, _watched, _resumes
-    _owner, _resumes = os.getpid(), resumes
+    global _owner, _watched
+    _owner = os.getpid()
     _take_signals()
     for number in range(3):
         _open(number)  # before the pipe, which would take the number of a closed one
@@ -174,10 +172,21 @@ def resuming(resumes: bool) -> Iterator[None]:
     """Says whether the command that runs in this context can resume, as for `Interrupted.line`."""
     global _resumes
     before, _resumes = _resumes, resumes
+    _done_once.clear()
     try:
         yield
     finally:
         _resumes = before
+
+
+def done_once(option: str) -> None:
+    """Says that `option` has done its work: to resume, the command must be repeated without it."""
+    _done_once.append(option)
+
+
+def same_command() -> str:
+    """The command to resume with, in words."""
+    return " ".join(["the same command", *(["without", " and ".join(_done_once)] if _done_once else [])])
 
 
 @contextlib.contextmanager

@@ -36,7 +36,6 @@ DISK = (
     *(errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG),
 )
 LONGEST = 1500  # characters of a line for the user, who may have given a name as long as that
-RESUME = "the same command resumes from here"
 
 
 def run_command(command: Callable[[], int], *, resumes: bool = False) -> int:
@@ -50,7 +49,10 @@ def run_command(command: Callable[[], int], *, resumes: bool = False) -> int:
     """
     try:
         with stopping.resuming(resumes):
-            return command()
+            code = command()
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where it is known whether the command can resume
+            return code
     except (Exception, KeyboardInterrupt) as error:
         stopped = _explain(error, resumes)
         if stopped is None:
@@ -72,7 +74,7 @@ def run_command(command: Callable[[], int], *, resumes: bool = False) -> int:
 
 def _explain(error: BaseException, resumes: bool) -> tuple[int, str] | None:
     """The exit code and the line for the user; None for a bug."""
-    retry = RESUME if resumes else "try again"
+    retry = f"{stopping.same_command()} resumes from here" if resumes else "try again"
     if isinstance(error, UserError):
         from jaxchat.verbatim import one_line  # not before Ctrl-C is seen to
 

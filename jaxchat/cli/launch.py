@@ -34,7 +34,9 @@ from jaxchat.verbatim import one_line
 
 def main(argv: list[str] | None = None) -> int:
     """Runs `launch.py ...` and returns its exit code, one of those of `jaxchat.cli.exits`."""
-    return run_command(lambda: _run(sys.argv[1:] if argv is None else argv), resumes=True)
+    arguments = sys.argv[1:] if argv is None else argv
+    looks = not {"-h", "--help", "--list", "--dry-run"}.isdisjoint(arguments)
+    return run_command(lambda: _run(arguments), resumes=not looks)
 
 
 def _run(argv: list[str]) -> int:

@@ -18,7 +18,7 @@ from tests.tiny import ROOT
 ENDING = """
 import os, signal, subprocess, sys, threading, time
 from jaxchat import stopping
-stopping.begin(resumes=True)
+stopping.begin()
 from jaxchat.cli.exits import leave, run_command
 from jaxchat.stopping import deferred, raise_if_asked
 def me(*names):
