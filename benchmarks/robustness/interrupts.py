@@ -4,8 +4,9 @@
 
 Each command is started, and stopped in each way at moments drawn from its length; `--times` is for each command and
 way. What is right: the exit code of the way, or 0 if the command had finished; at most one line of its own about it; no
-traceback, and no other words of Python's or of a library's about an exception; an end within seconds. A training that
-was stopped often is then started once more without a disturbance, and must finish.
+traceback, and no other words of Python's or of a library's about an exception; an end within seconds. A training is
+stopped again and again in one run directory, until it ends by itself, undisturbed after the last interrupt of a way;
+then its losses and scores must be those of one that was never stopped.
 
 The first few hundredths of a second belong to Python itself, which then ends by the signal, or with a traceback for
 Ctrl-C. They are counted apart, as are the other failures, which are printed.
@@ -17,6 +18,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import json
 import os
 import random
 import shlex
@@ -29,20 +31,27 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxchat.runs.metrics import read_metrics
+
 ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "launch.py"]
 JAXCHAT = [sys.executable, "-m", "jaxchat"]
+# What the installed command does.
+SCRIPT = [sys.executable, "-c", "import sys; from jaxchat.cli.main import main; sys.exit(main())"]
 TINY = [
     "--experiment=quickstart", "--data.synthetic-documents=200", "--data.synthetic-conversations=200",
     "--tokenizer.vocab-size=300", "--model.depth=1", "--model.sequence-len=64",
     *(f"--{stage}.{setting}" for stage in ("pretrain", "midtrain", "sft") for setting in (
-        "device-rows=1", "batch-tokens=512", "num-iterations=300", "save-every=20", "eval-every=50", "eval-tokens=256",
+        "device-rows=1", "batch-tokens=512", "num-iterations=120", "save-every=20", "eval-every=50", "eval-tokens=256",
         "sample-every=100")),
     "--rl.tasks=sums", "--rl.questions-per-step=2", "--rl.samples-per-question=4", "--rl.num-iterations=20",
     "--rl.max-new-tokens=8", "--rl.eval-questions=8", "--rl.eval-every=5", "--rl.device-rows=2", "--rl.save-every=3",
     "--evaluate.tasks=sums,letters", "--evaluate.limit=16", "--evaluate.max-new-tokens=8",
 ]  # fmt: skip
 WORDS = ("Traceback", "Exception ignored", "Fatal", "terminate called", "Segmentation", "Error:", "Aborted")
+STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "rl", "evaluate", "report")
+# What differs between two trainings with the same result.
+INCIDENTAL = {"time", "start", "id", "model", "tokens_per_second", "step_seconds", "input_seconds", "mfu"}
 LIMIT = 120.0  # seconds from the interrupt to the end, on a busy machine
 
 # Each way: its signals, and the right exit codes. The second of two comes a moment after the first.
@@ -50,7 +59,7 @@ WAYS: dict[str, tuple[tuple[signal.Signals, ...], set[int]]] = {
     "Ctrl-C": ((signal.SIGINT,), {130}),
     "SIGTERM": ((signal.SIGTERM,), {75}),
     "SIGHUP": ((signal.SIGHUP,), {75}),
-    "Ctrl-C twice": ((signal.SIGINT, signal.SIGINT), {130}),
+    "Ctrl-C twice": ((signal.SIGINT, signal.SIGINT), {130}),  # with `gap` one press or two
     "Ctrl-C and SIGTERM": ((signal.SIGINT, signal.SIGTERM), {75, 130}),
     "closed pipe": ((), {141}),
 }
@@ -155,6 +164,17 @@ def finish(command: Sequence[str], env: dict[str, str], stdout=subprocess.PIPE) 
     return subprocess.run(command, cwd=ROOT, env=env, text=True, **streams)
 
 
+def outcome(run: Path) -> list[str]:
+    """All that a run has measured, apart from times, in an order of its own."""
+    lines = [{name: value for name, value in line.items() if name not in INCIDENTAL} for line in read_metrics(run)]
+    return sorted(json.dumps(line, sort_keys=True) for line in lines if len(line) > 2)
+
+
+def stage_of(run: Path) -> str:
+    """The stage that a training is in, or begins with when it is started again."""
+    return next((stage for stage in STAGES[:-1] if not (run / stage / "stage.json").exists()), STAGES[-1])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=5, help="Interrupts of each command in each way. (default 5)")
@@ -173,17 +193,20 @@ def main() -> int:
     for name, command, stdin in commands(work, ended):
         if arguments.only not in name:
             continue
+        training, run = "training" in name, work / "run"
         began = time.monotonic()
         if stdin is None:
             finish(command, env)
         length = min(30.0, time.monotonic() - began) if stdin is None else 8.0
-        shutil.rmtree(work / "run", ignore_errors=True)
+        shutil.rmtree(run, ignore_errors=True)
         for way, (signals, right) in WAYS.items():
             counts = tables.setdefault(name, collections.Counter())
             for time_ in range(arguments.times):
-                # Half of the moments in the first two seconds, while Python imports.
-                after = draw.uniform(0.02, min(2.0, length) if time_ % 2 else length)
-                end = interrupt(command, signals, after=after, env=env, stdin=stdin)
+                # Half of the moments in the first two seconds, while Python imports; of a training, one in six.
+                early = time_ % 6 == 5 if training else time_ % 2 == 1
+                after = draw.uniform(0.02, min(2.0, length) if early else length)
+                gap = draw.choice((0.05, 0.5))
+                end = interrupt(command, signals, after=after, env=env, stdin=stdin, gap=gap)
                 faults = end.faults(right)
                 what = "right" if not faults else "Python's own start" if end.of_python and after < 0.5 else "wrong"
                 counts[f"finished before ({end.code})" if not faults and end.code == 0 else what] += 1
@@ -191,17 +214,21 @@ def main() -> int:
                 if what != "right":
                     failures += what == "wrong"
                     print(f"{name}, {way} after {after:.3f} s: {', '.join(faults)} ({what})\n{end.err[-2000:]}")
-            if "training" in name:
-                done = finish(command, env)
-                failures += done.returncode != 0
-                counts["then finished" if done.returncode == 0 else "then failed"] += 1
-                if done.returncode:
-                    print(f"{name} did not finish after {way}s:\n{done.stderr}")
-                shutil.rmtree(work / "run", ignore_errors=True)
+                if training:
+                    counts[f"in {stage_of(run)}"] += 1
+                    if end.code == 0 or time_ + 1 == arguments.times:
+                        done = finish(command, env) if end.code else None
+                        fault = done.stderr if done is not None and done.returncode else ""
+                        fault = fault or "\n".join(set(outcome(run)) ^ set(outcome(ended)))
+                        counts["then unlike the other" if fault else "then as the other"] += 1
+                        failures += bool(fault)
+                        if fault:
+                            print(f"{name} after {way}: {fault[-4000:]}")
+                        shutil.rmtree(run, ignore_errors=True)
         print(f"{name}: {dict(counts)}", flush=True)
     shutil.rmtree(work, ignore_errors=True)
     total = sum(
-        sum(n for what, n in c.items() if "seconds" not in what and "then" not in what) for c in tables.values()
+        sum(n for what, n in c.items() if not what.startswith(("seconds", "then", "in "))) for c in tables.values()
     )
     print(f"{total} interrupts, {failures} wrong")
     return min(failures, 1)
@@ -216,6 +243,7 @@ def commands(work: Path, ended: Path) -> list[tuple[str, list[str], str | None]]
         ("list", [*LAUNCH, "--list"], None),
         ("dry run", [*LAUNCH, *TINY, "--dry-run"], None),
         ("data list", [*JAXCHAT, "data", "list"], None),
+        ("help of jaxchat", [*SCRIPT, "--help"], None),
         ("tokenizer eval", [*JAXCHAT, *text], None),
         ("chat", [*JAXCHAT, "chat", "--run", str(ended), "-p", "What is 3 + 4?", "--seed=1"], None),
         ("chat on a pipe", [*JAXCHAT, "chat", "--run", str(ended)], "What is 3 + 4?\n"),
