@@ -29,46 +29,12 @@ from jaxchat.runs import metrics
 from jaxchat.runs.config_json import build
 from jaxchat.runs.deciding import deciding, shown
 from jaxchat.runs.files import LOCK, Object, damaged, free_name, read_bytes, read_json, write_json
+from jaxchat.runs.records import BEGUN, RECORD
+from jaxchat.stopping import done_once
 from jaxchat.storage import is_remote, reason, storage_errors, to_path
 
 Say = Callable[[str], None]
 _ID = 12  # characters
-
-_MACHINE = {
-    **dict.fromkeys(("platform", "device_kind", "jax", "python"), str),
-    **dict.fromkeys(("device_count", "cores", "memory_bytes"), int),
-}
-_RECORD = Object(
-    optional={
-        "id": str,
-        "stage": str,
-        "parent": (None, Object({"stage": str, "step": int})),
-        **dict.fromkeys(("seconds", "started", "finished", "train_seconds", "peak_memory_bytes"), (None, float)),
-        **dict.fromkeys(("steps", "tokens"), (None, int)),
-        "machine": Object(_MACHINE),
-        "divergences": [Object({"step": int, "back_to": int, "batches": int, "why": str})],
-        "packing": Object(others=float),
-        "left_out": Object(others=int),
-        "mixture": Object(others=int),
-        "metrics": Object(others=(None, float)),
-        "samples": [Object({"prompt": str, "completion": str})],
-        "method": str,
-        "skipped": bool,
-        "groups_without_signal": float,
-        "cut": float,
-        "steps_without_signal": int,
-        "fingerprint": (None, Object()),
-        "text": Object(
-            optional={
-                **dict.fromkeys(("format", "how_split"), str),
-                **dict.fromkeys(("train_files", "val_files", "left_out"), [str]),
-                **dict.fromkeys(("train_bytes", "val_bytes"), (None, int)),
-                "cut": (None, str),
-            }
-        ),
-    }
-)
-_BEGUN = Object({"stage": str, "id": str, "started": float, "made_from": Object(others=str), "config": Object()})
 
 
 class RunDirectory:
@@ -172,6 +138,8 @@ class RunDirectory:
                 self.check(experiment, redo=redo, say=say)
                 for stage in self._following(redo):
                     self.set_aside(stage, say)
+                if redo:
+                    done_once("--redo")
             self.path.mkdir(parents=True, exist_ok=True)
             if not (keep_config and self.finished("tokenizer")):
                 write_json(self.config_file, dataclasses.asdict(experiment))
@@ -228,7 +196,7 @@ class RunDirectory:
         again = f"do the stage again with --redo={stage}"
         if stage in TRAINED:
             again = f"delete it, and the stage ends anew from its last checkpoint; or {again}"
-        return read_json(self._record_file(stage), _RECORD, again)
+        return read_json(self._record_file(stage), RECORD, again)
 
     def write_record(self, stage: str, record: dict[str, Any]) -> None:
         """Marks `stage` as finished."""
@@ -286,7 +254,7 @@ class RunDirectory:
           UserError: the file is damaged.
         """
         remedy = f"delete it: {stage} then counts as made with the settings of config.json"
-        return read_json(self.path / stage / "begun.json", _BEGUN, remedy)
+        return read_json(self.path / stage / "begun.json", BEGUN, remedy)
 
     def begin(self, stage: str, experiment: Experiment, sources: Collection[str] = ()) -> None:
         """Records that `stage` is made, or goes on being made, with the experiment's settings.

@@ -26,7 +26,7 @@ from etils import epath
 from jaxchat.errors import UserError
 from jaxchat.runs.files import Object, parse_line, read_bytes, read_json, read_lines, split_lines, write_bytes
 from jaxchat.runs.progress import LiveLine
-from jaxchat.stopping import NO_ROOM
+from jaxchat.stopping import NO_ROOM, same_command
 from jaxchat.storage import append_bytes, is_remote, reason, storage_errors
 
 NAME = "metrics.jsonl"
@@ -246,7 +246,7 @@ class _JsonLines:
     def _unwritable(self, error: Exception) -> UserError:
         remedy = "make room, and " if isinstance(error, OSError) and error.errno in NO_ROOM else ""
         return UserError(
-            f"{self._path} cannot be written ({reason(error)}); {remedy}the same command resumes from the last "
+            f"{self._path} cannot be written ({reason(error)}); {remedy}{same_command()} resumes from the last "
             "checkpoint"
         )
 

@@ -12,6 +12,7 @@ from jaxchat.errors import UserError, check, closest
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.files import LOCK, free_name
 from jaxchat.runs.lock import locked
+from jaxchat.stopping import done_once
 from jaxchat.storage import is_remote
 
 CONFIG = "config.json"
@@ -34,6 +35,7 @@ def take(name: str | os.PathLike, held: contextlib.ExitStack, *, fresh: bool = F
         directory = Path(name).absolute()
         aside = Path(free_name(directory))
         directory.rename(aside)
+        done_once("--fresh")
         print(f"the earlier run is now {aside}")
         undo = _undo(directory, aside)
         held.enter_context(locked(name))

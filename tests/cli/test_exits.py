@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from jaxchat import stopping
 from jaxchat.cli import launch, main
 from jaxchat.cli.exits import run_command
 from jaxchat.errors import UserError
@@ -69,6 +70,16 @@ def test_ctrl_c(capsys):
     assert run_command(command) == 130 and capsys.readouterr().err == "stopped\n"
     assert run_command(command, resumes=True) == 130
     assert capsys.readouterr().err == "stopped; the same command resumes from here\n"
+
+
+def test_what_an_option_has_done_is_not_done_again_by_whoever_resumes(capsys):
+    def command():
+        stopping.done_once("--redo")
+        signal.raise_signal(signal.SIGINT)
+
+    assert run_command(command, resumes=True) == 130
+    assert capsys.readouterr().err == "stopped; the same command without --redo resumes from here\n"
+    test_ctrl_c(capsys)  # the next command has done nothing yet
 
 
 def test_a_bug_is_raised_and_a_result_returned():

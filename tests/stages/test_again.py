@@ -101,6 +101,18 @@ class TestRedo:
         assert "rl" not in report["stages"] and "rl" not in report["evaluation"]
         assert report["config"]["sft"]["num_iterations"] == 2
 
+    def test_one_that_is_stopped_goes_on_without_the_option(self, finished, tmp_path, monkeypatch):
+        run = begin(finished, tmp_path / "run", "pretrain", "midtrain", "sft")
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, Batches, 3)
+            code, _, err = start(run, "--stages=sft", "--redo=sft")
+        assert code == 130 and err.rstrip().endswith("step 3 saved; the same command without --redo resumes from there")
+        code, _, err = start(run, "--stages=sft")
+        assert code == 0 and "resuming at step 3 of 6" in err
+        assert not (run / "sft.old-2").exists()
+        assert start(run, "--stages=sft", "--redo=sft")[0] == 0
+        assert (run / "sft.old-2" / "stage.json").is_file() and record(run, "sft")["steps"] == STEPS
+
     def test_deleted_by_hand_nothing_old_is_shown_as_new(self, finished, tmp_path):
         run = begin(finished, tmp_path / "run", "pretrain", "midtrain", "sft", "rl", "evaluate")
         for stage in ("sft", "rl", "evaluate"):

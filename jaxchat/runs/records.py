@@ -1,0 +1,41 @@
+"""What the records of a stage hold: stage.json when it is finished, begun.json from its beginning."""
+
+from __future__ import annotations
+
+from jaxchat.runs.files import Object
+
+_MACHINE = {
+    **dict.fromkeys(("platform", "device_kind", "jax", "python"), str),
+    **dict.fromkeys(("device_count", "cores", "memory_bytes"), int),
+}
+RECORD = Object(
+    optional={
+        "id": str,
+        "stage": str,
+        "parent": (None, Object({"stage": str, "step": int})),
+        **dict.fromkeys(("seconds", "started", "finished", "train_seconds", "peak_memory_bytes"), (None, float)),
+        **dict.fromkeys(("steps", "tokens"), (None, int)),
+        "machine": Object(_MACHINE),
+        "divergences": [Object({"step": int, "back_to": int, "batches": int, "why": str})],
+        "packing": Object(others=float),
+        "left_out": Object(others=int),
+        "mixture": Object(others=int),
+        "metrics": Object(others=(None, float)),
+        "samples": [Object({"prompt": str, "completion": str})],
+        "method": str,
+        "skipped": bool,
+        "groups_without_signal": float,
+        "cut": float,
+        "steps_without_signal": int,
+        "fingerprint": (None, Object()),
+        "text": Object(
+            optional={
+                **dict.fromkeys(("format", "how_split"), str),
+                **dict.fromkeys(("train_files", "val_files", "left_out"), [str]),
+                **dict.fromkeys(("train_bytes", "val_bytes"), (None, int)),
+                "cut": (None, str),
+            }
+        ),
+    }
+)
+BEGUN = Object({"stage": str, "id": str, "started": float, "made_from": Object(others=str), "config": Object()})
