@@ -11,16 +11,19 @@ from jaxchat.tasks.numbers import last_number, parse_number, plain_text
 
 _TOOL_MARK = re.compile(r"<\|(python|output)_(start|end)\|>")
 _ANSWER_END = "<|assistant_end|>"
-# To the last space, but for one that does not break the line: that is part of a number, as in 1 250.
-_WHOLE_WORDS = re.compile(r".*[^\S\u00a0\u2007\u2009\u202f]", re.DOTALL)
-_HYPHENS = str.maketrans(dict.fromkeys("\u2010\u2011", "-") | {"’": "'"})
+# To the last space, but for one that does not break the line: that is part of a number, as in 1 250. An operator stays,
+# because the number before it is not the answer.
+_WHOLE_WORDS = re.compile(r".*[^\S\u00a0\u2007\u2009\u202f](?:[-+*/×÷−]\Z)?", re.DOTALL)
+_HYPHENS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212", "-") | {"’": "'"})
+_SMALL_WORDS = "(?:an?|the|in|at|on|from|of|to|by|with|be|called|named|lives?|living)"
 _EMPHASIS = re.compile(r"(?<![^\W_])_+|_+(?![^\W_])")
 _CHOICE = re.compile(
-    r"[\W_]*(?:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:answer|choice|option)\b(?:\s+is\b)?[\W_]*)?"
+    r"[\W_]*(?:(?:(?:the|my|final|correct|right|best)\s+)*(?:answer|choice|option|letter)\b(?:\s+is\b)?[\W_]*){0,2}"
     r"(?-i:([A-Z]))(?![^\W_]|[-'][^\W_]|[+#])",
     re.IGNORECASE,
 )
-_OTHER_CHOICE = re.compile(r"[\s\W_]*(?:and|or|,|/|&)[\s(*_]*[A-Z](?!\w)")
+_JOINED_CHOICES = r"[\s\W_]*(?:and|or|,|/|&)[\s(*_]*[{letters}](?!\w)"
+_ONLY_CHOICES = r"(?:[\W_]*[{letters}](?!\w))+[\W_]*\Z"  # B C
 _ARTICLE = re.compile(r" (?!is\b|because\b|since\b|as\b|and\b|or\b)[a-z]")  # "A stone", "I think"
 
 
@@ -70,11 +73,13 @@ def score_value(answer: str, others: Sequence[str], completion: str, *, cut: boo
 def score_choice(conversation: Conversation, completion: str, *, cut: bool = False) -> float:
     """1 if the answer begins with the right letter, alone or after `The answer is`, and with no other letter.
 
-    A capital A or I that begins a sentence (`A stone`) is not a letter of a choice.
+    Letters are capitals, as in the question. An A or I that begins a sentence (`A stone`) is not a letter of a choice.
     """
     visible = plain_text(visible_answer(completion, cut=cut))
     found = _CHOICE.match(visible)
-    if found is None or _OTHER_CHOICE.match(visible, found.end()):
+    letters = "".join(conversation["letters"])
+    others = "|".join((_JOINED_CHOICES, _ONLY_CHOICES)).replace("{letters}", letters)
+    if found is None or re.compile(others).match(visible, found.end()):
         return 0.0
     if found[1] in "AI" and _ARTICLE.match(visible, found.end()):
         return 0.0
@@ -92,7 +97,7 @@ def _names_in(text: str, names: set[str]) -> set[str]:
     ordered = sorted((name for name in names if name), key=len, reverse=True)
     # Hyphens and apostrophes inside of words are part of them, but not a genitive's; so are the signs of C++ and C#.
     before, after = r"(?<!\w)(?<!\w[-'])", r"(?!\w|-\w|'(?!s\b)\w|[+#])"
-    denied = r"(?P<denied>(?:\bnot|n't|\bnever)\s(?:(?:an?|the|in|at)\s)?)?"
+    denied = rf"(?P<denied>(?:\b(?:not|cannot|never|neither|nor)|n't)\s(?:{_SMALL_WORDS}\s)*)?"
     pattern = f"{denied}{before}(?P<name>{'|'.join(map(re.escape, ordered))}){after}"
     found = re.finditer(pattern, _plain_name(text)) if ordered else ()
     return {match["name"] for match in found if not match["denied"]}

@@ -33,13 +33,16 @@ class MultipleChoice(ListTask):
 def parse_item(record: Mapping[str, Any]) -> dict[str, Any]:
     """The question, choices and gold of a record in a form of jaxchat, MMLU or ARC.
 
-    The question is `query` or `question`. `choices` is a list of texts, an object of two lists, `text` and `label`, as
-    ARC has them on the hub, or a list of objects with one `text` and one `label` each. The answer is `gold`, `answer`
-    or `answerKey`: a choice's label (in a list of texts its letter), or its index, which counts from 0.
+    The question is `query` or `question`; ARC's own files have an object there, with `stem` and `choices`. `choices` is
+    a list of texts, an object of two lists, `text` and `label`, as ARC has them on the hub, or a list of objects with
+    one `text` and one `label` each. The answer is `gold`, `answer` or `answerKey`: a choice's label (in a list of texts
+    its letter), whatever its case, or its index, which counts from 0.
 
     Raises:
       ValueError: a field is missing or of another type, or the answer is none of the choices.
     """
+    if isinstance(asked := record.get("question"), Mapping):
+        record = {**record, "question": asked.get("stem"), "choices": asked.get("choices")}
     asked = "query" if record.get("query") is not None else "question"
     check_texts(record, asked)
     question = record[asked].removeprefix("Question: ")
@@ -77,11 +80,17 @@ def _choices_of(choices: Any) -> tuple[list[str], list[str] | None]:
 def _gold_of(answer: Any, key: str, labels: list[str] | None, count: int) -> int:
     """The index of the right choice. Labels may be numbers: `gold` and `answer` in JSON's numbers are never labels."""
     known = labels or list(LETTERS[:count])
-    text = str(answer).strip() if isinstance(answer, str) or (type(answer) is int and key == "answerKey") else None
+    if isinstance(answer, float) and answer.is_integer():  # a table with a gap in its column of numbers has 1.0
+        answer = int(answer)
+    may_be_label = isinstance(answer, str) or (type(answer) is int and key == "answerKey")
+    text = str(answer).strip(" \t\r\n().") if may_be_label else None
     if text is None and type(answer) is int and 0 <= answer < count:
         return answer
     if text in known:
         return known.index(text)
+    in_other_case = [index for index, label in enumerate(known) if text and label.casefold() == text.casefold()]
+    if len(in_other_case) == 1:
+        return in_other_case[0]
     if text and labels is None and text.isascii() and text.isdigit() and int(text) < count:
         return int(text)
     raise ValueError(f"the answer {answer!r} is not the index or label of a choice; there are {', '.join(known)}")

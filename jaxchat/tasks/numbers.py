@@ -24,14 +24,15 @@ _PLAIN = str.maketrans(
         "\u066b": ".",
         "\u066c": ",",
         **dict.fromkeys("\u200b\u200e\u200f\u2060\ufeff", ""),
+        **dict.fromkeys("\ufe0f\u20e3", ""),  # what makes a digit an emoji
     }
 )
 _LATEX = tuple(
     (re.compile(pattern), plain)
     for pattern, plain in (
         (r"\\(?:boxed|fbox|text|textbf|mathrm|mathbf)\s*\{", "{"),
-        (r"(?<=\d)(?:\\[,!;]|\{,\})(?=\d{3})", ","),
-        (r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r"\1/\2"),
+        (r"(?<=\d)(?:,?\\!|\\[,;]|\{,\})(?=\d{3})", ","),
+        (r" ?\\[dt]?frac\s*(?:\{(\d+)\}\s*\{(\d+)\}|(\d)(\d))", r" \1\3/\2\4"),
         (r"\\(?:times|cdot)\b", "*"),
         (r"\\div\b", "/"),
         (r"\^\{?\\circ\}?", "°"),
@@ -43,25 +44,30 @@ _CURRENCY = (
 )
 # A long dash is a sign only where a number follows directly and no word or number precedes directly: –5, not 3–5.
 _LONG_DASH_SIGN = re.compile(rf"(?<![^\s(\[*_:=])[–—](?={_CURRENCY}?[.\d])")
+# Repeated marks are bounded, so that the time is linear in the length of the text.
 _TOKEN = re.compile(
-    r"(?P<mixed>\d+ (?=\d+/\d+(?![\d/])))?"
-    r"(?P<run>\d{1,3}(?:[ \u00a0\u2007\u2009\u202f]\d{3})+(?![\d/])(?:\.\d+)?|(?:(?<![\w.])\.)?\d(?:[\d.,:/_'’]*\d)?)"
-    r"(?P<exponent>[eE][-+]?\d+(?![^\W_]))?"
-)
-_SIGN = re.compile(
-    rf"(?:(?P<word>\b(?:minus|negative)\s+)|(?P<sign>(?<!-)[-+]\s*))?(?P<currency>(?<![^\W_]){_CURRENCY}\s*)?"
-    r"(?:(?<=[-+])\()?[{*_`]*\Z",
+    r"(?:(?P<word>\b(?:minus|negative)\s{1,9})|(?P<sign>(?<!-)[-+]\s{0,9}))?"
+    rf"(?P<currency>(?<![^\W_]){_CURRENCY}\s{{0,9}})?(?:(?<=[-+])\()?[{{*_`]{{0,9}}"
+    r"(?P<digits>"
+    r"(?P<mantissa>[1-9](?:\.\d+)?)\s?[*×x]\s?10(?:\^[{(]?(?P<power>[-+]?\d{1,4}(?!\d))[})]?|(?P<raised>[⁻⁺]?[⁰¹²³⁴-⁹]{1,4}))"
+    r"|(?P<mixed>\d+ (?=\d+/\d+(?![\d/])))?(?P<run>"
+    r"\d{1,3}(?:[ \u00a0\u2007\u2009\u202f]\d{3})+(?![\d/])(?:\.\d+)?|(?:(?<![\w.])\.)?\d(?:[\d.,:/_'’]*\d)?)"
+    r"(?P<exponent>e[-+]?\d+(?![^\W_]))?)",
     re.IGNORECASE,
 )
-_SCALE = re.compile(r"\s?(hundred|thousand|million|billion|trillion)\b", re.IGNORECASE)
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+_SCALE = re.compile(r"(?:\s?(?:hundred|thousand|million|billion|trillion)|bn|(?-i:[kKMB]))\b", re.IGNORECASE)
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALES |= {"k": 10**3, "m": 10**6, "b": 10**9, "bn": 10**9}
 _LINK = re.compile(
-    r"[\s)\]}$€£%°]*(?:\*\*|//|[-+*/×÷·⋅^–—&]|(?:plus|minus|times|and|or|to|from|by|over|x|multiplied by|divided by)\b)"
+    r"[\s)\]}$€£%°]*(?:\*\*|//|[-+*/×x÷·⋅^–—&±]|(?:plus|minus|times|and|or|to|from|by|over|multiplied by|divided by)\b)"
     rf"\s*(?:[-+]\s*)?[(\[{{]*(?:{_CURRENCY}\s*)?",
     re.IGNORECASE,
 )
-_NOT = re.compile(r"(?:\bnot|n['’]t|\bnever)\s+\Z", re.IGNORECASE)
-_NEARBY = 24  # characters before a number in which its sign, currency and "not" are looked for
+_DIVISION = re.compile(r"\d+/\d+")
+_UNFINISHED = re.compile(r"[)\]}]*\s+(?:[-+/×÷·]|\*(?!\*)|(?:plus|minus)\b)\s*\Z", re.IGNORECASE)
+_DENIED = re.compile(r"(?:(?:\bnot|n['’]t|\bnever)\s+|[±√]\s*)\Z", re.IGNORECASE)
+_NEARBY = 24  # characters before a number in which what denies it is looked for
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,8 @@ class Number:
     Attributes:
       value: None if it is not well formed.
       start, end: where it stands.
-      stated: it is not an operand or one of several, as in `34 + 58`, `5 from 10`, `3-5` and `92 or 93`, nor denied.
+      stated: it is not an operand or one of several, as in `34 + 58`, `10/2`, `5 from 10`, `3-5` and `92 or 93`, nor
+        denied, nor does the text end with an operator after it.
     """
 
     value: Fraction | None
@@ -127,24 +134,29 @@ def format_number(value: Fraction) -> str:
 def _numbers(text: str) -> list[Number]:
     """All numbers of a plain text, in their order."""
     found = list(_read(text))
-    stated = [not _NOT.search(text[max(0, start - _NEARBY) : start]) for _, start, *_ in found]
+    stated = [_is_stated(text, *number) for number in found]
     for i, ((_, _, _, end), (_, _, digits, _)) in enumerate(zip(found, found[1:], strict=False)):
         if _LINK.fullmatch(text, end, digits):
             stated[i] = stated[i + 1] = False
+    if found and _UNFINISHED.match(text, found[-1][3]):
+        stated[-1] = False
     return [Number(value, start, end, own) for (value, start, _, end), own in zip(found, stated, strict=True)]
+
+
+def _is_stated(text: str, value: Fraction | None, start: int, digits: int, end: int) -> bool:
+    """Whether a number is stated as far as it and what stands before it tell."""
+    undone = value is None and _DIVISION.fullmatch(text, digits, end)  # 10/2: nobody has divided
+    return not undone and not _DENIED.search(text[max(0, start - _NEARBY) : start])
 
 
 def _read(text: str) -> Iterator[tuple[Fraction | None, int, int, int]]:
     """(value, start with sign and currency, start of the digits, end) of each number."""
     for token in _TOKEN.finditer(text):
-        begin, end = token.span()
-        sign = _SIGN.search(text[max(0, begin - _NEARBY) : begin])
-        assert sign is not None  # it matches the empty text
-        start = begin - len(sign[0])
+        start, end = token.span()
         before = text[max(0, start - 2) : start]
-        # A number joined to a word is a part of it: r2d2, v1.7, COVID-19. A currency in front is no word.
+        # A number joined to a word is a part of it: r2d2, v1.7, COVID-19. A currency in front is no word, nor x in 2x3.
         joined = before[-1:].isalpha() or (before[-1:] == "_" and before[:1].isalnum())
-        if joined and not (sign["word"] or sign["currency"]):
+        if joined and not (token["word"] or token["currency"] or (before[-1:] in "xX" and before[:1].isdigit())):
             continue
         value = _value(token)
         follows = text[end : end + 1]
@@ -153,19 +165,25 @@ def _read(text: str) -> Iterator[tuple[Fraction | None, int, int, int]]:
         scale = _SCALE.match(text, end)
         if scale is not None:
             end = scale.end()
-            value = value and value * _SCALES[scale[1].lower()]
-        negative = sign["word"] or (sign["sign"] or "").startswith("-")
-        yield (-value if negative and value else value), start, begin, end
+            value = value and value * _SCALES[scale[0].strip().lower()]
+        negative = token["word"] or (token["sign"] or "").startswith("-")
+        yield (-value if negative and value else value), start, token.start("digits"), end
 
 
 def _value(token: re.Match[str]) -> Fraction | None:
-    run, exponent = re.sub("[\u00a0\u2007\u2009\u202f]", "", token["run"]), token["exponent"] or ""
+    if token["mantissa"]:
+        power = int(token["power"] or token["raised"].translate(_RAISED))
+        return Fraction(token["mantissa"]) * Fraction(10) ** power if abs(power) <= LONGEST else None
+    run, exponent = token["run"], token["exponent"] or ""
     if len(run) > LONGEST or len(exponent) > 5 or abs(int(exponent[1:] or 0)) > LONGEST:
         return None
-    if re.fullmatch(r"\d+/\d+", run) and not exponent:
+    if run.isdecimal() and not exponent:
+        return Fraction(int(run))
+    if _DIVISION.fullmatch(run) and not exponent:
         above, below = map(int, run.split("/"))
         # 1/2 is a number; 10/2 is a division that nobody has done.
         return int(token["mixed"] or 0) + Fraction(above, below) if below and math.gcd(above, below) == 1 else None
+    run = re.sub("[\u00a0\u2007\u2009\u202f]", "", run)
     if re.fullmatch(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?", run):
         run = run.replace(",", "")
     return Fraction(run + exponent) if re.fullmatch(r"\d*(?:\.\d+)?", run) else None

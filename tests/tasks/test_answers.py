@@ -53,6 +53,8 @@ def test_only_text_outside_of_tool_parts_is_said(completion, said):
         ("#### 92.", "#### "),
         ("92", ""),
         ("It is 1\u202f2", "It is "),
+        ("34 + 5", "34 + "),
+        ("34 +", "34 +"),  # it is no answer
         (f"{CALL}{OUTPUT}It is 9", "It is "),
         (f"{CALL}{OUTPUT}9", ""),
         (f"#### 92{CALL}{OUTPUT}", "#### 92"),
@@ -87,6 +89,12 @@ NUMBERS = [
         "92  92.  It is 92!  The answer is 92  34 + 58 = 92  34+58=92  34 + 58 is 92.  $92.00  **92**  92 apples",
     ),
     ("92", 1, "92 is the sum of 34 and 58.  The answer is 92 (34 plus 58).  It is 92, not 93.  92,  Answer: 92\n"),
+    (
+        "92",
+        1,
+        "34x1+58=92  184/2 = 92  (34) + (58) = 92  9.2 × 10^1  34 + 58 → 92  34 and 58 sum to 92  It's not 93, it's 92",
+    ),
+    ("92", 0, "92k  $92M  92 thousand  √92  ±92  92 × 2  92x2  92 vs. 93  either 92 or 93  between 90 and 92"),
     ("92", 0, "192  9 2  92,000  92 or 93  34 + 58  9.2  -92  no idea  v92  1e92  92^2  92.5  92:30  184/2"),
     ("-5", 1, "-5  −5  The answer is -5.  The answer is −5.  minus 5  negative 5  - 5  3 - 8 = -5  –5  -$5  $-5"),
     ("5", 0, "-5  −5  The answer is −5.  minus 5  negative 5  - 5  10-5  10 - 5  10 − 5  10 minus 5  –5  -$5  not 5"),
@@ -114,6 +122,8 @@ def test_a_cut_number_does_not_count():
     for text in ("The answer is 9", "9", "34 + 58 = 9", "The answer is 9."):
         assert score_value("9", (), text, cut=True) == 0
     assert score_value("5", (), "10 - 5 = ", cut=True) == 0
+    for text in ("34 +", "34 + ", "34 + 5", "34 − 5", "34 plus 5", "34 × "):
+        assert score_value("34", (), text, cut=True) == 0
     assert score_value("92", (), "The answer is 92 and", cut=True) == 1
     for text in (f"{CALL}<|output_start|>92", f"{CALL}{OUTPUT}", CALL):
         assert score_value("92", (), text, cut=True) == score_value("92", (), text) == 0
@@ -153,6 +163,18 @@ NAMES = [
         0,
         "Oakfords  In Redhill.  In Oakford or Redhill.  Oakford-like  New-Oakford  not Oakford  ",
     ),
+    (
+        "Oakford",
+        ("Redhill",),
+        1,
+        "Not from Redhill, but from Oakford  It isn't called Redhill but Oakford  \\boxed{Oakford}",
+    ),
+    (
+        "Oakford",
+        ("Redhill",),
+        0,
+        "not from Oakford  It cannot be Oakford  He doesn't live in Oakford  Neither Oakford nor here",
+    ),
     ("Mill Brook", ("Oak",), 1, "She lives in Mill Brook.  Mill\nBrook  Mill\u00a0Brook  mill 	 brook"),
     ("York", ("New York",), 0, "New York  York or New York"),
     ("New York", ("York",), 1, "She lives in New York."),
@@ -164,7 +186,7 @@ NAMES = [
     ("C++", ("C", "C#"), 1, "C++  It is C++."),
     ("C", ("C++", "C#"), 0, "C++  C#"),
     ("C", ("C++", "C#"), 1, "C  It is C."),
-    ("c-a-t", (), 1, "It is spelled c-a-t.  C-A-T"),
+    ("c-a-t", (), 1, "It is spelled c-a-t.  C-A-T  c‑a‑t  c–a–t  c−a−t"),
     ("c-a-t", (), 0, "c-a-t-s  s-c-a-t  c-a  cat"),
     ("cat", ("dog",), 0, "a cat-like pet  cat and dog  my_cat"),
     ("baker", ("cook",), 0, "She is not a baker.  She isn't a baker."),
@@ -193,6 +215,13 @@ CHOICES = [
         "B  B.   B  (B)  **B**  _B_  `B`  B) green  B: green  B is right\n  Answer: B  The answer is B.  \\boxed{B}",
     ),
     ("B", 1, "\nB\n  B<|assistant_end|>  The correct answer is **B**  [B]  Ｂ  B, because it is green"),
+    (
+        "B",
+        1,
+        "Final answer: B  The final answer is B.  The answer is option B  My answer is B  The letter is B  Letter B",
+    ),
+    ("B", 1, "B, I think.  B. A green one  B and I am sure  **Answer: B**  Option (B)  The correct choice is B) green"),
+    ("B", 0, "B C  B\nC  (B) (C)  (B) or (C)  Both B and C  Not B  The answer is B or C  The answer is not B"),
     (
         "B",
         0,
@@ -251,6 +280,12 @@ FINALS = [
         0,
         f"#### -72  #### 7 2  #### 72,5  #### 144/2  #### 72²  #### {CALL}{OUTPUT}  #### <|python_start|>72",
     ),
+    ("72", 1, "#### 7.2 × 10^1  #### 7.2 \\times 10^{1}  #### 24x3=72  #### 144/2 = 72  #### 7️⃣2️⃣  #### 72¢ per pound"),
+    ("72", 0, "#### 72k  #### $72M  #### √72  #### ±72  #### 72x5  #### 72/5  #### \\sqrt{72}"),
+    ("72000", 1, "#### 72k  #### $72K  #### 72 thousand  #### 7.2 × 10⁴"),
+    ("1500000", 1, "#### $1.5M  #### 1.5 million"),
+    ("2.5", 1, "#### 2\\frac{1}{2}  #### $2 \\frac12$  #### \\frac52  #### 5/2"),
+    ("7", 0, "#### 7️⃣2️⃣  #### 7x2  #### 7 × 10^2"),
     ("-3", 1, "#### -3  #### −3  #### -$3  #### $-3  #### -3.00  #### - 3  #### minus 3"),
     ("-3", 0, "#### 3  #### 5-3  #### 5 - 3"),
     ("3", 0, "#### -3  #### −3  #### -$3  #### –3"),
@@ -275,5 +310,12 @@ def test_gsm8k(gold, score, text):
 
 def test_a_cut_gsm8k_answer():
     task = GSM8K("gsm8k", [{"question": "q", "answer": "#### 7"}])
-    for text, score in (("#### 7", 0), ("#### 7\n", 1), ("#### 7 ", 1), ("#### 7\nNow", 1), ("####\n7", 0)):
+    for text, score in (
+        ("#### 7", 0),
+        ("#### 7\n", 1),
+        ("#### 7 ", 1),
+        ("#### 7\nNow", 1),
+        ("####\n7", 0),
+        ("#### 7 +", 0),
+    ):
         assert task.score(task[0], text, cut=True) == score, text

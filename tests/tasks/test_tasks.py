@@ -178,6 +178,7 @@ def test_multiple_choice_files(tmp_path):
 
 
 HUB = {"text": ["red", "green"], "label": ["A", "B"]}
+LISTED = [{"text": "red", "label": "A"}, {"text": "green", "label": "B"}]
 NUMBERED = {"text": ["red", "green"], "label": ["1", "2"]}
 
 
@@ -188,15 +189,15 @@ NUMBERED = {"text": ["red", "green"], "label": ["1", "2"]}
         {"question": "q", "choices": ["red", "green"], "answer": 1},
         {"question": "q", "choices": ["red", "green"], "answer": "1"},
         {"question": "q", "choices": ["red", "green"], "answer": "B"},
+        {"question": "q", "choices": ["red", "green"], "answer": 1.0},
+        *({"question": "q", "choices": ["red", "green"], "answer": answer} for answer in ("b", "(B)", "B.", " B\n")),
+        {"question": {"stem": "q", "choices": LISTED}, "answerKey": "B"},
         {"question": "q", "choices": HUB, "answerKey": "B"},
+        {"question": "q", "choices": HUB, "answerKey": "b"},
         {"query": "q", "choices": HUB, "gold": 1},
         {"question": "q", "choices": NUMBERED, "answerKey": "2"},
         {"question": "q", "choices": {"text": ["red", "green"], "label": [1, 2]}, "answerKey": 2},
-        {
-            "question": "q",
-            "choices": [{"text": "red", "label": "A"}, {"text": "green", "label": "B"}],
-            "answerKey": "B",
-        },
+        {"question": "q", "choices": LISTED, "answerKey": "B"},
     ],
 )
 @pytest.mark.parametrize(("name", "file"), [("arc_easy", "arc_easy.jsonl"), ("mmlu", "mmlu/test.jsonl")])
@@ -213,6 +214,9 @@ def test_forms_of_multiple_choice(tmp_path, name, file, item):
         ({"question": "q", "choices": ["a", "b"], "answer": 2}, "the answer 2 is not the index or label of a choice"),
         ({"question": "q", "choices": ["a", "b"], "answer": -1}, "the answer -1 is not"),
         ({"question": "q", "choices": ["a", "b"], "answer": True}, "the answer True is not"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 0.5}, "the answer 0.5 is not"),
+        ({"question": "q", "choices": {"text": ["a", "b"], "label": ["X", "x"]}, "answer": "Xx"}, "there are X, x"),
+        ({"question": {"stem": None, "choices": LISTED}, "answerKey": "B"}, "'question' is null"),
         ({"question": "q", "choices": ["a", "b"], "answer": "C"}, "the answer 'C' is not .*; there are A, B"),
         ({"question": "q", "choices": NUMBERED, "answerKey": "B"}, "the answer 'B' is not .*; there are 1, 2"),
         ({"question": "q", "choices": HUB}, "there is no answer"),
