@@ -31,12 +31,14 @@ class Ended(BaseException):
 
 
 class Failed(Exception):
-    """The program raised an exception of a class of its own."""
+    """The program raised an exception that cannot be made anew here."""
 
 
 def main() -> NoReturn:
     """Reads a request from standard input, and writes PASSED or FAILED to standard output."""
-    cpu_seconds, wall_seconds, *packages = sys.argv[2:]
+    evaluator, cpu_seconds, wall_seconds, *packages = sys.argv[2:]
+    sys.argv[1:] = []  # a program may read its arguments, and has none
+    die_with_parent(int(evaluator))
     request, verdict = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in range(3):
@@ -55,7 +57,7 @@ def main() -> NoReturn:
     contain(int(cpu_seconds), packages, may_kill=True)
     signal.signal(signal.SIGALRM, _time_is_up)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    signal.setitimer(signal.ITIMER_REAL, float(wall_seconds))
+    signal.setitimer(signal.ITIMER_REAL, float(wall_seconds), 1.0)  # again, should the tests swallow it
     try:
         passed = _judge(json.loads(os.fdopen(request, "rb").read()), call[1], os.fdopen(answer[0], "rb"))
     except BaseException:
@@ -90,10 +92,11 @@ def _judge(request: dict[str, str], calls: int, answers: BinaryIO) -> bool:
             raise Ended
         try:
             kind, value = plain.loads(line)
+            error = _exception(*value) if kind == "error" else None
         except Exception:
             raise Ended from None
-        if kind == "error":
-            raise _exception(value)
+        if error is not None:
+            raise error
         return value
 
     def candidate(*args: Any, **kwargs: Any) -> Any:
@@ -109,14 +112,14 @@ def _judge(request: dict[str, str], calls: int, answers: BinaryIO) -> bool:
     return True
 
 
-def _exception(name: Any) -> BaseException:
-    """An exception like the program's: of the same class, if that is built in."""
-    kind = getattr(builtins, name, None) if isinstance(name, str) else None
+def _exception(name: str, args: tuple[Any, ...]) -> Exception:
+    """The exception of which `_error` has written the name and arguments."""
+    kind = getattr(builtins, name)
     if isinstance(kind, type) and issubclass(kind, Exception):
         try:
-            return kind()
-        except TypeError:
-            pass  # such as UnicodeDecodeError, which needs arguments
+            return kind(*args)
+        except Exception:
+            pass  # some take no others than their own
     return Failed()
 
 
@@ -130,15 +133,24 @@ def _serve(calls: BinaryIO, answers: int) -> None:
             _execute(source, module.__dict__)
         answer = plain.dumps(("value", None))
     except Exception as error:
-        answer = plain.dumps(("error", type(error).__name__))
+        answer = _error(error)
     _send(answers, answer)
     while line := calls.readline():
         args, kwargs = plain.loads(line)
         try:
             answer = plain.dumps(("value", getattr(module, entry_point)(*args, **kwargs)))
         except Exception as error:
-            answer = plain.dumps(("error", type(error).__name__))
+            answer = _error(error)
         _send(answers, answer)
+
+
+def _error(error: Exception) -> bytes:
+    """A line for an exception: the nearest built-in class that it belongs to, and its arguments."""
+    name = next(kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind)
+    try:
+        return plain.dumps(("error", (name, error.args)))
+    except Exception:
+        return plain.dumps(("error", (name, ())))
 
 
 def _execute(source: str, namespace: dict[str, Any]) -> None:

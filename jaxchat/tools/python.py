@@ -27,7 +27,7 @@ _ROOT = Path(__file__).parents[2]
 # An interpreter without site-packages starts faster, and runs no code of theirs. They are only added to its path.
 _START = """
 import sys
-root, _, _, *packages = sys.argv[1:]
+root, _, _, _, *packages = sys.argv[1:]
 sys.path.insert(0, root)
 from jaxchat.tools.checker import main
 sys.path.remove(root)
@@ -62,7 +62,8 @@ def run_program(
     request = json.dumps({"program": program, "context": context, "entry_point": entry_point, "tests": tests}).encode()
     seconds = max(1, math.ceil(timeout))
     packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    command = [sys.executable, "-I", "-S", "-c", _START, str(_ROOT), str(seconds), str(_WAITING * seconds), *packages]
+    numbers = map(str, (os.getpid(), seconds, _WAITING * seconds))
+    command = [sys.executable, "-I", "-S", "-c", _START, str(_ROOT), *numbers, *packages]
     folder = tempfile.mkdtemp(prefix="jaxchat-")
     process = None
 

@@ -1,8 +1,9 @@
 """A seccomp filter: the system calls that a program needs to compute and to read files, and no others.
 
 Linux, x86-64 and ARM64. No privilege is needed, only `PR_SET_NO_NEW_PRIVS`. No call that is let through starts a
-process or a thread, opens a socket, signals a process or changes a file. One that is not listed fails with ENOSYS, so
-that the C library falls back to an older one where it can. See seccomp(2); linux/filter.h has the instructions.
+process or a thread, opens a socket to anything outside, signals a process or changes a file. One that is not listed
+fails with ENOSYS, so that the C library falls back to an older one where it can. See seccomp(2); linux/filter.h has the
+instructions.
 """
 
 from __future__ import annotations
@@ -43,11 +44,13 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
 }  # fmt: skip
 # The checker ends the program; a program has no call that signals another process.
 _KILL = {"kill": (62, 129)}
-# Calls that are allowed by one of their arguments: its index, and the values that are allowed.
-_BY_VALUE: dict[str, tuple[tuple[int | None, int | None], int, tuple[int, ...]]] = {
-    "fcntl": ((72, 25), 1, (0, 1, 2, 3, 4, 1030)),  # duplicating, and reading and setting flags; not the owner
-    "ioctl": ((16, 29), 1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),  # whether it is a terminal, flags
-    "prlimit64": ((302, 261), 0, (0,)),  # its own limits, which it can only lower
+# Calls that are allowed by their arguments: words of 32 bits, two an argument, and the values that each may have.
+_BY_VALUE: dict[str, tuple[tuple[int, int], dict[int, tuple[int, ...]]]] = {
+    "fcntl": ((72, 25), {2: (0, 1, 2, 3, 4, 1030)}),  # duplicating, and reading and setting flags; not the owner
+    "ioctl": ((16, 29), {2: (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)}),  # whether it is a terminal, flags
+    "prlimit64": ((302, 261), {0: (0,), 4: (0,), 5: (0,)}),  # reading its own limits; a superuser could raise them
+    # Two streams of AF_UNIX that are connected to each other, and can be to nothing else: asyncio's. Used as pipes.
+    "socketpair": ((53, 199), {0: (1,), 2: (0x1, 0x801, 0x80001, 0x80801)}),
 }
 _OPEN = (("open", (2, None), 1), ("openat", (257, 56), 2))  # the index of the flags
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # linux/audit.h
@@ -72,13 +75,14 @@ def build_filter(machine: str, *, may_kill: bool = False) -> bytes:
     for numbers in (_CALLS | (_KILL if may_kill else {})).values():
         if (number := numbers[which]) is not None:
             code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ALLOW)]
-    for numbers, argument, values in _BY_VALUE.values():
-        if (number := numbers[which]) is not None:
-            body = [(_LOAD, 0, 0, _FIRST_ARGUMENT + 8 * argument)]
-            for value in values:
-                body += [(_EQUAL, 0, 1, value), (_RETURN, 0, 0, _ALLOW)]
+    for numbers, words in _BY_VALUE.values():
+        body = []
+        for word, values in words.items():
+            body.append((_LOAD, 0, 0, _FIRST_ARGUMENT + 4 * word))
+            body += [(_EQUAL, len(values) - place, 0, value) for place, value in enumerate(values)]
             body.append((_RETURN, 0, 0, _FAIL | errno.EPERM))
-            code += [(_EQUAL, 0, len(body), number), *body]
+        body.append((_RETURN, 0, 0, _ALLOW))
+        code += [(_EQUAL, 0, len(body), numbers[which]), *body]
     for _, numbers, argument in _OPEN:
         if (number := numbers[which]) is not None:
             body = [

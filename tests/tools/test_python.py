@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,31 @@ def test_exceptions_have_the_class_that_they_had():
     test = "try:\n    candidate({!r})\nexcept {}:\n    pass\nelse:\n    assert False"
     assert judge(program, test.format("value", "ValueError")) and judge(program, test.format("key", "KeyError"))
     assert not judge(program, test.format("value", "KeyError"))
-    assert judge(program, test.format("own", "Exception"))
+    assert judge(program, test.format("own", "ValueError")) and not judge(program, test.format("own", "KeyError"))
     assert not judge(program, test.format("exit", "Exception"))
+
+
+RAISED = {
+    "what a library raises": ("import json\ndef answer(): json.loads('{')", "ValueError", None),
+    "its message": ("def answer(): raise ValueError('bad', 3)", "ValueError", "('bad', 3)"),
+    "a key": ("def answer(): {}['k']", "KeyError", "'k'"),
+    "one with arguments of its own": ("def answer(): b'\\xff'.decode()", "UnicodeDecodeError", None),
+    "arguments that are no data": ("def answer(): raise ValueError(int)", "ValueError", None),
+}
+
+
+@pytest.mark.parametrize(("program", "kind", "message"), RAISED.values(), ids=RAISED)
+def test_exceptions_of_all_kinds_are_seen(program, kind, message):
+    test = (
+        f"try:\n    candidate()\nexcept {kind} as error:\n    assert {message!r} in (None, str(error))\nelse:\n    1/0"
+    )
+    assert judge(program, test)
+    assert not judge(program, test.replace(kind, "OSError"))
+
+
+def test_an_exception_that_has_a_built_in_ones_name_is_another():
+    program = "class ValueError(Exception): pass\ndef answer(): raise ValueError"
+    assert not judge(program, "try:\n    candidate()\nexcept ValueError:\n    pass")
 
 
 FORGERIES = {
@@ -124,6 +148,27 @@ FORGERIES = {
     ),
     "too deep": "def answer(x):\n    a = []\n    for _ in range(10**5): a = [a]\n    return a",
     "in itself": "def answer(x):\n    a = []\n    a.append(a)\n    return a",
+    "writes its answers": (
+        "import os\nfor i in range(3, 64):\n    for line in ('[\"value\", 25]', '{\"tuple\": [\"passed\", true]}'):\n"
+        "        try: os.write(i, line.encode() + b'\\n')\n        except OSError: pass\ndef answer(x): return 0"
+    ),
+    "writes an exit": (
+        "import os\nfor i in range(3, 64):\n"
+        "    try: os.write(i, b'{\"tuple\": [\"error\", {\"tuple\": [\"SystemExit\", {\"tuple\": [0]}]}]}\\n' * 9)\n"
+        "    except OSError: pass\ndef answer(x): return 0"
+    ),
+    "changes what sends its answers": (
+        "import gc, types\nfor o in gc.get_objects():\n    if isinstance(o, types.FunctionType) and "
+        "o.__name__ in ('dumps', '_encode', '_send', '_judge'):\n"
+        "        o.__code__ = (lambda *a, **k: True).__code__\ndef answer(x): return 0"
+    ),
+    "not a number": "def answer(x): return float('nan')",
+    "no fraction": (
+        "from fractions import Fraction\nclass F(Fraction): numerator = denominator = 0\ndef answer(x): return F(25)"
+    ),
+    "a text of it": "def answer(x): return str(x * x)",
+    "colliding keys": "def answer(x): return {i * (2**61 - 1): 0 for i in range(20000)}",
+    "arguments": "import sys\ndef answer(x): return 25 if len(sys.argv) != 1 else 0",
     "closed": "import os\nos.closerange(3, 64)\ndef answer(x): return 25",
 }  # fmt: skip
 
@@ -160,6 +205,23 @@ PLAIN = {
     "an enum": ("from enum import IntEnum\nclass E(IntEnum): A = 3\ndef answer(): return [E.A]", "[3]"),
     "a fraction": ("from fractions import Fraction\ndef answer(): return Fraction(1, 2)", "0.5"),
     "a decimal": ("from decimal import Decimal\ndef answer(): return Decimal('0.5')", "0.5"),
+    "an ordered dict": (
+        "from collections import OrderedDict\ndef answer(): return OrderedDict(b=2, a=1)", "{'a': 1, 'b': 2}"),
+    "a chain of dicts": (
+        "from collections import ChainMap\ndef answer(): return ChainMap({1: 2}, {3: 4})", "{1: 2, 3: 4}"),
+    "a user's dict": ("from collections import UserDict\ndef answer(): return UserDict(a=1)", "{'a': 1}"),
+    "a user's list": ("from collections import UserList\ndef answer(): return UserList([1])", "[1]"),
+    "a user's string": ("from collections import UserString\ndef answer(): return UserString('a')", "'a'"),
+    "a view of a dict": ("from types import MappingProxyType as P\ndef answer(): return P({'a': 1})", "{'a': 1}"),
+    "a view of bytes": ("def answer(): return memoryview(b'ab')", "b'ab'"),
+    "keys": ("def answer(): return {1: 2}.keys()", "{1}"),
+    "items": ("def answer(): return {1: [2]}.items()", "{1: [2]}.items()"),
+    "a range": ("def answer(): return range(3)", "range(3)"),
+    "a deque": (
+        "from collections import deque\ndef answer(): return deque([1])", "__import__('collections').deque([1])"),
+    "a list of its own": (
+        "class L(list):\n    def __iter__(self): return iter([9])\ndef answer(): return L([1])", "[1]"),
+    "an IntFlag": ("from enum import IntFlag\nclass E(IntFlag): A = 1; B = 2\ndef answer(): return E.A | E.B", "3"),
     "NumPy's numbers": (
         "import numpy\ndef answer(): return [numpy.int64(3), numpy.float32(0.5), numpy.bool_(1)]",
         "[3, 0.5, True]",
@@ -181,6 +243,71 @@ def test_other_objects_equal_nothing_but_can_be_gone_through():
     assert not judge("async def answer(): return 1", "assert candidate() == 1")
     assert not judge("def answer(): return int", "assert candidate() == int")
     assert judge("import re\ndef answer(): return re.match('a', 'a')", "assert candidate()")
+
+
+COLLECTIONS = [
+    "range(1, 3)", "{1: 3, 2: 4}.keys()", "{3: 1, 4: 2}.values()", "__import__('collections').deque([1, 2])",
+    "__import__('array').array('i', [1, 2])", "__import__('numpy').array([1, 2])",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", COLLECTIONS)
+def test_collections_that_equal_no_list_have_their_items(value):
+    program = f"def answer(): return {value}"
+    assert judge(program, "c = candidate()\nassert len(c) == 2 and list(c) == list(c) == [1, 2] and 2 in c")
+    assert not judge(program, "assert candidate() == [1, 2]")
+
+
+def test_other_objects_are_as_true_as_they_were():
+    program = "class A:\n    def __bool__(self): return {}\ndef answer(): return A()"
+    assert judge(program.format(True), "assert candidate()") and judge(program.format(False), "assert not candidate()")
+
+
+def test_asyncio_works():
+    program = """
+        import asyncio
+        async def later(x):
+            await asyncio.sleep(0.01)
+            return x
+        async def both():
+            return await asyncio.gather(later(1), later(2))
+        def answer():
+            return asyncio.run(both())
+    """
+    assert judge(program, "assert candidate() == [1, 2]")
+
+
+def test_deep_recursion_works():
+    program = "import sys\nsys.setrecursionlimit(10**6)\ndef answer(n): return n and 1 + answer(n - 1)"
+    assert judge(program, "assert candidate(5000) == 5000")
+
+
+@needs_containment
+@pytest.mark.parametrize(("program", "tests"), [("while True: pass", ""), ("", "while True: pass")])
+def test_programs_end_with_a_killed_evaluator(program, tests, tmp_path):
+    code = (
+        "import tempfile\nfrom jaxchat.tools.python import run_program\n"
+        f"tempfile.tempdir = {str(tmp_path)!r}\nrun_program({program!r}, 60, tests={tests!r})"
+    )
+    evaluator = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+
+    def running():
+        return len([where for where in map(working_folder, Path("/proc").glob("[0-9]*")) if str(tmp_path) in where])
+
+    def wait_for(count):
+        end = time.monotonic() + 30
+        while running() != count and time.monotonic() < end:
+            time.sleep(0.05)
+        assert running() == count
+
+    try:
+        wait_for(2)
+    finally:
+        evaluator.kill()
+        evaluator.wait()
+    wait_for(0)
+    for folder in tmp_path.glob("jaxchat-*"):  # it is empty
+        folder.rmdir()
 
 
 # Each would run to its end if it did what it should not.
@@ -209,7 +336,11 @@ ESCAPES = {
     "shared memory": "from multiprocessing.shared_memory import SharedMemory\nSharedMemory('jaxchat', True, 99)",
     "socket": "import socket\nsocket.socket()",
     "socket of this machine": "import socket\nsocket.socket(socket.AF_UNIX)",
-    "pair of sockets": "import socket\nsocket.socketpair()",
+    "socket of the kernel": "import socket\nsocket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
+    "pair of sockets that reach others": "import socket\nsocket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
+    "pair of sockets of another kind": "import socket\nsocket.socketpair(socket.AF_INET)",
+    "connecting one of a pair": "import socket\nsocket.socketpair()[0].connect('/dev/log')",
+    "sending by one of a pair": "import socket\nsocket.socketpair()[0].sendto(b'a', '/dev/log')",
     "io_uring": "import ctypes\nassert ctypes.CDLL(None).syscall(425, 1, ctypes.create_string_buffer(120)) >= 0",
     "fork": "import os\nif os.fork() == 0:\n    os._exit(0)",
     "fork bomb": "import os\nwhile True:\n    os.fork()",
@@ -233,6 +364,7 @@ ESCAPES = {
     "signal to its group": "import os\nos.killpg(0, 0)",
     "signal by a file": "import fcntl, os\nfcntl.fcntl(os.pipe()[0], 8, {process})",
     "limits of the evaluator": "import resource\nresource.prlimit({process}, resource.RLIMIT_CPU, (1, 1))",
+    "its own limits, lowered": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))",
     "its own limits": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (999, 999))",
     "priorities": "import os\nos.setpriority(os.PRIO_PROCESS, {process}, 19)",
     "processors of the evaluator": "import os\nos.sched_setaffinity({process}, [0])",
