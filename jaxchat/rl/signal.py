@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -60,7 +61,7 @@ class Signal:
             "steps_without_signal": self.steps_without_signal,
         }
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """The sums, as JSON."""
         return asdict(self)
 

@@ -65,7 +65,7 @@ def engine(sums, choices):
     step = make_train_step(config, optimizer)
     state = init_state(jax.jit(init_params, static_argnums=0)(config, jax.random.key(0)), optimizer)
     for _ in range(100):
-        state, metrics = step(state, {"inputs": inputs, "targets": targets})
+        state, metrics = step(state, {"inputs": jnp.asarray(inputs), "targets": jnp.asarray(targets)})
     assert metrics["loss"] < 0.05
     return Engine(config, state["params"], tokenizer, dtype=jnp.float32)
 

@@ -58,7 +58,7 @@ class Constant(ListTask):
         return 0.1
 
 
-def rollouts(tokenizer, params, task_type=Lowercase, **settings):
+def rollouts(tokenizer, params, task_type: type[ListTask] = Lowercase, **settings):
     settings = {"questions_per_step": 3, "samples_per_question": 4, "max_new_tokens": 6, "device_rows": 4, **settings}
     messages = ({"role": "user", "content": text} for text in ("go", "say it", "well?", "and?"))
     task = task_type("lowercase", [{"messages": [m, {"role": "assistant", "content": "a"}]} for m in messages])

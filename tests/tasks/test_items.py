@@ -270,7 +270,7 @@ def test_any_damage_is_refused_in_one_line_or_read(tmp_path_factory, data):
     path.write_bytes(content)
     for on_bad in ("refuse", "skip"):
         try:
-            task = load_task(name, "train" if name == "chat" else "test", folder, findings=Findings(on_bad, str))
+            task = load_task(name, "train" if name == "chat" else "test", folder, findings=Findings(on_bad, print))
         except UserError as error:
             assert str(path) in str(error) and "\n" not in str(error)
         else:

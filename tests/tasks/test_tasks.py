@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from jaxchat.data.synthetic import write_synthetic
 from jaxchat.data.synthetic.questions import purpose_of
 from jaxchat.errors import MissingData, UserError
 from jaxchat.tasks import TASKS, Mixture, load_task, parse_mixture
-from jaxchat.tasks.base import ListTask, multiple_choice_question
+from jaxchat.tasks.base import ListTask, Split, multiple_choice_question
 from jaxchat.tasks.gsm8k import answer_parts, final_answer
 from jaxchat.tools.calculator import calculate
 
@@ -66,7 +67,7 @@ def test_a_mixture_is_its_tasks_one_after_another(sizes):
 
 @given(st.integers(0, 300), st.integers(1, 400))
 def test_a_limit_takes_items_evenly_and_in_order(size, limit):
-    kept = list(Numbered("n", list(range(size)), limit))
+    kept: list[Any] = list(Numbered("n", list(range(size)), limit))  # numbers in place of conversations
     assert len(kept) == min(size, limit)
     assert kept == sorted(set(kept))
     gaps = {b - a for a, b in zip(kept, kept[1:], strict=False)}
@@ -317,7 +318,8 @@ def test_gsm8k_annotations_become_tool_calls(tmp_path):
 
 def test_spelling_is_generated_and_split_by_word():
     words = {}
-    for split, side in (("train", "train"), ("val", "rl"), ("test", "test")):
+    sides: dict[Split, str] = {"train": "train", "val": "rl", "test": "test"}
+    for split, side in sides.items():
         task = load_task("spelling", split, Path("/nowhere"), limit=400)
         assert len(task) == 400
         again = load_task("spelling", split, Path("/nowhere"), limit=400)
@@ -388,9 +390,9 @@ DATA = os.environ.get("JAXCHAT_DATA")
 )
 def test_real_data(name, split, count):
     assert name in TASKS
-    task = load_task(name, split, Path(DATA))
+    task = load_task(name, split, Path(str(DATA)))
     assert len(task) == count
-    for item in load_task(name, split, Path(DATA), limit=300):
+    for item in load_task(name, split, Path(str(DATA)), limit=300):
         roles = [message["role"] for message in item["messages"]]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
         if name not in ("chat", "humaneval"):
