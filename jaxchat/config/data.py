@@ -59,7 +59,8 @@ class DataConfig(Section):
     """Parts of the text that are read independently, for training on many hosts: each process reads only its lanes.
     Divides the rows of pretraining's batch."""
     on_bad: Literal["refuse", "skip"] = "refuse"
-    """What damaged or too long text does: stop the run (refuse), or be reported, counted and left out (skip)."""
+    """What damaged or too long text does, and a conversation or question that cannot be read: stop the run (refuse), or
+    be reported, counted and left out (skip)."""
 
     @property
     def folder(self) -> str | None:

@@ -57,6 +57,7 @@ def load_model(run_dir: epath.PathLike, stage: str | None = None, step: str | No
     check(bool(finished) or stage is not None, f"{run_dir} has no model yet: {there}")
     check(stage is None or directory.leaves_model(stage), f"stage {stage!r} of {run_dir} is not finished; {there}")
     stage = stage or finished[-1]
+    experiment = directory.config_of(stage) or experiment
     tokenizer = load_tokenizer_of(directory)
     model = GPTConfig.of(experiment.model, tokenizer.vocab_size)
     checkpoints = Checkpoints(directory.checkpoints(stage))

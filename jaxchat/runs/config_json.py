@@ -37,7 +37,7 @@ def build(values: dict[str, Any], cls: type = Experiment) -> Any:
     values = {name: value for name, value in values.items() if name not in RETIRED.get(cls.__name__, ())}
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
-    check(not unknown, f"config has unknown fields ({', '.join(unknown)}); use the version of jaxchat that wrote it")
+    check(not unknown, f"config has fields that this version of jaxchat does not know: {', '.join(unknown)}")
     built = {}
     for name, value in values.items():
         section = fields[name].default_factory

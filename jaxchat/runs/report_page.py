@@ -50,7 +50,8 @@ def page(report: dict[str, Any], plots: list[str], shown_path: str) -> str:
 def _story(report: dict[str, Any]) -> str:
     config, stages = report["config"], report["stages"]
     depth = config["model"]["depth"]
-    size = f"{format_count(report['parameters'])} parameters ({depth} layers, {model_width(depth)} wide)"
+    layers = f"{depth} {'layer' if depth == 1 else 'layers'}"
+    size = f"{format_count(report['parameters'])} parameters ({layers}, {model_width(depth)} wide)"
     sentences = [f"A chatbot trained from nothing: {size}."]
     path, sets = config["data"]["path"], config["data"]["download"]
     source = f"text from the folder `{Path(path).name}`" if path else "stories of a small world that jaxchat made up"

@@ -111,9 +111,13 @@ def _longest_answer_before(workspace: Workspace) -> int | None:
 def _fits(
     workspace: Workspace, score: dict[str, Any], task: Task, settings: dict[str, Any], before: int | None
 ) -> bool:
-    """Whether a line of the metrics is the score of `task` with `settings`."""
+    """Whether a line of the metrics is the score of `task` with `settings`, and its answers are still there."""
     if "questions" in score:
-        return all(score.get(name) == value for name, value in settings.items())
+        answers = workspace.directory.answers(score["of"], task.name)
+        same = all(score.get(name) == value for name, value in settings.items())
+        return same and on_process_zero(answers.exists)
+    if not workspace.finished("evaluate"):
+        return False
     same_count = score.get(f"count/{task.name}") == len(spread(task, workspace.experiment.evaluate.limit))
     return same_count and (task.kind == "multiple_choice" or before == settings["max_new_tokens"])
 

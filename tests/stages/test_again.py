@@ -56,6 +56,16 @@ class TestOtherQuestions:
         answers = (run / "evaluate" / "sft" / "letters.jsonl").read_text().splitlines()
         assert len(answers) == 3 and json.loads(answers[0]).keys() >= {"question", "answer", "right", "score", "cut"}
 
+    def test_answers_that_were_deleted_are_given_again(self, finished, tmp_path):
+        run = begin(finished, tmp_path / "run", "pretrain", "midtrain", "sft", "rl", "evaluate")
+        once = ("--stages=evaluate", "--evaluate.of=sft")
+        (run / "evaluate" / "sft" / "sums.jsonl").unlink()
+        code, out, err = start(run, *once)
+        assert code == 0 and out.count("evaluate  sft") == 1, err
+        shutil.rmtree(run / "evaluate")
+        code, out, err = start(run, *once)
+        assert code == 0 and out.count("evaluate  sft") == 2 and (run / "evaluate" / "sft" / "sums.jsonl").exists(), err
+
     def test_changed_questions_are_asked_again(self, finished, tmp_path):
         run = begin(finished, tmp_path / "run", "pretrain", "sft", "evaluate")
         (questions,) = (run / "data" / "eval" / "sums").glob("test.jsonl")
@@ -147,6 +157,17 @@ class TestRedo:
 
 
 class TestRemedies:
+    def test_a_changed_config_changes_no_model(self, finished, tmp_path):
+        run = begin(finished, tmp_path / "run", "pretrain")
+        config = json.loads((run / "config.json").read_text())
+        config["model"]["depth"] = 3
+        (run / "config.json").write_text(json.dumps(config))
+        assert load_model(run).model.depth == 1
+        assert (
+            start(run, "--stages=report")[0] == 0
+            and json.loads((run / "config.json").read_text())["model"]["depth"] == 1
+        )
+
     def test_a_damaged_record(self, finished, tmp_path):
         run = begin(finished, tmp_path / "run", "pretrain", "midtrain", "sft")
         path = run / "sft" / "stage.json"
