@@ -15,7 +15,13 @@ from numbers import Integral, Real
 from typing import Any
 
 _LARGEST = 1 << 53  # a longer number goes as hexadecimal digits, which are read in linear time and without a limit
-_COLLECTIONS = (("list", list), ("tuple", tuple), ("set", set), ("frozenset", frozenset), ("deque", deque))
+_COLLECTIONS: tuple[tuple[str, Any], ...] = (
+    ("list", list),
+    ("tuple", tuple),
+    ("set", set),
+    ("frozenset", frozenset),
+    ("deque", deque),
+)
 _VIEWS = (("keys", KeysView), ("pairs", ItemsView), ("values", ValuesView))
 
 
