@@ -189,6 +189,7 @@ def run(
     check(steps >= MIN_STEPS, f"--steps is {steps}; it must be at least {MIN_STEPS}")
     tests = [_planned(workspace, group, steps, low, high) for group in groups]
     if not workspace.finished("tokenizer"):
+        workspace.begin("tokenizer")
         tokenizer.run(workspace)
     device = jax.devices()[0]
     tokens = workspace.experiment.pretrain.batch_tokens
