@@ -50,12 +50,12 @@ def _run(argv: list[str]) -> int:
     if options.stages is not None:
         experiment = dataclasses.replace(experiment, stages=options.stages)
     directory = options.run_dir or f"runs/{experiment.name}"
-    redo = check_start(experiment, directory, redo=options.redo, fresh=options.fresh)
+    check_start(experiment, directory, redo=options.redo, fresh=options.fresh)
     cluster = find_cluster(os.environ, options.coordinator, options.num_processes, options.process_id)
     prepare_jax()
     if options.dry_run:
         return _dry_run(experiment, named_fields(overrides))
-    return _train(experiment, directory, redo, options.fresh, cluster, named_fields(overrides))
+    return _train(experiment, directory, options.redo, options.fresh, cluster, named_fields(overrides))
 
 
 def launch_parser() -> Parser:
@@ -90,6 +90,8 @@ def launch_parser() -> Parser:
     add("--fresh", action="store_true", help="Start over; an earlier run is renamed, not deleted.")
     add(
         "--redo",
+        type=words,
+        default=(),
         metavar="A,B",
         help="Do these stages again, and those that were made from them; what they left is renamed, not deleted.",
     )
@@ -104,25 +106,22 @@ def launch_parser() -> Parser:
     return parser
 
 
-def check_start(
-    experiment: Experiment, directory: str, *, redo: str | None = None, fresh: bool = False
-) -> Collection[str]:
-    """Checks all that can be checked without JAX, which takes seconds to import; returns the stages to do again.
+def check_start(experiment: Experiment, directory: str, *, redo: tuple[str, ...] = (), fresh: bool = False) -> None:
+    """Checks all that can be checked without JAX, which takes seconds to import.
 
     Raises:
       UserError: a run would be refused.
     """
     from jaxchat.runs.directory import RunDirectory  # slow to import, as what follows
-    from jaxchat.runs.starting import stages_to_redo
+    from jaxchat.runs.starting import check_redo
     from jaxchat.stages.settings import check_run, check_settings
     from jaxchat.storage import to_run_directory
 
     check_settings(experiment)
-    again = stages_to_redo(redo, experiment.stages)
+    check_redo(redo, experiment.stages)
     check_place(directory, "--run-dir")
     run = RunDirectory(to_run_directory(directory))
-    check_run(experiment, run, redo=STAGES if fresh else again)
-    return again
+    check_run(experiment, run, redo=STAGES if fresh else redo)
 
 
 def _list() -> int:

@@ -33,7 +33,7 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
     The directory may be renamed while it is held: the lock goes with it.
 
     Raises:
-      UserError: another process holds it; the message says which. The directory cannot be created.
+      UserError: another process holds it; the message says which. The directory cannot be created, or written to.
     """
     if is_remote(directory) or fcntl is None:
         yield
@@ -43,7 +43,8 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")
     except OSError as error:
-        raise UserError(f"{directory} cannot be created ({reason(error)}); choose another --run-dir") from None
+        what = "written to" if path.parent.is_dir() else "created"
+        raise UserError(f"{directory} cannot be {what} ({reason(error)}); choose another --run-dir") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

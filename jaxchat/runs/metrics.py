@@ -13,6 +13,7 @@ are superseded from step 0 on.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from typing import Any
 
 from etils import epath
 
-from jaxchat.errors import UserError
+from jaxchat.errors import UserError, check
 from jaxchat.runs.files import Object, parse_line, read_bytes, read_json, read_lines, split_lines, write_bytes
 from jaxchat.runs.progress import LiveLine
 from jaxchat.stopping import NO_ROOM, same_command
@@ -137,6 +138,23 @@ class Metrics:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def check_installed(*, tensorboard: bool, wandb: bool) -> None:
+    """Raises a UserError if the package that a log is written with is not installed."""
+    for name, extra, package, asked in (
+        ("TensorBoard", "tensorboard", "tensorboardX", tensorboard),
+        ("Weights & Biases", "wandb", "wandb", wandb),
+    ):
+        there = not asked or _is_installed(package)
+        check(there, f"{name} logging needs {package}: pip install 'jaxchat[{extra}]'")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # it is hidden, as by `sys.modules[package] = None`
+        return False
 
 
 def read_metrics(run_dir: epath.PathLike, say: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
@@ -255,10 +273,9 @@ class _TensorBoard:
     """Event files with one TensorBoard run per stage, so that stages share the plot of a metric."""
 
     def __init__(self, run_dir: epath.Path, stage: str):
-        try:
-            import tensorboardX  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise UserError("TensorBoard logging needs tensorboardX: pip install jaxchat[tensorboard]") from None
+        check_installed(tensorboard=True, wandb=False)
+        import tensorboardX  # pyright: ignore[reportMissingImports]
+
         self._open = functools.partial(tensorboardX.SummaryWriter, os.fspath(run_dir / "tensorboard" / stage))
         self._writer = None
 
@@ -280,10 +297,9 @@ class _WeightsAndBiases:
     """One W&B run per stage, grouped by run directory, where its id is kept so that a resume continues it."""
 
     def __init__(self, run_dir: epath.Path, stage: str):
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise UserError("Weights & Biases logging needs wandb: pip install jaxchat[wandb]") from None
+        check_installed(tensorboard=False, wandb=True)
+        import wandb  # pyright: ignore[reportMissingImports]
+
         folder = run_dir / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
         id_file, config_file = folder / f"{stage}.id", run_dir / "config.json"

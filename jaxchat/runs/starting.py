@@ -64,16 +64,14 @@ def _undo(directory: Path, aside: Path | None = None) -> Callable[..., None]:
     return leave
 
 
-def stages_to_redo(text: str | None, stages: tuple[str, ...]) -> tuple[str, ...]:
-    """The stages that `--redo` names, of those that this start runs.
+def check_redo(named: tuple[str, ...], stages: tuple[str, ...]) -> None:
+    """Checks the stages that `--redo` names against those that this start runs.
 
     Raises:
       UserError: an unknown one, or one that this start does not run.
     """
-    named = tuple(text.split(",")) if text is not None else ()
     for stage in named:
         check(
             stage in STAGES, f"--redo: unknown stage {shown(stage)}{closest(stage, STAGES)} Stages: {', '.join(STAGES)}"
         )
         check(stage in stages, f"--redo={stage}: this start runs only {', '.join(stages)}; name it in --stages too")
-    return named

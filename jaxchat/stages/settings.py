@@ -12,6 +12,7 @@ from jaxchat.config import STAGES, TRAINED, Experiment
 from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.errors import UserError, check
 from jaxchat.runs.directory import RunDirectory
+from jaxchat.runs.metrics import check_installed
 from jaxchat.tasks import check_scorable, parse_mixture
 from jaxchat.tools.python import containment
 
@@ -20,7 +21,8 @@ def check_settings(experiment: Experiment) -> None:
     """Checks what needs neither devices nor data.
 
     Raises:
-      UserError: there is no stage to run, or no data; a task or data set is unknown; a stage has no task.
+      UserError: there is no stage to run, or no data; a task or data set is unknown; a stage has no task; a log needs a
+        package that is not installed.
     """
     check(bool(experiment.stages), "stages is empty; name at least one, such as --stages=pretrain")
     check(
@@ -28,6 +30,8 @@ def check_settings(experiment: Experiment) -> None:
         f"{experiment.name} trains on your text: give it a folder with --data=DIR, or name data sets with "
         "--data.download",
     )
+    log = experiment.logging
+    check_installed(tensorboard=log.tensorboard, wandb=log.wandb)
     with naming("data.download"):
         parse_requests(experiment.data.download)
     for stage in experiment.stages:

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxchat.config import DataConfig, Experiment, LoggingConfig
 from jaxchat.errors import UserError
 from jaxchat.runs import progress
 from jaxchat.runs.metrics import Metrics, read_metrics
 from jaxchat.runs.progress import format_count, format_duration, format_live
+from jaxchat.stages.settings import check_settings
 
 
 def lines(run_dir):
@@ -264,5 +266,8 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
 @pytest.mark.parametrize("option, module", [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
 def test_a_missing_option_says_what_to_install(tmp_path, monkeypatch, option, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"pip install jaxchat\[{option}\]"):
+    with pytest.raises(UserError, match=rf"pip install 'jaxchat\[{option}\]'"):
         Metrics(tmp_path, "sft", **{option: True})
+    experiment = Experiment(data=DataConfig(generate=True), logging=LoggingConfig(**{option: True}))
+    with pytest.raises(UserError, match="logging needs"):  # before the first stage
+        check_settings(experiment)
