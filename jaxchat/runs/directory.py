@@ -124,7 +124,7 @@ class RunDirectory:
         """Creates the directory with its config.json, or checks that it belongs to `experiment` and updates it.
 
         Args:
-          redo: stages to be done again: they and those that were made from them are set aside.
+          redo: stages that `do_again` will set aside, with those that were made from them; it then updates config.json.
           keep_config: the config.json of a run that has a tokenizer stays as it is: for tools that inspect a run.
           say: takes lines for the user.
 
@@ -132,16 +132,15 @@ class RunDirectory:
           UserError: the directory holds something else, or a run with other settings; it cannot be written.
         """
         try:
-            if self.is_run():
+            there = self.is_run()
+            if there:
                 if self._has_config():
                     self._complete_records(self.read_config(), redo)
                 self.check(experiment, redo=redo, say=say)
-                for stage in self._following(redo):
-                    self.set_aside(stage, say)
                 if redo:
                     done_once("--redo")
             self.path.mkdir(parents=True, exist_ok=True)
-            if not (keep_config and self.finished("tokenizer")):
+            if not (redo and there) and not (keep_config and self.finished("tokenizer")):
                 write_json(self.config_file, dataclasses.asdict(experiment))
         except OSError as error:
             raise UserError(f"{self} cannot be created ({reason(error)}); choose another --run-dir") from None
@@ -160,7 +159,7 @@ class RunDirectory:
             f"{self} is a run of experiment {before and before.name!r}, not {experiment.name!r}; choose another "
             "--run-dir, or start over with --fresh",
         )
-        again = self._following(redo)
+        again = self.following(redo)
         for stage in STAGES:
             if stage not in again and self.made(stage):
                 self._check_same(stage, self.config_of(stage) or before, experiment, say)
@@ -321,7 +320,13 @@ class RunDirectory:
 
     # --- doing a stage again ------------------------------------------------------------------------------------
 
-    def _following(self, stages: Collection[str]) -> list[str]:
+    def do_again(self, experiment: Experiment, stages: Collection[str], say: Say = lambda line: None) -> None:
+        """Sets the stages and all that were made from them aside, to be done again as `experiment` says."""
+        for stage in self.following(stages):
+            self.set_aside(stage, say)
+        write_json(self.config_file, dataclasses.asdict(experiment))
+
+    def following(self, stages: Collection[str]) -> list[str]:
         """The stages and all that were made from them, in order."""
         found = set(stages)
         for stage in TRAINED if found else ():

@@ -67,6 +67,7 @@ def run_stages(workspace: Workspace, given: Collection[str] = ()) -> None:
     if programs := describe_programs(workspace.experiment):
         workspace.say(f"programs  {programs}")
     workspace.check_data(_to_check(workspace, given), given)
+    workspace.set_aside_redone()
     for stage in workspace.experiment.stages:
         workspace.set_aside_stale(stage)
         if evaluate.complete(workspace) if stage == "evaluate" else stage != "report" and workspace.finished(stage):

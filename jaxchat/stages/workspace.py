@@ -53,7 +53,7 @@ class Workspace:
         redo: Collection[str] = (),
         keep_config: bool = False,
     ):
-        """Opens the directory as `RunDirectory.open` does.
+        """Opens the directory as `RunDirectory.open` does; the stages `redo` count as not finished from then on.
 
         Raises:
           UserError: the directory holds something else, or a run with other settings; the experiment has no text; the
@@ -74,6 +74,7 @@ class Workspace:
         self.compute = Compute(compute_dtype(experiment), self.mesh)
         on_process_zero(lambda: self.directory.open(experiment, redo=redo, keep_config=keep_config, say=self.say))
         requests = parse_requests(data.download)
+        self._again = set(on_process_zero(lambda: self.directory.following(redo)))
         self._download = BackgroundDownload(data.folder, requests, self.say) if requests and data.folder else None
 
     def say_once(self, line: str) -> None:
@@ -150,7 +151,7 @@ class Workspace:
             check_tokens(self.experiment, text, tokenizer)
 
     def _known_tokenizer(self) -> BaseTokenizer | None:
-        if self.directory.finished("tokenizer"):
+        if "tokenizer" not in self._again and self.directory.finished("tokenizer"):
             return load_tokenizer_of(self.directory)
         users = self.experiment.tokenizer.path
         return None if users is None else load_tokenizer(users)
@@ -233,7 +234,13 @@ class Workspace:
     # --- the stages' records ------------------------------------------------------------------------------------
 
     def finished(self, stage: str) -> bool:
-        return on_process_zero(lambda: self.directory.finished(stage))
+        return stage not in self._again and on_process_zero(lambda: self.directory.finished(stage))
+
+    def set_aside_redone(self) -> None:
+        """Sets the stages aside that are to be done again, once nothing can refuse the run."""
+        if self._again:
+            on_process_zero(lambda: self.directory.do_again(self.experiment, self._again, self.say))
+        self._again = set()
 
     def begin(self, stage: str) -> None:
         """Records that `stage` is being made, of what, and with the experiment's settings.

@@ -227,6 +227,8 @@ class TestSettings:
         )
         assert made.config_file.read_bytes() == before
         made.open(changed(**fixed), redo=[stage])  # the remedy
+        assert made.config_file.read_bytes() == before and made.finished(stage)  # as long as the start can be refused
+        made.do_again(changed(**fixed), [stage])
         assert made.read_config() == changed(**fixed) and not made.finished(stage)
 
     def test_a_data_folder_may_move(self, directory):
@@ -276,6 +278,8 @@ class TestDoingAgain:
     def test_what_follows_is_set_aside_with_its_metrics_and_answers(self, made):
         said = []
         made.open(EXPERIMENT, redo=["sft"], say=said.append)
+        assert not said and made.finished("sft")
+        made.do_again(EXPERIMENT, ["sft"], said.append)
         assert [line.split()[0] for line in said] == ["sft", "rl"] and "sft.old-1" in said[0]
         assert made.stages_with_model() == ["pretrain"]
         assert self.lines(made) == [("pretrain", None), ("evaluate", "pretrain")]
@@ -288,7 +292,7 @@ class TestDoingAgain:
     def test_again_and_again(self, made):
         for number in (1, 2, 3):
             make(made, *(["sft"] if number > 1 else []))
-            made.open(EXPERIMENT, redo=["sft"])
+            made.do_again(EXPERIMENT, ["sft"])
             assert (made.path / f"sft.old-{number}" / "stage.json").exists()
 
     def test_an_impossible_start_sets_nothing_aside(self, made):
@@ -298,7 +302,7 @@ class TestDoingAgain:
 
     def test_evaluate_alone(self, made):
         made.write_record("evaluate", {"stage": "evaluate"})
-        made.open(EXPERIMENT, redo=["evaluate"])
+        made.do_again(EXPERIMENT, ["evaluate"])
         assert made.stages_with_model() == ["pretrain", "sft", "rl"]
         assert self.lines(made) == [(stage, None) for stage in ("pretrain", "sft", "rl")]
 
@@ -354,7 +358,7 @@ class TestEarlierVersions:
         old.open(changed(evaluate=EvaluateConfig(max_new_tokens=7)))
         assert old.id_of("sft") and old.config_of("evaluate").evaluate.max_new_tokens == 512
         assert old.stages_with_model() == ["pretrain", "sft", "rl"] and len(old.read_metrics()) == 2
-        old.open(EXPERIMENT, redo=["sft"])
+        old.do_again(EXPERIMENT, ["sft"])
         assert old.stages_with_model() == ["pretrain"] and old.read_metrics() == []
 
     def test_a_model_that_was_trained_again_has_no_scores_of_before(self, old):
@@ -370,6 +374,7 @@ class TestEarlierVersions:
         with pytest.raises(UserError, match=f"--redo={stage}"):
             old.open(EXPERIMENT)
         old.open(EXPERIMENT, redo=[stage])
+        old.do_again(EXPERIMENT, [stage])
         assert (old.path / f"{stage}.old-1" / "stage.json").read_text() == "{"
 
     def test_its_settings_are_fixed_too(self, old):

@@ -97,6 +97,15 @@ class TestGeneratedCorpus:
 
 
 class TestRedo:
+    def test_a_start_that_its_data_refuse_sets_nothing_aside(self, finished, tmp_path):
+        run = begin(finished, tmp_path / "run", "pretrain", "midtrain", "sft")
+        before = {
+            path: path.read_bytes() for path in (run / "config.json", run / "sft/stage.json", run / "metrics.jsonl")
+        }
+        message = refusal(start(run, "--stages=sft", "--sft.mixture=gsm8k", "--redo=sft"))
+        assert "gsm8k" in message and not list(run.glob("*.old-*"))
+        assert {path: path.read_bytes() for path in before} == before
+
     def test_a_stage_and_what_follows(self, finished, tmp_path):
         run = begin(finished, tmp_path / "run", "pretrain", "midtrain", "sft", "rl", "evaluate")
         message = refusal(start(run, "--stages=sft,evaluate", "--sft.num-iterations=2"))
