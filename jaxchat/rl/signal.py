@@ -74,9 +74,9 @@ class Signal:
 def _advice(config: RLConfig, reward: float, cut: float) -> str:
     if cut >= MOST_CUT:
         return f"{cut:.0%} of them had no room to end: raise --rl.max-new-tokens above {config.max_new_tokens}"
-    if config.temperature < 0.5:
-        return f"they hardly differ: raise --rl.temperature above {config.temperature:g}"
     if reward > 0.5:
         return "the model knows the answers: name harder --rl.tasks"
+    if config.temperature < 0.5:
+        return f"they hardly differ: raise --rl.temperature above {config.temperature:g}"
     more = f"raise --rl.samples-per-question above {config.samples_per_question}"
     return f"the model does not find the right ones: train it longer before rl, name easier --rl.tasks, or {more}"

@@ -40,6 +40,7 @@ def test_a_training_without_signal_is_known_also_when_resumed():
         (0.0, False, {}, "(0 on average); the model does not find the right ones: train it longer before rl"),
         (0.0, False, {"samples_per_question": 4}, "raise --rl.samples-per-question above 4"),
         (0.0, False, {"temperature": 0.1}, "raise --rl.temperature above 0.1"),
+        (1.0, False, {"temperature": 0.1}, "the model knows the answers: name harder --rl.tasks"),
         (1.0, False, {}, "(1 on average); the model knows the answers: name harder --rl.tasks"),
     ],
 )
