@@ -137,8 +137,6 @@ class RunDirectory:
                 if self._has_config():
                     self._complete_records(self.read_config(), redo)
                 self.check(experiment, redo=redo, say=say)
-                if redo:
-                    done_once("--redo")
             self.path.mkdir(parents=True, exist_ok=True)
             if not (redo and there) and not (keep_config and self.finished("tokenizer")):
                 write_json(self.config_file, dataclasses.asdict(experiment))
@@ -324,6 +322,8 @@ class RunDirectory:
         """Sets the stages and all that were made from them aside, to be done again as `experiment` says."""
         for stage in self.following(stages):
             self.set_aside(stage, say)
+        if stages:
+            done_once("--redo")
         write_json(self.config_file, dataclasses.asdict(experiment))
 
     def following(self, stages: Collection[str]) -> list[str]:
