@@ -1,10 +1,13 @@
 """How commands end: one line on stderr, the exit code, and the same of both programs."""
 
 import errno
+import fcntl
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -171,25 +174,13 @@ def test_work_that_has_something_to_save():
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{told}stopped; {RESUMES}")
 
 
-@pytest.mark.parametrize("doubled", ["'SIGINT', 'SIGINT'", "'SIGINT'); time.sleep(0.05); me('SIGINT'"])
-def test_one_ctrl_c_that_arrives_twice(doubled):
-    done = end(f"""
+def test_one_ctrl_c_that_arrives_twice():
+    """`timeout -s INT` signals the process, and then its group."""
+    done = end("""
     with deferred():
-        me({doubled}); time.sleep(0.5)
+        me("SIGINT", "SIGINT"); time.sleep(0.5)
         print("saved")""")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (130, "saved\n", 2)
-
-
-def test_a_time_limit_that_sends_ctrl_c(tmp_path):
-    """`timeout` signals the process, and then its group."""
-    body = f"""
-    with deferred() as asked:
-        open({str(tmp_path / "begun")!r}, "w").close()
-        while asked.cause is None: time.sleep(0.01)
-        time.sleep(0.5)
-        print("saved")"""
-    done = end(body, command=["timeout", "--preserve-status", "-s", "INT", "3"])
-    assert (tmp_path / "begun").exists() and (done.returncode, done.stdout) == (130, "saved\n"), done
 
 
 def test_work_with_nothing_to_save_yet():
@@ -214,6 +205,41 @@ def test_a_reason_that_nobody_reads_is_still_the_reason(body, code):
     done = end(body, stdout=write, stderr=write)
     os.close(write)
     assert done.returncode == code
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_terminal_that_closes(saves):
+    """The process gets SIGHUP, and can neither read nor write any more."""
+    body = "print('begun'); time.sleep(30)"
+    if saves:
+        body = """
+    with deferred() as asked:
+        print("begun")
+        while asked.cause is None: time.sleep(0.01)
+        print("saved"); print("saved", file=sys.stderr)"""
+    terminal, own = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDING.format(body=body)],
+        **dict.fromkeys(("stdin", "stdout", "stderr"), own),
+        cwd=ROOT,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(own)
+    seen = b""
+    while b"begun" not in seen:
+        seen += os.read(terminal, 1024)
+    os.close(terminal)
+    assert process.wait(60) == 75
+
+
+def test_a_process_that_is_suspended_for_a_while():
+    done = end("""
+    with deferred() as asked:
+        subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -CONT {os.getpid()}"])
+        me("SIGTSTP")
+        print("goes on", asked.cause)""")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "goes on None\n", "")
 
 
 def test_what_must_not_outlive_the_process(tmp_path):
