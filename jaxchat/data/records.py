@@ -5,38 +5,28 @@ A record that cannot be used has a line by which its file can be mended, so ever
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import io
 import json
-import lzma
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxchat.data.text.forms import DAMAGE, HEAD_BYTES, bare_name, form_of, read_head, something_else
+from jaxchat.data.text.forms import (
+    DAMAGE,
+    HEAD_BYTES,
+    bare_name,
+    form_of,
+    from_latin_1,
+    not_packed,
+    something_else,
+    unpacked,
+)
 from jaxchat.data.text.reading import Unreadable, check_damage, parse_object
 from jaxchat.errors import check
 from jaxchat.storage import AnyPath, first_line
 
-
-def _by_arrow(codec: str) -> Callable[[IO[bytes]], IO[bytes]]:
-    return lambda file: io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, mode="r"), codec))
-
-
-_UNPACK: dict[str, Callable[[IO[bytes]], Any]] = {
-    "": lambda file: file,
-    ".gz": lambda file: gzip.GzipFile(fileobj=file),
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
-    ".zst": _by_arrow("zstd"),
-    ".lz4": _by_arrow("lz4"),
-    ".br": _by_arrow("brotli"),
-}
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"\s*")
 _ROWS = 1024  # of parquet, read at once
@@ -87,15 +77,14 @@ def read_records(path: AnyPath) -> Iterator[tuple[int, Any]]:
         if form is not None and form.format == "parquet":
             yield from _rows(path)
             return
-        packing = form.compression if form is not None else ""
         with path.open("rb") as file:
-            yield from _lines(path, _UNPACK[packing](file))
+            yield from _lines(path, unpacked(path, file))
     except FileNotFoundError:
         raise Unreadable("missing_files", f"{path} is missing") from None
     except (OSError, *DAMAGE) as error:
         check_damage(path, error)
-        other = something_else(path, read_head(path)) if form is not None and form.compression else None
-        raise Unreadable("unreadable_files", f"{path} cannot be read: {other or first_line(error)}") from None
+        wrong = not_packed(path) or first_line(error)
+        raise Unreadable("unreadable_files", f"{path} cannot be read: {wrong}") from None
 
 
 def place(path: AnyPath, number: int) -> str:
@@ -127,28 +116,26 @@ def _lines(path: AnyPath, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
             if (other := something_else(path, line[:HEAD_BYTES])) is not None:
                 raise Unreadable("unreadable_files", f"{path} {other}")
             if line.lstrip().startswith(b"["):
-                yield from _list(line + file.read(), number)
+                yield from _list(path, line + file.read(), number)
                 return
         if not line.isspace():
-            yield number, _parse(line)
+            yield number, _parse(path, line)
 
 
-def _parse(line: bytes) -> Any:
+def _parse(path: AnyPath, line: bytes) -> Any:
     """The object on a line, or why it is none."""
     try:
         return parse_object(line)
     except ValueError as error:
-        if line.strip() == b"{":
-            return ValueError("an object that goes on in the next line; write one object a line (jq -c . FILE does)")
-        return error
+        return ValueError(f"{error}{from_latin_1(path, line)}")
 
 
-def _list(data: bytes, number: int) -> Iterator[tuple[int, Any]]:
+def _list(path: AnyPath, data: bytes, number: int) -> Iterator[tuple[int, Any]]:
     """The objects of one JSON list that begins on line `number`, each with the line on which it begins."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        yield number + data.count(b"\n", 0, error.start), ValueError("not UTF-8; convert the file")
+        yield number + data.count(b"\n", 0, error.start), ValueError(f"not UTF-8{from_latin_1(path, data)}")
         return
     decoder = json.JSONDecoder()
     at, counted = text.index("[") + 1, 0
@@ -164,7 +151,7 @@ def _list(data: bytes, number: int) -> Iterator[tuple[int, Any]]:
         except (ValueError, RecursionError) as error:
             yield number, ValueError(f"broken JSON ({first_line(error)}); the rest of the file cannot be read")
             return
-        yield number, _parse(text[at:end].encode("utf-8", "surrogatepass"))
+        yield number, _parse(path, text[at:end].encode("utf-8", "surrogatepass"))
         at = _after_space(text, end)
         if not text.startswith((",", "]"), at):
             yield number + text.count("\n", counted, at), ValueError("no comma between two objects of the list")

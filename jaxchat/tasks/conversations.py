@@ -129,8 +129,10 @@ def file_of(entry: str) -> AnyPath:
 
 
 def _table_in(folder: AnyPath) -> str:
-    """How a message about missing conversations goes on where a table is in their place."""
+    """How a message about missing conversations goes on where a table or a sub-folder has them."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name != "smoltalk" and (inside := list_records(path)):
+            return f"; sub-folders are not read: move {path.name}/{inside[0].name} up"
         if command := convert(path):
             return f"; convert {path.name} with: {command}"
     return ""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxchat.data.records import find_records, place, read_records
-from jaxchat.data.text.reading import Findings, Unreadable
+from jaxchat.data.text.reading import Findings, Unreadable, kind_of
 from jaxchat.errors import MissingData, check
 from jaxchat.storage import AnyPath
 
@@ -68,7 +68,7 @@ def check_texts(record: Mapping[str, Any], *names: str) -> None:
             wrong = "is null" if name in record else f"is missing; the fields are: {', '.join(record) or 'none'}"
             raise ValueError(f"{name!r} {wrong}")
         if not isinstance(record[name], str):
-            raise ValueError(f"{name!r} is {type(record[name]).__name__}, not a string")
+            raise ValueError(f"{name!r} is {kind_of(record[name])}, not a string")
 
 
 def hold_out(items: Sequence[Any], split: str) -> list[Any]:

@@ -56,10 +56,10 @@ def test_a_list_has_the_records_that_its_lines_would_have(tmp_path_factory, valu
     ("text", "number", "wrong"),
     [
         ('{"a": 1}\n[1, 2]\n', 2, "a list; write one object a line"),
-        ('{"a": 1}\n"text"\n', 2, "a str"),
+        ('{"a": 1}\n"text"\n', 2, "a string"),
         ('{"a": 1}\n{\n "b": 2\n}\n', 2, "goes on in the next line"),
         ('{"a": "\\ud800"}\n', 1, "surrogate"),
-        ('[{"a": 1},\n 7]', 2, "a int"),
+        ('[{"a": 1},\n 7]', 2, "a number"),
         ('[{"a": 1},\n {"b": ]', 2, "broken JSON"),
         ('[{"a": 1}\n {"b": 1}]', 2, "comma"),
         ('[{"a": 1}]\n[{"a": 1}]', 1, "after the end of the list"),
@@ -75,7 +75,9 @@ def test_what_is_no_record_says_why(tmp_path, text, number, wrong):
 def test_bytes_that_are_not_utf8_are_one_bad_record_and_utf16_is_converted_by_a_line(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n{"a": "\xff"}\n{"a": 3}\n')
     found = list(read_records(tmp_path / "a.jsonl"))
-    assert [at for at, _ in found] == [1, 2, 3] and "utf-8" in str(found[1][1])
+    assert [at for at, _ in found] == [1, 2, 3] and "not UTF-8 (byte 7 of the line); if the file is LATIN1" in str(
+        found[1][1]
+    )
     (tmp_path / "b.jsonl").write_text('{"a": 1}\n', encoding="utf-16")
     with pytest.raises(UserError, match=r"UTF-16.*iconv"):
         list(read_records(tmp_path / "b.jsonl"))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxchat.data.text.reading import kind_of
 from jaxchat.tokenizer.conversation import PARTS
 
 Content = str | list[dict[str, str]]  # of a message: text, or (the assistant's only) text, tool calls and their output
@@ -78,7 +79,7 @@ def _turns_of(record: Mapping[str, Any]) -> Sequence[Any]:
         turns = record.get(key)
         if turns is not None:
             if not isinstance(turns, list):
-                raise ValueError(f"{key!r} is {_kind(turns)}, not a list of messages")
+                raise ValueError(f"{key!r} is {kind_of(turns)}, not a list of messages")
             return turns
     asked = next((key for key in _ASKED if record.get(key) is not None), None)
     answered = next((key for key in _ANSWERED if record.get(key) is not None), None)
@@ -91,7 +92,7 @@ def _turns_of(record: Mapping[str, Any]) -> Sequence[Any]:
         return [*question, *answer]
     for key in (asked, answered):
         if not isinstance(record[key], str):
-            raise ValueError(f"{key!r} is {_kind(record[key])}, not a string")
+            raise ValueError(f"{key!r} is {kind_of(record[key])}, not a string")
     context = next((record[key] for key in _CONTEXT.get(asked, ()) if record.get(key)), None)
     if context is not None:
         question = f"{question}\n\n{context}"
@@ -107,6 +108,8 @@ def _no_conversation(record: Mapping[str, Any], missing: Sequence[str]) -> str:
         return f"{null!r} is null"
     if "chosen" in record:
         return f"'chosen' and 'rejected' are preferences, which are not trained on; write the chosen as {_EXAMPLE}"
+    if ("role" in record and "content" in record) or ("from" in record and "value" in record):
+        return f"a message by itself; write all messages of a conversation into one object: {_EXAMPLE}"
     keys = ", ".join(map(str, record)) or "none"
     return f"no conversation, but the fields {keys}; write it as {_EXAMPLE}"
 
@@ -114,7 +117,7 @@ def _no_conversation(record: Mapping[str, Any], missing: Sequence[str]) -> str:
 def _read_turn(turn: Any, number: int) -> tuple[str, Any]:
     """The role (user, assistant or system) and the content of a message."""
     if not isinstance(turn, Mapping):
-        raise ValueError(f"message {number} is {_kind(turn)}; write {{'role': ..., 'content': ...}}")
+        raise ValueError(f"message {number} is {kind_of(turn)}; write {{'role': ..., 'content': ...}}")
     keys = next((keys for keys in (("role", "content"), ("from", "value")) if keys[0] in turn), None)
     if keys is None:
         raise ValueError(f"message {number} has no 'role', but the fields {', '.join(map(str, turn)) or 'none'}")
@@ -135,13 +138,13 @@ def _text(content: Any, number: int, role: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ValueError(f"the content of message {number}, from the {role}, is {_kind(content)}, not text")
+        raise ValueError(f"the content of message {number}, from the {role}, is {kind_of(content)}, not text")
     return "".join(part["text"] for part in _parts(content, number, _TEXT_PARTS))
 
 
 def _parts(content: Any, number: int, types: Sequence[str] = (*PARTS, *_TEXT_PARTS)) -> list[dict[str, str]]:
     if not isinstance(content, list):
-        raise ValueError(f"the content of message {number} is {_kind(content)}, neither text nor a list of parts")
+        raise ValueError(f"the content of message {number} is {kind_of(content)}, neither text nor a list of parts")
     parts = []
     for part in content:
         kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (None, None)
@@ -151,8 +154,3 @@ def _parts(content: Any, number: int, types: Sequence[str] = (*PARTS, *_TEXT_PAR
             raise ValueError(f"message {number} has {what}; a part has a 'text', and its 'type' is one of {known}")
         parts.append({"type": "text" if kind in _TEXT_PARTS else kind, "text": text})
     return parts
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
-    return names.get(type(value), "a number")

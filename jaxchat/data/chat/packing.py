@@ -111,7 +111,8 @@ class ConversationPacker:
         now, then = self._per_epoch, position.conversations
         check(
             now == then,
-            f"the chat data has changed: it has {now} conversations now, but had {then} when the position was saved",
+            f"the conversations have changed: there are {now:,} now, but were {then:,} when the position was saved; "
+            "put them back, or train on the new ones from the beginning with --redo=midtrain or --redo=sft",
         )
         self._packed = Counter(position.packed)
         self._seek(position.epoch, position.taken, position.waiting)

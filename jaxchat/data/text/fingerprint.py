@@ -77,7 +77,7 @@ def what_changed(before: Json, now: Json) -> str | None:
     """How the text differs from what it was, for a message; None if it is the same, or if `before` is damaged."""
     for side, name in _SIDES.items():
         old, new = before.get(side) if isinstance(before, dict) else None, now[side]
-        if old == new or not _is_whole(old):
+        if old is None or old == new or not _is_whole(old):
             continue
         if "each" not in old or "each" not in new:
             counts = [f"{found['files']:,} files of {found['bytes']:,} bytes" for found in (new, old)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
+import re
 import shlex
 import zlib
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -26,18 +28,14 @@ _FORMATS: dict[str, Format] = {
 HEAD_BYTES = 4096  # from which the contents of a file are recognised
 
 
-def _by_arrow(codec: str) -> Callable[[bytes], bytes]:
-    def decompress(data: bytes) -> bytes:
-        with pa.CompressedInputStream(pa.BufferReader(data), codec) as file:
-            return file.read()
-
-    return decompress
+def _by_arrow(codec: str) -> Callable[[IO[bytes]], Any]:
+    return lambda file: io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, mode="r"), codec))
 
 
-_DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
-    ".xz": lzma.decompress,
+_UNPACK: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
     ".zst": _by_arrow("zstd"),
     ".lz4": _by_arrow("lz4"),
     ".br": _by_arrow("brotli"),
@@ -62,7 +60,7 @@ def form_of(path: AnyPath) -> Form | None:
     Parquet has its own compression, so `.parquet.gz` is none.
     """
     name = path.name.lower()
-    compression = next((end for end in _DECOMPRESS if name.endswith(end)), "")
+    compression = next((end for end in _UNPACK if name.endswith(end)), "")
     name = name.removesuffix(compression)
     kind: Format | None = next((kind for end, kind in _FORMATS.items() if name.endswith(end)), None)
     if kind is None or (kind == "parquet" and compression):
@@ -81,8 +79,14 @@ def bare_name(path: AnyPath) -> str:
 
 def read_whole(path: AnyPath) -> bytes:
     """All bytes of a file, decompressed as its name says. Raises OSError or one of `DAMAGE`."""
-    data, form = path.read_bytes(), form_of(path)
-    return _DECOMPRESS[form.compression](data) if form is not None and form.compression else data
+    with path.open("rb") as file:
+        return unpacked(path, file).read()
+
+
+def unpacked(path: AnyPath, file: IO[bytes]) -> IO[bytes]:
+    """A file that was opened, decompressed as its name says while it is read, which raises OSError or `DAMAGE`."""
+    form = form_of(path)
+    return _UNPACK[form.compression](file) if form is not None and form.compression else file
 
 
 def read_head(path: AnyPath) -> bytes:
@@ -121,6 +125,30 @@ def something_else(path: AnyPath, head: bytes) -> str | None:
     if b"\0" in head:
         return "contains zero bytes, so it is not text; remove it"
     return None
+
+
+def not_packed(path: AnyPath) -> str | None:
+    """What is wrong with a file whose name says that it is compressed, if its first bytes say that it is not."""
+    form = form_of(path)
+    signs = [sign for sign, (_, ending) in _SIGNS.items() if form is not None and ending == form.compression]
+    head = read_head(path)
+    if not signs or head.startswith(signs[0]):
+        return None
+    assert form is not None
+    other = something_else(path, head)
+    return f"it {other}" if other else f"it is not compressed as its name says; take {form.compression} off the name"
+
+
+def from_latin_1(path: AnyPath, record: bytes) -> str:
+    """How a message about a record that is not UTF-8 goes on, if it may be Latin-1; "" if it has UTF-8 as well."""
+    try:
+        is_utf8 = bool(record.decode())
+    except UnicodeDecodeError:
+        is_utf8 = not record.decode("utf-8", "ignore").isascii()
+    if is_utf8 or form_of(path) not in (("txt", ""), ("jsonl", ""), ("json", "")):
+        return ""
+    encoding = "WINDOWS-1252" if re.search(rb"[\x80-\x9f]", record) else "LATIN1"
+    return f"; if the file is {encoding}, convert it with: {_iconv(path, encoding)}"
 
 
 def _encoding(head: bytes) -> str | None:

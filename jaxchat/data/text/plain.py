@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import IO, Literal
 
 from jaxchat.data.text import reading
+from jaxchat.data.text.forms import from_latin_1
 from jaxchat.data.text.reading import Border, Findings, after
 from jaxchat.storage import AnyPath
 
@@ -242,6 +243,6 @@ def _decode(path: AnyPath, data: bytes, begin: int, mac: bool, findings: Finding
     try:
         return _with_line_feeds(data.decode("utf-8-sig"), mac)
     except UnicodeDecodeError as error:
-        message = f"{path} is not UTF-8 text (byte {begin + error.start}); convert or remove it"
-        findings.bad("documents_not_utf8", message)
+        remedy = from_latin_1(path, data) or "; convert or remove it"
+        findings.bad("documents_not_utf8", f"{path} is not UTF-8 text (byte {begin + error.start})", remedy)
         return None

@@ -16,8 +16,8 @@ from typing import IO, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxchat.data.text.forms import DAMAGE, HEAD_BYTES, form_of, read_whole, something_else
-from jaxchat.data.text.remedies import one_text_column, rename_column
+from jaxchat.data.text.forms import DAMAGE, HEAD_BYTES, form_of, from_latin_1, not_packed, read_whole, something_else
+from jaxchat.data.text.remedies import join_strings, one_text_column, rename_column
 from jaxchat.errors import UserError, check
 from jaxchat.storage import AnyPath, first_line, of_the_cloud
 from jaxchat.tokenizer.text_files import is_text
@@ -103,8 +103,19 @@ def open_parquet(path: AnyPath) -> pq.ParquetFile:
         names = ", ".join(schema.names)
         raise UserError(f"{path} has no column 'text'; its columns are: {names}{_renamed(path, _texts_of(schema))}")
     kind = schema.field("text").type
-    check(is_text(kind), f"{path}: column 'text' contains {kind}, not strings")
+    check(is_text(kind), f"{path}: column 'text' contains {kind}, not strings; {_of_strings(path, schema)}")
     return file
+
+
+def _of_strings(path: AnyPath, schema: pa.Schema) -> str:
+    """What to do about a column `text` without strings."""
+    kind, others = schema.field("text").type, _texts_of(schema)
+    if others:
+        return f"to train on {others[0]!r}, give it the name 'text' and the other another one"
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if is_list and (pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type)):
+        return f"to join the strings of each row: {join_strings(path)}"
+    return "write the file again with strings in it"
 
 
 def _texts_of(schema: pa.Schema) -> list[str]:
@@ -241,7 +252,8 @@ def _parse_texts(path: AnyPath, data: bytes, lines_before: Callable[[], int], fi
             value = parse_object(line)
             texts.append(_text_of(value))
         except ValueError as error:
-            findings.bad("broken_lines", f"{path}:{lines_before() + number}: {error}", _remedy(path, value))
+            remedy = from_latin_1(path, line) if value is None else _remedy(path, value)
+            findings.bad("broken_lines", f"{path}:{lines_before() + number}: {error}", remedy)
     return texts
 
 
@@ -251,13 +263,17 @@ def _text_of(value: dict[str, Any]) -> str | None:
     if isinstance(text, str) or (text is None and "text" in value):
         return text
     if "text" in value:
-        raise ValueError(f"field 'text' is a {type(text).__name__}, not a string")
+        raise ValueError(f"field 'text' is {kind_of(text)}, not a string")
     raise ValueError(f"no field 'text'; the fields are: {', '.join(value) or 'none'}")
 
 
 def _remedy(path: AnyPath, value: Any) -> str:
     """How to rename a field to `text`, where there is one of strings and none of that name."""
-    if not isinstance(value, dict) or "text" in value or form_of(path) != ("jsonl", ""):
+    if not isinstance(value, dict) or "text" in value:
+        return ""
+    if "messages" in value or "conversations" in value:
+        return "; conversations belong in the folder chat/ of the data folder, beside pretrain/ with the text"
+    if form_of(path) != ("jsonl", ""):
         return ""
     return _renamed(path, [name for name, text in value.items() if isinstance(text, str)])
 
@@ -289,21 +305,39 @@ def _unreadable(path: AnyPath, error: Exception) -> Unreadable:
     if isinstance(error, FileNotFoundError):
         return Unreadable("missing_files", f"{path} cannot be read: it is missing")
     check_damage(path, error)
-    return Unreadable("unreadable_blocks", f"{path} cannot be read: {first_line(error)}")
+    return Unreadable("unreadable_blocks", f"{path} cannot be read: {not_packed(path) or first_line(error)}")
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
     """Parses one JSON object. Raises ValueError for anything else, and for text that UTF-8 cannot represent."""
     try:
         value = json.loads(line.decode("utf-8-sig"))  # json alone accepts encoded surrogates
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start} of the line)") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(_broken(line, error)) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"broken JSON ({first_line(error)}); fix or remove the line") from None
     return _checked(value, _ESCAPED_SURROGATE.search(line) is not None)
 
 
+def _broken(line: bytes, error: json.JSONDecodeError) -> str:
+    if line.strip() in (b"{", b"["):
+        return "JSON that goes on in the next line; write one object a line (jq -c . FILE does)"
+    if b"\0" in line:
+        return "zero bytes, as a crash may leave them; remove the line"
+    return f"broken JSON ({error.msg} at character {error.pos + 1}); fix or remove the line"
+
+
+def kind_of(value: Any) -> str:
+    """What kind of JSON a value is, for messages: "an object", "a list", "a string" and so on."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
 def _checked(value: Any, may_have_surrogates: bool = True) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"not a JSON object but a {type(value).__name__}; write one object a line")
+        raise ValueError(f"not a JSON object but {kind_of(value)}; write one object a line")
     if may_have_surrogates:
         try:
             json.dumps(value, ensure_ascii=False).encode()

@@ -42,6 +42,16 @@ def one_text_column(path: AnyPath) -> str:
     return f"to keep the first alone: {command}"
 
 
+def join_strings(path: AnyPath) -> str:
+    """Joins the lists of strings in the column `text` of a parquet file by line ends."""
+    return _python(
+        "import os, sys, pyarrow.parquet as pq, pyarrow.compute as c; f = sys.argv[1]; t = pq.read_table(f); "
+        "i = t.column_names.index('text'); s = c.binary_join(t['text'], chr(10)); "
+        "pq.write_table(t.set_column(i, 'text', s), f + '.part'); os.replace(f + '.part', f)",
+        path,
+    )
+
+
 def convert(path: AnyPath) -> str | None:
     """Writes a parquet file beside a table of another kind; None if no such table is called like this."""
     ending = path.name.lower().rpartition(".")[2]

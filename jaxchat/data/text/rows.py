@@ -25,7 +25,10 @@ from jaxchat.errors import UserError, check
 ENCODE_CHARS = 1 << 20  # tokenized at once: enough to occupy the tokenizer's threads, little enough for memory
 WINDOW_ROWS = 512  # the last row of a window is half empty on average: 0.1 %
 GAP = 32  # a document is cut if otherwise more than this part of a row would stay empty
-OTHER_TEXT = "put it back, or train on the new text from the beginning with --redo=pretrain"
+OTHER_TEXT = (
+    "put it back (--data.on-bad=skip leaves out bad text that was not mended), or train on the new text from the "
+    "beginning with --redo=pretrain"
+)
 EPOCH_ROWS = 64  # a window of at least this many rows ends with its epoch rather than reach into the next
 
 
@@ -104,7 +107,7 @@ class TokenStream:
         now, then = self.count_blocks(), place.blocks
         same = None in (now, then) or now == then
         had = f"it has {now} blocks now, but had {then} when the position was saved"
-        check(same, f"{self._name} has changed: {had}; {OTHER_TEXT}")
+        check(same, f"{self._name} has changed, or another version of jaxchat split it: {had}; {OTHER_TEXT}")
         self._seek(place)
 
     def _seek(self, place: TokenPlace) -> None:

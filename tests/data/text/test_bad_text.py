@@ -34,7 +34,8 @@ def read(side, on_bad):
     """The documents, what was left out by kind, and the lines that were printed."""
     said = []
     side = TextFiles(side.files, on_bad=on_bad, say=said.append)
-    blocks = list(TextBlocks(side))
+    source = TextBlocks(side)
+    blocks = [source[i] for i in range(len(source))]
     counts = {}
     for block in blocks:
         for kind, count in block.left_out.items():
@@ -142,7 +143,7 @@ def test_only_documents_that_are_not_utf8_are_lost(tmp_path):
     check_bad([tmp_path / "a.parquet"], r"row group 0, document 3 is not UTF-8 \(byte 5\)",
               left=numbered(0, 8), counts={"documents_not_utf8": 1, "empty_documents": 2})  # fmt: skip
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\xff"}\n{"text": "two"}\n')
-    check_bad([tmp_path / "b.jsonl"], "b.jsonl:2: broken JSON", left=["one", "two"], counts={"broken_lines": 1})
+    check_bad([tmp_path / "b.jsonl"], "b.jsonl:2: not UTF-8", left=["one", "two"], counts={"broken_lines": 1})
     (tmp_path / "c.txt").write_bytes(b"fine \xff")
     (tmp_path / "d.txt").write_bytes(b"fine")
     check_bad([tmp_path / "c.txt", tmp_path / "d.txt"], r"c.txt is not UTF-8 text \(byte 5\)", left=["fine"],
@@ -173,7 +174,7 @@ def test_encoded_surrogates_are_not_utf8(tmp_path):
         (tmp_path / name).write_bytes(b'{"text": "good"}\n{"text": "bad \xed\xa0\x80"}\n')
     left, counts = ["good"] * 2, {"broken_lines": 2}
     files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
-    check_bad(files, r"a.jsonl:2: broken JSON .*utf-8", left=left, counts=counts)
+    check_bad(files, r"a.jsonl:2: not UTF-8", left=left, counts=counts)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -182,7 +183,8 @@ def test_a_long_text_is_read_in_blocks_whatever_ends_its_lines(tmp_path, monkeyp
     monkeypatch.setattr(plain, "LONG_FILE_BYTES", 1000)
     paragraphs = [f"{i} " + "words " * (i % 40) for i in range(200)]
     (tmp_path / "a.txt").write_bytes((end * 2).join(paragraphs).encode())
-    blocks = list(TextBlocks(TextFiles((tmp_path / "a.txt",))))
+    source = TextBlocks(TextFiles((tmp_path / "a.txt",)))
+    blocks = [source[i] for i in range(len(source))]
     assert max(len(text) for block in blocks for text in block) < 1500
     assert [p for block in blocks for text in block for p in text.split("\n\n") if p] == paragraphs
 
@@ -268,5 +270,5 @@ def test_a_run_refuses_bad_text_and_then_continues_without_it(bad_folder, tmp_pa
     assert 0.9 < found["packing"]["utilisation"] <= 1
     line = f"rows {found['packing']['utilisation']:.1%} full; 0 tokens cropped, "
     report = (tmp_path / "run" / "report.md").read_text()
-    assert line in out and line in report and "left out: 3 empty documents, 1 unreadable blocks" in report
+    assert line in out and line in report and "left out: 3 empty documents, 1 unreadable block" in report
     assert np.isfinite(found["seconds"])

@@ -124,7 +124,7 @@ def test_a_position_is_of_its_text(tmp_path):
         batches(found).set_state(state)
     edit(tmp_path / "text" / "a.jsonl", "7 cats", "7 dogs")
     with pytest.raises(
-        UserError, match=r"the text has changed .*: a.jsonl has other content; put it back, or .* --redo"
+        UserError, match=r"the text has changed .*: a.jsonl has other content; put it back .*, or .* --redo"
     ):
         batches(prints(tmp_path / "text")).set_state(state)
     del state["fingerprint"]  # as earlier versions wrote it

@@ -69,7 +69,7 @@ def test_a_text_shorter_than_a_row_is_refused_and_one_as_long_is_not():
 
 def test_a_place_in_another_text_is_refused():
     place = stream([["the cat"]], epochs=None).place
-    with pytest.raises(UserError, match="the text has changed: it has 2 blocks now, but had 1 when"):
+    with pytest.raises(UserError, match="the text has changed, or .*: it has 2 blocks now, but had 1 when"):
         stream([["the cat"], ["sat"]], epochs=None).place = place
 
 

@@ -185,7 +185,7 @@ BROKEN_LINES = [
     ("[1]", "not a JSON object but a list"),
     ('{"content": "x", "id": 1}', "no field 'text'; the fields are: content, id"),
     ('{"text": ["x"]}', "field 'text' is a list, not a string"),
-    ('{"text": 1, "id": 2}', "field 'text' is a int, not a string"),
+    ('{"text": 1, "id": 2}', "field 'text' is a number, not a string"),
     (r'{"text": "\ud83d"}', "half a surrogate pair"),
 ]
 
