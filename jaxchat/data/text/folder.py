@@ -10,7 +10,7 @@ from functools import partial
 from jaxchat.data.manifest import FILE_NAME, pinned_shard, recorded_shards
 from jaxchat.data.text import plain
 from jaxchat.data.text.forms import bare_name, form_of, read_head, something_else
-from jaxchat.data.text.listing import LeftOut, Listing, list_text, role_in, text_folder
+from jaxchat.data.text.listing import OTHER_DATA, LeftOut, Listing, list_text, role_in, text_folder
 from jaxchat.data.text.names import is_about
 from jaxchat.data.text.reading import OnBad, Unreadable, check_damage, open_parquet
 from jaxchat.data.text.remedies import convert
@@ -93,13 +93,14 @@ def find_text(
 
 def _beside(data_dir: AnyPath) -> list[LeftOut]:
     """The text in a data folder whose text is in its `pretrain/`."""
-    others = Listing(data_dir)
+    why, known = "beside pretrain/, which has the text", ("pretrain", *OTHER_DATA)
     try:
-        found = [path for path in sorted(data_dir.iterdir()) if path.is_file() and not path.name.startswith(".")]
+        found = [path for path in sorted(data_dir.iterdir()) if not path.name.startswith(".")]
+        texts = [path.name for path in found if path.is_file() and form_of(path) and path.name != FILE_NAME]
+        folders = [path.name + "/" for path in found if path.is_dir() and path.name not in known]
     except storage_errors():
         return []
-    texts = [path for path in found if form_of(path) is not None and path.name != FILE_NAME]
-    return [LeftOut(f"../{others.name(path)}", "beside pretrain/, which has the text") for path in texts]
+    return [LeftOut(f"../{name}", why) for name in (*texts, *folders)]
 
 
 def _check_any(listing: Listing) -> None:
@@ -114,18 +115,20 @@ def _check_any(listing: Listing) -> None:
         contents = f"it contains {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "it is empty"
         whys = [f"{name}: {why}" for name, why in listing.left_out[:3] if why != "not text"]
         contents += f" ({'; '.join(whys)})" if whys else ""
-        raise UserError(f"no text in {folder}; {contents}; put .parquet, .jsonl or .txt files there")
+        plain_text = "not text" in (why for _, why in listing.left_out)
+        remedy = ", and rename to .txt what is plain text" if plain_text else ""
+        raise UserError(f"no text in {folder}; {contents}; put .parquet, .jsonl or .txt files there{remedy}")
 
 
 def _check_contents(listing: Listing, on_bad: OnBad, say: Callable[[str], None]) -> None:
     """Checks that the files are what their names say, and leaves out those that are not, or refuses them."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        files = listing.texts.copy()
-        for path, why in zip(files, pool.map(partial(why_not, on_bad=on_bad), files), strict=True):
-            if why is not None:
-                check(on_bad == "skip", f"{path} {why}; --data.on-bad=skip leaves it out")
-                say(f"{path} {why}; left out")
-                listing.leave_out(path, why)
+        found = zip(listing.texts, pool.map(partial(why_not, on_bad=on_bad), listing.texts), strict=True)
+        whys = {path: why for path, why in found if why is not None}
+    for path, why in whys.items():
+        check(on_bad == "skip", f"{path} {why}; --data.on-bad=skip leaves it out")
+        say(f"{path} {why}; left out")
+    listing.leave_out(whys)
 
 
 def why_not(path: AnyPath, on_bad: OnBad = "refuse") -> str | None:
@@ -176,11 +179,12 @@ def _split(
             is_tree = any(path.parent != listing.folder for path in trained)
             in_order = sorted(trained, key=lambda path: (roles[path] is None, path))  # not one that is called train
             while not is_tree and len(in_order) > 1 and not _can_validate(in_order[-1], sides):
-                listing.leave_out(in_order.pop(), "no text")
+                listing.leave_out({in_order.pop(): "no text"})
             if is_tree or len(in_order) == 1:
                 return _hold_out(listing, tuple(sorted(in_order)), sides)
             val, how = in_order[-1:], "the last file"
-    trained = [path for path in trained if path in listing.texts and path not in val]
+    left = {*listing.texts}.difference(val)
+    trained = [path for path in trained if path in left]
     _check_training(listing, trained, pinned)
     names = ", ".join(listing.name(path) for path in val)
     check(
@@ -188,10 +192,10 @@ def _split(
         f"{names} in {listing.folder} has no text, so it cannot be for validation",
     )
     check(_has_text(sides(tuple(trained))), f"there is no text to train on in {listing.folder}, only in {names}")
-    for path in listing.texts.copy():
-        if path not in trained and path not in val:
-            why = f"kept for validation by {FILE_NAME}" if path == pinned else f"called {roles[path]}"
-            listing.leave_out(path, f"{why}, so never trained on")
+    unused = sorted(left.difference(trained))
+    kept = f"kept for validation by {FILE_NAME}"
+    why = {path: kept if path == pinned else f"called {roles[path]}" for path in unused}
+    listing.leave_out({path: f"{why[path]}, so never trained on" for path in unused})
     return TextSplits(
         sides(tuple(trained)), sides(tuple(val)), listing.folder, how, tuple(listing.left_out + _rowless(listing))
     )
@@ -200,11 +204,9 @@ def _split(
 def _called_validation(listing: Listing, roles, sides) -> tuple[list[AnyPath], str]:
     """The files that are called validation, or else test, and have text."""
     for role, how in (("val", "by name"), ("test", "by name, since nothing else is called validation")):
-        found = [path for path, stated in roles.items() if stated == role]
-        for path in found.copy():
-            if not _can_validate(path, sides):
-                found.remove(path)
-                listing.leave_out(path, "no text")
+        named = [path for path, stated in roles.items() if stated == role]
+        found = [path for path in named if _can_validate(path, sides)]
+        listing.leave_out(dict.fromkeys({*named}.difference(found), "no text"))
         if found:
             return found, how
     return [], ""

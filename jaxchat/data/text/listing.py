@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from jaxchat.data.manifest import FILE_NAME
 from jaxchat.data.text.forms import DAMAGE, bare_name, form_of, read_whole
 from jaxchat.data.text.names import is_about, role_of
 from jaxchat.data.text.remedies import convert
+from jaxchat.runs.files import LOCK
 from jaxchat.storage import AnyPath, reason, size_of, storage_errors
 
 OTHER_DATA = ("chat", "eval")  # folders of a data folder that contain no text for pretraining
@@ -51,10 +52,9 @@ class Listing:
         """The path of a file in the folder, with slashes."""
         return path.relative_to(self.folder).as_posix()
 
-    def leave_out(self, path: AnyPath, why: str) -> None:
-        self.left_out.append(LeftOut(self.name(path), why))
-        if path in self.texts:
-            self.texts.remove(path)
+    def leave_out(self, whys: Mapping[AnyPath, str]) -> None:
+        self.left_out += [LeftOut(self.name(path), why) for path, why in whys.items()]
+        self.texts = [path for path in self.texts if path not in whys]
 
 
 def text_folder(data_dir: AnyPath) -> AnyPath:
@@ -69,16 +69,17 @@ def list_text(folder: AnyPath) -> Listing:
     beside other forms is taken for notes unless its name states a role (see `role_of`), and so are README, LICENSE and
     the like beside other plain text.
     """
-    listing = Listing(folder)
+    listing, others = Listing(folder), {}
     for path in _walk(listing, folder, {_real(folder)}):
         if (why := _why_not_text(path)) is None:
             listing.texts.append(path)
         else:
-            listing.leave_out(path, why)
+            others[path] = why
             if convert(path) is not None:
                 listing.tables.append(path)
             if form_of(path) is not None and size_of(path) == 0:
                 listing.empty.append(path)
+    listing.leave_out(others)
     listing.texts.sort()
     _leave_out_links(listing)
     _leave_out_twins(listing)
@@ -96,17 +97,24 @@ def _walk(listing: Listing, folder: AnyPath, seen: set[str]) -> Iterator[AnyPath
             yield path
         elif not path.is_dir():
             is_link = isinstance(path, Path) and path.is_symlink()
-            listing.leave_out(path, "a link to nothing" if is_link else "not a file")
+            listing.leave_out({path: "a link to nothing" if is_link else "not a file"})
+        elif _is_run(path):
+            listing.leave_out({path: "a run"})
         elif not (folder == listing.folder and path.name in OTHER_DATA and folder.name != "pretrain"):
             real = _real(path)
             if real in seen or any(around.startswith(os.path.join(real, "")) for around in seen):
-                listing.leave_out(path, "a link to a folder that is read already")
+                listing.leave_out({path: "a link to a folder that is read already"})
                 continue
             seen.add(real)
             try:
                 yield from _walk(listing, path, seen)
             except storage_errors() as error:
-                listing.leave_out(path, reason(error))
+                listing.leave_out({path: reason(error)})
+
+
+def _is_run(folder: AnyPath) -> bool:
+    """Whether it is a run directory, which has files that look like text, and others at each start."""
+    return (folder / "config.json").is_file() and any((folder / name).exists() for name in (LOCK, "tokenizer"))
 
 
 def _real(path: AnyPath) -> str:
@@ -139,22 +147,24 @@ def _has_objects_with_text(path: AnyPath) -> bool:
 
 def _leave_out_links(listing: Listing) -> None:
     """Of links and what they lead to, each file is read once."""
-    links = [path for path in listing.texts if isinstance(path, Path) and path.is_symlink()]
+    links = {path: _real(path) for path in listing.texts if isinstance(path, Path) and path.is_symlink()}
     if not links:
         return
     real = {_real(path): path for path in listing.texts if path not in links}
-    for path in links:
-        other = real.setdefault(_real(path), path)
-        if other is not path:
-            listing.leave_out(path, f"a link to what {listing.name(other)} is")
+    others = {path: real.setdefault(target, path) for path, target in links.items()}
+    listing.leave_out(
+        {path: f"a link to what {listing.name(other)} is" for path, other in others.items() if other is not path}
+    )
 
 
 def _leave_out_twins(listing: Listing) -> None:
     best: dict[AnyPath, AnyPath] = {}
+    twins = {}
     for path in sorted(listing.texts, key=_preference):
         first = best.setdefault(path.parent / bare_name(path), path)
         if form_of(first) != form_of(path):
-            listing.leave_out(path, f"the name of {listing.name(first)} with another ending")
+            twins[path] = f"the name of {listing.name(first)} with another ending"
+    listing.leave_out(twins)
     # What was converted has served its purpose.
     listing.tables = [path for path in listing.tables if path.with_suffix("") not in best]
 
@@ -168,14 +178,12 @@ def _preference(path: AnyPath) -> tuple[int, str]:
 def _leave_out_notes(listing: Listing) -> None:
     plain = [path for path in listing.texts if _preference(path)[0] == _PREFERRED.index("txt")]
     if len(plain) < len(listing.texts):
-        for path in plain:
-            if role_in(listing, path) is None:
-                listing.leave_out(path, "taken for notes beside the other files; its own folder would make it text")
+        why = "taken for notes beside the other files; its own folder would make it text"
+        listing.leave_out({path: why for path in plain if role_in(listing, path) is None})
         return
     about = [path for path in plain if is_about(bare_name(path))]
     if len(about) < len(plain):
-        for path in about:
-            listing.leave_out(path, "about the text")
+        listing.leave_out(dict.fromkeys(about, "about the text"))
 
 
 def role_in(listing: Listing, path: AnyPath):

@@ -8,10 +8,10 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pyarrow as pa
-import pyarrow.feather
+import pyarrow.feather as feather
 import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
@@ -153,7 +153,7 @@ def test_json_is_lines_or_one_list(tmp_path):
     assert list(iterate_texts(split.train)) == texts_of("a") and list(iterate_texts(split.val)) == texts_of("b")
     assert [*split.left_out] == [("dataset_info.json", "json without a field 'text'")]
     (tmp_path / "a.json").write_text('[{"text": "x"}, {"text": 3}, 5]')
-    with fails(r"a.json: item 2: field 'text' is a int, not a string"):
+    with fails(r"a.json: item 2: field 'text' is a number, not a string"):
         list(iterate_texts(find_text(tmp_path).train))
     (tmp_path / "a.json").write_text('[{"text": "x"}, {"text": ')
     with fails(r"a.json: broken JSON"):
@@ -209,6 +209,18 @@ def test_sub_folders_links_and_everything_else_is_named(tmp_path):
     json.dumps(text_record(split))
 
 
+def test_runs_in_the_folder_are_not_text(tmp_path):
+    """Their metrics would be, and each start would have another text."""
+    write(tmp_path / "a.jsonl")
+    for run, mark in (("runs/new", ".lock"), ("runs/of an earlier version", "tokenizer/tokenizer.json")):
+        for name in (mark, "config.json", "metrics.jsonl", "data/pretrain/0.txt"):
+            (tmp_path / run / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / run / name).write_text('{"text": "a"}\n')
+    split = find_text(tmp_path)
+    assert [path.name for path in split.train.files] == ["a.jsonl"]
+    assert split.left_out == (("runs/new", "a run"), ("runs/of an earlier version", "a run"))
+
+
 def test_many_files_of_a_kind_are_counted(tmp_path):
     write(tmp_path / "a.jsonl")
     for i in range(30):
@@ -222,9 +234,28 @@ def test_a_folder_with_other_data_beside_its_text(tmp_path):
     split = find_text(tmp_path)
     assert (names(split.train), names(split.val), split.left_out) == (["a.jsonl"], ["b.jsonl"], ())
     write(tmp_path / "pretrain" / "c.jsonl")
+    write(tmp_path / "more" / "d.jsonl")
     split = find_text(tmp_path)
     assert names(split.train) == ["c.jsonl"]
-    assert dict(split.left_out) == dict.fromkeys(["../a.jsonl", "../b.jsonl"], "beside pretrain/, which has the text")
+    beside = ["../a.jsonl", "../b.jsonl", "../more/"]
+    assert dict(split.left_out) == dict.fromkeys(beside, "beside pretrain/, which has the text")
+
+
+@pytest.mark.parametrize("ending", ["txt", "md"])
+def test_many_files_take_time_in_proportion(tmp_path, monkeypatch, ending):
+    for i in range(400):
+        (tmp_path / f"{i}.{ending}").write_text("a story")
+    write(tmp_path / ("train.jsonl" if ending == "md" else "train.txt"))
+    compared, equal = 0, PurePath.__eq__
+
+    def count(one, other):
+        nonlocal compared
+        compared += 1
+        return equal(one, other)
+
+    monkeypatch.setattr(PurePath, "__eq__", count)
+    text_lines(find_text(tmp_path))
+    assert compared < 40 * 400
 
 
 def test_one_text_in_several_forms_is_read_once(tmp_path):
@@ -318,6 +349,63 @@ def run_command_in(error: pytest.ExceptionInfo[UserError]) -> None:
     subprocess.run(command, shell=True, check=True, capture_output=True, timeout=60)
 
 
+@pytest.mark.parametrize(("encoding", "name"), [("latin-1", "a b.txt"), ("cp1252", "a.txt"), ("latin-1", "it's.jsonl")])
+def test_text_in_an_older_encoding_is_converted(tmp_path, encoding, name):
+    texts = [f"Satz {i} in einem Café, “ohne” Müll" for i in range(60)]
+    texts = [text.replace("“", "").replace("”", "") if encoding == "latin-1" else text for text in texts]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts] if name.endswith("jsonl") else texts
+    (tmp_path / name).write_bytes("\n\n".join(lines).encode(encoding))
+    with fails(r"not UTF-8.*; if the file is (LATIN1|WINDOWS-1252), convert it with: iconv") as error:
+        list(iterate_texts(find_text(tmp_path).train))
+    run_command_in(error)
+    split = find_text(tmp_path)
+    read = " ".join([*iterate_texts(split.train), *iterate_texts(split.val)])
+    assert all(text in read for text in texts)
+
+
+def test_text_that_is_partly_utf8_is_not_called_latin_1(tmp_path):
+    (tmp_path / "a.txt").write_bytes("Größe ".encode() * 50 + b"\xe9")
+    with fails("not UTF-8 text .*; convert or remove it"):
+        list(iterate_texts(find_text(tmp_path).train))
+
+
+def test_a_column_of_lists_is_joined(tmp_path):
+    pq.write_table(
+        pa.table({"id": range(8), "text": [[text, "second"] for text in texts_of("a")]}), tmp_path / "a.parquet"
+    )
+    with fails(r"contains list<.*, not strings; to join the strings of each row: python -c") as error:
+        find_text(tmp_path)
+    run_command_in(error)
+    split = find_text(tmp_path)
+    read = [*iterate_texts(split.train), *iterate_texts(split.val)]
+    assert sorted(read) == sorted(f"{text}\nsecond" for text in texts_of("a"))
+
+
+def test_a_column_of_numbers_is_refused_and_another_of_strings_named(tmp_path):
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    with fails("contains int64, not strings; write the file again with strings in it"):
+        find_text(tmp_path)
+    pq.write_table(pa.table({"text": [1, 2], "body": ["a", "b"]}), tmp_path / "a.parquet")
+    with fails("contains int64, not strings; to train on 'body', give it the name 'text'"):
+        find_text(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.xz"])
+def test_a_file_that_is_not_compressed_as_its_name_says(tmp_path, name):
+    (tmp_path / name).write_bytes(b'{"text": "a cat"}\n' * 9)
+    with fails(rf"{name} cannot be read: it is not compressed as its name says; take {Path(name).suffix} off the name"):
+        find_text(tmp_path)
+
+
+def test_plain_text_of_another_ending_and_conversations_have_their_remedy(tmp_path):
+    (tmp_path / "a.md").write_text("a story")
+    with fails(r"put .* there, and rename to .txt what is plain text"):
+        find_text(tmp_path)
+    (tmp_path / "chats.jsonl").write_text('{"messages": []}\n')
+    with fails(r"chats.jsonl:1: no field 'text'; .*conversations belong in the folder chat/"):
+        find_text(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["a b.parquet", "it's.jsonl"])
 def test_a_column_is_renamed(tmp_path, name):
     rows = [{"id": i, "content": text} for i, text in enumerate(texts_of("a"))]
@@ -356,7 +444,7 @@ def test_a_table_is_converted(tmp_path, kind, beside):
         with pa.ipc.new_stream(path, table.schema) as file:
             file.write_table(table)
     else:
-        pa.feather.write_feather(pa.table({"text": texts}), path)
+        feather.write_feather(pa.table({"text": texts}), path)
     if beside:
         write(tmp_path / beside)
     with pytest.raises(UserError, match=f"{kind.lower()} is not read as it is; convert it with: python") as error:
