@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -110,6 +112,18 @@ def format_count(number: float) -> str:
             scaled = number / size
             return f"{scaled:.{2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0}f}{unit}"
     return f"{number:.0f}"
+
+
+def format_number(count: int, noun: str) -> str:
+    """`1 file`, `2,000 files`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def format_left_out(counts: Mapping[str, int]) -> str:
+    """What was left out by kind, such as `1 bad conversation, 20 documents not UTF-8`."""
+    words = {kind: kind.replace("_", " ").replace("utf8", "UTF-8") for kind in counts}
+    singular = {kind: re.sub(r"s\b", "", text, count=1) for kind, text in words.items()}
+    return ", ".join(f"{n:,} {(singular if n == 1 else words)[kind]}" for kind, n in sorted(counts.items()))
 
 
 def format_duration(seconds: float) -> str:

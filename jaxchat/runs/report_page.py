@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.config import model_width
-from jaxchat.runs.progress import format_count, format_duration
+from jaxchat.runs.progress import format_count, format_duration, format_left_out
 from jaxchat.verbatim import without_controls
 
 _CAPTIONS = {
@@ -275,8 +275,7 @@ def describe_data(entry: dict[str, Any]) -> str:
             cut = packing.get("cut", 0) / packing["documents"]
             parts.append(f"0 tokens cropped, {cut:.1%} of documents cut into pieces")
     if left_out := entry.get("left_out"):
-        counts = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in sorted(left_out.items()))
-        parts.append(f"left out: {counts}")
+        parts.append(f"left out: {format_left_out(left_out)}")
     return "; ".join(parts)
 
 

@@ -15,6 +15,7 @@ from jaxchat.data.chat.targets import Targets, count_targets, fits
 from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.data.text.reading import Findings
 from jaxchat.errors import MissingData, UserError, check
+from jaxchat.runs.progress import format_number
 from jaxchat.stages.task_source import NotYet, TaskSource, dataset_of
 from jaxchat.stages.text_check import check_text, text_that_is_there
 from jaxchat.storage import to_path
@@ -96,8 +97,8 @@ def check_targets(stage: str, targets: Targets, sequence_len: int, say: Say = pr
     if targets.trainable == 0:
         remedy = "raise it, or train on other conversations" if targets.too_long else "train on other conversations"
         raise UserError(
-            f"{stage}: 0 of {targets.total:,} conversations have anything to train on: {why or 'all were left out'}; "
-            f"{remedy} ({stage}.mixture)"
+            f"{stage}: 0 of {format_number(targets.total, 'conversation')} have anything to train on: "
+            f"{why or 'all were left out'}; {remedy} ({stage}.mixture)"
         )
     if why:
         nothing = targets.total - targets.trainable
@@ -189,8 +190,8 @@ class _Preflight:
             with contextlib.suppress(MissingData):
                 held_out += self._count(name, "val", limit)
         named = ", ".join(f"{name} {part.trainable:,}" for name, part in parts.items())
-        counts = f"{targets.trainable:,} conversations to train on ({named}), {held_out.trainable:,} to validate with"
-        self.say(f"{stage:<9} {counts}")
+        trained = f"{format_number(targets.trainable, 'conversation')} to train on ({named})"
+        self.say(f"{stage:<9} {trained}, {held_out.trainable:,} to validate with")
         if held_out.trainable == 0:
             why = held_out.why_not(self.sequence_len) or "none is held out"
             self.say(f"{stage:<9} has no conversation to validate with ({why}): bpb is not measured")

@@ -8,7 +8,7 @@ import termios
 
 import pytest
 
-from jaxchat.runs.progress import LiveLine
+from jaxchat.runs.progress import LiveLine, format_left_out, format_number
 
 MARKUP, INDENTED, FORMAT = ":smile: 3:100:5 [bold]x[/bold]", "a\tb\n\tif x:\n", "👨\u200d👩\u200d👧 \u202eabc\u202c"
 COMPLETION = f" {MARKUP}\t{INDENTED}{'long ' * 30}\x1b[2J{FORMAT} end"
@@ -16,6 +16,13 @@ COMPLETION = f" {MARKUP}\t{INDENTED}{'long ' * 30}\x1b[2J{FORMAT} end"
 
 @pytest.mark.parametrize("width", [20, 80])
 @pytest.mark.parametrize("drawn", [False, True])
+def test_numbers_and_what_was_left_out():
+    assert [format_number(n, "file") for n in (0, 1, 2000)] == ["0 files", "1 file", "2,000 files"]
+    assert format_left_out({"documents_not_utf8": 1, "bad_conversations": 1, "broken_lines": 1234}) == (
+        "1 bad conversation, 1,234 broken lines, 1 document not UTF-8"
+    )
+
+
 def test_a_sample_is_what_the_model_wrote(monkeypatch, width, drawn):
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, width))

@@ -14,6 +14,7 @@ from jaxchat.data.text.listing import LeftOut
 from jaxchat.data.text.plain import DOCUMENT_CHARS, LONG_FILE_BYTES, cut_of
 from jaxchat.data.text.shards import TextBlocks, TextFiles, known_form, text_bytes
 from jaxchat.errors import UserError, check
+from jaxchat.runs.progress import format_left_out
 from jaxchat.storage import AnyPath, size_of
 
 CHECKED_BYTES = 64 << 20  # of each side: a text up to this long is read as a whole before the first stage
@@ -108,10 +109,10 @@ def _how_cut(text: TextSplits) -> str | None:
     """How txt files become documents, in the words of the commonest rule first; None without txt files."""
     files = [path for path in text.train.files if known_form(path) == ("txt", "")]
     chars = text.train.document_chars
-    short = [path for path in files if chars is None and size_of(path) <= LONG_FILE_BYTES]
-    rules = Counter(str(cut_of(path, chars or DOCUMENT_CHARS)) for path in files if path not in short)
-    if short:
-        rules["a short file is a document"] = len(short)
+    long = [path for path in files if chars is not None or size_of(path) > LONG_FILE_BYTES]
+    rules = Counter(str(cut_of(path, chars or DOCUMENT_CHARS)) for path in long)
+    if len(long) < len(files):
+        rules["a short file is a document"] = len(files) - len(long)
     return "; ".join(rule for rule, _ in rules.most_common()) or None
 
 
@@ -136,8 +137,9 @@ class Look:
         lines = []
         bad = {kind: count for kind, count in self.left_out.items() if kind != "empty_documents"}
         if bad:
-            counts = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in sorted(bad.items()))
-            lines.append(f"to be left out: {counts}{' in what was looked at' if self.seen < self.blocks else ''}")
+            lines.append(
+                f"to be left out: {format_left_out(bad)}{' in what was looked at' if self.seen < self.blocks else ''}"
+            )
         if self.seen < self.blocks:
             lines.append(f"looked through {self.seen:,} of {self.blocks:,} blocks; the others when they are read")
         return lines

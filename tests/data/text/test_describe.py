@@ -25,7 +25,7 @@ def test_a_small_text_is_read_as_a_whole(tmp_path):
     with pytest.raises(UserError, match="a.jsonl:501: broken JSON"):
         look_through(find_text(tmp_path), sequence_len=16)
     found = look_through(find_text(tmp_path, on_bad="skip"), sequence_len=16)
-    assert found is not None and found.lines() == ["to be left out: 1 broken lines"]
+    assert found is not None and found.lines() == ["to be left out: 1 broken line"]
     write(tmp_path / "a.jsonl", range(500))
     write(tmp_path / "b.jsonl", [*range(50), "nonsense"])
     with pytest.raises(UserError, match="b.jsonl:51: broken JSON"):
