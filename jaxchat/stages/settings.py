@@ -58,13 +58,24 @@ def check_run(experiment: Experiment, directory: RunDirectory, *, redo: Collecti
     """Checks that what is in a run's directory lets the experiment's stages go on; writes nothing.
 
     Raises:
-      UserError: another run is there; what a stage begins with is neither there nor made before it.
+      UserError: another run is there; what a stage needs is neither there nor made before it.
     """
     directory.check(experiment, redo=redo)
-    there = [stage for stage in STAGES if stage not in redo and directory.finished(stage)]
+    again = directory.following(redo)
+    there = [stage for stage in STAGES if stage not in again and directory.finished(stage)]
     for stage in experiment.stages:
-        if stage in TRAINED and stage not in there:
+        if stage == "report":
+            check(bool(there), f"{directory} has nothing to report yet; run a stage before it")
+        if stage == "evaluate" or (stage in TRAINED and stage not in there):
             check("tokenizer" in there, f"{directory} has no tokenizer yet; run the stage 'tokenizer' first")
+        if stage == "evaluate":
+            of = experiment.evaluate.of
+            check(
+                not set(of).isdisjoint(there),
+                f"{directory} has no model of {', '.join(of)} yet; run one of these stages first, or name others in "
+                "evaluate.of",
+            )
+        if stage in TRAINED and stage not in there:
             before = TRAINED[: TRAINED.index(stage)]
             check(
                 not before or any(earlier in there for earlier in before),

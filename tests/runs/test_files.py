@@ -14,10 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxchat.config import DataConfig, EvaluateConfig, Experiment
 from jaxchat.errors import UserError
+from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.files import Damaged, Object, misfit, parse_json, read_json, read_lines, write_bytes
 from jaxchat.runs.lock import locked
 from jaxchat.runs.starting import check_redo, take
+from jaxchat.stages.settings import check_run
 
 SCHEMA = Object(
     required={"steps": int},
@@ -198,3 +201,33 @@ def test_stages_to_redo_are_checked():
         check_redo(("stf",), stages)
     with pytest.raises(UserError, match="--redo=rl: this start runs only tokenizer, pretrain, sft"):
         check_redo(("rl",), stages)
+
+
+def test_a_stage_needs_what_is_there_or_made_before_it(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+
+    def begin(*stages, redo=(), of=("sft",)):
+        data, asked = DataConfig(generate=True), EvaluateConfig(tasks=("sums",), of=of)
+        check_run(Experiment(stages=stages, data=data, evaluate=asked), run, redo=redo)
+
+    begin("tokenizer", "pretrain", "midtrain", "sft", "evaluate", "report")
+    for stages, missing in {
+        ("report",): "nothing to report yet",
+        ("evaluate",): "no tokenizer yet",
+        ("rl", "report"): "no tokenizer yet",
+        ("tokenizer", "sft"): "run one of pretrain, midtrain first",
+        ("tokenizer", "pretrain", "evaluate"): "no model of sft yet",
+    }.items():
+        with pytest.raises(UserError, match=missing):
+            begin(*stages)
+    run.open(Experiment(data=DataConfig(generate=True)))
+    run.write_record("tokenizer", {})
+    begin("report")
+    run.write_record("pretrain", {"steps": 1})
+    run.write_record("sft", {"steps": 1})
+    begin("evaluate")
+    begin("evaluate", of=("midtrain", "sft"))
+    with pytest.raises(UserError, match="no model of midtrain, rl yet; run one of these stages first, or name others"):
+        begin("evaluate", of=("midtrain", "rl"))
+    with pytest.raises(UserError, match="no model of sft yet"):
+        begin("pretrain", "evaluate", redo=("pretrain", "sft"))
