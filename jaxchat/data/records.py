@@ -32,6 +32,14 @@ _SPACE = re.compile(r"\s*")
 _ROWS = 1024  # of parquet, read at once
 
 
+class NoRecord(ValueError):
+    """Why something in a file is no record, and how a message goes on that asks to mend it."""
+
+    def __init__(self, message: str, remedy: str):
+        super().__init__(message)
+        self.remedy = remedy
+
+
 def has_records(name: str) -> bool:
     """Whether a file of this name has records: `.jsonl`, `.ndjson`, `.json` or `.parquet`, compressed or not."""
     form = form_of(Path(name))
@@ -127,7 +135,7 @@ def _parse(path: AnyPath, line: bytes) -> Any:
     try:
         return parse_object(line)
     except ValueError as error:
-        return ValueError(f"{error}{from_latin_1(path, line)}")
+        return NoRecord(str(error), from_latin_1(path, line))
 
 
 def _list(path: AnyPath, data: bytes, number: int) -> Iterator[tuple[int, Any]]:
@@ -135,7 +143,7 @@ def _list(path: AnyPath, data: bytes, number: int) -> Iterator[tuple[int, Any]]:
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        yield number + data.count(b"\n", 0, error.start), ValueError(f"not UTF-8{from_latin_1(path, data)}")
+        yield number + data.count(b"\n", 0, error.start), NoRecord("not UTF-8", from_latin_1(path, data))
         return
     decoder = json.JSONDecoder()
     at, counted = text.index("[") + 1, 0

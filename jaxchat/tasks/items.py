@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from jaxchat.data.records import find_records, place, read_records
+from jaxchat.data.records import NoRecord, find_records, place, read_records
 from jaxchat.data.text.reading import Findings, Unreadable, kind_of
 from jaxchat.errors import MissingData, check
 from jaxchat.storage import AnyPath
@@ -46,7 +46,8 @@ def read_items(
             try:
                 items.append(parse(_no_error(record)))
             except ValueError as error:
-                findings.bad(kind, f"{place(found, number)}: {error}")
+                remedy = error.remedy if isinstance(error, NoRecord) else ""
+                findings.bad(kind, f"{place(found, number)}: {error}", remedy)
                 if keep_places:
                     items.append(None)
     except Unreadable as error:

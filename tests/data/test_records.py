@@ -75,9 +75,8 @@ def test_what_is_no_record_says_why(tmp_path, text, number, wrong):
 def test_bytes_that_are_not_utf8_are_one_bad_record_and_utf16_is_converted_by_a_line(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n{"a": "\xff"}\n{"a": 3}\n')
     found = list(read_records(tmp_path / "a.jsonl"))
-    assert [at for at, _ in found] == [1, 2, 3] and "not UTF-8 (byte 7 of the line); if the file is LATIN1" in str(
-        found[1][1]
-    )
+    assert [at for at, _ in found] == [1, 2, 3] and str(found[1][1]) == "not UTF-8 (byte 7 of the line)"
+    assert "if the file is LATIN1" in found[1][1].remedy
     (tmp_path / "b.jsonl").write_text('{"a": 1}\n', encoding="utf-16")
     with pytest.raises(UserError, match=r"UTF-16.*iconv"):
         list(read_records(tmp_path / "b.jsonl"))

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import PurePath
 
 from jaxchat.data.manifest import FILE_NAME, pinned_shard, recorded_shards
 from jaxchat.data.text import plain
 from jaxchat.data.text.forms import bare_name, form_of, read_head, something_else
-from jaxchat.data.text.listing import OTHER_DATA, LeftOut, Listing, list_text, role_in, text_folder
+from jaxchat.data.text.listing import OTHER_DATA, LeftOut, Listing, is_run, list_text, role_in, text_folder
 from jaxchat.data.text.names import is_about
 from jaxchat.data.text.reading import OnBad, Unreadable, check_damage, open_parquet
 from jaxchat.data.text.remedies import convert
@@ -70,6 +71,9 @@ def find_text(
     given = to_path(data_dir)
     check(is_folder(given) or given.exists(), f"data folder {given} does not exist")
     check(given.is_dir(), f"{given} is not a folder")
+    check(
+        not is_run(given), f"{given} is the directory of a run, not of data; what it generated is in {given / 'data'}"
+    )
     folder = text_folder(given)
     try:
         listing = list_text(folder)
@@ -214,7 +218,13 @@ def _called_validation(listing: Listing, roles, sides) -> tuple[list[AnyPath], s
 
 def _find_named(val_shard: str, listing: Listing) -> AnyPath:
     """The file that `val_shard` names: its path in the folder, its name, or either without endings."""
-    ways = (listing.name, lambda path: path.name, lambda path: path.name.split(".", 1)[0], bare_name)
+    ways = (
+        listing.name,
+        lambda path: path.name,
+        lambda path: path.name.split(".", 1)[0],
+        bare_name,
+        lambda path: PurePath(listing.name(path)).with_name(bare_name(path)).as_posix(),
+    )
     for names in ways:
         found = [path for path in listing.texts if names(path) == val_shard]
         if found:

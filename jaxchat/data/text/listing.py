@@ -98,7 +98,7 @@ def _walk(listing: Listing, folder: AnyPath, seen: set[str]) -> Iterator[AnyPath
         elif not path.is_dir():
             is_link = isinstance(path, Path) and path.is_symlink()
             listing.leave_out({path: "a link to nothing" if is_link else "not a file"})
-        elif _is_run(path):
+        elif is_run(path):
             listing.leave_out({path: "a run"})
         elif not (folder == listing.folder and path.name in OTHER_DATA and folder.name != "pretrain"):
             real = _real(path)
@@ -112,7 +112,7 @@ def _walk(listing: Listing, folder: AnyPath, seen: set[str]) -> Iterator[AnyPath
                 listing.leave_out({path: reason(error)})
 
 
-def _is_run(folder: AnyPath) -> bool:
+def is_run(folder: AnyPath) -> bool:
     """Whether it is a run directory, which has files that look like text, and others at each start."""
     return (folder / "config.json").is_file() and any((folder / name).exists() for name in (LOCK, "tokenizer"))
 

@@ -219,6 +219,8 @@ def test_runs_in_the_folder_are_not_text(tmp_path):
     split = find_text(tmp_path)
     assert [path.name for path in split.train.files] == ["a.jsonl"]
     assert split.left_out == (("runs/new", "a run"), ("runs/of an earlier version", "a run"))
+    with fails("runs/new is the directory of a run, not of data; what it generated is in .*runs/new/data"):
+        find_text(tmp_path / "runs" / "new")
 
 
 def test_many_files_of_a_kind_are_counted(tmp_path):
