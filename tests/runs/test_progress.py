@@ -14,15 +14,6 @@ MARKUP, INDENTED, FORMAT = ":smile: 3:100:5 [bold]x[/bold]", "a\tb\n\tif x:\n", 
 COMPLETION = f" {MARKUP}\t{INDENTED}{'long ' * 30}\x1b[2J{FORMAT} end"
 
 
-def test_numbers_and_what_was_left_out():
-    assert [format_number(n, "file") for n in (0, 1, 2000)] == ["0 files", "1 file", "2,000 files"]
-    assert format_left_out({"documents_not_utf8": 1, "bad_conversations": 1, "broken_lines": 1234}) == (
-        "1 bad conversation, 1,234 broken lines, 1 document not UTF-8"
-    )
-
-
-@pytest.mark.parametrize("width", [20, 80])
-@pytest.mark.parametrize("drawn", [False, True])
 def test_a_sample_is_what_the_model_wrote(monkeypatch, width, drawn):
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, width))
@@ -47,3 +38,14 @@ def test_a_sample_is_what_the_model_wrote(monkeypatch, width, drawn):
     text = f"> [who]{COMPLETION}\n".replace("\x1b", "")
     plain = seen.decode().replace("\x1b[1m", "").replace("\x1b[2m", "").replace("\x1b[0m", "")
     assert f"sft  sample at step 1: {text}" in plain
+
+
+def test_numbers_and_what_was_left_out():
+    assert [format_number(n, "file") for n in (0, 1, 2000)] == ["0 files", "1 file", "2,000 files"]
+    assert format_left_out({"documents_not_utf8": 1, "bad_conversations": 1, "broken_lines": 1234}) == (
+        "1 bad conversation, 1,234 broken lines, 1 document not UTF-8"
+    )
+
+
+@pytest.mark.parametrize("width", [20, 80])
+@pytest.mark.parametrize("drawn", [False, True])

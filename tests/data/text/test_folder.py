@@ -124,6 +124,7 @@ def test_a_shard_in_a_sub_folder_is_named_by_its_path(tmp_path):
         write(tmp_path / name)
     assert find_text(tmp_path, "b/0.jsonl").val.files == (tmp_path / "b" / "0.jsonl",)
     assert find_text(tmp_path, "1").val.files == (tmp_path / "b" / "1.jsonl",)
+    assert find_text(tmp_path, "b/1").val.files == (tmp_path / "b" / "1.jsonl",)
     with fails("validation shard '0.jsonl' is any of a/0.jsonl, b/0.jsonl; write one of these"):
         find_text(tmp_path, "0.jsonl")
     with fails("validation shard 'c' is not in"):
