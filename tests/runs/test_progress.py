@@ -14,6 +14,8 @@ MARKUP, INDENTED, FORMAT = ":smile: 3:100:5 [bold]x[/bold]", "a\tb\n\tif x:\n", 
 COMPLETION = f" {MARKUP}\t{INDENTED}{'long ' * 30}\x1b[2J{FORMAT} end"
 
 
+@pytest.mark.parametrize("width", [20, 80])
+@pytest.mark.parametrize("drawn", [False, True])
 def test_a_sample_is_what_the_model_wrote(monkeypatch, width, drawn):
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, width))
@@ -45,7 +47,3 @@ def test_numbers_and_what_was_left_out():
     assert format_left_out({"documents_not_utf8": 1, "bad_conversations": 1, "broken_lines": 1234}) == (
         "1 bad conversation, 1,234 broken lines, 1 document not UTF-8"
     )
-
-
-@pytest.mark.parametrize("width", [20, 80])
-@pytest.mark.parametrize("drawn", [False, True])
