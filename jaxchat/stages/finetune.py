@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from jaxchat.data.chat.packing import RenderedConversations
 from jaxchat.data.chat.targets import count_targets, trainable
@@ -62,6 +63,9 @@ def run(workspace: Workspace, stage: str) -> None:
 
     params, step = workspace.load_params(parent, model)
     training = Training(workspace, stage, config, model, tokenizer, steps, parent={"stage": parent, "step": step})
+    facts: dict[str, Any] = {"mixture": {task.name: len(task) for task in tasks}}
+    if findings.left_out:
+        facts["left_out"] = dict(findings.left_out)
     shown = spread(held_out or [chat for chat in Mixture(tasks) if chat["messages"]], SAMPLES)
     training.train(
         lambda: params,
@@ -70,8 +74,7 @@ def run(workspace: Workspace, stage: str) -> None:
             Evaluator(config.eval_every, validate),
             training.sampler(metrics, prompts_of_chats(tokenizer, list(shown))),
         ),
-        mixture={task.name: len(task) for task in tasks},
-        **({"left_out": dict(findings.left_out)} if findings.left_out else {}),
+        **facts,
     )
 
 
