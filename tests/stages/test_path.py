@@ -114,7 +114,7 @@ class TestWholeRun:
         run = copy(finished, tmp_path / "run", "pretrain")
         config = json.loads((run / "config.json").read_text())
         assert config["model"]["window_pattern"] == "L"
-        (run / "pretrain" / "begun.json").unlink()  # as a run of an earlier version, which has one config for all stages
+        (run / "pretrain" / "begun.json").unlink()  # as in a run of an earlier version
         for written, read in (({"window_pattern": "SL"}, "SL"), ({}, "L")):  # the second: a run of an older version
             model = {name: value for name, value in config["model"].items() if name != "window_pattern"} | written
             (run / "config.json").write_text(json.dumps({**config, "model": model}))
