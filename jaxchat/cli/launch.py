@@ -50,12 +50,13 @@ def _run(argv: list[str]) -> int:
     if options.stages is not None:
         experiment = dataclasses.replace(experiment, stages=options.stages)
     directory = options.run_dir or f"runs/{experiment.name}"
-    check_start(experiment, directory, redo=options.redo, fresh=options.fresh)
+    redo = options.redo or ()
+    check_start(experiment, directory, redo=redo, fresh=options.fresh)
     cluster = find_cluster(os.environ, options.coordinator, options.num_processes, options.process_id)
     prepare_jax()
     if options.dry_run:
         return _dry_run(experiment, named_fields(overrides))
-    return _train(experiment, directory, options.redo, options.fresh, cluster, named_fields(overrides))
+    return _train(experiment, directory, redo, options.fresh, cluster, named_fields(overrides))
 
 
 def launch_parser() -> Parser:
@@ -91,7 +92,6 @@ def launch_parser() -> Parser:
     add(
         "--redo",
         type=words,
-        default=(),
         metavar="A,B",
         help="Do these stages again, and those that were made from them; what they left is renamed, not deleted.",
     )
