@@ -42,6 +42,8 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, in the way of the run's lock; move it aside, and try again") from None
     except OSError as error:
         what = "written to" if path.parent.is_dir() else "created"
         raise UserError(f"{directory} cannot be {what} ({reason(error)}); choose another --run-dir") from None

@@ -231,3 +231,9 @@ def test_a_stage_needs_what_is_there_or_made_before_it(tmp_path):
         begin("evaluate", of=("midtrain", "rl"))
     with pytest.raises(UserError, match="no model of sft yet"):
         begin("pretrain", "evaluate", redo=("pretrain", "sft"))
+
+
+def test_a_folder_in_place_of_the_lock_is_named(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match=r"\.lock is a folder, .*; move it aside"), locked(tmp_path):
+        pass
