@@ -481,7 +481,7 @@ def test_utf_16_is_converted(tmp_path, form, encoding):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (gzip.compress(b"text"), r"is gzip-compressed; rename it so that its name ends in .gz"),
+        (gzip.compress(b"text", mtime=0), r"is gzip-compressed; rename it so that its name ends in .gz"),
         (b"PAR1....PAR1", "is parquet; rename it so that its name ends in .parquet"),
         (b"PK\x03\x04....", "is a zip archive; unpack it"),
         (b"%PDF-1.7", "is a PDF; convert it to plain text"),
