@@ -34,6 +34,7 @@ TYPE_CHECKING = False  # typing's own would take longer than all the rest
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
+TICK = 0.25  # seconds between two looks for signals at a prompt
 PATIENCE = 5.0  # seconds from the request to stop until a wait for something that may never come is interrupted
 TOGETHER = 0.3  # seconds within which two signals are one Ctrl-C
 NOTICE = "stopping as soon as the work so far is saved; Ctrl-C again stops at once"
@@ -251,12 +252,32 @@ def signals_raise() -> Iterator[None]:
     before = {number: signal.signal(number, _raise) for number in _taken()}
     _watched = False
     try:
-        yield
+        with _ticking():
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         _watched = watched
+
+
+@contextlib.contextmanager
+def _ticking() -> Iterator[None]:
+    """Interrupts the main thread's wait for input again and again, by a signal that does nothing.
+
+    Python runs handlers before `input` begins to wait, and when a signal interrupts the wait. One that comes between
+    the two would be seen with the next key only.
+    """
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+    handler = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    timer = signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
 
 
 @contextlib.contextmanager

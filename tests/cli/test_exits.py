@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
+import time
 
 import pytest
 
@@ -376,3 +378,22 @@ def test_a_name_with_control_codes_leaves_the_error_one_harmless_line(capfd):
 
     assert run_command(refuse) == 2
     assert capfd.readouterr().err == "error: there is no run no\\x1b[31m\\nrun [b] :smile:\n"
+
+
+def test_a_signal_just_before_the_wait_at_a_prompt_is_seen():
+    # Another thread receives the signal, so that it does not interrupt the main thread's wait: as one that comes
+    # between Python's last look for signals and the wait.
+    read, write = os.pipe()
+    missed = []
+
+    def receive():
+        time.sleep(0.3)
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        time.sleep(5)
+        missed.append("the wait went on until a key was pressed")
+        os.write(write, b"\n")
+
+    with pytest.raises(Interrupted) as stopped, stopping.signals_raise():
+        threading.Thread(target=receive, daemon=True).start()
+        os.read(read, 1)
+    assert stopped.value.cause is Cause.SIGTERM and not missed
