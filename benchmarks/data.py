@@ -76,7 +76,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     text = Path(options.text).absolute()
     split = find_text(text)
-    check(split.train.format == "parquet" and split.train.hold_out is None, f"{text} needs at least two parquet files")
+    parquet = all(file.suffix == ".parquet" for file in split.train.files)
+    check(parquet and split.train.hold_out is None, f"{text} needs at least two parquet files")
     here = len(os.sched_getaffinity(0))
     check(max(options.cores) <= here, f"--cores {max(options.cores)}: this machine has {here}")
     checkout = options.checkout and Path(options.checkout).absolute()

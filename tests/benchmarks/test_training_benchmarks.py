@@ -108,7 +108,7 @@ def test_fewer_rows_until_they_fit(monkeypatch):
 
 
 def test_what_does_not_fit_is_a_line(tmp_path):
-    done = run("train.py", "--depth", 1, *SMALL, "--vocab-size", 2_000_000_000, "--json", tmp_path / "all.json")
+    done = run("train.py", "--depth", 1, "--rows", 65_536, "--precision", "fp32", "--json", tmp_path / "all.json")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert json.loads((tmp_path / "all.json").read_text())["error"].startswith("out of memory")
     assert "| d1 |  | out of memory" in done.stdout
@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_a_line(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--depth", "17"], "model.depth 17"),
+        (["--depth", "17"], "model.depth is 17"),
         (["--depht", "1"], "did you mean '--depth'"),
         (["--precision", "int3"], "--precision 'int3' is unknown"),
         (["--data", "nowhere"], "data folder 'nowhere' does not exist"),
@@ -147,7 +147,7 @@ def test_against_nanochat(tmp_path, capsys):
     file = tmp_path / "all.json"
     assert against.main(["--checkout", str(tmp_path), "--python", str(peer), *options, "--json", str(file)]) == 2
     small, refused = map(json.loads, file.read_text().splitlines())
-    assert "model.depth 17" in refused["error"] and refused["depth"] == 17
+    assert "model.depth is 17" in refused["error"] and refused["depth"] == 17
     (figures,) = small["rounds"]
     assert figures["nanochat"]["options"] == [1, 2, 32, 270, 1, 2, "L", False]
     assert figures["jaxchat"]["devices"] == 1 and figures["jaxchat"]["tokens_per_step"] == 2 * 32
