@@ -72,14 +72,16 @@ def load_tokenizer_of(directory: RunDirectory) -> BaseTokenizer:
     Raises:
       UserError: it is missing or damaged.
     """
-    again = f"delete the folder {directory.tokenizer}: the same launch.py command makes it again, from the same text"
+    again = "the same launch.py command makes it again, from the same text"
+    mended = f"delete the folder {directory.tokenizer}: {again}"
     try:
-        read_bytes(directory.tokenizer / FILE_NAME, again)
+        read_bytes(directory.tokenizer / FILE_NAME, mended)
         return load_tokenizer(directory.tokenizer)
     except Damaged:
         raise
     except UserError as error:
-        raise UserError(f"{str(error).rpartition('; ')[0] or error}; {again}") from None
+        remedy = mended if directory.tokenizer.exists() else again
+        raise UserError(f"{str(error).rpartition('; ')[0] or error}; {remedy}") from None
 
 
 def _checkpoint_step(checkpoints: Checkpoints, step: str) -> int | None:
