@@ -16,9 +16,10 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 import tests.typechecker  # noqa: E402, F401  (the hook finds it by name)
 
-# A shell without job control starts background commands, and so their children, with Ctrl-C ignored: the tests that
-# send it would wait in vain.
+# A shell without job control starts background commands, and so their children, with Ctrl-C ignored, and nohup with
+# SIGHUP ignored: the tests that send them would wait in vain.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 jax.config.update("jax_num_cpu_devices", 4)
 if os.environ["JAX_PLATFORMS"] != "cpu":  # tests/model also runs on a GPU, which else multiplies fp32 in TF32
