@@ -360,16 +360,21 @@ class RunDirectory:
         Left out are lines of stages that were deleted, or made from what has been made again since, and scores of
         models that are no longer there. Damaged lines are left out too, and counted by `say`.
         """
+        # The files of a stage are read once, not for each line: in cloud storage each takes its time.
         there = {stage for stage in STAGES if (self.path / stage).exists() and self.stale(stage) is None}
         lines = metrics.read_metrics(self.path, say)
-        return [line for line in lines if (self.is_score_of_now(line) if "of" in line else line["stage"] in there)]
+        scored = {line["of"] for line in lines if "of" in line} & there
+        records = {stage: record for stage in scored if (record := self.read_record(stage)) is not None}
+        models = {stage: self.id_of(stage) for stage in records}
 
-    def is_score_of_now(self, line: dict[str, Any]) -> bool:
-        """Whether a line with a score is about the model that its stage has now."""
-        stage = line["of"]
-        record = self.read_record(stage)
-        if record is None or self.stale(stage) is not None:
-            return False
-        if "model" in line:
-            return line["model"] == self.id_of(stage)
-        return line.get("time", 0) >= (record.get("finished") or 0)  # of an earlier version
+        def is_of_now(line: dict[str, Any]) -> bool:
+            stage = line.get("of")
+            if stage is None:
+                return line["stage"] in there
+            if stage not in records:
+                return False
+            if "model" in line:
+                return line["model"] == models[stage]
+            return line.get("time", 0) >= (records[stage].get("finished") or 0)  # of an earlier version
+
+        return [line for line in lines if is_of_now(line)]

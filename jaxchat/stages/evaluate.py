@@ -48,7 +48,7 @@ def run(workspace: Workspace) -> None:
                 continue
             params, step = workspace.load_params(stage, model)
             engine = Engine(model, params, tokenizer, dtype=workspace.compute.dtype)
-            for task in missing[stage]:
+            for task, settings in missing[stage]:
                 result = evaluate_task(
                     engine,
                     task,
@@ -57,7 +57,6 @@ def run(workspace: Workspace) -> None:
                     batch_size=config.batch_rows,
                     temperature=TEMPERATURE,
                 )
-                settings = _settings(workspace, stage, task)
                 on_process_zero(lambda: _keep_answers(workspace, stage, result))  # noqa: B023 (called at once)
                 facts = {"score": result.score, "count": result.count, "cut": result.cut, "too_long": result.too_long}
                 metrics.log(step, of=stage, **{f"{name}/{task.name}": fact for name, fact in facts.items()}, **settings)
@@ -69,32 +68,33 @@ def _load_tasks(workspace: Workspace, quiet: bool = False) -> list[Task]:
     return workspace.load_tasks("evaluate", workspace.experiment.evaluate.tasks, "test", quiet=quiet)
 
 
-def _missing(workspace: Workspace, tasks: list[Task]) -> dict[str, list[Task]]:
-    """For each stage with a model, the tasks that it has no score of with the settings of now."""
+def _missing(workspace: Workspace, tasks: list[Task]) -> dict[str, list[tuple[Task, dict[str, Any]]]]:
+    """For each stage with a model, the tasks that it has no score of with the settings of now, and these settings."""
     lines = on_process_zero(lambda: [line for line in workspace.directory.read_metrics() if "of" in line])
     before = on_process_zero(lambda: _longest_answer_before(workspace))
     scores = {(line["of"], name): line for line in lines for name in line if name.startswith("score/")}
     missing = {}
     trained = workspace.stages_with_model()
+    asked = [(task, _how_asked(workspace, task)) for task in tasks]
     for stage in workspace.experiment.evaluate.of:
         if stage in trained:
             missing[stage] = []
-            for task in tasks:
-                score = scores.get((stage, f"score/{task.name}"))
-                if score is None or not _fits(workspace, score, task, _settings(workspace, stage, task), before):
-                    missing[stage].append(task)
+            model = on_process_zero(lambda: workspace.directory.id_of(stage))  # noqa: B023 (called at once)
+            for task, how in asked:
+                score, settings = scores.get((stage, f"score/{task.name}")), {"model": model, **how}
+                if score is None or not _fits(workspace, score, task, settings, before):
+                    missing[stage].append((task, settings))
     return missing
 
 
-def _settings(workspace: Workspace, stage: str, task: Task) -> dict[str, Any]:
-    """What a score depends on: the model, the questions, and how it may answer them."""
+def _how_asked(workspace: Workspace, task: Task) -> dict[str, Any]:
+    """What a score depends on besides the model: the questions, and how it may answer them."""
     config = workspace.experiment.evaluate
     questions = spread(task, config.limit)
     digest = hashlib.sha256()
     for i in range(len(questions)):
         digest.update(json.dumps(questions[i], sort_keys=True, default=str).encode())
     settings = {
-        "model": on_process_zero(lambda: workspace.directory.id_of(stage)),
         "questions": digest.hexdigest()[:16],
         "temperature": TEMPERATURE,
         "max_new_tokens": config.max_new_tokens,

@@ -25,11 +25,7 @@ def check_settings(experiment: Experiment) -> None:
         package that is not installed.
     """
     check(bool(experiment.stages), "stages is empty; name at least one, such as --stages=pretrain")
-    check(
-        experiment.data.folder is not None or experiment.data.generate,
-        f"{experiment.name} trains on your text: give it a folder with --data=DIR, or name data sets with "
-        "--data.download",
-    )
+    check_has_data(experiment)
     log = experiment.logging
     check_installed(tensorboard=log.tensorboard, wandb=log.wandb)
     with naming("data.download"):
@@ -51,6 +47,15 @@ def check_settings(experiment: Experiment) -> None:
     check(
         bool(experiment.evaluate.of) or "evaluate" not in experiment.stages,
         "evaluate.of is empty; name at least one stage, or leave evaluate out of --stages",
+    )
+
+
+def check_has_data(experiment: Experiment) -> None:
+    """Raises UserError if the experiment has no data folder, nothing to download, and must not generate any."""
+    check(
+        experiment.data.folder is not None or experiment.data.generate,
+        f"{experiment.name} trains on your text: give it a folder with --data=DIR, or name data sets with "
+        "--data.download",
     )
 
 

@@ -32,6 +32,7 @@ from jaxchat.runs.directory import TRAINED, RunDirectory
 from jaxchat.runs.metrics import Metrics
 from jaxchat.stages.generated import write_generated
 from jaxchat.stages.preflight import check_data, left_out
+from jaxchat.stages.settings import check_has_data
 from jaxchat.stages.task_source import TaskSource, dataset_of
 from jaxchat.stages.text_check import check_text, check_tokens
 from jaxchat.storage import AnyPath, is_folder, to_path, to_run_directory
@@ -59,12 +60,8 @@ class Workspace:
           UserError: the directory holds something else, or a run with other settings; the experiment has no text; the
             mesh does not match the devices.
         """
+        check_has_data(experiment)
         data = experiment.data
-        check(
-            data.folder is not None or data.generate,
-            f"{experiment.name} trains on your text: give it a folder with --data=DIR, "
-            "or name data sets with --data.download",
-        )
         self.experiment, self.directory = experiment, RunDirectory(to_run_directory(directory))
         self._say = say
         self.say = say if jax.process_index() == 0 else lambda line: None
@@ -287,15 +284,14 @@ class Workspace:
         """
         before = TRAINED[: TRAINED.index(stage)]
         finished = on_process_zero(lambda: [name for name in before if self.directory.leaves_model(name)])
-        for name in finished[-1:]:
-            older = on_process_zero(lambda: self.directory.stale(name))  # noqa: B023 (called at once)
-            check(
-                older is None,
-                f"{name} was made from an earlier {older}; do it again with --redo={name} before {stage}",
-            )
-        parents = finished
-        check(bool(parents), f"{stage} needs an earlier stage's parameters; run one of {', '.join(before)} first")
-        return parents[-1]
+        check(bool(finished), f"{stage} needs an earlier stage's parameters; run one of {', '.join(before)} first")
+        parent = finished[-1]
+        older = on_process_zero(lambda: self.directory.stale(parent))
+        check(
+            older is None,
+            f"{parent} was made from an earlier {older}; do it again with --redo={parent} before {stage}",
+        )
+        return parent
 
     def metrics(self, stage: str, total_steps: int | None = None) -> Metrics:
         """The log of a stage, as a context manager; process 0 alone writes and shows it."""
