@@ -8,12 +8,12 @@ from jaxtyping import Array, Float
 
 from jaxchat.ops import fp8
 from jaxchat.ops.dispatch import Level, operation
-from jaxchat.ops.linear import products
+from jaxchat.ops.linear import Quantized, products
 
 
 @operation
 def add_product(
-    x: Float[Array, "B T D"], branch: Float[Array, "B T N"], kernel: Float[Array, "N D"]
+    x: Float[Array, "B T D"], branch: Float[Array, "B T N"], kernel: Float[Array, "N D"] | Quantized
 ) -> Float[Array, "B T D"]:
     """x + branch @ kernel."""
     return checkpoint_name(x + products(branch, kernel)[0], "residual")

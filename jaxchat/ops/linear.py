@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int8
 
 from jaxchat.ops import hopper
 from jaxchat.ops.dispatch import Level, operation
@@ -18,8 +21,34 @@ from jaxchat.ops.triton import largest_divisor
 PARTS = 1 << 24  # elements in all the parts of a weight's gradient together: what stays in an H200's cache
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Quantized:
+    """A weight in 8 bits, in the place of its array: values · scale, with one scale for each output column.
+
+    Every product starts with `weight.astype(x.dtype)`, which is all that it needs of a weight. The values are whole
+    numbers of at most 127, exact in bf16 too, so that a kernel can scale the product's columns instead of the weight's.
+    """
+
+    values: Int8[Array, "I O"]
+    scale: Float[Array, " O"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def astype(self, dtype: DTypeLike) -> Float[Array, "I O"]:
+        """The weight as an array of `dtype`."""
+        return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
+
+    def __getitem__(self, index: Any) -> Quantized:
+        """Itself: `nnx.Param` gives its value as `[...]`."""
+        assert index is Ellipsis, "the parts of a quantized weight are not to be had"
+        return self
+
+
 @operation
-def products(x: Float[Array, "B T I"], *weights: Float[Array, "I _"]) -> tuple[Array, ...]:
+def products(x: Float[Array, "B T I"], *weights: Float[Array, "I _"] | Quantized) -> tuple[Array, ...]:
     """x @ weight for each of the weights, which are cast to x's dtype."""
     return tuple(x @ weight.astype(x.dtype) for weight in weights)
 

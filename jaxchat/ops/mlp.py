@@ -11,14 +11,16 @@ from jaxtyping import Array, Float
 
 from jaxchat.ops import fp8, hopper
 from jaxchat.ops.dispatch import Level, operation
-from jaxchat.ops.linear import input_gradient, products, weight_gradient
+from jaxchat.ops.linear import Quantized, input_gradient, products, weight_gradient
 from jaxchat.ops.norm import norm_branch
 from jaxchat.ops.partition import partitioned
 from jaxchat.ops.triton import largest_divisor, launch, load, store
 
 
 @operation
-def add_mlp(x: Float[Array, "B T D"], up: Float[Array, "D F"], down: Float[Array, "F D"]) -> Float[Array, "B T D"]:
+def add_mlp(
+    x: Float[Array, "B T D"], up: Float[Array, "D F"] | Quantized, down: Float[Array, "F D"] | Quantized
+) -> Float[Array, "B T D"]:
     """x + relu²(rms_norm(x) @ up) @ down."""
     x, normed = norm_branch(x)
     with jax.named_scope("mlp"):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxchat.ops import fp8, hopper
 from jaxchat.ops.dispatch import Level, operation
-from jaxchat.ops.linear import input_gradient, products, weight_gradient
+from jaxchat.ops.linear import Quantized, input_gradient, products, weight_gradient
 from jaxchat.ops.norm import NORM_EPS, norm_branch
 from jaxchat.ops.partition import partitioned
 from jaxchat.ops.rope import apply_rope, rope_norm, rope_norm_and_scale, rope_norm_gradient
@@ -24,9 +24,9 @@ from jaxchat.ops.rope import apply_rope, rope_norm, rope_norm_and_scale, rope_no
 @operation
 def norm_qkv(
     x: Float[Array, "B T D"],
-    q: Float[Array, "D N"],
-    k: Float[Array, "D M"],
-    v: Float[Array, "D M"],
+    q: Float[Array, "D N"] | Quantized,
+    k: Float[Array, "D M"] | Quantized,
+    v: Float[Array, "D M"] | Quantized,
     rope: tuple[Array, Array],
 ) -> tuple[Array, Array, Array, Array]:
     """(x, rope_norm(n @ q), rope_norm(n @ k), n @ v) with n = rms_norm(x).

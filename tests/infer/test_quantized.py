@@ -1,0 +1,67 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from jaxchat.infer.quantized import LARGEST, quantize, quantize_weight
+from jaxchat.model.gpt import hidden_states, logits
+from jaxchat.ops.linear import Quantized
+
+TINY = 2e-38  # what XLA rounds to zero
+WEIGHTS = arrays.arrays(np.float32, (5, 3), elements=st.floats(-1e4, 1e4, width=32))
+
+
+@settings(deadline=None)
+@given(WEIGHTS)
+def test_a_weight_is_at_most_half_a_scale_from_its_8_bits(weight):
+    quantized = quantize_weight(jnp.array(weight))
+    largest = np.abs(weight).max(0)
+    np.testing.assert_allclose(quantized.scale, largest / LARGEST, rtol=1e-6, atol=TINY)
+    assert quantized.values.dtype == jnp.int8 and np.abs(quantized.values).max() <= LARGEST
+    error = np.abs(np.asarray(quantized.astype(jnp.float32)) - weight)
+    assert np.all(error <= 0.5001 * np.asarray(quantized.scale) + 1e-6 * largest + LARGEST * TINY)
+
+
+def test_eight_bits_are_halves_rounded_to_even_symmetrically():
+    weight = jnp.array([[127.0, 2.5], [-0.5, -254.0], [1.5, 0.0]])
+    quantized = quantize_weight(weight)
+    np.testing.assert_array_equal(quantized.values, [[127, 1], [0, -127], [2, 0]])
+    np.testing.assert_array_equal(quantized.scale, [1, 2])
+
+
+def test_a_column_of_zeros_stays_zero():
+    np.testing.assert_array_equal(quantize_weight(jnp.zeros((4, 2))).astype(jnp.float32), np.zeros((4, 2)))
+
+
+def test_embedding_stays_and_matrices_and_head_are_quantized(config, random_params):
+    params = quantize(random_params, "bfloat16")
+    assert params["embed"]["embedding"].dtype == jnp.bfloat16
+    weights = [params["head"]["kernel"], *jax.tree.leaves(params["blocks"], is_leaf=lambda x: isinstance(x, Quantized))]
+    assert len(weights) == 1 + 6 * config.depth and all(isinstance(weight, Quantized) for weight in weights)
+
+
+def test_the_model_computes_with_the_rounded_weights(config, random_params):
+    params = quantize(random_params, "float32")
+    plain = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params, is_leaf=lambda x: isinstance(x, Quantized))
+    tokens = jax.random.randint(jax.random.key(0), (2, 16), 0, config.vocab_size)
+    scores = [logits(config, tree, hidden_states(config, tree, tokens)) for tree in (params, plain)]
+    np.testing.assert_allclose(*scores, atol=1e-5)
+
+
+def test_rounding_costs_little(config, tokenizer, trained_params, conversations):
+    """On text that the model knows by heart: its loss stays below a hundredth of a nat a token."""
+    ids, mask = tokenizer.render_conversation(conversations[0])
+    inputs, targets = jnp.array([ids[:-1]]), jnp.array([ids[1:]])
+
+    def nats(params):
+        scores = logits(config, params, hidden_states(config, params, inputs))
+        losses = optax.softmax_cross_entropy_with_integer_labels(scores, targets)
+        return float(jnp.mean(losses, where=jnp.array([mask[1:]]) == 1))
+
+    plain, rounded = nats(trained_params), nats(quantize(trained_params, "float32"))
+    assert rounded != plain
+    assert rounded == pytest.approx(plain, abs=0.01)
