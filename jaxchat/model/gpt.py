@@ -2,7 +2,7 @@
 
 params = init_params(config, key)                                     {"embed", "blocks", "head"}
 hidden = hidden_states(config, params, tokens, compute)               training: causal over whole rows
-hidden, cache = cached_hidden(config, params, tokens, positions, cache, dtype)     the same model with a KV cache
+hidden, pages = paged_hidden(config, params, tokens, place, pages, dtype)          the same model with a KV cache
 scores = logits(config, params, hidden)
 
 The operations (`jaxchat/ops`) state their formulas in plain JAX; which kernel computes them is not this file's concern.
@@ -29,11 +29,11 @@ from jaxchat.ops.compute import FP32, Compute
 from jaxchat.ops.cross_entropy import capped_logits
 from jaxchat.ops.mlp import add_mlp
 from jaxchat.ops.norm import norm_branch, rms_norm
+from jaxchat.ops.pages import Pages, Place, attend_pages, new_pages, write_pages
 from jaxchat.ops.qkv import norm_qkv
 from jaxchat.ops.rope import rope_tables
 
 Params = dict[str, Any]
-LayerCache = dict[str, Array]  # {"k", "v"}: each [B, M, kv_heads, head_dim]
 # What each block keeps for the backward pass besides its input, by level of recomputation and by the names that
 # `checkpoint_name` gives. The rest is recomputed, except what cuDNN's attention returns: that is slow and small.
 KEPT = {"mlp": ("qkv", "attention", "residual"), "full": ("attention",)}
@@ -98,25 +98,32 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rope: tuple[Array, Array],
-        positions: Int[Array, "#B T"],
-        cache: LayerCache | None = None,
+        cache: Any = None,
         documents: Int[Array, "B T"] | None = None,
         fp8: bool = False,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """The residual stream after the block, and the new cache.
+    ) -> tuple[Float[Array, "B T D"], Pages | None]:
+        """The residual stream after the block, and the new pages.
 
         Without a cache, attention runs over the rows of x, within each token's document if `documents` are given. With
-        one, x's keys and values are written at `positions`, and each token sees the cached positions up to its own.
+        one, x's keys and values are written to its pages, and each token sees what they hold up to its own position.
         """
         q, k, v, o = (getattr(self.attn, name).kernel[...] for name in "qkvo")
         x, q, k, v = norm_qkv(x, q, k, v, rope, fp8=fp8)
+        pages = None
         if cache is None:
             mixed = checkpoint_name(attend(q, k, v, window=self.window, documents=documents), "attention")
+        elif isinstance(cache[0], Array):  # the dense cache
+            positions, dense = cache
+            rows = jnp.arange(len(k))[:, None]
+            new = {"k": k, "v": v}
+            pages = {name: dense[name].at[rows, positions].set(new[name], mode="drop") for name in "kv"}
+            mixed = attend(q, pages["k"], pages["v"], positions=positions, window=self.window)
         else:
-            cache = _write(cache, positions, k, v)
-            mixed = attend(q, cache["k"], cache["v"], positions=positions, window=self.window)
+            pages, place = cache
+            pages = write_pages(pages, k, v, place)
+            mixed = attend_pages(q, pages, place, self.window)
         x = add_product(x, merge_heads(mixed), o, fp8=fp8)
-        return add_mlp(x, self.mlp.up.kernel[...], self.mlp.down.kernel[...], fp8=fp8), cache
+        return add_mlp(x, self.mlp.up.kernel[...], self.mlp.down.kernel[...], fp8=fp8), pages
 
 
 def merge_heads(heads: Any) -> Any:
@@ -124,14 +131,8 @@ def merge_heads(heads: Any) -> Any:
     return jax.tree.map(lambda y: y.reshape(*y.shape[:2], -1) if y.ndim else y, heads)
 
 
-def _write(cache: LayerCache, positions: Int[Array, "B T"], k: Array, v: Array) -> LayerCache:
-    rows = jnp.arange(len(k))[:, None]
-    # Positions beyond the cache's end are dropped: a finished row may run on there without harm.
-    return {name: cache[name].at[rows, positions].set(new, mode="drop") for name, new in (("k", k), ("v", v))}
-
-
 class GPT(nnx.Module):
-    """Embedding, blocks, untied head. `__call__` returns the hidden states after the final norm, and the new caches."""
+    """Embedding, blocks, untied head. `__call__` returns the hidden states after the final norm, and the new pages."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -139,34 +140,42 @@ class GPT(nnx.Module):
         self.blocks = nnx.List([Block(config, window, rngs=rngs) for window in config.windows])
         self.head = Linear(config.width, config.padded_vocab_size, rngs=rngs, zeros=True)
 
-    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "#B T"], caches, compute: Compute):
+    def __call__(self, tokens: Int[Array, "B T"], compute: Compute, pages: list[Pages] | None, place: Any):
+        positions = jnp.arange(tokens.shape[1])[None]  # the same for all rows
+        if isinstance(place, Array):
+            positions = place[:, None] + positions
+        elif place is not None:
+            positions = place.start[:, None] + positions
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_base)
         # Left to itself, the compiler splits the residual stream as fsdp splits the embedding's rows, and moves it
         # between devices in each block instead of the weights.
         x = rms_norm(split_rows(compute.mesh, self.embed(tokens, compute.dtype)))
         border, documents = self.config.border_token, None
-        if border is not None and caches is None:
+        if border is not None and pages is None:
             documents = jnp.cumsum(tokens == border, axis=1)
-        new_caches = []
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+        caches = [None] * len(self.blocks) if pages is None else [(of_layer, place) for of_layer in pages]
+        if isinstance(place, Array):
+            caches = [(positions, of_layer) for of_layer in pages or []]
+        new_pages = []
+        for block, cache in zip(self.blocks, caches, strict=True):
             graph, weights = nnx.split(block)
-            x, cache = _run_block(graph, compute.remat, compute.fp8, weights, x, rope, positions, cache, documents)
-            new_caches.append(cache)
-        return norm_branch(x)[1], new_caches
+            x, of_layer = _run_block(graph, compute.remat, compute.fp8, weights, x, rope, cache, documents)
+            new_pages.append(of_layer)
+        return norm_branch(x)[1], new_pages
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run_block(graph, remat, fp8, weights, x, rope, positions, cache, documents):
+def _run_block(graph, remat, fp8, weights, x, rope, cache, documents):
     """One block. Blocks with the same window have equal graphs and shapes, so that this inner jit traces and lowers one
     of them instead of `depth`."""
 
-    def run(weights, x, rope, positions, cache, documents):
-        return nnx.merge(graph, weights)(x, rope, positions, cache, documents, fp8)
+    def run(weights, x, rope, cache, documents):
+        return nnx.merge(graph, weights)(x, rope, cache, documents, fp8)
 
     if remat != "none":
         named = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
         run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_from_both_policies(_is_cudnn_attention, named))
-    return run(weights, x, rope, positions, cache, documents)
+    return run(weights, x, rope, cache, documents)
 
 
 def _is_cudnn_attention(primitive, *_, **__) -> bool:
@@ -214,31 +223,38 @@ def hidden_states(
     config: GPTConfig, params: Params, tokens: Int[Array, "B T"], compute: Compute = FP32
 ) -> Float[Array, "B T D"]:
     """Causal forward pass over whole rows; a token's index in its row is its position."""
-    positions = jnp.arange(tokens.shape[1])[None]  # the same for all rows
-    return _bind(config, params)(tokens, positions, None, compute)[0]
+    return _bind(config, params)(tokens, compute, None, None)[0]
 
 
-def init_cache(config: GPTConfig, batch: int, max_len: int, dtype: DTypeLike = jnp.float32) -> list[LayerCache]:
-    """An empty KV cache, `[batch, max_len, kv_heads, head_dim]`: one {"k", "v"} a layer, each updated in place."""
+def init_pages(config: GPTConfig, count: int, dtype: DTypeLike = jnp.float32) -> list[Pages]:
+    """An empty KV cache of `count` pages a layer; each is updated in place where its memory was donated."""
+    return [new_pages(count, config.kv_heads, config.head_dim, dtype) for _ in range(config.depth)]
+
+
+def paged_hidden(
+    config: GPTConfig,
+    params: Params,
+    tokens: Int[Array, "R Q"],
+    place: Place,
+    pages: list[Pages],
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[Float[Array, "R Q D"], list[Pages]]:
+    """Forward pass over the next Q tokens of each row, whose keys and values are added to its pages.
+
+    Rows with one table may hold consecutive parts of one text: what all rows write is there before any of them reads.
+    """
+    return _bind(config, params)(tokens, Compute(dtype), pages, place)
+
+
+def init_cache(config: GPTConfig, batch: int, max_len: int, dtype: DTypeLike = jnp.float32) -> list[Pages]:
+    """An empty dense cache, `[batch, max_len, kv_heads, head_dim]`."""
     shape = (batch, max_len, config.kv_heads, config.head_dim)
     return [{"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for _ in range(config.depth)]
 
 
-def cached_hidden(
-    config: GPTConfig,
-    params: Params,
-    tokens: Int[Array, "B S"],
-    positions: Int[Array, "B"],
-    cache: list[LayerCache],
-    dtype: DTypeLike = jnp.float32,
-) -> tuple[Float[Array, "B S D"], list[LayerCache]]:
-    """Forward pass over the next S tokens of each row; `positions` are those of the first of them.
-
-    Writes keys and values at positions[b] … positions[b] + S - 1. A right-padded prompt is fine: what lies beyond a
-    row's real end is overwritten before anything attends to it.
-    """
-    positions = positions[:, None] + jnp.arange(tokens.shape[1])
-    return _bind(config, params)(tokens, positions, cache, Compute(dtype))
+def cached_hidden(config, params, tokens, positions, cache, dtype=jnp.float32):
+    """As `paged_hidden`, with the dense cache of `init_cache`."""
+    return _bind(config, params)(tokens, Compute(dtype), cache, positions)
 
 
 def logits(config: GPTConfig, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

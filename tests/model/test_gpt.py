@@ -9,13 +9,14 @@ from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import (
     Block,
     abstract_params,
-    cached_hidden,
     hidden_states,
-    init_cache,
+    init_pages,
     init_params,
     logits,
+    paged_hidden,
 )
 from jaxchat.ops.compute import Compute
+from jaxchat.ops.pages import Place
 
 # Depth 4 has two heads, depth 6 three: grouped and multi-query attention beside the plain one. Windows are of 3.
 CONFIGS = [
@@ -30,6 +31,12 @@ def name(config):
     return f"d{config.depth}-kv{config.kv_heads}-{config.window_pattern}"
 
 
+def place(rows, start, count):
+    """Rows of one page each."""
+    start, count = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (rows,)) for x in (start, count))
+    return Place(jnp.arange(rows, dtype=jnp.int32)[:, None], start, count)
+
+
 def tokens_of(config, batch, length, seed=7):
     return jax.random.randint(jax.random.key(seed), (batch, length), 0, config.vocab_size)
 
@@ -39,10 +46,10 @@ def test_training_forward_cached_forward_and_numpy_agree(config, random_params):
     params, tokens = random_params(config), tokens_of(config, 2, 11)
     trained = logits(config, params, hidden_states(config, params, tokens))
 
-    prompt, cache = cached_hidden(config, params, tokens[:, :2], jnp.zeros(2, int), init_cache(config, 2, 16))
+    prompt, pages = paged_hidden(config, params, tokens[:, :2], place(2, 0, 2), init_pages(config, 2))
     parts = [prompt]
     for i in range(2, 11):
-        hidden, cache = cached_hidden(config, params, tokens[:, i : i + 1], jnp.full(2, i), cache)
+        hidden, pages = paged_hidden(config, params, tokens[:, i : i + 1], place(2, i, 1), pages)
         parts.append(hidden)
     cached = logits(config, params, jnp.concatenate(parts, axis=1))
 
@@ -58,10 +65,12 @@ def test_a_right_padded_prompt_decodes_like_the_bare_one(config, random_params):
     params, tokens = random_params(config), tokens_of(config, 2, 9)
     lengths = jnp.array([3, 5])
     padded = jnp.where(jnp.arange(8) < lengths[:, None], tokens[:, :8], 99)
-    _, cache = cached_hidden(config, params, padded, jnp.zeros(2, int), init_cache(config, 2, 12))
+    _, pages = paged_hidden(config, params, padded, place(2, 0, lengths), init_pages(config, 2))
     rows = jnp.arange(2)
     for i in range(3):
-        hidden, cache = cached_hidden(config, params, tokens[rows, lengths + i][:, None], lengths + i, cache)
+        hidden, pages = paged_hidden(
+            config, params, tokens[rows, lengths + i][:, None], place(2, lengths + i, 1), pages
+        )
     for row, length in enumerate(lengths):
         bare = hidden_states(config, params, tokens[row : row + 1, : length + 3])
         np.testing.assert_allclose(hidden[row, 0], bare[0, -1], atol=1e-5)
@@ -91,7 +100,7 @@ def test_a_token_at_the_windows_edge_is_seen_and_the_next_one_is_not(cached, ran
     def forward(tokens):
         if not cached:
             return hidden_states(config, params, tokens)[0]
-        return cached_hidden(config, params, tokens, jnp.zeros(1, int), init_cache(config, 1, 16))[0][0]
+        return paged_hidden(config, params, tokens, place(1, 0, 16), init_pages(config, 1))[0][0]
 
     changed = forward(tokens.at[0, 5].add(1) % config.vocab_size) != forward(tokens)
     assert np.flatnonzero(changed.any(-1)).tolist() == [5, 6, 7, 8, 9]

@@ -1,0 +1,96 @@
+"""The KV cache in pages: keys and values are written to them, and attention reads them.
+
+A layer's keys and values lie in a pool of pages of `PAGE` tokens each. A row owns pages in any order, and may share
+them with others; its table says which hold its tokens. So rows of all lengths use one pool, and one program serves all.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+PAGE = 64  # tokens
+
+Pages = dict[str, Array]  # {"k", "v"}: each [P, K, PAGE, H]
+
+
+class Place(NamedTuple):
+    """Where the tokens of a batch of rows stand.
+
+    Attributes:
+      table: the numbers of each row's pages, in the order of its tokens. What lies behind its last token is not read.
+      start: the position of each row's first token in this batch; its keys and values are cached up to there.
+      count: how many of each row's tokens are real. The others are padding: nothing is written for them, and what is
+        computed for them means nothing. 0 for an idle row.
+    """
+
+    table: Int[Array, "R T"]
+    start: Int[Array, " R"]
+    count: Int[Array, " R"]
+
+
+def new_pages(count: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> Pages:
+    """An empty pool of `count` pages for one layer."""
+    return {name: jnp.zeros((count, kv_heads, PAGE, head_dim), dtype) for name in "kv"}
+
+
+@jax.named_scope("pages")
+def write_pages(pages: Pages, k: Float[Array, "R Q K H"], v: Float[Array, "R Q K H"], place: Place) -> Pages:
+    """Writes the keys and values of each row's tokens to its pages, cast to their dtype."""
+    steps = jnp.arange(k.shape[1])
+    position = place.start[:, None] + steps
+    page = jnp.take_along_axis(place.table, position // PAGE, axis=1, mode="clip")
+    page = jnp.where(steps < place.count[:, None], page, len(pages["k"]))  # beyond the pool: dropped
+    return {
+        name: pages[name].at[page, :, position % PAGE].set(new.astype(pages[name].dtype), mode="drop")
+        for name, new in (("k", k), ("v", v))
+    }
+
+
+@jax.named_scope("attention")
+def attend_pages(
+    q: Float[Array, "R Q N H"], pages: Pages, place: Place, window: int | None = None
+) -> Float[Array, "R Q N H"]:
+    """softmax(q kᵀ / √H) v over the pages of each row. K may divide N (grouped queries).
+
+    A token sees itself and all tokens before it or, with a `window`, the `window` tokens before it. Pages that no row
+    sees are not read. The softmax is formed page by page (arXiv:1805.02867, arXiv:2112.05682), in fp32.
+    """
+    rows, count, heads, size = q.shape
+    kv_heads = pages["k"].shape[1]
+    # A key's head and its page come first, so that neither is moved in memory.
+    queries = q.reshape(rows, count, kv_heads, -1, size).swapaxes(1, 2) * size**-0.5
+    position = (place.start[:, None] + jnp.arange(count))[:, None, :, None, None]  # [R, 1, Q, 1, 1]
+    active = place.count > 0
+    end = jnp.max(jnp.where(active, place.start + place.count, 0))
+    first = 0
+    if window is not None:
+        first = jnp.maximum(jnp.min(jnp.where(active, place.start, end)) - window, 0) // PAGE
+
+    def read(step, state):
+        highest, total, mixed = state
+        page = jax.lax.dynamic_index_in_dim(place.table, step, axis=1, keepdims=False)
+        k, v = (pages[name][page].astype(q.dtype) for name in "kv")  # [R, K, PAGE, H]
+        scores = jnp.einsum("rkqgh,rksh->rkqgs", queries, k, preferred_element_type=jnp.float32)
+        key = step * PAGE + jnp.arange(PAGE)
+        sees = key <= position
+        if window is not None:
+            sees &= key >= position - window
+        scores = jnp.where(sees, scores, -jnp.inf)
+        now = jnp.maximum(highest, scores.max(-1))
+        weights = jnp.exp(scores - now[..., None])
+        fade = jnp.exp(highest - now)
+        total = total * fade + weights.sum(-1)
+        new = jnp.einsum("rkqgs,rksh->rkqgh", weights.astype(q.dtype), v, preferred_element_type=jnp.float32)
+        return now, total, mixed * fade[..., None] + new
+
+    shape = queries.shape[:-1]
+    # No score is as low as this start, and unlike -inf it has a difference from itself.
+    state = jnp.full(shape, -1e30), jnp.zeros(shape), jnp.zeros(queries.shape, jnp.float32)
+    _, total, mixed = jax.lax.fori_loop(first, (end + PAGE - 1) // PAGE, read, state)
+    mixed = mixed / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]  # 0 for an idle row
+    return mixed.swapaxes(1, 2).reshape(q.shape).astype(q.dtype)
