@@ -7,7 +7,7 @@
 `time` is seconds since 1970. JSON has neither NaN nor infinity; they are written as null. The first line that
 a process writes for a stage has `"start": true`: after a resume at step s, it supersedes the stage's earlier lines from
 step s on, and `read_metrics` leaves them out. It also has the `id` of this making of the stage: lines of another one
-are superseded from step 0 on.
+are superseded from step 0 on. And it has `total_steps`, where that is known: how many steps the stage is to take.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from etils import epath
@@ -37,6 +37,7 @@ _LINE = Object(
     optional={
         "time": float,
         "start": bool,
+        "total_steps": int,
         **dict.fromkeys(("id", "of", "model", "prompt", "sample", "questions"), str),
     },
     others=(None, float, str, bool),
@@ -57,7 +58,7 @@ class Metrics:
       identity: what tells this making of the stage from others, for the first line.
       tensorboard: also write event files to `run_dir/tensorboard/stage`.
       wandb: also log to Weights & Biases (project "jaxchat", grouped by run); `WANDB_MODE=offline` needs no account.
-      total_steps: for the live line, which then shows `1234/5000` and the time left.
+      total_steps: for the first line, and for the live line, which then shows `1234/5000` and the time left.
       live: show the live line and samples on stderr.
       enabled: False makes every method do nothing, as in all processes except process 0.
 
@@ -83,7 +84,7 @@ class Metrics:
             return
         run_dir = epath.Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._sinks.append(_JsonLines(run_dir / NAME, stage, identity))
+        self._sinks.append(_JsonLines(run_dir / NAME, stage, identity, total_steps))
         if tensorboard:
             self._sinks.append(_TensorBoard(run_dir, stage))
         if wandb:
@@ -170,12 +171,25 @@ def read_metrics(run_dir: epath.PathLike, say: Callable[[str], None] = lambda li
       UserError: the file cannot be read at all.
     """
     path = epath.Path(run_dir) / NAME
+    records, broken = read_lines(path, _LINE, REMEDY)
+    if broken:
+        say(f"{path}: {broken:,} damaged {'line is' if broken == 1 else 'lines are'} left out")
+    return in_force(records)
+
+
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """The record of a line of `metrics.jsonl`; None if it is damaged."""
+    return parse_line(line, _LINE)
+
+
+def in_force(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records, in file order, without those that a later one supersedes, as `read_metrics` says."""
     kept: dict[tuple, dict[str, Any]] = {}
     makings: dict[str, str] = {}
-    records, broken = read_lines(path, _LINE, REMEDY)
     for record in records:
         stage, step = record["stage"], record["step"]
         if record.pop("start", False):
+            record.pop("total_steps", None)
             making = record.pop("id", None)
             if making is not None and makings.setdefault(stage, making) != making:
                 makings[stage] = making
@@ -184,8 +198,6 @@ def read_metrics(run_dir: epath.PathLike, say: Callable[[str], None] = lambda li
         key = (stage, step, record.get("of"), record.get("prompt"), frozenset(record))
         kept.pop(key, None)
         kept[key] = record
-    if broken:
-        say(f"{path}: {broken:,} damaged {'line is' if broken == 1 else 'lines are'} left out")
     return list(kept.values())
 
 
@@ -193,7 +205,7 @@ def move(run_dir: epath.Path, to: epath.Path, chosen: Callable[[dict[str, Any]],
     """Moves the chosen lines of a run directory's `metrics.jsonl` to the one of another folder."""
     stay, go = [], []
     for line in split_lines(read_bytes(run_dir / NAME, REMEDY) or b""):
-        record = parse_line(line, _LINE)
+        record = parse_record(line)
         (go if record is not None and chosen(record) else stay).append(line + b"\n")
     if go:
         write_bytes(to / NAME, b"".join(go))
@@ -219,8 +231,10 @@ def _plain(value: Any) -> Any:
 class _JsonLines:
     """Appends to a JSON-lines file; the first line is marked as the start of a process."""
 
-    def __init__(self, path: epath.Path, stage: str, identity: str | None):
-        self._path, self._stage, self._identity = path, stage, identity
+    def __init__(self, path: epath.Path, stage: str, identity: str | None, total_steps: int | None):
+        self._path, self._stage = path, stage
+        facts = {"id": identity, "total_steps": total_steps}
+        self._first = {"start": True} | {name: value for name, value in facts.items() if value}
         self._remote = is_remote(path)
         self._flushed = time.monotonic()
         self._started = False
@@ -231,8 +245,7 @@ class _JsonLines:
     def write(self, step: int, values: dict[str, Any]) -> None:
         record: dict[str, Any] = {"stage": self._stage, "step": step, "time": round(time.time(), 3)}
         if not self._started:
-            record["start"] = True
-            record |= {"id": self._identity} if self._identity else {}
+            record |= self._first
             self._started = True
         for name, value in values.items():
             finite = not isinstance(value, float) or math.isfinite(value)

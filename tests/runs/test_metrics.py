@@ -46,6 +46,15 @@ def test_a_line_is_on_disk_when_log_returns(tmp_path):
     metrics.close()
 
 
+def test_the_first_line_says_how_many_steps_there_are_to_take(tmp_path):
+    for total in (500, 900):  # the second process goes on with more of them
+        with Metrics(tmp_path, "sft", total_steps=total, live=False) as metrics:
+            metrics.log(3, loss=1.5)
+            metrics.log(4, loss=1.5)
+    assert [line.get("total_steps") for line in lines(tmp_path)] == [500, None, 900, None]
+    assert [set(record) for record in read_metrics(tmp_path)] == [{"stage", "step", "time", "loss"}] * 2
+
+
 def test_scalars_of_every_kind_become_json(tmp_path):
     with Metrics(tmp_path, "sft", live=False) as metrics:
         metrics.log(np.int64(1), a=jnp.float32(0.5), b=np.float32(0.25), c=np.int32(7), d=True, e="ü\u2028x", f=None)
