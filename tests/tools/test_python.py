@@ -13,9 +13,7 @@ import pytest
 
 from jaxchat.tools import seccomp
 from jaxchat.tools.python import containment, remove_folder, run_program
-
-CONTAINED = seccomp.supported() and "CAN" not in containment()
-needs_containment = pytest.mark.skipif(not CONTAINED, reason="this machine cannot contain programs")
+from tests.tools.hostile import ESCAPES, assert_nothing_stays, filled, needs_containment, working_folder
 
 
 @pytest.fixture(autouse=True)
@@ -23,15 +21,7 @@ def nothing_stays(tmp_path, monkeypatch):
     """No file and no process of a program is left after a test."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     yield
-    assert not list(tmp_path.glob("jaxchat-*"))
-    assert not [where for where in map(working_folder, Path("/proc").glob("[0-9]*")) if str(tmp_path) in where]
-
-
-def working_folder(process):
-    try:
-        return os.readlink(process / "cwd")
-    except OSError:
-        return ""
+    assert_nothing_stays(tmp_path)
 
 
 def judge(program, tests, **options):
@@ -310,80 +300,11 @@ def test_programs_end_with_a_killed_evaluator(program, tests, tmp_path):
         folder.rmdir()
 
 
-# Each would run to its end if it did what it should not.
-ESCAPES = {
-    "user's file": "open('/etc/passwd').read()",
-    "home": "import os\nos.listdir({home!r})",
-    "root": "import os\nos.listdir('/')",
-    "environment of the evaluator": "open('/proc/{process}/environ').read()",
-    "its own environment": "import os\nassert os.environ['JAXCHAT_SECRET']",
-    "memory of the evaluator": "open('/proc/{process}/mem', 'rb')",
-    "jaxchat's own files": "import jaxchat.config",
-    "file": "open('a', 'w')",
-    "file, appended": "open('a', 'a')",
-    "file elsewhere": "open('/dev/shm/jaxchat-mark', 'w')",
-    "file by the system call": "import os\nos.open('a', os.O_CREAT | os.O_RDONLY)",
-    "emptying a file": "import os\nos.open({package!r}, os.O_RDONLY | os.O_TRUNC)",
-    "folder": "import os\nos.mkdir('d')",
-    "nested folders": "import os\nfor i in range(1500):\n    os.mkdir('d'); os.chdir('d')",
-    "link": "import os\nos.symlink('/', 'a')",
-    "pipe with a name": "import os\nos.mkfifo('a')",
-    "renaming": "import os\nos.rename('../{folder}', '../jaxchat-b')",
-    "removing": "import os\nos.rmdir(os.getcwd())",
-    "permissions": "import os\nos.chmod('.', 0)",
-    "times": "import os\nos.utime('.', (0, 0))",
-    "file in memory": "import os\nos.memfd_create('a')",
-    "shared memory": "from multiprocessing.shared_memory import SharedMemory\nSharedMemory('jaxchat', True, 99)",
-    "socket": "import socket\nsocket.socket()",
-    "socket of this machine": "import socket\nsocket.socket(socket.AF_UNIX)",
-    "socket of the kernel": "import socket\nsocket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
-    "pair of sockets that reach others": "import socket\nsocket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
-    "pair of sockets of another kind": "import socket\nsocket.socketpair(socket.AF_INET)",
-    "connecting one of a pair": "import socket\nsocket.socketpair()[0].connect('/dev/log')",
-    "sending by one of a pair": "import socket\nsocket.socketpair()[0].sendto(b'a', '/dev/log')",
-    "io_uring": "import ctypes\nassert ctypes.CDLL(None).syscall(425, 1, ctypes.create_string_buffer(120)) >= 0",
-    "fork": "import os\nif os.fork() == 0:\n    os._exit(0)",
-    "fork bomb": "import os\nwhile True:\n    os.fork()",
-    "daemon": (
-        "import os\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
-        "        while True: open('a', 'w')\n    os._exit(0)"
-    ),
-    "child": "import subprocess, sys\nsubprocess.run([sys.executable, '-c', ''], check=True)",
-    "child in a session of its own": (
-        "import subprocess, sys\nsubprocess.Popen([sys.executable], start_new_session=True)"
-    ),
-    "other program": "import os\nos.execv('/bin/true', ['true'])",
-    "session": "import os\nos.setsid()",
-    "thread": "import threading\nthreading.Thread(target=int).start()",
-    "namespaces": "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0",
-    "mounting": "import ctypes\nassert ctypes.CDLL(None).mount(b'a', b'.', b'tmpfs', 0, 0) == 0",
-    "ptrace": "import ctypes, os\nassert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0",
-    "signal to the evaluator": "import os\nos.kill({process}, 0)",
-    "signal to the checker": "import os\nos.kill(os.getppid(), 0)",
-    "signal to all": "import os\nos.kill(-1, 0)",
-    "signal to its group": "import os\nos.killpg(0, 0)",
-    "signal by a file": "import fcntl, os\nfcntl.fcntl(os.pipe()[0], 8, {process})",
-    "limits of the evaluator": "import resource\nresource.prlimit({process}, resource.RLIMIT_CPU, (1, 1))",
-    "its own limits, lowered": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))",
-    "its own limits": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (999, 999))",
-    "priorities": "import os\nos.setpriority(os.PRIO_PROCESS, {process}, 19)",
-    "processors of the evaluator": "import os\nos.sched_setaffinity({process}, [0])",
-    "owner": "import os\nos.setuid(65534)",
-    "memory": "x = bytearray(2 << 30)",
-    "many open files": "import os\nx = [os.pipe() for _ in range(64)]",
-    "input": "input()",
-}  # fmt: skip
-
-
 @needs_containment
 @pytest.mark.parametrize("program", ESCAPES.values(), ids=ESCAPES)
-def test_a_program_cannot_leave(program, monkeypatch, tmp_path):
+def test_a_program_cannot_leave(program, monkeypatch):
     monkeypatch.setenv("JAXCHAT_SECRET", "secret")
-    filled = program
-    for name, value in {"process": os.getpid(), "home": str(Path.home()), "package": pytest.__file__}.items():
-        filled = filled.replace(f"{{{name}!r}}", repr(value)).replace(f"{{{name}}}", str(value))
-    compile(filled, "program.py", "exec")
-    assert not run_program(filled, timeout=1)
+    assert not run_program(filled(program), timeout=1)
 
 
 ENDINGS = {
