@@ -1,23 +1,45 @@
-"""Weights in 8 bits: half the bytes that a step of decoding reads of them.
+"""Weights and cache in 8 bits: half the bytes that a step of decoding reads of them.
 
-    params = quantize(params, "bfloat16")
+| option | "auto" | 8 bits |
+| --- | --- | --- |
+| weights | as the engine computes: bf16 or fp32 | "int8": whole numbers, and a scale for each output column |
+| kv_cache | likewise | "fp8": float8_e4m3fn, without a scale |
 
-What the rounding costs, in bits per byte, `jaxchat bench infer --run DIR --weights int8` measures.
+What the rounding costs, in bits per byte, `jaxchat bench infer --run DIR --weights int8 --kv-cache fp8` measures.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxchat.model.gpt import Params
 from jaxchat.model.parameters import path_of, row_of
 from jaxchat.ops.linear import Quantized
 
+Weights = Literal["auto", "int8"]
+KVCache = Literal["auto", "fp8"]
 LARGEST = 127  # of the values; -128 is left out, so that they are symmetric
+
+
+def stored(params: Params, dtype: DTypeLike, weights: Weights = "auto") -> Params:
+    """`params` as an engine that computes in `dtype` keeps them."""
+    return (quantize if weights == "int8" else _cast)(params, jnp.dtype(dtype).name)
+
+
+def cache_dtype(dtype: DTypeLike, kv_cache: KVCache = "auto") -> DTypeLike:
+    """The dtype of the pages of an engine that computes in `dtype`."""
+    return jnp.float8_e4m3fn if kv_cache == "fp8" else dtype
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(params: Params, dtype: str) -> Params:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 @functools.partial(jax.jit, static_argnums=1)

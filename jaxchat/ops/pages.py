@@ -46,9 +46,20 @@ def write_pages(pages: Pages, k: Float[Array, "R Q K H"], v: Float[Array, "R Q K
     page = jnp.take_along_axis(place.table, position // PAGE, axis=1, mode="clip")
     page = jnp.where(steps < place.count[:, None], page, len(pages["k"]))  # beyond the pool: dropped
     return {
-        name: pages[name].at[page, :, position % PAGE].set(new.astype(pages[name].dtype), mode="drop")
+        name: pages[name].at[page, :, position % PAGE].set(in_range(new, pages[name].dtype), mode="drop")
         for name, new in (("k", k), ("v", v))
     }
+
+
+def in_range(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
+    """x as `dtype`. What is beyond the range of an 8-bit float becomes its largest number, not NaN as in a plain cast.
+
+    Keys are normalised: none of them exceeds √H. Values are not, but 448 is far above what trained models have.
+    """
+    if jnp.dtype(dtype).itemsize == 1:
+        largest = float(jnp.finfo(dtype).max)
+        x = jnp.clip(x, -largest, largest)
+    return x.astype(dtype)
 
 
 @jax.named_scope("attention")

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from jaxchat.infer.quantized import LARGEST, quantize, quantize_weight
-from jaxchat.model.gpt import hidden_states, logits
+from jaxchat.infer.quantized import LARGEST, cache_dtype, quantize, quantize_weight, stored
+from jaxchat.model.gpt import hidden_states, init_pages, logits, paged_hidden
 from jaxchat.ops.linear import Quantized
+from jaxchat.ops.pages import Place, in_range
 
 TINY = 2e-38  # what XLA rounds to zero
 WEIGHTS = arrays.arrays(np.float32, (5, 3), elements=st.floats(-1e4, 1e4, width=32))
@@ -65,3 +66,35 @@ def test_rounding_costs_little(config, tokenizer, trained_params, conversations)
     plain, rounded = nats(trained_params), nats(quantize(trained_params, "float32"))
     assert rounded != plain
     assert rounded == pytest.approx(plain, abs=0.01)
+
+
+def test_in_range_clips_what_a_cast_to_8_bits_would_make_nan():
+    x = jnp.array([0.0, 1.0, -1.125, 448.0, 449.0, -1e9, 0.0019])
+    assert bool(jnp.isnan(x.astype(jnp.float8_e4m3fn)).any())
+    kept = in_range(x, jnp.float8_e4m3fn)
+    assert kept.dtype == jnp.float8_e4m3fn
+    np.testing.assert_array_equal(kept.astype(jnp.float32), [0, 1, -1.125, 448, 448, -448, 2**-9])
+    np.testing.assert_array_equal(in_range(x, jnp.float32), x)
+
+
+@pytest.mark.parametrize(("kv_cache", "close"), [("auto", 1e-4), ("fp8", 0.3)])
+def test_a_cache_in_8_bits_gives_nearly_the_same_logits(config, random_params, kv_cache, close):
+    """Prompt and continuation through the pages, against whole rows."""
+    tokens = jax.random.randint(jax.random.key(0), (2, 80), 0, config.vocab_size)
+    whole = logits(config, random_params, hidden_states(config, random_params, tokens))
+    pages = init_pages(config, 4, cache_dtype("float32", kv_cache))
+    table = jnp.array([[2, 0], [1, 3]])
+    parts = []
+    for start, end in ((0, 70), (70, 80)):
+        place = Place(table, jnp.full(2, start), jnp.full(2, end - start))
+        hidden, pages = paged_hidden(config, random_params, tokens[:, start:end], place, pages)
+        parts.append(logits(config, random_params, hidden))
+    difference = jnp.max(jnp.abs(jnp.concatenate(parts, 1) - whole)[..., : config.vocab_size])
+    assert difference < close
+    assert (difference > 1e-3) == (kv_cache == "fp8")
+
+
+def test_stored_is_what_the_engine_asks_for(random_params):
+    assert {leaf.dtype for leaf in jax.tree.leaves(stored(random_params, jnp.bfloat16))} == {jnp.dtype("bfloat16")}
+    kept = stored(random_params, jnp.bfloat16, "int8")
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(kept["head"])) == 128 * 384 + 4 * 384
