@@ -1,13 +1,362 @@
-"""From logits to token ids: temperature, top-k, greedy."""
+"""From logits to token ids, with settings of its own for every row, on the device.
+
+No row depends on its companions, nor on the program that it is in: what is added up over a row are integers, whose sum
+is the same in any order, and every other number comes from one id or from a maximum. The ids that can be drawn are
+those from some logit on, so the vocabulary is never sorted: that logit is found by its bits (`_highest`). One of them
+is drawn by Gumbel's noise (arXiv:1611.01144), first a block of `BLOCK` ids by its share of the probability, then an id
+of the block, which takes V / BLOCK + BLOCK random numbers a row instead of V.
+
+The settings are applied in the order of `Sampling`'s attributes, which is that of Hugging Face's `transformers`. Equal
+logits share one fate: top-k and top-p keep all ids whose logit equals the last one kept, as its top-k does.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Int32, Key, UInt32
 
+from jaxchat.errors import check
+from jaxchat.infer.request import Sampling
 from jaxchat.ops.cross_entropy import NEVER
+
+# What a program can do, from the fewest passes over the logits to the most; the token is the same at each level that
+# serves the row.
+# plain: temperature, greedy.  top_k: also top-k up to `SMALL_TOP_K`.  full: everything.
+Level = Literal["plain", "top_k", "full"]
+LEVELS: tuple[Level, ...] = ("plain", "top_k", "full")
+SMALL_TOP_K = 64
+MOST_BIASES = 300  # ids with a bias in a request
+BLOCK = 128  # ids; the model pads its vocabulary to a multiple of it
+ONE = 2.0**24  # a block's highest weight as an integer: a block's sum fits 32 bits, and fp32 holds each weight exactly
+DIGIT = 4  # bits of a logit found per pass
+
+
+class Settings(NamedTuple):
+    """The rows' settings as arrays with one entry a row; 0, 1 or id -1 where a setting is off, as in `Sampling`.
+
+    `key` is the row's random key, made of its seed and number. A row of zeros, which only fills a batch, is greedy.
+    """
+
+    temperature: Float[Array, " B"]
+    top_k: Int32[Array, " B"]  # 0: all ids
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    repetition: Float[Array, " B"]
+    frequency: Float[Array, " B"]
+    presence: Float[Array, " B"]
+    key: UInt32[Array, "B 2"]
+    bias_ids: Int32[Array, "B N"]  # -1 where a row has fewer than `MOST_BIASES`
+    bias_values: Float[Array, "B N"]
+
+
+def check_sampling(sampling: Sampling, vocab_size: int) -> None:
+    """Raises `UserError` for a setting that is out of range. Penalties and biases have the ranges of OpenAI's API."""
+    s = sampling
+    check(0 <= s.temperature < math.inf, f"temperature is {s.temperature}; it must be 0 (greedy) or more")
+    check(
+        s.top_k is None or s.top_k >= 1, f"top_k is {s.top_k}; it must be at least 1, or None for the whole vocabulary"
+    )
+    check(0 < s.top_p <= 1, f"top_p is {s.top_p}; it must be above 0 and at most 1")
+    check(0 <= s.min_p <= 1, f"min_p is {s.min_p}; it must be 0 to 1")
+    check(
+        0 < s.repetition_penalty < math.inf,
+        f"repetition_penalty is {s.repetition_penalty}; it must be above 0 (1 changes nothing)",
+    )
+    for name in ("frequency_penalty", "presence_penalty"):
+        value = getattr(s, name)
+        check(-2 <= value <= 2, f"{name} is {value}; it must be -2 to 2")
+    check(
+        len(s.logit_bias) <= MOST_BIASES,
+        f"logit_bias has {len(s.logit_bias)} ids; it can have at most {MOST_BIASES}",
+    )
+    for id, value in s.logit_bias.items():
+        check(0 <= id < vocab_size, f"logit_bias has id {id}; this vocabulary has ids 0 to {vocab_size - 1}")
+        check(-100 <= value <= 100, f"logit_bias of id {id} is {value}; it must be -100 to 100")
+
+
+def level_of(samplings: Sequence[Sampling]) -> Level:
+    """The cheapest level that serves all of these rows."""
+    return LEVELS[max((LEVELS.index(_level(sampling)) for sampling in samplings), default=0)]
+
+
+def _level(sampling: Sampling) -> Level:
+    s = sampling
+    if s.logit_bias or needs_seen(s):
+        return "full"
+    if s.temperature == 0:
+        return "plain"
+    if s.top_p < 1 or s.min_p > 0 or (s.top_k or 0) > SMALL_TOP_K:
+        return "full"
+    return "top_k" if s.top_k else "plain"
+
+
+def needs_seen(sampling: Sampling) -> bool:
+    """Whether the row's draws depend on the ids that its prompt and its answer have."""
+    return (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty) != (1, 0, 0)
+
+
+def settings_of(samplings: Sequence[Sampling]) -> Settings:
+    """The settings of rows, as NumPy arrays. Seeds and numbers count modulo 2^32."""
+
+    def column(name):
+        return np.array([getattr(sampling, name) for sampling in samplings], np.float32)
+
+    ids = np.full((len(samplings), MOST_BIASES), -1, np.int32)
+    values = np.zeros((len(samplings), MOST_BIASES), np.float32)
+    for row, sampling in enumerate(samplings):
+        ids[row, : len(sampling.logit_bias)] = list(sampling.logit_bias)
+        values[row, : len(sampling.logit_bias)] = list(sampling.logit_bias.values())
+    # A temperature above 0 stays above it, and finite, in fp32.
+    limits = np.finfo(np.float32)
+    temperatures = [np.clip(s.temperature, limits.tiny, limits.max) if s.temperature else 0 for s in samplings]
+    arrays: dict[str, Any] = {
+        "temperature": np.array(temperatures, np.float32),
+        "top_k": np.array([min(s.top_k or 0, 2**31 - 1) for s in samplings], np.int32),
+        "top_p": column("top_p"),
+        "min_p": column("min_p"),
+        "repetition": column("repetition_penalty"),
+        "frequency": column("frequency_penalty"),
+        "presence": column("presence_penalty"),
+        "key": np.array([(s.seed % 2**32, s.number % 2**32) for s in samplings], np.uint32).reshape(-1, 2),
+        "bias_ids": ids,
+        "bias_values": values,
+    }
+    return Settings(**arrays)
+
+
+# --- the ids that a row has seen ----------------------------------------------------------------------------------
+
+# Int32[B, V], for rows with penalties: twice the number of times that the answer has the id, plus 1 if the prompt has
+# it. The engine keeps one for all its rows, donates it to each dispatch of level "full", and passes it to no other.
+Seen = Int32[Array, "B V"]
+
+
+def seen_of(prompt: Sequence[int], answer: Sequence[int], size: int) -> Int32[np.ndarray, " V"]:
+    """A row of `Seen`, made on the host when a request gets its row: `seen = seen.at[row].set(seen_of(...))`.
+
+    `answer` has what a request that takes up its answer again has already; `size` is that of the padded vocabulary.
+    """
+    row = 2 * np.bincount(np.asarray(answer, np.int64), minlength=size).astype(np.int32)
+    row[np.unique(np.asarray(prompt, np.int64))] += 1
+    return row
+
+
+def add_seen(seen: Seen, tokens: Int[Array, " B"], written: Bool[Array, " B"]) -> Seen:
+    """`seen` with each row's new token of the answer, where it has `written` one; in place if `seen` is donated."""
+    return seen.at[jnp.arange(len(tokens)), tokens].add(2 * written.astype(jnp.int32))
+
+
+def _adjusted(logits: Float[Array, "B V"], settings: Settings, seen: Seen | None) -> Float[Array, "B V"]:
+    """The logits after biases and penalties.
+
+    The repetition penalty is that of CTRL (arXiv:1909.05858, section 4.1) as Hugging Face and vLLM have it, over prompt
+    and answer; the other two are those of OpenAI's API, logit - count · frequency - (count > 0) · presence, over the
+    answer.
+    """
+    rows = jnp.arange(len(logits))[:, None]
+    ids = jnp.where(settings.bias_ids >= 0, settings.bias_ids, logits.shape[1])
+    scores = logits.at[rows, ids].add(settings.bias_values, mode="drop")
+    if seen is not None:
+        repetition, frequency, presence = (
+            setting[:, None] for setting in (settings.repetition, settings.frequency, settings.presence)
+        )
+        repeated = jnp.where(scores > 0, scores / repetition, scores * repetition)
+        scores = jnp.where(seen > 0, repeated, scores)
+        times = (seen >> 1).astype(jnp.float32)
+        scores = scores - times * frequency - jnp.where(times > 0, presence, 0)
+    return jnp.where(logits > NEVER / 2, scores, NEVER)
+
+
+# --- drawing ------------------------------------------------------------------------------------------------------
+
+
+class _Limits(NamedTuple):
+    """Which of a row's logits can be drawn: from `lowest` on, and at most `depth` nats below the highest."""
+
+    temperature: Float[Array, " B"]
+    highest: Float[Array, " B"]
+    lowest: Float[Array, " B"]
+    depth: Float[Array, " B"] | None = None
+
+
+def draw(
+    logits: Float[Array, "B V"], settings: Settings, count: Int[Array, " B"], seen: Seen | None = None, *, level: Level
+) -> Int32[Array, " B"]:
+    """Draws an id for each row.
+
+    At temperature 0 the highest logit wins (the lowest id among equals), whatever top-k, top-p and min-p are. The
+    smallest temperatures draw among the highest logits only, the largest draw all ids alike. Ids whose logit is -1e30,
+    the padding of the vocabulary, are never drawn.
+
+    Args:
+      logits: in fp32.
+      settings: what `settings_of` makes of the rows; what `level` does not serve is ignored.
+      count: how many tokens each row's answer has. Key and count decide the random numbers.
+      seen: what the penalties need, at level "full"; without it there are none.
+      level: static: of `LEVELS`, one that serves every row (`level_of`).
+    """
+    settings = jax.tree.map(jnp.asarray, settings)
+    if level == "full":
+        logits = _adjusted(logits, settings, seen)
+    if level != "plain":
+        # One set of numbers for all passes: computed again in each, they might be rounded in another way.
+        logits = jax.lax.optimization_barrier(logits)
+    blocks = _blocks(logits)
+    tops = blocks.max(axis=-1)
+    highest = tops.max(axis=-1)
+    greedy = settings.temperature == 0
+    # What is below the smallest normal number counts as 0 on many devices, and 0 / 0 is no logit.
+    temperature = jnp.where(greedy, 1.0, jnp.maximum(settings.temperature, jnp.finfo(jnp.float32).tiny))
+    limits = _Limits(temperature, highest, jnp.full_like(highest, NEVER / 2))
+    if level == "top_k":
+        limits = limits._replace(lowest=_lowest_of_few(blocks, tops, settings.top_k))
+    elif level == "full":
+        limits = limits._replace(lowest=_lowest_of_many(logits, settings.top_k))
+        limits = limits._replace(lowest=_nucleus(blocks, tops, limits, settings.top_p))
+        limits = limits._replace(depth=-jnp.log(settings.min_p))
+    weights = _sums(_weights(blocks, tops, limits))
+
+    noise = _noise(settings.key, count, tops.shape[1] + BLOCK)
+    shares = _scaled(tops, highest, limits) + jnp.log(weights) + noise[:, :-BLOCK]
+    block = jnp.argmax(jnp.where(greedy[:, None], tops, shares), axis=-1)
+    ids = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    scores = jnp.where(_kept(ids, limits), _scaled(ids, highest, limits) + noise[:, -BLOCK:], -jnp.inf)
+    within = jnp.argmax(jnp.where(greedy[:, None], ids, scores), axis=-1)
+    return (block * BLOCK + within).astype(jnp.int32)
+
+
+def _blocks(logits: Float[Array, "B V"]) -> Float[Array, "B N K"]:
+    rows, size = logits.shape
+    padded = jnp.pad(logits, ((0, 0), (0, -size % BLOCK)), constant_values=NEVER)
+    return padded.reshape(rows, -1, BLOCK)
+
+
+def _noise(key: UInt32[Array, "B 2"], count: Int[Array, " B"], size: int) -> Float[Array, "B size"]:
+    """Gumbel's noise, from each row's key and count."""
+
+    def row(key, count):
+        return jax.random.gumbel(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), count), (size,))
+
+    return jax.vmap(row)(key, count)
+
+
+def _scaled(scores: Float[Array, "B ..."], start: Float[Array, "B ..."], limits: _Limits) -> Float[Array, "B ..."]:
+    """(scores - start) / temperature. Measured from above, what overflows is -inf, never inf."""
+    return (scores - _like(start, scores)) / _like(limits.temperature, scores)
+
+
+def _like(values: Float[Array, "B ..."], scores: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    return values.reshape(values.shape + (1,) * (scores.ndim - values.ndim))
+
+
+def _kept(scores: Float[Array, "B ..."], limits: _Limits) -> Bool[Array, "B ..."]:
+    """Which logits can be drawn."""
+    kept = scores >= _like(limits.lowest, scores)
+    if limits.depth is None:
+        return kept
+    return kept & (_scaled(scores, limits.highest, limits) >= -_like(limits.depth, scores))
+
+
+def _weights(blocks: Float[Array, "B N K"], tops: Float[Array, "B N"], limits: _Limits) -> UInt32[Array, "B N K"]:
+    """The probabilities as integers, as shares of that of their block's highest logit; 0 for what cannot be drawn."""
+    weights = jnp.round(jnp.exp(_scaled(blocks, tops, limits)) * ONE).astype(jnp.uint32)
+    return jnp.where(_kept(blocks, limits), weights, 0)
+
+
+def _sums(weights: UInt32[Array, "B N K"]) -> Float[Array, "B N"]:
+    return weights.sum(axis=-1, dtype=jnp.uint32).astype(jnp.float32)
+
+
+def _highest(reaches: Callable[[UInt32[Array, " B"]], Bool[Array, " B"]], rows: int) -> Float[Array, " B"]:
+    """The highest logit from which on the ids reach something.
+
+    `reaches` tells whether those do whose `_ordered` bits are at or above a bound; all of them together must. Each pass
+    finds `DIGIT` bits, the first ones first.
+    """
+
+    def find(i, found):
+        shift = jnp.uint32(32 - DIGIT) - jnp.uint32(DIGIT) * i.astype(jnp.uint32)
+        digit = sum(reaches(found | (jnp.uint32(d) << shift)).astype(jnp.uint32) for d in range(1, 2**DIGIT))
+        return found | (digit << shift)
+
+    found = jax.lax.fori_loop(0, 32 // DIGIT, find, jnp.zeros(rows, jnp.uint32))
+    return jax.lax.bitcast_convert_type(jnp.where(found >> 31, found ^ jnp.uint32(1 << 31), ~found), jnp.float32)
+
+
+def _ordered(logits: Float[Array, "..."]) -> UInt32[Array, "..."]:
+    """The logits' bits, so that they have the order of the logits as unsigned integers."""
+    bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
+    return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _lowest_of_many(logits: Float[Array, "B V"], top_k: Int32[Array, " B"]) -> Float[Array, " B"]:
+    """The `top_k`-th highest logit of each row; where `top_k` is 0 or very high, the lowest that can be drawn."""
+    ordered = _ordered(logits)
+    few = jnp.minimum(top_k, logits.shape[1])
+    found = _highest(lambda bound: (ordered >= bound[:, None]).sum(axis=-1, dtype=jnp.int32) >= few, len(logits))
+    return jnp.where(top_k > 0, jnp.maximum(found, NEVER / 2), NEVER / 2)
+
+
+def _lowest_of_few(
+    blocks: Float[Array, "B N K"], tops: Float[Array, "B N"], top_k: Int32[Array, " B"]
+) -> Float[Array, " B"]:
+    """`_lowest_of_many` for `top_k` up to `SMALL_TOP_K`: these logits are in as many blocks, those with the highest."""
+    if blocks.shape[1] > SMALL_TOP_K:
+        _, ids = jax.lax.top_k(tops, SMALL_TOP_K)
+        blocks = jnp.take_along_axis(blocks, ids[:, :, None], axis=1)
+    return _lowest_of_many(blocks.reshape(len(blocks), -1), top_k)
+
+
+def _nucleus(
+    blocks: Float[Array, "B N K"], tops: Float[Array, "B N"], limits: _Limits, top_p: Float[Array, " B"]
+) -> Float[Array, " B"]:
+    """The highest logit from which on the probabilities of what `limits` allow make up `top_p`."""
+    ordered, weights = _ordered(blocks), _weights(blocks, tops, limits)
+    shares = jnp.exp(_scaled(tops, limits.highest, limits))
+
+    def mass(bound: UInt32[Array, " B"]) -> Float[Array, " B"]:
+        """The probability of the ids from a bound on, as a share of ONE times that of the highest logit."""
+        sums = _sums(jnp.where(ordered >= bound[:, None, None], weights, 0))
+        whole = (sums * shares).astype(jnp.uint32)
+        high, low = (whole >> 16).sum(axis=-1, dtype=jnp.uint32), (whole & 0xFFFF).sum(axis=-1, dtype=jnp.uint32)
+        return high.astype(jnp.float32) * 2.0**16 + low.astype(jnp.float32)
+
+    needed = top_p * mass(jnp.zeros(len(blocks), jnp.uint32))
+    found = _highest(lambda bound: mass(bound) >= needed, len(blocks))
+    return jnp.where(top_p < 1, jnp.maximum(found, limits.lowest), limits.lowest)
+
+
+# --- log-probabilities --------------------------------------------------------------------------------------------
+
+
+def logprobs(
+    logits: Float[Array, "B V"], ids: Int[Array, " B"], k: int
+) -> tuple[Float[Array, " B"], Int32[Array, "B k"], Float[Array, "B k"]]:
+    """The log-probability of each row's id, in nats; the `k` likeliest ids, likeliest first; their log-probabilities.
+
+    An id among the likeliest has the same number in both places, to the last bit. Of equal logits the lower id comes
+    first; which of them come last among the `k` is not said. Padding has a log-probability of about -1e30.
+    """
+    log_sum = jax.nn.logsumexp(logits, axis=-1)
+    own = jnp.take_along_axis(logits, ids[:, None].astype(jnp.int32), axis=-1)[:, 0]
+    blocks = _blocks(logits)
+    names = jnp.broadcast_to(jnp.arange(blocks.shape[1], dtype=jnp.int32), blocks.shape[:2])
+    if blocks.shape[1] > k > 0:
+        _, names = jax.lax.top_k(blocks.max(axis=-1), k)
+        names = jnp.sort(names, axis=-1)  # so that the lower of equal ids comes first
+        blocks = jnp.take_along_axis(blocks, names[:, :, None], axis=1)
+    highest, places = jax.lax.top_k(blocks.reshape(len(logits), -1), k)
+    likeliest = jnp.take_along_axis(names, places // BLOCK, axis=-1) * BLOCK + places % BLOCK
+    return own - log_sum, likeliest.astype(jnp.int32), highest - log_sum[:, None]
+
+
+# --- the former interface -----------------------------------------------------------------------------------------
 
 
 def sample(
