@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxchat.analysis.prediction import padded
+from jaxchat.analysis.computation import Computation, padded
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, merge_heads
 from jaxchat.ops.add_product import add_product
@@ -25,7 +25,7 @@ MOST = 256  # tokens on each side of a map
 
 def attention_maps(
     config: GPTConfig, params: Params, tokens: list[int], layer: int, *, start: int = 0, dtype: DTypeLike
-) -> Float[np.ndarray, "N S S"]:
+) -> Computation[Float[np.ndarray, "N S S"]]:
     """softmax(q kᵀ / √H) of each of a layer's N heads, over at most `MOST` tokens from `start` on.
 
     Row i, column j: how much of its attention token start + i gives to token start + j. The softmax runs over all that
@@ -35,9 +35,9 @@ def attention_maps(
     row = padded(tokens)
     side = min(MOST, len(row))
     first = min(start, len(row) - side)  # a slice of a fixed length that ends within the row
-    weights = np.asarray(_maps(config, jnp.dtype(dtype).name, side, params, row, np.int32(layer), np.int32(first)))
     kept = slice(start - first, min(len(tokens), start + MOST) - first)
-    return weights[:, kept, kept]
+    arguments = config, jnp.dtype(dtype).name, side, params, row, np.int32(layer), np.int32(first)
+    return Computation(_maps, arguments, lambda weights: np.asarray(weights)[:, kept, kept])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

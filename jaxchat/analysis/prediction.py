@@ -1,7 +1,4 @@
-"""What a model predicts: how likely each token of a text was, and what may come next.
-
-Lengths are padded to powers of two, so that a handful of programs serves every text.
-"""
+"""What a model predicts: how likely each token of a text was, and what may come next."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from jaxchat.analysis.computation import Computation, padded
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, hidden_states, logits
 from jaxchat.ops.compute import Compute
 
-SHORTEST = 16  # tokens, of a padded text
 POSITIONS = 256  # whose logits are held at once
 
 
@@ -39,17 +36,14 @@ class Predictions(NamedTuple):
     probabilities: Float[np.ndarray, "T-1 K"]
 
 
-def padded(tokens: list[int]) -> Int[np.ndarray, " P"]:
-    """Tokens followed by zeros, up to a power of two. Attention is causal: what follows a token changes nothing."""
-    length = max(SHORTEST, 1 << (len(tokens) - 1).bit_length())
-    return np.pad(np.asarray(tokens, np.int32), (0, length - len(tokens)))
-
-
-def predictions(config: GPTConfig, params: Params, tokens: list[int], *, k: int, dtype: DTypeLike) -> Predictions:
+def predictions(
+    config: GPTConfig, params: Params, tokens: list[int], *, k: int, dtype: DTypeLike
+) -> Computation[Predictions]:
     """How the model predicts each of `tokens`, with its `k` likeliest alternatives; computed in `dtype`."""
     row = padded(tokens)
-    found = _predictions(config, jnp.dtype(dtype).name, min(k, config.vocab_size), params, row, np.roll(row, -1))
-    return Predictions(*(np.asarray(array)[: len(tokens) - 1] for array in found))
+    arguments = config, jnp.dtype(dtype).name, min(k, config.vocab_size), params, row, np.roll(row, -1)
+    keep = len(tokens) - 1
+    return Computation(_predictions, arguments, lambda found: Predictions(*(np.asarray(x)[:keep] for x in found)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -74,10 +68,12 @@ def _predictions(config: GPTConfig, dtype: str, k: int, params: Params, tokens, 
     return Predictions(*(array.reshape(-1, *array.shape[2:]) for array in found))
 
 
-def next_logits(config: GPTConfig, params: Params, tokens: list[int], dtype: DTypeLike) -> Float[np.ndarray, " V"]:
+def next_logits(
+    config: GPTConfig, params: Params, tokens: list[int], dtype: DTypeLike
+) -> Computation[Float[np.ndarray, " V"]]:
     """The fp32 logits of the token after the last of `tokens`, over the vocabulary without its padding."""
-    found = _next_logits(config, jnp.dtype(dtype).name, params, padded(tokens), np.int32(len(tokens) - 1))
-    return np.asarray(found)[: config.vocab_size]
+    arguments = config, jnp.dtype(dtype).name, params, padded(tokens), np.int32(len(tokens) - 1)
+    return Computation(_next_logits, arguments, lambda scores: np.asarray(scores)[: config.vocab_size])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

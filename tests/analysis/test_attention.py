@@ -34,7 +34,7 @@ def expected_maps(config, params, tokens, layer):
 @pytest.mark.parametrize("layer", range(4))
 def test_every_layer_attends_as_numpy_says(config, params, exact, layer):
     tokens = TOKENS[:29]
-    weights = attention_maps(config, params, tokens, layer, dtype=jnp.float32)
+    weights = attention_maps(config, params, tokens, layer, dtype=jnp.float32)()
     np.testing.assert_allclose(weights, expected_maps(config, exact, np.array(tokens), layer), atol=1e-5)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
     if config.windows[layer] is not None:
@@ -44,10 +44,10 @@ def test_every_layer_attends_as_numpy_says(config, params, exact, layer):
 @pytest.mark.parametrize("start", [0, 3, 9, 20, 28])
 def test_a_part_of_a_long_text_is_cut_out_of_the_whole(config, params, monkeypatch, start):
     tokens = TOKENS[:29]
-    whole = attention_maps(config, params, tokens, 3, dtype=jnp.float32)
+    whole = attention_maps(config, params, tokens, 3, dtype=jnp.float32)()
     attention._maps.clear_cache()
     monkeypatch.setattr(attention, "MOST", 8)
-    part = attention_maps(config, params, tokens, 3, start=start, dtype=jnp.float32)
+    part = attention_maps(config, params, tokens, 3, start=start, dtype=jnp.float32)()
     attention._maps.clear_cache()
     shown = slice(start, start + 8)
     np.testing.assert_allclose(part, whole[:, shown, shown], atol=1e-6)
@@ -56,6 +56,6 @@ def test_a_part_of_a_long_text_is_cut_out_of_the_whole(config, params, monkeypat
 def test_no_more_than_a_map_and_one_program_for_all_layers(config, params):
     attention._maps.clear_cache()
     for layer in range(config.depth):
-        weights = attention_maps(config, params, TOKENS, layer, start=20, dtype=jnp.float32)
+        weights = attention_maps(config, params, TOKENS, layer, start=20, dtype=jnp.float32)()
         assert weights.shape == (2, 256, 256)
     assert attention._maps._cache_size() == 1

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ def softmax(scores):
 @pytest.mark.parametrize("length", [2, 16, 17, 40])
 def test_tokens_are_predicted_as_numpy_says(config, params, exact, length):
     tokens = TOKENS[:length]
-    found = predictions(config, params, tokens, k=7, dtype=jnp.float32)
+    found = predictions(config, params, tokens, k=7, dtype=jnp.float32)()
     expected = softmax(reference.logits(config, exact, np.array(tokens)))[:-1]
     own = expected[np.arange(length - 1), tokens[1:]]
     np.testing.assert_allclose(found.probability, own, rtol=1e-3)
@@ -29,35 +30,47 @@ def test_tokens_are_predicted_as_numpy_says(config, params, exact, length):
 
 
 def test_a_token_alone_is_not_predicted(config, params):
-    assert all(len(array) == 0 for array in predictions(config, params, [5], k=7, dtype=jnp.float32))
+    assert all(len(array) == 0 for array in predictions(config, params, [5], k=7, dtype=jnp.float32)())
 
 
 def test_no_more_alternatives_than_ids_and_never_padding(config, params):
-    found = predictions(config, params, TOKENS[:3], k=1000, dtype=jnp.float32)
+    found = predictions(config, params, TOKENS[:3], k=1000, dtype=jnp.float32)()
     assert np.sort(found.ids, axis=1).tolist() == [list(range(300))] * 2
     np.testing.assert_allclose(found.probabilities.sum(1), 1, rtol=1e-5)
 
 
 def test_positions_are_computed_in_blocks_as_at_once(config, params, monkeypatch):
-    whole = predictions(config, params, TOKENS[:30], k=3, dtype=jnp.float32)
+    whole = predictions(config, params, TOKENS[:30], k=3, dtype=jnp.float32)()
     prediction._predictions.clear_cache()
     monkeypatch.setattr(prediction, "POSITIONS", 8)
-    blocks = predictions(config, params, TOKENS[:30], k=3, dtype=jnp.float32)
+    blocks = predictions(config, params, TOKENS[:30], k=3, dtype=jnp.float32)()
     prediction._predictions.clear_cache()
     for one, other in zip(whole, blocks, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4)
 
 
 def test_the_next_token_as_numpy_says(config, params, exact):
-    scores = next_logits(config, params, TOKENS[:21], jnp.float32)
+    scores = next_logits(config, params, TOKENS[:21], jnp.float32)()
     assert scores.shape == (300,)
     np.testing.assert_allclose(scores, reference.logits(config, exact, np.array(TOKENS[:21]))[-1], atol=1e-4)
+
+
+def test_what_is_compiled_ahead_is_not_compiled_again(config, params):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+    prediction._next_logits.clear_cache()
+    computation = next_logits(config, params, TOKENS[:40], jnp.float32)
+    computation.compile()
+    assert any("backend_compile" in name for name in compiled)
+    compiled.clear()
+    assert computation().shape == (300,)
+    assert not any("backend_compile" in name for name in compiled)
 
 
 def test_a_few_programs_serve_all_lengths(config, params):
     prediction._predictions.clear_cache()
     for length in range(2, 41):
-        predictions(config, params, TOKENS[:length], k=4, dtype=jnp.float32)
+        predictions(config, params, TOKENS[:length], k=4, dtype=jnp.float32)()
     assert prediction._predictions._cache_size() == 3  # of 16, 32 and 64 tokens
 
 
