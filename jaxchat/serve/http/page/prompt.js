@@ -1,0 +1,47 @@
+// What of a conversation goes to the model: all of it, or as much as fits into the model's context.
+
+import { json } from "./api.js";
+
+const MARKS = 2; // special tokens around a message
+const sizes = new WeakMap();
+
+async function count(text) {
+  try {
+    return (await json("tokenize", { body: { prompt: text, add_special_tokens: false } })).count;
+  } catch {
+    return Math.ceil(text.length / 3); // an estimate: the server has the last word anyway
+  }
+}
+
+/** A message as /v1/chat/completions takes it. The server puts tool calls back where they were. */
+export function asMessage({ role, content, tools }) {
+  return tools?.length ? { role, content, tool_runs: tools } : { role, content };
+}
+
+async function sizeOf(node) {
+  if (!sizes.has(node)) {
+    const calls = node.tools ?? [];
+    const text = node.content + calls.map(({ call, output }) => call + output).join("");
+    sizes.set(node, (await count(text)) + MARKS * (1 + 2 * calls.length));
+  }
+  return sizes.get(node);
+}
+
+/**
+ * The messages to send for `nodes`, which end with a question.
+ *
+ * As in the terminal, half of the context, or the longest answer wanted if that is less, is kept free for the answer:
+ * the oldest turns are left out for it. The question itself is always sent. `first` is the index of the first node sent.
+ */
+export async function fit(nodes, { system, max_tokens }, context) {
+  const lead = system ? [{ role: "system", content: system }] : [];
+  const each = await Promise.all(nodes.map(sizeOf));
+  const room = Math.min(max_tokens ?? context, Math.floor(context / 2));
+  let total = 1 + (system ? (await count(system)) + MARKS : 0) + each.reduce((sum, size) => sum + size, 0);
+  let first = 0;
+  while (total + room > context && first + 2 < nodes.length) {
+    total -= each[first] + each[first + 1];
+    first += 2;
+  }
+  return { messages: [...lead, ...nodes.slice(first).map(asMessage)], first };
+}
