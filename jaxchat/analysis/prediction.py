@@ -93,7 +93,7 @@ def after_settings(
 ) -> Float[np.ndarray, " V"]:  # fmt: skip
     """The probabilities with which ids are drawn from logits, as `jaxchat.infer.request.Sampling` describes.
 
-    In fp64, one setting after the other: the plain form of what the engine does on the device.
+    In fp64, one setting after the other: the plain form of what `jaxchat.infer.sampling.draw` does on the device.
     """
     scores = np.asarray(scores, np.float64)
     if temperature == 0:
@@ -101,18 +101,20 @@ def after_settings(
     # Measured from the highest, a quotient that overflows is -inf, which is never drawn.
     with np.errstate(over="ignore"):
         likely = _softmax((scores - scores.max()) / temperature)
-    order = np.argsort(-likely, kind="stable")
-    kept = np.ones(len(order), bool)  # by rank
-    kept[len(order) if top_k is None else max(1, top_k) :] = False
-    likely = np.where(kept, likely[order], 0.0)
-    likely /= likely.sum()
-    # The id that crosses top_p still belongs to those that reach it, and the likeliest always does.
-    kept[1:] &= (np.cumsum(likely) - likely < top_p)[1:]
-    likely = np.where(kept, likely, 0.0)
-    kept &= likely >= min_p * likely[0]
-    likely = np.where(kept, likely, 0.0)
+    order = np.argsort(-scores, kind="stable")
+    ranked, steps = scores[order], likely[order]
+
+    def cut(count: int) -> np.ndarray:
+        """The first `count` by rank, and all whose logits equal the last of them."""
+        return np.where(ranked >= ranked[max(1, count) - 1], steps, 0.0)
+
+    if top_k is not None:
+        steps = cut(min(top_k, len(ranked)))
+    if top_p < 1:  # the id that crosses it still belongs to those that reach it
+        steps = cut(int(np.count_nonzero(np.cumsum(steps) - steps < top_p * steps.sum())))
+    steps = np.where(steps >= min_p * steps[0], steps, 0.0)
     drawn = np.zeros(len(order))
-    drawn[order] = likely / likely.sum()
+    drawn[order] = steps / steps.sum()
     return drawn
 
 

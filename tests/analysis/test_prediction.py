@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from jaxchat.analysis import prediction
 from jaxchat.analysis.prediction import after_settings, entropy, next_logits, predictions
+from jaxchat.infer.request import Sampling
+from jaxchat.infer.sampling import draw, settings_of
 from jaxchat.model import reference
 from tests.analysis.conftest import TOKENS
 
@@ -88,6 +90,7 @@ SCORES = np.log([0.4, 0.3, 0.15, 0.1, 0.05])
         ({"top_p": 0.0001}, [1, 0, 0, 0, 0]),
         ({"min_p": 0.3}, [40 / 85, 30 / 85, 15 / 85, 0, 0]),
         ({"top_k": 3, "top_p": 0.5}, [4 / 7, 3 / 7, 0, 0, 0]),  # of what top-k leaves
+        ({"top_k": 3, "min_p": 0.5}, [4 / 7, 3 / 7, 0, 0, 0]),
         ({"top_k": 99}, [0.4, 0.3, 0.15, 0.1, 0.05]),
         ({"temperature": 0.5}, np.array([16, 9, 2.25, 1, 0.25]) / 28.5),
     ],
@@ -105,7 +108,30 @@ def test_what_is_drawn_is_a_distribution_that_keeps_the_order(scores, temperatur
     drawn = after_settings(np.array(scores), temperature, top_k, top_p, min_p)
     assert drawn.sum() == pytest.approx(1) and (drawn >= 0).all()
     assert drawn[np.argmax(scores)] == drawn.max()
-    assert top_k is None or (drawn > 0).sum() <= top_k
+    ties = len(scores) - len(set(scores))
+    assert top_k is None or (drawn > 0).sum() <= top_k + ties
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1.7},
+        {"top_k": 5},
+        {"top_p": 0.6},
+        {"min_p": 0.2},
+        {"temperature": 0.6, "top_k": 9, "top_p": 0.8},
+    ],
+    ids=str,
+)
+def test_the_engine_draws_from_that_distribution(settings):
+    scores, count = np.random.default_rng(3).normal(0, 2, 40).astype(np.float32), 20_000
+    scores[7] = scores[11]  # equal logits share one fate
+    rows = jax.tree.map(lambda x: np.repeat(x, count, axis=0), settings_of([Sampling(**settings)]))
+    ids = draw(jnp.tile(scores, (count, 1)), rows, jnp.arange(count), level="full")
+    drawn = np.bincount(np.asarray(ids), minlength=40) / count
+    expected = after_settings(scores, **settings)
+    assert (drawn[expected == 0] == 0).all()
+    np.testing.assert_allclose(drawn, expected, atol=5 * np.sqrt(0.25 / count))
 
 
 def test_entropy_in_bits():
