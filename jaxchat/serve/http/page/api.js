@@ -76,30 +76,33 @@ export async function* stream(path, options) {
   const response = await request(path, options);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let pending = "";
+  let complete = false;
   try {
     for (;;) {
       const { done, value } = await reader.read();
       if (done) break;
       const frames = (pending + value).split(/\r?\n\r?\n/);
       pending = frames.pop();
-      for (const frame of frames) {
-        const data = frame
-          .split(/\r?\n/)
-          .filter((line) => line.startsWith("data:"))
-          .map((line) => line.slice(5).trim())
-          .join("\n");
-        if (data === "") continue;
-        if (data === "[DONE]") return;
-        const value = JSON.parse(data);
-        if (value.error) throw new ApiError(value.error.status ?? 500, value.error.code ?? null, value.error.message ?? String(value.error));
-        yield value;
+      for (const data of frames.map(dataOf).filter(Boolean)) {
+        if (data === "[DONE]") complete = true;
+        else yield checkedFrame(JSON.parse(data));
       }
     }
   } catch (error) {
     if (error.name === "AbortError" || error instanceof ApiError) throw error;
-    throw new ApiError(0, "broken", "the connection broke off");
+    complete = false;
   }
-  throw new ApiError(0, "broken", "the connection broke off");
+  if (!complete) throw new ApiError(0, "broken", "the connection broke off");
+}
+
+function dataOf(frame) {
+  const lines = frame.split(/\r?\n/).filter((line) => line.startsWith("data:"));
+  return lines.map((line) => line.slice(5).trim()).join("\n");
+}
+
+function checkedFrame(frame) {
+  if (frame.error) throw new ApiError(500, frame.error.code ?? null, frame.error.message ?? String(frame.error));
+  return frame;
 }
 
 /** What a person can do about an error: `{title, text, retry}`; `retry` says whether the same request may work later. */

@@ -138,7 +138,7 @@ function onKey(event) {
 }
 
 function prepareControls() {
-  $("brand").append(element("img", { src: "page/icon.svg", alt: "", width: 22, height: 22 }), "jaxchat");
+  $("brand").append(element("img", { src: "icon.svg", alt: "", width: 22, height: 22 }), "jaxchat");
   $("new").append(icon("plus"), "New chat");
   $("search").before(icon("search"));
   $("menu").append(icon("menu"));

@@ -94,7 +94,7 @@ export function mountChat(view, app) {
     return element(
       "div",
       { class: "welcome" },
-      element("img", { src: "page/icon.svg", alt: "", width: 48, height: 48 }),
+      element("img", { src: "icon.svg", alt: "", width: 48, height: 48 }),
       element("h1", {}, info.name),
       element("p", { class: "note" }, facts.filter(Boolean).join(" · ")),
       element("div", { class: "examples", role: "group", "aria-label": "Questions to begin with" }, ...examples),
@@ -105,6 +105,7 @@ export function mountChat(view, app) {
     const last = path(tree).at(-1);
     if (!tree.title) tree.title = text.split("\n")[0].slice(0, 80);
     ask(add(tree, last?.id ?? null, { role: "user", content: text, created: Date.now() }));
+    input.focus();
   }
 
   /** Has `node`, a question, answered. */

@@ -47,7 +47,7 @@ function block(token, finished) {
   const fragment = purify.sanitize(marked.parser([token]), SAFE);
   for (const code of fragment.querySelectorAll("pre > code")) frameCode(code, finished);
   for (const table of fragment.querySelectorAll("table")) {
-    const scroller = element("div", { class: "wide", tabindex: 0 });
+    const scroller = element("div", { class: "table", tabindex: 0 });
     table.replaceWith(scroller);
     scroller.append(table);
   }
