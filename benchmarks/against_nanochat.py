@@ -114,28 +114,41 @@ def _rounds(options: argparse.Namespace, depth: int, directory: Path) -> list[di
     for number in range(options.rounds):
         figures = {}
         for name, command, more in (("jaxchat", ours, {}), ("nanochat", theirs, {"PYTHONPATH": checkout})):
-            figures[name] = _run(name, command, environment | more, result)
+            figures[name] = run(name, command, environment | more, result)
             speed, memory = figures[name]["tokens_per_second"], _gib(figures[name])
             say(f"d{depth}, round {number + 1} of {options.rounds}: {name} {speed:,.0f} tokens/s, {memory} GiB")
         rounds.append(figures)
     return rounds
 
 
-def _run(name: str, command: list[str], environment: dict[str, str], result: Path) -> dict[str, Any]:
+def run(
+    name: str, command: list[str], environment: dict[str, str], result: Path, *, show: bool = False
+) -> dict[str, Any]:
     """The figures that a process writes to `result`. When this returns, the process has ended and its memory is free.
+
+    With `show`, what it prints goes to stderr at once.
 
     Raises:
       UserError: the process fails; the message has its last line of output.
     """
     result.unlink(missing_ok=True)
     try:
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
     except OSError as error:
         raise UserError(f"{command[0]} cannot be started ({error.strerror}); give --python a Python") from None
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    lines = []
+    with process:
+        assert process.stdout
+        for line in filter(str.strip, process.stdout):
+            lines.append(line.rstrip("\n"))
+            if show:
+                say(lines[-1])
     figures = json.loads(result.read_text()) if result.exists() and result.stat().st_size else {"error": lines[-1:]}
-    if done.returncode or "error" in figures:
-        say("\n".join(lines[-30:]))
+    if process.returncode or "error" in figures:
+        if not show:
+            say("\n".join(lines[-30:]))
         reason = figures.get("error") or lines[-1:]
         raise UserError(f"{name} failed: {reason if isinstance(reason, str) else ' '.join(reason)}")
     return figures

@@ -39,16 +39,16 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def jaxchat_parser() -> Parser:
     """The parser of `jaxchat`, with all its commands."""
-    from jaxchat.cli import chat, data, lr_range, profile, tokenizer
+    from jaxchat.cli import bench, chat, data, lr_range, profile, serve, tokenizer
     from jaxchat.cli.parser import Parser
 
     parser = Parser(
         prog="jaxchat",
         description="Talk to a model that jaxchat has trained, compare tokenizers, download data, "
-        "find learning rates, profile training.",
+        "find learning rates, profile training, measure generation.",
     )
     commands = parser.add_commands()
-    for module in (chat, tokenizer, data, lr_range, profile):
+    for module in (chat, serve, tokenizer, data, lr_range, profile, bench):
         module.add_command(commands)
     return parser
 

@@ -171,9 +171,9 @@ def test_what_nanochat_says_when_it_fails(tmp_path):
     against = importlib.import_module("against_nanochat")
     command = [sys.executable, "benchmarks/nanochat_steps.py", str(tmp_path)]
     with pytest.raises(against.UserError, match="nanochat failed: .*--depth"):
-        against._run("nanochat", command, dict(os.environ), tmp_path / "result.json")
+        against.run("nanochat", command, dict(os.environ), tmp_path / "result.json")
     with pytest.raises(against.UserError, match="give --python a Python"):
-        against._run("nanochat", ["/no/such/python"], dict(os.environ), tmp_path / "result.json")
+        against.run("nanochat", ["/no/such/python"], dict(os.environ), tmp_path / "result.json")
 
 
 def growth_record(depth, kind="Some GPU", **more):
