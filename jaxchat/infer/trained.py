@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -29,9 +29,9 @@ class TrainedModel(NamedTuple):
     params: Params
     stage: str
 
-    def engine(self) -> Engine:
-        """An engine that computes in the run's precision on this machine."""
-        return Engine(self.model, self.params, self.tokenizer, dtype=compute_dtype(self.experiment))
+    def engine(self, **options: Any) -> Engine:
+        """An engine that computes in the run's precision on this machine; `options` are further ones of `Engine`."""
+        return Engine(self.model, self.params, self.tokenizer, dtype=compute_dtype(self.experiment), **options)
 
 
 def load_model(run_dir: epath.PathLike, stage: str | None = None, step: str | None = None) -> TrainedModel:

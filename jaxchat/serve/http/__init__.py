@@ -1,0 +1,1 @@
+"""A server that speaks the HTTP API of OpenAI, with a page of its own."""
