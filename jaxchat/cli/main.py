@@ -44,7 +44,7 @@ def jaxchat_parser() -> Parser:
 
     parser = Parser(
         prog="jaxchat",
-        description="Talk to a model that jaxchat has trained, compare tokenizers, download data, "
+        description="Talk to a model that jaxchat has trained, serve it, compare tokenizers, download data, "
         "find learning rates, profile training, measure generation.",
     )
     commands = parser.add_commands()
