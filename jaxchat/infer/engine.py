@@ -1,46 +1,59 @@
-"""Batched generation with a KV cache, including tool calls.
+"""The engine: answers to many requests at once, each with its own prompt, length, settings and seed.
 
-A batch of prompts goes through the model once (`_prefill`). After that each dispatch (`_decode`) generates
-`DECODE_STEPS` tokens for every row, and the host reads what the rows wrote. Within a dispatch nothing waits for the
-host, because the device itself decides what a row does next: it runs, pauses after <|python_end|>, or is done. The host
-runs the tools of paused rows, and the next dispatch forces the tokens of their answers in before such a row samples
-again. Rows that are paused or done, and rows that only fill the batch, recompute their last token in place, which
-changes nothing.
+    engine = Engine(model_config, params, tokenizer, dtype="bfloat16")
+    number = engine.submit(Request(prompt, max_new_tokens=100))
+    while engine.busy:
+        for output in engine.step(): ...
 
-Lengths and batch sizes are rounded up to a few sizes. Each combination compiles once in a process; parameters are
-arguments, so that other parameters do not compile again.
+Requests join and leave while others run: in each turn some prompts are read, and the rows that have read theirs write a
+few tokens. What decides that is in `scheduler.py`, what the devices do in `programs.py` and `runner.py`, and this file
+turns tokens into answers: it ends them, runs tools, and forms the text. `generate` and `stream` are for a fixed list of
+prompts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from jaxchat.devices.mesh import BATCH_SPEC, put_whole
+from jaxchat.devices.mesh import put_whole
 from jaxchat.errors import check
-from jaxchat.infer.sampling import sample
+from jaxchat.infer.pages import PagePool
+from jaxchat.infer.programs import Setup
+from jaxchat.infer.quantized import KVCache, Weights, cache_dtype, stored
+from jaxchat.infer.request import MOST_ALTERNATIVES, Finish, NewToken, Output, Request, Sampling
+from jaxchat.infer.runner import STEPS, Runner
+from jaxchat.infer.sampling import LEVELS, Level, check_sampling, level_of, needs_seen
+from jaxchat.infer.scheduler import Budget, Chunk, Row, Scheduler
+from jaxchat.infer.text import TextStream
 from jaxchat.model.config import GPTConfig
-from jaxchat.model.gpt import Params, cached_hidden, init_cache, logits
+from jaxchat.model.gpt import Params
+from jaxchat.ops.pages import PAGE
 from jaxchat.stopping import raise_if_asked
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.tools.calculator import calculate
 
-DECODE_STEPS = 8
-FORCED = 64  # the longest tool answer in tokens: the calculator's 54 characters and two special tokens fit
-SHORTEST_PROMPT, SHORTEST_CACHE = 16, 64
+SHORTEST_PROMPT = 16
+TURNS = 8  # at most in a step that has nothing to tell yet
+TOOL_WAIT = 0.02  # seconds that a step waits for a tool, if there is nothing else to do
+MEMORY_SHARE = 0.9  # of a device's free memory that the cache may take
+CPU_CACHE = 2 << 30  # bytes that it may take on a CPU
 
-RUNNING, PAUSED, DONE = range(3)
-Chunk = list[tuple[int, int, bool]]
+_ON_CPU = Budget(chunk=32, idle=64, busy=16, scored=16)
+_ON_ACCELERATOR = Budget(chunk=64, idle=256, busy=64, scored=16)
+
+Written = list[tuple[int, int, bool]]
 
 
 @dataclass(frozen=True)
@@ -63,180 +76,100 @@ class Completion:
         return self.stop is not None
 
 
-class _Rows(NamedTuple):
-    """The state of a batch on the device, with one entry per row."""
-
-    cache: list[dict[str, Array]]
-    token: Array  # the newest token, not yet in the cache
-    position: Array  # its place in the sequence
-    count: Array  # tokens written after the prompt
-    limit: Array  # of `count`
-    key: Array
-    queue: Array  # [B, FORCED]: its last `queued` tokens are still to be forced in
-    queued: Array
-    status: Array
-
-
-class _Drawing(NamedTuple):
-    """How the next token is chosen; traced, so that other values do not compile again."""
-
-    temperature: Any
-    stops: Array | np.ndarray
-    pause: Array | np.integer  # the id of <|python_end|>, or -1 without tools
-
-
-@dataclass(frozen=True)
-class _Program:
-    """What a compiled program depends on, apart from shapes."""
-
-    config: GPTConfig
-    dtype: str
-    greedy: bool
-    top_k: int | None
-    rows: NamedSharding | None
-    everywhere: NamedSharding | None
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _prefill(
-    program: _Program,
-    cache_len: int,
-    params: Params,
-    prompts: Int[Array, "B S"],
-    lengths: Int[Array, " B"],
-    limits: Int[Array, " B"],
-    numbers: Int[Array, " B"],
-    seed: Array,
-    drawing: _Drawing,
-) -> tuple[_Rows, Array]:
-    """Reads the prompts (right-padded) and draws each row's first token. Rows with limit 0 only fill the batch."""
-    batch, longest = prompts.shape
-    rows = jnp.arange(batch)
-    # Attention in here is over the prompt's slots only; the others are added after it.
-    cache = init_cache(program.config, batch, longest, program.dtype)
-    start = jnp.zeros(batch, jnp.int32)
-    hidden, cache = cached_hidden(program.config, params, prompts, start, cache, program.dtype)
-    grow = ((0, 0), (0, cache_len - longest), (0, 0), (0, 0))
-    state = _Rows(
-        cache=jax.tree.map(lambda slots: jnp.pad(slots, grow), cache),
-        token=prompts[rows, lengths - 1],
-        position=lengths - 1,
-        count=start,
-        limit=limits,
-        key=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers),
-        queue=jnp.zeros((batch, FORCED), jnp.int32),
-        queued=start,
-        status=jnp.where(limits > 0, RUNNING, DONE),
-    )
-    if program.rows is not None:
-        state = jax.lax.with_sharding_constraint(state, program.rows)
-    state, written = _write(program, params, hidden[rows, lengths - 1], state, drawing)
-    return state, _for_host(program, written[None])
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(
-    program: _Program, params: Params, state: _Rows, answers: Int[Array, "B _"], drawing: _Drawing
-) -> tuple[_Rows, Array]:
-    """Generates `DECODE_STEPS` tokens for every row that runs.
-
-    `answers[b]` starts with -1 if row b has no answer. Otherwise it is the number of tokens to force in, followed by a
-    queue that ends with them, and the row runs again.
-    """
-    answered = answers[:, 0] >= 0
-    state = state._replace(
-        queue=jnp.where(answered[:, None], answers[:, 1:], state.queue),
-        queued=jnp.where(answered, answers[:, 0], state.queued),
-        status=jnp.where(answered, RUNNING, state.status),
-    )
-
-    def step(state, _):
-        hidden, cache = cached_hidden(
-            program.config, params, state.token[:, None], state.position, state.cache, program.dtype
-        )
-        return _write(program, params, hidden[:, 0], state._replace(cache=cache), drawing)
-
-    state, written = jax.lax.scan(step, state, length=DECODE_STEPS)
-    return state, _for_host(program, written)
-
-
-def _write(
-    program: _Program, params: Params, hidden: Float[Array, "B D"], state: _Rows, drawing: _Drawing
-) -> tuple[_Rows, Int[Array, " B"]]:
-    """Gives each running row its next token; returns 2 · token + (1 if sampled), or -1 for a row that does not run."""
-    scores = logits(program.config, params, hidden)
-    keys = jax.vmap(jax.random.fold_in)(state.key, state.count)
-    drawn = sample(scores, keys, 0 if program.greedy else drawing.temperature, program.top_k)
-    forced = state.queued > 0
-    first = FORCED - jnp.maximum(state.queued, 1)
-    token = jnp.where(forced, jnp.take_along_axis(state.queue, first[:, None], axis=1)[:, 0], drawn)
-
-    running = state.status == RUNNING
-    count = state.count + running
-    done = (~forced & jnp.isin(token, drawing.stops)) | (count >= state.limit)
-    status = jnp.where(done, DONE, jnp.where(~forced & (token == drawing.pause), PAUSED, RUNNING))
-    state = state._replace(
-        token=jnp.where(running, token, state.token),
-        position=state.position + running,
-        count=count,
-        queued=state.queued - (running & forced),
-        status=jnp.where(running, status, state.status),
-    )
-    return state, jnp.where(running, 2 * token + ~forced, -1)
-
-
-def _for_host(program: _Program, written: Array) -> Array:
-    """Replicates the result, so that each of several processes can read all rows."""
-    return written if program.everywhere is None else jax.lax.with_sharding_constraint(written, program.everywhere)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _cast(params: Params, dtype: str) -> Params:
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-
-
-def bucket(length: int, smallest: int) -> int:
-    """`length` rounded up to a power of two that is at least `smallest`."""
-    return max(smallest, 1 << (length - 1).bit_length())
-
-
-@dataclass
-class _Writing:
-    """The state of a row on the host."""
+@dataclass(eq=False)
+class _Job:
+    """A request, and what it has got that no step has given back yet."""
 
     number: int
-    limit: int
-    count: int = 0
-    status: int = RUNNING
+    request: Request
+    row: Row
+    level: Level
+    stops: tuple[int, ...]
+    text: TextStream | None
     call: list[int] | None = None  # tokens since <|python_start|>, if a call is open
-    answer: list[int] = field(default_factory=list)
+    tokens: list[NewToken] = field(default_factory=list)
+    new_text: str = ""
+    prompt: list[NewToken] = field(default_factory=list)
+    scored: list[NewToken] = field(default_factory=list)  # the prompt's tokens, until all are known
+    finish: Finish | None = None
+    stopped_by: int | str | None = None
 
 
-@dataclass(frozen=True, eq=False)
+class _Call(NamedTuple):
+    """A program's result that the host has not read: of `decode` with lanes, else of `read`."""
+
+    result: Array
+    lanes: list[list[Row]]
+    steps: int
+    chunks: list[Chunk]
+
+
 class Engine:
-    """Generates for many prompts at once. `dataclasses.replace(engine, params=...)` compiles nothing again.
+    """Answers requests. It is to be used in one thread.
 
     Args:
       model_config: the model.
       params: its parameters, which the engine keeps in `dtype`, so that no step casts them.
-      tokenizer: for special tokens, tool calls and their answers.
+      tokenizer: for special tokens, tool calls and text.
       dtype: of the computation and the cache.
+      rows: requests that are worked on at once; the others wait.
+      cache_tokens: of all rows together, that the cache has room for; rounded up to pages. None: for all rows at the
+        whole context, or as much as the devices' free memory allows.
+      weights, kv_cache: in 8 bits if "int8" and "fp8"; see `quantized.py`.
 
-    On a mesh the rows are split over the data and fsdp axes. Of several processes each must pass the same prompts, and
-    gets all completions.
+    The cache is made for the first request that is submitted, and kept. Without it `generate` and `stream` make one
+    that is as large as they need, and free it afterwards.
+
+    On a mesh the rows and pages are split over the data and fsdp axes. Of several processes each must make the same
+    calls, and gets all outputs.
     """
 
-    model_config: GPTConfig
-    params: Params
-    tokenizer: BaseTokenizer
-    _: KW_ONLY
-    dtype: Any
+    def __init__(
+        self,
+        model_config: GPTConfig,
+        params: Params,
+        tokenizer: BaseTokenizer,
+        *,
+        dtype: Any,
+        rows: int = 64,
+        cache_tokens: int | None = None,
+        weights: Weights = "auto",
+        kv_cache: KVCache = "auto",
+    ):
+        check(rows >= 1, f"rows is {rows}; it must be at least 1")
+        check(cache_tokens is None or cache_tokens >= 1, f"cache_tokens is {cache_tokens}; it must be at least 1")
+        self.model_config, self.tokenizer, self.dtype = model_config, tokenizer, jnp.dtype(dtype).name
+        self.rows, self.cache_tokens, self.weights, self.kv_cache = rows, cache_tokens, weights, kv_cache
+        self._runner: Runner | None = None
+        self._scheduler: Scheduler | None = None
+        self._numbers = 0
+        self._jobs: dict[int, _Job] = {}
+        self._changed: dict[int, _Job] = {}  # with something to give back
+        self._ready: list[Output] = []
+        self._calls: deque[_Call] = deque()
+        self._tools: dict[Future, _Job] = {}
+        self._threads: ThreadPoolExecutor | None = None
+        self._counted = [0, 0]  # prefix queries and hits of caches that are gone
+        self.params = params
+        # The host of a GPU prepares the next call while this one runs; on a CPU both would want the same cores.
+        self._lookahead = 0 if self._devices[0].platform == "cpu" else 1
 
-    def __post_init__(self):
-        dtype = jnp.dtype(self.dtype).name
-        object.__setattr__(self, "dtype", dtype)
-        if any(leaf.dtype != dtype for leaf in jax.tree.leaves(self.params)):
-            object.__setattr__(self, "params", _cast(self.params, dtype))
+    # --- what it has --------------------------------------------------------------------------------------------------
+
+    @property
+    def params(self) -> Params:
+        """The parameters. Others, of the same shapes, take their place in time for the next step: nothing is compiled
+        again, and what is cached of texts is forgotten."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        if self.weights != "auto" or any(leaf.dtype != self.dtype for leaf in jax.tree.leaves(params)):
+            params = stored(params, self.dtype, self.weights)
+        self._params = params
+        if self._runner is not None and self._scheduler is not None:
+            self._runner.use(params)
+            self._scheduler.forget_cached()
 
     @functools.cached_property
     def stops(self) -> tuple[int, ...]:
@@ -244,22 +177,109 @@ class Engine:
         return tuple(map(self.tokenizer.encode_special, ("<|assistant_end|>", "<|bos|>")))
 
     @functools.cached_property
-    def _python_start(self) -> int:
-        return self.tokenizer.encode_special("<|python_start|>")
+    def _python(self) -> tuple[int, int]:
+        start, end = map(self.tokenizer.encode_special, ("<|python_start|>", "<|python_end|>"))
+        return start, end
 
-    @functools.cached_property
+    @property
     def mesh(self) -> Mesh | None:
         """The mesh that the parameters are on; None if they are on a single device."""
         sharding = jax.tree.leaves(self.params)[0].sharding
         mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
         return mesh if isinstance(mesh, Mesh) else None
 
+    @property
+    def _devices(self) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
+        return sorted(jax.tree.leaves(self.params)[0].devices(), key=lambda device: device.id)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is in flight, or an output has not been given back."""
+        return bool(self._jobs or self._changed or self._ready)
+
+    @property
+    def running(self) -> int:
+        """Requests that are worked on."""
+        return self._scheduler.running if self._scheduler else 0
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a place."""
+        return len(self._jobs) - self.running
+
+    @property
+    def cache_usage(self) -> float:
+        """The share of the cache that running requests have taken, 0 to 1."""
+        return self._scheduler.usage if self._scheduler else 0.0
+
+    @property
+    def prefix_queries(self) -> int:
+        """Tokens of prompts so far."""
+        return self._counted[0] + (self._scheduler.queries if self._scheduler else 0)
+
+    @property
+    def prefix_hits(self) -> int:
+        """Those of them that were cached."""
+        return self._counted[1] + (self._scheduler.hits if self._scheduler else 0)
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> int:
+        """Puts a request at the end of the queue, and returns its number.
+
+        Raises:
+          UserError: the prompt is empty, has unknown ids, or fills the context or the cache; a setting is out of range.
+        """
+        return self._submit(request, "the prompt", with_text=True)
+
+    def cancel(self, number: int) -> None:
+        """Ends a request; nothing happens if it has ended. Its last output comes with the next step."""
+        job = self._jobs.get(number)
+        if job is not None:
+            self._finish(job, "cancelled", None)
+
+    def step(self) -> list[Output]:
+        """Works until something is known that was not, or for `TURNS` turns.
+
+        The list is empty only if nothing is in flight, if a long prompt is being read, or if only tools are at work.
+        """
+        for _ in range(TURNS):
+            if self._changed or self._ready or not self._jobs:
+                break
+            if not self._turn():
+                break
+        outputs = [*self._ready, *(self._output(job) for job in self._changed.values())]
+        self._ready.clear()
+        self._changed.clear()
+        return outputs
+
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Makes the cache, and compiles every program that requests can need; afterwards nothing is compiled.
+
+        `progress` is called with the number of programs that are compiled, and the number of all.
+        """
+        self._opened()[0].warm_up(progress)
+
+    def release(self) -> None:
+        """Frees the cache. The next request makes another one.
+
+        Raises:
+          UserError: a request is in flight.
+        """
+        check(not self._jobs, "the engine's cache can be freed only when no request is in flight")
+        if self._scheduler is not None:
+            self._counted = [self.prefix_queries, self.prefix_hits]
+        self._runner = self._scheduler = None
+        self._calls.clear()
+
+    # --- a fixed list of prompts --------------------------------------------------------------------------------------
+
     def generate(self, prompts: Sequence[Sequence[int]], **options) -> list[Completion]:
         """The completions of `prompts`, in their order. Options and errors are those of `stream`."""
         tokens: list[list[int]] = [[] for _ in prompts]
         sampled: list[list[bool]] = [[] for _ in prompts]
-        for chunk in self.stream(prompts, **options):
-            for row, token, own in chunk:
+        for written in self.stream(prompts, **options):
+            for row, token, own in written:
                 tokens[row].append(token)
                 sampled[row].append(own)
         completions = []
@@ -279,7 +299,7 @@ class Engine:
         seed: int = 0,
         tools: bool = True,
         max_batch: int = 256,
-    ) -> Iterator[Chunk]:
+    ) -> Iterator[Written]:
         """Yields tokens as they are generated, as lists of (row, token, sampled); the tokens of a row come in order.
 
         A row ends with a stop token (<|assistant_end|> or <|bos|>, yielded as its last), after `max_new_tokens`, or
@@ -291,113 +311,302 @@ class Engine:
         <|python_end|> without a start is ignored.
 
         At temperature 0 the most likely token is taken. The random numbers of row r depend only on seed, r and how many
-        tokens the row has written: not on other rows, nor on `max_batch`, the most rows that go through the model at
-        once.
+        tokens the row has written: not on other rows, nor on `max_batch`, the most rows that are worked on at once.
+        Prompts that begin alike share the cache of their beginning.
 
         Raises:
           UserError: a prompt is empty or fills the context, or an option is out of range.
         """
-        context, special = self.model_config.sequence_len, self.tokenizer.encode_special
-        check(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        check(0 <= temperature < math.inf, f"temperature is {temperature}; it must be 0 (greedy) or more")
-        check(top_k is None or top_k >= 1, f"top_k is {top_k}; it must be at least 1, or None for the whole vocabulary")
         check(max_batch >= 1, f"max_batch is {max_batch}; it must be at least 1")
-        for number, prompt in enumerate(prompts):
-            check(
-                1 <= len(prompt) < context,
-                f"prompt {number} has {len(prompt)} tokens; it must have at least 1, and fewer than the model's "
-                f"context of {context}",
-            )
-        specs = {"rows": BATCH_SPEC, "everywhere": P()}
-        placed = {} if self.mesh is None else {name: NamedSharding(self.mesh, spec) for name, spec in specs.items()}
-        program = _Program(
-            self.model_config,
-            self.dtype,
-            greedy=temperature == 0,
-            top_k=None if temperature == 0 else top_k,
-            rows=placed.get("rows"),
-            everywhere=placed.get("everywhere"),
-        )
-        drawing = _Drawing(
-            np.float32(min(temperature, np.finfo(np.float32).max)),
-            np.array(self.stops, np.int32),
-            np.int32(special("<|python_end|>") if tools else -1),
-        )
-        # Prompts of similar length go together, so that short ones are not padded to the length of long ones.
-        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-        for start in range(0, len(order), max_batch):
-            numbers = order[start : start + max_batch]
-            limits = [min(max_new_tokens, context - len(prompts[number])) for number in numbers]
-            rows = [_Writing(number, limit) for number, limit in zip(numbers, limits, strict=True)]
-            yield from self._stream_batch(program, drawing, seed, rows, [prompts[number] for number in numbers])
-
-    def _stream_batch(
-        self, program: _Program, drawing: _Drawing, seed: int, rows: list[_Writing], prompts: list[Sequence[int]]
-    ) -> Iterator[Chunk]:
-        size, context = self.batch_size(len(rows)), self.model_config.sequence_len
-        longest = max(len(prompt) for prompt in prompts)
-        furthest = max(len(prompt) + row.limit for prompt, row in zip(prompts, rows, strict=True))
-        padded = np.zeros((size, min(bucket(longest, SHORTEST_PROMPT), context)), np.int32)
-        lengths, limits, numbers = np.ones(size, np.int32), np.zeros(size, np.int32), np.zeros(size, np.int32)
-        for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-            padded[i, : len(prompt)] = prompt
-            lengths[i], limits[i], numbers[i] = len(prompt), row.limit, row.number
-
-        cache_len = max(padded.shape[1], min(bucket(furthest, SHORTEST_CACHE), context))
-        arrays = [self.put(array) for array in (padded, lengths, limits, numbers)]
-        nothing = self.put(np.full((size, 1 + FORCED), -1, np.int32))
-        state, written = _prefill(program, cache_len, self.params, *arrays, np.uint32(seed % 2**32), drawing)
-        while True:
-            raise_if_asked()
-            chunk = [event for step in np.asarray(written) for event in self._read(step.tolist(), rows, drawing)]
-            waiting = any(row.status == PAUSED for row in rows)
-            answers = self.put(self._answers(rows, size)) if waiting else nothing
-            running = any(row.status == RUNNING for row in rows)
-            if running:  # the device works while the caller uses the chunk
-                state, written = _decode(program, self.params, state, answers, drawing)
-            yield chunk
-            if not running:
-                return
+        sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
+        tool = calculate if tools else None
+        requests = [
+            Request(prompt, max_new_tokens, dataclasses.replace(sampling, number=row), tool=tool)
+            for row, prompt in enumerate(prompts)
+        ]
+        for row, request in enumerate(requests):
+            self._check(request, f"prompt {row}")
+        own_cache = self._scheduler is None and not self._jobs
+        if own_cache and requests:
+            self._open(min(len(requests), max_batch), max(map(self._tokens_of, requests)))
+        rows = {self._submit(request, "", with_text=False): row for row, request in enumerate(requests)}
+        most = 0
+        if self._scheduler is not None:
+            most, self._scheduler.most_rows = self._scheduler.most_rows, min(max_batch, self._scheduler.most_rows)
+        try:
+            while any(number in self._jobs or number in self._changed for number in rows):
+                raise_if_asked()
+                outputs = self.step()
+                self._ready.extend(output for output in outputs if output.request not in rows)
+                yield [
+                    (rows[output.request], token.id, token.sampled)
+                    for output in outputs
+                    if output.request in rows
+                    for token in output.tokens
+                ]
+        finally:
+            for number in rows:
+                self.cancel(number)
+                self._changed.pop(number, None)
+            if self._scheduler is not None:
+                self._scheduler.most_rows = most
+            if own_cache:
+                self.release()
 
     def batch_size(self, rows: int) -> int:
         """`rows` rounded up to a power of two, and then to a multiple of the devices that share them."""
-        shards = 1 if self.mesh is None else int(np.prod([self.mesh.shape[axis] for axis in BATCH_SPEC[0]]))
+        shards = self._setup.shards
         return -(-bucket(rows, 1) // shards) * shards
 
     def put(self, array: np.ndarray) -> Array:
         """Puts `array` on the engine's devices, split by rows."""
         return jax.device_put(array) if self.mesh is None else put_whole(self.mesh, array)
 
-    def _read(self, step: list[int], rows: list[_Writing], drawing: _Drawing) -> Iterator[tuple[int, int, bool]]:
-        """The tokens of one step; the rows follow what the device has decided."""
-        for code, row in zip(step, rows, strict=False):  # rows that only fill the batch come last
-            if code < 0:
-                continue
-            token, sampled = code >> 1, bool(code & 1)
-            row.count += 1
-            yield row.number, token, sampled
-            if (sampled and token in self.stops) or row.count >= row.limit:
-                row.status = DONE
-            elif sampled and token == drawing.pause:
-                row.status, row.answer, row.call = PAUSED, self._answer(row.call), None
-            elif sampled and token == self._python_start:
-                row.call = []
-            elif row.call is not None:
-                row.call.append(token)
+    # --- the cache ----------------------------------------------------------------------------------------------------
 
-    def _answer(self, call: list[int] | None) -> list[int]:
-        """The tokens to force in after the tool call `call`; none if no call was open."""
-        if call is None:
-            return []
-        value = calculate(self.tokenizer.decode(call)) or ""
-        return self.tokenizer.encode(value, "<|output_start|>", "<|output_end|>")
+    @property
+    def _setup(self) -> Setup:
+        return Setup(self.model_config, self.dtype, self.mesh)
 
-    def _answers(self, rows: list[_Writing], size: int) -> np.ndarray:
-        """The answers for paused rows as `_decode` takes them; these rows run again."""
-        answers = np.full((size, 1 + FORCED), -1, np.int32)
-        for i, row in enumerate(rows):
-            if row.status == PAUSED:
-                row.status = RUNNING
-                answers[i, 0] = len(row.answer)
-                answers[i, 1 + FORCED - len(row.answer) :] = row.answer
-        return answers
+    def _opened(self) -> tuple[Runner, Scheduler]:
+        if self._runner is None or self._scheduler is None:
+            return self._open(self.rows, self.model_config.sequence_len, self.cache_tokens)
+        return self._runner, self._scheduler
+
+    def _open(self, rows: int, tokens: int, cache_tokens: int | None = None) -> tuple[Runner, Scheduler]:
+        """Makes a cache for `rows` rows of `tokens` tokens, or of `cache_tokens` in all."""
+        setup = self._setup
+        slots = self.batch_size(rows) // setup.shards
+        # Few sizes mean few compilations.
+        pages = slots * min(bucket(-(-tokens // PAGE), 1), -(-self.model_config.sequence_len // PAGE))
+        if cache_tokens is not None:
+            pages = -(-cache_tokens // (PAGE * setup.shards))
+        else:
+            pages = max(-(-tokens // PAGE), min(pages, self._most_pages(setup)))
+        budget = _ON_CPU if self._devices[0].platform == "cpu" else _ON_ACCELERATOR
+        dtype = jnp.dtype(cache_dtype(self.dtype, self.kv_cache))
+        self._runner = Runner(setup, self.params, pages=pages, slots=slots, cache_dtype=dtype, budget=budget)
+        self._scheduler = Scheduler([PagePool(pages, PAGE) for _ in range(setup.shards)], slots, budget, rows)
+        return self._runner, self._scheduler
+
+    def _most_pages(self, setup: Setup) -> int:
+        """The pages of a shard that the memory of its devices has room for."""
+        config, dtype = self.model_config, jnp.dtype(cache_dtype(self.dtype, self.kv_cache))
+        split = 1 if setup.mesh is None else setup.mesh.shape["tensor"]
+        heads = config.kv_heads // split if config.kv_heads % split == 0 else config.kv_heads
+        page = 2 * config.depth * heads * PAGE * config.head_dim * dtype.itemsize
+        if jax.process_count() > 1:  # processes might see different numbers, and must decide alike
+            return 1 << 30
+        memory = self._devices[0].memory_stats() or {}
+        if "bytes_limit" not in memory:
+            return CPU_CACHE // page
+        return int(MEMORY_SHARE * (memory["bytes_limit"] - memory["bytes_in_use"])) // page
+
+    def _tokens_of(self, request: Request) -> int:
+        """The most tokens that a request puts into the cache: all but the last of the longest answer."""
+        return len(request.prompt) + self._limit(request) - 1
+
+    def _limit(self, request: Request) -> int:
+        return min(request.max_new_tokens, self.model_config.sequence_len - len(request.prompt))
+
+    # --- requests and answers -----------------------------------------------------------------------------------------
+
+    def _check(self, request: Request, name: str) -> None:
+        context, vocab_size, count = self.model_config.sequence_len, self.model_config.vocab_size, len(request.prompt)
+        check(
+            1 <= count < context,
+            f"{name} has {count} tokens; it must have at least 1, and fewer than the model's context of {context}",
+        )
+        check(
+            0 <= min(request.prompt) and max(request.prompt) < vocab_size,
+            f"{name} has token ids from {min(request.prompt)} to {max(request.prompt)}; this vocabulary has ids 0 to "
+            f"{vocab_size - 1}",
+        )
+        check(request.max_new_tokens >= 1, f"max_new_tokens is {request.max_new_tokens}; it must be at least 1")
+        check(
+            request.logprobs is None or 0 <= request.logprobs <= MOST_ALTERNATIVES,
+            f"logprobs is {request.logprobs}; it must be 0 to {MOST_ALTERNATIVES}, or None",
+        )
+        check_sampling(request.sampling, vocab_size)
+
+    def _submit(self, request: Request, name: str, *, with_text: bool) -> int:
+        if name:
+            self._check(request, name)
+        scheduler = self._opened()[1]
+        limit = self._limit(request)
+        with_logs = request.logprobs is not None or request.prompt_logprobs
+        job = _Job(
+            self._numbers,
+            request,
+            row := Row(list(request.prompt), len(request.prompt), limit, scored=request.prompt_logprobs),
+            level="full" if with_logs else level_of([request.sampling]),
+            stops=self.stops if request.stop_tokens is None else request.stop_tokens,
+            text=TextStream(self.tokenizer, request.stop) if with_text else None,
+        )
+        row.owner = job
+        room = scheduler.pools[0].count
+        check(
+            scheduler.pages_for(row) <= room,
+            f"{name} of {row.prompt} tokens and an answer of {limit} do not fit into the cache of {room * PAGE} "
+            "tokens; ask for a shorter answer, or give the engine more cache_tokens",
+        )
+        self._numbers += 1
+        self._jobs[job.number] = job
+        scheduler.add(row)
+        return job.number
+
+    def _turn(self) -> bool:
+        """One turn; returns False if there was nothing to do but to wait for tools."""
+        runner, scheduler = self._opened()
+        self._collect_answers()
+        plan = scheduler.plan()
+        for row in plan.joined:
+            job: _Job = row.owner
+            runner.join(row, job.request.sampling, job.stops, self._python[1] if job.request.tool else -1)
+        if plan.chunks:
+            scores = runner.read(plan.chunks, plan.scored)
+            if scores is not None:
+                self._calls.append(_Call(scores, [], 0, plan.chunks))
+        if plan.copies:
+            runner.copy(plan.copies)
+        rows = [row for rows in plan.lanes for row in rows]
+        if rows:
+            self._decode(runner, plan.lanes, rows)
+        if self._calls and (len(self._calls) > self._lookahead or not rows):
+            self._take(runner, self._calls.popleft())
+        elif not (rows or plan.chunks or plan.copies) and self._tools:
+            wait(self._tools, TOOL_WAIT, FIRST_COMPLETED)
+            return self._collect_answers()
+        return True
+
+    def _decode(self, runner: Runner, lanes: list[list[Row]], rows: list[Row]) -> None:
+        for row in rows:
+            if row.fresh and needs_seen(row.owner.request.sampling):
+                runner.set_seen(row)
+        level = max((row.owner.level for row in rows), key=LEVELS.index)
+        longest = max(row.limit - row.written - row.ahead for row in rows)
+        # An engine that was warmed up gives the first token of an answer at once.
+        first = runner.warm and any(row.written + row.ahead == 0 for row in rows)
+        steps = 1 if first or longest == 1 else STEPS
+        self._calls.append(_Call(runner.decode(lanes, level, steps), lanes, steps, []))
+
+    def _take(self, runner: Runner, call: _Call) -> None:
+        """Reads a result, and gives every request its tokens."""
+        result = np.asarray(call.result)
+        for chunk, scores in runner.chunk_rows(call.chunks, result) if call.chunks else ():
+            job: _Job = chunk.row.owner
+            if chunk.row.scored and job.finish is None:
+                self._scored(job, scores)
+        for row, written in runner.lane_rows(call.lanes, result) if call.lanes else ():
+            row.ahead -= call.steps
+            job = row.owner
+            details = written if written.ndim == 2 else written[:, None]
+            for token in details[details[:, 0] >= 0]:
+                if job.finish is not None:
+                    break
+                self._wrote(job, _token(token, job.request.logprobs))
+
+    def _scored(self, job: _Job, scores: np.ndarray) -> None:
+        """Adds tokens of the prompt, and gives them back once all are known."""
+        if not job.scored:
+            job.scored.append(NewToken(job.row.tokens[0], sampled=False))
+        alternatives = job.request.logprobs or 0
+        job.scored.extend(dataclasses.replace(_token(token, alternatives), sampled=False) for token in scores)
+        if len(job.scored) == job.row.prompt:
+            job.prompt, self._changed[job.number] = job.scored, job
+
+    def _wrote(self, job: _Job, token: NewToken) -> None:
+        """Gives a row a token that it has drawn, and decides what follows."""
+        scheduler = self._opened()[1]
+        scheduler.wrote(job.row, token.id)
+        self._changed[job.number] = job
+        job.tokens.append(token)
+        if token.id in job.stops:
+            self._finish(job, "stop", token.id)
+        elif not self._stopped_by_text(job, token.id):
+            if job.row.written >= job.row.limit:
+                self._finish(job, "length", None)
+            elif job.request.tool is not None:
+                self._follow_call(scheduler, job, token.id)
+
+    def _stopped_by_text(self, job: _Job, token: int) -> bool:
+        """Adds a token's text; ends the row if a stop string is complete."""
+        if job.text is None:
+            return False
+        text, stop = job.text.add(token)
+        job.new_text += text
+        if stop is not None:
+            self._finish(job, "stop", stop)
+        return stop is not None
+
+    def _follow_call(self, scheduler: Scheduler, job: _Job, token: int) -> None:
+        """Runs the tool if a call has ended. The device has paused the row at every <|python_end|>."""
+        start, end = self._python
+        if token == start:
+            job.call = []
+        elif token != end:
+            if job.call is not None:
+                job.call.append(token)
+        else:
+            call, job.call = job.call, None
+            scheduler.pause(job.row)
+            if call is None:
+                scheduler.resume(job.row, [])
+                return
+            text, tool = self.tokenizer.decode(call), job.request.tool
+            assert tool is not None
+            # The calculator is fast, and several processes have to go on with the answer at the same point.
+            if tool is calculate or jax.process_count() > 1:
+                self._answer(job, tool(text))
+            else:
+                self._threads = self._threads or ThreadPoolExecutor(self.rows, "tool")
+                self._tools[self._threads.submit(tool, text)] = job
+
+    def _collect_answers(self) -> bool:
+        """Takes the answers of tools that have ended; returns whether there were any."""
+        done = [future for future in self._tools if future.done()]
+        for future in done:
+            job = self._tools.pop(future)
+            if job.finish is None:
+                self._answer(job, future.result())
+        return bool(done)
+
+    def _answer(self, job: _Job, value: str | None) -> None:
+        """Forces in the tokens of a tool's answer, as far as there is room for them."""
+        scheduler, row = self._opened()[1], job.row
+        ids = self.tokenizer.encode(value or "", "<|output_start|>", "<|output_end|>")[: row.limit - row.written]
+        scheduler.resume(row, ids)
+        self._changed[job.number] = job
+        for token in ids:
+            job.tokens.append(NewToken(token, sampled=False))
+            if self._stopped_by_text(job, token):
+                return
+        if row.written >= row.limit:
+            self._finish(job, "length", None)
+
+    def _finish(self, job: _Job, finish: Finish, stopped_by: int | str | None) -> None:
+        job.finish, job.stopped_by = finish, stopped_by
+        if job.text is not None and not isinstance(stopped_by, str):
+            job.new_text += job.text.flush()
+        self._opened()[1].leave(job.row)
+        del self._jobs[job.number]
+        self._changed[job.number] = job
+
+    def _output(self, job: _Job) -> Output:
+        output = Output(job.number, tuple(job.tokens), job.new_text, job.finish, job.stopped_by, tuple(job.prompt))
+        job.tokens, job.new_text, job.prompt = [], "", []
+        return output
+
+
+def bucket(length: int, smallest: int) -> int:
+    """`length` rounded up to a power of two that is at least `smallest`."""
+    return max(smallest, 1 << (length - 1).bit_length())
+
+
+def _token(details: np.ndarray, alternatives: int | None) -> NewToken:
+    """A token as the programs give it: its id and, if `alternatives` are wanted, what follows it."""
+    if alternatives is None:
+        return NewToken(int(details[0]))
+    ids, floats = details[2 : 2 + alternatives].tolist(), details.view(np.float32)
+    values = floats[2 + MOST_ALTERNATIVES :][:alternatives].tolist()
+    return NewToken(int(details[0]), True, float(floats[1]), tuple(zip(ids, values, strict=True)))

@@ -5,7 +5,6 @@ Only tokens that the model sampled are targets. What a tool answered is in the c
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -87,9 +86,9 @@ class Rollouts(Source):
         chosen = [self.questions[i] for i in self._choose(self.taken)]
         asked = [question for question in chosen for _ in range(config.samples_per_question)]
         prompts = [self.tokenizer.render_for_completion(conversation) for _, conversation in asked]
-        engine = dataclasses.replace(self.engine, params=params)
+        self.engine.params = params
         seed = self.seed * 1_000_003 + self.taken + 1
-        completions = engine.generate(prompts, **sampling(config), seed=seed)
+        completions = self.engine.generate(prompts, **sampling(config), seed=seed)
         rewards = np.array(score(asked, completions, self.tokenizer)).reshape(-1, config.samples_per_question)
         weights = OBJECTIVES[config.method](rewards).reshape(-1)
         batch = self._batch(prompts, completions, weights)

@@ -10,8 +10,8 @@ import pytest
 from jaxchat.config import MeshConfig
 from jaxchat.devices.mesh import make_mesh
 from jaxchat.errors import UserError
-from jaxchat.infer import engine as engine_module
 from jaxchat.infer.engine import Engine
+from jaxchat.infer.runner import compilations
 from jaxchat.model.gpt import hidden_states, logits
 from jaxchat.model.parameters import shardings
 
@@ -201,15 +201,19 @@ def test_a_row_does_not_notice_its_companions_tool_calls(clever, tokenizer, conv
     assert clever.generate(prompts, max_new_tokens=60, temperature=0)[4] == talk
 
 
-def test_new_parameters_compile_nothing(config, engine, clever, prompts):
+def test_new_parameters_compile_nothing(config, engine, clever, tokenizer, prompts):
     options = {"max_new_tokens": 12, "temperature": 1.0}
     engine.generate(prompts, **options)
-    programs = (engine_module._prefill, engine_module._decode)
-    before = [program._cache_size() for program in programs]
-    moved = dataclasses.replace(engine, params=clever.params)
-    assert moved.generate(prompts, **options) != engine.generate(prompts, **options)
+    before = compilations()
+    moved = Engine(config, clever.params, tokenizer, dtype=jnp.float32)
+    first = moved.generate(prompts, **options)
+    assert first != engine.generate(prompts, **options)
+    moved.params = engine.params
+    assert moved.generate(prompts, **options) == engine.generate(prompts, **options)
+    moved.params = clever.params
+    assert moved.generate(prompts, **options) == first
     moved.generate(prompts[::-1], max_new_tokens=11, temperature=0.7, seed=9, tools=False)
-    assert [program._cache_size() for program in programs] == before
+    assert compilations() == before
 
 
 def test_parameters_are_held_in_the_computation_dtype(config, random_params, tokenizer, prompts):

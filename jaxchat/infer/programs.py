@@ -1,0 +1,254 @@
+"""What the engine runs on its devices: four programs, each compiled for a few sizes.
+
+`decode` draws tokens for some rows, `read` puts the tokens of prompts into the cache, `copy_pages` copies pages, and
+`set_seen` writes what a row has seen. Everything that the host decides (which rows decode, their settings, pages and
+limits) comes as arrays with each call. Everything that the devices decide stays there: see `Carried`. So a call can be
+made before the last one's result is read.
+
+On a mesh each shard of the data and fsdp axes has rows and pages of its own, numbered from 0, and runs the program for
+them by itself; a call gathers the parameters that fsdp splits, once.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxchat.devices.mesh import BATCH_SPEC
+from jaxchat.infer.request import MOST_ALTERNATIVES
+from jaxchat.infer.sampling import Level, Seen, Settings, add_seen, draw, logprobs
+from jaxchat.model.config import GPTConfig
+from jaxchat.model.gpt import Params, init_pages, logits, paged_hidden
+from jaxchat.ops.pages import Pages, Place
+
+STOPS = 4  # stop tokens of a row that the device knows; the host knows all
+SCORED = 256  # positions whose logits are held at once where a prompt's log-probabilities are wanted
+RUNNING, PAUSED, DONE = range(3)
+
+
+class Carried(NamedTuple):
+    """What a row carries from one decoding to the next beside its pages; each has an entry for every slot of a row.
+
+    This is the place for what a model needs of a row's past besides its keys and values: a field here, a value for it
+    in `Lanes` where the host sets it (a row that begins to decode, or goes on after a tool), and its next value in
+    `_decode_step`. `read` needs no state: the host knows all tokens before a chunk, and can send what it needs of them.
+    """
+
+    token: Int[Array, " S"]  # the newest token, not yet in the cache
+    position: Int[Array, " S"]  # its place in the sequence
+    count: Int[Array, " S"]  # tokens of the answer
+    status: Int[Array, " S"]
+
+
+class Lanes(NamedTuple):
+    """The rows that decode, and what the host knows about them.
+
+    Attributes:
+      slot: of the shard; one beyond the last for a lane that no row uses.
+      fresh: whether token, position and count are given here, and not carried.
+      limit: of `count`.
+      pause: the token that the row waits at for a tool; -1 for none.
+      stops: tokens that end the row; -1 where there are fewer.
+      table: the row's pages.
+    """
+
+    slot: Int[Array | np.ndarray, " B"]
+    fresh: Bool[Array | np.ndarray, " B"]
+    token: Int[Array | np.ndarray, " B"]
+    position: Int[Array | np.ndarray, " B"]
+    count: Int[Array | np.ndarray, " B"]
+    limit: Int[Array | np.ndarray, " B"]
+    pause: Int[Array | np.ndarray, " B"]
+    stops: Int[Array | np.ndarray, "B STOPS"]
+    table: Int[Array | np.ndarray, "B T"]
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all programs of an engine depend on, apart from shapes."""
+
+    config: GPTConfig
+    dtype: str
+    mesh: Mesh | None
+
+    @property
+    def shards(self) -> int:
+        """How many parts the rows and pages are in."""
+        return 1 if self.mesh is None else int(np.prod([self.mesh.shape[axis] for axis in BATCH_SPEC[0]]))
+
+    def sharding(self, *spec: Any) -> NamedSharding | None:
+        """The sharding of an array whose first dimension is that of the rows or pages."""
+        return None if self.mesh is None else NamedSharding(self.mesh, P(*BATCH_SPEC, *spec))
+
+    @property
+    def pages_sharding(self) -> NamedSharding | None:
+        """The sharding of pages: their heads are split over the tensor axis if it divides them."""
+        if self.mesh is None:
+            return None
+        return self.sharding("tensor") if self.config.kv_heads % self.mesh.shape["tensor"] == 0 else self.sharding()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def new_cache(setup: Setup, pages: int, slots: int, dtype: Any) -> tuple[list[Pages], Carried]:
+    """Empty pages and rows: so many for each shard."""
+    whole = init_pages(setup.config, pages * setup.shards, dtype)
+    carried = Carried(*(jnp.zeros(slots * setup.shards, jnp.int32) for _ in Carried._fields))
+    return _constrain(setup.pages_sharding, whole), _constrain(setup.sharding(), carried)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5, 6))
+def decode(
+    setup: Setup,
+    level: Level,
+    steps: int,
+    params: Params,
+    pages: list[Pages],
+    carried: Carried,
+    seen: Seen | None,
+    lanes: Lanes,
+) -> tuple[list[Pages], Carried, Seen | None, Int[Array, "steps B ..."]]:
+    """Draws up to `steps` tokens for each lane.
+
+    Returns the tokens, with -1 where a lane has stopped. At level "full" what follows each token are its
+    log-probability, the `MOST_ALTERNATIVES` likeliest ids and their log-probabilities, the latter as bits of fp32.
+    """
+
+    def run(params, pages, carried, seen, lanes):
+        idle = lanes.slot >= len(carried.status)
+        held = Carried(*(values.at[lanes.slot].get(mode="clip") for values in carried))
+        given = Carried(lanes.token, lanes.position, lanes.count, jnp.full_like(lanes.slot, RUNNING))
+        rows = Carried(*(jnp.where(lanes.fresh, new, old) for new, old in zip(given, held, strict=True)))
+        rows = rows._replace(status=jnp.where(idle, DONE, rows.status))
+        row_seen = None if seen is None else seen.at[lanes.slot].get(mode="clip")
+
+        def step(state, _):
+            return _decode_step(setup, level, params, lanes, state)
+
+        (pages, rows, row_seen), written = jax.lax.scan(step, (pages, rows, row_seen), length=steps)
+        carried = Carried(*(old.at[lanes.slot].set(new, mode="drop") for old, new in zip(carried, rows, strict=True)))
+        seen = None if seen is None else seen.at[lanes.slot].set(row_seen, mode="drop")
+        return pages, carried, seen, written
+
+    split = P(*BATCH_SPEC)
+    pages, carried, seen, written = _on_shards(
+        setup, run, (P(), split, split, split, split), (split, split, split, P(None, *BATCH_SPEC))
+    )(params, pages, carried, seen, lanes)
+    pages, carried = _constrain(setup.pages_sharding, pages), _constrain(setup.sharding(), carried)
+    return pages, carried, _constrain(setup.sharding(), seen), _everywhere(setup, written)
+
+
+def _decode_step(setup: Setup, level: Level, params: Params, lanes: Lanes, state):
+    """Puts each running row's newest token into the cache, and draws the next."""
+    pages, rows, seen = state
+    running = rows.status == RUNNING
+    place = Place(lanes.table, rows.position, running.astype(jnp.int32))
+    hidden, pages = paged_hidden(setup.config, params, rows.token[:, None], place, pages, setup.dtype)
+    scores = logits(setup.config, params, hidden[:, 0])
+    token = draw(scores, lanes.settings, rows.count, seen, level=level)
+    count = rows.count + running
+    done = jnp.any(token[:, None] == lanes.stops, axis=1) | (count >= lanes.limit)
+    status = jnp.where(done, DONE, jnp.where(token == lanes.pause, PAUSED, RUNNING))
+    rows = Carried(
+        token=jnp.where(running, token, rows.token),
+        position=rows.position + running,
+        count=count,
+        status=jnp.where(running, status, rows.status),
+    )
+    written = jnp.where(running, token, -1)
+    if level == "full":
+        written = _with_logprobs(written, *logprobs(scores, token, MOST_ALTERNATIVES))
+    if seen is not None:
+        seen = add_seen(seen, token, running)
+    return (pages, rows, seen), written
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def read(
+    setup: Setup,
+    scored: bool,
+    params: Params,
+    pages: list[Pages],
+    tokens: Int[Array, "N Q"],
+    place: Place,
+    following: Int[Array, "N Q"] | None,
+) -> tuple[list[Pages], Int[Array, "N Q _"] | None]:
+    """Reads chunks of prompts into the pages.
+
+    With `scored`, returns for each token that comes after one of these (`following`) what `decode` returns at level
+    "full".
+    """
+
+    def run(params, pages, tokens, place, following):
+        hidden, pages = paged_hidden(setup.config, params, tokens, place, pages, setup.dtype)
+        if not scored:
+            return pages, None
+        assert following is not None
+        # The logits of some positions at a time: those of all would take far more memory than the rest.
+        at_once = min(SCORED, tokens.size)
+        states = hidden.reshape(-1, at_once, hidden.shape[-1])
+
+        def score(batch: tuple[Float[Array, "S D"], Int[Array, " S"]]) -> Int[Array, "S _"]:
+            states, ids = batch
+            return _with_logprobs(ids, *logprobs(logits(setup.config, params, states), ids, MOST_ALTERNATIVES))
+
+        scores = jax.lax.map(score, (states, following.reshape(-1, at_once)))
+        return pages, scores.reshape(*tokens.shape, -1)
+
+    split = P(*BATCH_SPEC)
+    pages, scores = _on_shards(setup, run, (P(), split, split, split, split), (split, split))(
+        params, pages, tokens, place, following
+    )
+    return _constrain(setup.pages_sharding, pages), _everywhere(setup, scores)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def copy_pages(setup: Setup, pages: list[Pages], source: Int[Array, " C"], target: Int[Array, " C"]) -> list[Pages]:
+    """Copies pages within each shard; a target beyond the last page is no copy."""
+
+    def run(pages, source, target):
+        return jax.tree.map(lambda page: page.at[target].set(page[source], mode="drop"), pages)
+
+    split = P(*BATCH_SPEC)
+    return _constrain(setup.pages_sharding, _on_shards(setup, run, (split,) * 3, split)(pages, source, target))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def set_seen(setup: Setup, seen: Seen, row: Int[Array, ""], values: Int[Array, " V"]) -> Seen:
+    """`seen` with the values of a row, which is numbered over all shards."""
+    return _constrain(setup.sharding(), seen.at[row].set(values))
+
+
+def _with_logprobs(
+    ids: Int[Array, " B"], own: Float[Array, " B"], best: Int[Array, "B K"], values: Float[Array, "B K"]
+) -> Int[Array, "B 2+2*K"]:
+    """All in one array of integers, so that the host reads one."""
+    floats = jax.lax.bitcast_convert_type(jnp.concatenate([own[:, None], values], axis=1), jnp.int32)
+    return jnp.concatenate([ids[:, None], floats[:, :1], best, floats[:, 1:]], axis=1)
+
+
+def _on_shards(setup: Setup, run, in_specs, out_specs):
+    """`run` for each shard's own rows and pages."""
+    if setup.mesh is None:
+        return run
+    mesh, axes = setup.mesh, set(BATCH_SPEC[0])
+    if all(mesh.shape[axis] == 1 for axis in mesh.axis_names if axis not in axes):
+        axes = set(mesh.axis_names)  # where nothing else is split, nothing is left to the compiler
+    return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
+
+
+def _constrain(sharding: NamedSharding | None, tree: Any) -> Any:
+    return tree if sharding is None else jax.lax.with_sharding_constraint(tree, sharding)
+
+
+def _everywhere(setup: Setup, tree: Any) -> Any:
+    """Replicates a result, so that each of several processes can read all rows."""
+    return tree if setup.mesh is None else _constrain(NamedSharding(setup.mesh, P()), tree)

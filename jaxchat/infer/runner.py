@@ -1,0 +1,279 @@
+"""The engine's cache and rows on the devices, and the calls of its programs.
+
+Every program is compiled ahead of its first call, for a few sizes: rows that decode, and chunks that are read, are
+rounded up. What was compiled is kept for the process, and depends on the shapes of the parameters alone, so that other
+parameters, and other engines for the same model, compile nothing again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxchat.devices.mesh import put_whole
+from jaxchat.infer import programs
+from jaxchat.infer.programs import STOPS, Lanes, Setup
+from jaxchat.infer.request import Sampling
+from jaxchat.infer.sampling import LEVELS, Level, Settings, seen_of, settings_of
+from jaxchat.infer.scheduler import Budget, Chunk, Copy, Row
+from jaxchat.model.gpt import Params
+from jaxchat.ops.pages import PAGE, Place
+
+STEPS = 8  # tokens that a row draws in a call, without the host
+COPIES = 8  # pages copied in a call
+GROWTH = 4  # from one size of `read` to the next
+
+_compiled: dict[Hashable, Any] = {}
+_signatures: dict[Hashable, int] = {}
+_lock = threading.Lock()
+
+
+def signature_of(params: Params) -> int:
+    """A number that stands for the shapes, dtypes and places of parameters."""
+    leaves, tree = jax.tree.flatten(params)
+    described = (tree, tuple((leaf.shape, leaf.dtype.name, leaf.sharding) for leaf in leaves))
+    return _signatures.setdefault(described, len(_signatures))
+
+
+def compilations() -> int:
+    """How many programs this process has compiled for generation."""
+    return len(_compiled)
+
+
+class Runner:
+    """Pages and rows, as many for each shard of the devices.
+
+    Args:
+      params: any with the shapes of those that will run.
+      pages: of each shard.
+      slots: rows of each shard.
+      cache_dtype: of keys and values in the pages.
+      budget: decides the sizes of `read`.
+    """
+
+    def __init__(self, setup: Setup, params: Params, *, pages: int, slots: int, cache_dtype: Any, budget: Budget):
+        self.setup, self.slots, self.budget = setup, slots, budget
+        self.page_count, self.cache_dtype = pages, jnp.dtype(cache_dtype)
+        self.use(params)
+        self.table_width = -(-setup.config.sequence_len // PAGE)
+        self.pages, self.carried = programs.new_cache(setup, pages, slots, self.cache_dtype)
+        self.seen: Array | None = None
+        self.warm = False
+        rows = slots * setup.shards
+        self._limit, self._pause = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        self._stops = np.zeros((rows, STOPS), np.int32)
+        self._table = np.zeros((rows, self.table_width), np.int32)
+        one = settings_of([Sampling()])
+        self._settings = Settings(*(np.repeat(values, rows, axis=0) for values in one))
+        self._joined = np.zeros(rows, np.int64)  # tells apart the rows that a slot has had
+        self._last: tuple[Hashable, Lanes] | None = None
+
+    def use(self, params: Params) -> None:
+        """Takes other parameters for all that follows."""
+        self.params = params
+        self.signature = (
+            self.setup,
+            self.budget,
+            signature_of(params),
+            self.page_count,
+            self.slots,
+            self.cache_dtype.name,
+        )
+
+    def join(self, row: Row, sampling: Sampling, stops: Sequence[int], pause: int) -> None:
+        """Notes what a row that got its place is to do."""
+        at = self._index(row)
+        self._limit[at], self._pause[at] = row.limit, pause
+        self._stops[at] = [*stops[:STOPS], *[-1] * (STOPS - len(stops))]
+        self._table[at] = [*row.pages, *[0] * (self.table_width - len(row.pages))]
+        for values, new in zip(self._settings, settings_of([sampling]), strict=True):
+            values[at] = new[0]
+        self._joined[at] += 1
+
+    def set_seen(self, row: Row) -> None:
+        """Writes the ids that the prompt and the answer of a row have."""
+        size = self.setup.config.padded_vocab_size
+        values = seen_of(row.tokens[: row.prompt], row.tokens[row.prompt :], size)
+        args = self._all_seen(), np.int32(self._index(row)), values
+        self.seen = self._program(programs.set_seen, (), args)(*args)
+
+    def decode(self, lanes: Sequence[Sequence[Row]], level: Level, steps: int) -> Array:
+        """Draws up to `steps` tokens for the rows of each shard; returns [steps, lanes, ...], still being computed."""
+        size = self._row_size(max(map(len, lanes)), level, steps)
+        args = self._decode_args(level, self._lanes(lanes, size, level))
+        self.pages, self.carried, seen, written = self._program(programs.decode, (level, steps), args, size)(*args)
+        self.seen = self.seen if seen is None else seen
+        for row in (row for rows in lanes for row in rows):
+            row.ahead += steps
+            row.fresh = False
+        written.copy_to_host_async()
+        return written
+
+    def lane_rows(self, lanes: Sequence[Sequence[Row]], written: np.ndarray) -> list[tuple[Row, np.ndarray]]:
+        """Each row with what `decode` has written for it."""
+        size = written.shape[1] // self.setup.shards
+        return [(row, written[:, shard * size + i]) for shard, rows in enumerate(lanes) for i, row in enumerate(rows)]
+
+    def read(self, chunks: Sequence[Chunk], scored: bool) -> Array | None:
+        """Reads chunks; if `scored`, returns [N, Q, ...] for `chunk_rows`."""
+        args, size = self._read_args(chunks, scored)
+        self.pages, scores = self._program(programs.read, (scored,), args, size)(*args)
+        if scores is not None:
+            scores.copy_to_host_async()
+        return scores
+
+    def chunk_rows(self, chunks: Sequence[Chunk], scores: np.ndarray) -> list[tuple[Chunk, np.ndarray]]:
+        """Each chunk with the scores of the tokens that follow its own."""
+        places = self._chunk_places(chunks, len(scores) // self.setup.shards)
+        return [(chunk, scores[at, : chunk.count]) for chunk, at in zip(chunks, places, strict=True)]
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Copies pages."""
+        of_shard = [[copy for copy in copies if copy.shard == shard] for shard in range(self.setup.shards)]
+        for start in range(0, max(map(len, of_shard)), COPIES):
+            args = self._copy_args([own[start : start + COPIES] for own in of_shard])
+            self.pages = self._program(programs.copy_pages, (), args)(*args)
+
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compiles every program in every size; `progress` gets how many are done, and how many there are."""
+        sizes = [1 << i for i in range((self.slots - 1).bit_length())] + [self.slots]
+        work: list[tuple[Callable, tuple, tuple, int]] = []
+        nobody: list[list[Row]] = [[] for _ in range(self.setup.shards)]
+        for level in LEVELS:
+            for size in sizes:
+                args = self._decode_args(level, self._lanes(nobody, size, level))
+                work.extend((programs.decode, (level, steps), args, size) for steps in (1, STEPS))
+        for scored, count in [(True, self.budget.scored), *((False, size) for size in self._read_sizes())]:
+            args, size = self._read_args([], scored, count)
+            work.append((programs.read, (scored,), args, size))
+        work.append((programs.copy_pages, (), self._copy_args(nobody), 0))
+        one = self._all_seen(), np.int32(0), np.zeros(self.setup.config.padded_vocab_size, np.int32)
+        work.append((programs.set_seen, (), one, 0))
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            done = [threads.submit(self._program, *item) for item in work]
+            for i, future in enumerate(done):
+                if progress is not None:
+                    progress(i, len(work))
+                future.result()
+        if progress is not None:
+            progress(len(work), len(work))
+        self.warm = True
+
+    # --- sizes and programs -------------------------------------------------------------------------------------------
+
+    def _program(self, function: Callable, static: tuple, args: tuple, size: int = 0) -> Any:
+        key = self._key(function, static, size)
+        compiled = _compiled.get(key)
+        if compiled is None:
+            compiled = function.lower(self.setup, *static, *args).compile()  # pyright: ignore[reportFunctionMemberAccess]
+            with _lock:
+                compiled = _compiled.setdefault(key, compiled)
+        return compiled
+
+    def _key(self, function: Callable, static: tuple, size: int) -> Hashable:
+        return function.__name__, static, size, self.signature
+
+    def _known(self, function: Callable, static: tuple, size: int) -> bool:
+        return self._key(function, static, size) in _compiled
+
+    def _row_size(self, rows: int, level: Level, steps: int) -> int:
+        """`rows` rounded up to a power of two; or more, if only that is compiled."""
+        sizes = [size for size in (1 << i for i in range(self.slots.bit_length())) if rows <= size < self.slots]
+        sizes.append(self.slots)
+        return next((size for size in sizes if self._known(programs.decode, (level, steps), size)), sizes[0])
+
+    def _read_sizes(self) -> list[int]:
+        sizes = [1]
+        while sizes[-1] < self.budget.idle:
+            sizes.append(sizes[-1] * GROWTH)
+        return sizes
+
+    # --- arrays for the devices ---------------------------------------------------------------------------------------
+
+    def _put(self, tree: Any) -> Any:
+        mesh = self.setup.mesh
+        return jax.device_put(tree) if mesh is None else jax.tree.map(lambda array: put_whole(mesh, array), tree)
+
+    def _index(self, row: Row) -> int:
+        return row.shard * self.slots + row.slot
+
+    def _all_seen(self) -> Array:
+        if self.seen is None:
+            shape = (self.slots * self.setup.shards, self.setup.config.padded_vocab_size)
+            self.seen = jnp.zeros(shape, jnp.int32, device=self.setup.sharding())
+        return self.seen
+
+    def _decode_args(self, level: Level, lanes: Lanes) -> tuple:
+        return self.params, self.pages, self.carried, self._all_seen() if level == "full" else None, lanes
+
+    def _lanes(self, lanes: Sequence[Sequence[Row]], size: int, level: Level) -> Lanes:
+        at = np.full((len(lanes), size), -1)
+        for shard, rows in enumerate(lanes):
+            at[shard, : len(rows)] = [self._index(row) for row in rows]
+        at = at.reshape(-1)
+        fresh = [(shard * size + i, row) for shard, rows in enumerate(lanes) for i, row in enumerate(rows) if row.fresh]
+        key = (level, at.tobytes(), self._joined[at].tobytes())
+        if not fresh and self._last is not None and self._last[0] == key:
+            return self._last[1]
+        given = np.zeros((4, len(at)), np.int32)
+        for i, row in fresh:
+            given[:, i] = 1, row.tokens[-1], len(row.tokens) - 1, row.written
+        settings = Settings(*(values[at] for values in self._settings))
+        if level != "full":  # which alone reads the biases
+            settings = settings._replace(bias_ids=settings.bias_ids[:, :0], bias_values=settings.bias_values[:, :0])
+        arrays = Lanes(
+            slot=np.where(at < 0, self.slots, at % self.slots).astype(np.int32),
+            fresh=given[0] == 1,
+            token=given[1],
+            position=given[2],
+            count=given[3],
+            limit=self._limit[at],
+            pause=self._pause[at],
+            stops=self._stops[at],
+            table=self._table[at],
+            settings=settings,
+        )
+        arrays = self._put(arrays)
+        self._last = None if fresh else (key, arrays)
+        return arrays
+
+    def _chunk_places(self, chunks: Sequence[Chunk], size: int) -> list[int]:
+        """Which of the program's rows each chunk is in: `size` of them for each shard."""
+        used, places = [0] * self.setup.shards, []
+        for chunk in chunks:
+            places.append(chunk.row.shard * size + used[chunk.row.shard])
+            used[chunk.row.shard] += 1
+        return places
+
+    def _read_args(self, chunks: Sequence[Chunk], scored: bool, size: int | None = None) -> tuple[tuple, int]:
+        if size is None:
+            count = np.bincount([chunk.row.shard for chunk in chunks]).max()
+            enough = [size for size in self._read_sizes() if size >= count]
+            near = [size for size in enough[:2] if self._known(programs.read, (scored,), size)]
+            size = self.budget.scored if scored else (near or enough)[0]
+        rows, length = size * self.setup.shards, self.budget.chunk
+        tokens, following = np.zeros((2, rows, length), np.int32)
+        place = Place(np.zeros((rows, self.table_width), np.int32), *np.zeros((2, rows), np.int32))
+        for at, (row, start, count) in zip(self._chunk_places(chunks, size), chunks, strict=True):
+            tokens[at, :count] = row.tokens[start : start + count]
+            following[at, :count] = row.tokens[start + 1 : start + 1 + count]
+            place.table[at] = self._table[self._index(row)]
+            place.start[at], place.count[at] = start, count
+        arrays = self._put((tokens, place, following if scored else None))
+        return (self.params, self.pages, *arrays), size
+
+    def _copy_args(self, copies: Sequence[Sequence[Copy]]) -> tuple:
+        source = np.zeros((len(copies), COPIES), np.int32)
+        target = np.full((len(copies), COPIES), self.page_count, np.int32)
+        for shard, own in enumerate(copies):
+            for i, copy in enumerate(own):
+                source[shard, i], target[shard, i] = copy.source, copy.target
+        return (self.pages, *self._put((source.reshape(-1), target.reshape(-1))))

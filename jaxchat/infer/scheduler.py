@@ -1,0 +1,285 @@
+"""Which rows read their prompts and which decode, turn by turn. Plain Python, without JAX.
+
+A row is a request that is being worked on. Its newest token is never in the cache: decoding puts it there, and draws
+the next one. So a row first reads all tokens but the last (of its prompt, or of a prompt's end after what is cached, or
+of a tool's answer), in chunks, and decodes from there.
+
+Requests are taken in order, as soon as there is a place for a row and pages for the prompt and the longest answer: a
+row that runs always runs to its end. The decisions depend on the requests and on what the rows wrote, never on time, so
+that several processes decide alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from jaxchat.infer.pages import PagePool
+
+
+@dataclass(eq=False)
+class Row:
+    """A request at work.
+
+    Attributes:
+      tokens: the prompt and, as far as the host knows it, the answer.
+      prompt: how many of them are the prompt's.
+      limit: the most tokens of the answer.
+      scored: whether the prompt's log-probabilities are wanted, so that all of it must be read.
+      owner: whatever the engine knows about the request.
+      shard, slot: where the row lives: among the rows of this shard of the devices.
+      pages: of the shard, for the prompt and the longest answer.
+      cached: how many tokens have their keys and values in the pages, once the work planned so far is done.
+      fresh: whether the device has yet to be told the newest token.
+      ahead: steps of decoding that were planned and whose result is not known yet.
+      paused: a tool is at work for the row.
+    """
+
+    tokens: list[int]
+    prompt: int
+    limit: int
+    scored: bool = False
+    owner: Any = None
+    shard: int = 0
+    slot: int = -1
+    pages: list[int] = field(default_factory=list)
+    cached: int = 0
+    fresh: bool = True
+    ahead: int = 0
+    paused: bool = False
+
+    @property
+    def written(self) -> int:
+        """Tokens of the answer that are known."""
+        return len(self.tokens) - self.prompt
+
+
+class Chunk(NamedTuple):
+    """Tokens of a row that are read together: `count` from `start` on."""
+
+    row: Row
+    start: int
+    count: int
+
+
+class Copy(NamedTuple):
+    """A page that is copied within a shard."""
+
+    shard: int
+    source: int
+    target: int
+
+
+class Plan(NamedTuple):
+    """A turn's work, in the order in which the devices do it.
+
+    Attributes:
+      chunks: of prompts, to be read at once; several of a row follow each other.
+      scored: whether log-probabilities are wanted of them.
+      copies: of pages, afterwards.
+      joined: rows that have got their place in this turn.
+      lanes: for each shard, the rows that decode.
+    """
+
+    chunks: list[Chunk]
+    scored: bool
+    copies: list[Copy]
+    joined: list[Row]
+    lanes: list[list[Row]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of the prompts is read in a turn, by each shard.
+
+    Attributes:
+      chunk: the most tokens of a chunk.
+      idle: the most chunks while no row decodes.
+      busy: the most chunks while rows decode, which wait for them.
+      scored: the most chunks whose log-probabilities are wanted.
+    """
+
+    chunk: int
+    idle: int
+    busy: int
+    scored: int
+
+
+class Scheduler:
+    """The rows at work and those that wait.
+
+    Args:
+      pools: the pages of each shard of the devices.
+      slots: rows that each shard has room for.
+      most_rows: that work at once, over all shards.
+    """
+
+    def __init__(self, pools: Sequence[PagePool], slots: int, budget: Budget, most_rows: int | None = None):
+        self.pools, self.slots, self.budget = list(pools), slots, budget
+        self.most_rows = len(self.pools) * slots if most_rows is None else most_rows
+        self.waiting: deque[Row] = deque()
+        self.reading: list[Row] = []
+        self.decoding: list[Row] = []
+        self.queries = self.hits = 0  # tokens of prompts, and those that were cached
+        self._free = [list(range(slots - 1, -1, -1)) for _ in self.pools]
+
+    @property
+    def running(self) -> int:
+        """Rows that have a place."""
+        return sum(self.slots - len(free) for free in self._free)
+
+    @property
+    def usage(self) -> float:
+        """The share of the pages that rows hold."""
+        total = sum(pool.count for pool in self.pools)
+        return 1 - sum(pool.available for pool in self.pools) / total
+
+    def pages_for(self, row: Row) -> int:
+        """The pages that a row needs: the last token of the longest answer is never cached."""
+        return self.pools[0].pages_for(row.prompt + row.limit - 1)
+
+    def add(self, row: Row) -> None:
+        """Puts a row at the end of the queue."""
+        self.waiting.append(row)
+
+    def wrote(self, row: Row, token: int) -> None:
+        """Adds a token that a row has decoded. All tokens before it are cached then."""
+        row.tokens.append(token)
+        row.cached = len(row.tokens) - 1
+
+    def pause(self, row: Row) -> None:
+        """The row decodes no more until `resume`."""
+        row.paused = True
+        self.decoding.remove(row)
+
+    def resume(self, row: Row, answer: Sequence[int]) -> None:
+        """The row reads its newest token and `answer` up to the last token, and decodes from there."""
+        row.paused, row.fresh = False, True
+        row.tokens.extend(answer)
+        (self.reading if row.cached < len(row.tokens) - 1 else self.decoding).append(row)
+
+    def leave(self, row: Row) -> None:
+        """Takes a row out, finished or not: its place is free, and what it cached can be shared."""
+        if row.slot < 0:
+            self.waiting.remove(row)
+            return
+        for rows in (self.reading, self.decoding):
+            if row in rows:
+                rows.remove(row)
+        pool = self.pools[row.shard]
+        pool.learn(row.tokens[: row.cached], row.pages)
+        pool.release(row.pages)
+        self._free[row.shard].append(row.slot)
+        row.pages = []
+
+    def forget_cached(self) -> None:
+        """Forgets all pages that no row holds, and shares none of the others: the parameters have changed."""
+        for pool in self.pools:
+            pool.forget_all()
+
+    def plan(self) -> Plan:
+        """The next turn's work. What it reads and copies counts as cached from here on."""
+        room = [self._chunks_at_once()] * len(self.pools)
+        chunks: list[Chunk] = []
+        copies: list[Copy] = []
+        joined: list[Row] = []
+        donors: list[tuple[PagePool, int]] = []
+        copied: set[Row] = set()  # their pages are copied after this turn's chunks are read
+        scored = False
+        while True:
+            for row in [row for row in self.reading if row not in copied]:
+                if chunks and scored != row.scored:
+                    break
+                if not chunks:
+                    scored = row.scored
+                    if scored:
+                        room = [min(left, self.budget.scored) for left in room]
+                chunks.extend(self._read(row, room))
+            if any(row not in copied for row in self.reading) or not self.waiting:
+                break
+            row = self.waiting[0]
+            shard = self._place(row)
+            if shard is None:
+                break
+            copy = self._admit(row, shard)
+            joined.append(row)
+            if copy is not None:
+                copies.append(copy)
+                copied.add(row)
+                donors.append((self.pools[shard], copy.source))
+        for pool, page in donors:
+            pool.release([page])
+        lanes: list[list[Row]] = [[] for _ in self.pools]
+        for row in self.decoding:
+            if row.written + row.ahead < row.limit:
+                lanes[row.shard].append(row)
+        return Plan(chunks, scored, copies, joined, lanes)
+
+    def _chunks_at_once(self) -> int:
+        return self.budget.busy if self.decoding else self.budget.idle
+
+    def _read(self, row: Row, room: list[int]) -> list[Chunk]:
+        """The chunks of a row that there is room for."""
+        chunks, end = [], len(row.tokens) - 1
+        while row.cached < end and room[row.shard] > 0:
+            chunk = Chunk(row, row.cached, min(self.budget.chunk, end - row.cached))
+            chunks.append(chunk)
+            row.cached += chunk.count
+            room[row.shard] -= 1
+        # The devices work in order: what reads these pages is planned later, and so is done later.
+        self.pools[row.shard].learn(row.tokens[: row.cached], row.pages)
+        if row.cached == end:
+            self.reading.remove(row)
+            self.decoding.append(row)
+        return chunks
+
+    def _place(self, row: Row) -> int | None:
+        """The shard with a place and pages for a row: the one with the fewest rows. None if there is none."""
+        if self.running >= self.most_rows:
+            return None
+        need = self.pages_for(row)
+        fits = [
+            shard
+            for shard, (free, pool) in enumerate(zip(self._free, self.pools, strict=True))
+            if free and need <= pool.available + self._shared(pool, row)
+        ]
+        return max(fits, key=lambda shard: len(self._free[shard]), default=None)
+
+    def _shared(self, pool: PagePool, row: Row) -> int:
+        """Pages of a row that other rows hold now, so that they take none of the available ones."""
+        return sum(pool.is_held(page) for page in self._match(pool, row).pages)
+
+    def _match(self, pool: PagePool, row: Row) -> Any:
+        # The newest token is read by decoding. If the prompt's log-probabilities are wanted, all of it is.
+        return pool.match(() if row.scored else row.tokens[:-1])
+
+    def _admit(self, row: Row, shard: int) -> Copy | None:
+        """Gives a row its place and its pages; the copy that begins its first page of its own, if that pays."""
+        self.waiting.popleft()
+        row.shard, row.slot, pool = shard, self._free[shard].pop(), self.pools[shard]
+        match = self._match(pool, row)
+        pool.hold(match.pages)
+        row.cached = len(match.pages) * pool.size
+        donor = match.donor if match.donor is not None and self._copy_pays(row, match.common) else None
+        need = self.pages_for(row) - len(match.pages)
+        if donor is not None:
+            pool.hold([donor])
+            if need > pool.available:  # the donor itself is needed
+                pool.release([donor])
+                donor = None
+        own = pool.take(need)
+        row.pages = match.pages + own
+        self.queries += row.prompt
+        if donor is not None:
+            row.cached += match.common
+        self.hits += row.cached
+        (self.reading if row.cached < len(row.tokens) - 1 else self.decoding).append(row)
+        return None if donor is None else Copy(shard, donor, own[0])
+
+    def _copy_pays(self, row: Row, common: int) -> bool:
+        """Whether there are fewer chunks to read after `common` tokens of a page were copied."""
+        left = len(row.tokens) - 1 - row.cached
+        return math.ceil((left - common) / self.budget.chunk) < math.ceil(left / self.budget.chunk)
