@@ -105,9 +105,12 @@ function checkedFrame(frame) {
   return frame;
 }
 
-/** What a person can do about an error: `{title, text, retry}`; `retry` says whether the same request may work later. */
+/**
+ * What a person can do about an error: `{title, text, retry}`; `retry` says whether the same request may work later.
+ * `error` is an ApiError, what was kept of one, or a fault of the page.
+ */
 export function advice(error, info = null) {
-  if (!(error instanceof ApiError)) return { title: "Something went wrong in the page.", text: `${error.message}. Reload the page.`, retry: true };
+  if (!Number.isInteger(error.status)) return { title: "Something went wrong in the page.", text: `${error.message}. Reload the page.`, retry: true };
   if (error.code === "gone") {
     return { title: "The server does not answer.", text: "It may have stopped. Start jaxchat serve again, then try again here.", retry: true };
   }

@@ -70,11 +70,11 @@ export function settingsDialog(settings, base, changed) {
     element(
       "div",
       { class: "pair" },
-      whole("top_k", "Top-k", "Draw from the k likeliest tokens.", settings, 1, "all", set),
+      whole("top_k", "Top-k", "Of the likeliest tokens.", settings, 1, "all", set),
       whole("max_tokens", "Longest answer", "In tokens.", settings, 1, "as much as fits", set),
     ),
     slider("top_p", "Top-p", "Draw from the likeliest tokens that together have this probability.", settings, [0.05, 1], set),
-    whole("seed", "Seed", "The same seed gives the same answer; a retry takes the next one.", settings, 0, "a new one each time", set),
+    whole("seed", "Seed", "The same seed, the same answer. A retry takes the next.", settings, 0, "a new one each time", set),
   );
   const reset = element("button", { type: "button" }, "Back to the defaults");
   const box = dialog("Settings", form);

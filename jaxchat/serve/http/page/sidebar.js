@@ -78,12 +78,11 @@ export function mountSidebar(list, search, tools, app, themeButton) {
       items[(items.indexOf(document.activeElement) + step + items.length) % items.length].focus();
     });
     box.addEventListener("toggle", ({ newState }) => newState === "closed" && (box.remove(), anchor.focus()));
-    anchor.after(box);
+    document.getElementById("dialogs").append(box);
     box.showPopover();
     const place = anchor.getBoundingClientRect();
     box.style.left = `${Math.max(8, Math.min(place.left, innerWidth - box.offsetWidth - 8))}px`;
     box.style.top = `${Math.min(place.bottom + 4, innerHeight - box.offsetHeight - 8)}px`;
-    box.style.right = box.style.bottom = "auto";
     box.firstElementChild.focus();
   }
 
