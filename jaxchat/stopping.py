@@ -233,6 +233,11 @@ def interruptible() -> Iterator[None]:
         deferral.waiting = False
 
 
+def asked() -> bool:
+    """Whether the work within `deferred` was asked to end."""
+    return _deferral is not None and _deferral.cause is not None
+
+
 def raise_if_asked() -> None:
     """Raises `Interrupted` if the work was asked to end; for loops that take long within `deferred`."""
     deferral = _deferral

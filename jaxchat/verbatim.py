@@ -14,8 +14,8 @@ from typing import Literal, TextIO
 from rich.segment import Segment, Segments
 from rich.style import Style as RichStyle
 
-Style = Literal["", "bold", "dim"]
-_SGR = {"bold": 1, "dim": 2}  # "select graphic rendition", the terminal's own codes
+Style = Literal["", "bold", "dim", "red"]
+_SGR = {"bold": 1, "dim": 2, "red": 31}  # "select graphic rendition", the terminal's own codes
 _CONTROLS = {*range(0x20), *range(0x7F, 0xA0)}
 _REMOVED = dict.fromkeys(_CONTROLS - {ord("\n"), ord("\t")})
 _ESCAPED = {code: repr(chr(code))[1:-1] for code in _CONTROLS | {0x2028, 0x2029}}
@@ -40,15 +40,19 @@ def write(text: str, stream: TextIO | None, *, style: Style = "", end: str = "")
     if stream is None:
         return
     text = without_controls(text)
-    if style and text and _shows_styles(stream):
-        text = f"\x1b[{_SGR[style]}m{text}\x1b[0m"
-    stream.write(text + end)
+    begin, reset = codes(style, stream) if text else ("", "")
+    stream.write(f"{begin}{text}{reset}{end}")
     stream.flush()
+
+
+def codes(style: Style, stream: TextIO) -> tuple[str, str]:
+    """What begins and what ends a style on this stream; nothing where none is shown."""
+    return (f"\x1b[{_SGR[style]}m", "\x1b[0m") if style and _shows_styles(stream) else ("", "")
 
 
 def segments(*pieces: tuple[str, Style]) -> Segments:
     """Pieces of text and their styles, which a console of rich's prints unchanged, apart from control codes."""
-    styles = {"": None, "bold": RichStyle(bold=True), "dim": RichStyle(dim=True)}
+    styles = {"": None, "bold": RichStyle(bold=True), "dim": RichStyle(dim=True), "red": RichStyle(color="red")}
     return Segments([Segment(without_controls(text), styles[style]) for text, style in pieces])
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import secrets
+from collections.abc import Callable
 from typing import Any
 
-from jaxchat.cli.values import number, path, whole
-from jaxchat.config import Range
+from jaxchat.cli.tools import add_tool_options
+from jaxchat.cli.values import path
+from jaxchat.errors import UserError
+from jaxchat.serve.settings import SETTINGS, Setting, Settings
 
 
 def add_command(commands: Any) -> None:
@@ -32,29 +36,49 @@ def add_command(commands: Any) -> None:
         metavar="TEXT",
         help="Print the answer to TEXT and exit; with -, to standard input.",
     )
-    add(
-        "--temperature",
-        type=number(Range(at_least=0)),
-        default=0.6,
-        metavar="X",
-        help="Sampling temperature; 0 always takes the likeliest token. (default 0.6)",
-    )
-    count = whole(Range(at_least=1))
-    add("--top-k", type=count, default=50, metavar="K", help="Sample from the K likeliest tokens. (default 50)")
-    add(
-        "--seed",
-        type=whole(Range(at_least=0)),
-        metavar="N",
-        help="Random seed, to repeat a conversation exactly. (default: a new one each time)",
-    )
-    add("--max-tokens", type=count, default=256, metavar="N", help="Longest answer, in tokens. (default 256)")
+    add("--system", metavar="TEXT", help="System prompt: text that the model is told before the first question.")
+    for setting in SETTINGS.values():
+        default = None if setting.name == "seed" else setting.default
+        said = "a new one each time" if default is None else default
+        add(
+            f"--{setting.name}",
+            type=_value(setting),
+            default=default,
+            metavar=setting.letter,
+            help=f"{setting.help} (default{':' * (default is None)} {said})",
+        )
+    add_tool_options(add)
+    add("--no-history", action="store_true", help="Neither read nor keep the history of what is typed.")
     parser.set_defaults(command=_chat)
+
+
+def _value(setting: Setting) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            return setting.parse(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
 
 
 def _chat(arguments: argparse.Namespace) -> int:
     from jaxchat.devices.compile_cache import keep_compiled  # imports JAX: --help and bad options need not wait for it
+    from jaxchat.serve.line_editor import history_file
     from jaxchat.serve.terminal import chat
 
     keep_compiled()
-    options = {name: getattr(arguments, name) for name in ("step", "temperature", "top_k", "seed", "max_tokens")}
-    return chat(arguments.run, arguments.stage, arguments.prompt, **options)
+    values = {setting.field: getattr(arguments, setting.field) for setting in SETTINGS.values()}
+    if arguments.seed is None:
+        values["seed"] = secrets.randbelow(2**31)
+    return chat(
+        arguments.run,
+        arguments.stage,
+        arguments.prompt,
+        step=arguments.step,
+        settings=Settings(**values),
+        system=arguments.system or "",
+        tools=arguments.tools,
+        uncontained=arguments.uncontained,
+        history=None if arguments.no_history else history_file(),
+    )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Iterator
-from typing import TextIO
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TextIO
 
 from jaxchat.errors import UserError, check
+from jaxchat.serve.line_editor import LineEditor
 from jaxchat.stopping import Interrupted, signals_raise
 from jaxchat.verbatim import write
 
 LONGEST = 16 * 2**20  # bytes: more than fits into any context, and soon read
+QUOTES = '"""'  # around a message of several lines
 
 
 def piped_message(stream: TextIO | None) -> str:
@@ -51,33 +53,59 @@ def _decoded(data: bytes, locale: str) -> str:
         ) from None
 
 
-def typed_lines() -> Iterator[str]:
-    """The lines typed at the prompt that are not blank, until Ctrl-D.
+class Typed(NamedTuple):
+    """What was typed at the prompt: a message or, if it begins with a slash and is no `block`, a command."""
 
-    The prompt goes to the terminal, and never into a file that standard output was redirected to.
+    text: str
+    block: bool = False
+
+
+def typed(editor: LineEditor) -> Iterator[Typed]:
+    """The messages and commands typed at the prompt that are not blank, until Ctrl-D.
+
+    A line that ends in a backslash goes on with the next one, and a message between lines of three quotation marks has
+    all that stands between them; there Ctrl-D only ends the message. Pasted lines are one message where the terminal
+    marks them as pasted. The prompt goes to the terminal, and never into a file that standard output was redirected to.
     """
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (gives input() line editing and a history)
     with contextlib.ExitStack() as stack:
         terminal = sys.stderr if sys.stderr.isatty() else None
         if terminal is None:
             with contextlib.suppress(OSError):
                 terminal = stack.enter_context(open("/dev/tty", "w"))
+        lines: list[str] = []  # of a message that goes on
         while True:
+            ended = False
             try:
                 with signals_raise():
-                    if sys.stdout.isatty():
-                        line = input("> ")
-                    else:  # input() would write its prompt to standard output
-                        write("> ", terminal)
-                        line = input()
+                    lines.append(editor.read("... " if lines else "> ", terminal))
             except (EOFError, OSError):  # Ctrl-D, or the terminal is gone
                 write("\n", terminal)
-                return
+                if not lines:
+                    return
+                ended = True
             except Interrupted:  # by another signal than Ctrl-C
                 raise
             except KeyboardInterrupt:
-                write("\n(press Ctrl-D or type /quit to leave)\n", terminal)
+                what = "message discarded; " if lines else ""
+                write(f"\n({what}press Ctrl-D or type /quit to leave)\n", terminal)
+                lines.clear()
                 continue
-            if line := line.strip():
-                yield line
+            message = whole_message(lines, ended=ended)
+            if message is not None:
+                editor.remember("\n".join(lines).strip() if message.block else message.text)
+                lines.clear()
+                if message.text:
+                    yield message
+
+
+def whole_message(lines: Sequence[str], *, ended: bool = False) -> Typed | None:
+    """The message that typed lines are; None if it goes on with the next one. `ended` says that there is none."""
+    text = "\n".join(lines).strip()
+    if text.startswith(QUOTES):
+        inside = text.removeprefix(QUOTES)
+        if not inside.endswith(QUOTES) and not ended:
+            return None
+        return Typed(inside.removesuffix(QUOTES).strip("\n"), block=True)
+    if lines[-1].endswith("\\") and not ended:
+        return None
+    return Typed("\n".join(line.removesuffix("\\") for line in lines).strip())

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
-import secrets
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TextIO
 
 from jaxchat import stopping
 from jaxchat.errors import UserError, check
 from jaxchat.infer.trained import load_model
+from jaxchat.serve.commands import HELP, Commands, completions, split
 from jaxchat.serve.conversation import Conversation
-from jaxchat.serve.standard_input import piped_message, typed_lines
+from jaxchat.serve.line_editor import LineEditor
+from jaxchat.serve.settings import Settings
+from jaxchat.serve.standard_input import piped_message, typed
 from jaxchat.serve.writer import Writer
 from jaxchat.stopping import Cause
+from jaxchat.tools.choice import choose_tool
 from jaxchat.verbatim import Style, one_line, write
-
-HELP = """\
-/clear   forget the conversation
-/quit    leave (or press Ctrl-D)
-/help    show this list
-Ctrl-C stops an answer; pressed twice, it leaves."""
 
 
 def chat(
@@ -31,63 +28,65 @@ def chat(
     stage: str | None,
     prompt: str | None,
     *,
-    step: str | None,
-    temperature: float,
-    top_k: int | None,
-    seed: int | None,
-    max_tokens: int,
+    step: str | None = None,
+    settings: Settings,
+    system: str = "",
+    tools: str = "calculator",
+    uncontained: bool = False,
+    history: Path | None = None,
 ) -> int:
     """Answers one message, or whatever a person types until it ends. Returns the exit code.
 
     The message is `prompt`. Without one, or if it is `-`, standard input is the message, all of its lines; without one
-    on a terminal, each line is a question. Only what the model writes, and a line break after it, goes to standard
-    output; remarks go to standard error.
+    on a terminal, a person types. Only what the model writes, and a line break after it, goes to standard output;
+    remarks go to standard error.
+
+    Args:
+      settings: checked values, as `serve.settings` parses them.
+      system: a system prompt; empty for none.
+      tools, uncontained: as for `choose_tool`.
+      history: the file for what is typed; None to keep nothing.
 
     Raises:
-      UserError: no such run, stage or step, an option out of its range, or a message that cannot be read or answered.
+      UserError: no such run, stage or step, a tool that would run programs which this machine cannot contain, or a
+        message that cannot be read or answered.
     """
-    finite = math.isfinite(temperature)
-    check(finite and temperature >= 0, f"--temperature is {temperature}; it must be 0 (the most likely token) or more")
-    check(top_k is None or top_k >= 1, f"--top-k is {top_k}; it must be at least 1")
-    check(max_tokens >= 1, f"--max-tokens is {max_tokens}; it must be at least 1")
     check(prompt is None or bool(prompt.strip()), "the prompt is empty; give --prompt some text")
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     interactive = prompt is None and sys.stdin is not None and sys.stdin.isatty()
     piped = prompt == "-" or (prompt is None and not interactive)
+    tool = choose_tool(tools, uncontained=uncontained, cancelled=stopping.asked)
     if sys.stderr.isatty():
         _note(f"loading {run_dir}")
     model = load_model(run_dir, stage, step)
     base = model.stage == "pretrain"
-    conversation = Conversation(
-        model.engine(),
-        base=base,
-        temperature=temperature,
-        top_k=top_k,
-        seed=secrets.randbelow(2**31) if seed is None else seed,
-        max_tokens=max_tokens,
-    )
+    conversation = Conversation(model.engine(), settings, base=base, tool=tool.answer)
+    if system:
+        conversation.instruct(system)
+    if tool.says and not base:
+        _note(tool.says)
     message = piped_message(sys.stdin) if piped else prompt
     if message is not None:
         return 130 if reply(conversation, message, sys.stdout, sys.stderr) else 0
     what = "a base model, which continues your text" if base else "/help lists the commands"
     _note(f"{run_dir} · {model.stage} · {what}")
-    for line in typed_lines():
-        if not line.startswith("/"):
-            try:
-                reply(conversation, line, sys.stdout, sys.stderr)
-            except UserError as error:
-                _note(f"error: {error}", style="")
-        elif line in ("/quit", "/exit"):
-            break
-        elif line == "/clear":
-            conversation.turns.clear()
-            _note("forgotten")
-        else:
-            if line != "/help":
-                _note(f"unknown command {line}")
-            write(HELP, sys.stderr, style="dim", end="\n")
+    commands = Commands(conversation, f"tools {'none' if base else tools}")
+    for line in typed(LineEditor(history, completions)):
+        try:
+            if line.block or not line.text.startswith("/"):
+                reply(conversation, line.text, sys.stdout, sys.stderr)
+            elif (name := split(line.text)[0]) in ("/quit", "/exit"):
+                break
+            elif name == "/help":
+                write(HELP, sys.stderr, style="dim", end="\n")
+            elif name == "/retry":
+                reply(conversation, None, sys.stdout, sys.stderr)
+            else:
+                _note(commands.run(line.text))
+        except UserError as error:
+            _note(f"error: {error}", style="red")
     return 0
 
 
@@ -95,15 +94,18 @@ def _note(text: str, style: Style = "dim") -> None:
     write(one_line(text), sys.stderr, style=style, end="\n")
 
 
-def reply(conversation: Conversation, text: str, out: TextIO, notes: TextIO | None) -> bool:
+def reply(conversation: Conversation, text: str | None, out: TextIO, notes: TextIO | None) -> bool:
     """Asks, prints the answer as it is generated, and remarks on `notes` if it was cut. Returns whether it was stopped.
 
+    Args:
+      text: the question; None for another answer to the last one.
+
     Raises:
-      UserError: the text does not fit into the context.
+      UserError: the text does not fit into the context, or there is no last question.
     """
     writer = Writer(conversation.engine.tokenizer)
     with stopping.deferred(alone=False, notice="") as request:  # no computation breaks off in the middle
-        answer = conversation.ask(text)
+        answer = conversation.retry() if text is None else conversation.ask(text)
         with contextlib.closing(answer.chunks):
             for tokens in answer.chunks:
                 show(writer.write(tokens), out)

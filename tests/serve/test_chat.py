@@ -1,12 +1,8 @@
 """`jaxchat chat` as a user has it: a process, with pipes or with a terminal."""
 
-import codecs
 import contextlib
 import json
 import os
-import pty
-import re
-import select
 import shutil
 import signal
 import subprocess
@@ -23,22 +19,17 @@ from jaxchat.checkpoint import Checkpoints
 from jaxchat.cli.main import main
 from jaxchat.config import CheckpointConfig
 from jaxchat.infer.trained import load_model
+from tests.serve.pseudo_terminal import Terminal
 
 ROOT = Path(__file__).parents[2]
 CHAT = ["-m", "jaxchat.cli.main", "chat"]
 GREEDY = ["--temperature", "0", "--max-tokens", "40"]
-# The first terminal that the leader of a session opens becomes its controlling one, whose Ctrl-C it gets.
-IN_TERMINAL = """
-import os, sys
-os.open(os.ttyname(0), os.O_RDWR)
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-"""
 
 
 def environment(run_dir):
-    cache = str(Path(run_dir) / "compiled")
-    changes = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": cache, "TERM": "xterm"}
-    return {**os.environ, **changes}
+    cache, state = (str(Path(run_dir) / name) for name in ("compiled", "state"))
+    changes = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache, "XDG_STATE_HOME": state}
+    return {**os.environ, **changes, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
 
 
 def chat(run_dir, *arguments, said=""):
@@ -52,53 +43,9 @@ def chat(run_dir, *arguments, said=""):
     )
 
 
-class Terminal:
+def in_terminal(run_dir, *arguments, output=None, **variables):
     """The chat in a pseudo-terminal."""
-
-    def __init__(self, run_dir, *arguments, output=None, **variables):
-        self.master, slave = pty.openpty()
-        stdout = slave if output is None else os.open(output, os.O_WRONLY | os.O_CREAT)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", IN_TERMINAL, *CHAT, "--run", run_dir, *arguments],
-            stdin=slave,
-            stdout=stdout,
-            stderr=slave,
-            env=environment(run_dir) | variables,
-            start_new_session=True,
-        )
-        for descriptor in {slave, stdout}:
-            os.close(descriptor)
-        self.decoder = codecs.getincrementaldecoder("utf-8")()
-        self.seen = ""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        os.close(self.master)
-
-    def expect(self, text, seconds=150):
-        """Reads until `text` has come, colours left out; returns everything up to its end."""
-        deadline = time.monotonic() + seconds
-        while text not in self.seen:
-            ready = select.select([self.master], [], [], max(0, deadline - time.monotonic()))[0]
-            assert ready, f"{text!r} did not come, but {self.seen!r}"
-            self.seen += self.decoder.decode(os.read(self.master, 4096))
-            self.seen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.seen)
-        before, _, self.seen = self.seen.partition(text)
-        return before + text
-
-    def expect_end(self):
-        """The exit code, and what is left to read."""
-        code, rest = self.process.wait(timeout=60), self.seen
-        with contextlib.suppress(OSError):  # Linux says so at the end of a terminal
-            while data := os.read(self.master, 4096):
-                rest += self.decoder.decode(data)
-        return code, rest
-
-    def type(self, text):
-        os.write(self.master, text.encode())
+    return Terminal([*CHAT, "--run", run_dir, *arguments], environment(run_dir) | variables, output=output)
 
 
 def test_one_answer(run_dir):
@@ -149,7 +96,7 @@ def test_a_base_model_continues_the_text(run_dir):
 
 
 def test_a_terminal(run_dir):
-    with Terminal(run_dir, *GREEDY) as terminal:
+    with in_terminal(run_dir, *GREEDY) as terminal:
         terminal.expect("sft · /help lists the commands")
         terminal.expect("> ")
         time.sleep(0.5)  # the prompt is written a moment before its line can be interrupted
@@ -166,7 +113,7 @@ def test_a_terminal(run_dir):
 
 
 def test_the_prompt_stays_out_of_a_file(run_dir, tmp_path):
-    with Terminal(run_dir, *GREEDY, output=tmp_path / "answers") as terminal:
+    with in_terminal(run_dir, *GREEDY, output=tmp_path / "answers") as terminal:
         terminal.expect("> ")
         terminal.type("Hello?\n")
         terminal.expect("> ")
@@ -176,7 +123,7 @@ def test_the_prompt_stays_out_of_a_file(run_dir, tmp_path):
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(run_dir):
-    with Terminal(run_dir, *GREEDY, JAX_ENABLE_COMPILATION_CACHE="0") as terminal:
+    with in_terminal(run_dir, *GREEDY, JAX_ENABLE_COMPILATION_CACHE="0") as terminal:
         terminal.expect("> ")
         terminal.type("Hello?\n")
         terminal.expect("Hello?\r\n")
@@ -196,7 +143,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(run_dir):
 
 
 def test_ctrl_c_while_it_loads_ends_quietly(run_dir):
-    with Terminal(run_dir, "-p", "Hello?") as terminal:
+    with in_terminal(run_dir, "-p", "Hello?") as terminal:
         terminal.expect("loading")
         terminal.type("\x03")
         code, rest = terminal.expect_end()
@@ -205,7 +152,7 @@ def test_ctrl_c_while_it_loads_ends_quietly(run_dir):
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 75), ("SIGHUP", 75)])
 def test_other_signals_end_the_chat_at_its_prompt(run_dir, name, code):
-    with Terminal(run_dir, *GREEDY) as terminal:
+    with in_terminal(run_dir, *GREEDY) as terminal:
         terminal.expect("> ")
         terminal.process.send_signal(getattr(signal, name))
         ended, rest = terminal.expect_end()

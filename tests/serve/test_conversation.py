@@ -1,13 +1,14 @@
 """Conversations with a model that has memorized a few: what is remembered, what is cut, and what is said about it."""
 
-import dataclasses
 import io
 
 import jax
 import pytest
 
 from jaxchat.errors import UserError
-from jaxchat.serve.conversation import Conversation, Turn, without_open_call
+from jaxchat.infer.engine import Engine
+from jaxchat.serve.conversation import Answer, Conversation, Turn, without_open_call
+from jaxchat.serve.settings import Settings
 from jaxchat.serve.terminal import reply
 from tests.serve.conftest import CONTEXT
 
@@ -18,8 +19,9 @@ SUM_TOKENS = len("34 + 5892") + 4  # of its tool call; each of these characters 
 @pytest.fixture
 def new(engine):
     def conversation(**changes):
-        options = {"base": False, "temperature": 0, "top_k": None, "seed": 0, "max_tokens": 40} | changes
-        return Conversation(engine, **options)
+        base = changes.pop("base", False)
+        settings = {"temperature": 0.0, "top_k": None, "max_tokens": 40} | changes
+        return Conversation(engine, Settings(**settings), base=base)
 
     return conversation
 
@@ -32,9 +34,111 @@ def ask(conversation, text):
 
 def prompt_of(conversation, text):
     """What the model would be given for the next question, with special tokens spelled out."""
-    tokenizer = conversation.engine.tokenizer
-    ids = [token for turn in conversation.turns for token in turn.question + turn.answer]
-    return tokenizer.decode([*ids, *tokenizer.encode(text)])
+    return conversation.engine.tokenizer.decode(conversation._prompt(text, [], Answer(), 0))
+
+
+def user(text):
+    return f"<|user_start|>{text}<|user_end|><|assistant_start|>"
+
+
+def test_a_system_prompt_comes_before_the_first_question_that_is_remembered(new):
+    conversation = new()
+    conversation.instruct("Be brief.")
+    ask(conversation, "Hello?")
+    first = conversation.turns[0]
+    assert prompt_of(conversation, "x").startswith(f"<|bos|>{user('Be brief.' + chr(10) * 2 + 'Hello?')}")
+    expected = conversation.engine.tokenizer.render_for_completion(
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]}
+    )
+    conversation.turns.clear()
+    assert conversation._prompt("Hello?", [], Answer(), 0) == expected
+    conversation.turns[:] = [first, first]
+    conversation._prompt("x" * (CONTEXT // 2), [], Answer(), 40)
+    assert len(conversation.turns) < 2 and prompt_of(conversation, "x").count("Be brief.") == 1
+    conversation.instruct("")
+    assert "Be brief." not in prompt_of(conversation, "x")
+
+
+def test_a_system_prompt_leaves_room(new):
+    conversation = new()
+    conversation.instruct("z" * (CONTEXT // 2))
+    with pytest.raises(
+        UserError, match=f"this system prompt has {CONTEXT // 2 + 1} tokens; at most {CONTEXT // 2} fit"
+    ):
+        conversation.instruct("z" * (CONTEXT // 2 + 1))
+    fits = CONTEXT - 5 - CONTEXT // 2 - 2
+    conversation.ask("z" * fits)
+    with pytest.raises(UserError, match=f"at most {fits} fit into the model's context of {CONTEXT} with the system"):
+        conversation.ask("z" * (fits + 1))
+
+
+def test_another_answer_takes_the_place_of_the_last(new):
+    conversation = new()
+    ask(conversation, "Hello?")
+    ask(conversation, SUM)
+    out, notes = io.StringIO(), io.StringIO()
+    before = conversation.settings.seed
+    reply(conversation, None, out, notes)
+    assert out.getvalue() == "⟨34 + 58 → 92⟩ It is 92.\n" and len(conversation.turns) == 2
+    assert conversation.settings.seed == before + 1
+
+
+def test_another_answer_that_does_not_begin_leaves_the_last(new):
+    conversation = new()
+    ask(conversation, "Hello?")
+    turns = list(conversation.turns)
+    conversation.retry().chunks.close()
+    assert conversation.turns == turns and conversation.unanswered is None
+    generator = conversation.retry().chunks
+    next(generator)
+    generator.close()
+    assert len(conversation.turns) == 1 and conversation.turns != turns
+
+
+def test_turns_are_taken_back(new):
+    conversation = new()
+    with pytest.raises(UserError, match="nothing to take back"):
+        conversation.undo()
+    with pytest.raises(UserError, match="no question yet"):
+        conversation.retry()
+    ask(conversation, "Hello?")
+    ask(conversation, SUM)
+    assert conversation.undo() == SUM
+    assert ask(conversation, SUM) == ("⟨34 + 58 → 92⟩ It is 92.\n", "")
+    assert [conversation.undo(), conversation.undo(), conversation.turns] == [SUM, "Hello?", []]
+
+
+def test_a_base_model_has_no_conversation(new):
+    conversation = new(base=True)
+    ask(conversation, "Es war einmal")
+    assert not conversation.turns
+    for action in (conversation.undo, conversation.messages, lambda: conversation.instruct("x")):
+        with pytest.raises(UserError, match="^a base model "):
+            action()
+    out = io.StringIO()
+    reply(conversation, None, out, None)
+    assert out.getvalue().startswith(" ein Bär 🐻.")
+
+
+def test_a_conversation_goes_on_from_its_messages(new):
+    first, second = new(), new()
+    first.instruct("Be brief.")
+    ask(first, "Hello?")
+    ask(first, SUM)
+    messages = first.messages()
+    assert messages[-1] == {
+        "role": "assistant",
+        "content": "It is 92.",
+        "tool_runs": [{"call": "34 + 58", "output": "92", "at": 0}],
+    }
+    second.resume(messages)
+    assert second.system == "Be brief." and second.messages() == messages
+    assert prompt_of(second, "x") == prompt_of(first, "x")
+    second.resume([{"role": "user", "content": SUM}])
+    assert (second.system, second.turns, second.unanswered) == ("", [], SUM)
+    out = io.StringIO()
+    reply(second, None, out, None)
+    assert out.getvalue() == "⟨34 + 58 → 92⟩ It is 92.\n" and second.unanswered is None
 
 
 def test_turns_are_remembered_until_they_are_cleared(new):
@@ -42,7 +146,7 @@ def test_turns_are_remembered_until_they_are_cleared(new):
     assert ask(conversation, "Hello?") == ("Grüße, 日本 🙂!\n", "")
     assert ask(conversation, SUM) == ("⟨34 + 58 → 92⟩ It is 92.\n", "")
     assert ask(conversation, "Again?") == ("You said Hello? first.\n", "")
-    conversation.turns.clear()
+    conversation.clear()
     assert ask(conversation, SUM) == ("⟨34 + 58 → 92⟩ It is 92.\n", "")
     assert ask(conversation, "Again?") == ("Hello? was never asked.\n", "")
 
@@ -60,8 +164,7 @@ def test_turns_are_remembered_until_they_are_cleared(new):
 def test_an_answer_cut_by_the_limit(new, max_tokens, answer, kept):
     conversation = new(max_tokens=max_tokens)
     assert ask(conversation, SUM) == (f"{answer}\n", f"(cut: --max-tokens {max_tokens})\n")
-    start = f"<|user_start|>{SUM}<|user_end|><|assistant_start|>"
-    assert prompt_of(conversation, "") == f"{start}{kept}<|assistant_end|>"
+    assert prompt_of(conversation, "x") == f"<|bos|>{user(SUM)}{kept}<|assistant_end|>{user('x')}"
     ask(conversation, "Hello?")  # the next prompt is taken
 
 
@@ -112,7 +215,7 @@ def test_half_of_the_context_is_kept_free_for_an_answer(new):
         notes.append(note)
     assert notes.count("(the context is full: the oldest turns are now being forgotten)\n") == 1
     assert notes.count("") == 7
-    kept = sum(len(turn.question) + len(turn.answer) for turn in conversation.turns[:-1])
+    kept = sum(len(turn.question) + 3 + len(turn.answer) for turn in conversation.turns[:-1])
     assert kept <= CONTEXT // 2
 
 
@@ -123,8 +226,8 @@ def test_a_long_answer_makes_room_for_itself(new, engine):
     first = min(engine.tokenizer.special_tokens.values())
     params["head"]["kernel"] = params["head"]["kernel"].at[:, first:].set(0)
     conversation = new(max_tokens=1000)
-    conversation.engine = dataclasses.replace(engine, params=params)
-    conversation.turns = [Turn([97] * 20, [98] * 10), Turn([99] * 5, [98] * 15)]
+    conversation.engine = Engine(engine.model_config, params, engine.tokenizer, dtype=engine.dtype)
+    conversation.turns = [Turn("a" * 17, [98] * 10), Turn("cc", [98] * 15)]
     answer = conversation.ask("z" * 6)
     chunks = list(answer.chunks)
     assert sum(map(len, chunks)) == CONTEXT - 1 - 6 - 3
