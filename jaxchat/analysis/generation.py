@@ -49,7 +49,8 @@ class Work:
 
 def step_bytes(config: GPTConfig, params: Params, work: Work, cache_itemsize: int) -> float:
     """The bytes that a step of decoding must read, in the mean over the steps of `work`."""
-    weights = sum(leaf.nbytes for name in ("blocks", "head") for leaf in jax.tree.leaves(params[name]))
+    matrices = jax.tree.leaves((params["blocks"], params["head"]))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in matrices)
     embedding = params["embed"]["embedding"]
     # The first token comes from the prompt; the step that makes the next one attends to the prompt and that token.
     lengths = work.context + np.arange(1, max(2, work.new))
@@ -247,7 +248,7 @@ def bench(
     cache_itemsize: int,
     say: Say,
 ) -> dict[str, Any]:
-    """All measurements of a compiled engine, as JSON: see `docs/engine.md`.
+    """All measurements, as JSON: see `docs/engine.md`. The mixed queues need an engine that has compiled everything.
 
     Args:
       works: what to measure; the mixed queues are of the last of them.
@@ -283,10 +284,14 @@ def bench(
 
 
 def tables(result: dict[str, Any]) -> str:
-    """The measurements of `bench` as Markdown."""
+    """What `jaxchat bench infer` writes as JSON, as Markdown."""
     head = ["rows", "prompt", "new", "first token, ms", "tokens/s", "limit", "of the limit", "with prompts",
             "samples of one prompt: first token, ms", "tokens/s"]  # fmt: skip
+    model = result["model"]
     lines = [
+        f"d{model['depth']}, {model['parameters'] / 1e6:,.1f} M parameters; weights {result['weights']}, cache "
+        f"{result['kv_cache']}; {result['machine']['device_kind']}, JAX {result['machine']['jax']}",
+        "",
         f"Memory: {result['copy_bytes_per_second'] / 1e12:.3g} TB/s, measured: bytes read and written by a copy.",
         "Limit: at this speed each step reads all weights once, and each row's keys and values.",
         "First token: of all rows. Tokens/s: while all rows decode; with prompts: from the start to the end.",
@@ -311,6 +316,10 @@ def tables(result: dict[str, Any]) -> str:
         requests = queue["requests"] / queue["seconds"]
         rate, share = _rate(queue["tokens_per_second"]), queue["share_of_uniform"]
         lines.append(f"| {name.replace('_', ' ')} | {rate} | {requests:,.1f} | {share:.0%} |")
+    if result["bits_per_byte"] is not None:
+        cost = dict(result["bits_per_byte"])
+        lines += ["", f"Bits per byte of {cost.pop('tokens'):,} tokens of validation text: "
+                      + ", ".join(f"{value:.4f} {name.replace('_', ' ')}" for name, value in cost.items())]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -12,11 +12,12 @@ from jaxchat.cli.options import configure
 from jaxchat.cli.parser import shorten, take_overrides
 from jaxchat.cli.precision import add_precision_options, precision
 from jaxchat.cli.values import number, path, whole, words
-from jaxchat.config import Range
+from jaxchat.config import Experiment, Range
 from jaxchat.errors import UserError, check
 
 if TYPE_CHECKING:
     from jaxchat.analysis.generation import Work
+    from jaxchat.infer.engine import Engine
     from jaxchat.infer.trained import TrainedModel
 
 LONGEST_PROMPT, MOST_NEW = 512, 256  # by default, where the model's context allows twice as much
@@ -31,8 +32,8 @@ def add_command(commands: Any) -> None:
         description="Generates with a run's model, or with random weights of an experiment's size, and measures the "
         "time to the first token, tokens a second, and how near that is to the limit that the memory's bandwidth sets: "
         "for each number of rows and length of the prompts, each row with a prompt of its own and as samples of one "
-        "prompt; then with a queue of mixed requests that never runs empty. For a run's model, with 8 bits, also what "
-        "they cost, in bits per byte of its validation text.",
+        "prompt; then with a queue of mixed requests that never runs empty. For a run's model also what 8 bits cost, "
+        "in bits per byte of its validation text.",
         epilog="With --experiment, its fields can be given too, such as --model.depth=20; "
         "python launch.py --experiment=NAME --help lists them.",
         allow_abbrev=False,
@@ -79,45 +80,34 @@ def _wholes(limits: Range) -> Callable[[str], tuple[int, ...]]:
 def _infer(arguments: argparse.Namespace) -> int:
     check((arguments.run is None) != (arguments.experiment is None),
           "give either --run=DIR, for its model, or --experiment=NAME, for random weights")  # fmt: skip
-    experiment = None
-    if arguments.experiment is None:
-        strange = next(iter(arguments.overrides), None)
-        check(strange is None, f"unknown option {shorten(str(strange))}; fields go with --experiment, not with --run")
-    else:
-        for name in ("stage", "step"):
-            check(getattr(arguments, name) is None, f"--{name} goes with --run, not with --experiment")
-        experiment = configure(arguments.experiment, arguments.overrides, None, arguments.options)
     if arguments.json is not None:
         _check_file(arguments.json)
+    experiment = _experiment(arguments)
     import jax  # slow to import, as what follows: --help and bad options need not wait for it
 
     from jaxchat.analysis import generation
     from jaxchat.devices.compile_cache import keep_compiled
     from jaxchat.devices.machine import machine_info
-    from jaxchat.infer.engine import Engine
     from jaxchat.infer.quantized import cache_dtype
     from jaxchat.infer.trained import TrainedModel, load_model
     from jaxchat.model.parameters import count_parameters
-    from jaxchat.ops.compute import compute_dtype
-    from jaxchat.runs.progress import LiveLine
     from jaxchat.stages.workspace import planned_model
 
     keep_compiled()
     if experiment is None:
         trained = load_model(arguments.run, arguments.stage, arguments.step)
+        works = _works(arguments, trained.model.sequence_len)
     else:
         model = planned_model(experiment)
+        works = _works(arguments, model.sequence_len)
         _say(f"random weights of {experiment.name}")
-        trained = TrainedModel(experiment, model, *reversed(generation.random_model(model)), stage="pretrain")
-    model, dtype = trained.model, jax.numpy.dtype(compute_dtype(trained.experiment))
-    works = _works(arguments, model.sequence_len)
-    cost = None if arguments.run is None else _cost(arguments, trained)
-    rows, options = max(work.rows for work in works), precision(arguments)
-    engine = Engine(model, trained.params, trained.tokenizer, dtype=dtype, rows=rows, **options)
-    compiling = LiveLine("compile", None)
-    engine.warm_up(lambda done, total: compiling.update(done, {}))
-    compiling.close()
-    kept = jax.numpy.dtype(cache_dtype(dtype, arguments.kv_cache))
+        params, tokenizer = generation.random_model(model)
+        trained = TrainedModel(experiment, model, tokenizer, params, stage="pretrain")
+    model, cost = trained.model, None if experiment else _cost(arguments.run, trained)
+    engine = trained.engine(rows=max(work.rows for work in works), **precision(arguments))
+    if arguments.queue_seconds:  # the rest compiles what it needs, which is far less, in runs that are not timed
+        _compile(engine)
+    kept = jax.numpy.dtype(cache_dtype(engine.dtype, arguments.kv_cache))
     measured = generation.bench(
         engine,
         works,
@@ -126,24 +116,45 @@ def _infer(arguments: argparse.Namespace) -> int:
         cache_itemsize=kept.itemsize,
         say=_say,
     )
-    machine, parameters = machine_info(), count_parameters(model).total
-    weights = dtype.name if arguments.weights == "auto" else arguments.weights
     result = {
-        "model": {"depth": model.depth, "parameters": parameters, "sequence_len": model.sequence_len,
-                  "vocab_size": model.vocab_size, "run": arguments.run, "experiment": trained.experiment.name},
-        "machine": machine, "dtype": dtype.name, "weights": weights, "kv_cache": kept.name, **measured,
-        "bits_per_byte": cost,
+        "model": {"depth": model.depth, "parameters": count_parameters(model).total, "vocab_size": model.vocab_size,
+                  "sequence_len": model.sequence_len, "experiment": trained.experiment.name, "run": arguments.run},
+        "machine": machine_info(), "dtype": engine.dtype,
+        "weights": engine.dtype if arguments.weights == "auto" else arguments.weights, "kv_cache": kept.name,
+        **measured, "bits_per_byte": cost,
     }  # fmt: skip
-    print(f"d{model.depth}, {parameters / 1e6:,.1f} M parameters; weights {weights}, cache {kept.name}; "
-          f"{machine['device_kind']}, JAX {machine['jax']}\n")  # fmt: skip
-    print(generation.tables(measured))
-    if cost is not None:
-        print(f"\nBits per byte of {cost['tokens']:,} tokens of validation text: {cost['auto']:.4f} in {dtype.name}, "
-              f"{cost['measured']:.4f} with these weights and this cache")  # fmt: skip
+    print(generation.tables(result))
     if arguments.json is not None:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1)
     return 0
+
+
+def _experiment(arguments: argparse.Namespace) -> Experiment | None:
+    """The experiment that `--experiment` names; None for a run's model."""
+    if arguments.experiment is None:
+        strange = next(iter(arguments.overrides), None)
+        check(strange is None, f"unknown option {shorten(str(strange))}; fields go with --experiment, not with --run")
+        return None
+    for name in ("stage", "step"):
+        check(getattr(arguments, name) is None, f"--{name} goes with --run, not with --experiment")
+    return configure(arguments.experiment, arguments.overrides, None, arguments.options)
+
+
+def _compile(engine: Engine) -> None:
+    """Compiles every program of the engine, and shows how far that is."""
+    from jaxchat.runs.progress import LiveLine
+
+    lines: list[LiveLine] = []
+
+    def show(done: int, total: int) -> None:
+        if not lines:
+            lines.append(LiveLine("compile", total))
+        lines[0].update(done, {})
+
+    engine.warm_up(show)
+    for line in lines:
+        line.close()
 
 
 def _works(arguments: argparse.Namespace, sequence_len: int) -> list[Work]:
@@ -160,26 +171,33 @@ def _works(arguments: argparse.Namespace, sequence_len: int) -> list[Work]:
     return [Work(count, context, new) for context in sorted(contexts) for count in rows]
 
 
-def _cost(arguments: argparse.Namespace, trained: TrainedModel) -> dict[str, Any] | None:
-    """Bits per byte of the run's validation text; None without 8 bits, or where the text is not there."""
+def _cost(run: str, trained: TrainedModel) -> dict[str, Any] | None:
+    """Bits per byte of the run's validation text, by what is in 8 bits; None if the text is not there."""
+    import jax.numpy as jnp
+
     from jaxchat.analysis.rounding import paged_bpb, validation_batches
     from jaxchat.ops.compute import compute_dtype
     from jaxchat.runs.directory import RunDirectory
 
-    options = precision(arguments)
-    if set(options.values()) == {"auto"}:
-        return None
-    _say("bits per byte")
+    dtype = jnp.dtype(compute_dtype(trained.experiment))
+    _say("bits per byte: reads the validation text")
     try:
-        batches = validation_batches(RunDirectory(arguments.run), trained)
+        batches = validation_batches(RunDirectory(run), trained)
     except UserError as error:
         _say(f"bits per byte are left out: {error}")
         return None
-    sizes, dtype = trained.tokenizer.token_bytes(), compute_dtype(trained.experiment)
-    common = {"token_bytes": sizes, "dtype": dtype}
-    plain = paged_bpb(trained.params, trained.model, batches, **common)
-    kept = paged_bpb(trained.params, trained.model, batches, **common, **options)
-    return {"tokens": sum(batch["targets"].size for batch in batches), "auto": plain, "measured": kept}
+    cost: dict[str, Any] = {"tokens": sum(batch["targets"].size for batch in batches)}
+    kinds: dict[str, dict[str, Any]] = {
+        f"in_{dtype.name}": {},
+        "with_int8_weights": {"weights": "int8"},
+        "with_fp8_cache": {"kv_cache": "fp8"},
+        "with_both": {"weights": "int8", "kv_cache": "fp8"},
+    }
+    for name, options in kinds.items():
+        _say(f"bits per byte {name.replace('_', ' ')}")
+        sizes = trained.tokenizer.token_bytes()
+        cost[name] = paged_bpb(trained.params, trained.model, batches, sizes, dtype=dtype, **options)
+    return cost
 
 
 def _check_file(name: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float
 
 from jaxchat.ops import hopper
 from jaxchat.ops.dispatch import Level, operation
@@ -28,10 +28,14 @@ class Quantized:
 
     Every product starts with `weight.astype(x.dtype)`, which is all that it needs of a weight. The values are whole
     numbers of at most 127, exact in bf16 too, so that a kernel can scale the product's columns instead of the weight's.
+
+    Attributes:
+      values: int8[I, O].
+      scale: fp32[O].
     """
 
-    values: Int8[Array, "I O"]
-    scale: Float[Array, " O"]
+    values: Any  # not `Array`: a tree of shapes or shardings has these nodes too
+    scale: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
