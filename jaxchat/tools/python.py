@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ _STARTING_SECONDS = 60  # for two interpreters to start, when the machine is ver
 _LONGEST_READ = 1 << 20  # bytes of output after which a program is stopped
 _TAIL = 300  # characters of a long output's end, where its result or its error stands
 _POLL = 0.1  # seconds between two looks whether nobody waits for the output any more
+_AT_ONCE = threading.BoundedSemaphore(min(4, os.cpu_count() or 1))  # programs of `run_code`, with 1 GiB each
 _ROOT = Path(__file__).parents[2]
 # An interpreter without site-packages starts faster, and runs no code of theirs. They are only added to its path.
 _START = """
@@ -83,7 +85,8 @@ def run_code(code: str, timeout: float = TIMEOUT_SECONDS, *, cancelled: Callable
 
     An error adds a line such as `ZeroDivisionError: division by zero`, and so does what stops the program: its time is
     over, or it has printed more than 1 MiB. Output of more than `LONGEST_OUTPUT` characters loses its middle. Each call
-    starts afresh; there is no input, and standard error is discarded.
+    starts afresh; there is no input, and standard error is discarded. Of calls from several threads, a few run at once,
+    and the others wait.
 
     Args:
       code: Python of a model.
@@ -94,12 +97,18 @@ def run_code(code: str, timeout: float = TIMEOUT_SECONDS, *, cancelled: Callable
       UserError: on Windows, where programs cannot be contained.
     """
     seconds = max(1, math.ceil(timeout))
-    # A file, since a pipe would block on long code until the process reads it.
-    with tempfile.TemporaryFile() as source:
-        source.write(code.encode(errors="replace"))
-        source.seek(0)
-        with _process("interpreter", seconds, source) as process:
-            output, remark = _read(process, seconds, cancelled)
+    while not _AT_ONCE.acquire(timeout=_POLL):
+        if cancelled():
+            return ""
+    try:
+        # A file, since a pipe would block on long code until the process reads it.
+        with tempfile.TemporaryFile() as source:
+            source.write(code.encode(errors="replace"))
+            source.seek(0)
+            with _process("interpreter", seconds, source) as process:
+                output, remark = _read(process, seconds, cancelled)
+    finally:
+        _AT_ONCE.release()
     lines = [output.removesuffix("\n"), remark]
     return shortened("\n".join(filter(None, lines)), LONGEST_OUTPUT)
 

@@ -4,6 +4,7 @@ import os
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -124,6 +125,11 @@ def test_nobody_waits_for_a_program_that_is_cancelled():
     start = time.monotonic()
     run_code("import time\ntime.sleep(999)", timeout=60, cancelled=cancelled.is_set)
     assert time.monotonic() - start < 60
+
+
+def test_calls_of_many_threads_are_answered():
+    with ThreadPoolExecutor(12) as threads:
+        assert list(threads.map(run_code, [f"{i} * 2" for i in range(12)])) == [str(2 * i) for i in range(12)]
 
 
 def test_the_python_tool_leaves_sums_to_the_calculator():
