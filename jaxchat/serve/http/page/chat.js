@@ -147,7 +147,10 @@ export function mountChat(view, app) {
     const { settings } = conversation;
     const before = pathTo(conversation, node).slice(0, -1);
     const { messages, first } = await fit(before, settings, info.context);
-    if (first) node.first = before[first].id;
+    if (first) {
+      node.first = before[first].id;
+      if (tree === conversation) show();
+    }
     const fields = { model: info.model, messages, stream: true, stream_options: { include_usage: true }, seed: node.seed, ...samplingFields(settings) };
     let saved = performance.now();
     for await (const { choices, usage } of stream("v1/chat/completions", { body: fields, signal })) {

@@ -9,7 +9,7 @@ export function conversation(kind, settings, fields = {}) {
   return { id: crypto.randomUUID?.() ?? random(), kind, title: "", named: false, created: now, updated: now, settings, nodes: {}, chosen: {}, ...fields };
 }
 
-// crypto.randomUUID is there on secure pages only, and http://192.168.… is none.
+// crypto.randomUUID is there on secure pages only, and a page over plain HTTP from another machine is none.
 function random() {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
