@@ -115,7 +115,7 @@ def decode(
     carried: Carried,
     seen: Seen | None,
     lanes: Lanes,
-) -> tuple[list[Pages], Carried, Seen | None, Int[Array, "steps B ..."]]:
+) -> tuple[list[Pages], Carried, Seen | None, Int[Array, "steps lanes ..."]]:
     """Draws up to `steps` tokens for each lane.
 
     Returns the tokens, with -1 where a lane has stopped. At level "full" what follows each token are its
