@@ -16,8 +16,8 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
         help="Serve a model: a page to talk to it, and OpenAI's API.",
-        description="Serve a model: a page to talk to it and look inside, and OpenAI's HTTP API for programs. The address "
-        "is printed once it answers. Ctrl-C or SIGTERM ends it when the answers under way are finished.",
+        description="Serve a model: a page to talk to it and look inside, and OpenAI's HTTP API for programs. The "
+        "address is printed once it answers. Ctrl-C or SIGTERM ends it when the answers under way are finished.",
     )
     add = parser.add_argument
     add("--run", required=True, type=path, metavar="DIR", help="The run's directory.")
