@@ -151,7 +151,7 @@ def test_tool_calls_stand_where_they_were_written(scripted):
     scripted.evaluate("end()")
     expect(scripted.get_by_label("Send", exact=True)).to_be_visible()
     parts = scripted.locator(".assistant .body > *")
-    assert [part.split("\n")[0] for part in parts.all_inner_texts()] == ["Let 🙂 m", "Used a tool: print(1)", "e see."]
+    assert [part.split("\n")[0] for part in parts.all_inner_texts()] == ["Let 🙂 m", "Calculator print(1)", "e see."]
 
 
 @pytest.mark.parametrize("broken", [True, False])

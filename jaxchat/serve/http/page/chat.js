@@ -2,7 +2,7 @@
 
 import { ApiError, stream } from "./api.js";
 import { composer } from "./composer.js";
-import { announce, element, icon } from "./dom.js";
+import { announce, element, icon, toast } from "./dom.js";
 import { rounded } from "./info.js";
 import { answer, editor, question } from "./message.js";
 import { asMessage, fit } from "./prompt.js";
@@ -33,6 +33,7 @@ export function mountChat(view, app) {
   new ResizeObserver(() => toEnd()).observe(thread);
   addEventListener("pagehide", () => [...running.keys()].forEach(keep));
   store.addEventListener("change", () => {
+    for (const [one, { controller }] of running) if (!store.get(one.id)) controller.abort(); // it was deleted
     if (tree && !running.has(tree) && store.get(tree.id) && store.get(tree.id) !== tree) open(tree.id); // by another tab
   });
 
@@ -76,8 +77,12 @@ export function mountChat(view, app) {
         parts.push(shown.element);
       }
     }
+    const { scrollTop } = scroller;
+    const stay = following;
     thread.replaceChildren(...(parts.length ? parts : [welcome()]));
     thread.classList.toggle("empty", parts.length === 0);
+    if (stay) toEnd(true);
+    else scroller.scrollTop = scrollTop;
     showState();
   }
 
@@ -179,16 +184,21 @@ export function mountChat(view, app) {
     if (node) actions.edit(node);
   }
 
+  function busy() {
+    if (running.has(tree)) toast("Wait for the answer, or stop it.");
+    return running.has(tree);
+  }
+
   const actions = {
     /** Another answer to the same question; in place of one that failed before it began. */
     retry(node) {
-      if (running.has(tree)) return;
+      if (busy()) return;
       const asked = tree.nodes[node.parent];
       if (!node.content && !node.tools.length) remove(tree, node);
       ask(asked);
     },
     choose(node, label) {
-      if (running.has(tree)) return;
+      if (busy()) return;
       choose(tree, node);
       store.save(tree);
       show();
@@ -196,7 +206,7 @@ export function mountChat(view, app) {
       (place.querySelector(`[aria-label="${label}"]:not(:disabled)`) ?? place.querySelector(".branches button:not(:disabled)")).focus();
     },
     edit(node) {
-      if (running.has(tree)) return;
+      if (busy()) return;
       const place = thread.querySelector(`[data-id="${node.id}"]`);
       const change = (text) => ask(add(tree, node.parent, { role: "user", content: text, created: Date.now() }));
       const field = editor(node, change, () => (show(), input.focus()));

@@ -1,6 +1,6 @@
 // The field for a message, with the button that sends or stops, and how much of the context is used.
 
-import { element, icon } from "./dom.js";
+import { element, growing, icon } from "./dom.js";
 
 /** `{element, field, focus, showRunning, showContext}`; calls `on.send(text)`, `on.stop()` and `on.editLast()`. */
 export function composer(on) {
@@ -34,7 +34,7 @@ export function composer(on) {
     const text = field.value.trim();
     if (running || !text) return;
     field.value = "";
-    showRunning(running);
+    field.dispatchEvent(new Event("input"));
     on.send(text);
   }
 
@@ -48,6 +48,7 @@ export function composer(on) {
   field.addEventListener("input", () => showRunning(running));
   button.addEventListener("click", () => (running ? on.stop() : send()));
   place.addEventListener("click", ({ target }) => target.closest("button") || field.focus());
+  growing(field);
   showRunning(false);
   return { element: place, field, focus: () => field.focus(), showRunning, showContext };
 }

@@ -103,6 +103,17 @@ export function download(name, type, text) {
   setTimeout(() => URL.revokeObjectURL(address), 10_000);
 }
 
+/** Lets a field grow with its text, also in browsers without CSS's field-sizing. */
+export function growing(field) {
+  if (CSS.supports("field-sizing", "content")) return;
+  const fit = () => {
+    field.style.height = "auto";
+    field.style.height = `${field.scrollHeight}px`;
+  };
+  field.addEventListener("input", fit);
+  requestAnimationFrame(fit);
+}
+
 /** Whether a key event is plain typing, in a field that wants the key for itself. */
 export function typing(event) {
   return event.target.closest?.("input, textarea, select, [contenteditable]") !== null;

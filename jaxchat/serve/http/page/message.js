@@ -1,7 +1,7 @@
 // A message as elements.
 
 import { advice } from "./api.js";
-import { copy, element, icon, iconButton } from "./dom.js";
+import { copy, element, growing, icon, iconButton } from "./dom.js";
 import { MarkdownView } from "./markdown.js";
 import { siblings } from "./tree.js";
 
@@ -9,7 +9,8 @@ import { siblings } from "./tree.js";
 class Body {
   #parts = [];
 
-  constructor() {
+  constructor(tool) {
+    this.tool = tool;
     this.element = element("div", { class: "body" });
   }
 
@@ -18,7 +19,7 @@ class Body {
     pieces.forEach((piece, index) => {
       let part = this.#parts[index];
       if (!part) {
-        part = piece.run ? { element: toolRun(piece.run) } : new MarkdownView();
+        part = piece.run ? { element: toolRun(this.tool, piece.run) } : new MarkdownView();
         this.#parts.push(part);
         this.element.append(part.element);
       }
@@ -49,10 +50,12 @@ function cut(content, tools = []) {
   return pieces;
 }
 
+const TOOLS = { calculator: "Calculator", python: "Python" };
+
 /** A tool call, folded. */
-function toolRun({ call, output }) {
+function toolRun(tool, { call, output }) {
   const line = call.trim().split("\n")[0];
-  const summary = element("summary", {}, icon("tool"), element("span", {}, "Used a tool: ", element("code", {}, line)));
+  const summary = element("summary", {}, icon("tool"), element("span", {}, `${TOOLS[tool] ?? "Tool"} `, element("code", {}, line)));
   const part = (name, text) => element("div", {}, element("span", { class: "note" }, name), element("pre", { tabindex: 0 }, text));
   return element("details", { class: "tool" }, summary, part("Call", call), part("Output", output));
 }
@@ -97,7 +100,7 @@ export function question(conversation, node, actions) {
 
 /** What was answered: `{element, update, finish}`. `update` shows what has come since, `finish` that it is all. */
 export function answer(conversation, node, info, actions, live) {
-  const body = new Body();
+  const body = new Body(info.tools);
   const place = element("article", { class: "message assistant", "aria-label": "Answer", "data-id": node.id }, body.element);
   const finish = () => {
     body.show(node, true);
@@ -119,6 +122,7 @@ export function answer(conversation, node, info, actions, live) {
 export function editor(node, send, cancel) {
   const field = element("textarea", { rows: 1, "aria-label": "Edit the message", dir: "auto" });
   field.value = node.content;
+  growing(field);
   const submit = () => field.value.trim() && send(field.value.trim());
   field.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit();

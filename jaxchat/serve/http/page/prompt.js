@@ -35,13 +35,13 @@ async function sizeOf(node) {
  */
 export async function fit(nodes, { system, max_tokens }, context) {
   const lead = system ? [{ role: "system", content: system }] : [];
-  const each = await Promise.all(nodes.map(sizeOf));
   const room = Math.min(max_tokens ?? context, Math.floor(context / 2));
-  let total = 1 + (system ? (await count(system)) + MARKS : 0) + each.reduce((sum, size) => sum + size, 0);
-  let first = 0;
-  while (total + room > context && first + 2 < nodes.length) {
-    total -= each[first] + each[first + 1];
-    first += 2;
+  let total = 1 + (system ? (await count(system)) + MARKS : 0) + (await sizeOf(nodes.at(-1)));
+  let first = nodes.length - 1;
+  while (first > 0) {
+    total += (await sizeOf(nodes[first - 1])) + (await sizeOf(nodes[first - 2]));
+    if (total + room > context) break;
+    first -= 2;
   }
   return { messages: [...lead, ...nodes.slice(first).map(asMessage)], first };
 }

@@ -30,19 +30,13 @@ export function mountSidebar(list, search, tools, app, themeButton) {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     const found = mine().filter((one) => matches(one, words));
     const focused = list.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
-    const groups = Map.groupBy ? Map.groupBy(found, (one) => period(one.updated)) : grouped(found);
+    const groups = Map.groupBy(found, (one) => period(one.updated));
     list.replaceChildren();
     for (const [name, conversations] of groups) {
       list.append(element("h2", {}, name), element("ul", {}, ...conversations.map(row)));
     }
     if (!found.length) list.append(element("p", { class: "note" }, words.length ? "Nothing found." : `Your ${things} are kept in this browser only.`));
     if (focused) list.querySelector(`a[href="${focused}"]`)?.focus();
-  }
-
-  function grouped(conversations) {
-    const groups = new Map();
-    for (const one of conversations) groups.set(period(one.updated), [...(groups.get(period(one.updated)) ?? []), one]);
-    return groups;
   }
 
   function row(conversation) {
@@ -71,6 +65,7 @@ export function mountSidebar(list, search, tools, app, themeButton) {
       box.append(element("button", { type: "button", role: "menuitem", class: label === "Delete" ? "danger" : null, onclick: choose }, icon(picture), label));
     }
     box.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") event.stopPropagation(); // closes the menu, and stops no answer
       const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
       if (!step) return;
       event.preventDefault();
@@ -95,7 +90,7 @@ export function mountSidebar(list, search, tools, app, themeButton) {
       done = true;
       input.remove();
       const title = input.value.trim();
-      if (keep && title) store.save(Object.assign(conversation, { title, named: true }));
+      if (keep && title) store.save(Object.assign(conversation, { title }));
       else show();
       list.querySelector(`a[href="#chat/${conversation.id}"]`)?.focus();
     };

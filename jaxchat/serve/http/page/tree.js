@@ -1,15 +1,15 @@
 // A conversation as a tree of messages. Each edit and each retry is a branch; one path through it is shown.
 //
-// conversation: {id, kind: "chat" | "text", title, named, created, updated, settings, nodes: {id: node}, chosen: {parent: id}}
+// conversation: {id, kind: "chat" | "text", title, created, updated, settings, nodes: {id: node}, chosen: {parent: id}}
 // node: {id, parent (null: a beginning), role, content, tools, finish, …}, in the order in which they were made
 
 /** A new conversation without messages. */
 export function conversation(kind, settings, fields = {}) {
   const now = Date.now();
-  return { id: crypto.randomUUID?.() ?? random(), kind, title: "", named: false, created: now, updated: now, settings, nodes: {}, chosen: {}, ...fields };
+  return { id: random(), kind, title: "", created: now, updated: now, settings, nodes: {}, chosen: {}, ...fields };
 }
 
-// crypto.randomUUID is there on secure pages only, and a page over plain HTTP from another machine is none.
+// crypto.randomUUID would do, but is not there on a page that comes over plain HTTP from another machine.
 function random() {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
