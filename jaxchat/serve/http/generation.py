@@ -163,8 +163,8 @@ def fit(prompt: int, max_tokens: int | None, context: int, param: str) -> int:
 
 
 def too_long(message: str, param: str) -> ApiError:
-    """The error of a prompt that does not fit; clients look for its code."""
-    return ApiError(400, f"{message}; shorten it", param=param, code="context_length_exceeded")
+    """The error of a prompt that does not fit; clients look for its code, or for the message's first words (LangChain)."""
+    return ApiError(400, f"the prompt is too long: {message}; shorten it", param=param, code="context_length_exceeded")
 
 
 @dataclass
