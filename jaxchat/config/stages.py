@@ -97,6 +97,8 @@ class RLConfig(TrainConfig):
     """Tasks that ask and reward: NAME or NAME:EXAMPLES."""
     humaneval: bool = False
     """Reward programs too, by running them: adds humaneval, of problems of your own, to the tasks."""
+    uncontained: bool = False
+    """With humaneval: run programs even where this machine cannot contain them."""
     questions_per_step: Annotated[int, AT_ONCE] = 16
     """Questions of an optimizer step."""
     samples_per_question: Annotated[int, Range(at_least=2, at_most=1 << 16)] = 16
@@ -134,6 +136,8 @@ class EvaluateConfig(Section):
     """Tasks to score: NAME or NAME:EXAMPLES."""
     humaneval: bool = False
     """Score programs too, by running what the model writes: adds humaneval to the tasks."""
+    uncontained: bool = False
+    """With humaneval: run programs even where this machine cannot contain them."""
     of: tuple[str, ...] = ("midtrain", "sft", "rl")
     """Stages whose models are scored."""
     limit: Annotated[int | None, COUNT] = None

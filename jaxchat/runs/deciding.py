@@ -12,7 +12,10 @@ from typing import Any
 from jaxchat.config import Experiment
 
 # Fields of a stage's own section. Rows at once: a step's batch and the mean over it stay the same.
-_FREE = {"eval_every", "sample_every", "save_every", "eval_tokens", "eval_questions", "device_rows", "humaneval"}
+_FREE = {
+    "eval_every", "sample_every", "save_every", "eval_tokens", "eval_questions", "device_rows", "humaneval",
+    "uncontained",
+}  # fmt: skip
 # How long a stage trains: fixed when it is finished; before that `jaxchat.stages.training` checks what is possible.
 _LENGTH = {"num_iterations", "target_flops", "tokens_per_param", "epochs"}
 _TEXT = {"download", "val_shard"}  # which text the tokenizer and pretraining read

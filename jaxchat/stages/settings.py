@@ -14,7 +14,7 @@ from jaxchat.errors import UserError, check
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.metrics import check_installed
 from jaxchat.tasks import check_scorable, parse_mixture
-from jaxchat.tools.python import containment
+from jaxchat.tools.python import containment, listed, possible
 
 
 def check_settings(experiment: Experiment) -> None:
@@ -93,12 +93,21 @@ def describe_programs(experiment: Experiment) -> str | None:
     """What will run programs that the model writes, and how they are contained, in words; None if nothing will.
 
     Raises:
-      UserError: programs do not run on this machine.
+      UserError: programs do not run on this machine, or it cannot contain them and a stage is not told to run them all
+        the same.
     """
-    possible = [stage for stage in ("rl", "evaluate") if stage in experiment.stages]
-    stages = [stage for stage in possible if getattr(experiment, stage).humaneval]
+    stages = [
+        stage for stage in ("rl", "evaluate") if stage in experiment.stages and getattr(experiment, stage).humaneval
+    ]
     if not stages:
         return None
+    careful = [stage for stage in stages if not getattr(experiment, stage).uncontained]
+    if possible() and careful:
+        options = " and ".join(f"--{stage}.uncontained" for stage in careful)
+        raise UserError(
+            f"this machine cannot contain the programs of a model: they could {listed(possible(), 'and')}; add "
+            f"{options} to run them all the same (docs/programs.md), or leave --{careful[0]}.humaneval out"
+        )
     return f"{' and '.join(stages)} will run what the model writes, in processes of its own: {containment()}"
 
 
