@@ -151,8 +151,12 @@ def _whole(digits: str) -> int:
 def misfit(value: Any, schema: Schema, name: str = "") -> str | None:
     """Where `value` does not fit `schema`, in words; None if it fits."""
     if isinstance(schema, tuple):
-        faults = [misfit(value, one, name) for one in schema]
-        return None if None in faults else faults[-1]
+        fault = None
+        for one in schema:
+            fault = misfit(value, one, name)
+            if fault is None:
+                break
+        return fault
     if isinstance(schema, list):
         if not isinstance(value, list):
             return f"{name or 'it'} is {_describe(value)}, not a list"
