@@ -12,6 +12,7 @@ logits share one fate: top-k and top-p keep all ids whose logit equals the last 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -32,9 +33,13 @@ Level = Literal["plain", "top_k", "full"]
 LEVELS: tuple[Level, ...] = ("plain", "top_k", "full")
 SMALL_TOP_K = 64
 MOST_BIASES = 300  # ids with a bias in a request
-BLOCK = 128  # ids; the model pads its vocabulary to a multiple of it
-ONE = 2.0**24  # a block's highest weight as an integer: a block's sum fits 32 bits, and fp32 holds each weight exactly
-DIGIT = 4  # bits of a logit found per pass
+# The model pads its vocabulary to multiples of 128, so that neither of these copies the logits to pad them more.
+BLOCK = 32  # ids: with 65,536 of them, as many blocks as `SMALL_TOP_K` blocks have ids
+RUN = 128  # ids whose weights are added up first
+ONE = 2.0**24  # the highest weight as an integer: a run's sum fits 32 bits, and fp32 holds each weight exactly
+# Bits of a logit that a pass over the vocabulary finds, by comparing with 2^bits - 1 bounds. A CPU, which waits for
+# comparisons rather than for memory and launches, finds one.
+DIGIT = 3
 
 
 class Settings(NamedTuple):
@@ -137,7 +142,9 @@ def settings_of(samplings: Sequence[Sampling]) -> Settings:
 Seen = Int32[Array, "B V"]
 
 
-def seen_of(prompt: Sequence[int], answer: Sequence[int], size: int) -> Int32[np.ndarray, " V"]:
+def seen_of(
+    prompt: Sequence[int] | np.ndarray, answer: Sequence[int] | np.ndarray, size: int
+) -> Int32[np.ndarray, " V"]:
     """A row of `Seen`, made on the host when a request gets its row: `seen = seen.at[row].set(seen_of(...))`.
 
     `answer` has what a request that takes up its answer again has already; `size` is that of the padded vocabulary.
@@ -207,20 +214,26 @@ def draw(
     if level != "plain":
         # One set of numbers for all passes: computed again in each, they might be rounded in another way.
         logits = jax.lax.optimization_barrier(logits)
-    blocks = _blocks(logits)
-    tops = blocks.max(axis=-1)
+    blocks = _blocks(logits, BLOCK)
+    # The barrier keeps XLA from finding the highest of all in a pass of its own over the vocabulary.
+    tops = jax.lax.optimization_barrier(blocks.max(axis=-1))
     highest = tops.max(axis=-1)
     greedy = settings.temperature == 0
     # What is below the smallest normal number counts as 0 on many devices, and 0 / 0 is no logit.
     temperature = jnp.where(greedy, 1.0, jnp.maximum(settings.temperature, jnp.finfo(jnp.float32).tiny))
     limits = _Limits(temperature, highest, jnp.full_like(highest, NEVER / 2))
     if level == "top_k":
-        limits = limits._replace(lowest=_lowest_of_few(blocks, tops, settings.top_k))
+        lowest = _kth_of_few(logits, tops, settings.top_k)
+        used = ~greedy & (settings.top_k > 0)
+        limits = limits._replace(lowest=jnp.where(used, jnp.maximum(lowest, limits.lowest), limits.lowest))
     elif level == "full":
-        limits = limits._replace(lowest=_lowest_of_many(logits, settings.top_k))
-        limits = limits._replace(lowest=_nucleus(blocks, tops, limits, settings.top_p))
-        limits = limits._replace(depth=-jnp.log(settings.min_p))
-    weights = _sums(_weights(blocks, tops, limits))
+        used = ~greedy & (settings.top_k > 0)
+        lowest = _by_platform(_kth, used, limits.lowest, logits, settings.top_k)
+        limits = limits._replace(lowest=lowest)
+        used = ~greedy & (settings.top_p < 1)
+        lowest = _by_platform(_nucleus, used, limits.lowest, logits, limits, settings.top_p)
+        limits = limits._replace(lowest=lowest, depth=-jnp.log(settings.min_p))
+    weights = _weights(blocks, tops, limits).sum(axis=-1, dtype=jnp.uint32).astype(jnp.float32)
 
     noise = _noise(settings.key, count, tops.shape[1] + BLOCK)
     shares = _scaled(tops, highest, limits) + jnp.log(weights) + noise[:, :-BLOCK]
@@ -231,10 +244,10 @@ def draw(
     return (block * BLOCK + within).astype(jnp.int32)
 
 
-def _blocks(logits: Float[Array, "B V"]) -> Float[Array, "B N K"]:
-    rows, size = logits.shape
-    padded = jnp.pad(logits, ((0, 0), (0, -size % BLOCK)), constant_values=NEVER)
-    return padded.reshape(rows, -1, BLOCK)
+def _blocks(logits: Float[Array, "B V"], size: int) -> Float[Array, "B N size"]:
+    rows, ids = logits.shape
+    padded = jnp.pad(logits, ((0, 0), (0, -ids % size)), constant_values=NEVER)
+    return padded.reshape(rows, -1, size)
 
 
 def _noise(key: UInt32[Array, "B 2"], count: Int[Array, " B"], size: int) -> Float[Array, "B size"]:
@@ -269,67 +282,111 @@ def _weights(blocks: Float[Array, "B N K"], tops: Float[Array, "B N"], limits: _
     return jnp.where(_kept(blocks, limits), weights, 0)
 
 
-def _sums(weights: UInt32[Array, "B N K"]) -> Float[Array, "B N"]:
-    return weights.sum(axis=-1, dtype=jnp.uint32).astype(jnp.float32)
-
-
-def _highest(reaches: Callable[[UInt32[Array, " B"]], Bool[Array, " B"]], rows: int) -> Float[Array, " B"]:
-    """The highest logit from which on the ids reach something.
-
-    `reaches` tells whether those do whose `_ordered` bits are at or above a bound; all of them together must. Each pass
-    finds `DIGIT` bits, the first ones first.
-    """
-
-    def find(i, found):
-        shift = jnp.uint32(32 - DIGIT) - jnp.uint32(DIGIT) * i.astype(jnp.uint32)
-        digit = sum(reaches(found | (jnp.uint32(d) << shift)).astype(jnp.uint32) for d in range(1, 2**DIGIT))
-        return found | (digit << shift)
-
-    found = jax.lax.fori_loop(0, 32 // DIGIT, find, jnp.zeros(rows, jnp.uint32))
-    return jax.lax.bitcast_convert_type(jnp.where(found >> 31, found ^ jnp.uint32(1 << 31), ~found), jnp.float32)
-
-
 def _ordered(logits: Float[Array, "..."]) -> UInt32[Array, "..."]:
     """The logits' bits, so that they have the order of the logits as unsigned integers."""
     bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
     return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _lowest_of_many(logits: Float[Array, "B V"], top_k: Int32[Array, " B"]) -> Float[Array, " B"]:
-    """The `top_k`-th highest logit of each row; where `top_k` is 0 or very high, the lowest that can be drawn."""
-    ordered = _ordered(logits)
-    few = jnp.minimum(top_k, logits.shape[1])
-    found = _highest(lambda bound: (ordered >= bound[:, None]).sum(axis=-1, dtype=jnp.int32) >= few, len(logits))
-    return jnp.where(top_k > 0, jnp.maximum(found, NEVER / 2), NEVER / 2)
+def _by_platform(
+    find: Callable[..., Float[Array, " B"]], used: Bool[Array, " B"], unused: Array, *arrays: Any
+) -> Array:
+    """`find(*arrays, on_cpu=...)` for the rows that use it, `unused` for the others.
+
+    Where no row does, a CPU leaves it out. A GPU would wait for the host to decide, which costs more.
+    """
+
+    def on_cpu(used, unused, *arrays):
+        return jax.lax.cond(used.any(), functools.partial(find, on_cpu=True), lambda *_: unused, *arrays)
+
+    def elsewhere(used, unused, *arrays):
+        return find(*arrays, on_cpu=False)
+
+    found = jax.lax.platform_dependent(used, unused, *arrays, cpu=on_cpu, default=elsewhere)
+    return jnp.where(used, jnp.maximum(found, unused), unused)
 
 
-def _lowest_of_few(
-    blocks: Float[Array, "B N K"], tops: Float[Array, "B N"], top_k: Int32[Array, " B"]
+def _kth_of_few(
+    logits: Float[Array, "B V"], tops: Float[Array, "B N"], top_k: Int32[Array, " B"]
 ) -> Float[Array, " B"]:
-    """`_lowest_of_many` for `top_k` up to `SMALL_TOP_K`: these logits are in as many blocks, those with the highest."""
+    """The `top_k`-th highest logit of each row, for `top_k` up to `SMALL_TOP_K`.
+
+    These logits are in as many blocks, those with the highest `tops`.
+    """
+    blocks = _blocks(logits, BLOCK)
     if blocks.shape[1] > SMALL_TOP_K:
         _, ids = jax.lax.top_k(tops, SMALL_TOP_K)
         blocks = jnp.take_along_axis(blocks, ids[:, :, None], axis=1)
-    return _lowest_of_many(blocks.reshape(len(blocks), -1), top_k)
+    few = blocks.reshape(len(blocks), -1)
+    highest, _ = jax.lax.top_k(few, min(SMALL_TOP_K, few.shape[1]))
+    return jnp.take_along_axis(highest, jnp.clip(top_k, 1, highest.shape[1])[:, None] - 1, axis=1)[:, 0]
+
+
+def _kth(logits: Float[Array, "B V"], top_k: Int32[Array, " B"], *, on_cpu: bool) -> Float[Array, " B"]:
+    """The `top_k`-th highest logit of each row, or the lowest one if it has fewer."""
+    runs = _blocks(logits, RUN)
+    weights, shares = jnp.ones(runs.shape, jnp.uint32), jnp.ones(runs.shape[:2])
+    needed = jnp.clip(top_k, 1, logits.shape[1]).astype(jnp.float32)
+    return _highest(runs, weights, shares, needed, on_cpu)
 
 
 def _nucleus(
-    blocks: Float[Array, "B N K"], tops: Float[Array, "B N"], limits: _Limits, top_p: Float[Array, " B"]
+    logits: Float[Array, "B V"], limits: _Limits, top_p: Float[Array, " B"], *, on_cpu: bool
 ) -> Float[Array, " B"]:
-    """The highest logit from which on the probabilities of what `limits` allow make up `top_p`."""
-    ordered, weights = _ordered(blocks), _weights(blocks, tops, limits)
-    shares = jnp.exp(_scaled(tops, limits.highest, limits))
+    """The highest logit from which on the probabilities of what `limits` allow make up `top_p`, which is below 1."""
+    runs = _blocks(logits, RUN)
+    tops = runs.max(axis=-1)
+    weights, shares = _weights(runs, tops, limits), jnp.exp(_scaled(tops, limits.highest, limits))
+    (whole,) = _masses(_ordered(runs), weights, shares, [jnp.zeros(len(runs), jnp.uint32)])
+    return _highest(runs, weights, shares, top_p * whole, on_cpu)
 
-    def mass(bound: UInt32[Array, " B"]) -> Float[Array, " B"]:
-        """The probability of the ids from a bound on, as a share of ONE times that of the highest logit."""
-        sums = _sums(jnp.where(ordered >= bound[:, None, None], weights, 0))
-        whole = (sums * shares).astype(jnp.uint32)
-        high, low = (whole >> 16).sum(axis=-1, dtype=jnp.uint32), (whole & 0xFFFF).sum(axis=-1, dtype=jnp.uint32)
-        return high.astype(jnp.float32) * 2.0**16 + low.astype(jnp.float32)
 
-    needed = top_p * mass(jnp.zeros(len(blocks), jnp.uint32))
-    found = _highest(lambda bound: mass(bound) >= needed, len(blocks))
-    return jnp.where(top_p < 1, jnp.maximum(found, limits.lowest), limits.lowest)
+def _highest(
+    runs: Float[Array, "B N K"],
+    weights: UInt32[Array, "B N K"],
+    shares: Float[Array, "B N"],
+    needed: Float[Array, " B"],
+    on_cpu: bool,
+) -> Float[Array, " B"]:
+    """The highest logit from which on the mass reaches `needed`, which that of all logits must."""
+    ordered, found = _ordered(runs), jnp.zeros(len(runs), jnp.uint32)
+
+    def find(found: Array, shift: Any, digit: int) -> Array:
+        bounds = [found | (jnp.uint32(value) << shift) for value in range(1, 2**digit)]
+        reached = sum((mass >= needed).astype(jnp.uint32) for mass in _masses(ordered, weights, shares, bounds))
+        return found | (reached << shift)
+
+    if on_cpu:
+        found = jax.lax.fori_loop(0, 32, lambda i, found: find(found, jnp.uint32(31) - i.astype(jnp.uint32), 1), found)
+    else:  # a loop would cost launches of its own
+        for shift in reversed(range(0, 32, DIGIT)):
+            found = find(found, jnp.uint32(shift), min(DIGIT, 32 - shift))
+    return jax.lax.bitcast_convert_type(jnp.where(found >> 31, found ^ jnp.uint32(1 << 31), ~found), jnp.float32)
+
+
+def _masses(
+    ordered: UInt32[Array, "B N K"],
+    weights: UInt32[Array, "B N K"],
+    shares: Float[Array, "B N"],
+    bounds: Sequence[UInt32[Array, " B"]],
+) -> list[Float[Array, " B"]]:
+    """The sum of weight · share of the logits from each bound on, `shares` being those of the runs."""
+    sums = _sums([jnp.where(ordered >= bound[:, None, None], weights, 0) for bound in bounds])
+    whole = [(total.astype(jnp.float32) * shares).astype(jnp.uint32) for total in sums]
+    halves = _sums([half for number in whole for half in (number >> 16, number & 0xFFFF)])
+    return [
+        high.astype(jnp.float32) * 2.0**16 + low.astype(jnp.float32)
+        for high, low in zip(halves[::2], halves[1::2], strict=True)
+    ]
+
+
+def _sums(arrays: Sequence[UInt32[Array, "*N K"]]) -> Sequence[UInt32[Array, "*N"]]:
+    """The sums over the last axis, in one pass over what the arrays have in common."""
+
+    def add(left, right):
+        return [x + y for x, y in zip(left, right, strict=True)]
+
+    return jax.lax.reduce(list(arrays), [jnp.uint32(0)] * len(arrays), add, (arrays[0].ndim - 1,))
 
 
 # --- log-probabilities --------------------------------------------------------------------------------------------
@@ -345,7 +402,7 @@ def logprobs(
     """
     log_sum = jax.nn.logsumexp(logits, axis=-1)
     own = jnp.take_along_axis(logits, ids[:, None].astype(jnp.int32), axis=-1)[:, 0]
-    blocks = _blocks(logits)
+    blocks = _blocks(logits, BLOCK)
     names = jnp.broadcast_to(jnp.arange(blocks.shape[1], dtype=jnp.int32), blocks.shape[:2])
     if blocks.shape[1] > k > 0:
         _, names = jax.lax.top_k(blocks.max(axis=-1), k)

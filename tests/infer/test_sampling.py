@@ -1,94 +1,406 @@
-"""Sampling against the probabilities it promises."""
+"""Sampling against probabilities worked out in NumPy, one row at a time, by sorting."""
+
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
 
-from jaxchat.infer.sampling import sample
+from jaxchat.errors import UserError
+from jaxchat.infer import sampling as module
+from jaxchat.infer.request import Sampling
+from jaxchat.infer.sampling import (
+    LEVELS,
+    MOST_BIASES,
+    SMALL_TOP_K,
+    add_seen,
+    check_sampling,
+    draw,
+    level_of,
+    logprobs,
+    needs_seen,
+    seen_of,
+    settings_of,
+)
 
-LOGITS = np.array([1.0, 3.0, -2.0, 2.0, 0.0, -1e30, -1e30], np.float32)
-DRAWS = 20_000
+PAD = -1e30
+DRAWS = 4096
+VOCAB, PADDED = 300, 384
+PROMPT, ANSWER = [3, 5, 5, 290, 17], [3, 8, 8, 8, 40]
+LOGITS = np.full(PADDED, PAD, np.float32)
+LOGITS[:VOCAB] = 2 * np.random.default_rng(0).normal(size=VOCAB)
+LOGITS[[3, 5, 8, 17, 40]] = [3.5, 3.0, 4.0, -1.0, 2.5]  # what the penalties change is likely
+LOGITS[[100, 200]] = 2.75  # equal
 
-
-def frequencies(temperature, top_k):
-    keys = jax.random.split(jax.random.key(0), DRAWS)
-    ids = sample(jnp.broadcast_to(LOGITS, (DRAWS, len(LOGITS))), keys, temperature, top_k)
-    assert ids.dtype == jnp.int32
-    return np.bincount(np.asarray(ids), minlength=len(LOGITS)) / DRAWS
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-@pytest.mark.parametrize("top_k", [None, 1, 3, 7, 50])
-def test_frequencies_are_the_softmax_over_the_top_k(temperature, top_k):
-    order = np.argsort(-LOGITS)
-    kept = np.full_like(LOGITS, -np.inf)
-    kept[order[:top_k]] = LOGITS[order[:top_k]]
-    expected = np.exp((kept - kept.max()) / temperature)
-    expected /= expected.sum()
-    # Five standard deviations of a frequency over this many draws.
-    tolerance = 5 * np.sqrt(expected * (1 - expected) / DRAWS) + 1e-12
-    assert (np.abs(frequencies(temperature, top_k) - expected) <= tolerance).all()
-
-
-def test_padding_is_never_drawn_however_hot():
-    assert frequencies(1e6, None)[5:].sum() == 0
-    assert frequencies(1e6, 7)[5:].sum() == 0
-
-
-def test_temperature_zero_is_the_highest_logit_and_the_lowest_id_among_equals():
-    logits = jnp.array([[0.0, 2.0, 2.0], [5.0, -1.0, 4.0]])
-    keys = jax.random.split(jax.random.key(3), 2)
-    assert sample(logits, keys, 0.0).tolist() == [1, 0]
-    assert sample(logits, keys, 0, top_k=2).tolist() == [1, 0]
+jitted = functools.partial(jax.jit, static_argnames="level")(draw)
 
 
-def test_a_row_does_not_depend_on_its_companions():
-    keys = jax.random.split(jax.random.key(1), 64)
-    logits = jax.random.normal(jax.random.key(2), (64, 100))
-    together = sample(logits, keys, 1.0, top_k=20)
-    alone = [int(sample(logits[i : i + 1], keys[i : i + 1], 1.0, top_k=20)[0]) for i in range(4)]
-    assert together[:4].tolist() == alone
-    assert len(set(together.tolist())) > 10
+def probabilities(logits, s, prompt=(), answer=()):
+    """What `Sampling` promises, in float64."""
+    logits = np.asarray(logits, np.float64).copy()
+    real = logits > PAD / 2
+    for id, value in s.logit_bias.items():
+        logits[id] += value
+    for id in {*prompt, *answer}:
+        logits[id] = logits[id] / s.repetition_penalty if logits[id] > 0 else logits[id] * s.repetition_penalty
+    for id in set(answer):
+        logits[id] -= s.frequency_penalty * list(answer).count(id) + s.presence_penalty
+    logits[~real] = -np.inf
+    if s.temperature == 0:
+        return np.eye(len(logits))[logits.argmax()]
+
+    def softmax():
+        with np.errstate(over="ignore"):  # to -inf
+            shares = np.exp((logits - logits.max()) / max(s.temperature, np.finfo(np.float32).tiny))
+        return shares / shares.sum()
+
+    if s.top_k is not None and s.top_k < real.sum():
+        logits[logits < np.sort(logits)[-s.top_k]] = -np.inf
+    if s.top_p < 1:
+        order = np.argsort(-logits)
+        last = np.searchsorted(np.cumsum(softmax()[order]), s.top_p)
+        logits[logits < logits[order[min(last, len(order) - 1)]]] = -np.inf
+    shares = softmax()
+    logits[shares < s.min_p * shares.max()] = -np.inf
+    return softmax()
 
 
-def numpy_draws(logits, keys, temperature, top_k):
-    """Gumbel-max in float64 with the same noise: the highest of logit / temperature + noise among the top k."""
-    logits = np.asarray(logits, np.float64)
-    order = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
-    kept = np.take_along_axis(logits, order, axis=-1)
-    if top_k is None or top_k >= logits.shape[-1]:
-        order, kept = np.broadcast_to(np.arange(logits.shape[-1]), logits.shape), logits
-    noise = np.asarray(jax.vmap(lambda key: jax.random.gumbel(key, kept.shape[1:]))(keys), np.float64)
-    scores = np.where(kept > -1e29, (kept - kept.max(-1, keepdims=True)) / temperature + noise, -np.inf)
-    return np.take_along_axis(order, scores.argmax(-1)[:, None], axis=-1)[:, 0]
+def rows_of(logits, count):
+    return jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
 
 
-@pytest.mark.parametrize("temperature", [1e-45, 1e-40, 1e-38, 1e-30, 1e-6, 0.5, 1.0, 1e3, 1e30, 3e38, 1e300])
-@pytest.mark.parametrize("top_k", [None, 1, 3, 95, 100, 1000])
-def test_every_temperature_agrees_with_numpy(temperature, top_k):
-    keys = jax.random.split(jax.random.key(4), 200)
-    logits = 15 * jnp.tanh(jax.random.normal(jax.random.key(5), (200, 100)))
-    logits = logits.at[:, 90:].set(-1e30)
-    for given in (temperature, np.float32(min(temperature, 3.4e38))):  # a Python number, and as the engine gives it
-        drawn = np.asarray(sample(logits, keys, given, top_k))
-        assert drawn.max() < 90
-        np.testing.assert_array_equal(drawn, numpy_draws(logits, keys, max(temperature, 1.2e-38), top_k))
-        if temperature <= 1e-30:
-            np.testing.assert_array_equal(drawn, np.asarray(logits).argmax(-1))
+def check_frequencies(ids, expected, least=1e-4):
+    """The chi-square test, with ids that few draws are expected of taken together. Seeds are fixed, so it is exact."""
+    counts = np.bincount(ids, minlength=len(expected))
+    assert counts[expected == 0].sum() == 0, "an id was drawn that cannot be"
+    common = expected * len(ids) >= 5
+    pairs = [
+        (counts[common], expected[common]),
+        (counts[~common].sum(keepdims=True), expected[~common].sum(keepdims=True)),
+    ]
+    observed, shares = map(np.concatenate, zip(*pairs, strict=True))
+    observed, shares = observed[shares > 0], shares[shares > 0]
+    if len(shares) > 1:
+        assert chisquare(observed, shares / shares.sum() * len(ids)).pvalue > least
 
 
-@pytest.mark.parametrize("top_k", [None, 7, 50])
-def test_the_hottest_draws_the_real_ids_alike(top_k):
-    for temperature in (1e30, np.float32(3e38), np.float32(np.inf)):
-        drawn = frequencies(temperature, top_k)
-        assert drawn[5:].sum() == 0
-        assert np.abs(drawn[:5] - 0.2).max() < 5 * np.sqrt(0.2 * 0.8 / DRAWS)
+CASES = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.5},
+    {"temperature": 3.0},
+    {"top_k": 1},
+    {"top_k": 6},  # the sixth and the seventh are equal
+    {"top_k": 50, "temperature": 2.0},
+    {"top_k": 200, "temperature": 2.0},
+    {"top_k": 1000},
+    {"top_p": 0.01},
+    {"top_p": 0.5},
+    {"top_p": 0.95, "temperature": 1.5},
+    {"top_p": 0.9999},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"min_p": 0.02, "temperature": 2.0},
+    {"repetition_penalty": 1.8},
+    {"repetition_penalty": 0.7, "temperature": 2.0},
+    {"frequency_penalty": 0.9},
+    {"frequency_penalty": -0.5, "temperature": 2.0},
+    {"presence_penalty": 1.5},
+    {"logit_bias": {0: 5.0, 8: -100.0, 299: 6.5}},
+    {"logit_bias": {7: 100.0}},
+    {"top_k": 20, "top_p": 0.8, "temperature": 1.5},
+    {"top_k": 100, "min_p": 0.05, "temperature": 2.0},
+    {"top_p": 0.9, "min_p": 0.03, "temperature": 1.3},
+    {"logit_bias": {1: 4.0}, "repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.4,
+     "temperature": 1.2, "top_k": 60, "top_p": 0.9, "min_p": 0.01},
+]  # fmt: skip
 
 
-def test_other_temperatures_do_not_compile_again():
-    compiled = jax.jit(sample, static_argnums=3)
-    logits, keys = jnp.broadcast_to(LOGITS, (4, 7)), jax.random.split(jax.random.key(0), 4)
-    for temperature in (1e-45, 1e-40, 1.0, 3e38):
-        compiled(logits, keys, np.float32(temperature), 3)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_frequencies_are_the_softmax_after_each_filter(case):
+    rows = [Sampling(**case, seed=7, number=number) for number in range(DRAWS)]
+    seen = rows_of(seen_of(PROMPT, ANSWER, PADDED), DRAWS).astype(jnp.int32)
+    drawn = jitted(rows_of(LOGITS, DRAWS), settings_of(rows), jnp.full(DRAWS, 5), seen, level="full")
+    assert drawn.dtype == jnp.int32
+    check_frequencies(np.asarray(drawn), probabilities(LOGITS, rows[0], PROMPT, ANSWER))
+
+
+@pytest.mark.parametrize("varied", ["seed", "number", "count"])
+def test_draws_are_independent_of_each_other(varied):
+    values = np.arange(DRAWS)
+    rows = [Sampling(**({} if varied == "count" else {varied: int(value)})) for value in values]
+    count = jnp.asarray(values if varied == "count" else np.zeros(DRAWS, int))
+    drawn = np.asarray(jitted(rows_of(LOGITS, DRAWS), settings_of(rows), count, level="plain"))
+    expected = probabilities(LOGITS, Sampling())
+    check_frequencies(drawn, expected)
+    likely = expected.argmax()
+    share = expected[likely]
+    pairs = 2 * (drawn[:-1] == likely) + (drawn[1:] == likely)  # neighbours
+    odds = np.array([(1 - share) ** 2, (1 - share) * share, share * (1 - share), share**2])
+    check_frequencies(pairs[::2], odds)
+
+
+def test_frequencies_over_many_blocks():
+    logits = 3 * np.random.default_rng(1).normal(size=5000)
+    rows = [Sampling(number=number) for number in range(DRAWS)]
+    drawn = np.asarray(jitted(rows_of(logits, DRAWS), settings_of(rows), jnp.zeros(DRAWS, jnp.int32), level="plain"))
+    expected = probabilities(logits, Sampling())
+    check_frequencies(drawn, expected)
+    check_frequencies(drawn // 100, expected.reshape(-1, 100).sum(-1))
+
+
+# --- rows and levels ----------------------------------------------------------------------------------------------
+
+MIXED = [
+    {"temperature": 0.0},
+    {},
+    {"temperature": 1e-40},
+    {"temperature": 1e300},
+    {"temperature": 0.7, "top_k": 50},
+    {"top_k": 1},
+    {"top_k": SMALL_TOP_K},
+    {"temperature": 0.0, "top_k": 3},
+    {"top_k": SMALL_TOP_K + 1},
+    {"top_p": 0.9},
+    {"min_p": 0.2},
+    {"repetition_penalty": 1.3, "temperature": 0.0},
+    {"frequency_penalty": 1.0, "logit_bias": {9: 3.0}},
+]
+
+
+def mixed(count, size):
+    rng = np.random.default_rng(2)
+    logits = (2 * rng.normal(size=(count, size))).astype(np.float32)
+    logits[::2] = np.round(logits[::2] * 4) / 4  # many equal ones
+    rows = [Sampling(**MIXED[row % len(MIXED)], seed=row // 3, number=row) for row in range(count)]
+    seen = np.stack([seen_of(rng.integers(0, size, 9), rng.integers(0, size, 9), size) for _ in range(count)])
+    return jnp.asarray(logits), rows, jnp.asarray(rng.integers(0, 99, count)), jnp.asarray(seen)
+
+
+@pytest.mark.parametrize("size", [7, 5000])  # of fewer and of more blocks than `SMALL_TOP_K`
+def test_a_row_gets_its_token_in_any_company_and_at_any_level_that_serves_it(size):
+    logits, rows, count, seen = mixed(2 * len(MIXED), size)
+    together = np.asarray(jitted(logits, settings_of(rows), count, seen, level="full"))
+    for level in LEVELS:
+        served = [row for row in range(len(rows)) if LEVELS.index(level_of([rows[row]])) <= LEVELS.index(level)]
+        at = np.array(served)
+        drawn = jitted(logits[at], settings_of([rows[row] for row in served]), count[at], seen[at], level=level)
+        np.testing.assert_array_equal(drawn, together[at])
+        for row in served[:: 4 if level == "full" else 2]:
+            one = slice(row, row + 1)
+            alone = jitted(logits[one], settings_of([rows[row]]), count[one], seen[one], level=level)
+            assert alone.tolist() == [together[row]], rows[row]
+
+
+def test_a_row_can_share_a_batch_with_rows_that_only_fill_it():
+    logits, rows, count, seen = mixed(8, 300)
+    given = settings_of(rows)
+    filled = jax.tree.map(lambda values: np.concatenate([values, np.zeros_like(values)]), given)
+    twice = [jnp.concatenate([values, jnp.zeros_like(values)]) for values in (logits, count, seen)]
+    for level in LEVELS:
+        expected = jitted(logits, given, count, seen, level=level)
+        np.testing.assert_array_equal(jitted(twice[0], filled, *twice[1:], level=level)[:8], expected)
+
+
+def test_the_cheapest_level_that_serves_all_rows():
+    def level(*cases):
+        return level_of([Sampling(**case) for case in cases])
+
+    assert level() == level({}, {"temperature": 0.0}) == "plain"
+    assert level({"temperature": 0.0, "top_k": 5000, "top_p": 0.1, "min_p": 0.5}) == "plain"  # none of them matters
+    assert level({}, {"top_k": 1}) == level({"top_k": SMALL_TOP_K}) == "top_k"
+    for case in ({"top_k": SMALL_TOP_K + 1}, {"top_p": 0.99}, {"min_p": 0.01}, {"logit_bias": {1: 1.0}},
+                 {"temperature": 0.0, "presence_penalty": 0.1}):  # fmt: skip
+        assert level({"top_k": 1}, case) == "full"
+
+
+def test_other_settings_do_not_compile_again():
+    compiled = jax.jit(draw, static_argnames="level")
+    for case in MIXED:
+        compiled(rows_of(LOGITS, 2), settings_of([Sampling(**case)] * 2), jnp.zeros(2, jnp.int32), level="full")
     assert compiled._cache_size() == 1
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_vocabulary_is_never_sorted(level):
+    size = 65_536
+    shapes = jax.eval_shape(lambda: (jnp.zeros((2, size)), jnp.zeros(2, jnp.int32), jnp.zeros((2, size), jnp.int32)))
+    traced = jitted.trace(shapes[0], settings_of([Sampling()] * 2), *shapes[1:], level=level)
+    for platform in ("cpu", "cuda"):
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        sorted_shapes = re.findall(r"(?:chlo\.top_k|stablehlo\.sort|@\S*topk).*?tensor<(\d+)x(\d+)xf32>", program, re.I)
+        assert bool(sorted_shapes) == (level == "top_k")
+        assert all(int(length) <= size // 32 for _, length in sorted_shapes), sorted_shapes
+
+
+# --- greedy, the ends of the temperature, and padding -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_temperature_zero_is_the_highest_logit_and_the_lowest_id_among_equals(level):
+    logits = np.full((4, 1000), -1.0, np.float32)
+    logits[0, [130, 131, 900]] = 2.0
+    logits[1, [999, 500]] = [-0.5, -0.75]
+    logits[2, 1:] = PAD
+    rows = settings_of([Sampling(temperature=0.0, top_k=5, top_p=0.1, min_p=0.9, number=i) for i in range(4)])
+    assert jitted(jnp.asarray(logits), rows, jnp.zeros(4, jnp.int32), level=level).tolist() == [130, 999, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-38, 1e-6, 1e3, 1e30, 1e300])
+@pytest.mark.parametrize("case", [{}, {"top_k": 5}, {"top_p": 0.499}, {"min_p": 0.5}], ids=str)
+def test_every_temperature_agrees_with_numpy(temperature, case):
+    logits = np.full(PADDED, PAD, np.float32)
+    logits[:VOCAB] = 15 * np.tanh(np.random.default_rng(3).normal(size=VOCAB))
+    logits[[20, 250]] = 14.999
+    rows = [Sampling(temperature=temperature, number=number, **case) for number in range(DRAWS)]
+    drawn = np.asarray(jitted(rows_of(logits, DRAWS), settings_of(rows), jnp.zeros(DRAWS, jnp.int32), level="full"))
+    check_frequencies(drawn, probabilities(logits, Sampling(temperature=temperature, **case)))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_padding_is_never_drawn_however_hot(level):
+    logits = np.full((DRAWS, 500), PAD, np.float32)
+    logits[:, [2, 3, 300]] = [-50, 30, 0]
+    hot = {"temperature": 1e300, "top_k": 40, "top_p": 0.999999}
+    rows = settings_of([Sampling(number=number, logit_bias={2: -100.0}, **hot) for number in range(DRAWS)])
+    drawn = np.asarray(jitted(jnp.asarray(logits), rows, jnp.zeros(DRAWS, jnp.int32), level=level))
+    assert set(drawn) == {2, 3, 300}
+
+
+# --- the filters' bounds, bit by bit ------------------------------------------------------------------------------
+
+floats = st.floats(-100, 100, width=32) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, PAD])
+lists = st.lists(floats, min_size=1, max_size=40).filter(lambda values: max(values) > PAD / 2)
+kths = [jax.jit(functools.partial(module._kth, on_cpu=on_cpu)) for on_cpu in (True, False)]
+kths.append(jax.jit(lambda logits, top_k: module._kth_of_few(logits, module._blocks(logits, 32).max(-1), top_k)))
+
+
+@given(lists, st.integers(1, 45), st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_top_k_keeps_what_sorting_keeps(values, top_k, seed):
+    size = 10_000  # more blocks than `SMALL_TOP_K`
+    logits = np.full((1, size), PAD, np.float32)
+    logits[0, np.random.default_rng(seed).permutation(size)[: len(values)]] = values
+    bound = np.sort(logits[0])[-top_k]
+    for kth in kths:
+        assert kth(logits, jnp.array([top_k], jnp.int32)).tolist() == [bound]
+
+
+@functools.partial(jax.jit, static_argnames="on_cpu")
+def nucleus(logits, top_p, on_cpu):
+    limits = module._Limits(jnp.ones(1), logits.max(-1), jnp.full(1, PAD / 2))
+    return module._nucleus(logits, limits, top_p, on_cpu=on_cpu)
+
+
+@given(st.integers(0, 2**32), st.sampled_from([0.1, 1.0, 4.0]), st.floats(0.001, 0.999), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_top_p_keeps_what_sorting_keeps(seed, spread, top_p, rounded):
+    rng = np.random.default_rng(seed)
+    logits = (spread * rng.normal(size=(1, 2000))).astype(np.float32)
+    if rounded:
+        logits = np.round(logits * 2) / 2
+    found, again = (float(nucleus(logits, jnp.array([top_p], jnp.float32), on_cpu)[0]) for on_cpu in (True, False))
+    shares = probabilities(logits[0], Sampling())
+    # Sums are exact to about 1e-5 of the highest probability.
+    assert found == again and found in logits
+    assert shares[logits[0] >= found].sum() >= top_p - 2e-5
+    assert shares[logits[0] > found].sum() < top_p + 2e-5
+
+
+# --- what a row has seen ------------------------------------------------------------------------------------------
+
+
+def test_seen_ids_are_counted_as_they_are_written():
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, 50, size).tolist() for size in (1, 7, 30)]
+    answers = rng.integers(0, 50, (3, 20))
+    seen = jnp.asarray(
+        np.stack([seen_of(prompt, answer[:4], 50) for prompt, answer in zip(prompts, answers, strict=True)])
+    )
+    add = jax.jit(add_seen, donate_argnums=0)
+    for step in range(4, 20):
+        seen = add(seen, jnp.asarray(answers[:, step]), jnp.array([True, step < 10, True]))
+    whole = [seen_of(*row, 50) for row in zip(prompts, [answers[0], answers[1, :10], answers[2]], strict=True)]
+    np.testing.assert_array_equal(seen, whole)
+    for prompt, answer, row in zip(
+        prompts, answers, map(functools.partial(seen_of, size=50), prompts, answers), strict=True
+    ):
+        assert row.tolist() == [2 * answer.tolist().count(id) + (id in prompt) for id in range(50)]
+
+
+def test_penalties_need_what_a_row_has_seen_and_nothing_else_does():
+    for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
+        assert needs_seen(Sampling(**{name: 1.1}))
+    assert not needs_seen(Sampling(temperature=0.3, top_k=5, top_p=0.5, min_p=0.1, logit_bias={3: 1.0}))
+
+
+# --- log-probabilities --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [24, 1000, 20_000])
+@pytest.mark.parametrize("k", [0, 1, 5, 20])
+def test_logprobs_are_those_of_a_log_softmax(size, k):
+    rng = np.random.default_rng(6)
+    logits = (5 * rng.normal(size=(9, size))).astype(np.float32)
+    logits[:, size - 3 :] = PAD
+    ids = rng.integers(0, size - 3, 9)
+    ids[:4] = logits[:4].argmax(-1)
+    logprob, likeliest, values = jax.jit(logprobs, static_argnums=2)(logits, ids, k)
+    exact = logits.astype(np.float64)
+    exact -= np.log(np.exp(exact - exact.max(-1, keepdims=True)).sum(-1, keepdims=True)) + exact.max(-1, keepdims=True)
+    order = np.argsort(-exact, axis=-1)[:, :k]
+    np.testing.assert_array_equal(likeliest, order)
+    np.testing.assert_allclose(values, np.take_along_axis(exact, order, axis=-1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logprob, np.take_along_axis(exact, ids[:, None], axis=-1)[:, 0], rtol=1e-5, atol=1e-5)
+    if k:  # the same to the last bit, by which lm-evaluation-harness tells what is greedy
+        np.testing.assert_array_equal(logprob[:4], values[:4, 0])
+
+
+def test_the_lower_of_equal_ids_comes_first_among_the_alternatives():
+    logits = np.zeros((1, 5000), np.float32)
+    logits[0, [4000, 130, 131, 2]] = 3.0
+    logits[0, 1000] = 4.0
+    assert logprobs(jnp.asarray(logits), jnp.array([0]), 5)[1].tolist() == [[1000, 2, 130, 131, 4000]]
+
+
+# --- settings -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ({"temperature": -0.1}, "temperature is -0.1; it must be 0 (greedy) or more"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": 0}, "top_k is 0; it must be at least 1"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"min_p": -0.1}, "min_p is -0.1; it must be 0 to 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be above 0"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty is 2.5; it must be -2 to 2"),
+        ({"presence_penalty": -3}, "presence_penalty is -3; it must be -2 to 2"),
+        ({"logit_bias": {300: 1.0}}, "logit_bias has id 300; this vocabulary has ids 0 to 299"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias has id -1"),
+        ({"logit_bias": {4: 101}}, "logit_bias of id 4 is 101; it must be -100 to 100"),
+        ({"logit_bias": dict.fromkeys(range(MOST_BIASES + 1), 1.0)}, "logit_bias has 301 ids; it can have at most 300"),
+    ],
+)
+def test_settings_out_of_range_are_refused(case, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_sampling(Sampling(**case), VOCAB)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_settings_within_range_are_taken(case):
+    check_sampling(Sampling(**case), VOCAB)
+
+
+def test_seeds_and_numbers_of_any_size_are_taken():
+    given = settings_of([Sampling(seed=2**63 + 5, number=2**32 + 1), Sampling(seed=-1), Sampling(top_k=2**40)])
+    assert given.key.tolist() == [[5, 1], [2**32 - 1, 0], [0, 0]]
+    assert settings_of([]).key.shape == (0, 2)
