@@ -21,7 +21,8 @@ window.fetch = (address, options) => {
   const body = new ReadableStream({
     start(stream) {
       const send = (frame) => stream.enqueue(bytes.encode(`data: ${frame}\\n\\n`));
-      const choice = (delta, finish_reason = null) => send(JSON.stringify({ choices: [{ index: 0, delta, finish_reason }] }));
+      const choice = (delta, finish_reason = null) =>
+        send(JSON.stringify({ choices: [{ index: 0, delta, finish_reason }] }));
       window.feed = (content) => choice({ content });
       window.frame = (frame) => send(JSON.stringify(frame));
       window.end = () => (choice({}, "stop"), send("[DONE]"), stream.close());
@@ -80,7 +81,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser):
-    """Opens an address in a browser without memory; the page must have no faults, and nothing that the policy forbids."""
+    """Opens an address in a browser without memory; no page may have faults, or do what its policy forbids."""
     contexts, faults = [], []
 
     def open_page(address, *, script=None, **options):
@@ -92,7 +93,9 @@ def visit(browser):
         page = context.new_page()
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda message: "Security Policy" in message.text and faults.append(message.text))
-        page.on("request", lambda request: request.url.startswith((address, "data:", "blob:")) or faults.append(request.url))
+        page.on(
+            "request", lambda request: request.url.startswith((address, "data:", "blob:")) or faults.append(request.url)
+        )
         page.goto(address)
         return page
 

@@ -1,6 +1,6 @@
 """Takes the pictures of docs/page.md: a server of the run, headless Chromium, PNG files in docs/images.
 
-    python -m tests.serve.page.screenshots --run runs/quickstart
+python -m tests.serve.page.screenshots --run runs/quickstart
 """
 
 import argparse

@@ -43,4 +43,6 @@ def test_the_page_needs_no_exception_from_its_policy():
     assert not re.search(r"<script(?![^>]* src=)|<style|\sstyle=|\son\w+=", text)
     for file in OWN:
         if file.name.endswith(".js"):
-            assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", file.read_text()), file.name
+            assert not re.search(
+                r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", file.read_text()
+            ), file.name

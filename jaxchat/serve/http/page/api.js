@@ -110,26 +110,49 @@ function checkedFrame(frame) {
  * `error` is an ApiError, what was kept of one, or a fault of the page.
  */
 export function advice(error, info = null) {
-  if (!Number.isInteger(error.status)) return { title: "Something went wrong in the page.", text: `${error.message}. Reload the page.`, retry: true };
+  if (!Number.isInteger(error.status))
+    return { title: "Something went wrong in the page.", text: `${error.message}. Reload the page.`, retry: true };
   if (error.code === "gone") {
-    return { title: "The server does not answer.", text: "It may have stopped. Start jaxchat serve again, then try again here.", retry: true };
+    return {
+      title: "The server does not answer.",
+      text: "It may have stopped. Start jaxchat serve again, then try again here.",
+      retry: true,
+    };
   }
   if (error.code === "broken") {
-    return { title: "The connection broke off.", text: "What had arrived is kept. If this happens again, see whether the server is still running.", retry: true };
+    return {
+      title: "The connection broke off.",
+      text: "What had arrived is kept. If this happens again, see whether the server is still running.",
+      retry: true,
+    };
   }
   if (error.code === "context_length_exceeded") {
     const limit = info?.context ? ` of ${info.context.toLocaleString("en")} tokens` : "";
-    return { title: `This does not fit into the model’s context${limit}.`, text: "Shorten the message or the system prompt, or start a new chat.", retry: false };
+    return {
+      title: `This does not fit into the model’s context${limit}.`,
+      text: "Shorten the message or the system prompt, or start a new chat.",
+      retry: false,
+    };
   }
   if (error.status === 429) {
-    const when = error.retryAfter ? `in ${error.retryAfter} ${error.retryAfter === 1 ? "second" : "seconds"}` : "in a moment";
+    const when = error.retryAfter
+      ? `in ${error.retryAfter} ${error.retryAfter === 1 ? "second" : "seconds"}`
+      : "in a moment";
     return { title: "The server is busy.", text: `Its queue is full. Try again ${when}.`, retry: true };
   }
   if (error.status === 503) {
-    return { title: "The model is still loading.", text: "It answers as soon as it is ready. Try again in a moment.", retry: true };
+    return {
+      title: "The model is still loading.",
+      text: "It answers as soon as it is ready. Try again in a moment.",
+      retry: true,
+    };
   }
   if (error.status === 401) {
-    return { title: "The server wants its API key.", text: "Try again and type the key that jaxchat serve was started with.", retry: true };
+    return {
+      title: "The server wants its API key.",
+      text: "Try again and type the key that jaxchat serve was started with.",
+      retry: true,
+    };
   }
   return { title: "The server could not answer.", text: `It says: ${error.message}`, retry: true };
 }

@@ -26,7 +26,14 @@ import { mountText } from "./text.js";
 const $ = (id) => document.getElementById(id);
 const THEMES = ["system", "light", "dark"];
 const narrow = matchMedia("(max-width: 860px)");
-const app = { info: null, store: new Store(), handed: { messages: null, text: null }, openInside, openConversation, newConversation };
+const app = {
+  info: null,
+  store: new Store(),
+  handed: { messages: null, text: null },
+  openInside,
+  openConversation,
+  newConversation,
+};
 let chat = null;
 let closing = null; // aborts what the open view does
 
@@ -99,21 +106,40 @@ async function openView(view, id = null) {
   }
   for (const name of ["chat", "inside", "run"]) $(`view-${name}`).hidden = name !== view;
   $("skip").hidden = $("settings-button").hidden = view !== "chat";
-  document.title = { chat: app.info.name, inside: `Look inside · ${app.info.name}`, run: `Run · ${app.info.name}` }[view];
+  document.title = { chat: app.info.name, inside: `Look inside · ${app.info.name}`, run: `Run · ${app.info.name}` }[
+    view
+  ];
   if (view === "chat") return chat.open(id);
   const place = $(`view-${view}`);
   const own = element("div", { class: view });
   place.replaceChildren(own);
   const { signal } = closing;
   const help = (error) => advice(error, app.info);
-  const api = { info: app.info, json, request, stream, advice: help, signal, ...app.handed, markdown: renderMarkdown, color };
+  const api = {
+    info: app.info,
+    json,
+    request,
+    stream,
+    advice: help,
+    signal,
+    ...app.handed,
+    markdown: renderMarkdown,
+    color,
+  };
   try {
     const module = await import(`./${view}.js`);
     if (!signal.aborted) await module.mount(own, api);
   } catch (error) {
     if (signal.aborted) return;
     const { title, text } = help(error);
-    own.replaceChildren(element("div", { class: "problem", role: "alert" }, icon("warning"), element("p", {}, element("b", {}, title), ` ${text}`)));
+    own.replaceChildren(
+      element(
+        "div",
+        { class: "problem", role: "alert" },
+        icon("warning"),
+        element("p", {}, element("b", {}, title), ` ${text}`),
+      ),
+    );
   }
 }
 
@@ -129,7 +155,8 @@ function onKey(event) {
   if (event.key === "Escape" && narrow.matches && !document.body.classList.contains("no-sidebar")) showSidebar(false);
   else if (event.key === "Escape") chat?.stop();
   else if (command && event.shiftKey && event.key.toLowerCase() === "o" && app.info.model) newConversation();
-  else if (command && event.shiftKey && event.key.toLowerCase() === "s" && app.info.model) showSidebar(document.body.classList.contains("no-sidebar"));
+  else if (command && event.shiftKey && event.key.toLowerCase() === "s" && app.info.model)
+    showSidebar(document.body.classList.contains("no-sidebar"));
   else if (typing(event) || command || event.altKey) return;
   else if (event.key === "?") shortcutsDialog(app.info);
   else if (event.key === "/" && !$("view-chat").hidden) chat.focus();
@@ -176,7 +203,9 @@ async function start() {
   }
   addEventListener("hashchange", route);
   addEventListener("keydown", onKey);
-  app.store.addEventListener("full", () => toast("The browser’s storage is full. Export conversations and delete some of them; the newest are not kept now."));
+  app.store.addEventListener("full", () =>
+    toast("The browser’s storage is full. Export conversations and delete some of them; the newest are not kept now."),
+  );
   route();
 }
 

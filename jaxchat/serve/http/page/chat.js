@@ -22,9 +22,18 @@ export function mountChat(view, app) {
 
   const thread = element("div", { class: "thread" });
   const scroller = element("div", { class: "scroller", tabindex: -1 }, thread);
-  const latest = element("button", { type: "button", class: "latest", hidden: true, onclick: () => toEnd(true) }, icon("down"), "Latest");
+  const latest = element(
+    "button",
+    { type: "button", class: "latest", hidden: true, onclick: () => toEnd(true) },
+    icon("down"),
+    "Latest",
+  );
   const input = composer({ send, stop, editLast });
-  const note = element("p", { class: "note hint" }, "Enter sends, Shift + Enter breaks the line. A small model makes mistakes.");
+  const note = element(
+    "p",
+    { class: "note hint" },
+    "Enter sends, Shift + Enter breaks the line. A small model makes mistakes.",
+  );
   view.append(scroller, element("div", { class: "foot" }, latest, input.element, note));
   scroller.addEventListener("scroll", () => {
     following = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR;
@@ -68,7 +77,13 @@ export function mountChat(view, app) {
     const last = nodes.at(-1);
     for (const node of nodes) {
       if (last.first && node.id === last.first && node !== nodes[0]) {
-        parts.push(element("p", { class: "note forgotten" }, element("span", {}, "The messages above no longer fit into the model’s context")));
+        parts.push(
+          element(
+            "p",
+            { class: "note forgotten" },
+            element("span", {}, "The messages above no longer fit into the model’s context"),
+          ),
+        );
       }
       if (node.role === "user") parts.push(question(tree, node, actions));
       else {
@@ -94,8 +109,14 @@ export function mountChat(view, app) {
   }
 
   function welcome() {
-    const facts = [info.parameters && `${rounded(info.parameters)} parameters`, info.context && `reads ${info.context.toLocaleString("en")} tokens at a time`, info.stage && `after ${info.stage}`];
-    const examples = info.examples.map((text) => element("button", { type: "button", onclick: () => send(text) }, text));
+    const facts = [
+      info.parameters && `${rounded(info.parameters)} parameters`,
+      info.context && `reads ${info.context.toLocaleString("en")} tokens at a time`,
+      info.stage && `after ${info.stage}`,
+    ];
+    const examples = info.examples.map((text) =>
+      element("button", { type: "button", onclick: () => send(text) }, text),
+    );
     return element(
       "div",
       { class: "welcome" },
@@ -116,10 +137,20 @@ export function mountChat(view, app) {
   /** Has `node`, a question, answered. */
   async function ask(node) {
     const conversation = tree;
-    const own = { role: "assistant", content: "", tools: [], finish: null, model: [info.name, info.stage].filter(Boolean).join(" · "), created: Date.now() };
+    const own = {
+      role: "assistant",
+      content: "",
+      tools: [],
+      finish: null,
+      model: [info.name, info.stage].filter(Boolean).join(" · "),
+      created: Date.now(),
+    };
     const { seed } = conversation.settings;
     const answered = add(conversation, node.id, own);
-    answered.seed = seed === null ? crypto.getRandomValues(new Uint32Array(1))[0] >>> 1 : seed + siblings(conversation, answered).length - 1;
+    answered.seed =
+      seed === null
+        ? crypto.getRandomValues(new Uint32Array(1))[0] >>> 1
+        : seed + siblings(conversation, answered).length - 1;
     const controller = new AbortController();
     running.set(conversation, { controller, node: answered });
     conversation.updated = Date.now();
@@ -144,7 +175,9 @@ export function mountChat(view, app) {
     live?.finish();
     live = null;
     showState();
-    announce(answered.finish === "stopped" ? "Stopped" : answered.error ? "" : answered.content || "The answer is empty");
+    announce(
+      answered.finish === "stopped" ? "Stopped" : answered.error ? "" : answered.content || "The answer is empty",
+    );
   }
 
   /** Writes the server's answer into `node` as it comes. */
@@ -156,7 +189,14 @@ export function mountChat(view, app) {
       node.first = before[first].id;
       if (tree === conversation) show();
     }
-    const fields = { model: info.model, messages, stream: true, stream_options: { include_usage: true }, seed: node.seed, ...samplingFields(settings) };
+    const fields = {
+      model: info.model,
+      messages,
+      stream: true,
+      stream_options: { include_usage: true },
+      seed: node.seed,
+      ...samplingFields(settings),
+    };
     let saved = performance.now();
     for await (const { choices, usage } of stream("v1/chat/completions", { body: fields, signal })) {
       if (usage) node.usage = usage;
@@ -203,7 +243,10 @@ export function mountChat(view, app) {
       store.save(tree);
       show();
       const place = thread.querySelector(`[data-id="${node.id}"]`);
-      (place.querySelector(`[aria-label="${label}"]:not(:disabled)`) ?? place.querySelector(".branches button:not(:disabled)")).focus();
+      (
+        place.querySelector(`[aria-label="${label}"]:not(:disabled)`) ??
+        place.querySelector(".branches button:not(:disabled)")
+      ).focus();
     },
     edit(node) {
       if (busy()) return;

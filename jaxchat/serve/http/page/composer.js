@@ -4,7 +4,14 @@ import { element, growing, icon } from "./dom.js";
 
 /** `{element, field, focus, showRunning, showContext}`; calls `on.send(text)`, `on.stop()` and `on.editLast()`. */
 export function composer(on) {
-  const field = element("textarea", { id: "message", rows: 1, placeholder: "Ask something", "aria-label": "Message", enterkeyhint: "send", dir: "auto" });
+  const field = element("textarea", {
+    id: "message",
+    rows: 1,
+    placeholder: "Ask something",
+    "aria-label": "Message",
+    enterkeyhint: "send",
+    dir: "auto",
+  });
   const button = element("button", { type: "button", class: "primary round" });
   const used = element("progress", { max: 1, value: 0, "aria-hidden": "true" });
   const words = element("span", {});
@@ -27,7 +34,8 @@ export function composer(on) {
     if (meter.hidden) return;
     used.value = Math.min(1, tokens / context);
     words.textContent = `${tokens.toLocaleString("en")} of ${context.toLocaleString("en")} tokens`;
-    meter.title = "How much of the model’s context this conversation takes. When it is full, the oldest messages are left out.";
+    meter.title =
+      "How much of the model’s context this conversation takes. When it is full, the oldest messages are left out.";
   }
 
   function send() {

@@ -17,11 +17,21 @@ export function dialog(title, ...content) {
 /** Asks for the API key; null if the person gives none. */
 export function keyDialog(refused) {
   return new Promise((resolve) => {
-    const input = element("input", { type: "password", id: "key", autocomplete: "off", required: true, "aria-describedby": "key-note" });
+    const input = element("input", {
+      type: "password",
+      id: "key",
+      autocomplete: "off",
+      required: true,
+      "aria-describedby": "key-note",
+    });
     const what = refused
       ? "The server refused this key. Type the one that jaxchat serve was started with."
       : "The server wants the API key that jaxchat serve was started with. It is kept until this tab is closed.";
-    const note = element("p", { id: "key-note", class: refused ? "note danger" : "note", role: refused ? "alert" : null }, what);
+    const note = element(
+      "p",
+      { id: "key-note", class: refused ? "note danger" : "note", role: refused ? "alert" : null },
+      what,
+    );
     const field = element("div", { class: "field" }, element("label", { for: "key" }, "Key"), input);
     const footer = element("footer", {}, element("button", { type: "submit", class: "primary" }, "Continue"));
     const form = element("form", { method: "dialog" }, note, field, footer);
@@ -58,7 +68,9 @@ export function shortcutsDialog(info) {
   const apple = /Mac|iPhone|iPad/.test(navigator.platform);
   for (const [keys, does] of info.base ? WRITING : KEYS) {
     const named = element("dt", {});
-    (apple ? keys.replace("Ctrl", "⌘") : keys).split(" + ").forEach((key, index) => named.append(...(index ? [" "] : []), element("kbd", {}, key)));
+    (apple ? keys.replace("Ctrl", "⌘") : keys)
+      .split(" + ")
+      .forEach((key, index) => named.append(...(index ? [" "] : []), element("kbd", {}, key)));
     list.append(named, element("dd", {}, does));
   }
   dialog("Keyboard", list);

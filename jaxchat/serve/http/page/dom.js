@@ -28,7 +28,8 @@ const PATHS = {
   more: "M5 11.5h.01v1H5zM12 11.5h.01v1H12zM19 11.5h.01v1H19z",
   search: "M11 18a7 7 0 1 0 0-14 7 7 0 0 0 0 14zM16 16l4 4",
   inside: "M2.5 12S6 5.5 12 5.5 21.5 12 21.5 12 18 18.5 12 18.5 2.5 12 2.5 12zM12 15a3 3 0 1 0 0-6 3 3 0 0 0 0 6z",
-  settings: "M4 7h9M17 7h3M4 17h3M11 17h9M15 9.5a2.5 2.5 0 1 0 0-5 2.5 2.5 0 0 0 0 5zM9 19.5a2.5 2.5 0 1 0 0-5 2.5 2.5 0 0 0 0 5z",
+  settings:
+    "M4 7h9M17 7h3M4 17h3M11 17h9M15 9.5a2.5 2.5 0 1 0 0-5 2.5 2.5 0 0 0 0 5zM9 19.5a2.5 2.5 0 1 0 0-5 2.5 2.5 0 0 0 0 5z",
   tool: "M6 3h12v18H6zM9 7h6M9 12h.01M12 12h.01M15 12h.01M9 16h.01M12 16h.01M15 16h.01",
   moon: "M20 14.5A8 8 0 0 1 9.5 4 8 8 0 1 0 20 14.5z",
   sun: "M12 16a4 4 0 1 0 0-8 4 4 0 0 0 0 8zM12 3v2M12 19v2M3 12h2M19 12h2M5.6 5.6L7 7M17 17l1.4 1.4M18.4 5.6L17 7M7 17l-1.4 1.4",
@@ -55,7 +56,11 @@ export function icon(name) {
 /** A button that shows an icon only; `label` is its name and tooltip. */
 export function iconButton(name, label, onclick, attributes = {}) {
   const { class: extra = "", ...others } = attributes;
-  return element("button", { type: "button", class: `quiet ${extra}`.trim(), "aria-label": label, title: label, onclick, ...others }, icon(name));
+  return element(
+    "button",
+    { type: "button", class: `quiet ${extra}`.trim(), "aria-label": label, title: label, onclick, ...others },
+    icon(name),
+  );
 }
 
 /** Puts `text` on the clipboard and says so on `button` for a moment. */

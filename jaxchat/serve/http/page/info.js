@@ -42,7 +42,11 @@ function isGood({ question, score }) {
 
 /** 1.72M, 561M, 1.9B */
 export function rounded(count) {
-  for (const [size, letter] of [[1e9, "B"], [1e6, "M"], [1e3, "k"]]) {
+  for (const [size, letter] of [
+    [1e9, "B"],
+    [1e6, "M"],
+    [1e3, "k"],
+  ]) {
     if (count >= size) return `${(count / size).toPrecision(3).replace(/\.?0+$/, "")}${letter}`;
   }
   return String(count);

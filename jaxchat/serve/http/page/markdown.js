@@ -7,7 +7,8 @@ import { copy, element, icon } from "./dom.js";
 
 const EVERY = 100; // milliseconds between two full renderings of an answer that is being written
 
-const escaped = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;").replaceAll('"', "&quot;");
+const escaped = (text) =>
+  text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;").replaceAll('"', "&quot;");
 
 const marked = new Marked({
   gfm: true,
@@ -20,7 +21,35 @@ const marked = new Marked({
 
 const SAFE = {
   RETURN_DOM_FRAGMENT: true,
-  ALLOWED_TAGS: ["a", "blockquote", "br", "code", "del", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "input", "li", "ol", "p", "pre", "span", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul"],
+  ALLOWED_TAGS: [
+    "a",
+    "blockquote",
+    "br",
+    "code",
+    "del",
+    "em",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "hr",
+    "input",
+    "li",
+    "ol",
+    "p",
+    "pre",
+    "span",
+    "strong",
+    "table",
+    "tbody",
+    "td",
+    "th",
+    "thead",
+    "tr",
+    "ul",
+  ],
   ALLOWED_ATTR: ["align", "checked", "class", "disabled", "href", "start", "title", "type"],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i, // of every attribute but those that can be no address:
   ADD_URI_SAFE_ATTR: ["align", "checked", "disabled", "start", "type"],
@@ -33,7 +62,7 @@ purify.addHook("afterSanitizeAttributes", (node) => {
     node.setAttribute("rel", "noopener nofollow");
     node.setAttribute("target", "_blank");
   }
-  if (node.tagName === "INPUT") node.setAttribute("type", "checkbox"), node.setAttribute("disabled", "");
+  if (node.tagName === "INPUT") (node.setAttribute("type", "checkbox"), node.setAttribute("disabled", ""));
   if (node.hasAttribute("class") && !/^(?:language-|hljs-)/.test(node.className)) node.removeAttribute("class");
 });
 
@@ -66,7 +95,11 @@ function frameCode(code, finished) {
   const button = element("button", { type: "button", class: "quiet wide" }, icon("copy"), "Copy");
   button.addEventListener("click", () => copy(text.replace(/\n$/, ""), button));
   const pre = code.parentElement;
-  const frame = element("div", { class: "code" }, element("div", { class: "code-bar" }, element("span", {}, language || "text"), button));
+  const frame = element(
+    "div",
+    { class: "code" },
+    element("div", { class: "code-bar" }, element("span", {}, language || "text"), button),
+  );
   pre.replaceWith(frame);
   pre.tabIndex = 0; // long lines scroll by keyboard
   frame.append(pre);

@@ -55,8 +55,14 @@ const TOOLS = { calculator: "Calculator", python: "Python" };
 /** A tool call, folded. */
 function toolRun(tool, { call, output }) {
   const line = call.trim().split("\n")[0];
-  const summary = element("summary", {}, icon("tool"), element("span", {}, `${TOOLS[tool] ?? "Tool"} `, element("code", {}, line)));
-  const part = (name, text) => element("div", {}, element("span", { class: "note" }, name), element("pre", { tabindex: 0 }, text));
+  const summary = element(
+    "summary",
+    {},
+    icon("tool"),
+    element("span", {}, `${TOOLS[tool] ?? "Tool"} `, element("code", {}, line)),
+  );
+  const part = (name, text) =>
+    element("div", {}, element("span", { class: "note" }, name), element("pre", { tabindex: 0 }, text));
   return element("details", { class: "tool" }, summary, part("Call", call), part("Output", output));
 }
 
@@ -64,15 +70,25 @@ function toolRun(tool, { call, output }) {
 function ending(node, info, actions) {
   if (node.error) {
     const { title, text, retry } = advice(node.error, info);
-    const box = element("div", { class: "problem", role: "alert" }, icon("warning"), element("p", {}, element("b", {}, title), ` ${text}`));
+    const box = element(
+      "div",
+      { class: "problem", role: "alert" },
+      icon("warning"),
+      element("p", {}, element("b", {}, title), ` ${text}`),
+    );
     if (retry) box.append(element("button", { type: "button", onclick: () => actions.retry(node) }, "Try again"));
     return box;
   }
   if (node.finish === "stopped") return element("p", { class: "note" }, "Stopped.");
   if (node.finish === "length" && node.full) {
-    return element("p", { class: "note" }, `Cut off: the model’s context of ${info.context.toLocaleString("en")} tokens is full. Start a new chat for a longer answer.`);
+    return element(
+      "p",
+      { class: "note" },
+      `Cut off: the model’s context of ${info.context.toLocaleString("en")} tokens is full. Start a new chat for a longer answer.`,
+    );
   }
-  if (node.finish === "length") return element("p", { class: "note" }, "Cut off at the longest answer that the settings allow.");
+  if (node.finish === "length")
+    return element("p", { class: "note" }, "Cut off at the longest answer that the settings allow.");
   return null;
 }
 
@@ -80,7 +96,8 @@ function branches(conversation, node, actions) {
   const all = siblings(conversation, node);
   if (all.length < 2) return null;
   const at = all.indexOf(node);
-  const step = (name, label, to) => iconButton(name, label, () => actions.choose(all[to], label), { disabled: !all[to] });
+  const step = (name, label, to) =>
+    iconButton(name, label, () => actions.choose(all[to], label), { disabled: !all[to] });
   return element(
     "span",
     { class: "branches", role: "group", "aria-label": "Versions" },
@@ -94,20 +111,43 @@ function branches(conversation, node, actions) {
 export function question(conversation, node, actions) {
   const bubble = element("div", { class: "bubble", dir: "auto" }, node.content);
   const copyButton = iconButton("copy", "Copy", () => copy(node.content, copyButton));
-  const tools = element("div", { class: "tools" }, branches(conversation, node, actions), copyButton, iconButton("edit", "Edit", () => actions.edit(node)));
+  const tools = element(
+    "div",
+    { class: "tools" },
+    branches(conversation, node, actions),
+    copyButton,
+    iconButton("edit", "Edit", () => actions.edit(node)),
+  );
   return element("article", { class: "message user", "aria-label": "You", "data-id": node.id }, bubble, tools);
 }
 
 /** What was answered: `{element, update, finish}`. `update` shows what has come since, `finish` that it is all. */
 export function answer(conversation, node, info, actions, live) {
   const body = new Body(info.tools);
-  const place = element("article", { class: "message assistant", "aria-label": "Answer", "data-id": node.id }, body.element);
+  const place = element(
+    "article",
+    { class: "message assistant", "aria-label": "Answer", "data-id": node.id },
+    body.element,
+  );
   const finish = () => {
     body.show(node, true);
     const copyButton = iconButton("copy", "Copy", () => copy(node.content, copyButton));
-    const tools = element("div", { class: "tools" }, branches(conversation, node, actions), copyButton, iconButton("retry", "Try again", () => actions.retry(node)));
+    const tools = element(
+      "div",
+      { class: "tools" },
+      branches(conversation, node, actions),
+      copyButton,
+      iconButton("retry", "Try again", () => actions.retry(node)),
+    );
     if (node.content || node.tools.length) {
-      tools.append(element("button", { type: "button", class: "quiet wide", onclick: () => actions.inside(node) }, icon("inside"), "Look inside"));
+      tools.append(
+        element(
+          "button",
+          { type: "button", class: "quiet wide", onclick: () => actions.inside(node) },
+          icon("inside"),
+          "Look inside",
+        ),
+      );
     }
     const end = ending(node, info, actions);
     place.replaceChildren(body.element, ...(end ? [end] : []), tools);
@@ -130,7 +170,15 @@ export function editor(node, send, cancel) {
     else return;
     event.preventDefault();
   });
-  const buttons = element("footer", {}, element("button", { type: "button", onclick: cancel }, "Cancel"), element("button", { type: "button", class: "primary", onclick: submit }, "Send"));
+  const buttons = element(
+    "footer",
+    {},
+    element("button", { type: "button", onclick: cancel }, "Cancel"),
+    element("button", { type: "button", class: "primary", onclick: submit }, "Send"),
+  );
   const place = element("div", { class: "message user editing" }, field, buttons);
-  return { element: place, focus: () => (field.focus(), field.setSelectionRange(field.value.length, field.value.length)) };
+  return {
+    element: place,
+    focus: () => (field.focus(), field.setSelectionRange(field.value.length, field.value.length)),
+  };
 }

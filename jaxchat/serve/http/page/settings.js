@@ -40,7 +40,15 @@ function slider(name, label, hint, settings, [min, max], changed) {
 }
 
 function whole(name, label, hint, settings, min, empty, changed) {
-  const input = element("input", { type: "number", id: name, min, step: 1, inputmode: "numeric", placeholder: empty, "aria-describedby": `${name}-note` });
+  const input = element("input", {
+    type: "number",
+    id: name,
+    min,
+    step: 1,
+    inputmode: "numeric",
+    placeholder: empty,
+    "aria-describedby": `${name}-note`,
+  });
   input.value = settings[name] ?? "";
   input.addEventListener("input", () => {
     if (input.reportValidity()) changed(name, input.value === "" ? null : Number(input.value));
@@ -49,7 +57,13 @@ function whole(name, label, hint, settings, min, empty, changed) {
 }
 
 function field(name, label, hint, input, shown = null) {
-  return element("div", { class: "field" }, element("label", { for: name }, label, shown), input, element("p", { class: "note", id: `${name}-note` }, hint));
+  return element(
+    "div",
+    { class: "field" },
+    element("label", { for: name }, label, shown),
+    input,
+    element("p", { class: "note", id: `${name}-note` }, hint),
+  );
 }
 
 /** Lets a person change `settings`; `changed()` is called after each change. */
@@ -59,22 +73,49 @@ export function settingsDialog(settings, base, changed) {
     localStorage.setItem(LAST, JSON.stringify(settings));
     changed();
   };
-  const system = element("textarea", { id: "system", rows: 3, "aria-describedby": "system-note", placeholder: "For example: You are a friendly helper." });
+  const system = element("textarea", {
+    id: "system",
+    rows: 3,
+    "aria-describedby": "system-note",
+    placeholder: "For example: You are a friendly helper.",
+  });
   system.value = settings.system;
   system.addEventListener("input", () => set("system", system.value));
   const form = element(
     "form",
     { method: "dialog" },
     !base && field("system", "System prompt", "What the model is told before the first message.", system),
-    slider("temperature", "Temperature", "0 always takes the likeliest token; higher is more varied.", settings, [0, 2], set),
+    slider(
+      "temperature",
+      "Temperature",
+      "0 always takes the likeliest token; higher is more varied.",
+      settings,
+      [0, 2],
+      set,
+    ),
     element(
       "div",
       { class: "pair" },
       whole("top_k", "Top-k", "Of the likeliest tokens.", settings, 1, "all", set),
       whole("max_tokens", "Longest answer", "In tokens.", settings, 1, "as much as fits", set),
     ),
-    slider("top_p", "Top-p", "Draw from the likeliest tokens that together have this probability.", settings, [0.05, 1], set),
-    whole("seed", "Seed", "The same seed, the same answer. A retry takes the next.", settings, 0, "a new one each time", set),
+    slider(
+      "top_p",
+      "Top-p",
+      "Draw from the likeliest tokens that together have this probability.",
+      settings,
+      [0.05, 1],
+      set,
+    ),
+    whole(
+      "seed",
+      "Seed",
+      "The same seed, the same answer. A retry takes the next.",
+      settings,
+      0,
+      "a new one each time",
+      set,
+    ),
   );
   const reset = element("button", { type: "button" }, "Back to the defaults");
   const box = dialog("Settings", form);

@@ -14,7 +14,13 @@ function period(time) {
 }
 
 function matches(conversation, words) {
-  const text = [conversation.title, conversation.text ?? "", ...Object.values(conversation.nodes).map((node) => node.content)].join("\n").toLowerCase();
+  const text = [
+    conversation.title,
+    conversation.text ?? "",
+    ...Object.values(conversation.nodes).map((node) => node.content),
+  ]
+    .join("\n")
+    .toLowerCase();
   return words.every((word) => text.includes(word));
 }
 
@@ -35,34 +41,62 @@ export function mountSidebar(list, search, tools, app, themeButton) {
     for (const [name, conversations] of groups) {
       list.append(element("h2", {}, name), element("ul", {}, ...conversations.map(row)));
     }
-    if (!found.length) list.append(element("p", { class: "note" }, words.length ? "Nothing found." : `Your ${things} are kept in this browser only.`));
+    if (!found.length)
+      list.append(
+        element(
+          "p",
+          { class: "note" },
+          words.length ? "Nothing found." : `Your ${things} are kept in this browser only.`,
+        ),
+      );
     if (focused) list.querySelector(`a[href="${focused}"]`)?.focus();
   }
 
   function row(conversation) {
     const address = `#chat/${conversation.id}`;
     const current = location.hash === address;
-    const link = element("a", { href: address, title: conversation.title, "aria-current": current ? "page" : null }, conversation.title || "Untitled");
+    const link = element(
+      "a",
+      { href: address, title: conversation.title, "aria-current": current ? "page" : null },
+      conversation.title || "Untitled",
+    );
     link.addEventListener("click", (event) => {
       if (event.ctrlKey || event.metaKey || event.shiftKey) return;
       event.preventDefault();
       app.openConversation(conversation.id);
     });
-    const more = iconButton("more", `More for “${conversation.title}”`, () => menu(more, conversation), { "aria-haspopup": "menu" });
+    const more = iconButton("more", `More for “${conversation.title}”`, () => menu(more, conversation), {
+      "aria-haspopup": "menu",
+    });
     return element("li", { class: current ? "current" : null }, link, more);
   }
 
   function menu(anchor, conversation) {
     const choices = [
       ["edit", "Rename", () => rename(anchor.parentElement, conversation)],
-      ["export", "Export as Markdown", () => download(fileName(conversation, "md"), "text/markdown", markdownOf(conversation))],
-      ["export", "Export as JSON", () => download(fileName(conversation, "json"), "application/json", exported([conversation]))],
+      [
+        "export",
+        "Export as Markdown",
+        () => download(fileName(conversation, "md"), "text/markdown", markdownOf(conversation)),
+      ],
+      [
+        "export",
+        "Export as JSON",
+        () => download(fileName(conversation, "json"), "application/json", exported([conversation])),
+      ],
       ["close", "Delete", () => discard(conversation)],
     ];
     const box = element("div", { class: "menu", role: "menu", popover: "auto" });
     for (const [picture, label, run] of choices) {
       const choose = () => (box.hidePopover(), run());
-      box.append(element("button", { type: "button", role: "menuitem", class: label === "Delete" ? "danger" : null, onclick: choose }, icon(picture), label));
+      box.append(
+        element(
+          "button",
+          { type: "button", role: "menuitem", class: label === "Delete" ? "danger" : null, onclick: choose },
+          icon(picture),
+          label,
+        ),
+      );
     }
     box.addEventListener("keydown", (event) => {
       if (event.key === "Escape") event.stopPropagation(); // closes the menu, and stops no answer
@@ -116,7 +150,11 @@ export function mountSidebar(list, search, tools, app, themeButton) {
   file.addEventListener("change", async () => {
     try {
       const count = store.import(await file.files[0].text());
-      toast(count ? `Imported ${count} ${count === 1 ? things.slice(0, -1) : things}.` : `All of these ${things} are here already.`);
+      toast(
+        count
+          ? `Imported ${count} ${count === 1 ? things.slice(0, -1) : things}.`
+          : `All of these ${things} are here already.`,
+      );
     } catch (error) {
       toast(`Nothing was imported: ${error.message}.`);
     }

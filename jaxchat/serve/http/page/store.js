@@ -60,7 +60,8 @@ export class Store extends EventTarget {
     } catch {
       throw new Error("the file is not JSON");
     }
-    if (file?.format !== FORMAT || !Array.isArray(file.conversations)) throw new Error("the file has no conversations of jaxchat");
+    if (file?.format !== FORMAT || !Array.isArray(file.conversations))
+      throw new Error("the file has no conversations of jaxchat");
     const read = file.conversations.map((one, index) => checked(one, `conversation ${index + 1}`));
     const added = read.filter((one) => !this.#kept.has(one.id) || this.#kept.get(one.id).updated < one.updated);
     for (const one of added) this.save(one);
@@ -87,7 +88,10 @@ export function markdownOf(conversation) {
 
 /** A name for a file. */
 export function fileName(conversation, ending) {
-  const words = conversation.title.toLowerCase().replaceAll(/[^\p{L}\p{N}]+/gu, "-").replaceAll(/^-|-$/g, "");
+  const words = conversation.title
+    .toLowerCase()
+    .replaceAll(/[^\p{L}\p{N}]+/gu, "-")
+    .replaceAll(/^-|-$/g, "");
   return `${words.slice(0, 40) || "conversation"}.${ending}`;
 }
 
@@ -105,10 +109,16 @@ function checked(one, what) {
   fits(isObject(one.nodes) && isObject(one.chosen) && isObject(one.settings), "has no messages or settings");
   fits(one.kind === "chat" || isText(one.text), "has no text");
   for (const [id, node] of Object.entries(one.nodes)) {
-    fits(isObject(node) && node.id === id && ["user", "assistant"].includes(node.role) && isText(node.content), "has a message without role or text");
+    fits(
+      isObject(node) && node.id === id && ["user", "assistant"].includes(node.role) && isText(node.content),
+      "has a message without role or text",
+    );
     fits(node.parent === null || one.nodes[node.parent], "has a message that follows none");
     const tools = node.tools ?? [];
-    fits(Array.isArray(tools) && tools.every((run) => isObject(run) && isText(run.call) && isText(run.output)), "has a tool call without text");
+    fits(
+      Array.isArray(tools) && tools.every((run) => isObject(run) && isText(run.call) && isText(run.output)),
+      "has a tool call without text",
+    );
     for (let at = node, steps = 0; at.parent !== null; at = one.nodes[at.parent]) {
       fits(++steps < 100_000 && one.nodes[at.parent], "has messages that follow each other in a circle");
     }

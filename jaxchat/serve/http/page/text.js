@@ -18,21 +18,43 @@ export function mountText(view, app) {
   let running = null;
 
   const shown = element("div", { class: "paper-shown", "aria-hidden": "true" });
-  const field = element("textarea", { id: "text", "aria-label": "Text", placeholder: "Begin a text here, and let the model go on.", spellcheck: "false", dir: "auto" });
+  const field = element("textarea", {
+    id: "text",
+    "aria-label": "Text",
+    placeholder: "Begin a text here, and let the model go on.",
+    spellcheck: "false",
+    dir: "auto",
+  });
   const examples = element("div", { class: "examples", role: "group", "aria-label": "Beginnings" });
   const problem = element("div", {});
-  const scroller = element("div", { class: "scroller" }, element("div", { class: "thread" }, head(), element("div", { class: "paper" }, shown, field), problem, examples));
+  const scroller = element(
+    "div",
+    { class: "scroller" },
+    element("div", { class: "thread" }, head(), element("div", { class: "paper" }, shown, field), problem, examples),
+  );
   const go = element("button", { type: "button", class: "primary", onclick: () => (running ? stop() : write(false)) });
   const tools = element("div", { class: "text-tools" });
-  const note = element("p", { class: "note hint" }, "This is a base model: it continues a text, and does not answer questions. Ctrl + Enter continues.");
+  const note = element(
+    "p",
+    { class: "note hint" },
+    "This is a base model: it continues a text, and does not answer questions. Ctrl + Enter continues.",
+  );
   view.append(scroller, element("div", { class: "foot" }, element("div", { class: "text-bar" }, tools, go), note));
   for (const text of info.examples) {
     examples.append(element("button", { type: "button", onclick: () => (setText(text), write(false)) }, text));
   }
 
   function head() {
-    const facts = [info.parameters && `${rounded(info.parameters)} parameters`, info.context && `reads ${info.context.toLocaleString("en")} tokens at a time`];
-    return element("header", { class: "text-head" }, element("h1", {}, info.name), element("p", { class: "note" }, facts.filter(Boolean).join(" · ")));
+    const facts = [
+      info.parameters && `${rounded(info.parameters)} parameters`,
+      info.context && `reads ${info.context.toLocaleString("en")} tokens at a time`,
+    ];
+    return element(
+      "header",
+      { class: "text-head" },
+      element("h1", {}, info.name),
+      element("p", { class: "note" }, facts.filter(Boolean).join(" · ")),
+    );
   }
 
   function setText(text) {
@@ -58,26 +80,40 @@ export function mountText(view, app) {
     examples.hidden = kept.text !== "";
     go.replaceChildren(icon(running ? "stop" : "send"), running ? "Stop" : "Continue");
     go.disabled = !running && !kept.text;
-    const quiet = (name, label, run) => element("button", { type: "button", class: "quiet wide", onclick: run }, icon(name), label);
+    const quiet = (name, label, run) =>
+      element("button", { type: "button", class: "quiet wide", onclick: run }, icon(name), label);
     tools.replaceChildren();
     if (!running && kept.written !== null) {
       if (kept.versions.length > 1) tools.append(versions());
-      tools.append(iconButton("retry", "Write it again", () => write(true)), iconButton("close", "Take it back", takeBack));
+      tools.append(
+        iconButton("retry", "Write it again", () => write(true)),
+        iconButton("close", "Take it back", takeBack),
+      );
     }
     if (!running && kept.text) {
       const copyButton = iconButton("copy", "Copy", () => copy(kept.text, copyButton));
-      tools.append(copyButton, quiet("inside", "Look inside", () => app.openInside({ text: kept.text })));
+      tools.append(
+        copyButton,
+        quiet("inside", "Look inside", () => app.openInside({ text: kept.text })),
+      );
     }
     document.getElementById("settings-button").classList.toggle("changed", areChanged(kept.settings));
   }
 
   function versions() {
-    const step = (name, label, by) => iconButton(name, label, () => pick(kept.version + by), { disabled: !kept.versions[kept.version + by] && kept.versions[kept.version + by] !== "" });
+    const step = (name, label, by) =>
+      iconButton(name, label, () => pick(kept.version + by), {
+        disabled: !kept.versions[kept.version + by] && kept.versions[kept.version + by] !== "",
+      });
     return element(
       "span",
       { class: "branches", role: "group", "aria-label": "Versions" },
       step("left", "Earlier version", -1),
-      element("span", { "aria-label": `Version ${kept.version + 1} of ${kept.versions.length}` }, `${kept.version + 1}/${kept.versions.length}`),
+      element(
+        "span",
+        { "aria-label": `Version ${kept.version + 1} of ${kept.versions.length}` },
+        `${kept.version + 1}/${kept.versions.length}`,
+      ),
       step("right", "Later version", 1),
     );
   }
@@ -113,7 +149,13 @@ export function mountText(view, app) {
     show();
     const { seed } = own.settings;
     const drawn = seed === null ? crypto.getRandomValues(new Uint32Array(1))[0] >>> 1 : seed + own.version;
-    const body = { model: info.model, prompt: own.text, stream: true, seed: drawn, ...samplingFields({ ...own.settings, max_tokens: own.settings.max_tokens ?? 128 }) };
+    const body = {
+      model: info.model,
+      prompt: own.text,
+      stream: true,
+      seed: drawn,
+      ...samplingFields({ ...own.settings, max_tokens: own.settings.max_tokens ?? 128 }),
+    };
     try {
       for await (const { choices } of stream("v1/completions", { body, signal })) {
         const text = choices?.[0]?.text ?? "";
@@ -137,7 +179,14 @@ export function mountText(view, app) {
   function refuse(error) {
     if (!(error instanceof ApiError)) console.error(error);
     const { title, text } = advice(error, info);
-    problem.replaceChildren(element("div", { class: "problem", role: "alert" }, icon("warning"), element("p", {}, element("b", {}, title), ` ${text}`)));
+    problem.replaceChildren(
+      element(
+        "div",
+        { class: "problem", role: "alert" },
+        icon("warning"),
+        element("p", {}, element("b", {}, title), ` ${text}`),
+      ),
+    );
   }
 
   function stop() {
