@@ -163,7 +163,7 @@ def fit(prompt: int, max_tokens: int | None, context: int, param: str) -> int:
 
 
 def too_long(message: str, param: str) -> ApiError:
-    """The error of a prompt that does not fit; clients look for its code, or for the message's first words (LangChain)."""
+    """The error of a prompt that does not fit; clients look for its code or, as LangChain, for words of the message."""
     return ApiError(400, f"the prompt is too long: {message}; shorten it", param=param, code="context_length_exceeded")
 
 
