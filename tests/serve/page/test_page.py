@@ -241,6 +241,19 @@ def test_conversations_leave_and_come_back_as_files(chat, visit, address, tmp_pa
         given = {"name": "file.json", "mimeType": "application/json", "buffer": content.encode()}
         other.locator("input[type=file]").set_input_files(given)
         expect(other.locator("#toasts")).to_contain_text(says)
+    strange = json.loads(file.read_text())
+    strange["conversations"][0] |= {
+        "id": "strange",
+        "title": "Strange",
+        "settings": {"temperature": "hot", "top_k": {}},
+    }
+    content = json.dumps(strange).encode()
+    given = {"name": "file.json", "mimeType": "application/json", "buffer": content}
+    other.locator("input[type=file]").set_input_files(given)
+    other.get_by_role("link", name="Strange").click()
+    other.get_by_label("Settings", exact=True).click()
+    expect(other.get_by_label("Temperature")).to_have_value("0.6")
+    other.keyboard.press("Escape")
     other.get_by_role("link", name="What is 34 + 58?").click()
     expect(other.get_by_label("Answer")).to_contain_text("It is 92.")
 
@@ -283,6 +296,14 @@ def test_a_base_model_continues_a_text(visit, base_address):
     page.get_by_label("Take it back").click()
     expect(text).to_have_value("Es war einmal ein")
     expect(page.locator("mark")).to_be_empty()
+
+
+def test_a_base_model_reads_the_end_of_a_long_text(visit, base_address):
+    page = visit(base_address)
+    page.get_by_label("Text", exact=True).fill("Er ging in den Wald. " * 100)
+    page.get_by_role("button", name="Continue").click()
+    expect(page.locator("mark")).not_to_be_empty()
+    expect(page.locator("#view-chat")).to_contain_text("The model reads only the last 64 tokens of this text.")
 
 
 def test_without_a_model_there_is_only_the_run(visit, watching_address):

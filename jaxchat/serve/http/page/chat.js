@@ -104,7 +104,7 @@ export function mountChat(view, app) {
   function showState() {
     input.showRunning(running.has(tree));
     const usage = path(tree).findLast((node) => node.usage)?.usage;
-    input.showContext(usage ? usage.prompt_tokens + usage.completion_tokens : null, info.context);
+    input.showContext(usage?.total_tokens ?? null, info.context);
     document.getElementById("settings-button").classList.toggle("changed", areChanged(tree.settings));
   }
 
@@ -256,10 +256,13 @@ export function mountChat(view, app) {
       place.replaceWith(field.element);
       field.focus();
     },
+    /** Hands over what the model read, and what it wrote. */
     inside(node) {
       const { system } = tree.settings;
       const lead = system ? [{ role: "system", content: system }] : [];
-      app.openInside({ messages: [...lead, ...pathTo(tree, node).map(asMessage)] });
+      const nodes = pathTo(tree, node);
+      const first = nodes.findIndex(({ id }) => id === node.first);
+      app.openInside({ messages: [...lead, ...nodes.slice(Math.max(0, first)).map(asMessage)] });
     },
   };
 

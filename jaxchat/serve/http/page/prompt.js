@@ -13,6 +13,17 @@ async function count(text) {
   }
 }
 
+/**
+ * The prompt to send for a text: the text, or the ids of its end where all of it leaves no room in the context.
+ *
+ * `room` tokens are kept free, or half of the context if that is less.
+ */
+export async function fitText(text, room, context) {
+  const { tokens } = await json("tokenize", { body: { prompt: text, add_special_tokens: true } });
+  const fits = context - Math.min(room, Math.floor(context / 2));
+  return tokens.length <= fits ? text : [tokens[0], ...tokens.slice(1 - fits)]; // the first is <|bos|>
+}
+
 /** A message as /v1/chat/completions takes it. The server puts tool calls back where they were. */
 export function asMessage({ role, content, tools }) {
   return tools?.length ? { role, content, tool_runs: tools } : { role, content };

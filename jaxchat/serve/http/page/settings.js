@@ -5,11 +5,21 @@ import { dialog } from "./dialogs.js";
 
 const LAST = "jaxchat.settings";
 const DEFAULTS = { temperature: 0.6, top_k: 50, top_p: 1, max_tokens: null, seed: null, system: "" };
+const EMPTY = ["top_k", "max_tokens", "seed"]; // may be null
+/** `given` with defaults for what is missing or no setting: what was kept or imported is not trusted. */
+export function validSettings(given) {
+  const fits = (name, value) => {
+    if (name === "system") return typeof value === "string";
+    return Number.isFinite(value) || (value === null && EMPTY.includes(name));
+  };
+  const names = Object.keys(DEFAULTS);
+  return Object.fromEntries(names.map((name) => [name, fits(name, given?.[name]) ? given[name] : DEFAULTS[name]]));
+}
 
 /** The settings of a new conversation: those used last. */
 export function lastSettings() {
   try {
-    return { ...DEFAULTS, ...JSON.parse(localStorage.getItem(LAST)) };
+    return validSettings(JSON.parse(localStorage.getItem(LAST)));
   } catch {
     return { ...DEFAULTS };
   }

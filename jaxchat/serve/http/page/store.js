@@ -1,5 +1,6 @@
 // Conversations in the browser's storage, and as files.
 
+import { validSettings } from "./settings.js";
 import { path } from "./tree.js";
 
 const PREFIX = "jaxchat.conversation.";
@@ -123,5 +124,5 @@ function checked(one, what) {
       fits(++steps < 100_000 && one.nodes[at.parent], "has messages that follow each other in a circle");
     }
   }
-  return one;
+  return { ...one, settings: validSettings(one.settings) };
 }

@@ -3,8 +3,11 @@
 import { ApiError, advice, stream } from "./api.js";
 import { announce, copy, element, icon, iconButton } from "./dom.js";
 import { rounded } from "./info.js";
+import { fitText } from "./prompt.js";
 import { areChanged, lastSettings, samplingFields, settingsDialog } from "./settings.js";
 import { conversation as newText } from "./tree.js";
+
+const LENGTH = 128; // tokens that are written at a time, unless the settings say otherwise
 
 /**
  * Fills the view. Returns `{open(id), focus(), stop(), settings()}`.
@@ -149,14 +152,16 @@ export function mountText(view, app) {
     show();
     const { seed } = own.settings;
     const drawn = seed === null ? crypto.getRandomValues(new Uint32Array(1))[0] >>> 1 : seed + own.version;
-    const body = {
-      model: info.model,
-      prompt: own.text,
-      stream: true,
-      seed: drawn,
-      ...samplingFields({ ...own.settings, max_tokens: own.settings.max_tokens ?? 128 }),
-    };
+    const max_tokens = own.settings.max_tokens ?? LENGTH;
+    const fields = { ...samplingFields(own.settings), max_tokens, model: info.model, stream: true, seed: drawn };
     try {
+      const body = { ...fields, prompt: await fitText(own.text, max_tokens, info.context) };
+      if (typeof body.prompt !== "string" && own === kept) {
+        const read = body.prompt.length.toLocaleString("en");
+        problem.replaceChildren(
+          element("p", { class: "note" }, `The model reads only the last ${read} tokens of this text.`),
+        );
+      }
       for await (const { choices } of stream("v1/completions", { body, signal })) {
         const text = choices?.[0]?.text ?? "";
         own.text += text;
