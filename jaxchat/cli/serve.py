@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
+from jaxchat.cli.precision import add_precision_options
 from jaxchat.cli.tools import add_tool_options
 from jaxchat.cli.values import path, whole
 from jaxchat.config import Range
@@ -49,6 +50,7 @@ def add_command(commands: Any) -> None:
     count = whole(Range(at_least=1))
     add("--rows", type=count, default=64, metavar="N", help="Most requests that are computed at once. (default 64)")
     add("--max-waiting", type=count, default=256, metavar="N", help="Most requests that wait. (default 256)")
+    add_precision_options(add)
     add_tool_options(add)
     parser.set_defaults(command=_serve)
 

@@ -35,10 +35,11 @@ MOST_ANSWERS = 1024  # prompts times n
 
 
 class Prompt(NamedTuple):
-    """Token ids, and the text that echo gives back for them."""
+    """Token ids, the text that echo gives back for them, and how many characters of its tokens that leaves out."""
 
     ids: list[int]
     text: str
+    left_out: int = 0
 
 
 async def completions(request: HttpRequest) -> JsonResponse | EventStream:
@@ -68,6 +69,7 @@ async def _prompts(fields: Fields, served: Served) -> list[Prompt]:
     if not prompts or not all(isinstance(each, str) or _are_ids(each) for each in prompts):
         fields.refuse("prompt", "a string, an array of token ids, or an array of some of these")
     bos = fields.get("add_special_tokens") is None or fields.flag("add_special_tokens")
+    left_out = len(served.spelling.string(served.spelling.tokenizer.bos_token_id)) if bos else 0
     characters = max((len(each) for each in prompts if isinstance(each, str)), default=0)
     if characters > served.context * served.spelling.longest:
         message = f"this model's context is {served.context:,} tokens, and prompt has {characters:,} characters"
@@ -77,7 +79,7 @@ async def _prompts(fields: Fields, served: Served) -> list[Prompt]:
         if isinstance(each, str):
             ids = served.spelling.encode(each, bos=bos)
             expect(bool(ids), "a prompt is empty; it must have at least one token", "prompt")
-            return Prompt(ids, each)
+            return Prompt(ids, each, left_out)
         highest = max(each)
         known = min(each) >= 0 and highest < served.vocabulary
         expect(known, f"prompt has ids that are not below {served.vocabulary:,}, the vocabulary's size", "prompt")
@@ -122,7 +124,7 @@ class _Call:
             for number in range(settings.n)
         ]
         self.answers = [
-            _Answer(served.spelling, prompt.text if echo else "", alternatives is not None, only_echo)
+            _Answer(served.spelling, prompt if echo else None, logprobs=alternatives is not None, only_echo=only_echo)
             for prompt in prompts
             for _ in range(settings.n)
         ]
@@ -186,17 +188,21 @@ class Part:
 
 
 class _Answer:
-    """One continuation, which begins with the text that it echoes.
+    """One continuation.
+
+    Args:
+      echo: the prompt that its text begins with; None for none.
 
     Attributes:
       finish: why it has ended; None as long as it goes on.
     """
 
-    def __init__(self, spelling: Spelling, echo: str, logprobs: bool, only_echo: bool):
-        self.spelling, self.echo, self.wants_logprobs, self.only_echo = spelling, echo, logprobs, only_echo
+    def __init__(self, spelling: Spelling, echo: Prompt | None, *, logprobs: bool, only_echo: bool):
+        self.spelling, self.wants_logprobs, self.only_echo = spelling, logprobs, only_echo
+        self.echo = echo.text if echo else ""
         self.finish: str | None = None
         self._begun = False
-        self._at = 0  # where the next token begins in the text
+        self._at = -echo.left_out if echo else 0  # where the next token begins in the text
 
     def add(self, output: Output) -> Part:
         """What an output adds to it. The token that ends it is among the tokens, but not in the text."""

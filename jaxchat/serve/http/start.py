@@ -16,6 +16,7 @@ import time
 import webbrowser
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -26,6 +27,9 @@ from jaxchat.serve.http.app import build_app
 from jaxchat.serve.http.service import Service
 from jaxchat.serve.http.serving import Served, Server
 from jaxchat.tools.choice import choose_tool
+
+if TYPE_CHECKING:
+    from jaxchat.infer.quantized import KVCache, Weights
 
 DRAIN_SECONDS = 25.0  # Kubernetes kills 30 seconds after SIGTERM
 KEEP_ALIVE_SECONDS = 65  # more than what clients and proxies keep a connection for, lest they use one that just closed
@@ -49,6 +53,8 @@ class Options:
     allow_origin: tuple[str, ...]
     rows: int
     max_waiting: int
+    weights: Weights
+    kv_cache: KVCache
     tools: str
     uncontained: bool
     watch: bool
@@ -91,7 +97,7 @@ def _key(options: Options, local: bool) -> str | None:
         return None
     key, source = options.api_key, "--api-key"
     if key is None:
-        key, source = os.environ.get("JAXCHAT_API_KEY"), "JAXCHAT_API_KEY"
+        key, source = os.environ.get("JAXCHAT_API_KEY") or None, "JAXCHAT_API_KEY"
     check(key is None or (key.isascii() and key.isprintable() and " " not in key and key != ""),
           f"{source} must be printable ASCII without spaces, at least one character")  # fmt: skip
     check(
@@ -179,7 +185,7 @@ def _answer(options: Options, server: Server, service: Service, web: Web) -> Non
     _say(f"loading {options.run}")
     model = load_model(options.run, options.stage, options.step)
     directory = RunDirectory(options.run)
-    engine = model.engine(rows=options.rows)
+    engine = model.engine(rows=options.rows, weights=options.weights, kv_cache=options.kv_cache)
     progress = Progress("compiling", time.monotonic())
     engine.warm_up(progress.show)
     progress.end()

@@ -1,6 +1,7 @@
 """POST /v1/completions: raw text, prompts of all kinds, echo, and log-probabilities against a full forward pass."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,7 +16,7 @@ START = "Es war einmal"
 
 def logprobs_of(engine, ids):
     """The log-probabilities of every id after each of `ids`, by one full forward pass."""
-    hidden = hidden_states(engine.model_config, engine.params, np.array([ids], np.int32), Compute("float32"))
+    hidden = hidden_states(engine.model_config, engine.params, jnp.array([ids]), Compute("float32"))
     scores = logits(engine.model_config, engine.params, hidden)[0]
     return np.asarray(jax.nn.log_softmax(scores, axis=-1))
 
@@ -145,7 +146,7 @@ def test_lists_of_unequal_length_as_lm_evaluation_harness_sends_them(base_client
 
 def test_tokens_with_one_spelling_and_without_a_probability(tokenizer_with_two_spellings):
     tokenizer, first, second = tokenizer_with_two_spellings
-    answer = _Answer(Spelling(tokenizer), "", True, False)
+    answer = _Answer(Spelling(tokenizer), None, logprobs=True, only_echo=False)
     token = NewToken(second, logprob=-2.0, alternatives=((first, -1.0), (second, -2.0), (0, -np.inf)))
     answer.add(Output(0, (token,)))
     found = answer.logprobs([token])
