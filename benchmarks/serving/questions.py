@@ -129,10 +129,8 @@ class Question:
 
 def _added(sample: Sample, choice: Json) -> Sample:
     """`sample` with what a choice of a response, or of a frame, adds."""
-    part = choice.get("delta") or choice.get("message")
+    part = choice.get("delta", choice.get("message"))
     text = choice["text"] if part is None else part.get("content") or ""
-    if part is None and "text" not in choice:
-        text = ""
     logprobs = choice.get("logprobs") or {}
     entries = logprobs.get("content") or []
     tokens = logprobs.get("tokens") or [entry["token"] for entry in entries]

@@ -73,12 +73,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(run_dir: Path | str, *options: str, seconds: float = 300, ends: int | None = 0) -> Iterator[Server]:
+def serving(run_dir: Path | str, *options: str, seconds: float = 300, ends: int | None = 75) -> Iterator[Server]:
     """A server of `run_dir` that answers; at the end it gets SIGTERM, and must end within a minute.
 
     Args:
       seconds: how long it may take to be ready.
-      ends: the exit code that it must end with; None for any.
+      ends: the exit code that it must end with, by default that of SIGTERM; None for any.
 
     Raises:
       RuntimeError: it ended, was not ready in time, or did not end as it should; the message has its output.
