@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxchat.errors import UserError, check
 from jaxchat.infer.engine import Engine
-from jaxchat.infer.request import NewToken, Output, Tool
+from jaxchat.infer.request import Output, Request, Sampling, Tool
 from jaxchat.serve.saved import message_of, tokens_of
 from jaxchat.serve.settings import Settings
 from jaxchat.tokenizer import BaseTokenizer
@@ -49,13 +49,14 @@ class Conversation:
     Attributes:
       system: text that the model finds before its first question; empty for none.
       unanswered: the last question, if nothing of an answer was kept.
+      answering: whether an answer is being generated.
     """
 
     def __init__(self, engine: Engine, settings: Settings, *, base: bool, tool: Tool | None = calculate):
         self.engine, self.settings, self.base = engine, settings, base
         self.tool = None if base else tool
         self.context = engine.model_config.sequence_len
-        self.system = ""
+        self.system, self.answering = "", False
         self.clear()
 
     def clear(self) -> None:
@@ -217,10 +218,24 @@ class Conversation:
         """What the engine generates after `prompt`, with the next seed; closed early, it frees the engine's row."""
         settings = self.settings
         self.settings = dataclasses.replace(settings, seed=settings.seed + 1)
-        options = {"temperature": settings.temperature, "top_k": settings.top_k, "seed": settings.seed}
-        for chunk in self.engine.stream([prompt], max_new_tokens=most, tools=self.tool is not None, **options):
-            ended = any(own and token in self.engine.stops for _, token, own in chunk)
-            yield Output(0, tuple(NewToken(token) for _, token, _ in chunk), finish="stop" if ended else None)
+        sampling = Sampling(
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            min_p=settings.min_p,
+            repetition_penalty=settings.repetition_penalty,
+            seed=settings.seed,
+        )
+        number = self.engine.submit(Request(prompt, most, sampling, tool=self.tool))
+        self.answering = True
+        try:
+            while self.engine.busy:
+                for output in self.engine.step():
+                    if output.request == number:
+                        yield output
+        finally:
+            self.answering = False
+            self.engine.cancel(number)
 
 
 def without_open_call(tokenizer: BaseTokenizer, tokens: list[int]) -> list[int]:

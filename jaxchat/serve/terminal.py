@@ -11,6 +11,7 @@ from typing import TextIO
 
 from jaxchat import stopping
 from jaxchat.errors import UserError, check
+from jaxchat.infer.quantized import KVCache, Weights
 from jaxchat.infer.trained import load_model
 from jaxchat.serve.commands import HELP, Commands, completions, split
 from jaxchat.serve.conversation import Conversation
@@ -34,6 +35,8 @@ def chat(
     tools: str = "calculator",
     uncontained: bool = False,
     history: Path | None = None,
+    weights: Weights = "auto",
+    kv_cache: KVCache = "auto",
 ) -> int:
     """Answers one message, or whatever a person types until it ends. Returns the exit code.
 
@@ -46,6 +49,7 @@ def chat(
       system: a system prompt; empty for none.
       tools, uncontained: as for `choose_tool`.
       history: the file for what is typed; None to keep nothing.
+      weights, kv_cache: as for `Engine`.
 
     Raises:
       UserError: no such run, stage or step, a tool that would run programs which this machine cannot contain, or a
@@ -57,12 +61,13 @@ def chat(
             stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     interactive = prompt is None and sys.stdin is not None and sys.stdin.isatty()
     piped = prompt == "-" or (prompt is None and not interactive)
-    tool = choose_tool(tools, uncontained=uncontained, cancelled=stopping.asked)
+    # A program that the model has written does not go on once its answer is stopped.
+    tool = choose_tool(tools, uncontained=uncontained, cancelled=lambda: stopping.asked() or not conversation.answering)
     if sys.stderr.isatty():
         _note(f"loading {run_dir}")
     model = load_model(run_dir, stage, step)
     base = model.stage == "pretrain"
-    conversation = Conversation(model.engine(), settings, base=base, tool=tool.answer)
+    conversation = Conversation(model.engine(weights=weights, kv_cache=kv_cache), settings, base=base, tool=tool.answer)
     if system:
         conversation.instruct(system)
     if tool.says and not base:
