@@ -18,7 +18,6 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -29,14 +28,15 @@ from jaxtyping import Array
 
 from jaxchat.devices.mesh import put_whole
 from jaxchat.errors import check
+from jaxchat.infer.answers import Answer, Completion
+from jaxchat.infer.capacity import bucket, pages_of
 from jaxchat.infer.pages import PagePool
 from jaxchat.infer.programs import Setup
 from jaxchat.infer.quantized import KVCache, Weights, cache_dtype, stored
-from jaxchat.infer.request import MOST_ALTERNATIVES, Finish, NewToken, Output, Request, Sampling
+from jaxchat.infer.request import MOST_ALTERNATIVES, NewToken, Output, Request, Sampling
 from jaxchat.infer.runner import STEPS, Runner
-from jaxchat.infer.sampling import LEVELS, Level, check_sampling, level_of, needs_seen
+from jaxchat.infer.sampling import LEVELS, check_sampling, level_of, needs_seen
 from jaxchat.infer.scheduler import Budget, Chunk, Row, Scheduler
-from jaxchat.infer.text import TextStream
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params
 from jaxchat.ops.pages import PAGE
@@ -47,52 +47,11 @@ from jaxchat.tools.calculator import calculate
 SHORTEST_PROMPT = 16
 TURNS = 8  # at most in a step that has nothing to tell yet
 TOOL_WAIT = 0.02  # seconds that a step waits for a tool, if there is nothing else to do
-MEMORY_SHARE = 0.9  # of a device's free memory that the cache may take
-CPU_CACHE = 2 << 30  # bytes that it may take on a CPU
 
 _ON_CPU = Budget(chunk=32, idle=64, busy=16, scored=16)
 _ON_ACCELERATOR = Budget(chunk=64, idle=256, busy=64, scored=16)
 
 Written = list[tuple[int, int, bool]]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a row wrote after its prompt.
-
-    Attributes:
-      tokens: without the token that stopped the row.
-      sampled: False for each token that was forced in as a tool's answer.
-      stop: the token that stopped the row; None if it reached `max_new_tokens` or the end of the context.
-    """
-
-    tokens: list[int]
-    sampled: list[bool]
-    stop: int | None
-
-    @property
-    def finished(self) -> bool:
-        """Whether the row ended with a stop token."""
-        return self.stop is not None
-
-
-@dataclass(eq=False)
-class _Job:
-    """A request, and what it has got that no step has given back yet."""
-
-    number: int
-    request: Request
-    row: Row
-    level: Level
-    stops: tuple[int, ...]
-    text: TextStream | None
-    call: list[int] | None = None  # tokens since <|python_start|>, if a call is open
-    tokens: list[NewToken] = field(default_factory=list)
-    new_text: str = ""
-    prompt: list[NewToken] = field(default_factory=list)
-    scored: list[NewToken] = field(default_factory=list)  # the prompt's tokens, until all are known
-    finish: Finish | None = None
-    stopped_by: int | str | None = None
 
 
 class _Call(NamedTuple):
@@ -117,8 +76,8 @@ class Engine:
         whole context, or as much as the devices' free memory allows.
       weights, kv_cache: in 8 bits if "int8" and "fp8"; see `quantized.py`.
 
-    The cache is made for the first request that is submitted, and kept. Without it `generate` and `stream` make one
-    that is as large as they need, and free it afterwards.
+    The cache is made for the first request that is submitted, and kept. Without it, and without `cache_tokens`,
+    `generate` and `stream` make one that is as large as they need, and free it afterwards.
 
     On a mesh the rows and pages are split over the data and fsdp axes. Of several processes each must make the same
     calls, and gets all outputs.
@@ -139,15 +98,17 @@ class Engine:
         check(rows >= 1, f"rows is {rows}; it must be at least 1")
         check(cache_tokens is None or cache_tokens >= 1, f"cache_tokens is {cache_tokens}; it must be at least 1")
         self.model_config, self.tokenizer, self.dtype = model_config, tokenizer, jnp.dtype(dtype).name
-        self.rows, self.cache_tokens, self.weights, self.kv_cache = rows, cache_tokens, weights, kv_cache
+        self.rows, self.cache_tokens = rows, cache_tokens
+        self.weights: Weights = weights
+        self.kv_cache: KVCache = kv_cache
         self._runner: Runner | None = None
         self._scheduler: Scheduler | None = None
         self._numbers = 0
-        self._jobs: dict[int, _Job] = {}
-        self._changed: dict[int, _Job] = {}  # with something to give back
+        self._answers: dict[int, Answer] = {}  # in flight
+        self._changed: dict[int, Answer] = {}  # with something to give back
         self._ready: list[Output] = []
         self._calls: deque[_Call] = deque()
-        self._tools: dict[Future, _Job] = {}
+        self._tools: dict[Future, Answer] = {}
         self._threads: ThreadPoolExecutor | None = None
         self._counted = [0, 0]  # prefix queries and hits of caches that are gone
         self.params = params
@@ -176,11 +137,6 @@ class Engine:
         """The ids that end a row."""
         return tuple(map(self.tokenizer.encode_special, ("<|assistant_end|>", "<|bos|>")))
 
-    @functools.cached_property
-    def _python(self) -> tuple[int, int]:
-        start, end = map(self.tokenizer.encode_special, ("<|python_start|>", "<|python_end|>"))
-        return start, end
-
     @property
     def mesh(self) -> Mesh | None:
         """The mesh that the parameters are on; None if they are on a single device."""
@@ -195,7 +151,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a request is in flight, or an output has not been given back."""
-        return bool(self._jobs or self._changed or self._ready)
+        return bool(self._answers or self._changed or self._ready)
 
     @property
     def running(self) -> int:
@@ -205,7 +161,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests that wait for a place."""
-        return len(self._jobs) - self.running
+        return len(self._answers) - self.running
 
     @property
     def cache_usage(self) -> float:
@@ -230,13 +186,15 @@ class Engine:
         Raises:
           UserError: the prompt is empty, has unknown ids, or fills the context or the cache; a setting is out of range.
         """
-        return self._submit(request, "the prompt", with_text=True)
+        self._check(request, "the prompt")
+        return self._submit(request, with_text=True)
 
     def cancel(self, number: int) -> None:
         """Ends a request; nothing happens if it has ended. Its last output comes with the next step."""
-        job = self._jobs.get(number)
-        if job is not None:
-            self._finish(job, "cancelled", None)
+        answer = self._answers.get(number)
+        if answer is not None:
+            answer.end("cancelled")
+            self._leave(answer)
 
     def step(self) -> list[Output]:
         """Works until something is known that was not, or for `TURNS` turns.
@@ -244,11 +202,11 @@ class Engine:
         The list is empty only if nothing is in flight, if a long prompt is being read, or if only tools are at work.
         """
         for _ in range(TURNS):
-            if self._changed or self._ready or not self._jobs:
+            if self._changed or self._ready or not self._answers:
                 break
             if not self._turn():
                 break
-        outputs = [*self._ready, *(self._output(job) for job in self._changed.values())]
+        outputs = [*self._ready, *(answer.take() for answer in self._changed.values())]
         self._ready.clear()
         self._changed.clear()
         return outputs
@@ -266,7 +224,7 @@ class Engine:
         Raises:
           UserError: a request is in flight.
         """
-        check(not self._jobs, "the engine's cache can be freed only when no request is in flight")
+        check(not self._answers, "the engine's cache can be freed only when no request is in flight")
         if self._scheduler is not None:
             self._counted = [self.prefix_queries, self.prefix_hits]
         self._runner = self._scheduler = None
@@ -326,15 +284,15 @@ class Engine:
         ]
         for row, request in enumerate(requests):
             self._check(request, f"prompt {row}")
-        own_cache = self._scheduler is None and not self._jobs
+        own_cache = self._scheduler is None and self.cache_tokens is None
         if own_cache and requests:
             self._open(min(len(requests), max_batch), max(map(self._tokens_of, requests)))
-        rows = {self._submit(request, "", with_text=False): row for row, request in enumerate(requests)}
+        rows = {self._submit(request, with_text=False): row for row, request in enumerate(requests)}
         most = 0
         if self._scheduler is not None:
             most, self._scheduler.most_rows = self._scheduler.most_rows, min(max_batch, self._scheduler.most_rows)
         try:
-            while any(number in self._jobs or number in self._changed for number in rows):
+            while any(number in self._answers or number in self._changed for number in rows):
                 raise_if_asked()
                 outputs = self.step()
                 self._ready.extend(output for output in outputs if output.request not in rows)
@@ -377,30 +335,15 @@ class Engine:
         """Makes a cache for `rows` rows of `tokens` tokens, or of `cache_tokens` in all."""
         setup = self._setup
         slots = self.batch_size(rows) // setup.shards
-        # Few sizes mean few compilations.
-        pages = slots * min(bucket(-(-tokens // PAGE), 1), -(-self.model_config.sequence_len // PAGE))
-        if cache_tokens is not None:
-            pages = -(-cache_tokens // (PAGE * setup.shards))
-        else:
-            pages = max(-(-tokens // PAGE), min(pages, self._most_pages(setup)))
-        budget = _ON_CPU if self._devices[0].platform == "cpu" else _ON_ACCELERATOR
         dtype = jnp.dtype(cache_dtype(self.dtype, self.kv_cache))
+        if cache_tokens is None:
+            pages = pages_of(setup, slots, tokens, dtype, self._devices[0])
+        else:
+            pages = -(-cache_tokens // (PAGE * setup.shards))
+        budget = _ON_CPU if self._devices[0].platform == "cpu" else _ON_ACCELERATOR
         self._runner = Runner(setup, self.params, pages=pages, slots=slots, cache_dtype=dtype, budget=budget)
         self._scheduler = Scheduler([PagePool(pages, PAGE) for _ in range(setup.shards)], slots, budget, rows)
         return self._runner, self._scheduler
-
-    def _most_pages(self, setup: Setup) -> int:
-        """The pages of a shard that the memory of its devices has room for."""
-        config, dtype = self.model_config, jnp.dtype(cache_dtype(self.dtype, self.kv_cache))
-        split = 1 if setup.mesh is None else setup.mesh.shape["tensor"]
-        heads = config.kv_heads // split if config.kv_heads % split == 0 else config.kv_heads
-        page = 2 * config.depth * heads * PAGE * config.head_dim * dtype.itemsize
-        if jax.process_count() > 1:  # processes might see different numbers, and must decide alike
-            return 1 << 30
-        memory = self._devices[0].memory_stats() or {}
-        if "bytes_limit" not in memory:
-            return CPU_CACHE // page
-        return int(MEMORY_SHARE * (memory["bytes_limit"] - memory["bytes_in_use"])) // page
 
     def _tokens_of(self, request: Request) -> int:
         """The most tokens that a request puts into the cache: all but the last of the longest answer."""
@@ -429,40 +372,37 @@ class Engine:
         )
         check_sampling(request.sampling, vocab_size)
 
-    def _submit(self, request: Request, name: str, *, with_text: bool) -> int:
-        if name:
-            self._check(request, name)
-        scheduler = self._opened()[1]
-        limit = self._limit(request)
+    def _submit(self, request: Request, *, with_text: bool) -> int:
+        scheduler, limit = self._opened()[1], self._limit(request)
+        row = Row(list(request.prompt), len(request.prompt), limit, scored=request.prompt_logprobs)
+        pages, most = scheduler.pages_for(row), scheduler.pools[0].count
+        check(
+            pages <= most,
+            f"a prompt of {row.prompt} tokens and an answer of {limit} take {pages} pages of the cache, which has "
+            f"{most} of {PAGE} tokens; ask for a shorter answer, or give the engine more cache_tokens",
+        )
         with_logs = request.logprobs is not None or request.prompt_logprobs
-        job = _Job(
+        row.owner = answer = Answer(
             self._numbers,
             request,
-            row := Row(list(request.prompt), len(request.prompt), limit, scored=request.prompt_logprobs),
+            row,
+            self.tokenizer,
             level="full" if with_logs else level_of([request.sampling]),
             stops=self.stops if request.stop_tokens is None else request.stop_tokens,
-            text=TextStream(self.tokenizer, request.stop) if with_text else None,
-        )
-        row.owner = job
-        room = scheduler.pools[0].count
-        check(
-            scheduler.pages_for(row) <= room,
-            f"{name} of {row.prompt} tokens and an answer of {limit} do not fit into the cache of {room * PAGE} "
-            "tokens; ask for a shorter answer, or give the engine more cache_tokens",
+            with_text=with_text,
         )
         self._numbers += 1
-        self._jobs[job.number] = job
+        self._answers[answer.number] = answer
         scheduler.add(row)
-        return job.number
+        return answer.number
 
     def _turn(self) -> bool:
         """One turn; returns False if there was nothing to do but to wait for tools."""
         runner, scheduler = self._opened()
-        self._collect_answers()
+        self._collect_tools()
         plan = scheduler.plan()
         for row in plan.joined:
-            job: _Job = row.owner
-            runner.join(row, job.request.sampling, job.stops, self._python[1] if job.request.tool else -1)
+            runner.join(row, row.owner.request.sampling, row.owner.stops, row.owner.pause)
         if plan.chunks:
             scores = runner.read(plan.chunks, plan.scored)
             if scores is not None:
@@ -476,7 +416,7 @@ class Engine:
             self._take(runner, self._calls.popleft())
         elif not (rows or plan.chunks or plan.copies) and self._tools:
             wait(self._tools, TOOL_WAIT, FIRST_COMPLETED)
-            return self._collect_answers()
+            return self._collect_tools()
         return True
 
     def _decode(self, runner: Runner, lanes: list[list[Row]], rows: list[Row]) -> None:
@@ -494,119 +434,72 @@ class Engine:
         """Reads a result, and gives every request its tokens."""
         result = np.asarray(call.result)
         for chunk, scores in runner.chunk_rows(call.chunks, result) if call.chunks else ():
-            job: _Job = chunk.row.owner
-            if chunk.row.scored and job.finish is None:
-                self._scored(job, scores)
+            answer: Answer = chunk.row.owner
+            if chunk.row.scored and answer.finish is None:
+                wanted = answer.request.logprobs or 0
+                before = answer.scores or [NewToken(chunk.row.tokens[0], sampled=False)]
+                answer.scores = [*before, *(_token(details, wanted, sampled=False) for details in scores)]
+                self._changed[answer.number] = answer
         for row, written in runner.lane_rows(call.lanes, result) if call.lanes else ():
             row.ahead -= call.steps
-            job = row.owner
-            details = written if written.ndim == 2 else written[:, None]
-            for token in details[details[:, 0] >= 0]:
-                if job.finish is not None:
+            answer = row.owner
+            for details in written[written[:, 0] >= 0]:
+                if answer.finish is not None:
                     break
-                self._wrote(job, _token(token, job.request.logprobs))
+                self._wrote(answer, _token(details, answer.request.logprobs))
 
-    def _scored(self, job: _Job, scores: np.ndarray) -> None:
-        """Adds tokens of the prompt, and gives them back once all are known."""
-        if not job.scored:
-            job.scored.append(NewToken(job.row.tokens[0], sampled=False))
-        alternatives = job.request.logprobs or 0
-        job.scored.extend(dataclasses.replace(_token(token, alternatives), sampled=False) for token in scores)
-        if len(job.scored) == job.row.prompt:
-            job.prompt, self._changed[job.number] = job.scored, job
-
-    def _wrote(self, job: _Job, token: NewToken) -> None:
+    def _wrote(self, answer: Answer, token: NewToken) -> None:
         """Gives a row a token that it has drawn, and decides what follows."""
-        scheduler = self._opened()[1]
-        scheduler.wrote(job.row, token.id)
-        self._changed[job.number] = job
-        job.tokens.append(token)
-        if token.id in job.stops:
-            self._finish(job, "stop", token.id)
-        elif not self._stopped_by_text(job, token.id):
-            if job.row.written >= job.row.limit:
-                self._finish(job, "length", None)
-            elif job.request.tool is not None:
-                self._follow_call(scheduler, job, token.id)
+        scheduler, tool = self._opened()[1], answer.request.tool
+        scheduler.wrote(answer.row, token.id)
+        self._changed[answer.number] = answer
+        answer.add(token)
+        if answer.finish is not None:
+            self._leave(answer)
+        elif tool is not None:
+            call = answer.call(token.id)
+            if token.id == answer.pause:  # here the device has paused the row
+                scheduler.pause(answer.row)
+                if call is None:
+                    scheduler.resume(answer.row, [])
+                # The calculator is fast, and several processes have to go on with its answer at the same point.
+                elif tool is calculate or jax.process_count() > 1:
+                    self._resume(answer, tool(call))
+                else:
+                    self._threads = self._threads or ThreadPoolExecutor(self.rows, "tool")
+                    self._tools[self._threads.submit(tool, call)] = answer
 
-    def _stopped_by_text(self, job: _Job, token: int) -> bool:
-        """Adds a token's text; ends the row if a stop string is complete."""
-        if job.text is None:
-            return False
-        text, stop = job.text.add(token)
-        job.new_text += text
-        if stop is not None:
-            self._finish(job, "stop", stop)
-        return stop is not None
-
-    def _follow_call(self, scheduler: Scheduler, job: _Job, token: int) -> None:
-        """Runs the tool if a call has ended. The device has paused the row at every <|python_end|>."""
-        start, end = self._python
-        if token == start:
-            job.call = []
-        elif token != end:
-            if job.call is not None:
-                job.call.append(token)
-        else:
-            call, job.call = job.call, None
-            scheduler.pause(job.row)
-            if call is None:
-                scheduler.resume(job.row, [])
-                return
-            text, tool = self.tokenizer.decode(call), job.request.tool
-            assert tool is not None
-            # The calculator is fast, and several processes have to go on with the answer at the same point.
-            if tool is calculate or jax.process_count() > 1:
-                self._answer(job, tool(text))
-            else:
-                self._threads = self._threads or ThreadPoolExecutor(self.rows, "tool")
-                self._tools[self._threads.submit(tool, text)] = job
-
-    def _collect_answers(self) -> bool:
-        """Takes the answers of tools that have ended; returns whether there were any."""
+    def _collect_tools(self) -> bool:
+        """Takes the results of tools that have ended; returns whether there were any."""
         done = [future for future in self._tools if future.done()]
         for future in done:
-            job = self._tools.pop(future)
-            if job.finish is None:
-                self._answer(job, future.result())
+            answer = self._tools.pop(future)
+            if answer.finish is None:
+                self._resume(answer, future.result())
         return bool(done)
 
-    def _answer(self, job: _Job, value: str | None) -> None:
-        """Forces in the tokens of a tool's answer, as far as there is room for them."""
-        scheduler, row = self._opened()[1], job.row
-        ids = self.tokenizer.encode(value or "", "<|output_start|>", "<|output_end|>")[: row.limit - row.written]
-        scheduler.resume(row, ids)
-        self._changed[job.number] = job
-        for token in ids:
-            job.tokens.append(NewToken(token, sampled=False))
-            if self._stopped_by_text(job, token):
-                return
-        if row.written >= row.limit:
-            self._finish(job, "length", None)
+    def _resume(self, answer: Answer, value: str | None) -> None:
+        """Forces in what a tool has answered."""
+        tokens = answer.tool_tokens(value)
+        self._opened()[1].resume(answer.row, tokens)
+        self._changed[answer.number] = answer
+        for token in tokens:
+            if answer.finish is None:
+                answer.add(NewToken(token, sampled=False))
+        if answer.finish is not None:
+            self._leave(answer)
 
-    def _finish(self, job: _Job, finish: Finish, stopped_by: int | str | None) -> None:
-        job.finish, job.stopped_by = finish, stopped_by
-        if job.text is not None and not isinstance(stopped_by, str):
-            job.new_text += job.text.flush()
-        self._opened()[1].leave(job.row)
-        del self._jobs[job.number]
-        self._changed[job.number] = job
-
-    def _output(self, job: _Job) -> Output:
-        output = Output(job.number, tuple(job.tokens), job.new_text, job.finish, job.stopped_by, tuple(job.prompt))
-        job.tokens, job.new_text, job.prompt = [], "", []
-        return output
+    def _leave(self, answer: Answer) -> None:
+        """Takes out a request whose answer has ended."""
+        self._opened()[1].leave(answer.row)
+        del self._answers[answer.number]
+        self._changed[answer.number] = answer
 
 
-def bucket(length: int, smallest: int) -> int:
-    """`length` rounded up to a power of two that is at least `smallest`."""
-    return max(smallest, 1 << (length - 1).bit_length())
-
-
-def _token(details: np.ndarray, alternatives: int | None) -> NewToken:
+def _token(details: np.ndarray, alternatives: int | None, sampled: bool = True) -> NewToken:
     """A token as the programs give it: its id and, if `alternatives` are wanted, what follows it."""
     if alternatives is None:
-        return NewToken(int(details[0]))
+        return NewToken(int(details[0]), sampled)
     ids, floats = details[2 : 2 + alternatives].tolist(), details.view(np.float32)
     values = floats[2 + MOST_ALTERNATIVES :][:alternatives].tolist()
-    return NewToken(int(details[0]), True, float(floats[1]), tuple(zip(ids, values, strict=True)))
+    return NewToken(int(details[0]), sampled, float(floats[1]), tuple(zip(ids, values, strict=True)))

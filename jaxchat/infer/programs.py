@@ -68,7 +68,7 @@ class Lanes(NamedTuple):
     limit: Int[Array | np.ndarray, " B"]
     pause: Int[Array | np.ndarray, " B"]
     stops: Int[Array | np.ndarray, "B STOPS"]
-    table: Int[Array | np.ndarray, "B T"]
+    table: Any  # [B, T]
     settings: Settings
 
 

@@ -67,12 +67,14 @@ class Runner:
         self.pages, self.carried = programs.new_cache(setup, pages, slots, self.cache_dtype)
         self.seen: Array | None = None
         self.warm = False
+        self.on_cpu = self.carried.token.devices().pop().platform == "cpu"
         rows = slots * setup.shards
         self._limit, self._pause = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         self._stops = np.zeros((rows, STOPS), np.int32)
         self._table = np.zeros((rows, self.table_width), np.int32)
-        one = settings_of([Sampling()])
-        self._settings = Settings(*(np.repeat(values, rows, axis=0) for values in one))
+        self._settings: Settings = jax.tree.map(
+            lambda values: np.repeat(values, rows, axis=0), settings_of([Sampling()])
+        )
         self._joined = np.zeros(rows, np.int64)  # tells apart the rows that a slot has had
         self._last: tuple[Hashable, Lanes] | None = None
 
@@ -107,7 +109,7 @@ class Runner:
 
     def decode(self, lanes: Sequence[Sequence[Row]], level: Level, steps: int) -> Array:
         """Draws up to `steps` tokens for the rows of each shard; returns [steps, lanes, ...], still being computed."""
-        size = self._row_size(max(map(len, lanes)), level, steps)
+        level, size = self._choose(level, max(map(len, lanes)), steps)
         args = self._decode_args(level, self._lanes(lanes, size, level))
         self.pages, self.carried, seen, written = self._program(programs.decode, (level, steps), args, size)(*args)
         self.seen = self.seen if seen is None else seen
@@ -118,7 +120,8 @@ class Runner:
         return written
 
     def lane_rows(self, lanes: Sequence[Sequence[Row]], written: np.ndarray) -> list[tuple[Row, np.ndarray]]:
-        """Each row with what `decode` has written for it."""
+        """Each row with what `decode` has written for it: [steps, 1 or more]."""
+        written = written if written.ndim == 3 else written[:, :, None]
         size = written.shape[1] // self.setup.shards
         return [(row, written[:, shard * size + i]) for shard, rows in enumerate(lanes) for i, row in enumerate(rows)]
 
@@ -143,14 +146,20 @@ class Runner:
             self.pages = self._program(programs.copy_pages, (), args)(*args)
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compiles every program in every size; `progress` gets how many are done, and how many there are."""
-        sizes = [1 << i for i in range((self.slots - 1).bit_length())] + [self.slots]
+        """Compiles what serves every row; `progress` gets how many programs are done, and how many there are.
+
+        On a CPU one level serves all, and every other size is left out: compiling takes longer there than they save. A
+        single step, for a row's first token, has the smallest and the largest size: empty lanes cost little on a GPU.
+        """
         work: list[tuple[Callable, tuple, tuple, int]] = []
-        nobody: list[list[Row]] = [[] for _ in range(self.setup.shards)]
-        for level in LEVELS:
-            for size in sizes:
+        nobody: list[list[Any]] = [[] for _ in range(self.setup.shards)]
+        sizes, levels = self._row_sizes(), LEVELS
+        if self.on_cpu:
+            sizes, levels = sorted({*sizes[::2], sizes[-1]}), LEVELS[-1:]
+        for level in levels:
+            for steps, size in [*((1, size) for size in {sizes[0], sizes[-1]}), *((STEPS, size) for size in sizes)]:
                 args = self._decode_args(level, self._lanes(nobody, size, level))
-                work.extend((programs.decode, (level, steps), args, size) for steps in (1, STEPS))
+                work.append((programs.decode, (level, steps), args, size))
         for scored, count in [(True, self.budget.scored), *((False, size) for size in self._read_sizes())]:
             args, size = self._read_args([], scored, count)
             work.append((programs.read, (scored,), args, size))
@@ -184,11 +193,17 @@ class Runner:
     def _known(self, function: Callable, static: tuple, size: int) -> bool:
         return self._key(function, static, size) in _compiled
 
-    def _row_size(self, rows: int, level: Level, steps: int) -> int:
-        """`rows` rounded up to a power of two; or more, if only that is compiled."""
-        sizes = [size for size in (1 << i for i in range(self.slots.bit_length())) if rows <= size < self.slots]
-        sizes.append(self.slots)
-        return next((size for size in sizes if self._known(programs.decode, (level, steps), size)), sizes[0])
+    def _choose(self, level: Level, rows: int, steps: int) -> tuple[Level, int]:
+        """The level and size for rows that decode: what is compiled, if it serves."""
+        sizes = [size for size in self._row_sizes() if size >= rows]
+        for other in LEVELS[LEVELS.index(level) :] if self.warm else (level,):
+            for size in sizes:
+                if self._known(programs.decode, (other, steps), size):
+                    return other, size
+        return level, sizes[0]
+
+    def _row_sizes(self) -> list[int]:
+        return [1 << i for i in range((self.slots - 1).bit_length())] + [self.slots]
 
     def _read_sizes(self) -> list[int]:
         sizes = [1]
@@ -226,7 +241,7 @@ class Runner:
         given = np.zeros((4, len(at)), np.int32)
         for i, row in fresh:
             given[:, i] = 1, row.tokens[-1], len(row.tokens) - 1, row.written
-        settings = Settings(*(values[at] for values in self._settings))
+        settings = jax.tree.map(lambda values: values[at], self._settings)
         if level != "full":  # which alone reads the biases
             settings = settings._replace(bias_ids=settings.bias_ids[:, :0], bias_values=settings.bias_values[:, :0])
         arrays = Lanes(
@@ -261,13 +276,14 @@ class Runner:
             size = self.budget.scored if scored else (near or enough)[0]
         rows, length = size * self.setup.shards, self.budget.chunk
         tokens, following = np.zeros((2, rows, length), np.int32)
-        place = Place(np.zeros((rows, self.table_width), np.int32), *np.zeros((2, rows), np.int32))
+        table, (start_of, count_of) = np.zeros((rows, self.table_width), np.int32), np.zeros((2, rows), np.int32)
         for at, (row, start, count) in zip(self._chunk_places(chunks, size), chunks, strict=True):
             tokens[at, :count] = row.tokens[start : start + count]
             following[at, :count] = row.tokens[start + 1 : start + 1 + count]
-            place.table[at] = self._table[self._index(row)]
-            place.start[at], place.count[at] = start, count
-        arrays = self._put((tokens, place, following if scored else None))
+            table[at] = self._table[self._index(row)]
+            start_of[at], count_of[at] = start, count
+        table, start_of, count_of, tokens, following = self._put((table, start_of, count_of, tokens, following))
+        arrays = tokens, Place(table, start_of, count_of), following if scored else None
         return (self.params, self.pages, *arrays), size
 
     def _copy_args(self, copies: Sequence[Sequence[Copy]]) -> tuple:

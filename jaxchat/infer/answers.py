@@ -1,0 +1,123 @@
+"""An answer while it grows: its tokens and text, the call of a tool in it, and what ends it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxchat.infer.request import Finish, NewToken, Output, Request
+from jaxchat.infer.sampling import Level
+from jaxchat.infer.scheduler import Row
+from jaxchat.infer.text import TextStream
+from jaxchat.tokenizer import BaseTokenizer
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a row wrote after its prompt.
+
+    Attributes:
+      tokens: without the token that stopped the row.
+      sampled: False for each token that was forced in as a tool's answer.
+      stop: the token that stopped the row; None if it reached `max_new_tokens` or the end of the context.
+    """
+
+    tokens: list[int]
+    sampled: list[bool]
+    stop: int | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the row ended with a stop token."""
+        return self.stop is not None
+
+
+class Answer:
+    """The answer to a request, and what of it no step has given back yet.
+
+    Args:
+      level: the cheapest level of `sampling.py` that serves it.
+      stops: the tokens that end it.
+      with_text: whether its text is formed, which stop strings need.
+
+    Attributes:
+      finish, stopped_by: as in `Output`.
+      scores: the prompt's tokens with their log-probabilities, as far as they are known, if they are wanted.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        request: Request,
+        row: Row,
+        tokenizer: BaseTokenizer,
+        *,
+        level: Level,
+        stops: tuple[int, ...],
+        with_text: bool,
+    ):
+        self.number, self.request, self.row, self.level, self.stops = number, request, row, level, stops
+        self.finish: Finish | None = None
+        self.stopped_by: int | str | None = None
+        self.scores: list[NewToken] = []
+        self._tokenizer = tokenizer
+        self._python = tokenizer.encode_special("<|python_start|>"), tokenizer.encode_special("<|python_end|>")
+        self._stream = TextStream(tokenizer, request.stop) if with_text else None
+        self._call: list[int] | None = None  # tokens since <|python_start|>, if a call is open
+        self._count = 0  # tokens
+        self._tokens: list[NewToken] = []
+        self._text = ""
+
+    @property
+    def pause(self) -> int:
+        """The token at which the row waits for its tool; -1 if it has none."""
+        return -1 if self.request.tool is None else self._python[1]
+
+    def add(self, token: NewToken) -> None:
+        """Adds a token. `finish` is set if the answer ends with it."""
+        self._count += 1
+        self._tokens.append(token)
+        if token.sampled and token.id in self.stops:
+            self.end("stop", token.id)
+            return
+        if self._stream is not None:
+            text, stop = self._stream.add(token.id)
+            self._text += text
+            if stop is not None:
+                self.end("stop", stop)
+        if self.finish is None and self._count == self.row.limit:
+            self.end("length")
+
+    def call(self, token: int) -> str | None:
+        """Follows the calls of a tool through the tokens that were sampled.
+
+        Returns the text of a call that this token ends. A <|python_end|> without a start ends none.
+        """
+        start, end = self._python
+        if token == start:
+            self._call = []
+        elif token == end:
+            call, self._call = self._call, None
+            return None if call is None else self._tokenizer.decode(call)
+        elif self._call is not None:
+            self._call.append(token)
+        return None
+
+    def tool_tokens(self, value: str | None) -> list[int]:
+        """The tokens of what a tool has answered, as far as there is room for them."""
+        room = self.row.limit - self._count
+        return self._tokenizer.encode(value or "", "<|output_start|>", "<|output_end|>")[:room]
+
+    def end(self, finish: Finish, stopped_by: int | str | None = None) -> None:
+        """Ends the answer. Text that was held back belongs to it, unless a stop string has ended it."""
+        self.finish, self.stopped_by = finish, stopped_by
+        if self._stream is not None and not isinstance(stopped_by, str):
+            self._text += self._stream.flush()
+
+    def take(self) -> Output:
+        """What is new since the last time. The prompt's tokens come once all of them are known."""
+        prompt: tuple[NewToken, ...] = ()
+        if len(self.scores) == self.row.prompt:
+            prompt, self.scores = tuple(self.scores), []
+        output = Output(self.number, tuple(self._tokens), self._text, self.finish, self.stopped_by, prompt)
+        self._tokens, self._text = [], ""
+        return output

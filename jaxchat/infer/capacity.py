@@ -1,0 +1,45 @@
+"""How many pages the cache has."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from jaxchat.infer.programs import Setup
+from jaxchat.ops.pages import PAGE
+
+MEMORY_SHARE = 0.9  # of a device's free memory that the cache may take
+CPU_BYTES = 2 << 30  # that it may take on a CPU
+
+
+def bucket(length: int, smallest: int) -> int:
+    """`length` rounded up to a power of two that is at least `smallest`."""
+    return max(smallest, 1 << (length - 1).bit_length())
+
+
+def pages_for(tokens: int) -> int:
+    """The pages that hold so many tokens of a row."""
+    return -(-tokens // PAGE)
+
+
+def pages_of(setup: Setup, slots: int, tokens: int, cache_dtype: np.dtype, device: jax.Device) -> int:  # pyright: ignore[reportInvalidTypeForm]
+    """The pages of a shard with `slots` rows of up to `tokens` tokens, or fewer if its memory has no room for them.
+
+    It is enough for one row in any case. A row's pages are rounded up to a power of two within the context: few sizes
+    mean few compilations.
+    """
+    row = pages_for(tokens)
+    wanted = slots * min(bucket(row, 1), pages_for(setup.config.sequence_len))
+    return max(row, min(wanted, _room(setup, cache_dtype, device)))
+
+
+def _room(setup: Setup, cache_dtype: np.dtype, device: jax.Device) -> int:  # pyright: ignore[reportInvalidTypeForm]
+    if jax.process_count() > 1:  # processes may see different numbers, and must decide alike
+        return 1 << 30
+    config, split = setup.config, 1 if setup.mesh is None else setup.mesh.shape["tensor"]
+    heads = config.kv_heads // split if config.kv_heads % split == 0 else config.kv_heads
+    page = 2 * config.depth * heads * PAGE * config.head_dim * cache_dtype.itemsize
+    memory = device.memory_stats() or {}
+    if "bytes_limit" not in memory:
+        return CPU_BYTES // page
+    return int(MEMORY_SHARE * (memory["bytes_limit"] - memory["bytes_in_use"])) // page
