@@ -102,7 +102,7 @@ def measure(options: argparse.Namespace) -> dict:
                 samples(rows, WARM_UP)
                 runs = []
                 for repeat in range(options.repeats):
-                    print(f"nanochat, {variant}, {rows} rows: run {repeat + 1} of {options.repeats}", file=sys.stderr)
+                    print(f"nanochat, {variant}, rows {rows}: run {repeat + 1} of {options.repeats}", file=sys.stderr)
                     runs.append(samples(rows, options.new))
                 figures.append({
                     "rows": rows,
