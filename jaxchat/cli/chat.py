@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
+from jaxchat.cli.precision import add_precision_options, precision
 from jaxchat.cli.tools import add_tool_options
 from jaxchat.cli.values import path
 from jaxchat.errors import UserError
@@ -47,6 +48,7 @@ def add_command(commands: Any) -> None:
             metavar=setting.letter,
             help=f"{setting.help} (default{':' * (default is None)} {said})",
         )
+    add_precision_options(add)
     add_tool_options(add)
     add("--no-history", action="store_true", help="Neither read nor keep the history of what is typed.")
     parser.set_defaults(command=_chat)
@@ -80,5 +82,6 @@ def _chat(arguments: argparse.Namespace) -> int:
         system=arguments.system or "",
         tools=arguments.tools,
         uncontained=arguments.uncontained,
+        **precision(arguments),
         history=None if arguments.no_history else history_file(),
     )
