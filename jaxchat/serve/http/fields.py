@@ -6,6 +6,7 @@ jaxchat cannot do, are refused.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 from starlette.requests import Request
 
 from jaxchat.config import Range
+from jaxchat.serve.http.connections import BODY_SECONDS
 from jaxchat.serve.http.errors import ApiError, expect
 
 MAX_BODY = 4 * 2**20  # bytes
@@ -22,15 +24,20 @@ async def read_json(request: Request) -> Fields:
     """The fields of a request's body.
 
     Raises:
-      ApiError: the body is too large, or not a JSON object.
+      ApiError: the body is too large, too slow, or not a JSON object.
       ClientDisconnect: the client has gone.
     """
     length = request.headers.get("content-length", "0")
     _check_size(int(length) if length.isdecimal() and len(length) < 20 else MAX_BODY + 1)
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        _check_size(len(body))
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                _check_size(len(body))
+    except TimeoutError:
+        message = f"the body was not there after {BODY_SECONDS:.0f} seconds; its length may be less than Content-Length"
+        raise ApiError(408, message, headers={"connection": "close", "x-should-retry": "false"}) from None
     try:
         values = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

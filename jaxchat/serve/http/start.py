@@ -24,6 +24,7 @@ from starlette.types import ASGIApp
 from jaxchat import stopping
 from jaxchat.errors import UserError, check
 from jaxchat.serve.http.app import build_app
+from jaxchat.serve.http.connections import IDLE_SECONDS, Connection, allow_many_connections
 from jaxchat.serve.http.service import Service
 from jaxchat.serve.http.serving import Served, Server
 from jaxchat.tools.choice import choose_tool
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from jaxchat.infer.quantized import KVCache, Weights
 
 DRAIN_SECONDS = 25.0  # Kubernetes kills 30 seconds after SIGTERM
-KEEP_ALIVE_SECONDS = 65  # more than what clients and proxies keep a connection for, lest they use one that just closed
 PROGRESS_SECONDS = 10.0  # between two lines of progress that is not on a terminal
 NOTICE = "finishing the answers under way; Ctrl-C again stops at once"
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -68,6 +68,7 @@ def serve(options: Options) -> int:
       UserError: an address that cannot be used; no such run, stage or step.
       Interrupted: asked to end, once the answers under way are finished.
     """
+    allow_many_connections()
     listener = listen(options.host, options.port)
     local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
     key = _key(options, local)
@@ -149,10 +150,11 @@ class Web:
             log_config=None,
             access_log=False,
             lifespan="off",
+            http=Connection,
             ws="none",
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_keep_alive=round(IDLE_SECONDS),
             timeout_graceful_shutdown=5,
         )
         self._server = uvicorn.Server(config)  # which leaves signals alone outside the main thread
@@ -182,9 +184,15 @@ def _answer(options: Options, server: Server, service: Service, web: Web) -> Non
 
     keep_compiled()
     tool = choose_tool(options.tools, uncontained=options.uncontained, cancelled=lambda: service.state != "ready")
-    _say(f"loading {options.run}")
-    model = load_model(options.run, options.stage, options.step)
+    if sys.stderr is not None and sys.stderr.isatty():
+        _say(f"loading {options.run}")
     directory = RunDirectory(options.run)
+    try:
+        model = load_model(options.run, options.stage, options.step)
+    except UserError as error:
+        if directory.path.exists() and not directory.stages_with_model():
+            raise UserError(f"{error}; add --watch to see how it trains") from None
+        raise
     engine = model.engine(rows=options.rows, weights=options.weights, kv_cache=options.kv_cache)
     progress = Progress("compiling", time.monotonic())
     engine.warm_up(progress.show)
