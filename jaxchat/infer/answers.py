@@ -58,7 +58,8 @@ class Answer:
         self.number, self.request, self.row, self.level, self.stops = number, request, row, level, stops
         self.finish: Finish | None = None
         self.stopped_by: int | str | None = None
-        self.scores: list[NewToken] = []
+        # The first token has no log-probability. It is the whole prompt if there is nothing more to read.
+        self.scores = [NewToken(row.tokens[0], sampled=False)] if row.scored else []
         self._tokenizer = tokenizer
         self._python = tokenizer.encode_special("<|python_start|>"), tokenizer.encode_special("<|python_end|>")
         self._stream = TextStream(tokenizer, request.stop) if with_text else None

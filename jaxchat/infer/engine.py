@@ -437,8 +437,7 @@ class Engine:
             answer: Answer = chunk.row.owner
             if chunk.row.scored and answer.finish is None:
                 wanted = answer.request.logprobs or 0
-                before = answer.scores or [NewToken(chunk.row.tokens[0], sampled=False)]
-                answer.scores = [*before, *(_token(details, wanted, sampled=False) for details in scores)]
+                answer.scores += [_token(details, wanted, sampled=False) for details in scores]
                 self._changed[answer.number] = answer
         for row, written in runner.lane_rows(call.lanes, result) if call.lanes else ():
             row.ahead -= call.steps
