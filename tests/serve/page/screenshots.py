@@ -63,16 +63,22 @@ def take(browser, address):
     save(page, "chat-narrow")
     page.set_viewport_size(WIDE)
     page.emulate_media(color_scheme="light")
-    page.get_by_label("Answer").last.get_by_role("button", name="Look inside").click()
+    page.get_by_label("Answer").first.get_by_role("button", name="Look inside").click()
+    page.locator(".inside .token").first.wait_for()
+    page.locator(".inside canvas").first.wait_for()
+    page.locator(".inside .token:is(.level-1, .level-2)").last.hover()
     save(page, "inside")
+    page.mouse.move(0, 0)
+    page.locator(".inside canvas").first.evaluate("(map) => map.closest('.panel').scrollIntoView()")
+    save(page, "attention")
     page.get_by_role("link", name="Run", exact=True).click()
+    page.locator(".run canvas").first.wait_for()
     save(page, "run")
     context.close()
 
 
 def save(page, name):
-    page.wait_for_load_state("networkidle")
-    page.wait_for_timeout(600)  # transitions and curves
+    page.wait_for_timeout(1000)  # transitions, curves and maps
     path = IMAGES / f"{name}.png"
     page.screenshot(path=path)
     size = path.stat().st_size

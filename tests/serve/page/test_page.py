@@ -187,6 +187,17 @@ def test_errors_say_what_to_do(chat, status, headers, says):
     expect(chat.get_by_role("group", name="Versions")).to_have_count(0)  # what failed is no version
 
 
+@pytest.mark.parametrize("ready, says", [(503, "The model is still loading."), (None, "The server does not answer.")])
+def test_the_page_waits_for_the_server(visit, address, ready, says):
+    page = visit(address)
+    page.route("**/api/info", lambda route: route.fulfill(status=503, body="") if ready else route.abort())
+    page.reload()
+    expect(page.locator("#status")).to_contain_text(says)
+    page.unroute("**/api/info")
+    expect(page.locator("#status")).to_be_hidden()
+    expect(message_field(page)).to_be_visible()
+
+
 def test_an_api_key_is_asked_for(visit, guarded_address):
     page = visit(guarded_address)
     page.get_by_label("Key", exact=True).fill("a wrong one")
