@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Int32, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from jaxchat.errors import check
 from jaxchat.infer.request import Sampling
@@ -64,9 +64,7 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     """Raises `UserError` for a setting that is out of range. Penalties and biases have the ranges of OpenAI's API."""
     s = sampling
     check(0 <= s.temperature < math.inf, f"temperature is {s.temperature}; it must be 0 (greedy) or more")
-    check(
-        s.top_k is None or s.top_k >= 1, f"top_k is {s.top_k}; it must be at least 1, or None for the whole vocabulary"
-    )
+    check(s.top_k is None or s.top_k >= 1, f"top_k is {s.top_k}; it must be at least 1, or None for all ids")
     check(0 < s.top_p <= 1, f"top_p is {s.top_p}; it must be above 0 and at most 1")
     check(0 <= s.min_p <= 1, f"min_p is {s.min_p}; it must be 0 to 1")
     check(
@@ -349,19 +347,30 @@ def _highest(
     on_cpu: bool,
 ) -> Float[Array, " B"]:
     """The highest logit from which on the mass reaches `needed`, which that of all logits must."""
-    ordered, found = _ordered(runs), jnp.zeros(len(runs), jnp.uint32)
-
-    def find(found: Array, shift: Any, digit: int) -> Array:
-        bounds = [found | (jnp.uint32(value) << shift) for value in range(1, 2**digit)]
-        reached = sum((mass >= needed).astype(jnp.uint32) for mass in _masses(ordered, weights, shares, bounds))
-        return found | (reached << shift)
-
+    known = _ordered(runs), weights, shares, needed
+    found = jnp.zeros(len(runs), jnp.uint32)
     if on_cpu:
-        found = jax.lax.fori_loop(0, 32, lambda i, found: find(found, jnp.uint32(31) - i.astype(jnp.uint32), 1), found)
+        found = jax.lax.fori_loop(0, 32, lambda i, found: _digit(found, 31 - i, 1, *known), found)
     else:  # a loop would cost launches of its own
         for shift in reversed(range(0, 32, DIGIT)):
-            found = find(found, jnp.uint32(shift), min(DIGIT, 32 - shift))
+            found = _digit(found, jnp.int32(shift), min(DIGIT, 32 - shift), *known)
     return jax.lax.bitcast_convert_type(jnp.where(found >> 31, found ^ jnp.uint32(1 << 31), ~found), jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=2)  # to be traced once for all digits
+def _digit(
+    found: UInt32[Array, " B"],
+    shift: Int32[Array, ""],
+    bits: int,
+    ordered: UInt32[Array, "B N K"],
+    weights: UInt32[Array, "B N K"],
+    shares: Float[Array, "B N"],
+    needed: Float[Array, " B"],
+) -> UInt32[Array, " B"]:
+    """The bound `found` with its next `bits` bits, the last of them at `shift`: the highest that reaches `needed`."""
+    places = [jnp.uint32(value) << shift.astype(jnp.uint32) for value in range(1, 2**bits)]
+    masses = _masses(ordered, weights, shares, [found | place for place in places])
+    return found | (sum((mass >= needed).astype(jnp.uint32) for mass in masses) << shift.astype(jnp.uint32))
 
 
 def _masses(
@@ -411,38 +420,3 @@ def logprobs(
     highest, places = jax.lax.top_k(blocks.reshape(len(logits), -1), k)
     likeliest = jnp.take_along_axis(names, places // BLOCK, axis=-1) * BLOCK + places % BLOCK
     return own - log_sum, likeliest.astype(jnp.int32), highest - log_sum[:, None]
-
-
-# --- the former interface -----------------------------------------------------------------------------------------
-
-
-def sample(
-    logits: Float[Array, "B V"],
-    keys: Key[Array, " B"],
-    temperature: float | np.floating | Array,
-    top_k: int | None = None,
-) -> Int[Array, " B"]:
-    """Draws one id per row from softmax(logits / temperature) over the `top_k` highest logits (None: over all).
-
-    `keys` has one key per row, so that a row's draw does not depend on the other rows. If the temperature is the Python
-    number 0, the highest logit wins (the lowest id among equals). As an array it must be above 0 or round to it, and
-    other values do not compile again. The smallest temperatures draw among the highest logits only, the largest draw
-    all ids alike, infinity included. Ids whose logit is -1e30, the padding of the vocabulary, are never drawn.
-    """
-    if isinstance(temperature, int | float) and temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if top_k is None or top_k >= logits.shape[-1]:
-        return _draw(logits, keys, temperature).astype(jnp.int32)
-    highest, ids = jax.lax.top_k(logits, top_k)
-    choice = _draw(highest, keys, temperature)
-    return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
-
-
-def _draw(
-    logits: Float[Array, "B K"], keys: Key[Array, " B"], temperature: float | np.floating | Array
-) -> Int[Array, " B"]:
-    # What is below the smallest normal number counts as 0 on many devices, and 0 / 0 is no logit. Measured from the
-    # highest, a quotient that overflows is -inf, an id that cannot be drawn, and never inf.
-    temperature = jnp.maximum(temperature, jnp.finfo(logits.dtype).tiny)
-    scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature
-    return jax.vmap(jax.random.categorical)(keys, jnp.where(logits > NEVER / 2, scaled, -jnp.inf))
