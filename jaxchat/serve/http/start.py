@@ -144,6 +144,7 @@ class Web:
 
     def __init__(self, app: ASGIApp, listener: socket.socket):
         host, self.port = listener.getsockname()[:2]
+        host = "localhost" if ipaddress.ip_address(host).is_unspecified else host  # 0.0.0.0 is no address to go to
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/"
         config = uvicorn.Config(
             app,
@@ -183,7 +184,11 @@ def _answer(options: Options, server: Server, service: Service, web: Web) -> Non
     from jaxchat.runs.directory import RunDirectory
 
     keep_compiled()
-    tool = choose_tool(options.tools, uncontained=options.uncontained, cancelled=lambda: service.state != "ready")
+
+    def over() -> bool:
+        return service.state in ("failed", "stopped")
+
+    tool = choose_tool(options.tools, uncontained=options.uncontained, cancelled=over)
     if sys.stderr is not None and sys.stderr.isatty():
         _say(f"loading {options.run}")
     directory = RunDirectory(options.run)
