@@ -27,7 +27,7 @@ def served(directory, *options):
 @pytest.fixture(scope="session")
 def server(run_dir):
     """Serves the chat model; once all tests are over it must drain and end well."""
-    with served(run_dir) as running:
+    with served(run_dir, "--name", "quickstart") as running:
         yield running
 
 
