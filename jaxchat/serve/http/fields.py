@@ -18,6 +18,7 @@ from jaxchat.serve.http.connections import BODY_SECONDS
 from jaxchat.serve.http.errors import ApiError, expect
 
 MAX_BODY = 4 * 2**20  # bytes
+MAX_READ = 16 * MAX_BODY  # of what is too large, so that the client, which sends first, sees the refusal
 
 
 async def read_json(request: Request) -> Fields:
@@ -28,16 +29,19 @@ async def read_json(request: Request) -> Fields:
       ClientDisconnect: the client has gone.
     """
     length = request.headers.get("content-length", "0")
-    _check_size(int(length) if length.isdecimal() and len(length) < 20 else MAX_BODY + 1)
-    body = bytearray()
+    _check_size(int(length) if length.isdecimal() and len(length) < 20 else MAX_READ + 1, MAX_READ)
+    body, size = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
-                body += chunk
-                _check_size(len(body))
+                size += len(chunk)
+                _check_size(size, MAX_READ)
+                if size <= MAX_BODY:
+                    body += chunk
     except TimeoutError:
         message = f"the body was not there after {BODY_SECONDS:.0f} seconds; its length may be less than Content-Length"
         raise ApiError(408, message, headers={"connection": "close", "x-should-retry": "false"}) from None
+    _check_size(size, MAX_BODY)
     try:
         values = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -47,9 +51,9 @@ async def read_json(request: Request) -> Fields:
     return Fields(values)
 
 
-def _check_size(size: int) -> None:
-    if size > MAX_BODY:
-        # The rest of the body is not read: the connection cannot be used again.
+def _check_size(size: int, most: int) -> None:
+    if size > most:
+        # The rest of the body, if there is any, is not read: the connection cannot be used again.
         message = f"the body is larger than {MAX_BODY:,} bytes, the most that this server reads"
         raise ApiError(413, message, headers={"connection": "close"})
 
