@@ -93,15 +93,14 @@ def serving(run_dir: Path | str, *options: str, seconds: float = 300, ends: int 
         try:
             _wait_until_ready(server, time.monotonic() + seconds)
             yield server
-            if process.poll() is not None:
-                raise RuntimeError(f"the server has ended with {process.returncode}:\n{server.log}")
-            process.send_signal(signal.SIGTERM)
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
             try:
                 code = process.wait(60)
             except subprocess.TimeoutExpired:
                 raise RuntimeError(f"the server goes on a minute after SIGTERM:\n{server.log}") from None
             if ends is not None and code != ends:
-                raise RuntimeError(f"the server ended with {code} after SIGTERM:\n{server.log}")
+                raise RuntimeError(f"the server ended with {code}, not with {ends}:\n{server.log}")
         finally:
             if process.poll() is None:
                 process.kill()

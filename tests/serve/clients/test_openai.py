@@ -290,7 +290,7 @@ def test_a_client_that_leaves_frees_its_row(client, server):
 
 def test_a_full_queue_is_retried_as_the_server_says(run_dir):
     """Retry-After is honoured: a client that is refused at first gets its answer in the end."""
-    with served(run_dir, "--max-queue", "1", "--rows", "1") as server:
+    with served(run_dir, "--max-waiting", "1", "--rows", "1") as server:
 
         async def crowd():
             patient = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=20)

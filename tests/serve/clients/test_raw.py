@@ -327,7 +327,7 @@ def test_what_is_no_request(server, data):
         received = over_the_wire(server, data)
     except ConnectionError:
         return
-    assert received == b"" or received.split()[1] in (b"400", b"413", b"414", b"431"), received[:100]
+    assert received == b"" or received.split()[1] in (b"400", b"403", b"413", b"414", b"431"), received[:100]
     assert "Traceback" not in server.log
 
 
