@@ -20,11 +20,15 @@ DOCUMENTS = [
     ROOT / "CHANGELOG.md",
     ROOT / "benchmarks" / "RESULTS.md",
     ROOT / "deploy" / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 GUIDES = [path for path in DOCUMENTS if path.name not in ("CHANGELOG.md", "RESULTS.md")]
 # Options of other programs, which the documents show.
-FOREIGN = {"--all-targets", "--command", "--depth", "--hostfile", "--map-by", "--mca", "--release", "--worker"}
+FOREIGN = {
+    "--add-host", "--all-targets", "--apply_chat_template", "--command", "--depth", "--hostfile", "--include_path",
+    "--map-by", "--mca", "--model", "--model_args", "--network", "--num_fewshot", "--release", "--tasks",
+    "--unbuffered", "--worker",
+}  # fmt: skip
 # What the recipes of CONTRIBUTING.md create.
 NEW = {
     "experiments/mine.py", "jaxchat/cli/count.py", "jaxchat/ops/silu.py", "jaxchat/optim/sign.py",
