@@ -16,6 +16,8 @@ Finish = Literal["stop", "length", "cancelled"]
 class Sampling:
     """How tokens are drawn. The settings are applied in the order of the attributes.
 
+    Top-k and top-p keep equal logits together: all that equal the last one kept.
+
     Attributes:
       logit_bias: what is added to the logits of some ids.
       repetition_penalty: divides the positive logits of ids that the prompt or the answer has, and multiplies the

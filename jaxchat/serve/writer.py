@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterable, Iterator
 
+from jaxchat.infer.text import Characters
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.verbatim import Style
 
@@ -27,9 +27,8 @@ class Writer:
     """
 
     def __init__(self, tokenizer: BaseTokenizer):
-        self._tokenizer = tokenizer
         self._special = {id: name for name, id in tokenizer.special_tokens.items()}
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._characters = Characters(tokenizer)
         self._state = TEXT
 
     def write(self, tokens: Iterable[int]) -> Iterator[tuple[str, Style]]:
@@ -37,7 +36,7 @@ class Writer:
         for token in tokens:
             name = self._special.get(token)
             if name is None:
-                yield self._styled(self._decoder.decode(self._tokenizer.id_to_bytes(token)))
+                yield self._styled(self._characters.add(token))
             else:
                 yield from self.close()
                 mark, self._state = MARKS.get((self._state, name), (name, self._state))
@@ -45,9 +44,7 @@ class Writer:
 
     def close(self) -> Iterator[tuple[str, Style]]:
         """The text still held back at the end of an answer: a character that is not whole."""
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        yield self._styled(text)
+        yield self._styled(self._characters.flush())
 
     def _styled(self, text: str) -> tuple[str, Style]:
         return text, "" if self._state == TEXT else "dim"
