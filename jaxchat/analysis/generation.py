@@ -30,7 +30,6 @@ from jaxchat.tokenizer import Tokenizer
 from jaxchat.tokenizer.base import SPECIAL_TOKENS
 
 GREEDY = Sampling(temperature=0.0)
-WARM_UP = 24  # new tokens of a run that is not timed
 COPIES = 8  # timed together, so that starting them hides behind the copying
 Say = Callable[[str], None]
 
@@ -103,14 +102,14 @@ class Requests:
     def prompt(self, length: int) -> list[int]:
         return self._draw.integers(0, self._vocab_size, length).tolist()
 
-    def uniform(self, work: Work, *, new: int | None = None) -> list[Request]:
+    def uniform(self, work: Work) -> list[Request]:
         """A prompt of its own for each row."""
-        return [self._request(self.prompt(work.context), new or work.new, GREEDY) for _ in range(work.rows)]
+        return [self._request(self.prompt(work.context), work.new, GREEDY) for _ in range(work.rows)]
 
-    def samples(self, work: Work, *, new: int | None = None) -> list[Request]:
+    def samples(self, work: Work) -> list[Request]:
         """Samples of one prompt at temperature 1, one a row."""
         prompt, seed = self.prompt(work.context), int(self._draw.integers(1 << 31))
-        return [self._request(prompt, new or work.new, Sampling(seed=seed, number=row)) for row in range(work.rows)]
+        return [self._request(prompt, work.new, Sampling(seed=seed, number=row)) for row in range(work.rows)]
 
     def mixed(self, work: Work, sequence_len: int, *, settings: bool) -> Iterator[Request]:
         """Without end: lengths between 1 and twice those of `work`, which are their means, as far as that fits.
@@ -195,9 +194,12 @@ def describe(work: Work) -> str:
     return f"{format_number(work.rows, 'row')}, prompts of {work.context:,} tokens, {work.new:,} new"
 
 
-def measure(engine: Engine, work: Work, make: Callable[..., list[Request]], repeats: int, say: Say) -> dict[str, Any]:
+def measure(
+    engine: Engine, work: Work, make: Callable[[Work], list[Request]], repeats: int, say: Say
+) -> dict[str, Any]:
     """Medians over `repeats` runs, after one that is not timed: `make(work)` gives each its requests."""
-    timed(engine, make(work, new=min(work.new, WARM_UP)))
+    say(f"{describe(work)}: not timed")
+    timed(engine, make(work))  # of the same length, so that it needs, and compiles, what the others do
     timings = []
     for repeat in range(repeats):
         say(f"{describe(work)}: run {repeat + 1} of {repeats}")
@@ -317,9 +319,10 @@ def tables(result: dict[str, Any]) -> str:
         rate, share = _rate(queue["tokens_per_second"]), queue["share_of_uniform"]
         lines.append(f"| {name.replace('_', ' ')} | {rate} | {requests:,.1f} | {share:.0%} |")
     if result["bits_per_byte"] is not None:
-        cost = dict(result["bits_per_byte"])
-        lines += ["", f"Bits per byte of {cost.pop('tokens'):,} tokens of validation text: "
-                      + ", ".join(f"{value:.4f} {name.replace('_', ' ')}" for name, value in cost.items())]  # fmt: skip
+        (_, tokens), (own, base), *others = result["bits_per_byte"].items()
+        figures = [f"{base:.4f} {own.replace('_', ' ')}"]
+        figures += [f"{value:.4f} {name.replace('_', ' ')} ({value / base - 1:+.2%})" for name, value in others]
+        lines += ["", f"Bits per byte of {tokens:,} tokens of validation text: {', '.join(figures)}"]
     return "\n".join(lines)
 
 

@@ -95,11 +95,11 @@ def test_mixed_requests_fit_and_have_the_means(context, new, room, mixed_setting
 
 def test_samples_share_a_prompt_and_rows_of_their_own_do_not():
     requests, work = Requests(300), Work(5, 9, 4)
-    samples, own = requests.samples(work), requests.uniform(work, new=2)
+    samples, own = requests.samples(work), requests.uniform(work)
     assert len({tuple(request.prompt) for request in samples}) == 1
     assert sorted(request.sampling.number for request in samples) == list(range(5))
     assert len({tuple(request.prompt) for request in own}) == 5
-    assert {request.max_new_tokens for request in own} == {2}
+    assert {request.max_new_tokens for request in own + samples} == {4}
 
 
 def test_timed_counts_every_token_once(engine):
@@ -143,7 +143,7 @@ def test_bench_is_consistent_and_has_a_table(engine):
         assert figures["share_of_uniform"] == pytest.approx(figures["tokens_per_second"] / uniform)
     machine = {"device_kind": "a device", "jax": "0"}
     about = {"model": {"depth": 1, "parameters": 5}, "weights": "w", "kv_cache": "c", "machine": machine}
-    lines = tables({**result, **about, "bits_per_byte": {"tokens": 10, "in_w": 1.5}}).splitlines()
+    lines = tables({**result, **about, "bits_per_byte": {"tokens": 10, "in_w": 1.5, "with_both": 1.53}}).splitlines()
     assert sum(line.startswith("| 1 |") for line in lines) == 1 == sum(line.startswith("| 3 |") for line in lines)
-    assert lines[-1] == "Bits per byte of 10 tokens of validation text: 1.5000 in w"
-    assert said[0] == "the speed of memory" and len(said) == 1 + 2 * 2 * 2 + 2
+    assert lines[-1] == "Bits per byte of 10 tokens of validation text: 1.5000 in w, 1.5300 with both (+2.00%)"
+    assert said[0] == "the speed of memory" and len(said) == 1 + 2 * 2 * 3 + 2
