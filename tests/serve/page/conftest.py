@@ -73,6 +73,7 @@ def browser():
     api = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("there is no Chromium")
+    api.expect.set_options(timeout=20_000)  # a machine may have much else to do
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser

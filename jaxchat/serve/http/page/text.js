@@ -177,6 +177,9 @@ export function mountText(view, app) {
     field.readOnly = false;
     if (store.get(own.id)) store.save(own);
     if (own !== kept) return;
+    if (!own.versions[own.version] && !signal.aborted && !problem.querySelector("[role=alert]")) {
+      problem.replaceChildren(element("p", { class: "note" }, "The model ends the text here."));
+    }
     show();
     announce(signal.aborted ? "Stopped" : own.versions[own.version]);
   }
