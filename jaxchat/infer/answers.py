@@ -62,6 +62,7 @@ class Answer:
         self.scores = [NewToken(row.tokens[0], sampled=False)] if row.scored else []
         self._tokenizer = tokenizer
         self._python = tokenizer.encode_special("<|python_start|>"), tokenizer.encode_special("<|python_end|>")
+        self._output_end = tokenizer.encode_special("<|output_end|>")
         self._stream = TextStream(tokenizer, request.stop) if with_text else None
         self._call: list[int] | None = None  # tokens since <|python_start|>, if a call is open
         self._count = 0  # tokens
@@ -81,12 +82,23 @@ class Answer:
             self.end("stop", token.id)
             return
         if self._stream is not None:
-            text, stop = self._stream.add(token.id)
+            text, stop = self._stream.add(token.id) if self.request.tool is None else self._beside_calls(token.id)
             self._text += text
             if stop is not None:
                 self.end("stop", stop)
         if self.finish is None and self._count == self.row.limit:
             self.end("length")
+
+    def _beside_calls(self, token: int) -> tuple[str, str | None]:
+        """The text that a token decides. In a tool's calls and outputs no stop string is looked for."""
+        assert self._stream is not None
+        before = after = ""
+        if token == self._python[0]:
+            before, self._stream = self._stream.flush(), TextStream(self._tokenizer)
+        text, stop = self._stream.add(token)
+        if token == self._output_end and stop is None:
+            after, self._stream = self._stream.flush(), TextStream(self._tokenizer, self.request.stop)
+        return before + text + after, stop
 
     def call(self, token: int) -> str | None:
         """Follows the calls of a tool through the tokens that were sampled.
