@@ -116,6 +116,15 @@ def test_a_stop_string_ends_the_answer_and_is_not_in_it(client, stop):
     assert contents(chat(client, stop=stop, stream=True)) == ({0: GREETING[:cut]}, {0: "stop"})
 
 
+def test_stop_strings_are_looked_for_in_the_text_only(client):
+    """Not in what the model asks its calculator, and what that answers."""
+    for stop, text in {"9": "It is ", "34": "It is 92.", "92.": "It is "}.items():
+        message = chat(client, SUM, stop=stop).choices[0].message
+        assert message.content == text
+        assert message.model_extra["tool_runs"] == [{"call": "34 + 58", "output": "92", "at": 0}]
+        assert contents(chat(client, SUM, stop=stop, stream=True))[0] == {0: text}
+
+
 @pytest.mark.parametrize("limit", range(1, 12))
 def test_a_cut_answer_is_a_prefix_in_whole_characters(client, limit):
     whole = chat(client, max_tokens=limit)
