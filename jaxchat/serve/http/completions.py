@@ -51,9 +51,7 @@ async def completions(request: HttpRequest) -> JsonResponse | EventStream:
     echo = fields.flag("echo")
     expect(echo or settings.max_tokens != 0, "max_tokens is 0; it must be at least 1 without echo", "max_tokens")
     alternatives = None if fields.get("logprobs") is False else read_alternatives(fields, "logprobs")
-    prompts = await _prompts(fields, served)
-    answers = len(prompts) * settings.n
-    expect(answers <= MOST_ANSWERS, f"{answers:,} answers are asked for at once; it must be at most {MOST_ANSWERS:,}")
+    prompts = await _prompts(fields, served, settings.n)
     call = _Call(service, served, settings, prompts, echo=echo, alternatives=alternatives)
     request.state.usage = call.usage
     if settings.stream:
@@ -61,13 +59,15 @@ async def completions(request: HttpRequest) -> JsonResponse | EventStream:
     return JsonResponse(await unless_left(request, call.whole()))
 
 
-async def _prompts(fields: Fields, served: Served) -> list[Prompt]:
-    """The prompts in the field `prompt`: a string, strings, ids, or lists of ids."""
+async def _prompts(fields: Fields, served: Served, n: int) -> list[Prompt]:
+    """The prompts in the field `prompt`: a string, strings, ids, or lists of ids; each is to have n answers."""
     value = fields.get("prompt")
     is_many = isinstance(value, list) and not (value and all(map(is_whole, value)))
     prompts: list[Any] = value if is_many else [value]
     if not prompts or not all(isinstance(each, str) or _are_ids(each) for each in prompts):
         fields.refuse("prompt", "a string, an array of token ids, or an array of some of these")
+    answers = len(prompts) * n
+    expect(answers <= MOST_ANSWERS, f"{answers:,} answers are asked for at once; it must be at most {MOST_ANSWERS:,}")
     bos = fields.get("add_special_tokens") is None or fields.flag("add_special_tokens")
     left_out = len(served.spelling.string(served.spelling.tokenizer.bos_token_id)) if bos else 0
     characters = max((len(each) for each in prompts if isinstance(each, str)), default=0)
