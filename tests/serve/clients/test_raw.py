@@ -111,8 +111,10 @@ def test_wrong_chats(ask, body):
         {"prompt": "a", "suffix": "b"},
         {"prompt": "a", "echo": "yes"},
         {"prompt": "a", "best_of": 5},
+        {"prompt": ["a"] * 1025},
+        {"prompt": ["a"] * 9, "n": 128},
     ],
-    ids=json.dumps,
+    ids=lambda body: json.dumps(body)[:60],
 )
 def test_wrong_completions(ask, body):
     refused(ask("POST", COMPLETIONS, body))
