@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from jaxchat.infer.engine import Engine
 from jaxchat.infer.quantized import LARGEST, cache_dtype, quantize, quantize_weight, stored
 from jaxchat.model.gpt import hidden_states, init_pages, logits, paged_hidden
 from jaxchat.ops.linear import Quantized
@@ -98,3 +99,26 @@ def test_stored_is_what_the_engine_asks_for(random_params):
     assert {leaf.dtype for leaf in jax.tree.leaves(stored(random_params, jnp.bfloat16))} == {jnp.dtype("bfloat16")}
     kept = stored(random_params, jnp.bfloat16, "int8")
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(kept["head"])) == 128 * 384 + 4 * 384
+
+
+def test_an_engine_with_8_bit_weights_is_one_with_the_rounded_weights(config, random_params, trained_params, tokenizer):
+    """Before and after its parameters are swapped for others, which are rounded again."""
+    prompts = [[5, 6, 7], [8], [20, 30] * 10]
+    engine = Engine(config, trained_params, tokenizer, dtype="float32", rows=3, weights="int8")
+    for params in (trained_params, random_params):
+        engine.params = params
+        rounded = jax.tree.map(
+            lambda leaf: leaf.astype(jnp.float32),
+            quantize(params, "float32"),
+            is_leaf=lambda x: isinstance(x, Quantized),
+        )
+        plain = Engine(config, rounded, tokenizer, dtype="float32", rows=3)
+        options = {"max_new_tokens": 20, "temperature": 0.0}
+        assert engine.generate(prompts, **options) == plain.generate(prompts, **options)
+
+
+def test_an_engine_with_an_8_bit_cache_answers(config, trained_params, tokenizer, conversations):
+    engine = Engine(config, trained_params, tokenizer, dtype="float32", rows=3, weights="int8", kv_cache="fp8")
+    prompt = tokenizer.render_for_completion(conversations[0])
+    (completion,) = engine.generate([prompt], max_new_tokens=60, temperature=0.0)
+    assert tokenizer.decode(completion.tokens).endswith("It is 92.") and completion.finished
