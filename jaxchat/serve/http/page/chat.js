@@ -18,6 +18,7 @@ export function mountChat(view, app) {
   const running = new Map(); // conversation to {controller, node}
   let tree = null;
   let live = null; // the shown answer that is being written
+  let before = 0; // where the view was scrolled to
   let following = true; // whether the reader is at the end, and new text scrolls into view
 
   const thread = element("div", { class: "thread" });
@@ -36,7 +37,11 @@ export function mountChat(view, app) {
   );
   view.append(scroller, element("div", { class: "foot" }, latest, input.element, note));
   scroller.addEventListener("scroll", () => {
-    following = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR;
+    const { scrollTop, scrollHeight, clientHeight } = scroller;
+    // The text may have grown since the page itself scrolled to the end; only a reader scrolls up.
+    if (scrollHeight - scrollTop - clientHeight < NEAR) following = true;
+    else if (scrollTop < before) following = false;
+    before = scrollTop;
     latest.hidden = following;
   });
   new ResizeObserver(() => toEnd()).observe(thread);
