@@ -99,7 +99,8 @@ export function mountChat(view, app) {
     }
     const { scrollTop } = scroller;
     const stay = following;
-    thread.replaceChildren(...(parts.length ? parts : [welcome()]));
+    const heading = element("h1", { class: "hidden-visually" }, tree.title);
+    thread.replaceChildren(...(parts.length ? [heading, ...parts] : [welcome()]));
     thread.classList.toggle("empty", parts.length === 0);
     if (stay) toEnd(true);
     else scroller.scrollTop = scrollTop;
