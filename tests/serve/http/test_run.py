@@ -1,9 +1,12 @@
 """The files of a run over HTTP: whole, while they grow, and when others take their place."""
 
 import json
+import re
 import subprocess
 import sys
+import threading
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -212,7 +215,23 @@ def test_nothing_else_of_the_run_is_served(half):
     assert not any("secret" in client.get(f"/api/run/{name}").text for name in names)
 
 
-def test_a_run_is_watched_without_jax():
-    program = "import sys, jaxchat.serve.http.run; print([m for m in ('jax', 'matplotlib') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_a_run_is_watched_without_jax(half):
+    """JAX would take seconds, and a GPU's memory. `-X importtime` lists all modules that are imported."""
+    command = [sys.executable, "-X", "importtime", "-m", "jaxchat", "serve", "--run", half, "--watch", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout and server.stderr
+        imported = threading.Thread(target=lambda: lines.extend(server.stderr))
+        lines: list[str] = []
+        imported.start()
+        try:
+            address = re.search(r"http://\S+", server.stdout.readline())
+            assert address
+            assert httpx.get(f"{address[0]}api/run/stages").json()["name"] == "tiny"
+            assert httpx.get(f"{address[0]}api/info").json()["model"] is None
+            assert httpx.get(address[0]).text.startswith("<!doctype html>")
+        finally:
+            server.terminate()
+        imported.join()
+    modules = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    assert "jaxchat.serve.http.run" in modules
+    assert modules.isdisjoint({"jax", "jaxlib", "matplotlib", "orbax"})
