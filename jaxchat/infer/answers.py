@@ -10,6 +10,8 @@ from jaxchat.infer.scheduler import Row
 from jaxchat.infer.text import TextStream
 from jaxchat.tokenizer import BaseTokenizer
 
+SHORT_OUTPUT = 64  # tokens of a tool's output that is never shortened: the calculator's 54 characters fit
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -116,9 +118,14 @@ class Answer:
         return None
 
     def tool_tokens(self, value: str | None) -> list[int]:
-        """The tokens of what a tool has answered, as far as there is room for them."""
+        """The tokens of what a tool has answered. Long ones lose their middle: half of the room stays for the model."""
+        ids = self._tokenizer.encode(value or "", "<|output_start|>", "<|output_end|>")
         room = self.row.limit - self._count
-        return self._tokenizer.encode(value or "", "<|output_start|>", "<|output_end|>")[:room]
+        most = max(SHORT_OUTPUT, room // 2)
+        if len(ids) > most:
+            gap, tail = self._tokenizer.encode("\n...\n"), most // 4
+            ids = [*ids[: most - tail - len(gap)], *gap, *ids[-tail:]]
+        return ids[:room]
 
     def end(self, finish: Finish, stopped_by: int | str | None = None) -> None:
         """Ends the answer. Text that was held back belongs to it, unless a stop string has ended it."""

@@ -30,7 +30,7 @@ class Answer:
     """An answer that is being generated.
 
     Attributes:
-      chunks: the answer's tokens as they come, without the one that ends it.
+      chunks: the answer's tokens as they come, without the one that ends it; an empty list while nothing comes.
       forgets: once `chunks` is exhausted, whether turns were forgotten for it, for the first time.
       cut: once `chunks` is exhausted, what cut the answer off; None if the model ended it, or if it was stopped.
     """
@@ -194,7 +194,7 @@ class Conversation:
                 prompt = self._prompt(text, written, answer, left)
                 with contextlib.closing(self._stream(prompt, left)) as outputs:
                     for output in outputs:
-                        ended = output.finish == "stop"
+                        ended = ended or output.finish == "stop"
                         tokens = [token.id for token in output.tokens]
                         tokens = tokens[:-1] if ended else tokens  # the token that stopped it
                         written.extend(tokens)
@@ -230,9 +230,8 @@ class Conversation:
         self.answering = True
         try:
             while self.engine.busy:
-                for output in self.engine.step():
-                    if output.request == number:
-                        yield output
+                outputs = [output for output in self.engine.step() if output.request == number]
+                yield from outputs or [Output(number)]  # nothing new, but a moment to stop
         finally:
             self.answering = False
             self.engine.cancel(number)

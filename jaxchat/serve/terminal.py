@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -22,6 +23,9 @@ from jaxchat.serve.writer import Writer
 from jaxchat.stopping import Cause
 from jaxchat.tools.choice import choose_tool
 from jaxchat.verbatim import Style, one_line, write
+
+PATIENCE = 3.0  # seconds without a word of the answer
+WAITING = "(compiling what the first answer needs; it is kept for the next start)"
 
 
 def chat(
@@ -67,7 +71,11 @@ def chat(
         _note(f"loading {run_dir}")
     model = load_model(run_dir, stage, step)
     base = model.stage == "pretrain"
-    conversation = Conversation(model.engine(weights=weights, kv_cache=kv_cache), settings, base=base, tool=tool.answer)
+    # The cache has room for another answer beside the last one, whose beginning both share.
+    room = {"rows": 1, "cache_tokens": 2 * model.model.sequence_len}
+    conversation = Conversation(
+        model.engine(weights=weights, kv_cache=kv_cache, **room), settings, base=base, tool=tool.answer
+    )
     if system:
         conversation.instruct(system)
     if tool.says and not base:
@@ -111,8 +119,10 @@ def reply(conversation: Conversation, text: str | None, out: TextIO, notes: Text
     writer = Writer(conversation.engine.tokenizer)
     with stopping.deferred(alone=False, notice="") as request:  # no computation breaks off in the middle
         answer = conversation.retry() if text is None else conversation.ask(text)
-        with contextlib.closing(answer.chunks):
+        with contextlib.closing(answer.chunks), _explained_wait(notes) as waiting:
             for tokens in answer.chunks:
+                if tokens:
+                    waiting.cancel()
                 show(writer.write(tokens), out)
                 if request.cause:
                     break
@@ -126,6 +136,18 @@ def reply(conversation: Conversation, text: str | None, out: TextIO, notes: Text
         elif answer.cut:
             write(f"(cut: {answer.cut})", notes, style="dim", end="\n")
     return stopped
+
+
+@contextlib.contextmanager
+def _explained_wait(notes: TextIO | None) -> Iterator[threading.Timer]:
+    """A timer that tells a person why nothing comes, unless it is cancelled before."""
+    timer = threading.Timer(PATIENCE, write, [WAITING, notes], {"style": "dim", "end": "\n"})
+    if notes is not None and notes.isatty():
+        timer.start()
+    try:
+        yield timer
+    finally:
+        timer.cancel()
 
 
 def show(pieces: Iterable[tuple[str, Style]], out: TextIO) -> None:

@@ -55,7 +55,10 @@ class Terminal:
         while text not in self.seen:
             ready = select.select([self.master], [], [], max(0, deadline - time.monotonic()))[0]
             assert ready, f"{text!r} did not come, but {self.seen!r}"
-            data = self.decoder.decode(os.read(self.master, 4096))
+            try:
+                data = self.decoder.decode(os.read(self.master, 4096))
+            except OSError:  # the process has ended
+                raise AssertionError(f"{text!r} did not come, but {self.seen!r}, and the end") from None
             self.seen, self.raw = self.seen + data, self.raw + data
             self.seen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.seen)
         before, _, self.seen = self.seen.partition(text)

@@ -112,6 +112,41 @@ def test_a_terminal(run_dir):
         assert code == 0 and "Traceback" not in rest
 
 
+def test_commands_in_a_terminal(run_dir, tmp_path):
+    file = tmp_path / "chat.json"
+    with in_terminal(run_dir, *GREEDY, "--tools", "python", "--uncontained") as terminal:
+        terminal.expect("the model's programs run in processes of their own: ")
+
+        def say(typed, expected):
+            terminal.expect("> ")
+            terminal.type(f"{typed}\n")
+            return terminal.expect(expected)
+
+        say("/retry", "error: there is no question yet that could be asked again")
+        say("What is 34 + 58?", "⟨34 + 58 → 92⟩ It is 92.")
+        say("/retry", "⟨34 + 58 → 92⟩ It is 92.")
+        say(f"/save {file}", "2 messages saved to ")
+        say("/undo", "taken back: 'What is 34 + 58?'")
+        say(f"/load {file}", "2 messages loaded from ")
+        say(f"/load {tmp_path}", "is not a file")
+        say("/set top-k 0", "error: top-k is 0; it must be at least 1")
+        say("/settings", "tools python")
+        say("/help", "Ctrl-C stops an answer; pressed twice, it leaves.")
+        say("/clear", "forgotten")
+        say('"""', "... ")
+        terminal.type("Say\n")
+        terminal.expect("... ")
+        terminal.type('/both!"""\n')
+        terminal.expect("Both.")
+        terminal.expect("> ")
+        terminal.type("/quit\n")
+        code, rest = terminal.expect_end()
+        assert code == 0 and "Traceback" not in rest
+    (_, answer) = json.loads(file.read_text())["messages"]
+    assert answer["tool_runs"] == [{"call": "34 + 58", "output": "92", "at": 0}]
+    assert "/save" in (Path(run_dir) / "state" / "jaxchat" / "chat_history.jsonl").read_text()
+
+
 def test_the_prompt_stays_out_of_a_file(run_dir, tmp_path):
     with in_terminal(run_dir, *GREEDY, output=tmp_path / "answers") as terminal:
         terminal.expect("> ")
@@ -195,6 +230,10 @@ def test_earlier_steps(run_dir, tmp_path):
         (["chat", "--run", "RUN", "--top-k", "0"], "--top-k is 0"),
         (["chat", "--run", "RUN", "--max-tokens", "0"], "--max-tokens is 0"),
         (["chat", "--run", "RUN", "-p", " "], "the prompt is empty"),
+        (["chat", "--run", "RUN", "--top-p", "0"], "--top-p is 0.0; it must be above 0 and at most 1"),
+        (["chat", "--run", "RUN", "--tools", "pyton"], "--tools: unknown value 'pyton', did you mean 'python'?"),
+        (["chat", "--run", "RUN", "--stage", "pretrain", "--system", "x"], "a base model has no system prompt"),
+        (["chat", "--run", "RUN", "--system", "so " * 200], "this system prompt has"),
         (["chat", "--run", "RUN", "-p", "so " * 200], "this message has"),
     ],
 )

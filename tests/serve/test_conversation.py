@@ -1,15 +1,18 @@
 """Conversations with a model that has memorized a few: what is remembered, what is cut, and what is said about it."""
 
 import io
+import threading
 
 import jax
 import pytest
 
 from jaxchat.errors import UserError
+from jaxchat.infer.answers import SHORT_OUTPUT
 from jaxchat.infer.engine import Engine
 from jaxchat.serve.conversation import Answer, Conversation, Turn, without_open_call
 from jaxchat.serve.settings import Settings
 from jaxchat.serve.terminal import reply
+from jaxchat.tools.python import run_code
 from tests.serve.conftest import CONTEXT
 
 SUM = "What is 34 + 58?"
@@ -90,7 +93,7 @@ def test_another_answer_that_does_not_begin_leaves_the_last(new):
     conversation.retry().chunks.close()
     assert conversation.turns == turns and conversation.unanswered is None
     generator = conversation.retry().chunks
-    next(generator)
+    next(filter(None, generator))
     generator.close()
     assert len(conversation.turns) == 1 and conversation.turns != turns
 
@@ -139,6 +142,41 @@ def test_a_conversation_goes_on_from_its_messages(new):
     out = io.StringIO()
     reply(second, None, out, None)
     assert out.getvalue() == "⟨34 + 58 → 92⟩ It is 92.\n" and second.unanswered is None
+
+
+def test_a_long_output_of_a_tool_loses_its_middle(engine):
+    calls = []
+
+    def tool(call):
+        calls.append(call)
+        return "begin" + "x" * 1000 + "end"
+
+    conversation = Conversation(engine, Settings(temperature=0, top_k=None, max_tokens=90), base=False, tool=tool)
+    ask(conversation, SUM)
+    (run,) = conversation.messages()[1]["tool_runs"]
+    assert calls == ["34 + 58"] and run["output"].startswith("beginx") and run["output"].endswith("xend")
+    assert "\n...\n" in run["output"] and len(run["output"]) <= SHORT_OUTPUT
+
+
+def test_a_tool_that_takes_long_can_be_stopped(engine):
+    """As at the terminal: the answer is left, and the program ends."""
+    ended = threading.Event()
+
+    def tool(call):
+        run_code("import time\ntime.sleep(999)", cancelled=lambda: not conversation.answering)
+        ended.set()
+
+    conversation = Conversation(engine, Settings(temperature=0, top_k=None), base=False, tool=tool)
+    answer, written = conversation.ask(SUM), []
+    for chunk in answer.chunks:
+        written += chunk
+        if engine.tokenizer.encode_special("<|python_end|>") in written and not chunk:
+            break
+    answer.chunks.close()
+    assert ended.wait(10)
+    assert (
+        ask(Conversation(engine, Settings(temperature=0, top_k=None), base=False), "Hello?")[0] == "Grüße, 日本 🙂!\n"
+    )
 
 
 def test_turns_are_remembered_until_they_are_cleared(new):
@@ -191,7 +229,7 @@ def test_what_the_model_ends_is_not_cut(new, engine):
 def test_an_answer_that_is_closed_early_is_kept_without_a_remark(new):
     conversation = new()
     answer = conversation.ask("Hello?")
-    first = next(answer.chunks)
+    first = next(filter(None, answer.chunks))
     answer.chunks.close()
     assert answer.cut is None and first
     assert conversation.turns[0].answer[:-1] == first
