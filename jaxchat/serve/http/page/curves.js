@@ -118,7 +118,9 @@ export class Chart {
     this.bands = layout(this.view.records, stages);
     this.element.hidden = stages.length === 0;
     this.late = this.element.hidden ? null : { anew: anew || (this.late?.anew ?? false) };
-    if (this.inSight && this.late) this.#draw(this.late.anew);
+    if (!this.late) return;
+    if (this.inSight) this.#draw(this.late.anew);
+    else this.#read(null);
   }
 
   #onSight(inSight) {
