@@ -179,8 +179,9 @@ def test_other_sites_need_leave(client, locked, service):
     assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == headers["origin"]
     assert "access-control-allow-origin" not in preflight(locked, "https://evil.example").headers
     assert "access-control-allow-origin" not in preflight(client, "https://chat.example.com").headers
-    response = client.post("/v1/chat/completions", content="{}", headers={"origin": "https://evil.example"})
-    assert response.status_code == 403 and "--allow-origin https://evil.example" in response.json()["error"]["message"]
+    for origin in ("https://evil.example", "null", "http://[", ""):
+        response = client.post("/v1/chat/completions", content="{}", headers={"origin": origin})
+        assert response.status_code == 403 and f"--allow-origin {origin}" in response.json()["error"]["message"]
     own = {"origin": str(client.base_url).rstrip("/")}
     assert client.get("/v1/models", headers=own).status_code == 200
     with web(Server(service, served(service.engine), origins=("https://a.example",))) as open_to_one:
