@@ -34,7 +34,7 @@ def test_invoke(chat, options):
 
 
 def test_stream(chat):
-    pieces = list(chat.stream("Hello?"))
+    pieces = list(chat.stream("Hello?", stream_usage=True))
     assert "".join(piece.content for piece in pieces) == GREETING
     whole = sum(pieces[1:], pieces[0])
     assert whole.usage_metadata == chat.invoke("Hello?").usage_metadata
