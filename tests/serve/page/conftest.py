@@ -94,9 +94,8 @@ def visit(browser):
         page = context.new_page()
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda message: "Security Policy" in message.text and faults.append(message.text))
-        page.on(
-            "request", lambda request: request.url.startswith((address, "data:", "blob:")) or faults.append(request.url)
-        )
+        own = (address.split("#")[0], "data:", "blob:")
+        page.on("request", lambda request: request.url.startswith(own) or faults.append(request.url))
         page.goto(address)
         return page
 

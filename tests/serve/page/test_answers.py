@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.serve.http.conftest import wait_until
 from tests.serve.page.conftest import ask
 
 expect = pytest.importorskip("playwright.sync_api").expect
@@ -85,7 +86,7 @@ def test_hostile_answers_are_shown_as_text(scripted):
 def begin(page, question="Tell me"):
     page.get_by_label("Message", exact=True).fill(question)
     page.keyboard.press("Enter")
-    page.wait_for_function("window.feed !== null")
+    wait_until(lambda: page.evaluate("window.feed !== null"))
 
 
 def test_markdown_becomes_elements(scripted):
@@ -130,7 +131,7 @@ def test_a_reader_who_scrolled_up_stays_there(scripted):
     scripted.evaluate("feed", line * 60)
     expect(scripted.locator(".assistant p")).to_have_count(60)
     scroller = scripted.locator(".scroller")
-    scripted.wait_for_function(f"(() => {{ const one = document.querySelector('.scroller'); return {end} < 2; }})()")
+    wait_until(lambda: scroller.evaluate(f"(one) => {end}") < 2)
     scroller.hover()
     scripted.mouse.wheel(0, -400)
     latest = scripted.get_by_role("button", name="Latest")
