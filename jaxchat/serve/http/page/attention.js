@@ -5,7 +5,7 @@ import { percent, visible } from "./tokens.js";
 
 const SMALL = 112; // pixels of a small map at most
 const LABELS = 88; // pixels beside a large map, for the tokens' texts
-const LEAST_LABEL = 10; // pixels of a row with a text
+const LEAST_LABEL = 8; // pixels of a row with a text
 
 /** The maps of a layer. A row is a token that looks, a column one that is looked at. */
 export class AttentionView {
@@ -17,10 +17,22 @@ export class AttentionView {
     this.layers = element("select", { "aria-label": "Layer", onchange: () => this.#choose(Number(this.layers.value)) });
     this.before = iconButton("left", "The layer before", () => this.#choose(this.layer - 1));
     this.after = iconButton("right", "The layer after", () => this.#choose(this.layer + 1));
-    this.part = element("input", { type: "range", min: 0, "aria-label": "First token that is shown", onchange: () => ((this.start = this.part.valueAsNumber), this.#fetch()) });
+    this.part = element("input", {
+      type: "range",
+      min: 0,
+      "aria-label": "First token that is shown",
+      onchange: () => ((this.start = this.part.valueAsNumber), this.#fetch()),
+    });
     this.partLabel = element("label", { class: "part", hidden: true }, element("span"), this.part);
     this.heads = element("div", { class: "heads", role: "group", "aria-label": "Heads" });
-    this.canvas = element("canvas", { tabindex: "0", role: "img", onkeydown: (event) => this.#onKey(event), onpointermove: (event) => this.#onPoint(event), onpointerdown: (event) => this.#onPoint(event), onpointerleave: () => this.#point(null) });
+    this.canvas = element("canvas", {
+      tabindex: "0",
+      role: "img",
+      onkeydown: (event) => this.#onKey(event),
+      onpointermove: (event) => this.#onPoint(event),
+      onpointerdown: (event) => this.#onPoint(event),
+      onpointerleave: () => this.#point(null),
+    });
     this.cross = element("div", { class: "cross", hidden: true });
     this.readout = element("p", { class: "readout", role: "status" });
     this.text = element("p", { class: "looks", "aria-hidden": "true" });
@@ -32,7 +44,12 @@ export class AttentionView {
       element("h2", {}, "Attention"),
       element("div", { class: "choice" }, this.before, this.layers, this.after, this.partLabel),
       this.note,
-      element("div", { class: "maps" }, this.heads, element("div", { class: "large" }, this.readout, this.frame, this.text)),
+      element(
+        "div",
+        { class: "maps" },
+        this.heads,
+        element("div", { class: "large" }, this.readout, this.frame, this.text),
+      ),
     );
   }
 
@@ -54,8 +71,14 @@ export class AttentionView {
     this.api.signal.addEventListener("abort", () => this.fetching.abort(), { once: true });
     const start = this.start === null ? {} : { start: this.start };
     try {
-      const reply = await this.api.json("api/inside/attention", { body: { tokens: this.ids, layer: this.layer, ...start }, signal });
-      this.reply = { ...reply, maps: reply.maps.map((text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0))) };
+      const reply = await this.api.json("api/inside/attention", {
+        body: { tokens: this.ids, layer: this.layer, ...start },
+        signal,
+      });
+      this.reply = {
+        ...reply,
+        maps: reply.maps.map((text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0))),
+      };
       this.head = Math.min(this.head, reply.maps.length - 1);
       this.#build();
     } catch (error) {
@@ -67,8 +90,11 @@ export class AttentionView {
 
   #build() {
     const { layer, windows, start, length, side, most, maps } = this.reply;
-    const name = (i) => `Layer ${i + 1} of ${windows.length}${windows[i] === null ? "" : `, sees ${windows[i].toLocaleString("en")} tokens back`}`;
-    this.layers.replaceChildren(...windows.map((_, i) => element("option", { value: i, selected: i === layer }, name(i))));
+    const name = (i) =>
+      `Layer ${i + 1} of ${windows.length}${windows[i] === null ? "" : `, sees ${windows[i].toLocaleString("en")} tokens back`}`;
+    this.layers.replaceChildren(
+      ...windows.map((_, i) => element("option", { value: i, selected: i === layer }, name(i))),
+    );
     this.before.disabled = layer === 0;
     this.after.disabled = layer === windows.length - 1;
     this.partLabel.hidden = length <= most;
@@ -87,7 +113,12 @@ export class AttentionView {
     const canvas = element("canvas", {});
     canvas.width = canvas.height = SMALL * devicePixelRatio;
     this.#paint(canvas, i, canvas.width / this.reply.side);
-    return element("button", { type: "button", "aria-pressed": String(i === this.head), onclick: () => this.#pick(i) }, canvas, element("span", {}, `head ${i + 1}`));
+    return element(
+      "button",
+      { type: "button", "aria-pressed": String(i === this.head), onclick: () => this.#pick(i) },
+      canvas,
+      element("span", {}, `head ${i + 1}`),
+    );
   }
 
   #pick(head) {
@@ -106,15 +137,26 @@ export class AttentionView {
     const scale = this.canvas.height / side;
     this.#paint(this.canvas, this.head, scale);
     if (labelled) this.#label(scale);
-    this.canvas.setAttribute("aria-label", `Attention of layer ${this.reply.layer + 1}, head ${this.head + 1}: ${side} by ${side} tokens. Arrow keys move from one to another.`);
-    this.text.replaceChildren(...this.reply.tokens.map((token) => element("span", {}, token.special ? visible(token) : token.text.startsWith("bytes:") ? visible(token) : token.text)));
+    this.canvas.setAttribute(
+      "aria-label",
+      `Attention of layer ${this.reply.layer + 1}, head ${this.head + 1}: ${side} by ${side} tokens. Arrow keys move from one to another.`,
+    );
+    this.text.replaceChildren(
+      ...this.reply.tokens.map((token) =>
+        element(
+          "span",
+          {},
+          token.special ? visible(token) : token.text.startsWith("bytes:") ? visible(token) : token.text,
+        ),
+      ),
+    );
     this.#point(null);
   }
 
   /** Writes each token beside the diagonal, where its row ends and its column begins. */
   #label(scale) {
     const context = this.canvas.getContext("2d");
-    context.font = `${Math.min(13 * devicePixelRatio, scale * 0.82)}px ${getComputedStyle(this.element).fontFamily}`;
+    context.font = `${Math.min(13 * devicePixelRatio, Math.max(9 * devicePixelRatio, scale * 0.82))}px ${getComputedStyle(this.element).fontFamily}`;
     context.fillStyle = this.api.color("--muted");
     context.textBaseline = "middle";
     this.reply.tokens.forEach((token, i) => {
@@ -151,9 +193,18 @@ export class AttentionView {
 
   /** From the surface over the accent to the text: one direction of lightness, whatever colours one can tell apart. */
   #colors() {
-    const [none, some, much] = ["--surface", "--series-6", "--text"].map((name) => this.api.color(name).match(/[\d.]+/g).slice(0, 3).map(Number));
+    const [none, some, much] = ["--surface", "--series-6", "--text"].map((name) =>
+      this.api
+        .color(name)
+        .match(/[\d.]+/g)
+        .slice(0, 3)
+        .map(Number),
+    );
     const mix = (a, b, share) => a.map((value, i) => value + (b[i] - value) * share);
-    return Array.from({ length: 256 }, (_, value) => [...(value < 170 ? mix(none, some, value / 170) : mix(some, much, (value - 170) / 85)), 255]);
+    return Array.from({ length: 256 }, (_, value) => [
+      ...(value < 170 ? mix(none, some, value / 170) : mix(some, much, (value - 170) / 85)),
+      255,
+    ]);
   }
 
   /** Draws again, in other colours. */
@@ -194,15 +245,37 @@ export class AttentionView {
     const [row, column] = cell;
     const weight = (to) => (maps[this.head][row * side + to] / 255) ** 2;
     const window = windows[layer];
-    const what = column > row ? "comes later: it cannot be seen" : window !== null && row - column > window ? "is too far back for this layer" : percent(weight(column));
+    const what =
+      column > row
+        ? "comes later: it cannot be seen"
+        : window !== null && row - column > window
+          ? "is too far back for this layer"
+          : percent(weight(column));
     const earlier = 1 - tokens.reduce((sum, _, to) => sum + weight(to), 0);
-    const rest = start > 0 && earlier > 0.02 ? element("span", {}, `; about ${percent(earlier)} goes to tokens before these`) : null;
-    this.readout.replaceChildren("from ", element("b", {}, visible(tokens[row])), " to ", element("b", {}, visible(tokens[column])), ": ", element("b", {}, what), rest ?? "");
+    const rest =
+      start > 0 && earlier > 0.02
+        ? element("span", {}, `; about ${percent(earlier)} goes to tokens before these`)
+        : null;
+    this.readout.replaceChildren(
+      "from ",
+      element("b", {}, visible(tokens[row])),
+      " to ",
+      element("b", {}, visible(tokens[column])),
+      ": ",
+      element("b", {}, what),
+      rest ?? "",
+    );
     const [width, height] = [(100 * this.extent) / side, 100 / side];
-    Object.assign(this.cross.style, { left: `${column * width}%`, top: `${row * height}%`, width: `${width}%`, height: `${height}%` });
+    Object.assign(this.cross.style, {
+      left: `${column * width}%`,
+      top: `${row * height}%`,
+      width: `${width}%`,
+      height: `${height}%`,
+    });
     spans.forEach((span, i) => {
       span.className = i === row ? "looking" : i > row ? "later" : "";
-      span.style.background = i <= row ? `color-mix(in oklab, var(--series-6) ${Math.round(70 * Math.sqrt(weight(i)))}%, transparent)` : "";
+      span.style.background =
+        i <= row ? `color-mix(in oklab, var(--series-6) ${Math.round(70 * Math.sqrt(weight(i)))}%, transparent)` : "";
     });
   }
 }

@@ -1,61 +1,13 @@
 // A chart of the run's view: the curves of a metric, one stage beside the other, drawn with uPlot.
 
+import { STAGE_COLORS } from "./charts.js";
 import { element } from "./dom.js";
-import { digits, limits, place, smoothed, thinned } from "./records.js";
+import { digits, limits, place, precise, short, smoothed, thinned } from "./records.js";
 
 const POINTS = 1000; // parts of a curve that each keep their lowest and highest value
 const GAP = 0.012; // between stages, of the width
 const LABELS = 20; // pixels above a chart for the names of stages
 const LEAST = 0.14; // of the width, that a stage has at least
-
-/**
- * The charts, from the most to the least looked at. `lines` are the metrics in one chart; `points` marks those that are
- * measured now and then. `zero` begins the axis at 0. Without `stages` all of them are drawn.
- */
-export const CHARTS = [
-  { title: "Training loss", unit: "nats a token", lines: [{ name: "loss" }], trend: true, settle: true, stages: ["pretrain", "midtrain", "sft"] },
-  { title: "Validation", unit: "bits a byte", lines: [{ name: "bpb", points: true }], settle: true, stages: ["pretrain", "midtrain", "sft"] },
-  {
-    title: "Reward",
-    unit: "mean of answers",
-    lines: [
-      { name: "reward", label: "training questions" },
-      { name: "reward_eval", label: "evaluation questions", points: true },
-    ],
-    trend: true,
-    stages: ["rl"],
-  },
-  {
-    title: "Learning rate",
-    unit: "by group",
-    lines: [
-      { name: "lr_matrix", label: "matrices" },
-      { name: "lr_embedding", label: "embedding" },
-      { name: "lr_head", label: "head" },
-    ],
-    zero: true,
-  },
-  { title: "Gradient norm", unit: "before clipping", lines: [{ name: "grad_norm" }], trend: true },
-  { title: "Speed", unit: "tokens a second", lines: [{ name: "tokens_per_second" }], trend: true, zero: true },
-  { title: "MFU", unit: "share of the device’s peak", lines: [{ name: "mfu" }], trend: true, zero: true, share: true },
-  { title: "Objective", unit: "nats a token, weighted", lines: [{ name: "loss" }], trend: true, stages: ["rl"] },
-  { title: "Answer length", unit: "tokens", lines: [{ name: "completion_tokens" }], trend: true, zero: true, stages: ["rl"] },
-  {
-    title: "Answers that teach nothing",
-    unit: "share",
-    lines: [
-      { name: "groups_without_signal", label: "all worth the same" },
-      { name: "cut", label: "no room to end" },
-    ],
-    trend: true,
-    zero: true,
-    share: true,
-    stages: ["rl"],
-  },
-];
-
-/** The colour of each stage, in all charts and in the list of stages. */
-export const STAGE_COLORS = { pretrain: "--series-1", midtrain: "--series-2", sft: "--series-3", rl: "--series-4" };
 
 /** Where stages lie on a common axis from 0 to 1: `{stage, from, width, last}`; the last step of each has its own scale. */
 export function layout(records, stages) {
@@ -95,7 +47,12 @@ export class Chart {
     this.view = view;
     this.plot = null;
     this.readout = element("p", { class: "readout" });
-    this.place = element("div", { class: "plot", tabindex: "0", role: "img", onkeydown: (event) => this.#onKey(event) });
+    this.place = element("div", {
+      class: "plot",
+      tabindex: "0",
+      role: "img",
+      onkeydown: (event) => this.#onKey(event),
+    });
     this.remark = element("p", { class: "remark", hidden: true });
     this.element = element(
       "article",
@@ -105,7 +62,9 @@ export class Chart {
       this.remark,
     );
     // Only what is in sight is drawn.
-    this.seen = new IntersectionObserver((entries) => this.#onSight(entries[entries.length - 1].isIntersecting), { rootMargin: "200px" });
+    this.seen = new IntersectionObserver((entries) => this.#onSight(entries[entries.length - 1].isIntersecting), {
+      rootMargin: "200px",
+    });
     this.sized = new ResizeObserver(() => this.#resize());
     this.seen.observe(this.element);
     this.sized.observe(this.place);
@@ -114,7 +73,9 @@ export class Chart {
   /** Draws what there is now; `anew` after a change of colours or of the kind of axis. */
   update(anew = false) {
     const drawn = (stage) => !this.spec.stages || this.spec.stages.includes(stage);
-    const stages = this.view.stages.filter((stage) => drawn(stage) && this.spec.lines.some(({ name }) => this.#has(stage, name)));
+    const stages = this.view.stages.filter(
+      (stage) => drawn(stage) && this.spec.lines.some(({ name }) => this.#has(stage, name)),
+    );
     this.bands = layout(this.view.records, stages);
     this.element.hidden = stages.length === 0;
     this.late = this.element.hidden ? null : { anew: anew || (this.late?.anew ?? false) };
@@ -188,8 +149,15 @@ export class Chart {
         const chosen = thinned(values, start, end, POINTS);
         const pick = (of) => chosen.map((i) => (Number.isNaN(of[i]) ? null : of[i]));
         const columns = [pick(values)];
-        if (this.spec.trend && !points) columns.push(pick(smoothed(values, Math.round(values.length * (smoothing / 100) ** 2 * 0.25))));
-        tables.push({ band, line, points, columns, x: chosen.map((i) => band.from + (steps[i] / band.last) * band.width) });
+        if (this.spec.trend && !points)
+          columns.push(pick(smoothed(values, Math.round(values.length * (smoothing / 100) ** 2 * 0.25))));
+        tables.push({
+          band,
+          line,
+          points,
+          columns,
+          x: chosen.map((i) => band.from + (steps[i] / band.last) * band.width),
+        });
         // The axis is made for what follows the fall from an untrained model, and of that not for single spikes.
         const whole = low === 0 && high === 1;
         const from = whole && this.spec.settle && values.length > 2 ? Math.ceil(values.length / 20) : start;
@@ -209,11 +177,30 @@ export class Chart {
       ...this.#size(),
       padding: [LABELS, 8, 0, 0],
       legend: { show: false },
-      cursor: { y: false, points: { show: false }, drag: { x: true, y: false, setScale: false }, bind: { dblclick: () => () => this.view.onzoom(null) } },
-      scales: { x: { time: false, auto: false, range: (_, low, high) => [low, high] }, y: { auto: false, distr: log ? 3 : 1, range: (_, low, high) => [low, high] } },
+      cursor: {
+        y: false,
+        points: { show: false },
+        drag: { x: true, y: false, setScale: false },
+        bind: { dblclick: () => () => this.view.onzoom(null) },
+      },
+      scales: {
+        x: { time: false, auto: false, range: (_, low, high) => [low, high] },
+        y: { auto: false, distr: log ? 3 : 1, range: (_, low, high) => [low, high] },
+      },
       axes: [
-        { ...axis, size: 28, gap: 4, splits: () => this.#ticks().map(({ x }) => x), values: () => this.#ticks().map(({ step }) => short(step)) },
-        { ...axis, size: 52, gap: 4, values: (_, splits) => splits.map((value) => (value === null ? "" : format(value))) },
+        {
+          ...axis,
+          size: 28,
+          gap: 4,
+          splits: () => this.#ticks().map(({ x }) => x),
+          values: () => this.#ticks().map(({ step }) => short(step)),
+        },
+        {
+          ...axis,
+          size: 52,
+          gap: 4,
+          values: (_, splits) => splits.map((value) => (value === null ? "" : format(value))),
+        },
       ],
       series: [{}, ...tables.flatMap((table) => this.#series(table))],
       hooks: {
@@ -229,7 +216,12 @@ export class Chart {
     const stroke = this.view.color(name);
     const plain = { stroke, spanGaps: false, points: { show: false } };
     if (points) return [{ ...plain, width: 1.5, points: { size: 7, stroke, fill: stroke } }];
-    return columns.length === 1 ? [{ ...plain, width: 2 }] : [{ ...plain, width: 1, alpha: 0.35 }, { ...plain, width: 2 }];
+    return columns.length === 1
+      ? [{ ...plain, width: 2 }]
+      : [
+          { ...plain, width: 1, alpha: 0.35 },
+          { ...plain, width: 2 },
+        ];
   }
 
   #ticks() {
@@ -282,7 +274,8 @@ export class Chart {
     let [least, most] = this.settled.length ? [Math.min(...this.settled), Math.max(...this.settled)] : [0, 1];
     if (this.view.log) {
       const range = most / least;
-      [least, most] = least > 0 ? [least / Math.max(1.05, range ** 0.06), most * Math.max(1.05, range ** 0.06)] : [0.001, 1];
+      [least, most] =
+        least > 0 ? [least / Math.max(1.05, range ** 0.06), most * Math.max(1.05, range ** 0.06)] : [0.001, 1];
     } else {
       const margin = 0.08 * (most - least) || Math.abs(most) * 0.1 || 0.1;
       [least, most] = [this.spec.zero && least >= 0 ? 0 : least - margin, most + margin];
@@ -359,7 +352,9 @@ export class Chart {
       const value = curve.values[at];
       const text = Number.isNaN(value) ? "not finite" : this.spec.share ? `${digits(value * 100)} %` : precise(value);
       const several = this.spec.lines.length > 1;
-      const key = several ? element("i", { class: `key series-${i + 1}` }) : element("i", { class: `key stage-${stage}` });
+      const key = several
+        ? element("i", { class: `key series-${i + 1}` })
+        : element("i", { class: `key stage-${stage}` });
       pieces.push(element("span", {}, key, several ? `${label} ` : "", element("b", {}, text)));
     });
     const where = `${stage} ${shown === null ? "" : shown.toLocaleString("en")}`;
@@ -370,7 +365,10 @@ export class Chart {
     this.#read(null);
     this.remark.hidden = this.notFinite === 0;
     this.remark.textContent = `${this.notFinite.toLocaleString("en")} ${this.notFinite === 1 ? "value is" : "values are"} not finite: gaps in the line.`;
-    this.place.setAttribute("aria-label", `${this.spec.title}, ${this.spec.unit}. Last: ${this.readout.textContent}. Arrow keys read other steps.`);
+    this.place.setAttribute(
+      "aria-label",
+      `${this.spec.title}, ${this.spec.unit}. Last: ${this.readout.textContent}. Arrow keys read other steps.`,
+    );
   }
 }
 
@@ -386,17 +384,3 @@ function aligned(tables) {
   }
   return all.map((column) => Object.assign(column, { length: all[0].length }));
 }
-
-/** Four significant digits, and all of whole numbers. */
-function precise(value) {
-  if (value === 0 || Math.abs(value) >= 1000) return Math.round(value).toLocaleString("en");
-  return minus(Math.abs(value) < 0.001 ? value.toExponential(2) : String(Number(value.toPrecision(4))));
-}
-
-/** A round number, as those of an axis are. */
-function short(value) {
-  const [size, unit] = Math.abs(value) >= 1e6 ? [1e6, "M"] : Math.abs(value) >= 1000 ? [1000, "k"] : [1, ""];
-  return minus(value !== 0 && Math.abs(value) < 0.001 ? value.toExponential() : `${Number((value / size).toPrecision(6))}${unit}`);
-}
-
-const minus = (text) => text.replaceAll("-", "−");

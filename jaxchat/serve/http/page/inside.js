@@ -3,7 +3,7 @@
 import { element, icon } from "./dom.js";
 import { AttentionView } from "./attention.js";
 import { NextView } from "./next.js";
-import { TokensView } from "./tokens.js";
+import { TokensView, byTheModel } from "./tokens.js";
 
 const KEPT = "jaxchat.inside"; // the text that was looked into last, until the tab is closed
 const EXAMPLE = "Mira lives in Millbrook with a rabbit. Every morning Mira feeds her rabbit.";
@@ -13,21 +13,65 @@ export function mount(place, api) {
   new InsideView(place, api).start();
 }
 
+/** How many tokens come before the place to begin with: where the answer was most open, or the end of other text. */
+function mostOpen(tokens) {
+  if (tokens.at(-1).text !== "<|assistant_end|>") return tokens.length;
+  const written = byTheModel(tokens);
+  const open = tokens.map(({ entropy }, i) => (written[i] ? (entropy ?? 0) : 0));
+  return open.indexOf(Math.max(...open));
+}
+
 class InsideView {
   constructor(place, api) {
     this.api = api;
     const { base } = api.info;
-    this.field = element("textarea", { rows: 3, spellcheck: "false", "aria-label": "Text to look into", onkeydown: (event) => this.#onKey(event) });
-    this.kind = element("select", { "aria-label": "How the model reads it" }, element("option", { value: "question" }, "a question, with the answer"), element("option", { value: "text" }, "plain text"));
+    this.field = element("textarea", {
+      rows: 3,
+      spellcheck: "false",
+      "aria-label": "Text to look into",
+      onkeydown: (event) => this.#onKey(event),
+    });
+    this.kind = element(
+      "select",
+      { "aria-label": "How the model reads it" },
+      element("option", { value: "question" }, "a question, with the answer"),
+      element("option", { value: "text" }, "plain text"),
+    );
     const button = element("button", { class: "primary" }, "Look inside");
-    this.form = element("form", { class: "source", onsubmit: (event) => (event.preventDefault(), this.#ask()) }, this.field, element("div", { class: "row" }, base ? null : this.kind, button));
+    this.form = element(
+      "form",
+      { class: "source", onsubmit: (event) => (event.preventDefault(), this.#ask()) },
+      this.field,
+      element("div", { class: "row" }, base ? null : this.kind, button),
+    );
     this.problem = element("div", { class: "problem", role: "alert", hidden: true }, icon("warning"), element("p"));
-    this.from = element("p", { class: "note from", hidden: true }, "The conversation that you came from. ", element("button", { type: "button", class: "quiet wide", onclick: () => this.#other() }, "Look into another text"));
+    this.from = element(
+      "p",
+      { class: "note from", hidden: true },
+      "The conversation that you came from. ",
+      element(
+        "button",
+        { type: "button", class: "quiet wide", onclick: () => this.#other() },
+        "Look into another text",
+      ),
+    );
     this.tokens = new TokensView((count) => this.#choose(count));
     this.next = new NextView(api, (id) => this.#append(id));
     this.attention = new AttentionView(api);
-    this.found = element("div", { class: "found", hidden: true }, this.tokens.element, this.next.element, this.attention.element);
-    place.append(element("h1", { class: "hidden-visually" }, "Look inside"), this.form, this.from, this.problem, this.found);
+    this.found = element(
+      "div",
+      { class: "found", hidden: true },
+      this.tokens.element,
+      this.next.element,
+      this.attention.element,
+    );
+    place.append(
+      element("h1", { class: "hidden-visually" }, "Look inside"),
+      this.form,
+      this.from,
+      this.problem,
+      this.found,
+    );
   }
 
   start() {
@@ -106,8 +150,7 @@ class InsideView {
       this.found.hidden = false;
       this.tokens.show(reply.tokens);
       const ids = reply.tokens.map(({ id }) => id);
-      // After the end of an answer the model has not learned to say anything: what led to it tells more.
-      this.#choose(ids.length - (reply.tokens.at(-1).text === "<|assistant_end|>" ? 1 : 0));
+      this.#choose(mostOpen(reply.tokens));
       this.attention.show(ids);
     } catch (error) {
       if (!signal.aborted) this.#fail(error);

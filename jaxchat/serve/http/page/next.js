@@ -20,21 +20,52 @@ export class NextView {
       { class: "panel next" },
       element("h2", {}, "Next token"),
       this.where,
-      element("div", { class: "settings" }, this.#slider("temperature", "Temperature", 0, 2, 0.05), this.#slider("top_p", "Top-p", 0.05, 1, 0.05), this.#topK()),
+      element(
+        "div",
+        { class: "settings" },
+        this.#slider("temperature", "Temperature", 0, 2, 0.05),
+        this.#slider("top_p", "Top-p", 0.05, 1, 0.05),
+        this.#topK(),
+      ),
       this.facts,
-      element("div", { class: "legend" }, element("ul", {}, element("li", {}, element("i", { class: "swatch before" }), "the model’s probability"), element("li", {}, element("i", { class: "swatch after" }), "with the settings"))),
+      element(
+        "div",
+        { class: "legend" },
+        element(
+          "ul",
+          {},
+          element("li", {}, element("i", { class: "swatch before" }), "the model’s probability"),
+          element("li", {}, element("i", { class: "swatch after" }), "with the settings"),
+        ),
+      ),
       this.bars,
     );
   }
 
   #slider(name, label, min, max, step) {
     const shown = element("output", {}, this.settings[name].toFixed(2));
-    const input = element("input", { type: "range", min, max, step, value: this.settings[name], oninput: () => ((shown.textContent = input.valueAsNumber.toFixed(2)), this.#set(name, input.valueAsNumber)) });
+    const input = element("input", {
+      type: "range",
+      min,
+      max,
+      step,
+      value: this.settings[name],
+      oninput: () => ((shown.textContent = input.valueAsNumber.toFixed(2)), this.#set(name, input.valueAsNumber)),
+    });
     return element("label", {}, element("span", {}, label, shown), input);
   }
 
   #topK() {
-    const input = element("input", { type: "number", min: 1, step: 1, placeholder: "all", inputmode: "numeric", value: this.settings.top_k, oninput: () => input.validity.valid && this.#set("top_k", Number.isNaN(input.valueAsNumber) ? null : input.valueAsNumber) });
+    const input = element("input", {
+      type: "number",
+      min: 1,
+      step: 1,
+      placeholder: "all",
+      inputmode: "numeric",
+      value: this.settings.top_k,
+      oninput: () =>
+        input.validity.valid && this.#set("top_k", Number.isNaN(input.valueAsNumber) ? null : input.valueAsNumber),
+    });
     return element("label", {}, element("span", {}, "Top-k"), input);
   }
 
@@ -48,7 +79,10 @@ export class NextView {
   show(tokens, actual) {
     this.tokens = tokens;
     this.actual = actual;
-    const end = tokens.slice(-8).map((token) => (token.text.startsWith("bytes:") ? visible(token) : token.text.replaceAll("\n", "⏎"))).join("");
+    const end = tokens
+      .slice(-8)
+      .map((token) => (token.text.startsWith("bytes:") ? visible(token) : token.text.replaceAll("\n", "⏎")))
+      .join("");
     this.where.replaceChildren("after ", element("b", {}, tokens.length > 8 ? "…" : "", end));
     this.#fetch();
   }
@@ -59,7 +93,10 @@ export class NextView {
     this.api.signal.addEventListener("abort", () => this.fetching.abort(), { once: true });
     const { temperature, top_k, top_p } = this.settings;
     try {
-      const reply = await this.api.json("api/inside/next", { body: { tokens: this.tokens.map(({ id }) => id), temperature, top_k, top_p }, signal });
+      const reply = await this.api.json("api/inside/next", {
+        body: { tokens: this.tokens.map(({ id }) => id), temperature, top_k, top_p },
+        signal,
+      });
       this.#draw(reply);
     } catch (error) {
       if (signal.aborted) return;
@@ -69,7 +106,10 @@ export class NextView {
   }
 
   #draw({ entropy, entropy_after, can_be_drawn, vocabulary, top }) {
-    const many = can_be_drawn === vocabulary ? "every token" : `${can_be_drawn.toLocaleString("en")} of ${vocabulary.toLocaleString("en")} tokens`;
+    const many =
+      can_be_drawn === vocabulary
+        ? "every token"
+        : `${can_be_drawn.toLocaleString("en")} of ${vocabulary.toLocaleString("en")} tokens`;
     this.facts.textContent = `${entropy.toFixed(2)} bits of choice; ${entropy_after.toFixed(2)} with the settings, which leave ${many}.`;
     const most = Math.max(...top.map(({ probability, after }) => Math.max(probability, after)));
     this.bars.replaceChildren(...top.map((token) => this.#row(token, most)));
@@ -86,10 +126,21 @@ export class NextView {
     const words = `${visible(token)}: ${percent(probability)}, ${after === 0 ? "never drawn" : percent(after)} with the settings${own ? "; it follows here" : ""}`;
     const go = element(
       "button",
-      { type: "button", class: `${own ? "own" : ""}${after === 0 ? " never" : ""}`, "aria-label": `${words}. Go on with it`, title: "Go on with this token", onclick: () => this.onappend(token.id) },
+      {
+        type: "button",
+        class: `${own ? "own" : ""}${after === 0 ? " never" : ""}`,
+        "aria-label": `${words}. Go on with it`,
+        title: "Go on with this token",
+        onclick: () => this.onappend(token.id),
+      },
       element("span", { class: "name" }, visible(token)),
       element("span", { class: "track" }, bar("before", probability), bar("after", after)),
-      element("span", { class: "share" }, percent(probability), element("small", {}, after === 0 ? "never" : percent(after))),
+      element(
+        "span",
+        { class: "share" },
+        percent(probability),
+        element("small", {}, after === 0 ? "never" : percent(after)),
+      ),
     );
     return element("li", {}, go);
   }

@@ -1,7 +1,20 @@
 // The records of metrics.jsonl as curves, and what is drawn of them.
 
 /** What a line may have besides numbers that are drawn. */
-const FACTS = new Set(["stage", "step", "time", "start", "id", "total_steps", "of", "model", "prompt", "sample", "questions", "tokens"]);
+const FACTS = new Set([
+  "stage",
+  "step",
+  "time",
+  "start",
+  "id",
+  "total_steps",
+  "of",
+  "model",
+  "prompt",
+  "sample",
+  "questions",
+  "tokens",
+]);
 
 /**
  * The curves of a run, by stage and metric: `{steps, values}`, steps rising; a value is NaN where it was not finite.
@@ -35,7 +48,11 @@ export class Records {
     if (record.of !== undefined) return this.#addScores(record);
     if (record.stage === "evaluate") return;
     let stage = this.stages.get(record.stage);
-    if (!stage) this.stages.set(record.stage, (stage = { id: null, curves: new Map(), begun: null, last: null, totalSteps: null }));
+    if (!stage)
+      this.stages.set(
+        record.stage,
+        (stage = { id: null, curves: new Map(), begun: null, last: null, totalSteps: null }),
+      );
     if (record.start) this.#restart(stage, record);
     if (record.sample !== undefined) this.samples += 1;
     if (record.loss !== undefined) {
@@ -44,7 +61,8 @@ export class Records {
       stage.last = { step: record.step, time: record.time, tokens: record.tokens };
     }
     for (const [name, value] of Object.entries(record)) {
-      if (!FACTS.has(name) && (typeof value === "number" || value === null)) put(stage.curves, name, record.step, value ?? NaN);
+      if (!FACTS.has(name) && (typeof value === "number" || value === null))
+        put(stage.curves, name, record.step, value ?? NaN);
     }
   }
 
@@ -169,7 +187,12 @@ export function limits(values) {
 
 // --- how numbers are written ---
 
-const UNITS = [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]];
+const UNITS = [
+  [1e12, "T"],
+  [1e9, "B"],
+  [1e6, "M"],
+  [1e3, "k"],
+];
 
 /** Three digits and a unit: 950, 1.23k, 412k, 1.31M. */
 export function count(number) {
@@ -184,7 +207,13 @@ export function digits(number) {
   const size = Math.abs(number);
   if (number === 0) return "0";
   if (size < 0.0005) return number.toExponential(1).replace("e-", "e−");
-  return size >= 99.95 ? number.toFixed(0) : size >= 9.995 ? number.toFixed(1) : size >= 0.9995 ? number.toFixed(2) : number.toPrecision(3);
+  return size >= 99.95
+    ? number.toFixed(0)
+    : size >= 9.995
+      ? number.toFixed(1)
+      : size >= 0.9995
+        ? number.toFixed(2)
+        : number.toPrecision(3);
 }
 
 /** The two largest units that matter: 8 s, 9 min 41 s, 1 h 05 min, 2 d 03 h. */
@@ -198,3 +227,19 @@ export function duration(seconds) {
   const hours = Math.round(minutes / 60);
   return `${Math.floor(hours / 24)} d ${two(hours % 24)} h`;
 }
+
+/** Four significant digits, and all of whole numbers. */
+export function precise(value) {
+  if (value === 0 || Math.abs(value) >= 1000) return Math.round(value).toLocaleString("en");
+  return minus(Math.abs(value) < 0.001 ? value.toExponential(2) : String(Number(value.toPrecision(4))));
+}
+
+/** A round number, as those of an axis are. */
+export function short(value) {
+  const [size, unit] = Math.abs(value) >= 1e6 ? [1e6, "M"] : Math.abs(value) >= 1000 ? [1000, "k"] : [1, ""];
+  return minus(
+    value !== 0 && Math.abs(value) < 0.001 ? value.toExponential() : `${Number((value / size).toPrecision(6))}${unit}`,
+  );
+}
+
+const minus = (text) => text.replaceAll("-", "−");

@@ -1,6 +1,7 @@
 // The run: its stages, its curves while it trains and afterwards, its scores, samples and report.
 
-import { CHARTS, Chart, STAGE_COLORS } from "./curves.js";
+import { CHARTS, STAGE_COLORS } from "./charts.js";
+import { Chart } from "./curves.js";
 import { element, icon } from "./dom.js";
 import { Records, count, duration } from "./records.js";
 import { report, samples, scores } from "./results.js";
@@ -43,10 +44,22 @@ class RunView {
     this.state = element("p", { class: "state", role: "status" });
     this.stages = element("ol", { class: "stages", "aria-label": "Stages" });
     this.problem = element("div", { class: "problem", role: "alert", hidden: true }, icon("warning"), element("p"));
-    this.loading = element("progress", { class: "loading", max: 1, value: 0, "aria-label": "Reading the run’s records", hidden: true });
+    this.loading = element("progress", {
+      class: "loading",
+      max: 1,
+      value: 0,
+      "aria-label": "Reading the run’s records",
+      hidden: true,
+    });
     this.filter = element("div", { class: "filter", role: "group", "aria-label": "Stage to show" });
     this.reset = element("button", { type: "button", hidden: true, onclick: () => this.#zoom(null) }, "Show all steps");
-    const smoothing = element("input", { type: "range", min: 0, max: 100, value: this.view.smoothing, oninput: () => this.#smooth(smoothing.valueAsNumber) });
+    const smoothing = element("input", {
+      type: "range",
+      min: 0,
+      max: 100,
+      value: this.view.smoothing,
+      oninput: () => this.#smooth(smoothing.valueAsNumber),
+    });
     const log = element("input", { type: "checkbox", onchange: () => this.#log(log.checked) });
     this.controls = element(
       "div",
@@ -56,9 +69,24 @@ class RunView {
       element("label", { class: "log" }, log, " Logarithmic"),
       this.reset,
     );
-    this.empty = element("p", { class: "note", hidden: true }, "No curves yet: they begin with the first step of a stage that trains. This page shows them as they come.");
-    const hint = element("p", { class: "note hint" }, "Drag across a chart to zoom, double-click to zoom out; the arrow keys read values.");
-    const curves = element("div", {}, this.controls, this.empty, element("div", { class: "charts" }, ...this.charts.map((chart) => chart.element)), hint);
+    this.empty = element(
+      "p",
+      { class: "note", hidden: true },
+      "No curves yet: they begin with the first step of a stage that trains. This page shows them as they come.",
+    );
+    const hint = element(
+      "p",
+      { class: "note hint" },
+      "Drag across a chart to zoom, double-click to zoom out; the arrow keys read values.",
+    );
+    const curves = element(
+      "div",
+      {},
+      this.controls,
+      this.empty,
+      element("div", { class: "charts" }, ...this.charts.map((chart) => chart.element)),
+      hint,
+    );
     this.panels = { Curves: curves, Scores: element("div"), Samples: element("div"), Report: element("div") };
     this.place.append(
       element("header", { class: "run-header" }, this.title, this.state),
@@ -73,7 +101,19 @@ class RunView {
   /** Tabs by the pattern of the ARIA practices: one of them is in the order of the Tab key, arrows move. */
   #tabs() {
     const names = Object.keys(this.panels);
-    const tabs = names.map((name) => element("button", { type: "button", role: "tab", id: `run-tab-${name}`, "aria-controls": `run-panel-${name}`, onclick: () => show(name) }, name));
+    const tabs = names.map((name) =>
+      element(
+        "button",
+        {
+          type: "button",
+          role: "tab",
+          id: `run-tab-${name}`,
+          "aria-controls": `run-panel-${name}`,
+          onclick: () => show(name),
+        },
+        name,
+      ),
+    );
     const show = (shown, focus = false) => {
       names.forEach((name, i) => {
         tabs[i].setAttribute("aria-selected", String(name === shown));
@@ -84,7 +124,9 @@ class RunView {
     };
     names.forEach((name, i) => {
       const panel = this.panels[name];
-      Object.entries({ role: "tabpanel", id: `run-panel-${name}`, "aria-labelledby": `run-tab-${name}` }).forEach(([key, value]) => panel.setAttribute(key, value));
+      Object.entries({ role: "tabpanel", id: `run-panel-${name}`, "aria-labelledby": `run-tab-${name}` }).forEach(
+        ([key, value]) => panel.setAttribute(key, value),
+      );
       tabs[i].addEventListener("keydown", (event) => {
         const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
         if (move) show(names[(i + move + names.length) % names.length], true);
@@ -98,7 +140,9 @@ class RunView {
     const { signal } = this.api;
     const redraw = () => this.#draw(true);
     addEventListener("themechange", redraw, { signal });
-    document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && this.#look(), { signal });
+    document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && this.#look(), {
+      signal,
+    });
     const timer = setInterval(() => this.#look(), EVERY);
     signal.addEventListener("abort", () => {
       clearInterval(timer);
@@ -134,7 +178,11 @@ class RunView {
   async #fetchStages() {
     const info = await this.#json("api/run/stages");
     this.info = { ...info, at: performance.now(), ahead: info.now - Date.now() / 1000 };
-    this.title.textContent = info.name ? (info.name === info.folder ? info.name : `${info.name} · ${info.folder}`) : info.folder;
+    this.title.textContent = info.name
+      ? info.name === info.folder
+        ? info.name
+        : `${info.name} · ${info.folder}`
+      : info.folder;
     this.#showState();
   }
 
@@ -194,8 +242,15 @@ class RunView {
     this.filterKey = key;
     const focused = this.filter.contains(document.activeElement) ? document.activeElement.textContent : null;
     const button = (stage, text) =>
-      element("button", { type: "button", "aria-pressed": String(this.chosen === stage), onclick: () => this.#choose(stage) }, stage && element("i", { class: `key stage-${stage}` }), text);
-    this.filter.replaceChildren(...(names.length > 1 ? [button(null, "All stages"), ...names.map((name) => button(name, name))] : []));
+      element(
+        "button",
+        { type: "button", "aria-pressed": String(this.chosen === stage), onclick: () => this.#choose(stage) },
+        stage && element("i", { class: `key stage-${stage}` }),
+        text,
+      );
+    this.filter.replaceChildren(
+      ...(names.length > 1 ? [button(null, "All stages"), ...names.map((name) => button(name, name))] : []),
+    );
     if (focused) [...this.filter.children].find((child) => child.textContent === focused)?.focus();
   }
 
@@ -238,11 +293,23 @@ class RunView {
     if (!stages.length) return ["Nothing is trained here yet."];
     if (under && quiet < QUIET) {
       const left = this.#left(under.stage);
-      return [element("i", { class: "live" }), `${under.stage} is under way${left === null ? "" : `, ${duration(left)} left`}. Last line ${duration(quiet)} ago.`];
+      return [
+        element("i", { class: "live" }),
+        `${under.stage} is under way${left === null ? "" : `, ${duration(left)} left`}. Last line ${duration(quiet)} ago.`,
+      ];
     }
-    if (under) return [`${under.stage} is not finished${Number.isFinite(quiet) ? `; the last line came ${duration(quiet)} ago` : ""}.`];
-    const rest = stages.filter(({ state, stage }) => state !== "finished" && stage !== "report").map(({ stage }) => stage);
-    return [rest.length ? `${done} of ${stages.length} stages are finished; ${rest.join(", ")} to come.` : `Finished in ${duration(seconds)}.`];
+    if (under)
+      return [
+        `${under.stage} is not finished${Number.isFinite(quiet) ? `; the last line came ${duration(quiet)} ago` : ""}.`,
+      ];
+    const rest = stages
+      .filter(({ state, stage }) => state !== "finished" && stage !== "report")
+      .map(({ stage }) => stage);
+    return [
+      rest.length
+        ? `${done} of ${stages.length} stages are finished; ${rest.join(", ")} to come.`
+        : `Finished in ${duration(seconds)}.`,
+    ];
   }
 
   /** Seconds that a stage still needs at the speed so far; null if that is not known. */
@@ -264,18 +331,37 @@ class RunView {
     if (info.problem) facts.push(info.problem);
     else if (state === "waiting") facts.push("to come");
     else if (info.skipped) facts.push("skipped: its data is not there");
-    else if (TRAIN.has(stage)) facts.push(state === "finished" || !total ? `${(steps ?? 0).toLocaleString("en")} steps` : `${steps.toLocaleString("en")} of ${total.toLocaleString("en")} steps`);
+    else if (TRAIN.has(stage))
+      facts.push(
+        state === "finished" || !total
+          ? `${(steps ?? 0).toLocaleString("en")} steps`
+          : `${steps.toLocaleString("en")} of ${total.toLocaleString("en")} steps`,
+      );
     if (state === "stale") facts.push("of an earlier start");
     const tokens = state === "finished" ? info.tokens : curves?.last?.tokens;
     if (tokens) facts.push(`${count(tokens)} tokens`);
     if (state === "finished" && info.seconds) facts.push(duration(info.seconds));
     if (state === "begun" && !TRAIN.has(stage)) facts.push("under way");
     const share = state === "finished" ? 1 : total ? Math.min(1, steps / total) : 0;
-    const words = { finished: "finished", begun: live ? "under way" : "not finished", waiting: "to come", stale: "stale" };
+    const words = {
+      finished: "finished",
+      begun: live ? "under way" : "not finished",
+      waiting: "to come",
+      stale: "stale",
+    };
     return element(
       "li",
       { class: `${state}${live ? " is-live" : ""} stage-${stage}` },
-      element("span", { class: "name" }, element("span", { class: "mark", role: "img", "aria-label": words[state] }, state === "finished" ? icon("check") : null), stage),
+      element(
+        "span",
+        { class: "name" },
+        element(
+          "span",
+          { class: "mark", role: "img", "aria-label": words[state] },
+          state === "finished" ? icon("check") : null,
+        ),
+        stage,
+      ),
       element("progress", { max: 1, value: share, "aria-label": `${stage}: ${Math.round(100 * share)} %` }),
       element("span", { class: "facts" }, ...facts.map((fact) => element("span", {}, fact))),
     );

@@ -13,7 +13,8 @@ export function level(probability) {
 
 /** A token's text as one can see it: line breaks, blanks at its ends, and bytes of half a character. */
 export function visible({ text, bytes }) {
-  if (text.startsWith("bytes:")) return bytes.map((byte) => `⟨${byte.toString(16).toUpperCase().padStart(2, "0")}⟩`).join("");
+  if (text.startsWith("bytes:"))
+    return bytes.map((byte) => `⟨${byte.toString(16).toUpperCase().padStart(2, "0")}⟩`).join("");
   return text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replace(/^ | $/g, "␣");
 }
 
@@ -56,16 +57,32 @@ export class TokensView {
       onfocusout: () => this.#point(null),
     });
     this.card = element("div", { class: "card", role: "status", hidden: true });
-    const swatches = LEVELS.map((least, i) => element("li", {}, element("i", { class: `swatch level-${i}` }, "Aa"), i === LEVELS.length - 1 ? "less" : `${100 * least} %`));
+    const swatches = LEVELS.map((least, i) =>
+      element(
+        "li",
+        {},
+        element("i", { class: `swatch level-${i}` }, "Aa"),
+        i === LEVELS.length - 1 ? "less" : `${100 * least} %`,
+      ),
+    );
     this.given = element("li", {}, element("i", { class: "swatch given" }, "Aa"), "given to the model");
     this.element = element(
       "section",
       { class: "panel" },
       element("h2", {}, "Tokens"),
       this.facts,
-      element("div", { class: "legend" }, element("span", {}, "Probability at least"), element("ul", {}, ...swatches, this.given)),
+      element(
+        "div",
+        { class: "legend" },
+        element("span", {}, "Probability at least"),
+        element("ul", {}, ...swatches, this.given),
+      ),
       element("div", { class: "tokens-place" }, this.list, this.card),
-      element("p", { class: "note" }, "Point at a token, tap it, or move with the arrow keys: the card has what the model found likely there. A click, or Enter, also shows what may come after it."),
+      element(
+        "p",
+        { class: "note" },
+        "Point at a token, tap it, or move with the arrow keys: the card has what the model found likely there. A click, or Enter, also shows what may come after it.",
+      ),
     );
   }
 
@@ -87,7 +104,11 @@ export class TokensView {
     const first = predicted.filter(({ rank }) => rank === 1).length;
     const parts = [`${tokens.length.toLocaleString("en")} ${tokens.length === 1 ? "token" : "tokens"}`];
     if (!this.given.hidden) parts.push(`${predicted.length.toLocaleString("en")} of the assistant`);
-    if (predicted.length) parts.push(`${(bits / predicted.length).toFixed(2)} bits of surprise each`, `${Math.round((100 * first) / predicted.length)} % were the likeliest`);
+    if (predicted.length)
+      parts.push(
+        `${(bits / predicted.length).toFixed(2)} bits of surprise each`,
+        `${Math.round((100 * first) / predicted.length)} % were the likeliest`,
+      );
     this.facts.textContent = parts.join(" · ");
   }
 
@@ -96,17 +117,32 @@ export class TokensView {
     this.spans.forEach((span, i) => {
       span.setAttribute("aria-selected", String(i === count - 1));
       span.tabIndex = i === count - 1 ? 0 : -1;
-      span.classList.toggle("after", i >= count);
     });
   }
 
   #span(token, i, written) {
     const first = token.probability === undefined;
     const kind = first || !written ? "given" : level(token.probability);
-    const name = first ? `${visible(token)}, the beginning` : `${visible(token)}, ${percent(token.probability)}, rank ${token.rank.toLocaleString("en")}`;
+    const name = first
+      ? `${visible(token)}, the beginning`
+      : `${visible(token)}, ${percent(token.probability)}, rank ${token.rank.toLocaleString("en")}`;
     const bytes = token.text.startsWith("bytes:");
-    const shown = token.special ? token.text.slice(2, -2).replace("_", " ") : bytes || token.text.includes("\n") ? visible(token) : token.text;
-    return element("span", { class: `token ${kind}${token.special ? " special" : ""}${bytes ? " bytes" : ""}`, role: "option", "aria-label": name, "data-index": i, tabindex: "-1" }, shown);
+    const shown = token.special
+      ? token.text.slice(2, -2).replace("_", " ")
+      : bytes || token.text.includes("\n")
+        ? visible(token)
+        : token.text;
+    return element(
+      "span",
+      {
+        class: `token ${kind}${token.special ? " special" : ""}${bytes ? " bytes" : ""}`,
+        role: "option",
+        "aria-label": name,
+        "data-index": i,
+        tabindex: "-1",
+      },
+      shown,
+    );
   }
 
   #indexOf(target) {
@@ -166,8 +202,16 @@ export class TokensView {
     if (token.probability === undefined) {
       this.card.replaceChildren(head, element("p", { class: "note" }, "The beginning: nothing predicts it."));
     } else {
-      const facts = element("p", {}, `${percent(token.probability)} · rank ${token.rank.toLocaleString("en")} · ${token.entropy.toFixed(2)} bits of choice`);
-      this.card.replaceChildren(head, facts, element("ol", {}, ...token.alternatives.map((other) => alternative(other, token))));
+      const facts = element(
+        "p",
+        {},
+        `${percent(token.probability)} · rank ${token.rank.toLocaleString("en")} · ${token.entropy.toFixed(2)} bits of choice`,
+      );
+      this.card.replaceChildren(
+        head,
+        facts,
+        element("ol", {}, ...token.alternatives.map((other) => alternative(other, token))),
+      );
     }
     this.#placeCard(this.spans[index]);
   }
@@ -184,7 +228,13 @@ function alternative({ id, text, probability }, token) {
   const bar = element("span", { class: "bar" });
   bar.style.width = `${100 * probability}%`;
   const name = visible({ text, bytes: bytesOf(text) });
-  return element("li", { class: id === token.id ? "own" : "" }, element("span", { class: "name" }, name), element("span", { class: "track" }, bar), element("span", { class: "share" }, percent(probability)));
+  return element(
+    "li",
+    { class: id === token.id ? "own" : "" },
+    element("span", { class: "name" }, name),
+    element("span", { class: "track" }, bar),
+    element("span", { class: "share" }, percent(probability)),
+  );
 }
 
 /** The bytes of a token that is written as `bytes:\xe2\x80`. */

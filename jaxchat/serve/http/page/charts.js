@@ -1,0 +1,70 @@
+// Which charts the view of a run has, and the colours of its stages.
+
+/**
+ * The charts, from the most to the least looked at. `lines` are the metrics in one chart; `points` marks those that are
+ * measured now and then. `zero` begins the axis at 0. Without `stages` all of them are drawn.
+ */
+export const CHARTS = [
+  {
+    title: "Training loss",
+    unit: "nats a token",
+    lines: [{ name: "loss" }],
+    trend: true,
+    settle: true,
+    stages: ["pretrain", "midtrain", "sft"],
+  },
+  {
+    title: "Validation",
+    unit: "bits a byte",
+    lines: [{ name: "bpb", points: true }],
+    settle: true,
+    stages: ["pretrain", "midtrain", "sft"],
+  },
+  {
+    title: "Reward",
+    unit: "mean of answers",
+    lines: [
+      { name: "reward", label: "training questions" },
+      { name: "reward_eval", label: "evaluation questions", points: true },
+    ],
+    trend: true,
+    stages: ["rl"],
+  },
+  {
+    title: "Learning rate",
+    unit: "by group",
+    lines: [
+      { name: "lr_matrix", label: "matrices" },
+      { name: "lr_embedding", label: "embedding" },
+      { name: "lr_head", label: "head" },
+    ],
+    zero: true,
+  },
+  { title: "Gradient norm", unit: "before clipping", lines: [{ name: "grad_norm" }], trend: true },
+  { title: "Speed", unit: "tokens a second", lines: [{ name: "tokens_per_second" }], trend: true, zero: true },
+  { title: "MFU", unit: "share of the device’s peak", lines: [{ name: "mfu" }], trend: true, zero: true, share: true },
+  { title: "Objective", unit: "nats a token, weighted", lines: [{ name: "loss" }], trend: true, stages: ["rl"] },
+  {
+    title: "Answer length",
+    unit: "tokens",
+    lines: [{ name: "completion_tokens" }],
+    trend: true,
+    zero: true,
+    stages: ["rl"],
+  },
+  {
+    title: "Answers that teach nothing",
+    unit: "share",
+    lines: [
+      { name: "groups_without_signal", label: "all worth the same" },
+      { name: "cut", label: "no room to end" },
+    ],
+    trend: true,
+    zero: true,
+    share: true,
+    stages: ["rl"],
+  },
+];
+
+/** The colour of each stage, in all charts and in the list of stages. */
+export const STAGE_COLORS = { pretrain: "--series-1", midtrain: "--series-2", sft: "--series-3", rl: "--series-4" };
