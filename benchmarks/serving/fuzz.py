@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def fuzz(server: Server, seconds: float, first_seed: int) -> dict[str, Any]:
     """Sends requests for `seconds`; returns counts and failures."""
     counts: collections.Counter[tuple[str, int]] = collections.Counter()
-    failures: dict[str, str] = {}
+    failures: dict[str, dict[str, str]] = {}  # by signature: what was wrong, and the requests
     memory = []
     with asyncio.Runner() as runner:
         model = runner.run(server.address.ask("GET", "/v1/models")).json["data"][0]
@@ -100,19 +100,19 @@ def fuzz(server: Server, seconds: float, first_seed: int) -> dict[str, Any]:
             try:
                 examples()
             except Wrong as wrong:  # raised for the smallest example, which came last
-                failures[_signature(str(wrong))] = f"{wrong} | {last!r}"
+                failures[_signature(str(wrong))] = {"what": str(wrong), "calls": repr(last)}
                 say(f"\nfailure: {wrong}")
             memory.append(server.memory())
             number += 1
             say(f"\r{sum(counts.values()):,} requests, {len(failures)} failures, {memory[-1]:,.0f} MiB", end="")
         say("")
         if not runner.run(server.idle()):
-            failures["idle"] = "requests are running or waiting at the end | "
+            failures["idle"] = {"what": "requests are running or waiting at the end", "calls": ""}
         if runner.run(server.address.ask("GET", "/health")).status != 200:
-            failures["health"] = "/health is not 200 at the end | "
+            failures["health"] = {"what": "/health is not 200 at the end", "calls": ""}
     grown = memory[-1] - memory[len(memory) // 10]
     if grown > GROWTH:
-        failures["memory"] = f"the server's memory has grown by {grown:.0f} MiB | "
+        failures["memory"] = {"what": f"the server's memory has grown by {grown:.0f} MiB", "calls": ""}
     by_path: dict[str, dict[str, int]] = collections.defaultdict(dict)
     for (path, status), count in sorted(counts.items()):
         by_path[path][str(status)] = count
@@ -122,7 +122,7 @@ def fuzz(server: Server, seconds: float, first_seed: int) -> dict[str, Any]:
         "requests": sum(counts.values()),
         "by path and status": by_path,
         "memory, MiB": {"first": memory[0], "most": max(memory), "last": memory[-1]},
-        "failures": [dict(zip(("what", "calls"), text.split(" | ", 1), strict=True)) for text in failures.values()],
+        "failures": list(failures.values()),
     }
 
 
