@@ -9,6 +9,12 @@ from urllib.parse import quote
 from hypothesis import strategies as st
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+POSTED = (CHAT, COMPLETIONS, "/tokenize", "/detokenize", "/api/inside/next", "/api/inside/attention")
+GOT = (
+    "/", "/health", "/version", "/metrics", "/v1/models", "/tokenizer_info", "/api/info", "/api/run/metrics",
+    "/api/run/report", "/api/run/samples",
+)  # fmt: skip
+ROUTES = {*POSTED, *GOT}
 MOST = 6  # tokens that most requests ask for, so that many requests fit into the time
 
 
@@ -171,7 +177,7 @@ def calls(model: str, context: int) -> st.SearchStrategy[Call]:
         times = 4 if path in (CHAT, COMPLETIONS) else 1
         posted += [st.builds(_post, st.just(path), values, st.just(())) for _ in range(times)]
         posted.append(st.builds(_post, st.just(path), values, _headers))
-    path = st.sampled_from([CHAT, COMPLETIONS, "/tokenize", "/detokenize", "/api/inside/next", "/api/inside/attention"])
+    path = st.sampled_from(POSTED)
     junk = (
         st.binary(max_size=40)
         | _cut(bodies(model, context)[CHAT].map(_encoded))
@@ -180,12 +186,7 @@ def calls(model: str, context: int) -> st.SearchStrategy[Call]:
         | _deep('{"a":', "}")
         | _deep('{"messages":[{"content":', "}]}")
     )
-    plain = st.sampled_from(
-        [
-            "/", "/health", "/version", "/metrics", "/v1/models", "/tokenizer_info", "/api/info", "/api/run/metrics",
-            "/api/run/report", "/api/run/samples", "/favicon.ico", "/robots.txt", f"/v1/models/{quote(model)}",
-        ]
-    )  # fmt: skip
+    plain = st.sampled_from([*GOT, "/favicon.ico", "/robots.txt", f"/v1/models/{quote(model)}"])
     prefix = st.sampled_from(["/", "/v1/", "/v1/models/", "/page/", "/api/", "/api/run/", "/static/", "//", "/../"])
     query = st.sampled_from(
         ["", "?", "?from=0", "?from=-1", "?from=1e9", "?from=99999999999999999999", "?from=x", "?%"]
