@@ -268,6 +268,11 @@ def test_unknown_paths(ask, path):
     refused(ask("GET", path), 404)
 
 
+def test_an_impossible_range_of_a_file_is_left_alone(ask):
+    whole = ask("GET", "/")
+    assert ask("GET", "/", None, {"Range": "bytes=5-2"}).body == whole.body and whole.status == 200
+
+
 def test_no_cors_unless_asked(ask):
     asked = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
     for reply in (ask("GET", "/v1/models", None, asked), ask("OPTIONS", CHAT, None, asked)):
