@@ -6,19 +6,16 @@
         for output in engine.step(): ...
 
 Requests join and leave while others run: in each turn some prompts are read, and the rows that have read theirs write a
-few tokens. What decides that is in `scheduler.py`, what the devices do in `programs.py` and `runner.py`, and this file
-turns tokens into answers: it ends them, runs tools, and forms the text. `generate` and `stream` are for a fixed list of
-prompts.
+few tokens. What decides that is in `scheduler.py`, what the devices do in `programs.py` and `runner.py`, and what
+becomes of it in `turns.py`. `generate` and `stream` are for a fixed list of prompts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +30,11 @@ from jaxchat.infer.capacity import bucket, pages_of
 from jaxchat.infer.pages import PagePool
 from jaxchat.infer.programs import Setup
 from jaxchat.infer.quantized import KVCache, Weights, cache_dtype, stored
-from jaxchat.infer.request import MOST_ALTERNATIVES, NewToken, Output, Request, Sampling
-from jaxchat.infer.runner import STEPS, Runner
-from jaxchat.infer.sampling import LEVELS, check_sampling, level_of, needs_seen
-from jaxchat.infer.scheduler import Budget, Chunk, Row, Scheduler
+from jaxchat.infer.request import MOST_ALTERNATIVES, Output, Request, Sampling
+from jaxchat.infer.runner import Runner
+from jaxchat.infer.sampling import check_sampling, level_of
+from jaxchat.infer.scheduler import Budget, Row, Scheduler
+from jaxchat.infer.turns import Turns
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params
 from jaxchat.ops.pages import PAGE
@@ -46,21 +44,11 @@ from jaxchat.tools.calculator import calculate
 
 SHORTEST_PROMPT = 16
 TURNS = 8  # at most in a step that has nothing to tell yet
-TOOL_WAIT = 0.02  # seconds that a step waits for a tool, if there is nothing else to do
 
 _ON_CPU = Budget(chunk=32, idle=64, busy=16, scored=16)
-_ON_ACCELERATOR = Budget(chunk=64, idle=256, busy=64, scored=16)
+_ON_ACCELERATOR = Budget(chunk=64, idle=256, busy=256, scored=16)
 
 Written = list[tuple[int, int, bool]]
-
-
-class _Call(NamedTuple):
-    """A program's result that the host has not read: of `decode` with lanes, else of `read`."""
-
-    result: Array
-    lanes: list[list[Row]]
-    steps: int
-    chunks: list[Chunk]
 
 
 class Engine:
@@ -101,19 +89,11 @@ class Engine:
         self.rows, self.cache_tokens = rows, cache_tokens
         self.weights: Weights = weights
         self.kv_cache: KVCache = kv_cache
-        self._runner: Runner | None = None
-        self._scheduler: Scheduler | None = None
         self._numbers = 0
-        self._answers: dict[int, Answer] = {}  # in flight
-        self._changed: dict[int, Answer] = {}  # with something to give back
+        self._turns: Turns | None = None  # while there is a cache
         self._ready: list[Output] = []
-        self._calls: deque[_Call] = deque()
-        self._tools: dict[Future, Answer] = {}
-        self._threads: ThreadPoolExecutor | None = None
         self._counted = [0, 0]  # prefix queries and hits of caches that are gone
         self.params = params
-        # The host of a GPU prepares the next call while this one runs; on a CPU both would want the same cores.
-        self._lookahead = 0 if self._devices[0].platform == "cpu" else 1
 
     # --- what it has --------------------------------------------------------------------------------------------------
 
@@ -128,9 +108,9 @@ class Engine:
         if self.weights != "auto" or any(leaf.dtype != self.dtype for leaf in jax.tree.leaves(params)):
             params = stored(params, self.dtype, self.weights)
         self._params = params
-        if self._runner is not None and self._scheduler is not None:
-            self._runner.use(params)
-            self._scheduler.forget_cached()
+        if self._turns is not None:
+            self._turns.runner.use(params)
+            self._turns.scheduler.forget_cached()
 
     @functools.cached_property
     def stops(self) -> tuple[int, ...]:
@@ -145,38 +125,34 @@ class Engine:
         return mesh if isinstance(mesh, Mesh) else None
 
     @property
-    def _devices(self) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
-        return sorted(jax.tree.leaves(self.params)[0].devices(), key=lambda device: device.id)
-
-    @property
     def busy(self) -> bool:
         """Whether a request is in flight, or an output has not been given back."""
-        return bool(self._answers or self._changed or self._ready)
+        return bool(self._ready or (self._turns and (self._turns.answers or self._turns.changed)))
 
     @property
     def running(self) -> int:
         """Requests that are worked on."""
-        return self._scheduler.running if self._scheduler else 0
+        return self._turns.scheduler.running if self._turns else 0
 
     @property
     def waiting(self) -> int:
         """Requests that wait for a place."""
-        return len(self._answers) - self.running
+        return len(self._turns.scheduler.waiting) if self._turns else 0
 
     @property
     def cache_usage(self) -> float:
         """The share of the cache that running requests have taken, 0 to 1."""
-        return self._scheduler.usage if self._scheduler else 0.0
+        return self._turns.scheduler.usage if self._turns else 0.0
 
     @property
     def prefix_queries(self) -> int:
         """Tokens of prompts so far."""
-        return self._counted[0] + (self._scheduler.queries if self._scheduler else 0)
+        return self._counted[0] + (self._turns.scheduler.queries if self._turns else 0)
 
     @property
     def prefix_hits(self) -> int:
         """Those of them that were cached."""
-        return self._counted[1] + (self._scheduler.hits if self._scheduler else 0)
+        return self._counted[1] + (self._turns.scheduler.hits if self._turns else 0)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -191,24 +167,24 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """Ends a request; nothing happens if it has ended. Its last output comes with the next step."""
-        answer = self._answers.get(number)
-        if answer is not None:
+        answer = self._turns.answers.get(number) if self._turns else None
+        if self._turns and answer is not None:
             answer.end("cancelled")
-            self._leave(answer)
+            self._turns.leave(answer)
 
     def step(self) -> list[Output]:
         """Works until something is known that was not, or for `TURNS` turns.
 
         The list is empty only if nothing is in flight, if a long prompt is being read, or if only tools are at work.
         """
-        for _ in range(TURNS):
-            if self._changed or self._ready or not self._answers:
-                break
-            if not self._turn():
-                break
-        outputs = [*self._ready, *(answer.take() for answer in self._changed.values())]
-        self._ready.clear()
-        self._changed.clear()
+        outputs, turns = self._ready, self._turns
+        self._ready = []
+        if turns is not None:
+            for _ in range(TURNS):
+                if outputs or turns.changed or not turns.answers or not turns.turn():
+                    break
+            outputs += [answer.take() for answer in turns.changed.values()]
+            turns.changed.clear()
         return outputs
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -216,7 +192,7 @@ class Engine:
 
         `progress` is called with the number of programs that are compiled, and the number of all.
         """
-        self._opened()[0].warm_up(progress)
+        self._opened().runner.warm_up(progress)
 
     def release(self) -> None:
         """Frees the cache. The next request makes another one.
@@ -224,11 +200,11 @@ class Engine:
         Raises:
           UserError: a request is in flight.
         """
-        check(not self._answers, "the engine's cache can be freed only when no request is in flight")
-        if self._scheduler is not None:
+        if self._turns is not None:
+            check(not self._turns.answers, "the engine's cache can be freed only when no request is in flight")
+            self._ready += [answer.take() for answer in self._turns.changed.values()]
             self._counted = [self.prefix_queries, self.prefix_hits]
-        self._runner = self._scheduler = None
-        self._calls.clear()
+            self._turns = None
 
     # --- a fixed list of prompts --------------------------------------------------------------------------------------
 
@@ -284,18 +260,21 @@ class Engine:
         ]
         for row, request in enumerate(requests):
             self._check(request, f"prompt {row}")
-        own_cache = self._scheduler is None and self.cache_tokens is None
-        if own_cache and requests:
-            self._open(min(len(requests), max_batch), max(map(self._tokens_of, requests)))
+        if not requests:
+            return
+        own_cache = self._turns is None and self.cache_tokens is None
+        if own_cache:
+            turns = self._open(min(len(requests), max_batch), max(map(self._tokens_of, requests)))
+        else:
+            turns = self._opened()
+        most, turns.scheduler.most_rows = turns.scheduler.most_rows, min(max_batch, turns.scheduler.most_rows)
         rows = {self._submit(request, with_text=False): row for row, request in enumerate(requests)}
-        most = 0
-        if self._scheduler is not None:
-            most, self._scheduler.most_rows = self._scheduler.most_rows, min(max_batch, self._scheduler.most_rows)
+        others: list[Output] = []
         try:
-            while any(number in self._answers or number in self._changed for number in rows):
+            while any(number in turns.answers or number in turns.changed for number in rows):
                 raise_if_asked()
                 outputs = self.step()
-                self._ready.extend(output for output in outputs if output.request not in rows)
+                others += [output for output in outputs if output.request not in rows]
                 yield [
                     (rows[output.request], token.id, token.sampled)
                     for output in outputs
@@ -305,9 +284,9 @@ class Engine:
         finally:
             for number in rows:
                 self.cancel(number)
-                self._changed.pop(number, None)
-            if self._scheduler is not None:
-                self._scheduler.most_rows = most
+                turns.changed.pop(number, None)
+            turns.scheduler.most_rows = most
+            self._ready += others
             if own_cache:
                 self.release()
 
@@ -326,24 +305,26 @@ class Engine:
     def _setup(self) -> Setup:
         return Setup(self.model_config, self.dtype, self.mesh)
 
-    def _opened(self) -> tuple[Runner, Scheduler]:
-        if self._runner is None or self._scheduler is None:
+    def _opened(self) -> Turns:
+        if self._turns is None:
             return self._open(self.rows, self.model_config.sequence_len, self.cache_tokens)
-        return self._runner, self._scheduler
+        return self._turns
 
-    def _open(self, rows: int, tokens: int, cache_tokens: int | None = None) -> tuple[Runner, Scheduler]:
+    def _open(self, rows: int, tokens: int, cache_tokens: int | None = None) -> Turns:
         """Makes a cache for `rows` rows of `tokens` tokens, or of `cache_tokens` in all."""
         setup = self._setup
+        device = min(jax.tree.leaves(self.params)[0].devices(), key=lambda device: device.id)
         slots = self.batch_size(rows) // setup.shards
         dtype = jnp.dtype(cache_dtype(self.dtype, self.kv_cache))
         if cache_tokens is None:
-            pages = pages_of(setup, slots, tokens, dtype, self._devices[0])
+            pages = pages_of(setup, slots, tokens, dtype, device)
         else:
             pages = -(-cache_tokens // (PAGE * setup.shards))
-        budget = _ON_CPU if self._devices[0].platform == "cpu" else _ON_ACCELERATOR
-        self._runner = Runner(setup, self.params, pages=pages, slots=slots, cache_dtype=dtype, budget=budget)
-        self._scheduler = Scheduler([PagePool(pages, PAGE) for _ in range(setup.shards)], slots, budget, rows)
-        return self._runner, self._scheduler
+        budget = _ON_CPU if device.platform == "cpu" else _ON_ACCELERATOR
+        runner = Runner(setup, self.params, pages=pages, slots=slots, cache_dtype=dtype, budget=budget)
+        scheduler = Scheduler([PagePool(pages, PAGE) for _ in range(setup.shards)], slots, budget, rows)
+        self._turns = Turns(runner, scheduler)
+        return self._turns
 
     def _tokens_of(self, request: Request) -> int:
         """The most tokens that a request puts into the cache: all but the last of the longest answer."""
@@ -360,10 +341,10 @@ class Engine:
             1 <= count < context,
             f"{name} has {count} tokens; it must have at least 1, and fewer than the model's context of {context}",
         )
+        lowest, highest = min(request.prompt), max(request.prompt)
         check(
-            0 <= min(request.prompt) and max(request.prompt) < vocab_size,
-            f"{name} has token ids from {min(request.prompt)} to {max(request.prompt)}; this vocabulary has ids 0 to "
-            f"{vocab_size - 1}",
+            0 <= lowest and highest < vocab_size,
+            f"{name} has token ids from {lowest} to {highest}; this vocabulary has ids 0 to {vocab_size - 1}",
         )
         check(request.max_new_tokens >= 1, f"max_new_tokens is {request.max_new_tokens}; it must be at least 1")
         check(
@@ -373,9 +354,9 @@ class Engine:
         check_sampling(request.sampling, vocab_size)
 
     def _submit(self, request: Request, *, with_text: bool) -> int:
-        scheduler, limit = self._opened()[1], self._limit(request)
+        turns, limit = self._opened(), self._limit(request)
         row = Row(list(request.prompt), len(request.prompt), limit, scored=request.prompt_logprobs)
-        pages, most = scheduler.pages_for(row), scheduler.pools[0].count
+        pages, most = turns.scheduler.pages_for(row), turns.scheduler.pools[0].count
         check(
             pages <= most,
             f"a prompt of {row.prompt} tokens and an answer of {limit} take {pages} pages of the cache, which has "
@@ -392,113 +373,5 @@ class Engine:
             with_text=with_text,
         )
         self._numbers += 1
-        self._answers[answer.number] = answer
-        scheduler.add(row)
+        turns.add(answer)
         return answer.number
-
-    def _turn(self) -> bool:
-        """One turn; returns False if there was nothing to do but to wait for tools."""
-        runner, scheduler = self._opened()
-        self._collect_tools()
-        plan = scheduler.plan()
-        for row in plan.joined:
-            runner.join(row, row.owner.request.sampling, row.owner.stops, row.owner.pause)
-        if plan.chunks:
-            scores = runner.read(plan.chunks, plan.scored)
-            if scores is not None:
-                self._calls.append(_Call(scores, [], 0, plan.chunks))
-        if plan.copies:
-            runner.copy(plan.copies)
-        rows = [row for rows in plan.lanes for row in rows]
-        if rows:
-            self._decode(runner, plan.lanes, rows)
-        if self._calls and (len(self._calls) > self._lookahead or not rows):
-            self._take(runner, self._calls.popleft())
-        elif not (rows or plan.chunks or plan.copies) and self._tools:
-            wait(self._tools, TOOL_WAIT, FIRST_COMPLETED)
-            return self._collect_tools()
-        return True
-
-    def _decode(self, runner: Runner, lanes: list[list[Row]], rows: list[Row]) -> None:
-        for row in rows:
-            if row.fresh and needs_seen(row.owner.request.sampling):
-                runner.set_seen(row)
-        level = max((row.owner.level for row in rows), key=LEVELS.index)
-        longest = max(row.limit - row.written - row.ahead for row in rows)
-        # An engine that was warmed up gives the first token of an answer at once.
-        first = runner.warm and any(row.written + row.ahead == 0 for row in rows)
-        steps = 1 if first or longest == 1 else STEPS
-        self._calls.append(_Call(runner.decode(lanes, level, steps), lanes, steps, []))
-
-    def _take(self, runner: Runner, call: _Call) -> None:
-        """Reads a result, and gives every request its tokens."""
-        result = np.asarray(call.result)
-        for chunk, scores in runner.chunk_rows(call.chunks, result) if call.chunks else ():
-            answer: Answer = chunk.row.owner
-            if chunk.row.scored and answer.finish is None:
-                wanted = answer.request.logprobs or 0
-                answer.scores += [_token(details, wanted, sampled=False) for details in scores]
-                self._changed[answer.number] = answer
-        for row, written in runner.lane_rows(call.lanes, result) if call.lanes else ():
-            row.ahead -= call.steps
-            answer = row.owner
-            for details in written[written[:, 0] >= 0]:
-                if answer.finish is not None:
-                    break
-                self._wrote(answer, _token(details, answer.request.logprobs))
-
-    def _wrote(self, answer: Answer, token: NewToken) -> None:
-        """Gives a row a token that it has drawn, and decides what follows."""
-        scheduler, tool = self._opened()[1], answer.request.tool
-        scheduler.wrote(answer.row, token.id)
-        self._changed[answer.number] = answer
-        answer.add(token)
-        if answer.finish is not None:
-            self._leave(answer)
-        elif tool is not None:
-            call = answer.call(token.id)
-            if token.id == answer.pause:  # here the device has paused the row
-                scheduler.pause(answer.row)
-                if call is None:
-                    scheduler.resume(answer.row, [])
-                # The calculator is fast, and several processes have to go on with its answer at the same point.
-                elif tool is calculate or jax.process_count() > 1:
-                    self._resume(answer, tool(call))
-                else:
-                    self._threads = self._threads or ThreadPoolExecutor(self.rows, "tool")
-                    self._tools[self._threads.submit(tool, call)] = answer
-
-    def _collect_tools(self) -> bool:
-        """Takes the results of tools that have ended; returns whether there were any."""
-        done = [future for future in self._tools if future.done()]
-        for future in done:
-            answer = self._tools.pop(future)
-            if answer.finish is None:
-                self._resume(answer, future.result())
-        return bool(done)
-
-    def _resume(self, answer: Answer, value: str | None) -> None:
-        """Forces in what a tool has answered."""
-        tokens = answer.tool_tokens(value)
-        self._opened()[1].resume(answer.row, tokens)
-        self._changed[answer.number] = answer
-        for token in tokens:
-            if answer.finish is None:
-                answer.add(NewToken(token, sampled=False))
-        if answer.finish is not None:
-            self._leave(answer)
-
-    def _leave(self, answer: Answer) -> None:
-        """Takes out a request whose answer has ended."""
-        self._opened()[1].leave(answer.row)
-        del self._answers[answer.number]
-        self._changed[answer.number] = answer
-
-
-def _token(details: np.ndarray, alternatives: int | None, sampled: bool = True) -> NewToken:
-    """A token as the programs give it: its id and, if `alternatives` are wanted, what follows it."""
-    if alternatives is None:
-        return NewToken(int(details[0]), sampled)
-    ids, floats = details[2 : 2 + alternatives].tolist(), details.view(np.float32)
-    values = floats[2 + MOST_ALTERNATIVES :][:alternatives].tolist()
-    return NewToken(int(details[0]), sampled, float(floats[1]), tuple(zip(ids, values, strict=True)))

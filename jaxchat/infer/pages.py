@@ -138,6 +138,8 @@ class PagePool:
             same = _common(self._known[page].tokens, tokens)
             if same > common:
                 best, common = page, same
+            if common == len(tokens):
+                break
         return best, common
 
     def _forget(self, page: int) -> None:

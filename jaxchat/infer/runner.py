@@ -28,7 +28,6 @@ from jaxchat.model.gpt import Params
 from jaxchat.ops.pages import PAGE, Place
 
 STEPS = 8  # tokens that a row draws in a call, without the host
-COPIES = 8  # pages copied in a call
 GROWTH = 4  # from one size of `read` to the next
 
 _compiled: dict[Hashable, Any] = {}
@@ -68,6 +67,7 @@ class Runner:
         self.seen: Array | None = None
         self.warm = False
         self.on_cpu = self.carried.token.devices().pop().platform == "cpu"
+        self.copies = 8 if self.on_cpu else 64  # pages that are copied in a call
         rows = slots * setup.shards
         self._limit, self._pause = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         self._stops = np.zeros((rows, STOPS), np.int32)
@@ -90,15 +90,19 @@ class Runner:
             self.cache_dtype.name,
         )
 
-    def join(self, row: Row, sampling: Sampling, stops: Sequence[int], pause: int) -> None:
+    def join(self, row: Row, stops: Sequence[int], pause: int) -> None:
         """Notes what a row that got its place is to do."""
         at = self._index(row)
         self._limit[at], self._pause[at] = row.limit, pause
         self._stops[at] = [*stops[:STOPS], *[-1] * (STOPS - len(stops))]
-        self._table[at] = [*row.pages, *[0] * (self.table_width - len(row.pages))]
-        for values, new in zip(self._settings, settings_of([sampling]), strict=True):
-            values[at] = new[0]
+        self._table[at, : len(row.pages)] = row.pages
         self._joined[at] += 1
+
+    def set_sampling(self, rows: Sequence[Row], samplings: Sequence[Sampling]) -> None:
+        """Notes how rows that got their place are to draw."""
+        at = [self._index(row) for row in rows]
+        for values, new in zip(self._settings, settings_of(samplings), strict=True):
+            values[at] = new
 
     def set_seen(self, row: Row) -> None:
         """Writes the ids that the prompt and the answer of a row have."""
@@ -141,8 +145,8 @@ class Runner:
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copies pages."""
         of_shard = [[copy for copy in copies if copy.shard == shard] for shard in range(self.setup.shards)]
-        for start in range(0, max(map(len, of_shard)), COPIES):
-            args = self._copy_args([own[start : start + COPIES] for own in of_shard])
+        for start in range(0, max(map(len, of_shard)), self.copies):
+            args = self._copy_args([own[start : start + self.copies] for own in of_shard])
             self.pages = self._program(programs.copy_pages, (), args)(*args)
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -287,8 +291,8 @@ class Runner:
         return (self.params, self.pages, *arrays), size
 
     def _copy_args(self, copies: Sequence[Sequence[Copy]]) -> tuple:
-        source = np.zeros((len(copies), COPIES), np.int32)
-        target = np.full((len(copies), COPIES), self.page_count, np.int32)
+        source = np.zeros((len(copies), self.copies), np.int32)
+        target = np.full((len(copies), self.copies), self.page_count, np.int32)
         for shard, own in enumerate(copies):
             for i, copy in enumerate(own):
                 source[shard, i], target[shard, i] = copy.source, copy.target

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from jaxchat.infer.pages import PagePool
+from jaxchat.infer.pages import Match, PagePool
 
 
 @dataclass(eq=False)
@@ -201,15 +201,15 @@ class Scheduler:
             if any(row not in copied for row in self.reading) or not self.waiting:
                 break
             row = self.waiting[0]
-            shard = self._place(row)
-            if shard is None:
+            place = self._place(row)
+            if place is None:
                 break
-            copy = self._admit(row, shard)
+            copy = self._admit(row, *place)
             joined.append(row)
             if copy is not None:
                 copies.append(copy)
                 copied.add(row)
-                donors.append((self.pools[shard], copy.source))
+                donors.append((self.pools[copy.shard], copy.source))
         for pool, page in donors:
             pool.release([page])
         lanes: list[list[Row]] = [[] for _ in self.pools]
@@ -236,31 +236,28 @@ class Scheduler:
             self.decoding.append(row)
         return chunks
 
-    def _place(self, row: Row) -> int | None:
-        """The shard with a place and pages for a row: the one with the fewest rows. None if there is none."""
+    def _place(self, row: Row) -> tuple[int, Match] | None:
+        """The shard with a place and pages for a row, and what is cached there of its prompt; None if there is none.
+
+        Of several it is the one with the fewest rows.
+        """
         if self.running >= self.most_rows:
             return None
         need = self.pages_for(row)
-        fits = [
-            shard
-            for shard, (free, pool) in enumerate(zip(self._free, self.pools, strict=True))
-            if free and need <= pool.available + self._shared(pool, row)
-        ]
-        return max(fits, key=lambda shard: len(self._free[shard]), default=None)
+        # The newest token is read by decoding. If the prompt's log-probabilities are wanted, all of it is read.
+        cacheable = () if row.scored else row.tokens[:-1]
+        for shard in sorted(range(len(self.pools)), key=lambda shard: -len(self._free[shard])):
+            pool = self.pools[shard]
+            match = pool.match(cacheable)
+            # Pages that other rows hold now take none of the available ones.
+            if self._free[shard] and need <= pool.available + sum(map(pool.is_held, match.pages)):
+                return shard, match
+        return None
 
-    def _shared(self, pool: PagePool, row: Row) -> int:
-        """Pages of a row that other rows hold now, so that they take none of the available ones."""
-        return sum(pool.is_held(page) for page in self._match(pool, row).pages)
-
-    def _match(self, pool: PagePool, row: Row) -> Any:
-        # The newest token is read by decoding. If the prompt's log-probabilities are wanted, all of it is.
-        return pool.match(() if row.scored else row.tokens[:-1])
-
-    def _admit(self, row: Row, shard: int) -> Copy | None:
+    def _admit(self, row: Row, shard: int, match: Match) -> Copy | None:
         """Gives a row its place and its pages; the copy that begins its first page of its own, if that pays."""
         self.waiting.popleft()
         row.shard, row.slot, pool = shard, self._free[shard].pop(), self.pools[shard]
-        match = self._match(pool, row)
         pool.hold(match.pages)
         row.cached = len(match.pages) * pool.size
         donor = match.donor if match.donor is not None and self._copy_pays(row, match.common) else None

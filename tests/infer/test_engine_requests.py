@@ -147,7 +147,7 @@ def test_calls_made_before_the_last_result_is_read_change_nothing(
     both = (engine, requests), (caller, calls)
     read_at_once = [[tokens_of(outputs) for outputs in serve(*work, arrivals=4)] for work in both]
     for one, _ in both:
-        monkeypatch.setattr(one, "_lookahead", 1)
+        monkeypatch.setattr(one._turns, "lookahead", 1)
     assert [[tokens_of(outputs) for outputs in serve(*work, arrivals=4)] for work in both] == read_at_once
     assert caller.cache_usage == 0
 
@@ -163,6 +163,18 @@ def test_an_engine_without_a_cache_samples_what_one_with_a_cache_does(engine, wi
     ]
     for outputs, completion in zip(serve(engine, requests), expected, strict=True):
         assert tokens_of(outputs) == completion.tokens + [completion.stop] * completion.finished
+
+
+def test_a_fixed_list_among_other_requests(engine):
+    request, (prompt,) = Request(texts(10, 20)[0], 30, SETTINGS[2]), texts(11, 8)
+    expected = tokens_of(serve(engine, [request])[0])
+    number = engine.submit(request)
+    completions = engine.generate([prompt] * 3, max_new_tokens=50, temperature=0.0, max_batch=2)
+    assert completions[0] == completions[1] == completions[2]
+    outputs = []
+    while engine.busy:
+        outputs += engine.step()
+    assert {output.request for output in outputs} == {number} and tokens_of(outputs) == expected
 
 
 def test_after_the_warm_up_nothing_is_compiled(engine):
