@@ -215,6 +215,7 @@ export class AttentionView {
   // --- reading a map ---
 
   #onPoint(event) {
+    if (!this.reply) return;
     const box = this.canvas.getBoundingClientRect();
     const { side } = this.reply;
     const at = (position, size) => Math.min(side - 1, Math.max(0, Math.floor((position / size) * side)));
@@ -224,7 +225,7 @@ export class AttentionView {
   #onKey(event) {
     const move = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
     if (event.key === "Escape") this.#point(null);
-    if (!move) return;
+    if (!move || !this.reply) return;
     event.preventDefault();
     const last = this.reply.side - 1;
     const from = this.cell ?? [last, last];
@@ -233,6 +234,7 @@ export class AttentionView {
 
   /** Says how much the token of a row looks at that of a column, and shows all that it looks at in the text. */
   #point(cell) {
+    if (!this.reply) return;
     this.cell = cell;
     this.cross.hidden = cell === null;
     const { side, tokens, maps, layer, windows, start } = this.reply;

@@ -5,6 +5,7 @@ import { AttentionView } from "./attention.js";
 import { NextView } from "./next.js";
 import { TokensView, byTheModel } from "./tokens.js";
 
+const LONGEST = 256; // tokens of an answer to look into
 const KEPT = "jaxchat.inside"; // the text that was looked into last, until the tab is closed
 const EXAMPLE = "Mira lives in Millbrook with a rabbit. Every morning Mira feeds her rabbit.";
 
@@ -115,7 +116,7 @@ class InsideView {
   async #answer(messages) {
     const { signal } = this.#begin();
     try {
-      const { choices } = await this.api.json("v1/chat/completions", { body: { messages, temperature: 0 }, signal });
+      const { choices } = await this.api.json("v1/chat/completions", { body: { messages, temperature: 0, max_tokens: LONGEST }, signal });
       const { content, tool_runs } = choices[0].message;
       messages = [...messages, { role: "assistant", content, tool_runs }];
     } catch (error) {
