@@ -27,9 +27,10 @@ from jaxchat.ops.add_product import add_product
 from jaxchat.ops.attention import attend
 from jaxchat.ops.compute import FP32, Compute
 from jaxchat.ops.cross_entropy import capped_logits
+from jaxchat.ops.decode import BlockWeights, paged_block
 from jaxchat.ops.mlp import add_mlp
 from jaxchat.ops.norm import norm_branch, rms_norm
-from jaxchat.ops.pages import Pages, Place, attend_pages, new_pages, write_pages
+from jaxchat.ops.pages import Pages, Place, new_pages
 from jaxchat.ops.qkv import norm_qkv
 from jaxchat.ops.rope import rope_tables
 
@@ -98,7 +99,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rope: tuple[Array, Array],
-        cache: Any = None,
+        cache: tuple[Pages, Place] | None = None,
         documents: Int[Array, "B T"] | None = None,
         fp8: bool = False,
     ) -> tuple[Float[Array, "B T D"], Pages | None]:
@@ -108,22 +109,14 @@ class Block(nnx.Module):
         one, x's keys and values are written to its pages, and each token sees what they hold up to its own position.
         """
         q, k, v, o = (getattr(self.attn, name).kernel[...] for name in "qkvo")
-        x, q, k, v = norm_qkv(x, q, k, v, rope, fp8=fp8)
-        pages = None
-        if cache is None:
-            mixed = checkpoint_name(attend(q, k, v, window=self.window, documents=documents), "attention")
-        elif isinstance(cache[0], Array):  # the dense cache
-            positions, dense = cache
-            rows = jnp.arange(len(k))[:, None]
-            new = {"k": k, "v": v}
-            pages = {name: dense[name].at[rows, positions].set(new[name], mode="drop") for name in "kv"}
-            mixed = attend(q, pages["k"], pages["v"], positions=positions, window=self.window)
-        else:
+        up, down = self.mlp.up.kernel[...], self.mlp.down.kernel[...]
+        if cache is not None:
             pages, place = cache
-            pages = write_pages(pages, k, v, place)
-            mixed = attend_pages(q, pages, place, self.window)
+            return paged_block(x, BlockWeights(q, k, v, o, up, down), rope, pages, place, self.window)
+        x, q, k, v = norm_qkv(x, q, k, v, rope, fp8=fp8)
+        mixed = checkpoint_name(attend(q, k, v, window=self.window, documents=documents), "attention")
         x = add_product(x, merge_heads(mixed), o, fp8=fp8)
-        return add_mlp(x, self.mlp.up.kernel[...], self.mlp.down.kernel[...], fp8=fp8), pages
+        return add_mlp(x, up, down, fp8=fp8), None
 
 
 def merge_heads(heads: Any) -> Any:
@@ -140,11 +133,9 @@ class GPT(nnx.Module):
         self.blocks = nnx.List([Block(config, window, rngs=rngs) for window in config.windows])
         self.head = Linear(config.width, config.padded_vocab_size, rngs=rngs, zeros=True)
 
-    def __call__(self, tokens: Int[Array, "B T"], compute: Compute, pages: list[Pages] | None, place: Any):
+    def __call__(self, tokens: Int[Array, "B T"], compute: Compute, pages: list[Pages] | None, place: Place | None):
         positions = jnp.arange(tokens.shape[1])[None]  # the same for all rows
-        if isinstance(place, Array):
-            positions = place[:, None] + positions
-        elif place is not None:
+        if place is not None:
             positions = place.start[:, None] + positions
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_base)
         # Left to itself, the compiler splits the residual stream as fsdp splits the embedding's rows, and moves it
@@ -154,8 +145,6 @@ class GPT(nnx.Module):
         if border is not None and pages is None:
             documents = jnp.cumsum(tokens == border, axis=1)
         caches = [None] * len(self.blocks) if pages is None else [(of_layer, place) for of_layer in pages]
-        if isinstance(place, Array):
-            caches = [(positions, of_layer) for of_layer in pages or []]
         new_pages = []
         for block, cache in zip(self.blocks, caches, strict=True):
             graph, weights = nnx.split(block)
@@ -244,17 +233,6 @@ def paged_hidden(
     Rows with one table may hold consecutive parts of one text: what all rows write is there before any of them reads.
     """
     return _bind(config, params)(tokens, Compute(dtype), pages, place)
-
-
-def init_cache(config: GPTConfig, batch: int, max_len: int, dtype: DTypeLike = jnp.float32) -> list[Pages]:
-    """An empty dense cache, `[batch, max_len, kv_heads, head_dim]`."""
-    shape = (batch, max_len, config.kv_heads, config.head_dim)
-    return [{"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for _ in range(config.depth)]
-
-
-def cached_hidden(config, params, tokens, positions, cache, dtype=jnp.float32):
-    """As `paged_hidden`, with the dense cache of `init_cache`."""
-    return _bind(config, params)(tokens, Compute(dtype), cache, positions)
 
 
 def logits(config: GPTConfig, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

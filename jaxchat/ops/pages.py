@@ -10,8 +10,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+
+from jaxchat.ops.dispatch import Level, operation
+from jaxchat.ops.triton import launch, store
 
 PAGE = 64  # tokens
 
@@ -62,6 +67,7 @@ def in_range(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
     return x.astype(dtype)
 
 
+@operation
 @jax.named_scope("attention")
 def attend_pages(
     q: Float[Array, "R Q N H"], pages: Pages, place: Place, window: int | None = None
@@ -105,3 +111,59 @@ def attend_pages(
     _, total, mixed = jax.lax.fori_loop(first, (end + PAGE - 1) // PAGE, read, state)
     mixed = mixed / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]  # 0 for an idle row
     return mixed.swapaxes(1, 2).reshape(q.shape).astype(q.dtype)
+
+
+# --- Triton: many tokens of a row, as when a prompt is read -----------------------------------------------------------
+
+MOST_QUERIES = 64  # of a program
+NOTHING = -1e30  # the highest score of no keys; unlike -inf it has a difference from itself
+
+
+def _accepts(q, pages, place, window=None) -> bool:
+    del place, window
+    return q.shape[1] % 16 == 0 and pages["k"].shape[-1] in (64, 128)
+
+
+@attend_pages.kernel(Level.TRITON, accepts=_accepts)
+@jax.named_scope("attention")
+def _(q, pages, place, window=None):
+    rows, count, heads, size = q.shape
+    kv_heads, most = pages["k"].shape[1], place.table.shape[1]
+    tall = min(MOST_QUERIES, count & -count)
+
+    def kernel(q_ref, k_ref, v_ref, table_ref, start_ref, count_ref, out_ref):
+        part, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        start, real = triton.load(start_ref.at[row]), triton.load(count_ref.at[row])
+        queries, columns, keys = part * tall + jnp.arange(tall), jnp.arange(size), jnp.arange(PAGE)
+        position = start + queries
+        index = ((row * count + queries) * heads + head)[:, None] * size + columns
+        own = triton.load(q_ref.at[index])
+        first = 0 if window is None else jnp.maximum(start + part * tall - window, 0) // PAGE
+        end = jnp.where(part * tall < real, start + jnp.minimum(real, (part + 1) * tall), 0)
+
+        def read(step, state):
+            highest, total, mixed = state
+            page = triton.load(table_ref.at[row * most + step])
+            at = ((page * kv_heads + head // (heads // kv_heads)) * PAGE + keys)[:, None] * size + columns
+            k, v = (triton.load(ref.at[at]).astype(own.dtype) for ref in (k_ref, v_ref))
+            scores = jnp.dot(own, k.T, preferred_element_type=jnp.float32) * size**-0.5
+            key = step * PAGE + keys
+            sees = key[None] <= position[:, None]
+            if window is not None:
+                sees &= key[None] >= position[:, None] - window
+            scores = jnp.where(sees, scores, NOTHING)
+            now = jnp.maximum(highest, jnp.max(scores, 1))
+            # Where no key is seen yet, NOTHING - NOTHING would count.
+            weights = jnp.where(sees, jnp.exp(scores - now[:, None]), 0.0)
+            fade = jnp.exp(highest - now)
+            new = jnp.dot(weights.astype(own.dtype), v, preferred_element_type=jnp.float32)
+            return now, total * fade + jnp.sum(weights, 1), mixed * fade[:, None] + new
+
+        state = jnp.full(tall, NOTHING), jnp.zeros(tall), jnp.zeros((tall, size), jnp.float32)
+        _, total, mixed = jax.lax.fori_loop(first, (end + PAGE - 1) // PAGE, read, state)
+        store(out_ref, index, mixed / jnp.maximum(total, 1e-30)[:, None])
+
+    out = [jax.ShapeDtypeStruct((q.size,), q.dtype)]
+    call = launch(kernel, (count // tall, heads, rows), out, warps=4, stages=2)
+    operands = (q, pages["k"], pages["v"], *place)
+    return call(*(array.reshape(-1) for array in operands))[0].reshape(q.shape)

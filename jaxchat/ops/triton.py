@@ -25,11 +25,13 @@ def launch(
     out: Sequence[jax.ShapeDtypeStruct],
     *,
     warps: int,
+    stages: int = 1,
     aliases: Mapping[int, int] | None = None,
 ) -> Callable:
     """Returns a function that runs the kernel once for each point of the grid.
 
-    `aliases` maps the number of an operand to the number of the result that takes its place in memory.
+    `stages` is how many parts of what a loop reads are in flight at once. `aliases` maps the number of an operand to
+    the number of the result that takes its place in memory.
 
     Raises:
       UserError: a result has more elements than the kernels' 32-bit indices can reach.
@@ -42,7 +44,7 @@ def launch(
         out_shape=out,
         input_output_aliases=dict(aliases or {}),
         interpret=INTERPRET,
-        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
     )
 
 

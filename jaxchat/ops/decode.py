@@ -1,0 +1,208 @@
+"""A block of the model for one new token a row, against the cache: what generation repeats for every token.
+
+Little is computed and much is read: the weights once, and the keys and values of each row. Attention is one kernel,
+from the products to the mixed values and the cache, so that nothing but keys and values is read.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float
+
+from jaxchat.ops.add_product import add_product
+from jaxchat.ops.dispatch import Level, operation
+from jaxchat.ops.linear import products
+from jaxchat.ops.mlp import add_mlp
+from jaxchat.ops.norm import NORM_EPS, norm_branch
+from jaxchat.ops.pages import PAGE, Pages, Place, attend_pages, in_range, write_pages
+from jaxchat.ops.qkv import norm_qkv
+from jaxchat.ops.triton import launch, load, store
+
+LEAST_ROWS = 16  # of a tensor core's operand
+
+
+class BlockWeights(NamedTuple):
+    """The matrices of a block, each [in, out]."""
+
+    q: Any
+    k: Any
+    v: Any
+    o: Any
+    up: Any
+    down: Any
+
+
+@operation
+def paged_block(
+    x: Float[Array, "R Q D"],
+    weights: BlockWeights,
+    rope: tuple[Array, Array],
+    pages: Pages,
+    place: Place,
+    window: int | None,
+) -> tuple[Float[Array, "R Q D"], Pages]:
+    """A block over the next Q tokens of each row, whose keys and values it adds to the pages.
+
+    `rope` are the tables of `rope_tables`, [R, Q, 1, H/2].
+    """
+    x, q, k, v = norm_qkv(x, weights.q, weights.k, weights.v, rope)
+    pages = write_pages(pages, k, v, place)
+    mixed = attend_pages(q, pages, place, window)
+    x = add_product(x, mixed.reshape(*mixed.shape[:2], -1), weights.o)
+    return add_mlp(x, weights.up, weights.down), pages
+
+
+# --- Triton: one new token a row --------------------------------------------------------------------------------------
+
+
+def _accepts(x, weights, rope, pages, place, window) -> bool:
+    del weights, place, window
+    size = pages["k"].shape[-1]
+    return x.shape[1] == 1 and size in (64, 128) and x.shape[2] % 64 == 0 and rope[0].shape[-1] * 2 == size
+
+
+@paged_block.kernel(Level.TRITON, accepts=_accepts)
+def _(x, weights, rope, pages, place, window):
+    rows, _, width = x.shape
+    x, normed = norm_branch(x)
+    joint = jnp.concatenate(products(normed, weights.q, weights.k, weights.v), -1)
+    mixed, pages = attend(joint.reshape(rows, -1), rope, pages, place, window, splits_of(rows, pages["k"].shape[1]))
+    x = add_product(x, mixed.reshape(rows, 1, -1), weights.o)
+    return add_mlp(x, weights.up, weights.down), pages
+
+
+def splits_of(rows: int, kv_heads: int) -> int:
+    """How many programs share the keys of a row and head, so that a few hundred are at work."""
+    return max(1, min(16, 1 << max(0, 8 - (rows * kv_heads).bit_length() + 1)))
+
+
+def _load(ref, index, mask=None) -> Array:
+    """Elements in the dtype of `ref`; 0 where the mask is false."""
+    return triton.load(ref.at[index], mask=mask, other=None if mask is None else 0.0)
+
+
+@jax.named_scope("decode")
+def attend(
+    joint: Float[Array, "R _"],
+    rope: tuple[Array, Array],
+    pages: Pages,
+    place: Place,
+    window: int | None,
+    splits: int,
+    *,
+    warps: int = 4,
+    stages: int = 2,
+) -> tuple[Float[Array, "R _"], Pages]:
+    """Attention of each row's new token over its pages, to which its key and value are written.
+
+    `joint` are queries, keys and values side by side, before rope and norm. `splits` programs share the keys of a row
+    and head. Queries and keys are normed, so that no score exceeds √H: exponentials need no maximum subtracted, and the
+    parts of several programs add up. Returns [R, N·H], and the pages.
+    """
+    rows, joint_width = joint.shape
+    pool, kv_heads, _, size = pages["k"].shape
+    heads, half, most = joint_width // size - 2 * kv_heads, size // 2, place.table.shape[1]
+    group = heads // kv_heads
+    tall = max(LEAST_ROWS, pl.next_power_of_2(group))
+    cos, sin = (table.reshape(rows, half) for table in rope)
+
+    def kernel(joint_ref, cos_ref, sin_ref, table_ref, start_ref, count_ref, k_ref, v_ref, k_out, v_out, *out):
+        row, kv_head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        start, active = triton.load(start_ref.at[row]), triton.load(count_ref.at[row]) > 0
+        columns, halves, queries = jnp.arange(size), jnp.arange(half), jnp.arange(tall)
+        cos, sin = load(cos_ref, row * half + halves), load(sin_ref, row * half + halves)
+
+        def rotated(index, mask=None):
+            """The halves of heads, rotated and normed, as they would come from memory."""
+            first, second = load(joint_ref, index, mask), load(joint_ref, index + half, mask)
+            scale = jax.lax.rsqrt((jnp.sum(first * first, -1) + jnp.sum(second * second, -1)) / size + NORM_EPS)
+            first, second = first * scale[..., None], second * scale[..., None]
+            return (first * cos + second * sin).astype(joint.dtype), (second * cos - first * sin).astype(joint.dtype)
+
+        real = jnp.broadcast_to((queries < group)[:, None], (tall, half))
+        of_row = row * joint_width
+        q_first, q_second = rotated(of_row + (kv_head * group + queries)[:, None] * size + halves, real)
+
+        first_page = 0 if window is None else jnp.maximum(start - window, 0) // PAGE
+        count = jnp.where(active, start // PAGE + 1 - first_page, 0)
+        share = pl.cdiv(count, splits) if splits > 1 else count
+        begin = first_page + split * share
+        end = jnp.minimum(begin + share, first_page + count)
+        own = active & (begin <= start // PAGE) & (start // PAGE < end)
+
+        def at(page, key):
+            return ((page * kv_heads + kv_head) * PAGE + key) * size
+
+        def read(step, state):
+            total, mixed = state
+            page = triton.load(table_ref.at[row * most + step])
+            keys = jnp.arange(PAGE)
+            index = at(page, keys)[:, None]
+            position = step * PAGE + keys
+            sees = position < start
+            if window is not None:
+                sees &= position >= start - window
+            of_half, of_head = (jnp.broadcast_to(sees[:, None], (PAGE, wide)) for wide in (half, size))
+            first, second = (_load(k_ref, index + offset + halves, of_half).astype(joint.dtype) for offset in (0, half))
+            scores = jnp.dot(q_first, first.T, preferred_element_type=jnp.float32)
+            scores += jnp.dot(q_second, second.T, preferred_element_type=jnp.float32)
+            weights = jnp.where(sees[None], jnp.exp(scores * size**-0.5), 0.0)
+            values = _load(v_ref, index + columns, of_head).astype(joint.dtype)
+            new = jnp.dot(weights.astype(joint.dtype), values, preferred_element_type=jnp.float32)
+            return total + weights, mixed + new
+
+        state = jnp.zeros((tall, PAGE), jnp.float32), jnp.zeros((tall, size), jnp.float32)
+        total, mixed = jax.lax.fori_loop(begin, end, read, state)
+        # The new token's own key and value come last, so that the first keys are read before.
+        own_key = rotated((of_row + (heads + kv_head) * size + halves)[None])
+        own_value = _load(joint_ref, of_row + (heads + kv_heads + kv_head) * size + columns)
+        kept = [in_range(y, pages["k"].dtype) for y in (*own_key, own_value)]
+        k_first, k_second, value = (y.astype(joint.dtype) for y in kept)
+        wide = jnp.float32
+        score = jnp.sum(q_first.astype(wide) * k_first.astype(wide), 1)
+        score = (score + jnp.sum(q_second.astype(wide) * k_second.astype(wide), 1)) * size**-0.5
+        weight = jnp.where(own, jnp.exp(score), 0.0)
+        total = jnp.sum(total, 1) + weight
+        mixed = mixed + weight[:, None] * value.astype(wide)
+
+        @pl.when(own)
+        def _():
+            here = at(triton.load(table_ref.at[row * most + start // PAGE]), start % PAGE)
+            for ref, index, y in zip(
+                (k_out, k_out, v_out), (halves[None], half + halves[None], columns), kept, strict=True
+            ):
+                triton.store(ref.at[here + index], y)
+
+        head = kv_head * group + queries
+        exists = queries < group
+        wide_mask = jnp.broadcast_to(exists[:, None], mixed.shape)
+        if splits == 1:
+            result = mixed / jnp.maximum(total, 1e-30)[:, None]
+            store(out[0], (row * heads + head)[:, None] * size + columns, result, wide_mask)
+        else:
+            index = (split * rows + row) * heads + head
+            store(out[0], index, total, exists)
+            store(out[1], index[:, None] * size + columns, mixed, wide_mask)
+
+    of_pool = [jax.ShapeDtypeStruct((pages[name].size,), pages[name].dtype) for name in "kv"]
+    if splits == 1:
+        shapes, dtype = [(rows, heads * size)], joint.dtype
+    else:
+        shapes, dtype = [(splits, rows, heads), (splits, rows, heads, size)], jnp.float32
+    results = [jax.ShapeDtypeStruct((math.prod(shape),), dtype) for shape in shapes]
+    call = launch(
+        kernel, (rows, kv_heads, splits), [*of_pool, *results], warps=warps, stages=stages, aliases={6: 0, 7: 1}
+    )
+    operands = (joint, cos, sin, place.table, place.start, place.count, pages["k"], pages["v"])
+    k, v, *mixed = call(*(array.reshape(-1) for array in operands))
+    mixed = [array.reshape(shape) for array, shape in zip(mixed, shapes, strict=True)]
+    if splits > 1:
+        total, parts = (jnp.sum(array, 0) for array in mixed)
+        mixed = [(parts / jnp.maximum(total, 1e-30)[..., None]).astype(joint.dtype).reshape(rows, -1)]
+    return mixed[0], {name: array.reshape(pages[name].shape) for name, array in (("k", k), ("v", v))}

@@ -1,0 +1,113 @@
+"""The kernels of generation against their formulas: any lengths and pages, windows, grouped queries, idle rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxchat.devices.gpu import capability
+from jaxchat.ops import decode, pages, triton
+from jaxchat.ops.decode import BlockWeights, paged_block
+from jaxchat.ops.dispatch import Level
+from jaxchat.ops.pages import PAGE, Place, attend_pages
+from jaxchat.ops.rope import rope_tables
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(triton, "INTERPRET", capability() == 0)
+
+
+def numbers(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.bfloat16)
+
+
+def cache(rows, kv_heads, size, table, dtype):
+    pool = {name: (numbers(i, rows * table + 3, kv_heads, PAGE, size)).astype(dtype) for i, name in enumerate("kv")}
+    draw = np.random.default_rng(5)
+    own = draw.permutation(rows * table + 3)[: rows * table].reshape(rows, table)
+    return pool, jnp.asarray(own, jnp.int32), draw
+
+
+def close(got, expected, atol):
+    np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(expected, np.float32), atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "kv_heads", "size", "window", "dtype"),
+    [
+        (1, 2, 2, 128, None, jnp.bfloat16),  # few rows: several programs share a row's keys
+        (3, 2, 1, 128, 70, jnp.bfloat16),
+        (70, 4, 2, 64, None, jnp.bfloat16),
+        (70, 4, 4, 64, 33, jnp.float8_e4m3fn),
+    ],
+)
+def test_a_new_token_of_each_row(rows, heads, kv_heads, size, window, dtype):
+    width = 128
+    shapes = [(width, heads * size), (width, kv_heads * size), (width, kv_heads * size), (heads * size, width)]
+    shapes += [(width, 4 * width), (4 * width, width)]
+    weights = BlockWeights(*(numbers(10 + i, *shape) * shape[0] ** -0.5 for i, shape in enumerate(shapes)))
+    pool, table, draw = cache(rows, kv_heads, size, 4, dtype)
+    start = draw.integers(0, 4 * PAGE, rows)
+    start[:3] = [PAGE, PAGE - 1, 0][:rows]
+    place = Place(table, jnp.asarray(start, jnp.int32), jnp.asarray(np.arange(rows) != 2, jnp.int32))
+    rope = rope_tables(place.start[:, None], size, 10_000.0)
+    x = numbers(20, rows, 1, width)
+    operands = (x, weights, rope, pool, place, window)
+    kernel = paged_block.choose(*operands)
+    assert kernel is not paged_block.formula
+    (got, got_pool), (expected, expected_pool) = (
+        jax.jit(kernel, static_argnums=5)(*operands),
+        paged_block.formula(*operands),
+    )
+    busy = np.arange(rows) != 2  # what is computed for an idle row means nothing
+    close(got[busy], expected[busy], atol=0.08)
+    for name in "kv":
+        step = 1 / 8 if dtype == jnp.bfloat16 else 1 / 2  # between neighbours among numbers of the dtype below 8
+        close(got_pool[name], expected_pool[name], atol=step / 4)
+        changed = (np.asarray(got_pool[name] != pool[name])).any((1, 3))
+        assert set(zip(*np.nonzero(changed), strict=True)) <= {
+            (int(table[row, start[row] // PAGE]), int(start[row] % PAGE)) for row in np.flatnonzero(busy)
+        }
+
+
+def test_the_block_differs_if_the_cache_does():
+    """What the test above compares depends on every cached token that a row sees, and on no other."""
+    pool, table, _ = cache(1, 1, 64, 2, jnp.bfloat16)
+    place = Place(table, jnp.array([70]), jnp.array([1]))
+    joint = numbers(3, 1, 3 * 64)
+    rope = rope_tables(place.start[:, None], 64, 10_000.0)
+
+    def mixed(pool):
+        return np.asarray(decode.attend(joint, rope, pool, place, 20, 2)[0], np.float32)
+
+    for position in (0, 49, 50, 63, 64, 69, 70, 71):
+        page, slot = int(table[0, position // PAGE]), position % PAGE
+        other = {"k": pool["k"], "v": pool["v"].at[page, :, slot].add(9.0)}
+        assert (mixed(other) != mixed(pool)).any() == (50 <= position < 70), position
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "window", "dtype"), [(2, 2, None, jnp.bfloat16), (4, 1, 90, jnp.float8_e4m3fn)]
+)
+def test_many_tokens_of_each_row(heads, kv_heads, window, dtype):
+    pool, table, _ = cache(5, kv_heads, 64, 4, dtype)
+    place = Place(table, jnp.array([0, 64, 100, 128, 37]), jnp.array([64, 64, 7, 0, 33]))
+    q = numbers(1, 5, 64, heads, 64)
+    kernel = attend_pages.choose(q, pool, place, window)
+    assert kernel is not attend_pages.formula
+    got, expected = kernel(q, pool, place, window), attend_pages.formula(q, pool, place, window)
+    real = np.arange(64) < np.asarray(place.count)[:, None]
+    close(np.asarray(got)[real], np.asarray(expected)[real], atol=0.02)
+    assert not np.asarray(got[3], np.float32).any()
+
+
+def test_kernels_take_what_they_can_and_leave_the_rest():
+    pool, table, _ = cache(1, 1, 48, 2, jnp.bfloat16)
+    place = Place(table, jnp.array([70]), jnp.array([1]))
+    assert attend_pages.choose(numbers(0, 1, 16, 1, 48), pool, place) is attend_pages.formula
+    assert (
+        pages.attend_pages.choose(numbers(0, 1, 5, 1, 64), cache(1, 1, 64, 2, jnp.bfloat16)[0], place).__name__
+        == "attend_pages"
+    )
+    assert set(paged_block._kernels) == set(attend_pages._kernels) == {Level.TRITON}
