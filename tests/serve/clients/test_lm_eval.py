@@ -151,7 +151,7 @@ def test_chats(server):
 
 def test_too_long_contexts_are_cut_by_the_harness(base_server, trained):
     """`max_length` must be the model's context; then what is too long loses its beginning, as with other models."""
-    harness, asked = of(base_server), (STORY * 4, " Er ging in den Wald.")
+    harness, asked = of(base_server), (STORY * 6, " Er ging in den Wald.")
     ((value, _),) = harness.loglikelihood(instances("loglikelihood", [asked]))
     before, after = harness._encode_pair(*asked)
     assert len(before) > CONTEXT
