@@ -61,7 +61,7 @@ def test_a_new_token_of_each_row(rows, heads, kv_heads, size, window, dtype):
         paged_block.formula(*operands),
     )
     busy = np.arange(rows) != 2  # what is computed for an idle row means nothing
-    close(got[busy], expected[busy], atol=0.08)
+    close(got[busy], expected[busy], atol=0.08 if dtype == jnp.bfloat16 else 0.3)  # one of the 8 bits may differ
     for name in "kv":
         step = 1 / 8 if dtype == jnp.bfloat16 else 1 / 2  # between neighbours among numbers of the dtype below 8
         close(got_pool[name], expected_pool[name], atol=step / 4)
