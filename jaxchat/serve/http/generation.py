@@ -116,9 +116,9 @@ def _biases(fields: Fields, served: Served) -> dict[int, float]:
     )
     found = {}
     for name in bias.values:
-        value = bias.number(name, Range(at_least=-100, at_most=100))
         known = name.isascii() and name.isdecimal() and len(name) < 12 and int(name) < served.vocabulary
         expect(known, f"logit_bias has {shown(name)}; it must be an id below {served.vocabulary:,}", "logit_bias")
+        value = bias.number(name, Range(at_least=-100, at_most=100))
         if value is not None:
             found[int(name)] = float(value)
     return found

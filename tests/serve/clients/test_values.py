@@ -45,6 +45,7 @@ def said(*roles, content="Hello?"):
         {"messages": HELLO, "logprobs": 3},
         {"messages": HELLO, "logprobs": True, "top_logprobs": 21},
         {"messages": HELLO, "logit_bias": {"a": 1}},
+        {"messages": HELLO, "logit_bias": {"\r\n": False}},
         {"messages": HELLO, "logit_bias": {"100000": 1}},
         {"messages": HELLO, "logit_bias": [1]},
         {"messages": HELLO, "presence_penalty": 1e400},
