@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxchat.analysis.computation import Computation, padded
 from jaxchat.model.config import GPTConfig
@@ -47,11 +47,11 @@ def predictions(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _predictions(config: GPTConfig, dtype: str, k: int, params: Params, tokens, targets) -> Predictions:
+def _predictions(config: GPTConfig, dtype: str, k: int, params: Params, tokens, targets) -> tuple[Array, ...]:
     hidden = hidden_states(config, params, tokens[None], Compute(dtype))[0]
     size = min(POSITIONS, len(hidden))
 
-    def some(hidden_and_targets) -> Predictions:
+    def some(hidden_and_targets) -> tuple[Array, ...]:
         hidden, targets = hidden_and_targets
         scores = logits(config, params, hidden)
         log_probabilities = jax.nn.log_softmax(scores, axis=-1)
@@ -62,10 +62,10 @@ def _predictions(config: GPTConfig, dtype: str, k: int, params: Params, tokens, 
         entropy = -jnp.sum(probabilities * log_probabilities, axis=-1) / jnp.log(2.0)
         highest, ids = jax.lax.top_k(scores, k)
         likeliest = jnp.take_along_axis(probabilities, ids, axis=-1)
-        return Predictions(jnp.take_along_axis(probabilities, at, axis=-1)[:, 0], rank, entropy, ids, likeliest)
+        return jnp.take_along_axis(probabilities, at, axis=-1)[:, 0], rank, entropy, ids, likeliest
 
     found = jax.lax.map(some, (hidden.reshape(-1, size, hidden.shape[-1]), targets.reshape(-1, size)))
-    return Predictions(*(array.reshape(-1, *array.shape[2:]) for array in found))
+    return tuple(array.reshape(-1, *array.shape[2:]) for array in found)
 
 
 def next_logits(
