@@ -43,7 +43,8 @@ export class NextView {
   }
 
   #slider(name, label, min, max, step) {
-    const shown = element("output", {}, this.settings[name].toFixed(2));
+    // No output element: the label would name it instead of the slider.
+    const shown = element("b", {}, this.settings[name].toFixed(2));
     const input = element("input", {
       type: "range",
       min,
