@@ -211,6 +211,8 @@ params = jax.jit(init_params, static_argnums=0, out_shardings=place)(config, jax
 engine = Engine(config, params, tokenizer, dtype=jnp.float32)
 chosen = choose(engine, [[1, 2, 3 + i] for i in range(7)], ["ABCD"] * 7, 4)
 assert set(chosen) <= set("ABCD") and d.exchange("".join(chosen)) == ["".join(chosen)] * 3
+written = repr(engine.generate([[1, 2, 3 + i // 3] for i in range(7)], max_new_tokens=12, seed=1))
+assert d.exchange(written) == [written] * 3
 d.finish()
 """
 
