@@ -51,11 +51,15 @@ def paged_block(
 
     `rope` are the tables of `rope_tables`, [R, Q, 1, H/2].
     """
-    x, q, k, v = norm_qkv(x, weights.q, weights.k, weights.v, rope)
-    pages = write_pages(pages, k, v, place)
-    mixed = attend_pages(q, pages, place, window)
-    x = add_product(x, mixed.reshape(*mixed.shape[:2], -1), weights.o)
-    return add_mlp(x, weights.up, weights.down), pages
+    rows, count, width = x.shape
+    # To the kernels of what comes before and after attention, all tokens are one row.
+    x, cos, sin = (array.reshape(1, rows * count, *array.shape[2:]) for array in (x, *rope))
+    x, *heads = norm_qkv(x, weights.q, weights.k, weights.v, (cos, sin))
+    q, k, v = (array.reshape(rows, count, *array.shape[2:]) for array in heads)
+    pages = write_pages(k, v, pages, place)
+    mixed = attend_pages(q, pages, place, window).reshape(1, rows * count, -1)
+    x = add_mlp(add_product(x, mixed, weights.o), weights.up, weights.down)
+    return x.reshape(rows, count, width), pages
 
 
 # --- Triton: one new token a row --------------------------------------------------------------------------------------

@@ -43,8 +43,9 @@ def new_pages(count: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> Pag
     return {name: jnp.zeros((count, kv_heads, PAGE, head_dim), dtype) for name in "kv"}
 
 
+@operation
 @jax.named_scope("pages")
-def write_pages(pages: Pages, k: Float[Array, "R Q K H"], v: Float[Array, "R Q K H"], place: Place) -> Pages:
+def write_pages(k: Float[Array, "R Q K H"], v: Float[Array, "R Q K H"], pages: Pages, place: Place) -> Pages:
     """Writes the keys and values of each row's tokens to its pages, cast to their dtype."""
     steps = jnp.arange(k.shape[1])
     position = place.start[:, None] + steps
@@ -115,16 +116,41 @@ def attend_pages(
 
 # --- Triton: many tokens of a row, as when a prompt is read -----------------------------------------------------------
 
-MOST_QUERIES = 64  # of a program
+WRITTEN = 16  # tokens that a program writes: XLA's scatter takes eight times as long
+MOST_QUERIES = 64  # that a program attends from
 NOTHING = -1e30  # the highest score of no keys; unlike -inf it has a difference from itself
 
 
-def _accepts(q, pages, place, window=None) -> bool:
-    del place, window
-    return q.shape[1] % 16 == 0 and pages["k"].shape[-1] in (64, 128)
+@write_pages.kernel(Level.TRITON, accepts=lambda k, v, pages, place: _accepts(k, pages))
+@jax.named_scope("pages")
+def _(k, v, pages, place):
+    rows, count, kv_heads, size = k.shape
+    most = place.table.shape[1]
+
+    def kernel(k_ref, v_ref, table_ref, start_ref, count_ref, _k, _v, k_out, v_out):
+        part, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        tokens, columns = part * WRITTEN + jnp.arange(WRITTEN), jnp.arange(size)
+        real = tokens < triton.load(count_ref.at[row])
+        position = triton.load(start_ref.at[row]) + tokens
+        page = triton.load(table_ref.at[row * most + position // PAGE], mask=real, other=0)
+        source = ((row * count + tokens) * kv_heads + head)[:, None] * size + columns
+        target = ((page * kv_heads + head) * PAGE + position % PAGE)[:, None] * size + columns
+        for ref, out in ((k_ref, k_out), (v_ref, v_out)):
+            new = in_range(triton.load(ref.at[source]), out.dtype)
+            triton.store(out.at[target], new, mask=jnp.broadcast_to(real[:, None], target.shape))
+
+    out = [jax.ShapeDtypeStruct((pages[name].size,), pages[name].dtype) for name in "kv"]
+    call = launch(kernel, (count // WRITTEN, kv_heads, rows), out, warps=1, aliases={5: 0, 6: 1})
+    operands = (k, v, *place, pages["k"], pages["v"])
+    new = call(*(array.reshape(-1) for array in operands))
+    return {name: array.reshape(pages[name].shape) for name, array in zip("kv", new, strict=True)}
 
 
-@attend_pages.kernel(Level.TRITON, accepts=_accepts)
+def _accepts(heads: Array, pages: Pages) -> bool:
+    return heads.shape[1] % WRITTEN == 0 and pages["k"].shape[-1] in (64, 128)
+
+
+@attend_pages.kernel(Level.TRITON, accepts=lambda q, pages, place, window=None: _accepts(q, pages))
 @jax.named_scope("attention")
 def _(q, pages, place, window=None):
     rows, count, heads, size = q.shape

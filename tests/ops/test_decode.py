@@ -9,7 +9,7 @@ from jaxchat.devices.gpu import capability
 from jaxchat.ops import decode, pages, triton
 from jaxchat.ops.decode import BlockWeights, paged_block
 from jaxchat.ops.dispatch import Level
-from jaxchat.ops.pages import PAGE, Place, attend_pages
+from jaxchat.ops.pages import PAGE, Place, attend_pages, write_pages
 from jaxchat.ops.rope import rope_tables
 
 
@@ -63,8 +63,8 @@ def test_a_new_token_of_each_row(rows, heads, kv_heads, size, window, dtype):
     busy = np.arange(rows) != 2  # what is computed for an idle row means nothing
     close(got[busy], expected[busy], atol=0.08 if dtype == jnp.bfloat16 else 0.3)  # one of the 8 bits may differ
     for name in "kv":
-        step = 1 / 8 if dtype == jnp.bfloat16 else 1 / 2  # between neighbours among numbers of the dtype below 8
-        close(got_pool[name], expected_pool[name], atol=step / 4)
+        # Queries and keys are rounded at other places in the formula: a neighbour in 8 bits may be the nearer one.
+        close(got_pool[name], expected_pool[name], atol=0.03 if dtype == jnp.bfloat16 else 0.5)
         changed = (np.asarray(got_pool[name] != pool[name])).any((1, 3))
         assert set(zip(*np.nonzero(changed), strict=True)) <= {
             (int(table[row, start[row] // PAGE]), int(start[row] % PAGE)) for row in np.flatnonzero(busy)
@@ -100,6 +100,19 @@ def test_many_tokens_of_each_row(heads, kv_heads, window, dtype):
     real = np.arange(64) < np.asarray(place.count)[:, None]
     close(np.asarray(got)[real], np.asarray(expected)[real], atol=0.02)
     assert not np.asarray(got[3], np.float32).any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_many_tokens_are_written_where_they_belong(dtype):
+    pool, table, _ = cache(4, 2, 64, 3, dtype)
+    place = Place(table, jnp.array([0, 60, 37, 100]), jnp.array([32, 32, 0, 5]))
+    k, v = numbers(1, 4, 32, 2, 64), 300 * numbers(2, 4, 32, 2, 64)
+    kernel = write_pages.choose(k, v, pool, place)
+    assert kernel is not write_pages.formula
+    got, expected = kernel(k, v, pool, place), write_pages.formula(k, v, pool, place)
+    for name in "kv":
+        close(got[name], expected[name], atol=0)
+        assert (np.asarray(got[name], np.float32) != np.asarray(pool[name], np.float32)).any((1, 3)).sum() > 60
 
 
 def test_kernels_take_what_they_can_and_leave_the_rest():

@@ -45,9 +45,9 @@ def test_rows_of_any_length_in_any_pages(heads, kv_heads, window):
 
     before = [length - new for length, new in zip(lengths, steps, strict=True)]
     *new, place = batch((k, v), [0] * len(lengths), before)
-    pages = write_pages(pages, *new, place)
+    pages = write_pages(*new, pages, place)
     *new, queries, place = batch((k, v, q), before, steps)
-    pages = write_pages(pages, *new, place)
+    pages = write_pages(*new, pages, place)
     mixed = attend_pages(queries, pages, place, window)
     for row, (start, count) in enumerate(zip(before, steps, strict=True)):
         for i in range(count):
@@ -60,7 +60,7 @@ def test_padding_and_idle_rows_write_nothing():
     pages = new_pages(3, 1, SIZE, jnp.float32)
     ones = jnp.ones((2, 4, 1, SIZE))
     table = jnp.array([[1], [2]], jnp.int32)
-    pages = write_pages(pages, ones, ones, Place(table, jnp.array([0, 0]), jnp.array([3, 0])))
+    pages = write_pages(ones, ones, pages, Place(table, jnp.array([0, 0]), jnp.array([3, 0])))
     written = np.asarray(pages["k"]).any((1, 3))
     assert np.argwhere(written).tolist() == [[1, 0], [1, 1], [1, 2]]
     mixed = attend_pages(ones, pages, Place(table, jnp.array([0, 0]), jnp.array([3, 0])))
