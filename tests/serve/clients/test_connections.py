@@ -1,9 +1,13 @@
 """Connections that are left open cannot keep others out."""
 
 import json
+import os
 import resource
+import signal
 import socket
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from starlette.applications import Starlette
@@ -12,6 +16,7 @@ from starlette.routing import Route
 
 from jaxchat.serve.http import connections, fields
 from jaxchat.serve.http.errors import ApiError, on_api_error
+from jaxchat.serve.http.service import Service
 from jaxchat.serve.http.start import Web, listen
 
 
@@ -61,6 +66,23 @@ def test_a_body_that_never_comes(web):
 
 def test_a_request_in_pieces_is_answered(web):
     assert b'{"a": 1}' in received(web, WHOLE[:10], WHOLE[10:30], WHOLE[30:-3], WHOLE[-3:])
+
+
+def test_an_idle_server_ends_although_the_signal_takes_long():
+    """Its main thread waits for jobs when the signal comes, whose handler may wait for another thread."""
+    asked = []
+
+    def handler(number, frame):
+        time.sleep(0.5)
+        asked.append(number)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        Service(SimpleNamespace(busy=False, rows=1)).run(lambda: bool(asked), drain_seconds=0)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert asked
 
 
 def test_as_many_open_files_as_the_system_allows(monkeypatch):
