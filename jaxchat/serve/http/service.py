@@ -75,7 +75,7 @@ class Service:
         self.state: State = "loading"
         self.metrics = Metrics()
         self._in_flight = 0  # requests, counted in the loop
-        # Not a SimpleQueue: CPython 3.11's waits without end if a signal's handler takes longer than the timeout of `get`.
+        # Not a SimpleQueue: in CPython 3.11 its `get` waits without end if a signal's handler outlasts the timeout.
         self._jobs: queue.Queue[Callable[[], None]] = queue.Queue()
         self._calls: dict[int, tuple[_Call, int]] = {}  # by the engine's number; used in the thread only
         self._thread: threading.Thread | None = None
