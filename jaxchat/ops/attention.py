@@ -1,4 +1,4 @@
-"""Causal self-attention over all of the past or a window of it, over whole rows or against a KV cache."""
+"""Causal self-attention over whole rows: over all of the past or a window of it."""
 
 from __future__ import annotations
 
@@ -28,31 +28,24 @@ def attention_kernel(dtype: DTypeLike, head_dim: int) -> Literal["cudnn", "xla"]
 @jax.named_scope("attention")
 def attend(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"] | Bounded,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"] | Bounded,
     *,
-    positions: Int[Array, "B T"] | None = None,
     window: int | None = None,
     documents: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"] | Bounded:
     """Scaled dot-product attention, softmax(q kᵀ / √H) v. K may divide N (grouped queries).
 
-    Causal: a token sees itself and all tokens before it or, with a `window`, the `window` tokens before it. Without
-    `positions`, T equals S and a token's index in its row is its position. With the queries' `positions`, k and v are
-    the slots of a cache, and a slot's index is its position.
-
-    With `documents`, the number of each token's document in its row, a token sees only its own document; whole rows.
+    Causal: a token sees itself and all tokens before it or, with a `window`, the `window` tokens before it. With
+    `documents`, the number of each token's document in its row, a token sees only its own document.
 
     `attention_kernel` computes whole rows. Where that is XLA, a long context is computed in blocks of queries: the
     T x T scores are never held, and a block meets only the keys that its window reaches.
     """
     if isinstance(v, Bounded):
         # The result is a weighted mean of the values: what bounds them bounds it.
-        mixed = attend(q, k, v.array, positions=positions, window=window, documents=documents)
+        mixed = attend(q, k, v.array, window=window, documents=documents)
         return dataclasses.replace(v, array=mixed)
-    if positions is not None:
-        slots, own = jnp.arange(k.shape[1]), positions[:, None, :, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=_sees(own, slots, window))
     length = q.shape[1]
     if window is not None and window >= length - 1:
         window = None

@@ -54,17 +54,6 @@ def test_attention_and_its_gradient_follow_the_definition_in_blocks_or_not(lengt
         np.testing.assert_allclose(grad, expected, atol=5e-6)
 
 
-@pytest.mark.parametrize("window", [None, 5], ids=["full", "window"])
-def test_a_cache_gives_what_the_whole_row_does(window):
-    q, k, v = qkv(16)
-    empty = ((0, 0), (0, 4), (0, 0), (0, 0))
-    k_slots, v_slots = (jnp.pad(x, empty, constant_values=1e3) for x in (k, v))
-    positions = jnp.array([[9, 10, 11], [4, 5, 6]])  # each row is elsewhere
-    rows = jnp.arange(2)[:, None]
-    out = attend(q[rows, positions], k_slots, v_slots, positions=positions, window=window)
-    np.testing.assert_allclose(out, plain(q, k, v, window)[rows, positions], atol=2e-6)
-
-
 def gradient_memory(length, window):
     arrays = qkv(length, heads=2, kv_heads=2, size=8)
     loss = jax.grad(lambda q, k, v: attend(q, k, v, window=window).sum(), argnums=(0, 1, 2))
