@@ -135,9 +135,10 @@ class PagePool:
     def _longest(self, before: int, tokens: tuple[int, ...]) -> tuple[int | None, int]:
         best, common = None, 0
         for page in itertools.islice(reversed(self._after.get(before, {})), _SEARCHED):
-            same = _common(self._known[page].tokens, tokens)
-            if same > common:
-                best, common = page, same
+            known = self._known[page].tokens
+            if known[: common + 1] != tokens[: common + 1]:
+                continue
+            best, common = page, _common(known, tokens)
             if common == len(tokens):
                 break
         return best, common
@@ -154,6 +155,8 @@ class PagePool:
 
 def _common(first: tuple[int, ...], second: tuple[int, ...]) -> int:
     """How many tokens both begin with."""
+    if first[: len(second)] == second:
+        return len(second)
     for at, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
             return at
