@@ -23,11 +23,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxchat.devices.mesh import BATCH_SPEC
-from jaxchat.infer.request import MOST_ALTERNATIVES
-from jaxchat.infer.sampling import Level, Seen, Settings, add_seen, draw, logprobs
+from jaxchat.infer.request import MOST_ALTERNATIVES, Sampling
+from jaxchat.infer.sampling import Level, Seen, Settings, add_seen, draw, logprobs, settings_of
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, init_pages, logits, paged_hidden
-from jaxchat.ops.pages import Pages, Place
+from jaxchat.ops.pages import PAGE, Pages, Place
 
 STOPS = 4  # stop tokens of a row that the device knows; the host knows all
 SCORED = 256  # positions whose logits are held at once where a prompt's log-probabilities are wanted
@@ -72,6 +72,36 @@ class Lanes(NamedTuple):
     settings: Settings
 
 
+def packed(lanes: Lanes) -> Int[np.ndarray, "B W"]:
+    """All lanes' values as the bits of one array: the host puts one on a device in far less time than many."""
+    columns = [values.reshape(len(values), -1) for values in jax.tree.leaves(lanes)]
+    return np.concatenate([c.astype(np.int32) if c.dtype == bool else c.view(np.int32) for c in columns], axis=1)
+
+
+def _unpacked(bits: Int[Array, "B W"], level: Level) -> Lanes:
+    """What `packed` was given; the table takes the width that nothing else has."""
+    one = np.zeros(1, np.int32)
+    settings = without_biases(settings_of([Sampling()]), level)
+    lanes = Lanes(one, one == 1, one, one, one, one, one, np.zeros((1, STOPS), np.int32), one[:0], settings)
+    width = bits.shape[1] - sum(values.size for values in jax.tree.leaves(lanes))
+    leaves, tree = jax.tree.flatten(lanes._replace(table=np.zeros((1, width), np.int32)))
+    columns = jnp.split(bits, np.cumsum([leaf.size for leaf in leaves])[:-1].tolist(), axis=1)
+    values = [
+        (column == 1 if leaf.dtype == bool else jax.lax.bitcast_convert_type(column, leaf.dtype)).reshape(
+            len(bits), *leaf.shape[1:]
+        )
+        for column, leaf in zip(columns, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, values)
+
+
+def without_biases(settings: Settings, level: Level) -> Settings:
+    """Settings without the biases unless at level "full", which alone reads them."""
+    if level == "full":
+        return settings
+    return settings._replace(bias_ids=settings.bias_ids[:, :0], bias_values=settings.bias_values[:, :0])
+
+
 @dataclass(frozen=True)
 class Setup:
     """What all programs of an engine depend on, apart from shapes."""
@@ -114,15 +144,16 @@ def decode(
     pages: list[Pages],
     carried: Carried,
     seen: Seen | None,
-    lanes: Lanes,
+    lanes: Int[Array, "L W"],
 ) -> tuple[list[Pages], Carried, Seen | None, Int[Array, "steps lanes ..."]]:
-    """Draws up to `steps` tokens for each lane.
+    """Draws up to `steps` tokens for each of the `packed` lanes.
 
     Returns the tokens, with -1 where a lane has stopped. At level "full" what follows each token are its
     log-probability, the `MOST_ALTERNATIVES` likeliest ids and their log-probabilities, the latter as bits of fp32.
     """
 
-    def run(params, pages, carried, seen, lanes):
+    def run(params, pages, carried, seen, bits):
+        lanes: Any = _unpacked(bits, level)
         idle = lanes.slot >= len(carried.status)
         held = Carried(*(values.at[lanes.slot].get(mode="clip") for values in carried))
         given = Carried(lanes.token, lanes.position, lanes.count, jnp.full_like(lanes.slot, RUNNING))
@@ -177,21 +208,21 @@ def read(
     scored: bool,
     params: Params,
     pages: list[Pages],
-    tokens: Int[Array, "N Q"],
-    place: Place,
-    following: Int[Array, "N Q"] | None,
+    chunks: Int[Array, "N W"],
 ) -> tuple[list[Pages], Int[Array, "N Q _"] | None]:
     """Reads chunks of prompts into the pages.
 
-    With `scored`, returns for each token that comes after one of these (`following`) what `decode` returns at level
-    "full".
+    A row of `chunks` has the place of a chunk (its table, start and count), its tokens and, if `scored`, the token that
+    comes after each of them. For the latter it returns then what `decode` returns at level "full".
     """
+    width = -(-setup.config.sequence_len // PAGE)
 
-    def run(params, pages, tokens, place, following):
+    def run(params, pages, chunks):
+        place = Place(chunks[:, :width], chunks[:, width], chunks[:, width + 1])
+        tokens, *following = jnp.split(chunks[:, width + 2 :], 2 if scored else 1, axis=1)
         hidden, pages = paged_hidden(setup.config, params, tokens, place, pages, setup.dtype)
         if not scored:
             return pages, None
-        assert following is not None
         # The logits of some positions at a time: those of all would take far more memory than the rest.
         at_once = min(SCORED, tokens.size)
         states = hidden.reshape(-1, at_once, hidden.shape[-1])
@@ -200,13 +231,11 @@ def read(
             states, ids = batch
             return _with_logprobs(ids, *logprobs(logits(setup.config, params, states), ids, MOST_ALTERNATIVES))
 
-        scores = jax.lax.map(score, (states, following.reshape(-1, at_once)))
+        scores = jax.lax.map(score, (states, following[0].reshape(-1, at_once)))
         return pages, scores.reshape(*tokens.shape, -1)
 
     split = P(*BATCH_SPEC)
-    pages, scores = _on_shards(setup, run, (P(), split, split, split, split), (split, split))(
-        params, pages, tokens, place, following
-    )
+    pages, scores = _on_shards(setup, run, (P(), split, split), (split, split))(params, pages, chunks)
     return _constrain(setup.pages_sharding, pages), _everywhere(setup, scores)
 
 

@@ -25,7 +25,7 @@ from jaxchat.infer.request import Sampling
 from jaxchat.infer.sampling import LEVELS, Level, Settings, seen_of, settings_of
 from jaxchat.infer.scheduler import Budget, Chunk, Copy, Row
 from jaxchat.model.gpt import Params
-from jaxchat.ops.pages import PAGE, Place
+from jaxchat.ops.pages import PAGE
 
 STEPS = 8  # tokens that a row draws in a call, without the host
 GROWTH = 4  # from one size of `read` to the next
@@ -76,7 +76,7 @@ class Runner:
             lambda values: np.repeat(values, rows, axis=0), settings_of([Sampling()])
         )
         self._joined = np.zeros(rows, np.int64)  # tells apart the rows that a slot has had
-        self._last: tuple[Hashable, Lanes] | None = None
+        self._last: tuple[Hashable, Array] | None = None
 
     def use(self, params: Params) -> None:
         """Takes other parameters for all that follows."""
@@ -204,7 +204,12 @@ class Runner:
             for size in sizes:
                 if self._known(programs.decode, (other, steps), size):
                     return other, size
-        return level, sizes[0]
+        return level, sizes[0] if steps > 1 or rows == 1 else sizes[-1]
+
+    def can_step(self, level: Level, rows: int) -> bool:
+        """Whether a single step pays: on a CPU its program takes longer to compile than it saves."""
+        level, size = self._choose(level, rows, 1)
+        return not self.on_cpu or self._known(programs.decode, (level, 1), size)
 
     def _row_sizes(self) -> list[int]:
         return [1 << i for i in range((self.slots - 1).bit_length())] + [self.slots]
@@ -230,10 +235,10 @@ class Runner:
             self.seen = jnp.zeros(shape, jnp.int32, device=self.setup.sharding())
         return self.seen
 
-    def _decode_args(self, level: Level, lanes: Lanes) -> tuple:
+    def _decode_args(self, level: Level, lanes: Array) -> tuple:
         return self.params, self.pages, self.carried, self._all_seen() if level == "full" else None, lanes
 
-    def _lanes(self, lanes: Sequence[Sequence[Row]], size: int, level: Level) -> Lanes:
+    def _lanes(self, lanes: Sequence[Sequence[Row]], size: int, level: Level) -> Array:
         at = np.full((len(lanes), size), -1)
         for shard, rows in enumerate(lanes):
             at[shard, : len(rows)] = [self._index(row) for row in rows]
@@ -245,9 +250,7 @@ class Runner:
         given = np.zeros((4, len(at)), np.int32)
         for i, row in fresh:
             given[:, i] = 1, row.tokens[-1], len(row.tokens) - 1, row.written
-        settings = jax.tree.map(lambda values: values[at], self._settings)
-        if level != "full":  # which alone reads the biases
-            settings = settings._replace(bias_ids=settings.bias_ids[:, :0], bias_values=settings.bias_values[:, :0])
+        settings = jax.tree.map(lambda values: values[at], programs.without_biases(self._settings, level))
         arrays = Lanes(
             slot=np.where(at < 0, self.slots, at % self.slots).astype(np.int32),
             fresh=given[0] == 1,
@@ -260,9 +263,9 @@ class Runner:
             table=self._table[at],
             settings=settings,
         )
-        arrays = self._put(arrays)
-        self._last = None if fresh else (key, arrays)
-        return arrays
+        put = self._put(programs.packed(arrays))
+        self._last = None if fresh else (key, put)
+        return put
 
     def _chunk_places(self, chunks: Sequence[Chunk], size: int) -> list[int]:
         """Which of the program's rows each chunk is in: `size` of them for each shard."""
@@ -279,16 +282,17 @@ class Runner:
             near = [size for size in enough[:2] if self._known(programs.read, (scored,), size)]
             size = self.budget.scored if scored else (near or enough)[0]
         rows, length = size * self.setup.shards, self.budget.chunk
-        tokens, following = np.zeros((2, rows, length), np.int32)
-        table, (start_of, count_of) = np.zeros((rows, self.table_width), np.int32), np.zeros((2, rows), np.int32)
+        # As `programs.read` has it: table, start, count, tokens and, if scored, the tokens that follow.
+        width = self.table_width
+        packed = np.zeros((rows, width + 2 + (2 if scored else 1) * length), np.int32)
+        tokens, following = packed[:, width + 2 :], packed[:, width + 2 + length :]
         for at, (row, start, count) in zip(self._chunk_places(chunks, size), chunks, strict=True):
             tokens[at, :count] = row.tokens[start : start + count]
-            following[at, :count] = row.tokens[start + 1 : start + 1 + count]
-            table[at] = self._table[self._index(row)]
-            start_of[at], count_of[at] = start, count
-        table, start_of, count_of, tokens, following = self._put((table, start_of, count_of, tokens, following))
-        arrays = tokens, Place(table, start_of, count_of), following if scored else None
-        return (self.params, self.pages, *arrays), size
+            if scored:
+                following[at, :count] = row.tokens[start + 1 : start + 1 + count]
+            packed[at, :width] = self._table[self._index(row)]
+            packed[at, width : width + 2] = start, count
+        return (self.params, self.pages, self._put(packed)), size
 
     def _copy_args(self, copies: Sequence[Sequence[Copy]]) -> tuple:
         source = np.zeros((len(copies), self.copies), np.int32)

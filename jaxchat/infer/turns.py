@@ -93,8 +93,9 @@ class Turns:
                 runner.set_seen(row)
         level = max((row.owner.level for row in rows), key=LEVELS.index)
         longest = max(row.limit - row.written - row.ahead for row in rows)
-        # An engine that was warmed up draws first tokens alone, where that does not hold up many other rows.
-        first = runner.warm and FEW * sum(row.written + row.ahead == 0 for row in rows) >= len(rows)
+        # First tokens are drawn alone, where that does not hold up many other rows.
+        first = FEW * sum(row.written + row.ahead == 0 for row in rows) >= len(rows)
+        first = first and runner.can_step(level, max(map(len, lanes)))
         steps = 1 if first or longest == 1 else STEPS
         self._calls.append(_Call(runner.decode(lanes, level, steps), lanes, steps, []))
 
