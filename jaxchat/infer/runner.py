@@ -66,7 +66,7 @@ class Runner:
         self.pages, self.carried = programs.new_cache(setup, pages, slots, self.cache_dtype)
         self.seen: Array | None = None
         self.warm = False
-        self.on_cpu = self.carried.token.devices().pop().platform == "cpu"
+        self.on_cpu = next(iter(self.carried.token.devices())).platform == "cpu"
         self.copies = 8 if self.on_cpu else 64  # pages that are copied in a call
         rows = slots * setup.shards
         self._limit, self._pause = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
