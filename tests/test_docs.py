@@ -93,10 +93,12 @@ def test_options_that_are_named_exist(path):
     assert named <= known_options() | FOREIGN
 
 
-def test_the_two_commands_of_the_readme_come_first():
-    first, second, *_ = re.findall(r"^```bash\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+def test_the_commands_of_the_readme_come_first():
+    text = (ROOT / "README.md").read_text()
+    first, second, third, *_ = re.findall(r"^```bash\n(.*?)\n```", text, re.DOTALL | re.MULTILINE)
     assert first.endswith(".venv/bin/python launch.py --experiment=quickstart")
-    assert second.endswith(".venv/bin/pytest")
+    assert second.endswith(".venv/bin/jaxchat serve --run runs/quickstart --open")
+    assert third.endswith(".venv/bin/pytest")
 
 
 def test_the_readme_lists_all_experiments_and_rooms():

@@ -68,8 +68,9 @@ def watching_address(run_dir):
         yield str(client.base_url)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
+    """A browser for the tests of a file. While it is open this thread has an event loop, as other tests want one."""
     api = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("there is no Chromium")
