@@ -7,9 +7,9 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
+from jaxchat.cli.answering import add_answering_model
 from jaxchat.cli.precision import add_precision_options, precision
 from jaxchat.cli.tools import add_tool_options
-from jaxchat.cli.values import path
 from jaxchat.errors import UserError
 from jaxchat.serve.settings import SETTINGS, Setting, Settings
 
@@ -24,13 +24,7 @@ def add_command(commands: Any) -> None:
         "go to standard output; remarks, such as that an answer was cut, go to standard error.",
     )
     add = parser.add_argument
-    add("--run", required=True, type=path, metavar="DIR", help="The run's directory.")
-    add(
-        "--stage",
-        metavar="STAGE",
-        help="Stage whose model answers: pretrain, midtrain, sft or rl. (default: the last finished one)",
-    )
-    add("--step", metavar="N", help="A kept checkpoint of that stage: its step, or best. (default: the last)")
+    add_answering_model(add)
     add(
         "-p",
         "--prompt",

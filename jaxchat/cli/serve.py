@@ -6,9 +6,10 @@ import argparse
 import dataclasses
 from typing import Any
 
+from jaxchat.cli.answering import add_answering_model
 from jaxchat.cli.precision import add_precision_options
 from jaxchat.cli.tools import add_tool_options
-from jaxchat.cli.values import path, whole
+from jaxchat.cli.values import whole
 from jaxchat.config import Range
 
 
@@ -21,13 +22,7 @@ def add_command(commands: Any) -> None:
         "address is printed once it answers. Ctrl-C or SIGTERM ends it when the answers under way are finished.",
     )
     add = parser.add_argument
-    add("--run", required=True, type=path, metavar="DIR", help="The run's directory.")
-    add(
-        "--stage",
-        metavar="STAGE",
-        help="Stage whose model answers: pretrain, midtrain, sft or rl. (default: the last finished one)",
-    )
-    add("--step", metavar="N", help="A kept checkpoint of that stage: its step, or best. (default: the last)")
+    add_answering_model(add)
     add("--watch", action="store_true", help="Show the run only, also while it trains; no model is loaded.")
     add("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all networks. (default 127.0.0.1)")
     port = whole(Range(at_least=0, at_most=65535))
