@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Iterable
 
 import jax
@@ -15,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxchat.data.loader import pretrain_batches
 from jaxchat.data.text.folder import find_text
+from jaxchat.eval.bpb import bits_per_byte, nats_and_bytes
 from jaxchat.infer.quantized import KVCache, Weights, cache_dtype, stored
 from jaxchat.infer.trained import TrainedModel
 from jaxchat.model.config import GPTConfig
@@ -22,7 +22,7 @@ from jaxchat.model.gpt import Params, init_pages, paged_hidden
 from jaxchat.ops.pages import PAGE, Place
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.stopping import raise_if_asked
-from jaxchat.train.loss import LossConfig, token_nll
+from jaxchat.train.loss import LossConfig
 
 ROWS = 8  # of a batch
 TOKENS = 1 << 18  # read at most
@@ -63,12 +63,11 @@ def paged_bpb(
     """
     params = stored(params, dtype, weights)
     name, kept = jnp.dtype(dtype).name, jnp.dtype(cache_dtype(dtype, kv_cache)).name
-    sizes, nats, count = jax.device_put(np.asarray(token_bytes)), 0.0, 0
+    sizes, sums = jax.device_put(np.asarray(token_bytes)), []
     for batch in batches:
         raise_if_asked()
-        more = _sums(config, name, kept, params, sizes, batch["inputs"], batch["targets"])
-        nats, count = nats + float(more[0]), count + int(more[1])
-    return nats / (math.log(2) * count) if count else math.nan
+        sums.append(_sums(config, name, kept, params, sizes, batch["inputs"], batch["targets"]))
+    return bits_per_byte(sums)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -87,7 +86,4 @@ def _sums(
     table = jnp.arange(rows * pages).reshape(rows, pages)
     place = Place(table, jnp.zeros(rows, jnp.int32), jnp.full(rows, length))
     hidden, _ = paged_hidden(config, params, inputs, place, init_pages(config, rows * pages, kept), dtype)
-    size = jnp.where(targets >= 0, token_bytes[jnp.maximum(targets, 0)], 0)
-    head = params["head"]["kernel"].astype(dtype)
-    nats = token_nll(hidden, head, jnp.where(size > 0, targets, -1), LossConfig.of(config))
-    return jnp.sum(nats), jnp.sum(size)
+    return nats_and_bytes(hidden, params["head"]["kernel"].astype(dtype), targets, token_bytes, LossConfig.of(config))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,11 @@ def evaluate_bpb(
     for b in batches:
         raise_if_asked()
         sums.append(_sums(config, compute, params, token_bytes, put(b["inputs"]), put(b["targets"])))
+    return bits_per_byte(sums)
+
+
+def bits_per_byte(sums: Sequence[tuple[Array, Array]]) -> float:
+    """Bits per byte of the nats and bytes of some batches; NaN if there are no bytes."""
     # Read once, at the end, so that a batch is dispatched while the one before it is computed.
     nats, count = np.sum(np.array(jax.device_get(sums), np.float64).reshape(-1, 2), axis=0)
     return nats / (math.log(2) * count) if count else math.nan
@@ -57,9 +62,18 @@ def _sums(
     inputs: Int[Array, "B T"],
     targets: Int[Array, "B T"],
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """The nats and bytes of one batch."""
-    size = jnp.where(targets >= 0, token_bytes[jnp.maximum(targets, 0)], 0)
     hidden = hidden_states(config, params, inputs, compute)
-    targets = jnp.where(size > 0, targets, -1)
-    nats = token_nll(hidden, params["head"]["kernel"], targets, LossConfig.of(config, compute.mesh))
+    return nats_and_bytes(hidden, params["head"]["kernel"], targets, token_bytes, LossConfig.of(config, compute.mesh))
+
+
+def nats_and_bytes(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D P"],
+    targets: Int[Array, "B T"],
+    token_bytes: Int[Array, " V"],
+    config: LossConfig,
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """The nats and bytes of one batch: of its targets that have bytes. The head has columns for padded ids too."""
+    size = jnp.where(targets >= 0, token_bytes[jnp.maximum(targets, 0)], 0)
+    nats = token_nll(hidden, head, jnp.where(size > 0, targets, -1), config)
     return jnp.sum(nats), jnp.sum(size)
