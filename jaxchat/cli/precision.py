@@ -12,14 +12,13 @@ def add_precision_options(add: Any) -> None:
         "--weights",
         choices=("auto", "int8"),
         default="auto",
-        help="Weights as the model computes (bf16 on a GPU), or in 8 bits: faster for few rows. (default auto)",
+        help="Weights as the model computes (bf16 on a GPU), or in 8 bits, which take half the memory. (default auto)",
     )
     add(
         "--kv-cache",
         choices=("auto", "fp8"),
         default="auto",
-        help="Keys and values as the model computes, or in 8 bits: faster for many rows, and twice as many tokens fit. "
-        "(default auto)",
+        help="Keys and values as the model computes, or in 8 bits, so that twice as many tokens fit. (default auto)",
     )
 
 

@@ -1,4 +1,4 @@
-"""Weights and cache in 8 bits: half the bytes that a step of decoding reads of them.
+"""Weights and cache in 8 bits: half the memory of 16.
 
 | option | "auto" | 8 bits |
 | --- | --- | --- |
