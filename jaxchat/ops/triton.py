@@ -37,7 +37,10 @@ def launch(
       UserError: a result has more elements than the kernels' 32-bit indices can reach.
     """
     elements = max(math.prod(array.shape) for array in out)
-    check(elements < 1 << 31, f"{elements:,} elements are too many for a kernel; lower the stage's device-rows")
+    check(
+        elements < 1 << 31,
+        f"{elements:,} elements are too many for a kernel; lower the stage's device-rows, or the rows that are served",
+    )
     return pl.pallas_call(
         kernel,
         grid=grid,
