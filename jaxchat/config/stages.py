@@ -60,6 +60,11 @@ class PretrainConfig(SupervisedConfig):
     eval_tokens: Annotated[int, COUNT] = 10_485_760
     """Validation tokens of an evaluation."""
     sample_every: Annotated[int, EVERY] = 2000
+    core_every: Annotated[int, EVERY] = 0
+    """Steps between measurements of CORE on a sample of its tasks, which the data folder has; also after the last step.
+    0: never."""
+    core_per_task: Annotated[int, Range(at_least=11)] = 500
+    """Items of each task of CORE in that sample, at most. A prompt has up to 10 others as examples."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +81,19 @@ class FinetuneConfig(SupervisedConfig):
     """Passes over the mixture, unless num-iterations is set."""
     eval_tokens: Annotated[int, COUNT] = 1_048_576
     """Validation tokens of an evaluation."""
+    tasks: Annotated[tuple[str, ...], UserPath()] = ()
+    """Tasks to score on a sample of their questions while training, NAME or NAME:EXAMPLES; none is trained on."""
+    tasks_every: Annotated[int, EVERY] = 0
+    """Steps between these scores. 0: only before the first and after the last step."""
+    task_questions: Annotated[int, COUNT] = 200
+    """Questions of each of these tasks, at most."""
 
     def __post_init__(self):
         super().__post_init__()
         self.check(len(self.mixture) > 0, "mixture is empty; name at least one task, such as chat")
+        names = [re.sub(r":\d+$", "", entry) for entry in self.tasks]
+        for name in names:
+            self.check(names.count(name) == 1, f"tasks names {shown(name)} more than once; a score is made once")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ from jaxchat.config import Experiment
 # Fields of a stage's own section. Rows at once: a step's batch and the mean over it stay the same.
 _FREE = {
     "eval_every", "sample_every", "save_every", "eval_tokens", "eval_questions", "device_rows", "humaneval",
-    "uncontained",
+    "uncontained", "core_every", "core_per_task", "tasks_every", "task_questions",
 }  # fmt: skip
+# Where tasks are only scored; reinforcement learning trains on its own.
+_FREE_OF = {"midtrain": {"tasks"}, "sft": {"tasks"}}
 # How long a stage trains: fixed when it is finished; before that `jaxchat.stages.training` checks what is possible.
 _LENGTH = {"num_iterations", "target_flops", "tokens_per_param", "epochs"}
 _TEXT = {"download", "val_shard"}  # which text the tokenizer and pretraining read
@@ -48,7 +50,7 @@ def deciding(experiment: Experiment, stage: str, *, finished: bool) -> dict[str,
     elif not own:
         chosen["seed"] = experiment.seed
     chosen |= {f"data.{name}": data[name] for name in sorted(fields)}
-    free = _FREE if finished else _FREE | _LENGTH
+    free = _FREE | _FREE_OF.get(stage, set()) | (set() if finished else _LENGTH)
     chosen |= {f"{stage}.{name}": value for name, value in _flat(every[stage]) if name not in free}
     return {name.replace("_", "-"): value for name, value in chosen.items()}
 
