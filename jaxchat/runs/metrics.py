@@ -105,9 +105,12 @@ class Metrics:
         if self._line:
             self._line.update(int(step), {name: _plain(value) for name, value in values.items()})
 
-    def sample(self, step: int, prompt: str, completion: str) -> None:
-        """Logs the model's completion of a prompt as `prompt` and `sample`, and prints it above the live line."""
-        self.log(step, prompt=prompt, sample=completion)
+    def sample(self, step: int, prompt: str, completion: str, seed: int | None = None) -> None:
+        """Logs the model's completion of a prompt as `prompt` and `sample`, and prints it above the live line.
+
+        `seed`, of one that was drawn at random, is logged too: it tells apart those with the same prompt.
+        """
+        self.log(step, prompt=prompt, sample=completion, **({} if seed is None else {"seed": seed}))
         if self._line:
             self._line.show_sample(int(step), prompt, completion)
 
@@ -195,7 +198,7 @@ def in_force(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                 makings[stage] = making
                 kept = {key: earlier for key, earlier in kept.items() if earlier["stage"] != stage or "of" in earlier}
             kept = {key: earlier for key, earlier in kept.items() if not _supersedes(record, earlier)}
-        key = (stage, step, record.get("of"), record.get("prompt"), frozenset(record))
+        key = (stage, step, record.get("of"), record.get("prompt"), record.get("seed"), frozenset(record))
         kept.pop(key, None)
         kept[key] = record
     return list(kept.values())
@@ -298,7 +301,7 @@ class _TensorBoard:
         for name, value in values.items():
             if isinstance(value, str):
                 self._writer.add_text(name, value, step)
-            elif value is not None:
+            elif value is not None and name != "seed":  # of a sample
                 self._writer.add_scalar(name, float(value), step)
 
     def close(self) -> None:

@@ -64,10 +64,10 @@ def png(figure: Figure) -> bytes:
 
 
 def curves(records: list[dict[str, Any]]) -> Curves:
-    """Numbers of `read_metrics` by stage and metric name, without evaluation results and what is not finite."""
+    """Finite numbers of `read_metrics` by stage and metric name, without those of evaluations and samples."""
     points: dict[str, dict[str, dict[int, float]]] = {}
     for record in records:
-        if "of" in record:
+        if "of" in record or "sample" in record:
             continue
         for name, value in record.items():
             if name not in ("step", "time") and isinstance(value, (int, float)):

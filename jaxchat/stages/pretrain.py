@@ -12,7 +12,7 @@ from jaxchat.data.text.shards import iterate_texts
 from jaxchat.devices.mesh import batch_share
 from jaxchat.devices.processes import on_process_zero
 from jaxchat.eval.bpb import evaluate_bpb
-from jaxchat.stages.samples import prompts_of_texts
+from jaxchat.stages.samples import fixed_prompts, prompts_of_texts
 from jaxchat.stages.training import Batches, Training, fresh_params
 from jaxchat.stages.workspace import Workspace
 from jaxchat.tokenizer import BaseTokenizer
@@ -49,6 +49,7 @@ def run(workspace: Workspace) -> None:
         yield "bpb", evaluate_bpb(params, model, validation, tokenizer.token_bytes(), compute=workspace.compute)
 
     prompts = prompts_of_texts(tokenizer, list(itertools.islice(iterate_texts(text.val), SAMPLES)))
+    prompts += fixed_prompts(tokenizer, generated=experiment.data.folder is None)
     training.train(
         lambda: fresh_params(workspace, model),
         batches,

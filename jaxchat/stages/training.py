@@ -27,7 +27,7 @@ from jaxchat.optim.optimizer import learning_rates, make_optimizer
 from jaxchat.optim.schedules import multiplier
 from jaxchat.runs.metrics import Metrics
 from jaxchat.runs.report_page import describe_data
-from jaxchat.stages.samples import Prompt
+from jaxchat.stages.samples import Prompt, continuations
 from jaxchat.stages.workspace import Workspace
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.budget import BatchPlan, flops_per_token
@@ -35,7 +35,6 @@ from jaxchat.train.loop import Evaluator, Loop, Source
 from jaxchat.train.memory import CompiledStep, MakeStep, TrainStep, plan_step, usable_memory
 from jaxchat.train.step import MICRO_BATCH_SPEC, Batch, State, init_state
 
-SAMPLE_TOKENS = 96
 StepFunction = Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
 
 
@@ -110,18 +109,11 @@ class Training:
         return Engine(self.model, params, self.tokenizer, dtype=self.workspace.compute.dtype)
 
     def sampler(self, metrics: Metrics, prompts: list[Prompt]) -> Evaluator:
-        """Logs the model's greedy completions of `prompts` every `sample_every` steps and at the end.
-
-        A prompt that fills the context is left out, since it leaves no room for an answer.
-        """
-        prompts = [(text, ids) for text, ids in prompts if len(ids) < self.model.sequence_len]
+        """Logs what the model writes after `prompts`, every `sample_every` steps and at the end."""
 
         def write_samples(step: int, params):
-            completions = self.engine(params).generate(
-                [ids for _, ids in prompts], max_new_tokens=SAMPLE_TOKENS, temperature=0.0
-            )
-            for (text, _), completion in zip(prompts, completions, strict=True):
-                metrics.sample(step, text, self.tokenizer.decode(completion.tokens))
+            for prompt, text in continuations(self.engine(params), prompts):
+                metrics.sample(step, prompt.text, text, seed=prompt.seed)
             return ()
 
         return Evaluator(self.config.sample_every, write_samples, at_start=False)
