@@ -160,17 +160,23 @@ class EvaluateConfig(Section):
     """Questions that the model answers at once."""
     max_new_tokens: Annotated[int, LENGTH] = 512
     """Longest answer, in tokens."""
+    core: tuple[str, ...] = ("pretrain",)
+    """Stages whose models are measured by CORE, where the data folder has its bundle."""
+    core_per_task: Annotated[int | None, Range(at_least=11)] = None
+    """Items of each task of CORE, at most. A prompt has up to 10 others as examples. None: all."""
 
     def __post_init__(self):
         super().__post_init__()
         _add_humaneval(self)
-        for stage in self.of:
-            hint = closest(stage, TRAINED)
-            self.check(
-                stage in TRAINED, f"of names {shown(stage)}{hint} The stages with a model are {', '.join(TRAINED)}"
-            )
+        for name in ("of", "core"):
+            for stage in getattr(self, name):
+                self.check(
+                    stage in TRAINED,
+                    f"{name} names {shown(stage)}{closest(stage, TRAINED)} The stages with a model are "
+                    f"{', '.join(TRAINED)}",
+                )
         tasks = [re.sub(r":\d+$", "", entry) for entry in self.tasks]
-        for name, entries in (("of", list(self.of)), ("tasks", tasks)):
+        for name, entries in (("of", list(self.of)), ("tasks", tasks), ("core", list(self.core))):
             for entry in entries:
                 self.check(
                     entries.count(entry) == 1, f"{name} names {shown(entry)} more than once; a score is made once"
