@@ -1,0 +1,1 @@
+"""Models for other programs and from them: names and shapes of weights, Hugging Face's files, model cards."""
