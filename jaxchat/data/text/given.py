@@ -1,0 +1,98 @@
+"""Text that a user names file by file or folder by folder, to be read as a whole: by its files, without two sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from jaxchat.data.text import plain
+from jaxchat.data.text.folder import why_not
+from jaxchat.data.text.forms import HEAD_BYTES, form_of, read_head, something_else
+from jaxchat.data.text.listing import is_run, list_text, text_folder
+from jaxchat.data.text.reading import Findings, Unreadable
+from jaxchat.data.text.shards import TextFiles, iterate_texts, text_bytes
+from jaxchat.errors import UserError, check, closest
+from jaxchat.storage import AnyPath, reason, size_of, storage_errors, to_path
+
+_LEAVE_OUT = "; --data.on-bad=skip leaves it out"  # which is for text to train on
+
+
+@dataclass(frozen=True)
+class GivenFile:
+    """A file of text.
+
+    Attributes:
+      name: how the user named it, or the folder that it is in.
+      text: how it is read; None for a file whose name says nothing of its form, which is read as plain text.
+    """
+
+    name: str
+    path: AnyPath
+    text: TextFiles | None
+
+    @property
+    def bytes(self) -> int:
+        """About how many bytes of text it has."""
+        return size_of(self.path) if self.text is None else text_bytes(self.text)
+
+    def documents(self) -> Iterator[str]:
+        """The documents of the file, a part of it in memory at a time.
+
+        Raises:
+          UserError: text that is damaged or cannot be read.
+        """
+        try:
+            if self.text is not None:
+                yield from iterate_texts(self.text)
+                return
+            findings = Findings("refuse")
+            yield from findings.keep(plain.read_packed_file(self.path, None, findings), self.name)
+        except UserError as error:
+            raise UserError(str(error).removesuffix(_LEAVE_OUT)) from None
+
+
+def given_files(names: Sequence[str], say: Callable[[str], None] = print) -> list[GivenFile]:
+    """The files of text that `names` are, or that are in the folders that they name, each once.
+
+    Of a data folder these are the files of its text (see `list_text`), for training and for validation. What is left
+    out of a folder is said.
+
+    Raises:
+      UserError: nothing is there; a file is not text; a folder has none, or is a run's.
+    """
+    found: dict[str, GivenFile] = {}
+    for name in names:
+        path = to_path(name)
+        try:
+            there = _in_folder(name, path, say) if path.is_dir() else [_file(name, path)]
+        except storage_errors() as error:
+            raise UserError(f"{name} cannot be read ({reason(error)}); correct that, and try again") from error
+        for one in there:
+            found.setdefault(str(one.path.resolve()), one)
+    return [*found.values()]
+
+
+def _in_folder(name: str, path: AnyPath, say: Callable[[str], None]) -> list[GivenFile]:
+    check(not is_run(path), f"{name} is the directory of a run; name a file or folder of text")
+    listing = list_text(text_folder(path))
+    check(bool(listing.texts), f"no text in {name}; name a folder with .parquet, .jsonl or .txt files, or a file")
+    if listing.left_out:
+        names = [f"{entry.name} ({entry.why})" for entry in listing.left_out]
+        say(f"not read: {', '.join(names[:3])}{f' and {len(names) - 3:,} more' if len(names) > 3 else ''}")
+    shown = name.rstrip("/")
+    return [_file(f"{shown}/{one.relative_to(path).as_posix()}", one) for one in listing.texts]
+
+
+def _file(name: str, path: AnyPath) -> GivenFile:
+    beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    check(path.exists(), f"there is no {name}{closest(path.name, beside)} Name files or folders of text")
+    form = form_of(path)
+    try:
+        why = something_else(path, read_head(path)[:HEAD_BYTES]) if form is None else why_not(path)
+    except Unreadable as error:
+        raise UserError(str(error)) from None
+    except UserError as error:
+        raise UserError(str(error).partition("; --data.on-bad=skip")[0]) from None
+    check(why is None, f"{name} {why}")
+    check(size_of(path) > 0, f"{name} is empty; name a file with text")
+    return GivenFile(name, path, None if form is None else TextFiles((path,)))
