@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from jaxchat.errors import check
+from jaxchat.errors import UserError, check
 from jaxchat.export.hf_tokenizer import BOS, END, tokenizer_config, tokenizer_json
 from jaxchat.export.names import Weight, weights
 from jaxchat.model.config import GPTConfig
@@ -31,7 +32,7 @@ Dtype = Literal["float32", "bfloat16"]
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16)}
 # How the model answers where nothing else is asked for: as `jaxchat chat` does.
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 50}
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES = 2 * 10**9  # of one file, all of which is in memory twice while it is written
 # The fields of GPTConfig that NanoChat can express, or, like `border_token`, that only training knows.
 _EXPRESSED = {
     *("depth", "sequence_len", "window_pattern", "num_kv_heads", "rope_base", "logit_cap", "vocab_size"),
@@ -123,7 +124,7 @@ def export_hf(
       folder: does not exist yet, or is empty.
       base: the model continues documents and has not learned to answer.
       card: the model card, Markdown.
-      progress: is told how many bytes of weights are written, and of how many.
+      progress: is told how many files of weights are written, and of how many.
 
     Raises:
       UserError: the folder has something in it, or NanoChat cannot express the model.
@@ -177,32 +178,35 @@ def _write_weights(
     """Writes the weights to one file or, if large, to several with an index, of which one at a time is in memory."""
     leaves = dict(named_parameters(params))
     shards = list(_shards(weights(config, "hf"), dtype.itemsize))
-    total, done, place = sum(size for _, size in shards), 0, {}
-    for number, (shard, size) in enumerate(shards, 1):
+    total, place = 0, {}
+    for number, shard in enumerate(shards, 1):
+        progress(number - 1, len(shards))
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        progress(done, total)
         arrays = {
             weight.name: np.ascontiguousarray(weight.of_parameter(np.asarray(leaves[weight.path])), dtype)
             for weight in shard
         }
-        save_file(arrays, folder / name, {"format": "pt"})
+        try:
+            save_file(arrays, folder / name, {"format": "pt"})
+        except SafetensorError as error:
+            raise UserError(f"{folder / name} cannot be written ({error}); make room, and try again") from error
         shutil.copymode(folder / "config.json", folder / name)  # the library lets only the owner read it
+        total += sum(array.nbytes for array in arrays.values())
         place |= dict.fromkeys(arrays, name)
-        done += size
-    progress(done, total)
+    progress(len(shards), len(shards))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": place}
         (folder / "model.safetensors.index.json").write_text(_json(index))
 
 
-def _shards(table: dict[str, Weight], itemsize: int) -> Iterator[tuple[list[Weight], int]]:
-    """The weights of each file, and their bytes."""
+def _shards(table: dict[str, Weight], itemsize: int) -> Iterator[list[Weight]]:
+    """The weights of each file."""
     shard, filled = [], 0
     for weight in table.values():
         size = weight.shape[0] * weight.shape[1] * itemsize
         if shard and filled + size > SHARD_BYTES:
-            yield shard, filled
+            yield shard
             shard, filled = [], 0
         shard.append(weight)
         filled += size
-    yield shard, filled
+    yield shard
