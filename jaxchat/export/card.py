@@ -86,8 +86,8 @@ def _records(directory: RunDirectory, stage: str) -> list[tuple[str, str, str]]:
     rows: list[tuple[str, str, str]] = []
     following: str | None = stage
     while following is not None and (record := directory.read_record(following)):
-        steps, tokens = record.get("steps"), record.get("tokens")
-        rows.append((following, *("" if n is None else format_count(n) for n in (steps, tokens))))
+        steps, tokens = ("" if (n := record.get(name)) is None else format_count(n) for name in ("steps", "tokens"))
+        rows.append((following, steps, tokens))
         following = (record.get("parent") or {}).get("stage")
     return rows[::-1]
 

@@ -1,4 +1,4 @@
-"""What other programs call the parameters, and how their arrays differ: one table for both directions.
+"""What other programs call the parameters, and how their arrays differ, for both directions.
 
 jaxchat's kernels are `[in, out]`, and its vocabulary is padded; weights of PyTorch are `[out, in]`, and files hold the
 rows of the vocabulary alone.
@@ -8,39 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from jaxchat.errors import UserError, check
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, abstract_params
-from jaxchat.model.parameters import named_parameters
+from jaxchat.model.parameters import export_name, named_parameters, row_of
 
 Form = Literal["hf", "nanochat"]
 FORMS = {"hf": "transformers' NanoChat", "nanochat": "nanochat"}
 
 
-class Names(NamedTuple):
-    """The path of a parameter and the names of its weight; {i} is a block's number."""
-
-    path: str
-    hf: str
-    nanochat: str
-
-
-TABLE = (
-    Names("embed/embedding", "model.embed_tokens.weight", "transformer.wte.weight"),
-    Names("blocks/{i}/attn/q/kernel", "model.layers.{i}.self_attn.q_proj.weight", "transformer.h.{i}.attn.c_q.weight"),
-    Names("blocks/{i}/attn/k/kernel", "model.layers.{i}.self_attn.k_proj.weight", "transformer.h.{i}.attn.c_k.weight"),
-    Names("blocks/{i}/attn/v/kernel", "model.layers.{i}.self_attn.v_proj.weight", "transformer.h.{i}.attn.c_v.weight"),
-    Names(
-        "blocks/{i}/attn/o/kernel", "model.layers.{i}.self_attn.o_proj.weight", "transformer.h.{i}.attn.c_proj.weight"
-    ),
-    Names("blocks/{i}/mlp/up/kernel", "model.layers.{i}.mlp.fc1.weight", "transformer.h.{i}.mlp.c_fc.weight"),
-    Names("blocks/{i}/mlp/down/kernel", "model.layers.{i}.mlp.fc2.weight", "transformer.h.{i}.mlp.c_proj.weight"),
-    Names("head/kernel", "lm_head.weight", "lm_head.weight"),
-)
+# nanochat's names, by the paths of the table of parameters, which has transformers' names. Both programs have the model
+# of October 2025: a parameter that is not here, neither of them can express.
+NANOCHAT = {
+    "embed/embedding": "transformer.wte.weight",
+    "blocks/{i}/attn/q/kernel": "transformer.h.{i}.attn.c_q.weight",
+    "blocks/{i}/attn/k/kernel": "transformer.h.{i}.attn.c_k.weight",
+    "blocks/{i}/attn/v/kernel": "transformer.h.{i}.attn.c_v.weight",
+    "blocks/{i}/attn/o/kernel": "transformer.h.{i}.attn.c_proj.weight",
+    "blocks/{i}/mlp/up/kernel": "transformer.h.{i}.mlp.c_fc.weight",
+    "blocks/{i}/mlp/down/kernel": "transformer.h.{i}.mlp.c_proj.weight",
+    "head/kernel": "lm_head.weight",
+}
 
 
 @dataclass(frozen=True)
@@ -80,7 +72,7 @@ def weights(config: GPTConfig, form: Form) -> dict[str, Weight]:
     """
     found = {}
     for path, leaf in named_parameters(abstract_params(config)):
-        name, transposed = _name(path, form), path.endswith("kernel")
+        name, transposed = _name(path, form), path.endswith("kernel")  # of a Linear, here [in, out]
         rows, columns = leaf.shape[::-1] if transposed else leaf.shape
         of_vocabulary = path.split("/")[0] != "blocks"
         shape = (config.vocab_size if of_vocabulary else rows, columns)
@@ -89,13 +81,10 @@ def weights(config: GPTConfig, form: Form) -> dict[str, Weight]:
 
 
 def _name(path: str, form: Form) -> str:
-    first, *rest = path.split("/")
-    number = rest[0] if first == "blocks" else ""
-    pattern = "/".join([first, "{i}", *rest[1:]]) if number else path
-    names = next((row for row in TABLE if row.path == pattern), None)
-    if names is None:
+    row = row_of(path)
+    if row.path not in NANOCHAT:
         raise UserError(f"the model's parameter {path} has no counterpart in {FORMS[form]}, so it cannot be exported")
-    return getattr(names, form).replace("{i}", number)
+    return export_name(path) if form == "hf" else NANOCHAT[row.path].replace("{i}", path.split("/")[1])
 
 
 def check_weights(config: GPTConfig, form: Form, shapes: Mapping[str, Sequence[int]], where: str) -> None:
