@@ -114,6 +114,11 @@ class Metrics:
         if self._line:
             self._line.show_sample(int(step), prompt, completion)
 
+    def progress(self, doing: str, done: int, total: int) -> None:
+        """Shows in the live line's place how far something has come that the steps wait for."""
+        if self._line:
+            self._line.show_progress(doing, done, total)
+
     def note(self, text: str) -> None:
         """Prints a line above the live line without logging it."""
         if self._line:

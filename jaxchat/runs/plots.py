@@ -19,12 +19,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from jaxchat.config import STAGES
+from jaxchat.runs.report_page import core_means, core_name
 
 Curve = tuple[np.ndarray, np.ndarray]
 Curves = dict[str, dict[str, Curve]]
 
 # Okabe and Ito, "Color universal design" (2008): told apart with every kind of colour vision.
 COLOURS = {"pretrain": "#0072B2", "midtrain": "#E69F00", "sft": "#009E73", "rl": "#CC79A7"}
+_TASK_COLOURS = (*COLOURS.values(), "#56B4E9", "#D55E00", "#000000")
 _SUGGESTED = "#D55E00"
 GREY = "#555555"
 _LEARNING_RATES = {"lr_matrix": "matrices (Muon)", "lr_embedding": "embedding (Adam)", "lr_head": "head (Adam)"}
@@ -105,6 +107,8 @@ def all_plots(records: list[dict[str, Any]], scores: dict[str, dict[str, float]]
             "bpb.png": _panels(by_stage, "bpb", "validation bits per byte", _draw_points),
             "learning_rates.png": _learning_rates(by_stage),
             "reward.png": _reward(by_stage.get("rl", {})),
+            "core.png": _core(by_stage.get("pretrain", {})),
+            "task_scores.png": _task_scores(by_stage),
             "evaluation.png": _evaluation(scores),
         }
         return {name: png(figure) for name, figure in figures.items() if figure is not None}
@@ -257,6 +261,54 @@ def _reward(rl: dict[str, Curve]) -> Figure | None:
     axes.set_ylabel("mean reward")
     _steps_axis(axes)
     axes.legend(loc="best")
+    return figure
+
+
+def _core(pretrain: dict[str, Curve]) -> Figure | None:
+    """The means over CORE's tasks, as `jaxchat.stages.scores` names them; below 0 is worse than guessing."""
+    means = [name for name in core_means(pretrain) if len(pretrain[name][0]) > 1]
+    if not means:
+        return None
+    figure = Figure(figsize=(7.0, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(0, color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="guessing")
+    for name, colour in zip(means, _TASK_COLOURS, strict=False):
+        axes.plot(*pretrain[name], color=colour, linewidth=1.5, marker="o", markersize=4, label=core_name(name))
+    _titles(axes, "pretrain", ", ".join(f"{pretrain[name][1][-1]:.3f}" for name in means) + " at the end")
+    axes.set_ylabel("share above guessing, mean over tasks")
+    _steps_axis(axes)
+    axes.legend(loc="best")
+    return figure
+
+
+def _task_scores(by_stage: Curves) -> Figure | None:
+    """The tasks that stages scored on the way, with intervals of 95 %, a panel a stage."""
+    prefix = "sample_score/"
+    names = sorted({name for names in by_stage.values() for name in names if name.startswith(prefix)})
+    stages = [stage for stage in STAGES if any(stage in _stages_with(by_stage, name) for name in names)]
+    if not stages:
+        return None
+    figure = Figure(figsize=({1: 7.0, 2: 9.0}.get(len(stages), 12.0), 4.0), layout="constrained")
+    panels, drawn = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0], {}
+    for axes, stage in zip(panels, stages, strict=True):
+        for number, name in enumerate(names):
+            if stage not in _stages_with(by_stage, name):
+                continue
+            (steps, values), colour = by_stage[stage][name], _TASK_COLOURS[number % len(_TASK_COLOURS)]
+            task = name.removeprefix(prefix)
+            (line,) = axes.plot(
+                steps, 100 * values, color=colour, linewidth=1.5, marker="o", markersize=4, clip_on=False
+            )
+            ends = [by_stage[stage].get(f"sample_{end}/{task}") for end in ("low", "high")]
+            if all(end is not None and np.array_equal(end[0], steps) for end in ends):
+                axes.fill_between(steps, *(100 * end[1] for end in ends if end), color=colour, alpha=0.12, linewidth=0)
+            drawn[task.replace("_", " ")] = line
+        axes.set_title(stage)
+        _steps_axis(axes)
+    panels[0].set_ylim(bottom=0)
+    panels[0].yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    panels[0].set_ylabel("answered right, of a sample")
+    figure.legend(drawn.values(), drawn.keys(), loc="outside upper left", ncols=min(4, len(drawn)))
     return figure
 
 

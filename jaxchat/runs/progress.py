@@ -30,6 +30,7 @@ class LiveLine:
         self._first: tuple[float, int] | None = None
         self._drawn_at = -math.inf
         self._drawn_step: int | None = None
+        self._doing, self._doing_since = "", 0.0
         self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._rich: Live | None = None
 
@@ -43,11 +44,30 @@ class LiveLine:
         self._step = step
         # The estimate of the time left starts after the first step, which compiles.
         self._first = self._first or (time.monotonic(), step)
-        if time.monotonic() - self._drawn_at >= (REDRAW_SECONDS if self._terminal else PLAIN_SECONDS):
+        if self._is_time():
             self._draw()
 
+    def show_progress(self, doing: str, done: int, total: int) -> None:
+        """Shows how far something has come that the steps wait for; costs almost nothing if it is not yet time to draw.
+
+        Its time left is estimated from the first call on that has this `doing`, or 0 for `done`.
+        """
+        now = time.monotonic()
+        if doing != self._doing or done == 0:
+            self._doing, self._doing_since = doing, now
+        if self._is_time():
+            left = (now - self._doing_since) / done * (total - done) if done else None
+            parts = [self._stage, doing, f"{done:,}/{total:,}", *([f"{format_duration(left)} left"] if left else [])]
+            self._show("  ".join(parts))
+
+    def _is_time(self) -> bool:
+        return time.monotonic() - self._drawn_at >= (REDRAW_SECONDS if self._terminal else PLAIN_SECONDS)
+
     def _draw(self) -> None:
-        line = format_live(self._stage, self._step or 0, self._total, self._values, self._seconds_left())
+        self._show(format_live(self._stage, self._step or 0, self._total, self._values, self._seconds_left()))
+        self._drawn_step = self._step
+
+    def _show(self, line: str) -> None:
         if self._terminal:
             if self._rich is None:
                 self._rich = Live(console=Console(stderr=True), auto_refresh=False)
@@ -55,7 +75,7 @@ class LiveLine:
             self._rich.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
         else:
             print(line, file=sys.stderr, flush=True)
-        self._drawn_at, self._drawn_step = time.monotonic(), self._step
+        self._drawn_at = time.monotonic()
 
     def _seconds_left(self) -> float | None:
         if self._total is None or self._step is None or self._first is None or self._step <= self._first[1]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ _CAPTIONS = {
     "evaluation.png": "Held-out questions answered correctly after each stage, in percent.",
     "loss.png": "Training loss: measured (thin) and its trend (thick). The first steps of pretraining are cut off.",
     "bpb.png": "Bits per byte on validation text; lower is better.",
+    "core.png": "CORE on a sample of its tasks during pretraining: 0 is guessing, 1 is everything right.",
+    "task_scores.png": "A sample of held-out questions answered correctly during training, in percent; bands are 95 % "
+    "intervals.",
     "reward.png": "Mean reward during reinforcement learning.",
     "learning_rates.png": "Learning rates of the parameter groups.",
 }
+_COURSE = ("loss.png", "bpb.png", "core.png", "task_scores.png", "reward.png", "learning_rates.png")
 _TOOL_CALL = re.compile(
     r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.DOTALL
 )
@@ -41,7 +46,7 @@ def page(report: dict[str, Any], plots: list[str], shown_path: str) -> str:
         _answers(report),
         _samples(report),
         _road(report),
-        *(_plot(name) for name in ("loss.png", "bpb.png", "reward.png", "learning_rates.png") if name in plots),
+        *(_plot(name) for name in _COURSE if name in plots),
         _settings(report),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -115,6 +120,10 @@ def _can_do(report: dict[str, Any], plots: list[str]) -> str:
         values = ", ".join(f"{value:.3f} after {stage}" for stage, value in bpb.items() if value is not None)
         if values:
             parts.append(f"Bits per byte of {what}, held out: {values}.")
+    measured = report["stages"].get("pretrain", {}).get("metrics", {})
+    if means := core_means(measured):
+        values = "; ".join(f"{core_name(name)}, {measured[name]:.4f}" for name in means)
+        parts.append(f"CORE on a sample of its tasks, at the end of pretraining: {values} (0 is guessing).")
     if report["rl"]:
         before, after = report["rl"]["reward_before"], report["rl"]["reward_after"]
         parts.append(
@@ -122,6 +131,17 @@ def _can_do(report: dict[str, Any], plots: list[str]) -> str:
         )
     parts += _rl_facts(report["stages"].get("rl", {}))
     return "\n\n".join(["## What it can do", *parts]) if parts else ""
+
+
+def core_means(metrics: Iterable[str]) -> list[str]:
+    """Those of a stage's metrics that are means over the tasks of CORE."""
+    return sorted(name for name in metrics if re.fullmatch(r"core_v\d|centered_mean_v\d_of_\d+", name))
+
+
+def core_name(metric: str) -> str:
+    """`core_v1` and `centered_mean_v1_of_18` in words."""
+    version, _, count = metric.partition("_v")[2].partition("_of_")
+    return f"mean of {count} tasks, baselines v{version}" if count else f"CORE, baselines v{version}"
 
 
 def _rl_facts(entry: dict[str, Any]) -> list[str]:

@@ -185,6 +185,8 @@ class TestSettings:
             {"evaluate": EvaluateConfig(limit=3, tasks=("gsm8k",), of=("sft",), max_new_tokens=9)},
             {"checkpoints": CheckpointConfig(keep=7), "cost": CostConfig(devices=3), "remat": "full", "on_nan": "skip"},
             {"pretrain": PretrainConfig(device_rows=1, eval_every=1, sample_every=2, save_every=3, eval_tokens=4)},
+            {"pretrain": PretrainConfig(core_every=5, core_per_task=20)},
+            {"sft": FinetuneConfig(tasks=("gsm8k",), tasks_every=5, task_questions=6)},
             {"rl": RLConfig(samples_per_question=3)},  # not begun
             {"midtrain": FinetuneConfig(mixture=("chat:10",))},
             {"stages": ("evaluate", "report")},

@@ -47,3 +47,13 @@ def test_numbers_and_what_was_left_out():
     assert format_left_out({"documents_not_utf8": 1, "bad_conversations": 1, "broken_lines": 1234}) == (
         "1 bad conversation, 1,234 broken lines, 1 document not UTF-8"
     )
+
+
+def test_what_the_steps_wait_for_shows_its_progress(monkeypatch, capsys):
+    clock = iter([100.0, 100.0, 100.0, 105.0, 105.0, 120.0, 120.0, 120.0])
+    monkeypatch.setattr("jaxchat.runs.progress.time.monotonic", lambda: next(clock))
+    line = LiveLine("pretrain", 10)
+    line.show_progress("CORE", 0, 9000)
+    line.show_progress("CORE", 1000, 9000)  # 5 seconds later: not yet time for another line
+    line.show_progress("CORE", 3000, 9000)
+    assert capsys.readouterr().err == "pretrain  CORE  0/9,000\npretrain  CORE  3,000/9,000  40s left\n"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from jaxchat.config import CostConfig, DataConfig, Experiment, ModelConfig
 from jaxchat.errors import UserError
+from jaxchat.runs import plots
 from jaxchat.runs.config_json import to_json
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.metrics import Metrics
@@ -338,3 +339,34 @@ def test_plots_do_not_depend_on_the_users_style():
         assert matplotlib.rcParams["font.size"] == 30
     first, second = (matplotlib.image.imread(io.BytesIO(png)) for png in (expected, drawn))
     np.testing.assert_array_equal(first, second)
+
+
+def test_what_was_scored_while_training_is_drawn_and_told(tmp_path):
+    begin(tmp_path)
+    with Metrics(tmp_path, "pretrain", live=False) as metrics:
+        for step, mean in ((2000, -0.0312), (4000, 0.0451)):
+            metrics.log(step, centered_mean_v1_of_18=mean, centered_mean_v2_of_18=mean - 0.04, **{"core/copa": 0.55})
+    with Metrics(tmp_path, "sft", live=False) as metrics:
+        for step, score in ((0, 0.0), (100, 0.25)):
+            facts = {"score": score, "low": score * 0.8, "high": score * 1.2 + 0.02, "count": 200}
+            metrics.log(step, **{f"sample_{name}/gsm8k": value for name, value in facts.items()})
+    for stage in ("pretrain", "sft"):
+        finish(tmp_path, stage, seconds=5, steps=100, tokens=64)
+    write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "mean of 18 tasks, baselines v1, 0.0451; mean of 18 tasks, baselines v2, 0.0051 (0 is guessing)" in text
+    assert "](plots/core.png)" in text and "](plots/task_scores.png)" in text
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["evaluation"] == {} == report["scores"]  # those of the evaluate stage
+    assert report["stages"]["pretrain"]["metrics"]["core/copa"] == 0.55
+
+
+def test_scores_below_guessing_have_room_in_the_plot():
+    means = {name: (np.array([0, 9]), np.array([-0.08, -0.01])) for name in ("core_v1", "core_v2", "core_v1_else")}
+    figure = plots._core({**means, "core_v2": (np.array([9]), np.array([0.3]))})
+    assert figure is not None
+    axes = figure.axes[0]
+    low, high = axes.get_ylim()
+    assert low < -0.08 and high > 0  # guessing is in the picture, too
+    assert [line.get_label() for line in axes.lines] == ["guessing", "CORE, baselines v1"]  # a point is no curve
+    assert plots._core({}) is None
