@@ -220,8 +220,9 @@ class RunDirectory:
         return [stage for stage in TRAINED if self.leaves_model(stage) and self.stale(stage) is None]
 
     def leaves_model(self, stage: str) -> bool:
-        """Whether the stage is finished and has trained: not without anything to train on."""
-        return bool((self.read_record(stage) or {}).get("steps"))
+        """Whether the stage is finished and has trained, or was imported: not without anything to train on."""
+        record = self.read_record(stage) or {}
+        return bool(record.get("steps")) or "imported" in record
 
     def last_step(self, stage: str) -> int:
         """The step that a finished stage ended with, which has a checkpoint.

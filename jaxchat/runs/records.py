@@ -27,6 +27,7 @@ RECORD = Object(
         "groups_without_signal": float,
         "cut": float,
         "steps_without_signal": int,
+        "imported": Object({"from": str}),
         "fingerprint": (None, Object()),
         "text": Object(
             optional={
