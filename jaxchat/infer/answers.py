@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxchat.infer.request import Finish, NewToken, Output, Request
+from jaxchat.infer.request import NO_OUTPUT, Finish, NewToken, NoOutput, Output, Request
 from jaxchat.infer.sampling import Level
 from jaxchat.infer.scheduler import Row
 from jaxchat.infer.text import TextStream
@@ -117,8 +117,10 @@ class Answer:
             self._call.append(token)
         return None
 
-    def tool_tokens(self, value: str | None) -> list[int]:
+    def tool_tokens(self, value: str | NoOutput | None) -> list[int]:
         """The tokens of what a tool has answered. Long ones lose their middle: half of the room stays for the model."""
+        if value is NO_OUTPUT:
+            return []
         ids = self._tokenizer.encode(value or "", "<|output_start|>", "<|output_end|>")
         room = self.row.limit - self._count
         most = max(SHORT_OUTPUT, room // 2)

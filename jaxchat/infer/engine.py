@@ -30,7 +30,7 @@ from jaxchat.infer.capacity import bucket, pages_of
 from jaxchat.infer.pages import PagePool
 from jaxchat.infer.programs import Setup
 from jaxchat.infer.quantized import KVCache, Weights, cache_dtype, stored
-from jaxchat.infer.request import MOST_ALTERNATIVES, Output, Request, Sampling
+from jaxchat.infer.request import MOST_ALTERNATIVES, Output, Request, Sampling, Tool
 from jaxchat.infer.runner import Runner
 from jaxchat.infer.sampling import check_sampling, level_of
 from jaxchat.infer.scheduler import Budget, Row, Scheduler
@@ -232,6 +232,7 @@ class Engine:
         top_k: int | None = None,
         seed: int = 0,
         tools: bool = True,
+        tool: Tool = calculate,
         max_batch: int = 256,
     ) -> Iterator[Written]:
         """Yields tokens as they are generated, as lists of (row, token, sampled); the tokens of a row come in order.
@@ -239,7 +240,7 @@ class Engine:
         A row ends with a stop token (<|assistant_end|> or <|bos|>, yielded as its last), after `max_new_tokens`, or
         when the context of `sequence_len` tokens is full.
 
-        With `tools`, the calculator answers an expression between <|python_start|> and <|python_end|>:
+        With `tools`, the calculator, or another `tool`, answers what is between <|python_start|> and <|python_end|>:
         <|output_start|>, the value and <|output_end|> follow with sampled False, and count as new tokens like all
         others. If the calculator refuses the expression, the output is empty, so that the model does not invent one. A
         <|python_end|> without a start is ignored.
@@ -253,9 +254,8 @@ class Engine:
         """
         check(max_batch >= 1, f"max_batch is {max_batch}; it must be at least 1")
         sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
-        tool = calculate if tools else None
         requests = [
-            Request(prompt, max_new_tokens, dataclasses.replace(sampling, number=row), tool=tool)
+            Request(prompt, max_new_tokens, dataclasses.replace(sampling, number=row), tool=tool if tools else None)
             for row, prompt in enumerate(prompts)
         ]
         for row, request in enumerate(requests):

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 MOST_ALTERNATIVES = 20  # likeliest tokens that come with a log-probability
 
-Tool = Callable[[str], str | None]  # the text of a call to the text of its output; None: the tool refuses it
+
+class NoOutput(enum.Enum):
+    """What a tool returns after whose calls nothing is to follow, not even an empty output."""
+
+    NO_OUTPUT = enum.auto()
+
+
+NO_OUTPUT = NoOutput.NO_OUTPUT
+# The text of a call to the text of its output; None: the tool refuses it, and its output is empty.
+Tool = Callable[[str], str | NoOutput | None]
 Finish = Literal["stop", "length", "cancelled"]
 
 

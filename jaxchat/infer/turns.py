@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxchat.infer.answers import Answer
-from jaxchat.infer.request import MOST_ALTERNATIVES, NewToken
+from jaxchat.infer.request import MOST_ALTERNATIVES, NewToken, NoOutput
 from jaxchat.infer.runner import STEPS, Runner
 from jaxchat.infer.sampling import LEVELS, needs_seen
 from jaxchat.infer.scheduler import Chunk, Row, Scheduler
@@ -146,7 +146,7 @@ class Turns:
                 self._resume(answer, future.result())
         return bool(done)
 
-    def _resume(self, answer: Answer, value: str | None) -> None:
+    def _resume(self, answer: Answer, value: str | NoOutput | None) -> None:
         """Forces in what a tool has answered."""
         tokens = answer.tool_tokens(value)
         self.scheduler.resume(answer.row, tokens)

@@ -18,7 +18,6 @@ from jaxchat.infer.engine import Engine
 from jaxchat.runs.files import write_bytes
 from jaxchat.stages.workspace import Workspace
 from jaxchat.tasks import Task
-from jaxchat.tasks.base import spread
 
 TEMPERATURE = 0.0
 
@@ -90,14 +89,13 @@ def _missing(workspace: Workspace, tasks: list[Task]) -> dict[str, list[tuple[Ta
 def _how_asked(workspace: Workspace, task: Task) -> dict[str, Any]:
     """What a score depends on besides the model: the questions, and how it may answer them."""
     config = workspace.experiment.evaluate
-    questions = spread(task, config.limit)
     digest = hashlib.sha256()
-    for i in range(len(questions)):
-        digest.update(json.dumps(questions[i], sort_keys=True, default=str).encode())
+    for i in task.subset(config.limit):
+        digest.update(json.dumps(task[i], sort_keys=True, default=str).encode())
     settings = {
         "questions": digest.hexdigest()[:16],
         "temperature": TEMPERATURE,
-        "max_new_tokens": config.max_new_tokens,
+        "max_new_tokens": task.mode.max_new_tokens if task.mode else config.max_new_tokens,
     }
     return settings if task.kind != "multiple_choice" else {**settings, "max_new_tokens": 1}
 
@@ -118,7 +116,7 @@ def _fits(
         return same and on_process_zero(answers.exists)
     if not workspace.finished("evaluate"):
         return False
-    same_count = score.get(f"count/{task.name}") == len(spread(task, workspace.experiment.evaluate.limit))
+    same_count = score.get(f"count/{task.name}") == len(task.subset(workspace.experiment.evaluate.limit))
     return same_count and (task.kind == "multiple_choice" or before == settings["max_new_tokens"])
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import bisect
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 from jaxchat.tasks.items import spread
@@ -38,14 +39,42 @@ class _Conversations(ABC, Sequence[Conversation]):
         return self.item(position)
 
 
+@dataclass(frozen=True)
+class Mode:
+    """How another program asks, where that is part of what its scores mean; evaluation follows it in everything.
+
+    Its questions are asked at their full length, even where they do not fit the model's context.
+
+    Attributes:
+      prompt_tokens: of a prompt that are kept, before <|assistant_start|>.
+      max_new_tokens: of an answer.
+      top_k, seed: of answers that are drawn, at a temperature above 0.
+      calculator: the text of a call to its value, or None, after which nothing is put into the answer.
+      any_of_samples: a question that is asked several times scores its best sample, not the mean.
+    """
+
+    prompt_tokens: int
+    max_new_tokens: int
+    top_k: int
+    seed: int
+    calculator: Callable[[str], str | None]
+    any_of_samples: bool
+
+
 class Task(_Conversations):
     """A sequence of complete conversations, each ending with the right answer as the assistant's message.
 
     `kind` tells how to evaluate the task: "generative" completions go to `score`; with "multiple_choice" the
     conversation has `letters`, one of which is the answer, and the most likely letter counts as the model's answer.
+    A task with a `mode` is asked as another program does; without, as the caller wants.
     """
 
     kind: Literal["generative", "multiple_choice"] = "generative"
+    mode: Mode | None = None
+
+    def subset(self, limit: int | None) -> Sequence[int]:
+        """The indices of at most `limit` items, in the order in which they are asked: evenly spread over the task."""
+        return spread(range(len(self)), limit)
 
     @abstractmethod
     def score(self, conversation: Conversation, completion: str, *, cut: bool = False) -> float:
@@ -94,13 +123,21 @@ def question_and_answer(question: str, answer: str | list[dict[str, str]], /, **
     return {"messages": messages, **extra}
 
 
-def multiple_choice_question(question: str, choices: Sequence[str], gold: int, **extra: Any) -> Conversation:
+def multiple_choice_question(
+    question: str,
+    choices: Sequence[str],
+    gold: int,
+    *,
+    heading: str = "Multiple choice question",
+    letters: Sequence[str] | None = None,
+    **extra: Any,
+) -> Conversation:
     """A question with a line for each choice, ending in its letter; `gold` is the index of the right choice.
 
     The letter comes after `=`, where it is a token by itself as in the answer, and after the choice, because a small
-    model associates it more easily with what it has just read.
+    model associates it more easily with what it has just read. `letters` are A, B, C, ... if there are no others.
     """
-    letters = tuple(LETTERS[: len(choices)])
+    letters = tuple(letters or LETTERS[: len(choices)])
     lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters, strict=True))
-    text = f"Multiple choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+    text = f"{heading}: {question}\n{lines}\nRespond only with the letter of the correct answer."
     return question_and_answer(text, letters[gold], letters=letters, **extra)

@@ -1,5 +1,7 @@
 """Scores of tasks with a model that knows the answers to some of their questions."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from jaxchat.errors import UserError
 from jaxchat.eval.chat import Answer, choose, evaluate_task
+from jaxchat.eval.statistics import pass_at_k, wilson_interval
 from jaxchat.infer.engine import Engine
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params, logits
@@ -76,15 +79,20 @@ def test_generative(engine, sums):
     assert result.score == pytest.approx(5 / 6)
     said = "<|python_start|>2+3<|python_end|><|output_start|>5<|output_end|>5"
     assert result.answers[0] == Answer("2 and 3?", said, right="5", score=1.0, cut=False)
+    assert [answer.index for answer in result.answers] == [*range(6)]
     assert (result.cut, result.too_long, len(result.answers)) == (0, 0, 6)
-    assert evaluate_task(engine, sums, max_new_tokens=16, batch_size=8, limit=3).count == 3
+    few = evaluate_task(engine, sums, max_new_tokens=16, batch_size=8, limit=3)
+    assert (few.count, [answer.index for answer in few.answers]) == (3, [0, 2, 4])
 
 
 def test_multiple_choice(engine, choices):
     result = evaluate_task(engine, choices, batch_size=8)
     assert result.score == pytest.approx(4 / 5)
     assert [(answer.answer, answer.right) for answer in result.answers] == [*zip("ACBDA", "ACBDB", strict=True)]
-    assert evaluate_task(engine, choices, batch_size=2) == result
+    other = evaluate_task(engine, choices, batch_size=2)
+    for one, two in zip(result.answers, other.answers, strict=True):
+        assert one.logprobs == pytest.approx(two.logprobs, abs=1e-4)
+        assert dataclasses.replace(one, logprobs=None) == dataclasses.replace(two, logprobs=None)
 
 
 def test_the_choice_is_the_letters_likelihood_whatever_else_is_likelier(engine):
@@ -98,8 +106,10 @@ def test_the_choice_is_the_letters_likelihood_whatever_else_is_likelier(engine):
     scores = np.asarray(forward(engine.params, padded))
     chosen = choose(engine, prompts, letters, batch_size=8)
     for i, (offered, answer) in enumerate(zip(letters, chosen, strict=True)):
-        row = scores[i, len(prompts[i]) - 1]
-        assert answer == max(offered, key=lambda letter, row=row: row[ord(letter)])
+        row = scores[i, len(prompts[i]) - 1].astype(np.float64)
+        assert answer.letter == max(offered, key=lambda letter, row=row: row[ord(letter)])
+        likely = {letter: row[ord(letter)] - np.logaddexp.reduce(row) for letter in offered}
+        assert answer.logprobs == pytest.approx(likely, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["sums", "choices"])
@@ -109,7 +119,8 @@ def test_a_question_that_does_not_fit_scores_nothing(engine, sums, choices, kind
     mixed = type(task)(kind, [task[0], endless])
     result = evaluate_task(engine, mixed, max_new_tokens=16, batch_size=8)
     assert (result.score, result.count, result.too_long, result.answers[1].answer) == (0.5, 2, 1, "")
-    assert f"{result}".strip() == "50.0% of 2 (1 too long to ask)"
+    assert f"{result}".strip() == "50.0% (9.5 to 90.5) of 2 (1 too long to ask)"
+    assert (result.low, result.high) == wilson_interval(0.5, 2)
 
 
 def test_answers_without_room_are_cut_and_say_nothing(engine, sums):
@@ -117,9 +128,42 @@ def test_answers_without_room_are_cut_and_say_nothing(engine, sums):
     for longest in (2, 5, 8, 9):
         result = evaluate_task(engine, sums, max_new_tokens=longest, batch_size=8)
         assert (result.cut, result.score) == (6, 0) and all(answer.cut for answer in result.answers)
-        assert f"{result}".strip() == "0.0% of 6 (6 cut)"
+        assert f"{result}".strip() == "0.0% (0.0 to 39.0) of 6 (6 cut)"
 
 
-def test_an_empty_task_is_refused(engine):
+def test_several_samples_of_a_question(engine, sums):
+    seen = []
+    # So hot that answers differ, and some are right: it knows these sums by heart.
+    options = {"max_new_tokens": 16, "temperature": 2.0, "batch_size": 16}
+    result = evaluate_task(engine, sums, samples=6, **options, progress=lambda *numbers: seen.append(numbers))
+    rights = [sum(sample.score for sample in answer.samples) for answer in result.answers]
+    assert len({sample.answer for answer in result.answers for sample in answer.samples}) > 6
+    assert 0 < sum(rights) < 36
+    assert [answer.score for answer in result.answers] == pytest.approx([right / 6 for right in rights])
+    assert result.score == pytest.approx(sum(rights) / 36) == result.pass_at[1]
+    assert result.pass_at[6] == sum(right > 0 for right in rights) / 6  # any of all samples
+    assert result.pass_at[4] == pytest.approx(np.mean([pass_at_k(6, int(right), 4) for right in rights]))
+    assert list(result.pass_at) == [1, 2, 4, 6] and result.samples == 6
+    assert result.cut == sum(sample.cut for answer in result.answers for sample in answer.samples)
+    assert all((a.answer, a.cut) == (a.samples[0].answer, a.samples[0].cut) for a in result.answers)
+    assert "of 6, 6 samples each" in str(result)
+    assert seen[-1] == (36, 36) and seen == sorted(seen)
+    assert evaluate_task(engine, sums, samples=6, **options) == result  # the seed decides
+    other = evaluate_task(engine, sums, samples=6, **options, seed=1)
+    assert other.answers != result.answers
+
+
+def test_letters_have_no_samples(engine, choices):
+    result = evaluate_task(engine, choices, samples=3, temperature=1.0, batch_size=8)
+    assert (result.samples, result.pass_at) == (1, {}) and not any(answer.samples for answer in result.answers)
+
+
+def test_what_cannot_be_asked_is_refused(engine, sums):
     with pytest.raises(UserError, match="sums has no questions"):
         evaluate_task(engine, Checkable("sums", []))
+    with pytest.raises(UserError, match="4 samples of a question are all the same at temperature 0; choose one above"):
+        evaluate_task(engine, sums, samples=4)
+    with pytest.raises(UserError, match="samples is 0; it must be at least 1"):
+        evaluate_task(engine, sums, samples=0, temperature=1.0)
+    with pytest.raises(UserError, match="the choice 'AB' is 2 tokens of this vocabulary; it must be one"):
+        choose(engine, [[1, 2]], [("A", "AB")], 1)
