@@ -15,6 +15,7 @@ from jaxchat.tasks.conversations import load_chat, load_file, load_smoltalk
 from jaxchat.tasks.gsm8k import load_gsm8k
 from jaxchat.tasks.humaneval import load_humaneval
 from jaxchat.tasks.multiple_choice import load_arc, load_mmlu
+from jaxchat.tasks.nanochat import tasks as nanochat
 from jaxchat.tasks.spelling import load_spelling
 
 __all__ = ["TASKS", "Conversation", "Mixture", "Split", "Task", "load_task", "parse_mixture"]
@@ -32,8 +33,15 @@ _LOADERS: dict[str, Callable[[Split, AnyPath, int | None, Findings], Task]] = {
     "letters": partial(load_checkable, "letters"),
     "facts": partial(load_checkable, "facts"),
     "long_sums": partial(load_checkable, "long_sums"),
+    "nanochat_arc_easy": partial(nanochat.load_arc, "nanochat_arc_easy"),
+    "nanochat_arc_challenge": partial(nanochat.load_arc, "nanochat_arc_challenge"),
+    "nanochat_mmlu": nanochat.load_mmlu,
+    "nanochat_gsm8k": nanochat.load_gsm8k,
+    "nanochat_humaneval": nanochat.load_humaneval,
+    "nanochat_spelling": nanochat.load_spelling,
 }
 TASKS = tuple(_LOADERS)
+PROGRAMS = ("humaneval", "nanochat_humaneval")  # their answers are run to be scored
 _CONVERSATIONS = ("chat", "smoltalk")  # for training only, like files of conversations
 
 
@@ -43,7 +51,7 @@ def load_task(
     """Loads the task `name`: one of `TASKS`, from the data folder, or the path of a file of conversations.
 
     Args:
-      limit: takes at most this many items, evenly spread over the task.
+      limit: takes at most this many items, evenly spread over the task; the first ones where its mode says so.
       findings: told about each bad item, which it counts or refuses; None refuses them.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -95,6 +95,16 @@ def parse_item(record: Mapping[str, Any]) -> dict[str, str]:
 
 def load_gsm8k(split: Split, data_dir: AnyPath, limit: int | None, findings: Findings) -> GSM8K:
     """Loads `eval/gsm8k/test.jsonl` or `train.jsonl`, of which every 20th problem is for validation."""
+    return GSM8K("gsm8k", read_gsm8k(split, data_dir, findings), limit)
+
+
+def read_gsm8k(
+    split: Split,
+    data_dir: AnyPath,
+    findings: Findings,
+    parse: Callable[[Mapping[str, Any]], dict[str, str]] = parse_item,
+) -> list[dict[str, str]]:
+    """The problems of a split, in the order of the file; `parse` checks each."""
     path = data_dir / "eval" / "gsm8k" / ("test.jsonl" if split == "test" else "train.jsonl")
-    items = read_items(path, parse_item, "gsm8k", findings)
-    return GSM8K("gsm8k", items if split == "test" else hold_out(items, split), limit)
+    items = read_items(path, parse, "gsm8k", findings)
+    return items if split == "test" else hold_out(items, split)

@@ -78,6 +78,11 @@ def load_humaneval(split: Split, data_dir: AnyPath, limit: int | None, findings:
 
     Every 20th of one's own is for validation.
     """
+    return HumanEval("humaneval", read_humaneval(split, data_dir, findings), limit)
+
+
+def read_humaneval(split: Split, data_dir: AnyPath, findings: Findings) -> list[dict[str, str]]:
+    """The problems of a split, in the order of the file."""
     path = data_dir / "eval" / ("humaneval.jsonl" if split == "test" else "humaneval_train.jsonl")
     items = read_items(path, parse_item, "humaneval", findings)
-    return HumanEval("humaneval", items if split == "test" else hold_out(items, split), limit)
+    return items if split == "test" else hold_out(items, split)

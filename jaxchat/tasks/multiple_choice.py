@@ -38,6 +38,8 @@ def parse_item(record: Mapping[str, Any]) -> dict[str, Any]:
     one `text` and one `label` each. The answer is `gold`, `answer` or `answerKey`: a choice's label (in a list of texts
     its letter), whatever its case, or its index, which counts from 0.
 
+    Returns `question`, `choices`, `gold` (an index), and `labels` and `subject` if the record has its own.
+
     Raises:
       ValueError: a field is missing or of another type, or the answer is none of the choices.
     """
@@ -52,7 +54,10 @@ def parse_item(record: Mapping[str, Any]) -> dict[str, Any]:
     key = next((name for name in ("gold", "answer", "answerKey") if record.get(name) is not None), None)
     if key is None:
         raise ValueError("there is no answer: 'gold', 'answer' or 'answerKey'")
-    return {"question": question, "choices": choices, "gold": _gold_of(record[key], key, labels, len(choices))}
+    item = {"question": question, "choices": choices, "gold": _gold_of(record[key], key, labels, len(choices))}
+    subject = record.get("subject")
+    own = {"labels": labels, "subject": subject if isinstance(subject, str) else None}
+    return item | {name: value for name, value in own.items() if value}
 
 
 def _choices_of(choices: Any) -> tuple[list[str], list[str] | None]:
@@ -101,13 +106,23 @@ def load_mmlu(split: Split, data_dir: AnyPath, limit: int | None, findings: Find
 
     Of these every 20th question is for validation. MMLU's `auxiliary_train` is not used, since it is other data sets.
     """
+    return MultipleChoice("mmlu", read_mmlu(split, data_dir, findings), limit)
+
+
+def read_mmlu(split: Split, data_dir: AnyPath, findings: Findings) -> list[dict[str, Any]]:
+    """The items of a split of MMLU, in the order of the files."""
     names = ("test",) if split == "test" else ("dev", "val")
     paths = [data_dir / "eval" / "mmlu" / f"{name}.jsonl" for name in names]
     items = [item for path in paths for item in read_items(path, parse_item, "mmlu", findings)]
-    return MultipleChoice("mmlu", items if split == "test" else hold_out(items, split), limit)
+    return items if split == "test" else hold_out(items, split)
 
 
 def load_arc(name: str, split: Split, data_dir: AnyPath, limit: int | None, findings: Findings) -> MultipleChoice:
     """Loads `eval/{name}.jsonl` for test, and `eval/{name}/{split}.jsonl` for the other splits."""
+    return MultipleChoice(name, read_arc(name, split, data_dir, findings), limit)
+
+
+def read_arc(name: str, split: Split, data_dir: AnyPath, findings: Findings) -> list[dict[str, Any]]:
+    """The items of a split of ARC, in the order of the file; `name` is arc_easy or arc_challenge."""
     path = data_dir / "eval" / (f"{name}.jsonl" if split == "test" else f"{name}/{split}.jsonl")
-    return MultipleChoice(name, read_items(path, parse_item, name, findings), limit)
+    return read_items(path, parse_item, name, findings)

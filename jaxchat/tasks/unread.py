@@ -9,7 +9,7 @@ from jaxchat.tasks.conversations import find_chats
 # The files of records in `eval/` and its folders that tasks read, without their endings.
 _SPLIT = ("train", "test")
 _READ = {
-    "eval": ("arc_easy", "arc_challenge", "humaneval", "humaneval_train"),
+    "eval": ("arc_easy", "arc_challenge", "humaneval", "humaneval_train", "nanochat_spelling"),
     "eval/mmlu": ("dev", "val", "test"),
     **dict.fromkeys(("eval/arc_easy", "eval/arc_challenge"), ("train", "val")),
     **dict.fromkeys(("eval/gsm8k", "eval/sums", "eval/letters", "eval/facts", "eval/long_sums"), _SPLIT),
