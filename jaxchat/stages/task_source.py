@@ -63,5 +63,6 @@ class TaskSource:
 
 def dataset_of(task: str) -> str | None:
     """The data set of "jaxchat data list" that has the files of a task; None if there is none."""
+    task = task.removeprefix("nanochat_")
     names = [dataset.name for dataset in DATASETS if not dataset.is_text]
     return next((name for name in names if task == name or task.startswith(f"{name}_")), None)

@@ -30,8 +30,8 @@ def columns(*names: str) -> ToItem:
 
 def arc_item(row: Row) -> Row:
     """Converts a question of ARC, whose choices have labels, A to E or 1 to 5, one of which is the answer."""
-    choices = row["choices"]
-    return {"query": row["question"], "choices": choices["text"], "gold": choices["label"].index(row["answerKey"])}
+    choices = {name: row["choices"][name] for name in ("text", "label")}
+    return {"query": row["question"], "choices": choices, "gold": choices["label"].index(row["answerKey"])}
 
 
 def chat_item(row: Row) -> Row | None:

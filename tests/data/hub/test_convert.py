@@ -61,7 +61,9 @@ def test_tasks_read_what_was_downloaded(tasks, tmp_path):
     assert "chat/smoltalk/train.jsonl.gz: 1 rows that no task can use are left out" in said
     assert len(load_task("smoltalk", "val", tmp_path)) == 2
     assert "1 + 1?" in str(load_task("gsm8k", "test", tmp_path)[0])
-    assert load_task("arc_easy", "val", tmp_path).items[1] == {"question": "who?", "choices": ["u", "v"], "gold": 0}
+    item = {"question": "who?", "choices": ["u", "v"], "gold": 0, "labels": ["1", "2"]}
+    assert load_task("arc_easy", "val", tmp_path).items[1] == item
+    assert load_task("nanochat_arc_easy", "val", tmp_path)[0]["letters"] == ("1", "2")
     assert len(load_task("arc_challenge", "test", tmp_path)) == 2
     assert len(load_task("mmlu", "test", tmp_path)) == 20 and len(load_task("mmlu", "train", tmp_path)) == 38
     assert len(load_task("humaneval", "test", tmp_path)) == 1
