@@ -120,7 +120,7 @@ DATASETS = (
     Dataset("humaneval", "164 Python functions to write", "MIT", "openai/openai_humaneval", (
         Table("openai_humaneval/test-*.parquet", "eval/humaneval.jsonl", _HUMANEVAL),
     ), 84_000),
-    Dataset("core", "the 22 tasks of the CORE score, which nothing in jaxchat reads yet", "of each task", "", Archive(
+    Dataset("core", "the 22 tasks of CORE, the score of base models", "of each task", "", Archive(
         "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip",
         "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200", "eval_bundle", "eval/eval_bundle",
     ), 162_000_000),
