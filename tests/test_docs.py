@@ -27,7 +27,7 @@ GUIDES = [path for path in DOCUMENTS if path.name not in ("CHANGELOG.md", "RESUL
 FOREIGN = {
     "--add-host", "--all-targets", "--apply_chat_template", "--command", "--depth", "--hostfile", "--include_path",
     "--map-by", "--mca", "--model", "--model_args", "--network", "--num_fewshot", "--release", "--tasks",
-    "--unbuffered", "--worker",
+    "--model-impl", "--unbuffered", "--worker",
 }  # fmt: skip
 # What the recipes of CONTRIBUTING.md create.
 NEW = {

@@ -187,7 +187,7 @@ def test_help_and_bad_input_do_not_wait_for_jax(module, arguments, code):
     "arguments, expected",
     {
         "": "the following arguments are required: COMMAND; see jaxchat --help",
-        "chatt": "unknown command 'chatt', did you mean 'chat'? Choose from chat, serve, tokenizer, data, lr-range, ",
+        "chatt": "unknown command 'chatt', did you mean 'chat'? Choose from chat, serve, ",
         "tokenizer evl": "unknown command 'evl', did you mean 'eval'?",
         "--hlep": "unknown option --hlep, did you mean '--help'? See jaxchat --help",
         # before argparse complains that --run is missing
