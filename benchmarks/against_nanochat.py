@@ -1,12 +1,18 @@
-"""Compares the training speed of jaxchat and nanochat on this machine.
+"""Compares jaxchat and nanochat on this machine: the speed of training, and what evaluation says of the same weights.
 
     git clone https://github.com/karpathy/nanochat
     python benchmarks/against_nanochat.py --checkout nanochat --python nanochat/.venv/bin/python --depth 12 20
 
-Both do the same work (depth, rows, context, vocabulary, random tokens, optimizer step included) in separate processes,
-taking turns on one GPU in each round. Both attend to the full context unless --window-pattern says otherwise:
-nanochat's own default has sliding windows, which are slow without FlashAttention-3. With --fp8 each uses its own
-recipe: nanochat puts the head into fp8 too, jaxchat leaves it in bf16. Checkouts from October 2025 or later work.
+Training: both do the same work (depth, rows, context, vocabulary, random tokens, optimizer step included) in separate
+processes, taking turns on one GPU in each round. Both attend to the full context unless --window-pattern says
+otherwise: nanochat's own default has sliding windows, which are slow without FlashAttention-3. With --fp8 each uses its
+own recipe: nanochat puts the head into fp8 too, jaxchat leaves it in bf16. Checkouts from October 2025 or later work.
+
+Evaluation, item by item (`evaluation_against_nanochat.py`); `core --help` and so on list the options:
+
+    python benchmarks/against_nanochat.py core --checkout nanochat --run runs/d6 --data data/eval/eval_bundle
+    python benchmarks/against_nanochat.py chat --checkout nanochat --run runs/d6 --data data
+    python benchmarks/against_nanochat.py bpb --checkout nanochat --run runs/d6 --data data/pretrain
 """
 
 from __future__ import annotations
@@ -15,19 +21,20 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from timing import say, table
+import evaluation_against_nanochat
+from timing import run, say, table
 
 from jaxchat.devices.machine import device_peak_flops
 from jaxchat.errors import UserError, check
 
 HERE = Path(__file__).parent
+EVALUATIONS = tuple(evaluation_against_nanochat.WHAT)
 WORK = ("rows", "sequence_len", "vocab_size", "accumulation", "steps")
 LONG = 3600  # seconds, so that no window of ours is cut short
 GIB = 1 << 30
@@ -35,7 +42,10 @@ GIB = 1 << 30
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns 2 if either of the two fails at a depth."""
-    options = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in EVALUATIONS:
+        return evaluation_against_nanochat.main(argv[0], argv[1:])
+    options = _parser().parse_args(argv[1:] if argv[:1] == ["train"] else argv)
     try:
         _check(options)
     except UserError as error:
@@ -119,39 +129,6 @@ def _rounds(options: argparse.Namespace, depth: int, directory: Path) -> list[di
             say(f"d{depth}, round {number + 1} of {options.rounds}: {name} {speed:,.0f} tokens/s, {memory} GiB")
         rounds.append(figures)
     return rounds
-
-
-def run(
-    name: str, command: list[str], environment: dict[str, str], result: Path, *, show: bool = False
-) -> dict[str, Any]:
-    """The figures that a process writes to `result`. When this returns, the process has ended and its memory is free.
-
-    With `show`, what it prints goes to stderr at once.
-
-    Raises:
-      UserError: the process fails; the message has its last line of output.
-    """
-    result.unlink(missing_ok=True)
-    try:
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-    except OSError as error:
-        raise UserError(f"{command[0]} cannot be started ({error.strerror}); give --python a Python") from None
-    lines = []
-    with process:
-        assert process.stdout
-        for line in filter(str.strip, process.stdout):
-            lines.append(line.rstrip("\n"))
-            if show:
-                say(lines[-1])
-    figures = json.loads(result.read_text()) if result.exists() and result.stat().st_size else {"error": lines[-1:]}
-    if process.returncode or "error" in figures:
-        if not show:
-            say("\n".join(lines[-30:]))
-        reason = figures.get("error") or lines[-1:]
-        raise UserError(f"{name} failed: {reason if isinstance(reason, str) else ' '.join(reason)}")
-    return figures
 
 
 def _summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:

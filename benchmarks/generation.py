@@ -20,8 +20,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from against_nanochat import run
-from timing import table
+from timing import run, table
 
 from jaxchat.errors import UserError, check
 

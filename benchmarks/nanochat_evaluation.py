@@ -37,7 +37,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="what jaxchat export has written")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="the bundle, the data folder, or the folder of text")
-    parser.add_argument("--base", type=Path, required=True, help="NANOCHAT_BASE_DIR, for the files of questions")
     parser.add_argument("--tasks", nargs="+")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--rank", type=int, default=0)
@@ -189,8 +188,10 @@ class Watch:
 
 def chat(options: argparse.Namespace) -> dict[str, Any]:
     """The outcome of each question of each task, in the order in which nanochat asks them."""
-    write_questions(options.data / "eval", options.base)
+    from nanochat.common import get_base_dir
     from nanochat.engine import Engine
+
+    write_questions(options.data / "eval", Path(get_base_dir()))
     from scripts import chat_eval
 
     model, tokenizer = load(options)

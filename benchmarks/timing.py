@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import multiprocessing
 import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from jaxchat.errors import UserError
 
 
 class Failed(Exception):
@@ -91,6 +96,41 @@ def _work(pipe, environment: dict[str, str], work: Callable, arguments: tuple) -
         result = Failed("panics" if "Panic" in type(error).__name__ else f"{type(error).__name__}: {error}")
     unit = 1 if sys.platform == "darwin" else 1024
     pipe.send((result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
+
+
+def run(
+    name: str, command: list[str], environment: dict[str, str], result: Path | None, *, show: bool = False
+) -> dict[str, Any]:
+    """The figures that a process writes to `result`. When this returns, the process has ended and its memory is free.
+
+    With `show`, what it prints goes to stderr at once. Without a `result` there are no figures.
+
+    Raises:
+      UserError: the process fails; the message has its last line of output.
+    """
+    if result:
+        result.unlink(missing_ok=True)
+    try:
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    except OSError as error:
+        raise UserError(f"{command[0]} cannot be started ({error.strerror}); give --python a Python") from None
+    lines = []
+    with process:
+        assert process.stdout
+        for line in filter(str.strip, process.stdout):
+            lines.append(line.rstrip("\n"))
+            if show:
+                say(lines[-1])
+    written = result.read_text() if result and result.exists() else ""
+    figures = json.loads(written) if written else {"error": lines[-1:]} if result else {}
+    if process.returncode or "error" in figures:
+        if not show:
+            say("\n".join(lines[-30:]))
+        reason = figures.get("error") or lines[-1:]
+        raise UserError(f"{name} failed: {reason if isinstance(reason, str) else ' '.join(reason)}")
+    return figures
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
