@@ -30,7 +30,7 @@ class LiveLine:
         self._first: tuple[float, int] | None = None
         self._drawn_at = -math.inf
         self._drawn_step: int | None = None
-        self._doing, self._doing_since = "", 0.0
+        self._doing, self._doing_since, self._done = "", (0.0, 0), 0
         self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._rich: Live | None = None
 
@@ -50,14 +50,21 @@ class LiveLine:
     def show_progress(self, doing: str, done: int, total: int) -> None:
         """Shows how far something has come that the steps wait for; costs almost nothing if it is not yet time to draw.
 
-        Its time left is estimated from the first call on that has this `doing`, or 0 for `done`.
+        Its time left is estimated from its first call on, which may come after programs were compiled.
         """
         now = time.monotonic()
-        if doing != self._doing or done == 0:
-            self._doing, self._doing_since = doing, now
+        if doing != self._doing or done < self._done:
+            self._doing, self._doing_since = doing, (now, done)
+        self._done = done
         if self._is_time():
-            left = (now - self._doing_since) / done * (total - done) if done else None
-            parts = [self._stage, doing, f"{done:,}/{total:,}", *([f"{format_duration(left)} left"] if left else [])]
+            since, before = self._doing_since
+            left = (now - since) / (done - before) * (total - done) if done > before else None
+            parts = [
+                self._stage,
+                doing,
+                f"{done / max(1, total):.0%}",
+                *([f"{format_duration(left)} left"] if left else []),
+            ]
             self._show("  ".join(parts))
 
     def _is_time(self) -> bool:

@@ -15,6 +15,7 @@ from jaxchat.eval.bpb import evaluate_bpb
 from jaxchat.model.config import GPTConfig
 from jaxchat.stages.preflight import check_targets
 from jaxchat.stages.samples import prompts_of_chats
+from jaxchat.stages.scores import task_scores
 from jaxchat.stages.training import Batches, Training
 from jaxchat.stages.workspace import Workspace
 from jaxchat.tasks import Conversation, Mixture, Task
@@ -66,12 +67,14 @@ def run(workspace: Workspace, stage: str) -> None:
     facts: dict[str, Any] = {"mixture": {task.name: len(task) for task in tasks}}
     if findings.left_out:
         facts["left_out"] = dict(findings.left_out)
+    asked = workspace.load_tasks(stage, config.tasks, "test", quiet=True)
     shown = spread(held_out or [chat for chat in Mixture(tasks) if chat["messages"]], SAMPLES)
     training.train(
         lambda: params,
         Batches(workspace, plan, batches),
         lambda metrics: (
             Evaluator(config.eval_every, validate),
+            *task_scores(training, metrics, config, asked),
             training.sampler(metrics, prompts_of_chats(tokenizer, list(shown))),
         ),
         **facts,

@@ -15,6 +15,7 @@ from jaxchat.data.chat.targets import Targets, count_targets, fits
 from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.data.text.reading import Findings
 from jaxchat.errors import MissingData, UserError, check
+from jaxchat.eval.core.bundle import find_bundle, load_bundle
 from jaxchat.runs.progress import format_number
 from jaxchat.stages.task_source import NotYet, TaskSource, dataset_of
 from jaxchat.stages.text_check import check_text, text_that_is_there
@@ -27,6 +28,7 @@ from jaxchat.tasks.unread import unread_files
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
 
 MIXTURES = {"midtrain": "mixture", "sft": "mixture", "rl": "tasks", "evaluate": "tasks"}  # stage -> the field
+SCORED = {"midtrain": "tasks", "sft": "tasks"}  # stage -> the field of what is scored on the way
 SAID = 20  # of the bad lines that are left out, this many are said
 SLOW = 3.0  # seconds after which the user is told how long the checks took
 Say = Callable[[str], None]
@@ -56,8 +58,12 @@ def check_data(
     began = time.perf_counter()
     preflight = _Preflight(experiment, source, tokenizer, given, say)
     for stage in stages:
+        if stage == "pretrain":
+            preflight.check_core()
         if stage in MIXTURES:
             preflight.check_stage(stage)
+        if stage in SCORED:
+            preflight.check_scored(stage)
     if preflight.loaded and experiment.data.folder is not None:
         unread = unread_files(to_path(experiment.data.folder))
         if unread:
@@ -123,26 +129,11 @@ class _Preflight:
 
     def check_stage(self, stage: str) -> None:
         """Checks what a stage names; what is still to come is left for later."""
-        field = f"{stage}.{MIXTURES[stage]}"
-        entries = parse_mixture(getattr(getattr(self.experiment, stage), MIXTURES[stage]))
-        names = [name for name, _ in entries]
+        field = MIXTURES[stage]
+        found, missing = self._find(stage, field, "test" if stage == "evaluate" else "train")
+        names = [name for name, _ in parse_mixture(getattr(getattr(self.experiment, stage), field))]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            self.say(f"{stage:<9} {field} names {', '.join(twice)} more than once: it counts as often")
-        found, missing = [], []
-        for name, limit in entries:
-            try:
-                task = self._load(name, "test" if stage == "evaluate" else "train")
-            except MissingData as error:
-                own = (stage, name) == ("rl", "humaneval")  # the problems of the data set are for testing
-                dataset = None if own else dataset_of(name)
-                remedy = f"; 'jaxchat data get {dataset}' downloads it" if dataset else ""
-                # humaneval is there only if it is asked for
-                check(field not in self.given and name != "humaneval", f"{field} names {name}, but {error}{remedy}")
-                missing.append(f"{name} ({error})")
-                continue
-            if task is not None and len(task) < (limit or 0):
-                self.say(f"{stage:<9} {name} has {len(task):,} items, not the {limit:,} that {field} asks for")
-            found.append((name, limit, task))
+            self.say(f"{stage:<9} {stage}.{field} names {', '.join(twice)} more than once: it counts as often")
         if missing and (found or stage not in ("midtrain", "sft")):
             self.say(left_out(stage, missing))
         if stage not in ("midtrain", "sft"):
@@ -154,6 +145,48 @@ class _Preflight:
         check(bool(found), f"{stage}: the data folder has none of its tasks: {', '.join(missing)}")
         if all(task is not None for _, _, task in found):
             self._check_training(stage, [(name, limit) for name, limit, _ in found])
+
+    def check_core(self) -> None:
+        """Checks the tasks of CORE, if pretraining measures it. Data that lacks them is no reason to stop."""
+        every, folder = self.experiment.pretrain.core_every, self.experiment.data.folder
+        if not every or self.source.downloading("core"):
+            return
+        found = None if folder is None else find_bundle(folder)
+        if found is None:
+            remedy = f"{folder} has no eval/eval_bundle; 'jaxchat data get core' downloads it"
+            why = "generated data has none of its tasks; name a folder with --data" if folder is None else remedy
+            check("pretrain.core_every" not in self.given, f"pretrain.core-every is {every}, but {why}")
+            self.say(f"pretrain  CORE is not measured: {why}")
+        elif lacking := load_bundle(found).missing:
+            self.say(f"pretrain  {found} lacks {', '.join(lacking)}: the mean over the others is not CORE")
+
+    def check_scored(self, stage: str) -> None:
+        """Checks what a stage that trains on other things scores on the way."""
+        found, missing = self._find(stage, SCORED[stage], "test")
+        if missing:
+            self.say(f"{stage:<9} not scored, not in the data folder: {', '.join(missing)}")
+        self._check_questions(stage, [task for _, _, task in found if task is not None])
+
+    def _find(
+        self, stage: str, name_of_field: str, split: Split
+    ) -> tuple[list[tuple[str, int | None, Task | None]], list[str]]:
+        """The tasks that a field names, with the most of their items to take, and those that are missing, with why."""
+        field, found, missing = f"{stage}.{name_of_field}", [], []
+        for name, limit in parse_mixture(getattr(getattr(self.experiment, stage), name_of_field)):
+            try:
+                task = self._load(name, split)
+            except MissingData as error:
+                own = (stage, name) == ("rl", "humaneval")  # the problems of the data set are for testing
+                dataset = None if own else dataset_of(name)
+                remedy = f"; 'jaxchat data get {dataset}' downloads it" if dataset else ""
+                # humaneval is there only if it is asked for
+                check(field not in self.given and name != "humaneval", f"{field} names {name}, but {error}{remedy}")
+                missing.append(f"{name} ({error})")
+                continue
+            if task is not None and len(task) < (limit or 0):
+                self.say(f"{stage:<9} {name} has {len(task):,} items, not the {limit:,} that {field} asks for")
+            found.append((name, limit, task))
+        return found, missing
 
     def _load(self, name: str, split: Split) -> Task | None:
         """A task as a whole, read once; None if it is still to come."""

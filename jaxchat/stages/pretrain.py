@@ -13,6 +13,7 @@ from jaxchat.devices.mesh import batch_share
 from jaxchat.devices.processes import on_process_zero
 from jaxchat.eval.bpb import evaluate_bpb
 from jaxchat.stages.samples import fixed_prompts, prompts_of_texts
+from jaxchat.stages.scores import core_scores
 from jaxchat.stages.training import Batches, Training, fresh_params
 from jaxchat.stages.workspace import Workspace
 from jaxchat.tokenizer import BaseTokenizer
@@ -53,7 +54,11 @@ def run(workspace: Workspace) -> None:
     training.train(
         lambda: fresh_params(workspace, model),
         batches,
-        lambda metrics: (Evaluator(config.eval_every, validate), training.sampler(metrics, prompts)),
+        lambda metrics: (
+            Evaluator(config.eval_every, validate),
+            *core_scores(training, metrics),
+            training.sampler(metrics, prompts),
+        ),
         text=text_record(text),
     )
 

@@ -13,7 +13,8 @@ from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.errors import UserError, check
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.metrics import check_installed
-from jaxchat.tasks import check_scorable, parse_mixture
+from jaxchat.stages.own_conversations import names_files_alone
+from jaxchat.tasks import PROGRAMS, check_scorable, parse_mixture
 from jaxchat.tools.python import containment, listed, possible
 
 
@@ -34,15 +35,25 @@ def check_settings(experiment: Experiment) -> None:
         if stage in ("midtrain", "sft"):
             with naming(f"{stage}.mixture"):
                 parse_mixture(getattr(experiment, stage).mixture)
+            tasks = getattr(experiment, stage).tasks
+            with naming(f"{stage}.tasks"):
+                check_scorable(tasks)
+                programs = [name for name, _ in parse_mixture(tasks) if name.endswith("humaneval")]
+                check(
+                    not programs,
+                    f"{'/'.join(programs)} runs programs that the model writes, which the evaluate stage alone does "
+                    "(--evaluate.humaneval, docs/programs.md); leave it out",
+                )
         if stage in ("rl", "evaluate"):
             tasks = getattr(experiment, stage).tasks
             check(bool(tasks), f"{stage}.tasks is empty; name at least one, or leave {stage} out of --stages")
             with naming(f"{stage}.tasks"):
                 check_scorable(tasks)
+            programs = [name for name, _ in parse_mixture(tasks) if name in PROGRAMS]
             check(
-                getattr(experiment, stage).humaneval or all(name != "humaneval" for name, _ in parse_mixture(tasks)),
-                f"{stage}.tasks names humaneval, which runs programs that the model writes; add --{stage}.humaneval if "
-                "they may run here (docs/programs.md), or leave it out",
+                getattr(experiment, stage).humaneval or not programs,
+                f"{stage}.tasks names {' and '.join(programs)}, which runs programs that the model writes; add "
+                f"--{stage}.humaneval if they may run here (docs/programs.md), or leave it out",
             )
     check(
         bool(experiment.evaluate.of) or "evaluate" not in experiment.stages,
@@ -51,23 +62,28 @@ def check_settings(experiment: Experiment) -> None:
 
 
 def check_has_data(experiment: Experiment) -> None:
-    """Raises UserError if the experiment has no data folder, nothing to download, and must not generate any."""
+    """Raises UserError if the experiment has no data: no folder, nothing to download, generate, or named as a file."""
     check(
-        experiment.data.folder is not None or experiment.data.generate,
+        experiment.data.folder is not None or experiment.data.generate or names_files_alone(experiment),
         f"{experiment.name} trains on your text: give it a folder with --data=DIR, or name data sets with "
         "--data.download",
     )
 
 
-def check_run(experiment: Experiment, directory: RunDirectory, *, redo: Collection[str] = ()) -> None:
+def check_run(
+    experiment: Experiment, directory: RunDirectory, *, redo: Collection[str] = (), given: Collection[str] = ()
+) -> None:
     """Checks that what is in a run's directory lets the experiment's stages go on; writes nothing.
+
+    Args:
+      given: stages that will be there before the first one runs.
 
     Raises:
       UserError: another run is there; what a stage needs is neither there nor made before it.
     """
     directory.check(experiment, redo=redo)
     again = directory.following(redo)
-    there = [stage for stage in STAGES if stage not in again and directory.finished(stage)]
+    there = [stage for stage in STAGES if stage in given or (stage not in again and directory.finished(stage))]
     for stage in experiment.stages:
         if stage == "report":
             check(bool(there), f"{directory} has nothing to report yet; run a stage before it")

@@ -6,12 +6,14 @@ Of several processes, which must share the run directory, only process 0 writes 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import Experiment, SupervisedConfig
@@ -133,7 +135,7 @@ class Workspace:
         if not {"tokenizer", "pretrain"}.isdisjoint(stages):
             text = self.text()
             on_process_zero(lambda: self._check_text(text))
-        source = TaskSource(self.experiment.data, self._write_generated, self._downloading)
+        source = TaskSource(self.experiment.data, self._write_generated, self.is_downloading)
         on_process_zero(
             lambda: check_data(
                 self.experiment, source, stages, tokenizer=self._known_tokenizer(), given=given, say=self.say_once
@@ -153,7 +155,8 @@ class Workspace:
         users = self.experiment.tokenizer.path
         return None if users is None else load_tokenizer(users)
 
-    def _downloading(self, task: str) -> bool:
+    def is_downloading(self, task: str) -> bool:
+        """Whether the files of a task are still to be downloaded."""
         return self._download is not None and dataset_of(task) in self._download.missing_tasks()
 
     def load_tasks(
@@ -216,15 +219,9 @@ class Workspace:
 
     def load_params(self, stage: str, config: GPTConfig) -> tuple[Params, int]:
         """The parameters that `stage` ended with, laid out on the mesh, and its last step."""
-        abstract = abstract_params(config)
-        abstract = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            abstract,
-            shardings(self.mesh, abstract),
-        )
         checkpoints = self.checkpoints(stage)
         step = on_process_zero(lambda: self.directory.last_step(stage))
-        params = checkpoints.restore_params(abstract, step)
+        params = checkpoints.restore_params(abstract_on(self.mesh, config), step)
         checkpoints.close()
         return params, step
 
@@ -305,6 +302,13 @@ class Workspace:
             total_steps=total_steps,
             enabled=jax.process_index() == 0,
         )
+
+
+def abstract_on(mesh: Mesh, config: GPTConfig) -> Params:
+    """The parameters as `jax.ShapeDtypeStruct`s, laid out on the mesh."""
+    abstract = abstract_params(config)
+    place = functools.partial(jax.tree.map, lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where))
+    return place(abstract, shardings(mesh, abstract))
 
 
 def planned_model(experiment: Experiment) -> GPTConfig:

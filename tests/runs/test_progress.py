@@ -50,10 +50,14 @@ def test_numbers_and_what_was_left_out():
 
 
 def test_what_the_steps_wait_for_shows_its_progress(monkeypatch, capsys):
-    clock = iter([100.0, 100.0, 100.0, 105.0, 105.0, 120.0, 120.0, 120.0])
-    monkeypatch.setattr("jaxchat.runs.progress.time.monotonic", lambda: next(clock))
+    clock = [0.0]
+    monkeypatch.setattr("jaxchat.runs.progress.time.monotonic", lambda: clock[0])
     line = LiveLine("pretrain", 10)
-    line.show_progress("CORE", 0, 9000)
-    line.show_progress("CORE", 1000, 9000)  # 5 seconds later: not yet time for another line
-    line.show_progress("CORE", 3000, 9000)
-    assert capsys.readouterr().err == "pretrain  CORE  0/9,000\npretrain  CORE  3,000/9,000  40s left\n"
+    for clock[0], done in ((100.0, 1000), (105.0, 2000), (120.0, 5000), (200.0, 1000), (220.0, 9000)):
+        line.show_progress("CORE", done, 9000)
+    assert capsys.readouterr().err.splitlines() == [
+        "pretrain  CORE  11%",
+        "pretrain  CORE  56%  20s left",  # 5 seconds after the first line was too soon for another
+        "pretrain  CORE  11%",  # the next time it is measured
+        "pretrain  CORE  100%",
+    ]
