@@ -39,7 +39,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def jaxchat_parser() -> Parser:
     """The parser of `jaxchat`, with all its commands."""
-    from jaxchat.cli import bench, chat, data, export, import_, lr_range, profile, serve, tokenizer
+    from jaxchat.cli import bench, chat, data, eval, export, import_, lr_range, profile, serve, tokenizer
     from jaxchat.cli.parser import Parser
 
     parser = Parser(
@@ -48,7 +48,7 @@ def jaxchat_parser() -> Parser:
         "find learning rates, profile training, measure generation.",
     )
     commands = parser.add_commands()
-    for module in (chat, serve, export, import_, tokenizer, data, lr_range, profile, bench):
+    for module in (chat, serve, eval, export, import_, tokenizer, data, lr_range, profile, bench):
         module.add_command(commands)
     return parser
 

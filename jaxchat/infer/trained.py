@@ -21,13 +21,14 @@ from jaxchat.tokenizer.base import FILE_NAME
 
 
 class TrainedModel(NamedTuple):
-    """The model of `stage`; `params` are on one device."""
+    """The model of `stage` after `step` steps; `params` are on one device."""
 
     experiment: Experiment
     model: GPTConfig
     tokenizer: BaseTokenizer
     params: Params
     stage: str
+    step: int | None = None
 
     def engine(self, **options: Any) -> Engine:
         """An engine that computes in the run's precision on this machine; `options` are further ones of `Engine`."""
@@ -63,7 +64,7 @@ def load_model(run_dir: epath.PathLike, stage: str | None = None, step: str | No
     checkpoints = Checkpoints(directory.checkpoints(stage))
     at = directory.last_step(stage) if step is None else _checkpoint_step(checkpoints, step)
     params = checkpoints.restore_params(abstract_params(model), at)
-    return TrainedModel(experiment, model, tokenizer, params, stage)
+    return TrainedModel(experiment, model, tokenizer, params, stage, at)
 
 
 def load_tokenizer_of(directory: RunDirectory) -> BaseTokenizer:

@@ -33,7 +33,10 @@ class GivenFile:
     @property
     def bytes(self) -> int:
         """About how many bytes of text it has."""
-        return size_of(self.path) if self.text is None else text_bytes(self.text)
+        if self.text is None:
+            return size_of(self.path)
+        held_out = self.text.hold_out if self.text.held_out else None
+        return text_bytes(self.text) // (held_out or 1)
 
     def documents(self) -> Iterator[str]:
         """The documents of the file, a part of it in memory at a time.
