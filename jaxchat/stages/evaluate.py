@@ -1,4 +1,4 @@
-"""The evaluate stage: every stage's model answers the same questions.
+"""The evaluate stage: every stage's model answers the same questions; a base model is measured by CORE.
 
 A score belongs to a model and to the settings it was made with: the questions, and the longest answer. It is measured
 again when one of them has changed.
@@ -7,16 +7,24 @@ again when one of them has changed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import time
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxchat.devices.processes import on_process_zero
 from jaxchat.eval.chat import TaskResult, evaluate_task
+from jaxchat.eval.core import Bundle, evaluate_core, find_bundle, load_bundle
 from jaxchat.infer.engine import Engine
+from jaxchat.model.config import GPTConfig
 from jaxchat.runs.files import write_bytes
+from jaxchat.runs.metrics import Metrics
+from jaxchat.runs.report_page import core_means
 from jaxchat.stages.workspace import Workspace
+from jaxchat.storage import size_of, to_path
 from jaxchat.tasks import Task
 
 TEMPERATURE = 0.0
@@ -24,19 +32,27 @@ TEMPERATURE = 0.0
 
 def complete(workspace: Workspace) -> bool:
     """Whether the stage is finished, and has all scores that the experiment asks for."""
-    return workspace.finished("evaluate") and not any(_missing(workspace, _load_tasks(workspace, quiet=True)).values())
+    if not workspace.finished("evaluate"):
+        return False
+    missing = _missing(workspace, _load_tasks(workspace, quiet=True))
+    return not any(missing.values()) and not _missing_core(workspace, _load_bundle(workspace))
 
 
 def run(workspace: Workspace) -> None:
     """Scores the experiment's tasks with the model of each stage that it names; scores that are there are kept.
 
-    Leaves the answers in `RUN/evaluate/STAGE/TASK.jsonl`.
+    The same for CORE, where the data folder has its bundle. Leaves the answers in `RUN/evaluate/STAGE/TASK.jsonl`, and
+    the decisions of CORE in `RUN/evaluate/STAGE/core/TASK.jsonl`.
     """
     config, tokenizer, began = workspace.experiment.evaluate, workspace.tokenizer(), time.time()
     model = workspace.model_config(tokenizer)
-    tasks = _load_tasks(workspace)
-    missing = _missing(workspace, tasks)
-    with workspace.metrics("evaluate", len(tasks) * len(config.of)) as metrics:
+    tasks, bundle = _load_tasks(workspace), _load_bundle(workspace)
+    missing, missing_core = _missing(workspace, tasks), _missing_core(workspace, bundle)
+    count = len(tasks) * len(config.of) + (len(config.core) if bundle else 0)
+    with workspace.metrics("evaluate", count) as metrics:
+        if bundle is not None:
+            for stage, settings in missing_core.items():
+                _measure_core(workspace, model, stage, bundle, settings, metrics)
         for stage in config.of:
             if stage not in missing:
                 older = on_process_zero(lambda: workspace.directory.stale(stage))  # noqa: B023 (called at once)
@@ -55,12 +71,16 @@ def run(workspace: Workspace) -> None:
                     max_new_tokens=config.max_new_tokens,
                     batch_size=config.batch_rows,
                     temperature=TEMPERATURE,
+                    progress=functools.partial(metrics.progress, f"{stage} {task.name}"),
                 )
                 on_process_zero(lambda: _keep_answers(workspace, stage, result))  # noqa: B023 (called at once)
-                facts = {"score": result.score, "count": result.count, "cut": result.cut, "too_long": result.too_long}
+                facts = {name: getattr(result, name) for name in ("score", "low", "high", "count", "cut", "too_long")}
                 metrics.log(step, of=stage, **{f"{name}/{task.name}": fact for name, fact in facts.items()}, **settings)
                 workspace.say(f"evaluate  {stage:<9} {task.name:<14} {result}")
     workspace.finish("evaluate", parent=None, seconds=time.time() - began, started=began)
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
 
 
 def _load_tasks(workspace: Workspace, quiet: bool = False) -> list[Task]:
@@ -69,13 +89,17 @@ def _load_tasks(workspace: Workspace, quiet: bool = False) -> list[Task]:
 
 def _missing(workspace: Workspace, tasks: list[Task]) -> dict[str, list[tuple[Task, dict[str, Any]]]]:
     """For each stage with a model, the tasks that it has no score of with the settings of now, and these settings."""
+    config = workspace.experiment.evaluate
     lines = on_process_zero(lambda: [line for line in workspace.directory.read_metrics() if "of" in line])
     before = on_process_zero(lambda: _longest_answer_before(workspace))
     scores = {(line["of"], name): line for line in lines for name in line if name.startswith("score/")}
     missing = {}
     trained = workspace.stages_with_model()
-    asked = [(task, _how_asked(workspace, task)) for task in tasks]
-    for stage in workspace.experiment.evaluate.of:
+    asked = [
+        (task, how_asked(task, config.limit, max_new_tokens=config.max_new_tokens, temperature=TEMPERATURE))
+        for task in tasks
+    ]
+    for stage in config.of:
         if stage in trained:
             missing[stage] = []
             model = on_process_zero(lambda: workspace.directory.id_of(stage))  # noqa: B023 (called at once)
@@ -86,18 +110,22 @@ def _missing(workspace: Workspace, tasks: list[Task]) -> dict[str, list[tuple[Ta
     return missing
 
 
-def _how_asked(workspace: Workspace, task: Task) -> dict[str, Any]:
-    """What a score depends on besides the model: the questions, and how it may answer them."""
-    config = workspace.experiment.evaluate
+def how_asked(task: Task, limit: int | None, *, max_new_tokens: int, temperature: float) -> dict[str, Any]:
+    """What a score depends on besides the model: the questions, and how it may answer them.
+
+    Args:
+      limit: the most questions to ask.
+      max_new_tokens, temperature: of an answer, where the task leaves that open.
+    """
     digest = hashlib.sha256()
-    for i in task.subset(config.limit):
+    for i in task.subset(limit):
         digest.update(json.dumps(task[i], sort_keys=True, default=str).encode())
-    settings = {
+    longest = task.mode.max_new_tokens if task.mode else max_new_tokens
+    return {
         "questions": digest.hexdigest()[:16],
-        "temperature": TEMPERATURE,
-        "max_new_tokens": task.mode.max_new_tokens if task.mode else config.max_new_tokens,
+        "temperature": temperature,
+        "max_new_tokens": 1 if task.kind == "multiple_choice" else longest,
     }
-    return settings if task.kind != "multiple_choice" else {**settings, "max_new_tokens": 1}
 
 
 def _longest_answer_before(workspace: Workspace) -> int | None:
@@ -123,3 +151,68 @@ def _fits(
 def _keep_answers(workspace: Workspace, stage: str, result: TaskResult) -> None:
     lines = [json.dumps(dataclasses.asdict(answer), ensure_ascii=False) + "\n" for answer in result.answers]
     write_bytes(workspace.directory.answers(stage, result.name), "".join(lines).encode())
+
+
+# --- CORE -------------------------------------------------------------------------------------------------------------
+
+
+def _load_bundle(workspace: Workspace) -> Bundle | None:
+    """The tasks of CORE, if the data folder has them and a model is to be measured by them."""
+    folder = workspace.experiment.data.folder
+    if folder is None or not workspace.experiment.evaluate.core:
+        return None
+    found = on_process_zero(lambda: str(find_bundle(folder) or ""))
+    return load_bundle(found) if found else None
+
+
+def _missing_core(workspace: Workspace, bundle: Bundle | None) -> dict[str, dict[str, Any]]:
+    """The stages with a model that CORE is not known of with the settings of now, and these settings."""
+    if bundle is None:
+        return {}
+    config, trained = workspace.experiment.evaluate, workspace.stages_with_model()
+    lines = on_process_zero(lambda: [line for line in workspace.directory.read_metrics() if "of" in line])
+    known = {line["of"]: line for line in lines if core_means(line)}
+    facts = [[task.label, task.shots, len(task.items), size_of(to_path(task.path))] for task in bundle.tasks]
+    items = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    missing = {}
+    for stage in config.core:
+        if stage in trained:
+            model = on_process_zero(lambda: workspace.directory.id_of(stage))  # noqa: B023 (called at once)
+            settings = {"model": model, "items": items, "core_per_task": config.core_per_task}
+            if any(known.get(stage, {}).get(name, "") != value for name, value in settings.items()):
+                missing[stage] = settings
+    return missing
+
+
+def _measure_core(
+    workspace: Workspace,
+    model: GPTConfig,
+    stage: str,
+    bundle: Bundle,
+    settings: dict[str, Any],
+    metrics: Metrics,
+) -> None:
+    params, step = workspace.load_params(stage, model)
+    result = evaluate_core(
+        model,
+        params,
+        workspace.tokenizer(),
+        bundle,
+        compute=workspace.compute,
+        max_per_task=settings["core_per_task"],
+        keep=workspace.directory.path / "evaluate" / stage / "core",
+        progress=lambda done, total, _: metrics.progress(f"{stage} CORE", done, total),
+    )
+    facts = {"core": "accuracy", "core_low": "low", "core_high": "high", "core_count": "count"}
+    by_task = {
+        f"{name}/{label}": getattr(task, fact) for label, task in result.tasks.items() for name, fact in facts.items()
+    }
+    centered = {
+        f"{version.replace('core', 'core_centered')}/{label}": value
+        for label, task in result.tasks.items()
+        for version, value in task.centered.items()
+    }
+    means, dtype = result.scores(), jnp.dtype(workspace.compute.dtype).name
+    metrics.log(step, of=stage, **means, **by_task, **centered, dtype=dtype, **settings)
+    lacking = f"; not in the bundle: {', '.join(result.missing)}" if result.missing else ""
+    workspace.say(f"evaluate  {stage:<9} {', '.join(f'{name} {mean:.4f}' for name, mean in means.items())}{lacking}")
