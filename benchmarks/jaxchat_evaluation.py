@@ -112,7 +112,8 @@ def chat(options: argparse.Namespace, model: Model) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         say(f"jaxchat {name}: {result} in {seconds:.1f} s")
         answers = [{"question": a.question, "answer": a.answer, "right": a.score == 1} for a in result.answers]
-        tokens = sum(len(tokenizer.encode(a.answer)) for a in result.answers)
+        # Those of an answer that was cut are as many as it could have, whatever its text is encoded to.
+        tokens = sum(new if a.cut else len(tokenizer.encode(a.answer)) for a in result.answers)
         found[name] = {"score": result.score, "seconds": seconds, "tokens": tokens, "answers": answers}
     return {"tasks": found}
 
