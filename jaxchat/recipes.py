@@ -13,6 +13,8 @@ from jaxchat.config import (
     TokenizerConfig,
 )
 
+SCORED = ("arc_easy", "mmlu", "gsm8k")  # while midtraining and SFT learn to answer
+
 
 def on_text(
     depth: int,
@@ -28,7 +30,8 @@ def on_text(
 ) -> Experiment:
     """Training on real text: 20 pretraining tokens per parameter, then midtraining and SFT, then RL on GSM8K.
 
-    Midtraining and SFT leave out the tasks that the data folder does not have.
+    Midtraining and SFT leave out the tasks that the data folder does not have. Pretraining measures CORE where it has
+    that.
 
     Args:
       devices: H100s that the dry run expects.
@@ -42,12 +45,14 @@ def on_text(
         data=DataConfig(download=(f"fineweb-edu:{shards}", "smoltalk", "mmlu", "arc", "gsm8k", "humaneval")),
         tokenizer=TokenizerConfig(vocab_size=vocab_size),
         model=ModelConfig(depth=depth),
-        pretrain=PretrainConfig(batch_tokens=pretrain_tokens, device_rows=device_rows),
+        pretrain=PretrainConfig(batch_tokens=pretrain_tokens, device_rows=device_rows, core_every=2000),
         midtrain=FinetuneConfig(
             mixture=("chat", "smoltalk", "mmlu", "gsm8k", "spelling:20000"),
             batch_tokens=midtrain_tokens,
             device_rows=device_rows,
             eval_every=150,
+            tasks=SCORED,
+            tasks_every=600,
         ),
         sft=FinetuneConfig(
             mixture=("chat", "smoltalk:10000", "arc_easy", "arc_challenge", "gsm8k", "spelling:300"),
@@ -56,6 +61,8 @@ def on_text(
             lr_fraction=0.02,
             schedule=ScheduleConfig(decay_ratio=1.0),
             eval_every=100,
+            tasks=SCORED,
+            tasks_every=200,
         ),
         cost=CostConfig(device="NVIDIA H100", devices=devices, expected_mfu=mfu),
     )

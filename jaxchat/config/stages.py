@@ -82,7 +82,8 @@ class FinetuneConfig(SupervisedConfig):
     eval_tokens: Annotated[int, COUNT] = 1_048_576
     """Validation tokens of an evaluation."""
     tasks: Annotated[tuple[str, ...], UserPath()] = ()
-    """Tasks to score on a sample of their questions while training, NAME or NAME:EXAMPLES; none is trained on."""
+    """Tasks to score on a sample of their questions while training, NAME or NAME:EXAMPLES; the mixture decides what is
+    trained on."""
     tasks_every: Annotated[int, EVERY] = 0
     """Steps between these scores. 0: only before the first and after the last step."""
     task_questions: Annotated[int, COUNT] = 200

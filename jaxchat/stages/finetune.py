@@ -13,7 +13,7 @@ from jaxchat.devices.mesh import batch_share
 from jaxchat.errors import UserError
 from jaxchat.eval.bpb import evaluate_bpb
 from jaxchat.model.config import GPTConfig
-from jaxchat.stages.preflight import check_targets
+from jaxchat.stages.preflight import can_be_asked, check_targets
 from jaxchat.stages.samples import prompts_of_chats
 from jaxchat.stages.scores import task_scores
 from jaxchat.stages.training import Batches, Training
@@ -68,6 +68,7 @@ def run(workspace: Workspace, stage: str) -> None:
     if findings.left_out:
         facts["left_out"] = dict(findings.left_out)
     asked = workspace.load_tasks(stage, config.tasks, "test", quiet=True)
+    asked = [task for task in asked if can_be_asked(task, tokenizer, model.sequence_len)]
     shown = spread(held_out or [chat for chat in Mixture(tasks) if chat["messages"]], SAMPLES)
     training.train(
         lambda: params,

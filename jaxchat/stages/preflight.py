@@ -93,6 +93,11 @@ def left_out(stage: str, missing: Collection[str]) -> str:
     return f"{stage:<9} left out, not in the data folder: {', '.join(missing)}"
 
 
+def can_be_asked(task: Task, tokenizer: BaseTokenizer | None, sequence_len: int) -> bool:
+    """Whether any question of a task fits into the model's context."""
+    return task.mode is not None or any(fits(task, tokenizer, sequence_len))
+
+
 def check_targets(stage: str, targets: Targets, sequence_len: int, say: Say = print) -> None:
     """Says how many of a stage's conversations have nothing to train on, and why.
 
@@ -161,11 +166,18 @@ class _Preflight:
             self.say(f"pretrain  {found} lacks {', '.join(lacking)}: the mean over the others is not CORE")
 
     def check_scored(self, stage: str) -> None:
-        """Checks what a stage that trains on other things scores on the way."""
+        """Checks what a stage that trains on other things scores on the way: what cannot be scored is left out."""
         found, missing = self._find(stage, SCORED[stage], "test")
         if missing:
             self.say(f"{stage:<9} not scored, not in the data folder: {', '.join(missing)}")
-        self._check_questions(stage, [task for _, _, task in found if task is not None])
+        tasks = [task for _, _, task in found if task is not None]
+        if f"{stage}.{SCORED[stage]}" not in self.given:
+            without_room = [task.name for task in tasks if not can_be_asked(task, self.tokenizer, self.sequence_len)]
+            if without_room:
+                self.say(f"{stage:<9} not scored, no question fits into model.sequence-len {self.sequence_len}: "
+                         f"{', '.join(without_room)}")  # fmt: skip
+            tasks = [task for task in tasks if task.name not in without_room]
+        self._check_questions(stage, tasks)
 
     def _find(
         self, stage: str, name_of_field: str, split: Split
@@ -232,6 +244,8 @@ class _Preflight:
     def _check_questions(self, stage: str, tasks: list[Task]) -> None:
         for task in tasks:
             check(len(task) > 0, f"{stage}: {task.name} has no questions; leave it out of {stage}.tasks")
+            if task.mode is not None:  # its questions are asked at their full length
+                continue
             longer = len(task) - sum(fits(task, self.tokenizer, self.sequence_len))
             check(
                 longer < len(task),

@@ -38,10 +38,10 @@ def check_settings(experiment: Experiment) -> None:
             tasks = getattr(experiment, stage).tasks
             with naming(f"{stage}.tasks"):
                 check_scorable(tasks)
-                programs = [name for name, _ in parse_mixture(tasks) if name.endswith("humaneval")]
+                programs = [name for name, _ in parse_mixture(tasks) if name in PROGRAMS]
                 check(
                     not programs,
-                    f"{'/'.join(programs)} runs programs that the model writes, which the evaluate stage alone does "
+                    f"{' and '.join(programs)}, which runs programs that the model writes, is for the evaluate stage "
                     "(--evaluate.humaneval, docs/programs.md); leave it out",
                 )
         if stage in ("rl", "evaluate"):

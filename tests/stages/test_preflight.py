@@ -149,6 +149,20 @@ def test_a_task_that_the_user_names_must_be_there(tmp_path):
     assert "'jaxchat data get arc'" in refused(tmp_path, stages=("evaluate",), given=("evaluate.tasks",), **sections)
 
 
+def test_what_cannot_be_scored_on_the_way_is_left_out_unless_the_user_names_it(tmp_path):
+    long = [{"question": "the cat " * 90, "answer": "#### 4"}]
+    write(tmp_path, {"chat/train.jsonl": MANY, "eval/gsm8k/test.jsonl": long})
+    sections = {"sft": FinetuneConfig(tasks=("gsm8k", "mmlu"))}
+    said = checked(tmp_path, **sections)
+    assert any(line.startswith("sft       not scored, not in the data folder: mmlu (") for line in said)
+    assert "sft       not scored, no question fits into model.sequence-len 64: gsm8k" in said
+    assert "sft.tasks names mmlu" in refused(tmp_path, given=("sft.tasks",), **sections)
+    sections = {"sft": FinetuneConfig(tasks=("gsm8k",))}
+    assert "the 1 questions of gsm8k fits into" in refused(tmp_path, given=("sft.tasks",), **sections)
+    sections = {"sft": FinetuneConfig(tasks=("nanochat_gsm8k",))}  # asked at its full length
+    assert not any("gsm8k" in line for line in checked(tmp_path, given=("sft.tasks",), **sections))
+
+
 def test_a_path_must_be_there_whoever_names_it(tmp_path):
     write(tmp_path, {"chat/train.jsonl": MANY, "chats.jsonl": MANY})
     sections = {"sft": FinetuneConfig(mixture=("chat", str(tmp_path / "chatz.jsonl")))}

@@ -115,7 +115,7 @@ def test_what_cannot_be_scored_is_refused_or_said_before_anything_is_trained(fin
     assert refusal(start(run, *again, "--pretrain.core-every=3")) == (
         "pretrain.core-every is 3, but generated data has none of its tasks; name a folder with --data"
     )
-    assert "sft.tasks: humaneval runs programs that the model writes" in refusal(start(run, "--sft.tasks=humaneval"))
+    assert refusal(start(run, "--sft.tasks=humaneval")).startswith("sft.tasks: humaneval, which runs programs that ")
     assert "sft.tasks names gsm8k, but " in refusal(start(run, "--sft.tasks=gsm8k"))
     broken = tmp_path / "data"
     shutil.copytree(data, broken)
