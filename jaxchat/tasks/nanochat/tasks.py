@@ -25,16 +25,7 @@ _ORDER_SEED = 42
 _FINAL = re.compile(r"#### (-?[0-9.,]+)")
 _CALL = re.compile(r"(<<[^>]+>>)")
 _BLOCK = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
-# What nanochat sets for a program; its processor time is what `run_program` gives by default, 5 seconds.
-_SURROUNDINGS = f"""
-import resource
-try:
-    resource.setrlimit(resource.RLIMIT_AS, ({256 << 20}, {256 << 20}))
-except (OSError, ValueError):
-    pass
-del resource
-__name__ = "__main__"
-"""
+_AS_SCRIPT = '__name__ = "__main__"'  # as which nanochat runs a program
 
 
 class _NanochatTask(ListTask):
@@ -110,7 +101,7 @@ class HumanEval(_NanochatTask):
         return question_and_answer(item["prompt"], answer, source=self.name, **extra)
 
     def score(self, conversation: Conversation, completion: str, *, cut: bool = False) -> float:
-        return float(run_program(build_program(conversation, completion), context=_SURROUNDINGS))
+        return float(run_program(build_program(conversation, completion), context=_AS_SCRIPT))
 
 
 def final_answer(text: str) -> str | None:
