@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxchat.cli.answering import add_answering_model
 from jaxchat.cli.places import check_place
 from jaxchat.cli.values import path
 from jaxchat.errors import check
+
+if TYPE_CHECKING:
+    from jaxchat.runs.directory import RunDirectory
 
 
 def add_command(commands: Any) -> None:
@@ -46,12 +49,14 @@ def _export(arguments: argparse.Namespace) -> int:
     from jaxchat.export.card import exported_parameters, model_card
     from jaxchat.export.hf import check_free, export_hf
     from jaxchat.infer.trained import load_model
+    from jaxchat.ops.norm import NORM_EPS
     from jaxchat.runs.directory import RunDirectory
     from jaxchat.runs.progress import LiveLine, format_count
 
     check_free(Path(out))
     directory = RunDirectory(arguments.run)
     model = load_model(arguments.run, arguments.stage, arguments.step)
+    _check_tokenizer(directory, model.stage)
     step = _step(arguments.step, directory, model.stage)
     lines: list[LiveLine] = []
 
@@ -61,15 +66,20 @@ def _export(arguments: argparse.Namespace) -> int:
         for line in lines:
             line.update(done, {})
 
-    card = model_card(model, directory, step, dtype=arguments.dtype)
+    card = model_card(model, directory, step, title=Path(out).absolute().name, dtype=arguments.dtype)
     base = model.stage == "pretrain"
+    # Weights that jaxchat has not trained keep the constant that they were trained with.
+    origin = (directory.read_record(model.stage) or {}).get("imported", {})
+    norm_eps = origin.get("rms_norm_eps", NORM_EPS)
     try:
-        export_hf(model.model, model.params, model.tokenizer, out, dtype=arguments.dtype, base=base, card=card,
-                  progress=progress)  # fmt: skip
+        export_hf(model.model, model.params, model.tokenizer, out, dtype=arguments.dtype, base=base, norm_eps=norm_eps,
+                  card=card, progress=progress)  # fmt: skip
     finally:
         for line in lines:
             line.close()
     size = sum(file.stat().st_size for file in Path(out).iterdir())
+    if norm_eps != NORM_EPS:
+        print(f"rms_norm_eps is {norm_eps:.2g}, as where the weights are from; jaxchat computes with {NORM_EPS:g}")
     print(
         f"{out} has {model.stage}, step {step:,}, of {arguments.run}: {format_count(exported_parameters(model))} "
         f"parameters in {arguments.dtype}, {size / 1e6:,.1f} MB\n"
@@ -78,7 +88,16 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _step(asked: str | None, directory: Any, stage: str) -> int:
+def _check_tokenizer(directory: RunDirectory, stage: str) -> None:
+    """Raises UserError if the run's tokenizer is not the one whose ids the stage has learned."""
+    learned = ((directory.begun(stage) or {}).get("made_from") or {}).get("tokenizer")
+    check(
+        learned is None or learned == directory.new_id("tokenizer"),
+        f"{directory.tokenizer} has the tokenizer of another run, not the one that {stage} was made with; put that back",
+    )
+
+
+def _step(asked: str | None, directory: RunDirectory, stage: str) -> int:
     """The step of a checkpoint that `load_model` has found."""
     from jaxchat.checkpoint import Checkpoints
 

@@ -30,7 +30,7 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 _BASE = 'inputs = tokenizer("The capital of France is", return_tensors="pt")  # begins with <|bos|>'
 
 
-def model_card(model: TrainedModel, directory: RunDirectory, step: int | None, *, dtype: str) -> str:
+def model_card(model: TrainedModel, directory: RunDirectory, step: int | None, *, title: str, dtype: str) -> str:
     """The model card of a run's model, Markdown.
 
     Args:
@@ -39,14 +39,17 @@ def model_card(model: TrainedModel, directory: RunDirectory, step: int | None, *
     """
     config, base = model.model, model.stage == "pretrain"
     header = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- nanochat", "- jaxchat"]
-    name = model.experiment.name or "A model"
-    at = "" if step is None else f", after {step:,} steps"
+    at = f", after {step:,} steps" if step else ""
     what = (
         "a base model, which continues text: it has not learned to answer"
         if base
         else "a chat model; roles alternate, and a system message is joined to the first question"
     )
-    about = f"A language model trained from nothing with jaxchat: {what}. It is what the stage {model.stage} made{at}."
+    chain = _chain(directory, model.stage)
+    imported = any("imported" in record for _, record in chain)
+    origin = "of nanochat's architecture, imported into jaxchat" if imported else "trained from nothing with jaxchat"
+    made = "" if "imported" in chain[-1][1] else f" It is what the stage {model.stage} made{at}."
+    about = f"A language model {origin}: {what}.{made}"
     heads = f"{config.num_heads} of {config.head_dim}"
     heads += "" if config.kv_heads == config.num_heads else f", {config.kv_heads} of them with keys and values"
     facts = [
@@ -57,11 +60,12 @@ def model_card(model: TrainedModel, directory: RunDirectory, step: int | None, *
         ("vocabulary", f"{config.vocab_size:,} tokens"),
         ("weights", dtype),
     ]
-    records = _records(directory, model.stage)
-    last = step is None or step == (directory.read_record(model.stage) or {}).get("steps")
+    records = [(stage, *map(_count, (record.get("steps"), record.get("tokens")))) for stage, record in chain]
+    records = [row for row in records if row[1]]
+    last = step is None or step == chain[-1][1].get("steps")
     sections = [
         "\n".join(["---", *header, "---"]),
-        f"# {name}",
+        f"# {title}",
         textwrap.fill(about, 100),
         _table([("", ""), *facts]),
         "## Use",
@@ -81,15 +85,15 @@ def exported_parameters(model: TrainedModel) -> int:
     return count_parameters(config).total - padding
 
 
-def _records(directory: RunDirectory, stage: str) -> list[tuple[str, str, str]]:
-    """The stages that led to this one, in order, with their steps and tokens."""
-    rows: list[tuple[str, str, str]] = []
-    following: str | None = stage
-    while following is not None and (record := directory.read_record(following)):
-        steps, tokens = ("" if (n := record.get(name)) is None else format_count(n) for name in ("steps", "tokens"))
-        rows.append((following, steps, tokens))
-        following = (record.get("parent") or {}).get("stage")
-    return rows[::-1]
+def _chain(directory: RunDirectory, stage: str) -> list[tuple[str, dict[str, Any]]]:
+    """The stages that led to this one, in order, and their records."""
+    record = directory.read_record(stage) or {}
+    parent = (record.get("parent") or {}).get("stage")
+    return [*(_chain(directory, parent) if parent else []), (stage, record)]
+
+
+def _count(number: int | None) -> str:
+    return format_count(number) if number else ""
 
 
 def _measured(model: TrainedModel, directory: RunDirectory) -> list[str]:

@@ -71,7 +71,9 @@ def check_expressible(config: GPTConfig, tokenizer: BaseTokenizer) -> None:
     )
 
 
-def config_json(config: GPTConfig, tokenizer: BaseTokenizer, *, dtype: Dtype, base: bool = False) -> dict[str, Any]:
+def config_json(
+    config: GPTConfig, tokenizer: BaseTokenizer, *, dtype: Dtype, base: bool = False, norm_eps: float = NORM_EPS
+) -> dict[str, Any]:
     """The contents of config.json. Every field that decides a logit is there: the class has other defaults."""
     return {
         "architectures": ["NanoChatForCausalLM"],
@@ -84,7 +86,7 @@ def config_json(config: GPTConfig, tokenizer: BaseTokenizer, *, dtype: Dtype, ba
         "num_key_value_heads": config.kv_heads,
         "max_position_embeddings": config.sequence_len,
         "hidden_act": "relu2",
-        "rms_norm_eps": NORM_EPS,
+        "rms_norm_eps": norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
         "final_logit_softcapping": config.logit_cap,
         "attention_bias": False,
@@ -115,6 +117,7 @@ def export_hf(
     *,
     dtype: Dtype = "float32",
     base: bool = False,
+    norm_eps: float = NORM_EPS,
     card: str = "",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
@@ -123,6 +126,7 @@ def export_hf(
     Args:
       folder: does not exist yet, or is empty.
       base: the model continues documents and has not learned to answer.
+      norm_eps: what the norms add to the mean square: other than jaxchat's for weights from a program with another.
       card: the model card, Markdown.
       progress: is told how many files of weights are written, and of how many.
 
@@ -134,7 +138,7 @@ def export_hf(
     folder = Path(folder).absolute()
     check_free(folder)
     files = {
-        "config.json": _json(config_json(config, tokenizer, dtype=dtype, base=base)),
+        "config.json": _json(config_json(config, tokenizer, dtype=dtype, base=base, norm_eps=norm_eps)),
         "generation_config.json": _json(generation_config(tokenizer, base=base)),
         "tokenizer.json": tokenizer_json(tokenizer),
         "tokenizer_config.json": _json(tokenizer_config(config.sequence_len, base=base)),

@@ -98,7 +98,7 @@ def read_hf(source: Path, *, stage: str | None = None, tokenizer: Path | None = 
         step=0,
         form="hf",
         read=read,
-        source={"from": "hf", "file": str(source.absolute())},
+        source={"from": "hf", "file": str(source.absolute()), "rms_norm_eps": found.get("rms_norm_eps") or NORM_EPS},
         remarks=_about_eps(str(file), found.get("rms_norm_eps") or NORM_EPS),
     )
 

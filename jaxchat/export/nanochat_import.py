@@ -36,6 +36,7 @@ _LATER = {
 }
 _SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 _META = Object({"model_config": Object(dict.fromkeys(_SIZES, int), {"window_pattern": (None, str)})})
+_NORM_EPS = 1.1920929e-07  # what PyTorch's rms_norm adds in fp32 where nothing else is asked for
 _REMEDY = "get the whole file again"
 _PICKLE = "tokenizer.pkl"
 _ENCODING = "tiktoken.core.Encoding"
@@ -92,7 +93,7 @@ def read_nanochat(
         step=found_step,
         form="nanochat",
         read=lambda name: file.read(names[name]),
-        source={"from": "nanochat", "file": str(weights_file.absolute())},
+        source={"from": "nanochat", "file": str(weights_file.absolute()), "rms_norm_eps": _NORM_EPS},
     )
 
 
