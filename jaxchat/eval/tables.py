@@ -5,19 +5,20 @@ The results are what `jaxchat eval` writes as `report.json`; docs/formats.md has
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from jaxchat.runs.progress import format_number
-from jaxchat.runs.report_page import core_means
+from jaxchat.runs.tables import core_table, interval, table
 
 SHOWN_SOURCES = 20  # of the texts, those with the most bytes
 
 
 def tables(report: Mapping[str, Any]) -> str:
     """All results of a report, a table for each kind."""
-    parts = [model_line(report), _tasks(report["tasks"], report["chat_core"]), _core(report["core"])]
-    return "\n\n".join([part for part in [*parts, _text(report["text"])] if part])
+    parts = [model_line(report), _tasks(report["tasks"], report["chat_core"])]
+    parts += [core_table(report["core"])] if report["core"] else []
+    return "\n\n".join(part for part in [*parts, _text(report["text"])] if part)
 
 
 def model_line(report: Mapping[str, Any]) -> str:
@@ -28,18 +29,6 @@ def model_line(report: Mapping[str, Any]) -> str:
         f"vocabulary {model['vocab_size']:,}, context {model['sequence_len']:,}; {machine['device_count']} x "
         f"{machine['device_kind']}, JAX {machine['jax']}"
     )
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown, without the columns that are empty; all but the first are aligned to the right."""
-    used = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    lines = [[header[i] for i in used], ["---" if i == 0 else "---:" for i in used]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, *([row[i] for i in used] for row in rows)])
-
-
-def interval(low: float | None, high: float | None, *, scale: float = 100, digits: int = 1) -> str:
-    """Such as `41.1 to 45.4`; empty where there is none."""
-    return "" if low is None or high is None else f"{scale * low:.{digits}f} to {scale * high:.{digits}f}"
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -71,33 +60,6 @@ def _tasks(tasks: Mapping[str, Mapping[str, Any]], chat_core: float | None) -> s
     if chat_core is not None:
         lines.append(f"ChatCORE: {chat_core:.4f}, the mean of how far above chance nanochat's five tasks are.")
     return "\n\n".join(lines)
-
-
-# --- CORE -------------------------------------------------------------------------------------------------------------
-
-
-def _core(core: Mapping[str, Any] | None) -> str:
-    if core is None:
-        return ""
-    tasks = core["tasks"]
-    rows = [
-        [
-            label,
-            f"{entry['accuracy']:.1%}",
-            interval(entry["low"], entry["high"]),
-            f"{entry['count']:,}",
-            *(f"{entry['centered'][version]:.4f}" if entry["centered"] else "" for version in ("core_v1", "core_v2")),
-        ]
-        for label, entry in tasks.items()
-    ]
-    means = {name: core[name] for name in core_means(core)}
-    rows.append([f"mean of {len(tasks)}", "", "", "", *(f"{value:.4f}" for value in means.values())])
-    shown = table(["CORE task", "right", "95 % interval", "items", "centered, v1", "centered, v2"], rows)
-    limit = f", at most {core['max_per_task']:,} items of each task" if core["max_per_task"] else ""
-    notes = [f"{', '.join(f'{name} {value:.4f}' for name, value in means.items())} (in {core['dtype']}{limit})."]
-    if core["missing"]:
-        notes.append(f"A mean over {len(tasks)} tasks is not CORE. Not measured: {', '.join(core['missing'])}.")
-    return f"{shown}\n\n{' '.join(notes)}"
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

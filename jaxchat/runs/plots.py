@@ -19,7 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from jaxchat.config import STAGES
-from jaxchat.runs.report_page import core_means, core_name
+from jaxchat.runs.report_page import core_name
+from jaxchat.runs.tables import core_means
 
 Curve = tuple[np.ndarray, np.ndarray]
 Curves = dict[str, dict[str, Curve]]
@@ -98,8 +99,12 @@ def smoothed(values: np.ndarray, *, steep_start: bool = False) -> np.ndarray:
     return values
 
 
-def all_plots(records: list[dict[str, Any]], scores: dict[str, dict[str, float]]) -> dict[str, bytes]:
-    """File name to PNG of every plot there is something for. `scores`: stage to task to share answered right."""
+def all_plots(records: list[dict[str, Any]], scores: dict[str, dict[str, dict[str, Any]]]) -> dict[str, bytes]:
+    """File name to PNG of every plot there is something for.
+
+    Args:
+      scores: stage to task to `score`, the share answered right, with its interval `low` and `high` if that is known.
+    """
     by_stage = curves(records)
     with style():
         figures = {
@@ -312,7 +317,7 @@ def _task_scores(by_stage: Curves) -> Figure | None:
     return figure
 
 
-def _evaluation(scores: dict[str, dict[str, float]]) -> Figure | None:
+def _evaluation(scores: dict[str, dict[str, dict[str, Any]]]) -> Figure | None:
     stages = [stage for stage in STAGES if scores.get(stage)]
     tasks = list(dict.fromkeys(task for stage in stages for task in scores[stage]))
     if not tasks:
@@ -323,8 +328,14 @@ def _evaluation(scores: dict[str, dict[str, float]]) -> Figure | None:
     for i, stage in enumerate(stages):
         placed = [(t, scores[stage][task]) for t, task in enumerate(tasks) if task in scores[stage]]
         x = [t + (i - (len(stages) - 1) / 2) * width for t, _ in placed]
-        y = [100 * score for _, score in placed]
-        bars = axes.bar(x, y, 0.92 * width, color=COLOURS.get(stage, GREY), label=stage)
+        y = [100 * entry["score"] for _, entry in placed]
+        ends = [[100 * entry.get(end, entry["score"]) for _, entry in placed] for end in ("low", "high")]
+        errors = [np.maximum(np.subtract(y, ends[0]), 0), np.maximum(np.subtract(ends[1], y), 0)]
+        known = any("low" in entry for _, entry in placed)
+        bars = axes.bar(
+            x, y, 0.92 * width, color=COLOURS.get(stage, GREY), label=stage, yerr=errors if known else None,
+            error_kw={"ecolor": "black", "elinewidth": 1, "alpha": 0.6},
+        )  # fmt: skip
         axes.bar_label(bars, fmt=lambda y: f"{y:.0f}" if y >= 9.95 else f"{y:.1f}", padding=2, fontsize=9)
     axes.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks], color="black")
     axes.tick_params(axis="x", length=0)

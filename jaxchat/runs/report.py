@@ -21,6 +21,7 @@ from jaxchat.runs.directory import TRAINED, RunDirectory
 from jaxchat.runs.files import Object, read_lines, write_bytes, write_json
 from jaxchat.runs.plots import Curve, all_plots, curves
 from jaxchat.runs.report_page import page
+from jaxchat.runs.tables import VERSIONS, core_means
 
 EXAMPLES = 3  # answers of each task that the report shows
 _ANSWER = Object({"question": str, "answer": str, "right": str, "score": float, "cut": bool})
@@ -56,9 +57,10 @@ def build_report(
     Each entry of `stages` is the stage's record with its `cost`, its median speed, the last value of each of its
     `metrics` and its last `samples`. `seconds` are wall-clock seconds. `cost` is in dollars at the experiment's price
     of a device-hour; None on a CPU, which that price is not for. `evaluation` has each stage's `bpb` and the share of
-    each task answered correctly, `scores` the same shares with the settings they were measured with, `answers` a few
-    answers of the last stage that was scored, `rl` the reward before and after if it was evaluated. `stale` has the
-    stages that are left out, with what was made again since they were made from it.
+    each task answered correctly, `scores` the same shares with their intervals and the settings they were measured
+    with, `core` for each stage that was measured by it the means and the tasks of CORE, `answers` a few answers of the
+    last stage that was scored, `rl` the reward before and after if it was evaluated. `stale` has the stages that are
+    left out, with what was made again since they were made from it.
     """
     experiment = directory.read_config()
     records_of = {stage: record for stage in STAGES if (record := directory.read_record(stage)) is not None}
@@ -82,6 +84,7 @@ def build_report(
         "cost": sum(costs) if costs else None,
         "evaluation": _evaluation(stages, records),
         "scores": (scores := _scores_with_settings(records)),
+        "core": _core(records),
         "answers": _answers(directory, scores),
         "rl": _reward(by_stage.get("rl", {})),
         "stages": stages,
@@ -155,24 +158,56 @@ def _scores_with_settings(records: list[dict[str, Any]]) -> dict[str, dict[str, 
         for name in record:
             if "of" in record and name.startswith("score/") and record[name] is not None:
                 task = name.removeprefix("score/")
-                facts = {fact: record.get(f"{fact}/{task}") for fact in ("score", "count", "cut", "too_long")}
+                facts = {
+                    fact: record.get(f"{fact}/{task}") for fact in ("score", "low", "high", "count", "cut", "too_long")
+                }
                 facts |= {fact: record.get(fact) for fact in ("max_new_tokens", "temperature", "questions")}
                 known = {fact: value for fact, value in facts.items() if value is not None}
                 found.setdefault(record["of"], {})[task] = known
     return {stage: found[stage] for stage in STAGES if stage in found}
 
 
+def _core(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """For each stage its last CORE, in the form of `tables.core_table`."""
+    found = {}
+    for record in records:
+        if "of" not in record or not core_means(record):
+            continue
+        labels = [name.removeprefix("core/") for name in record if name.startswith("core/")]
+        tasks = {
+            label: {
+                "accuracy": record[f"core/{label}"],
+                **{fact: record.get(f"core_{fact}/{label}") for fact in ("low", "high", "count")},
+                "centered": {
+                    version: value
+                    for version in VERSIONS
+                    if (value := record.get(f"{version.replace('core', 'core_centered')}/{label}")) is not None
+                },
+            }
+            for label in labels
+        }
+        found[record["of"]] = {
+            **{name: record[name] for name in core_means(record)},
+            "tasks": tasks,
+            "missing": [label for label in (record.get("core_missing") or "").split(", ") if label],
+            "max_per_task": record.get("core_per_task"),
+            "dtype": record.get("dtype"),
+        }
+    return {stage: found[stage] for stage in STAGES if stage in found}
+
+
+_FACTS = ("score", "low", "high", "count", "cut", "too_long")
 _WAY = ("count", "questions", "max_new_tokens", "temperature")
 
 
-def _asked_alike(records: list[dict[str, Any]], scores: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The scores that can stand in one picture: of each task those asked in the way in which it was asked last."""
+def _asked_alike(records: list[dict[str, Any]], scores: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The `scores` that can stand in one picture: of each task those asked in the way in which it was asked last."""
     asked = [(record["of"], name.partition("/")[2]) for record in records if "of" in record for name in record
              if name.startswith("score/")]  # fmt: skip
     last = {task: scores[stage][task] for stage, task in asked if task in scores.get(stage, {})}
     alike = {
         stage: {
-            task: entry["score"]
+            task: entry
             for task, entry in found.items()
             if all(entry.get(fact) == last[task].get(fact) for fact in _WAY)
         }

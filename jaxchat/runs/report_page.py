@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 import shlex
 import textwrap
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jaxchat.config import model_width
 from jaxchat.runs.progress import format_count, format_duration, format_left_out
+from jaxchat.runs.tables import core_means, core_table, interval
 from jaxchat.verbatim import without_controls
 
 _CAPTIONS = {
-    "evaluation.png": "Held-out questions answered correctly after each stage, in percent.",
+    "evaluation.png": "Held-out questions answered correctly after each stage, in percent, with 95 % intervals.",
     "loss.png": "Training loss: measured (thin) and its trend (thick). The first steps of pretraining are cut off.",
     "bpb.png": "Bits per byte on validation text; lower is better.",
     "core.png": "CORE on a sample of its tasks during pretraining: 0 is guessing, 1 is everything right.",
@@ -112,8 +112,11 @@ def _can_do(report: dict[str, Any], plots: list[str]) -> str:
         known = [i for i in range(len(rows[0])) if i <= len(scores) or any(row[i] for row in rows)]
         header = ["held-out questions", *(f"after {stage}" for stage in scores), *_SETTINGS]
         parts.append(_table([[row[i] for i in known] for row in [header, *rows]]))
+        if any("low" in facts for found in report.get("scores", {}).values() for facts in found.values()):
+            parts.append("In parentheses: the interval that holds the score of such questions with 95 % confidence.")
     if "evaluation.png" in plots:
         parts.append(_plot("evaluation.png"))
+    parts += [f"CORE, after {stage}:\n\n{core_table(core)}" for stage, core in report.get("core", {}).items()]
     # Two sentences: a byte of what the assistant says is far easier to predict than one of a book.
     for stages, what in ((("pretrain",), "text"), (("midtrain", "sft"), "what the assistant says in conversations")):
         bpb = {stage: report["evaluation"].get(stage, {}).get("bpb") for stage in stages}
@@ -131,11 +134,6 @@ def _can_do(report: dict[str, Any], plots: list[str]) -> str:
         )
     parts += _rl_facts(report["stages"].get("rl", {}))
     return "\n\n".join(["## What it can do", *parts]) if parts else ""
-
-
-def core_means(metrics: Iterable[str]) -> list[str]:
-    """Those of a stage's metrics that are means over the tasks of CORE."""
-    return sorted(name for name in metrics if re.fullmatch(r"core_v\d|centered_mean_v\d_of_\d+", name))
 
 
 def core_name(metric: str) -> str:
@@ -173,7 +171,7 @@ def _score_rows(task: str, scores: dict[str, Any], facts: dict[str, Any]) -> lis
             ways.setdefault(way, {})[stage] = entry
     rows = []
     for (count, _, longest, _), entries in ways.items():
-        shares = [_percent(entries[stage]["score"]) if stage in entries else "" for stage in scores]
+        shares = [_share(entries[stage]) if stage in entries else "" for stage in scores]
         cut = ", ".join(f"{entries[stage].get('cut') or 0:,}" for stage in entries)
         cut = cut if any(entry.get("cut") for entry in entries.values()) else ""
         asked = f"{count:,}" if count is not None else ""
@@ -342,8 +340,10 @@ def _table(rows: list[list[str]], left: int = 1) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *body])
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
+def _share(entry: dict[str, Any]) -> str:
+    """A score in percent, with its interval where that is known."""
+    ends = interval(entry.get("low"), entry.get("high"))
+    return f"{entry['score']:.1%}" + (f" ({ends})" if ends else "")
 
 
 def _scores(evaluation: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

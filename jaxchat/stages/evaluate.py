@@ -22,7 +22,7 @@ from jaxchat.infer.engine import Engine
 from jaxchat.model.config import GPTConfig
 from jaxchat.runs.files import write_bytes
 from jaxchat.runs.metrics import Metrics
-from jaxchat.runs.report_page import core_means
+from jaxchat.runs.tables import core_means
 from jaxchat.stages.workspace import Workspace
 from jaxchat.storage import size_of, to_path
 from jaxchat.tasks import Task
@@ -213,6 +213,7 @@ def _measure_core(
         for version, value in task.centered.items()
     }
     means, dtype = result.scores(), jnp.dtype(workspace.compute.dtype).name
-    metrics.log(step, of=stage, **means, **by_task, **centered, dtype=dtype, **settings)
-    lacking = f"; not in the bundle: {', '.join(result.missing)}" if result.missing else ""
+    missing = ", ".join(result.missing)
+    metrics.log(step, of=stage, **means, **by_task, **centered, core_missing=missing, dtype=dtype, **settings)
+    lacking = f"; not in the bundle: {missing}" if missing else ""
     workspace.say(f"evaluate  {stage:<9} {', '.join(f'{name} {mean:.4f}' for name, mean in means.items())}{lacking}")

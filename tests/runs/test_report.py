@@ -142,7 +142,8 @@ def test_scores_in_one_row_were_asked_in_one_way(tmp_path):
         in " ".join(text.split())
     )
     lines = RunDirectory(tmp_path).read_metrics()
-    assert _asked_alike(lines, json.loads((tmp_path / "report.json").read_text())["scores"]) == {
+    alike = _asked_alike(lines, json.loads((tmp_path / "report.json").read_text())["scores"])
+    assert {stage: {task: entry["score"] for task, entry in found.items()} for stage, found in alike.items()} == {
         "rl": {"sums": 1.0, "facts": 1.0}
     }
     assert "> 0 + 0?\n`0`\n(score 0, cut; right: 0)" in text and text.count("> ") == 3
@@ -370,3 +371,39 @@ def test_scores_below_guessing_have_room_in_the_plot():
     assert low < -0.08 and high > 0  # guessing is in the picture, too
     assert [line.get_label() for line in axes.lines] == ["guessing", "CORE, baselines v1"]  # a point is no curve
     assert plots._core({}) is None
+
+
+def test_intervals_and_core_of_the_evaluate_stage(tmp_path):
+    begin(tmp_path)
+    for stage in ("pretrain", "sft"):
+        finish(tmp_path, stage, seconds=1, steps=3)
+    with Metrics(tmp_path, "evaluate", live=False) as metrics:
+        metrics.log(3, of="sft", **{"score/sums": 0.5, "low/sums": 0.4, "high/sums": 0.6, "count/sums": 96})
+        for mean in (-0.5, -0.0125):  # the last counts
+            by_task = {"core/copa": 0.475, "core_low/copa": 0.38, "core_high/copa": 0.57, "core_count/copa": 100}
+            centered = {"core_centered_v1/copa": -0.05, "core_centered_v2/copa": -0.05}
+            metrics.log(3, of="pretrain", centered_mean_v1_of_1=mean, centered_mean_v2_of_1=mean, **by_task, **centered,
+                        core_missing="squad, coqa", core_per_task=100, dtype="float32")  # fmt: skip
+    write(tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["scores"] == {"sft": {"sums": {"score": 0.5, "low": 0.4, "high": 0.6, "count": 96}}}
+    centered = {"core_v1": -0.05, "core_v2": -0.05}
+    assert report["core"] == {
+        "pretrain": {
+            "centered_mean_v1_of_1": -0.0125, "centered_mean_v2_of_1": -0.0125, "missing": ["squad", "coqa"],
+            "max_per_task": 100, "dtype": "float32",
+            "tasks": {"copa": {"accuracy": 0.475, "low": 0.38, "high": 0.57, "count": 100, "centered": centered}},
+        }
+    }  # fmt: skip
+    text = (tmp_path / "report.md").read_text()
+    assert "| sums | 50.0% (40.0 to 60.0) | 96 |" in text
+    assert (
+        "| copa | 47.5% | 38.0 to 57.0 | 100 | -0.0500 | -0.0500 |\n| mean of 1 |  |  |  | -0.0125 | -0.0125 |" in text
+    )
+    assert "(in float32, at most 100 items of each task). Without squad, coqa the mean is not CORE." in text
+    entry = {"score": 0.5, "low": 0.4, "high": 0.6}
+    figure = plots._evaluation({"sft": {"sums": entry, "facts": {"score": 1.0}}})
+    assert figure is not None
+    (lines,) = [one for one in figure.axes[0].collections if hasattr(one, "get_segments")]
+    ends = np.array([segment[:, 1] for segment in lines.get_segments()])
+    np.testing.assert_allclose(ends, [[40, 60], [100, 100]])
