@@ -167,7 +167,8 @@ def test_bad_input_ends_all_with_the_same_message(whole, tmp_path):
 
 
 AGREEING = """
-import sys, time
+import sys, tempfile, time
+from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jaxchat.devices import processes as d
@@ -176,11 +177,14 @@ from jaxchat.config import MeshConfig
 from jaxchat.model.config import GPTConfig
 from jaxchat.errors import UserError
 from jaxchat.eval.chat import choose
+from jaxchat.eval.core import evaluate_core, load_bundle
 from jaxchat.infer.engine import Engine
 from jaxchat.devices.mesh import make_mesh
 from jaxchat.model.parameters import shardings
 from jaxchat.model.gpt import abstract_params, init_params
+from jaxchat.ops.compute import Compute
 from jaxchat.tokenizer import Tokenizer
+from tests.eval.core.conftest import TASKS, write_bundle
 
 here = int(sys.argv[3].partition("=")[2])
 d.start(Cluster(sys.argv[1].partition("=")[2], 3, here))
@@ -209,10 +213,18 @@ tokenizer = Tokenizer.train_from_iterator(["A B C D and so on, over and over"] *
 place = shardings(mesh, abstract_params(config))
 params = jax.jit(init_params, static_argnums=0, out_shardings=place)(config, jax.random.key(0))
 engine = Engine(config, params, tokenizer, dtype=jnp.float32)
-chosen = choose(engine, [[1, 2, 3 + i] for i in range(7)], ["ABCD"] * 7, 4)
-assert set(chosen) <= set("ABCD") and d.exchange("".join(chosen)) == ["".join(chosen)] * 3
+chosen = repr(choose(engine, [[1, 2, 3 + i] for i in range(7)], ["ABCD"] * 7, 4))
+assert d.exchange(chosen) == [chosen] * 3
 written = repr(engine.generate([[1, 2, 3 + i // 3] for i in range(7)], max_new_tokens=12, seed=1))
 assert d.exchange(written) == [written] * 3
+
+folder, calls = Path(tempfile.mkdtemp()), []
+bundle = load_bundle(write_bundle(folder, TASKS[1:3]))
+for turn in range(2):  # the second goes on from what the first has left, which only process 0 can read
+    options = {"keep": folder / "kept", "progress": lambda *facts: calls.append(facts)}
+    scores = str(evaluate_core(config, params, tokenizer, bundle, compute=Compute(mesh=mesh), **options).tasks)
+    assert d.exchange(scores) == [scores] * 3 and len(calls) == 1
+assert (folder / "kept").exists() == (here == 0)
 d.finish()
 """
 

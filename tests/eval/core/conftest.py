@@ -16,7 +16,7 @@ LONG = "Once upon a time the two old dogs saw a red cat run over the green hills
 MULTIPLE_CHOICE = [
     {"query": "The cat sat on the", "choices": ["mat", "hills", "rain", "dogs run"], "gold": 0},
     {"query": "One choice begins like the other:", "choices": ["red", "red mat", "red mat and cat"], "gold": 1},
-    {"query": "So too when it comes second:", "choices": ["old dogs", "old", "rain"], "gold": 0},
+    {"query": "So too when it comes second:", "choices": ["old dogs", "old"], "gold": 0},
     {"query": f"{LONG}. Who ran?", "choices": ["A", "B", "C"], "gold": 2},
     {"query": "Equal choices:", "choices": ["the rain", "the rain"], "gold": 1},
     {"query": "A single one:", "choices": ["home"], "gold": 0},
