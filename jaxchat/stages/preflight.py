@@ -64,6 +64,8 @@ def check_data(
             preflight.check_stage(stage)
         if stage in SCORED:
             preflight.check_scored(stage)
+        if stage == "evaluate":
+            preflight.check_bundle()
     if preflight.loaded and experiment.data.folder is not None:
         unread = unread_files(to_path(experiment.data.folder))
         if unread:
@@ -164,6 +166,14 @@ class _Preflight:
             self.say(f"pretrain  CORE is not measured: {why}")
         elif lacking := load_bundle(found).missing:
             self.say(f"pretrain  {found} lacks {', '.join(lacking)}: the mean over the others is not CORE")
+
+    def check_bundle(self) -> None:
+        """Checks the tasks of CORE that the evaluate stage asks, where the data has them."""
+        folder = self.experiment.data.folder
+        if folder is not None and self.experiment.evaluate.core and not self.source.downloading("core"):
+            found = find_bundle(folder)
+            if found is not None:
+                load_bundle(found)
 
     def check_scored(self, stage: str) -> None:
         """Checks what a stage that trains on other things scores on the way: what cannot be scored is left out."""

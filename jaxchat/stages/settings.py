@@ -46,7 +46,10 @@ def check_settings(experiment: Experiment) -> None:
                 )
         if stage in ("rl", "evaluate"):
             tasks = getattr(experiment, stage).tasks
-            check(bool(tasks), f"{stage}.tasks is empty; name at least one, or leave {stage} out of --stages")
+            by_core = stage == "evaluate" and measures_core(experiment)
+            check(
+                bool(tasks) or by_core, f"{stage}.tasks is empty; name at least one, or leave {stage} out of --stages"
+            )
             with naming(f"{stage}.tasks"):
                 check_scorable(tasks)
             programs = [name for name, _ in parse_mixture(tasks) if name in PROGRAMS]
@@ -56,9 +59,14 @@ def check_settings(experiment: Experiment) -> None:
                 f"--{stage}.humaneval if they may run here (docs/programs.md), or leave it out",
             )
     check(
-        bool(experiment.evaluate.of) or "evaluate" not in experiment.stages,
+        bool(experiment.evaluate.of) or measures_core(experiment) or "evaluate" not in experiment.stages,
         "evaluate.of is empty; name at least one stage, or leave evaluate out of --stages",
     )
+
+
+def measures_core(experiment: Experiment) -> bool:
+    """Whether the evaluate stage measures models by CORE, if the data folder has its bundle."""
+    return experiment.data.folder is not None and bool(experiment.evaluate.core)
 
 
 def check_has_data(experiment: Experiment) -> None:
@@ -90,7 +98,9 @@ def check_run(
         if stage == "evaluate" or (stage in TRAINED and stage not in there):
             check("tokenizer" in there, f"{directory} has no tokenizer yet; run the stage 'tokenizer' first")
         if stage == "evaluate":
-            of = experiment.evaluate.of
+            of = dict.fromkeys(
+                (*experiment.evaluate.of, *(experiment.evaluate.core if measures_core(experiment) else ()))
+            )
             check(
                 not set(of).isdisjoint(there),
                 f"{directory} has no model of {', '.join(of)} yet; run one of these stages first, or name others in "
