@@ -21,8 +21,8 @@ def add_command(commands: Any) -> None:
         "import",
         help="Make a run of a NanoChat of Hugging Face or of nanochat.",
         description="Make a run directory of a model of transformers or nanochat, to chat, serve, evaluate, export and "
-        "fine-tune it. Files are read without PyTorch, and nothing that they contain is run. Download a model of the hub "
-        "first: hf download NAME --local-dir SOURCE.",
+        "fine-tune it. Files are read without PyTorch, and nothing that they contain is run. Download a model of the "
+        "hub first: hf download NAME --local-dir SOURCE.",
     )
     add = parser.add_argument
     add("source", type=path, metavar="SOURCE", help="The model's folder.")

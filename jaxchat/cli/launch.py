@@ -1,8 +1,9 @@
-"""Runs an experiment: trains a chatbot from nothing, stage by stage.
+"""Runs an experiment: trains a chatbot from nothing, or from another model, stage by stage.
 
     python launch.py --experiment=quickstart
     python launch.py --experiment=d12 --pretrain.num-iterations=200
     python launch.py --experiment=d12 --data=DIR
+    python launch.py --experiment=finetune --init-from=RUN --data=DIR
     python launch.py --list
 
 A run lives in runs/NAME. Started again, the same command skips finished stages
@@ -11,6 +12,7 @@ and resumes the unfinished one.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import os
@@ -19,6 +21,7 @@ import shutil
 import sys
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxchat.cli.exits import processes, run_command, several_processes
 from jaxchat.cli.experiments import load_experiment, summaries
@@ -29,7 +32,11 @@ from jaxchat.cli.places import check_place
 from jaxchat.cli.values import path, whole, words
 from jaxchat.config import STAGES, Experiment, Range
 from jaxchat.devices.launchers import Cluster, find_cluster
+from jaxchat.errors import check
 from jaxchat.verbatim import one_line
+
+if TYPE_CHECKING:
+    from jaxchat.runs.init_from import StartingModel
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,13 +57,14 @@ def _run(argv: list[str]) -> int:
     if options.stages is not None:
         experiment = dataclasses.replace(experiment, stages=options.stages)
     directory = options.run_dir or f"runs/{experiment.name}"
-    redo = options.redo or ()
-    check_start(experiment, directory, redo=redo, fresh=options.fresh)
+    redo, given = options.redo or (), named_fields(overrides)
+    experiment, start = _start_from(options, experiment, directory, given)
+    check_start(experiment, directory, redo=redo, fresh=options.fresh, init=start is not None)
     cluster = find_cluster(os.environ, options.coordinator, options.num_processes, options.process_id)
     prepare_jax()
     if options.dry_run:
-        return _dry_run(experiment, named_fields(overrides))
-    return _train(experiment, directory, redo, options.fresh, cluster, named_fields(overrides))
+        return _dry_run(experiment, given)
+    return _train(experiment, directory, redo, options.fresh, cluster, given, start)
 
 
 def launch_parser() -> Parser:
@@ -84,6 +92,13 @@ def launch_parser() -> Parser:
         "sets are downloaded to a folder without text. (default data/)",
     )
     add(
+        "--init-from",
+        type=path,
+        metavar="RUN",
+        help="Start from the model and tokenizer of another run, which jaxchat import or a training has made, instead "
+        "of from nothing. Its settings of the model are those of the new run.",
+    )
+    add(
         "--dry-run",
         action="store_true",
         help="Show parameters, steps, FLOPs, memory, hours and cost, without training.",
@@ -106,13 +121,53 @@ def launch_parser() -> Parser:
     return parser
 
 
-def check_start(experiment: Experiment, directory: str, *, redo: tuple[str, ...] = (), fresh: bool = False) -> None:
+def _start_from(
+    options: argparse.Namespace, experiment: Experiment, directory: str, given: Collection[str]
+) -> tuple[Experiment, StartingModel | None]:
+    """The experiment with the model that the run starts from, and that model if it is another run's.
+
+    A run that has begun with a model from elsewhere keeps to it.
+    """
+    from jaxchat.runs.directory import RunDirectory  # slow to import, as what follows
+    from jaxchat.runs.init_from import check_begun_with, find_start, own_start, same_place, with_model_of
+    from jaxchat.stages.own_conversations import check_conversations
+    from jaxchat.storage import to_run_directory
+
+    check_place(directory, "--run-dir")
+    run = RunDirectory(to_run_directory(directory))
+    start = other = None if options.init_from is None else find_start(options.init_from)
+    if options.fresh:
+        check(other is None or not same_place(run, other.run), "--init-from names the run that --fresh puts aside")
+    elif other is None:
+        start = own_start(run)
+    else:
+        check_begun_with(run, other)
+    if start is None:
+        itself = options.stages is None and "tokenizer" not in experiment.stages and not run.is_run()
+        check(
+            not itself,
+            f"{experiment.name} starts from a model: name its run with --init-from=RUN; jaxchat import makes one of a "
+            "model from elsewhere",
+        )
+        return experiment, None
+    experiment = with_model_of(experiment, start, given)
+    check_conversations(experiment)
+    return experiment, other
+
+
+def check_start(
+    experiment: Experiment, directory: str, *, redo: tuple[str, ...] = (), fresh: bool = False, init: bool = False
+) -> None:
     """Checks all that can be checked without JAX, which takes seconds to import.
+
+    Args:
+      init: the run starts from the model of another one.
 
     Raises:
       UserError: a run would be refused.
     """
     from jaxchat.runs.directory import RunDirectory  # slow to import, as what follows
+    from jaxchat.runs.init_from import STAGE
     from jaxchat.runs.starting import check_redo
     from jaxchat.stages.settings import check_run, check_settings
     from jaxchat.storage import to_run_directory
@@ -121,7 +176,7 @@ def check_start(experiment: Experiment, directory: str, *, redo: tuple[str, ...]
     check_redo(redo, experiment.stages)
     check_place(directory, "--run-dir")
     run = RunDirectory(to_run_directory(directory))
-    check_run(experiment, run, redo=STAGES if fresh else redo)
+    check_run(experiment, run, redo=STAGES if fresh else redo, given=("tokenizer", STAGE) if init else ())
 
 
 def _list() -> int:
@@ -172,6 +227,7 @@ def _train(
     fresh: bool,
     cluster: Cluster | None,
     given: Collection[str],
+    start: StartingModel | None,
 ) -> int:
     processes().start(cluster)
     from jaxchat.runs.starting import take
@@ -181,7 +237,7 @@ def _train(
     check_possible(experiment)
     with contextlib.ExitStack() as held:
         processes().on_process_zero(lambda: take(directory, held, fresh=fresh))
-        run_stages(Workspace(experiment, directory, redo=redo), given)
+        run_stages(Workspace(experiment, directory, redo=redo), given, start)
     if several_processes():
         processes().finish()
         return 0

@@ -57,7 +57,8 @@ def _story(report: dict[str, Any]) -> str:
     depth = config["model"]["depth"]
     layers = f"{depth} {'layer' if depth == 1 else 'layers'}"
     size = f"{format_count(report['parameters'])} parameters ({layers}, {model_width(depth)} wide)"
-    sentences = [f"A chatbot trained from nothing: {size}."]
+    origin = _origin(next((entry for stage, entry in stages.items() if stage != "tokenizer"), {}))
+    sentences = [f"A chatbot {f'that began as {origin}' if origin else 'trained from nothing'}: {size}."]
     path, sets = config["data"]["path"], config["data"]["download"]
     source = f"text from the folder `{Path(path).name}`" if path else "stories of a small world that jaxchat made up"
     if sets:
@@ -79,6 +80,15 @@ def _story(report: dict[str, Any]) -> str:
             f"All of it took {format_duration(report['seconds'])}{_on(report['machine'])}{_for(report['cost'])}."
         )
     return textwrap.fill(" ".join(sentences), 120)
+
+
+def _origin(entry: dict[str, Any]) -> str:
+    """What a stage was imported from, in words; empty for one that was made here."""
+    imported = entry.get("imported")
+    if not imported:
+        return ""
+    stage = f"the {imported['stage']} model of " if "stage" in imported else ""
+    return f"{stage}{Path(imported.get('run') or imported.get('file') or imported['from']).name}"
 
 
 def _on(machine: dict[str, Any]) -> str:
@@ -235,7 +245,7 @@ def _road(report: dict[str, Any]) -> str:
         memory = entry.get("peak_memory_bytes")
         rows.append([
             stage,
-            "skipped" if entry.get("skipped") else _DONE.get(stage, ""),
+            "skipped" if entry.get("skipped") else _origin(entry) or _DONE.get(stage, ""),
             f"{entry['steps']:,}" if entry.get("steps") else "",
             format_count(entry["tokens"]) if entry.get("tokens") else "",
             format_duration(entry.get("seconds") or 0),

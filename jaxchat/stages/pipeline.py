@@ -13,7 +13,10 @@ from jaxchat.devices.mesh import batch_share, data_shards, make_mesh
 from jaxchat.ops.attention import attention_kernel
 from jaxchat.ops.compute import for_training
 from jaxchat.runs.directory import TRAINED
+from jaxchat.runs.init_from import STAGE as INIT_STAGE
+from jaxchat.runs.init_from import StartingModel
 from jaxchat.stages import evaluate, finetune, pretrain, report, rl, tokenizer
+from jaxchat.stages.init_from import place_start
 from jaxchat.stages.settings import check_settings, describe_programs, naming
 from jaxchat.stages.workspace import Workspace, planned_model
 from jaxchat.train.budget import check_length, split_batch
@@ -49,11 +52,12 @@ def check_possible(experiment: Experiment) -> None:
         check_length(experiment.pretrain, planned_model(experiment))
 
 
-def run_stages(workspace: Workspace, given: Collection[str] = ()) -> None:
+def run_stages(workspace: Workspace, given: Collection[str] = (), start: StartingModel | None = None) -> None:
     """Runs the experiment's stages in the workspace's directory, after checking all data that they will read.
 
     Args:
       given: the fields of the experiment that the user has set: the tasks that they name must be there.
+      start: the model of another run to start from; None for one from nothing.
     """
     device = jax.devices()[0]
     shape = ", ".join(f"{axis} {size}" for axis, size in workspace.mesh.shape.items())
@@ -68,6 +72,9 @@ def run_stages(workspace: Workspace, given: Collection[str] = ()) -> None:
         workspace.say(f"programs  {programs}")
     workspace.check_data(_to_check(workspace, given), given)
     workspace.set_aside_redone()
+    if start is not None and not workspace.finished(INIT_STAGE):
+        place_start(workspace, start)
+        workspace.check_data(_to_check(workspace, given), given)  # exactly now, as after the tokenizer stage
     for stage in workspace.experiment.stages:
         workspace.set_aside_stale(stage)
         if evaluate.complete(workspace) if stage == "evaluate" else stage != "report" and workspace.finished(stage):
