@@ -93,7 +93,7 @@ def _check_tokenizer(directory: RunDirectory, stage: str) -> None:
     learned = ((directory.begun(stage) or {}).get("made_from") or {}).get("tokenizer")
     check(
         learned is None or learned == directory.new_id("tokenizer"),
-        f"{directory.tokenizer} has the tokenizer of another run, not the one that {stage} was made with; put that back",
+        f"{directory.tokenizer} has the tokenizer of another run, not that of {stage}; put the right one back",
     )
 
 
