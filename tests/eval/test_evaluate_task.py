@@ -9,15 +9,18 @@ import optax
 import pytest
 
 from jaxchat.errors import UserError
-from jaxchat.eval.chat import Answer, choose, evaluate_task
+from jaxchat.eval.chat import Answer, choose, evaluate_task, prompts_of
 from jaxchat.eval.statistics import pass_at_k, wilson_interval
 from jaxchat.infer.engine import Engine
+from jaxchat.infer.request import NO_OUTPUT
+from jaxchat.model import reference
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params, logits
 from jaxchat.tasks.answers import score_choice
-from jaxchat.tasks.base import ListTask, multiple_choice_question, question_and_answer
+from jaxchat.tasks.base import ListTask, Mode, multiple_choice_question, question_and_answer
 from jaxchat.tasks.checkable import Checkable
 from jaxchat.tokenizer import Tokenizer
+from jaxchat.tools.calculator import calculate
 from jaxchat.train.step import init_state, make_train_step
 
 SUMS = [(2, 3), (4, 4), (6, 1), (5, 4), (3, 3), (8, 1)]
@@ -167,3 +170,94 @@ def test_what_cannot_be_asked_is_refused(engine, sums):
         evaluate_task(engine, sums, samples=0, temperature=1.0)
     with pytest.raises(UserError, match="the choice 'AB' is 2 tokens of this vocabulary; it must be one"):
         choose(engine, [[1, 2]], [("A", "AB")], 1)
+
+
+# --- tasks with a mode ------------------------------------------------------------------------------------------------
+
+MODE = Mode(
+    prompt_tokens=90, max_new_tokens=10, top_k=50, seed=42, calculator=lambda call: "7", any_of_samples=True
+)  # fmt: skip
+
+
+def with_mode(task, **changes):
+    moded = type(task)(task.name, list(task))
+    moded.mode = dataclasses.replace(MODE, **changes)
+    return moded
+
+
+@pytest.fixture(scope="module")
+def short():
+    """An engine with random parameters and a context of 64 tokens, and its logits after a prompt, in NumPy."""
+    tokenizer = Tokenizer.train_from_iterator(["Respond only with the letter of the correct answer. " * 3], 300)
+    config = GPTConfig(depth=2, sequence_len=64, vocab_size=tokenizer.vocab_size)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), shapes)
+    as_numpy = jax.tree.map(np.asarray, params)
+    return Engine(config, params, tokenizer, dtype="float32"), lambda ids: reference.logits(config, as_numpy, ids)[-1]
+
+
+def test_letters_are_chosen_beyond_the_context(short):
+    engine, last = short
+    task = with_mode(
+        Choices(
+            "far",
+            [
+                multiple_choice_question(f"{word} " * 20, ("p", "q", "r"), 1, letters=letters, id=word, subject="x")
+                for word, letters in (("sky", "123"), ("a", "ABC"), ("earth", "321"))
+            ],
+        )
+    )
+    prompts = prompts_of(task, list(task), engine.tokenizer)
+    start = engine.tokenizer.encode_special("<|assistant_start|>")
+    assert {len(prompt) for prompt in prompts} == {79, 91} and {prompt[-1] for prompt in prompts} == {start}  # cut to 90
+    result = evaluate_task(engine, task, batch_size=4)
+    assert (result.too_long, result.count) == (0, 3)
+    for answer, prompt, item in zip(result.answers, prompts, task, strict=True):
+        row = last(prompt)
+        likely = {letter: row[ord(letter)] - np.logaddexp.reduce(row) for letter in item["letters"]}
+        assert answer.answer == max(likely, key=likely.__getitem__)
+        assert answer.logprobs == pytest.approx(likely, abs=1e-4)
+        assert (answer.id, answer.subject) == (item["id"], "x")
+    task.mode = None
+    assert evaluate_task(engine, task).too_long == 3
+
+
+def test_answers_are_written_beyond_the_context(short):
+    engine, last = short
+    questions = [question_and_answer("so " * count, "x", answer="0") for count in (5, 18, 40)]
+    task = with_mode(Checkable("far", questions))
+    prompts = prompts_of(task, questions, engine.tokenizer)
+    assert len(prompts[0]) < 64 < len(prompts[1]) + 10 and len(prompts[2]) == 91
+    result = evaluate_task(engine, task, max_new_tokens=3, batch_size=4)
+    assert (result.too_long, result.cut) == (0, 3)
+    for answer, prompt in zip(result.answers, prompts, strict=True):
+        written = []
+        while len(written) < 10 and (token := int(np.argmax(last(prompt + written)))) not in engine.stops:
+            written.append(token)
+        assert answer.answer == engine.tokenizer.decode(written)
+    assert engine.model_config.sequence_len == 64
+
+
+def test_calls_go_to_the_modes_calculator(engine, sums):
+    calls = []
+    task = with_mode(sums, max_new_tokens=16, calculator=lambda call: calls.append(call) or "7")
+    result = evaluate_task(engine, task)
+    assert sorted(calls) == sorted(f"{a}+{b}" for a, b in SUMS)
+    for (a, b), answer in zip(SUMS, result.answers, strict=True):
+        said = f"<|python_start|>{a}+{b}<|python_end|><|output_start|>7<|output_end|>"
+        assert answer.answer.startswith(said)
+    prompts = prompts_of(sums, list(sums), engine.tokenizer)
+    options = {"max_new_tokens": 16, "temperature": 0.0}
+    silent = engine.generate(prompts, tool=lambda call: NO_OUTPUT, **options)
+    assert all(all(completion.sampled) for completion in silent)  # nothing is put in
+    result = evaluate_task(engine, with_mode(sums, max_new_tokens=16, calculator=lambda call: None))
+    assert [answer.answer for answer in result.answers] == [engine.tokenizer.decode(row.tokens) for row in silent]
+
+
+def test_the_mode_decides_whatever_the_caller_wants(engine, sums):
+    task = with_mode(sums, max_new_tokens=16, calculator=calculate)
+    options = {"samples": 4, "temperature": 2.0, "batch_size": 32}
+    result = evaluate_task(engine, task, **options, seed=1)
+    assert evaluate_task(engine, task, **options, seed=2, max_new_tokens=1) == result
+    assert result.score == result.pass_at[4] > result.pass_at[1]  # any of all samples
