@@ -259,7 +259,7 @@ class TestOverride:
 
 
 def test_a_disk_that_fails_is_a_line(tmp_path, capsys, monkeypatch):
-    def fail(workspace, given):
+    def fail(workspace, given, start):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(workspace.directory.path / "metrics.jsonl"))
 
     monkeypatch.setattr("jaxchat.stages.pipeline.run_stages", fail)
