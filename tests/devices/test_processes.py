@@ -223,7 +223,7 @@ bundle = load_bundle(write_bundle(folder, TASKS[1:3]))
 for turn in range(2):  # the second goes on from what the first has left, which only process 0 can read
     options = {"keep": folder / "kept", "progress": lambda *facts: calls.append(facts)}
     scores = str(evaluate_core(config, params, tokenizer, bundle, compute=Compute(mesh=mesh), **options).tasks)
-    assert d.exchange(scores) == [scores] * 3 and len(calls) == 1
+    assert d.exchange(scores) == [scores] * 3 and len(calls) == 2
 assert (folder / "kept").exists() == (here == 0)
 d.finish()
 """

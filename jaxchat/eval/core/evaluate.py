@@ -25,7 +25,7 @@ from jaxchat.eval.core.batches import Batch, Layout, batches_of, lay_out
 from jaxchat.eval.core.bundle import BASELINES, VERSIONS, Bundle, CoreTask, Version
 from jaxchat.eval.core.kept import Kept, digest
 from jaxchat.eval.core.prompts import Question, examples_of, order_of, questions_of
-from jaxchat.eval.core.scoring import checksum, score
+from jaxchat.eval.core.scoring import checksums, score
 from jaxchat.eval.statistics import wilson_interval
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params
@@ -118,7 +118,7 @@ def evaluate_core(
       tasks: labels of tasks; None for all that the bundle has.
       keep: a folder for the decision on each item (see `kept.py`). What is there already, of the same model and
         settings, is not computed again.
-      progress: called after each batch.
+      progress: called at the beginning, if there is anything to do, and after each batch.
 
     Raises:
       UserError: a task that the bundle lacks, or too few items for the examples; another model's tokenizer.
@@ -132,7 +132,7 @@ def evaluate_core(
     orders = {task.label: order_of(task, max_per_task) for task in bundle.tasks}
     digests = {}
     if keep is not None:
-        model = dataclasses.asdict(config), np.asarray(checksum(params)).tolist(), tokenizer.to_json()
+        model = dataclasses.asdict(config), checksums(params), tokenizer.to_json()
         of_all = digest(*model, str(compute.dtype), max_per_task)
         # Where the file lies does not matter.
         digests = {t.label: digest(of_all, dataclasses.asdict(dataclasses.replace(t, path=""))) for t in bundle.tasks}
@@ -174,6 +174,8 @@ def _ask(
         for size, right in zip(own, kept.right[label], strict=True)
         if right is not None
     )
+    if progress is not None and done < total:
+        progress(done, total, bundle.tasks[0].label)  # the first batch waits for the program to be compiled
     by_label = {task.label: task for task in bundle.tasks}
 
     def layouts() -> Iterator[Layout]:

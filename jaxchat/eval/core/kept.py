@@ -74,7 +74,8 @@ class Kept:
             while self._folder and self._changed:
                 label = self._changed.pop()
                 lines = [json.dumps(line, ensure_ascii=False) + "\n" for _, line in sorted(self._lines[label].items())]
-                write_bytes(self._folder / f"{label}.jsonl", "".join(lines).encode("utf-8", "surrogatepass"))
+                # Half a surrogate pair has no UTF-8; JSON writes it as an escape of this form.
+                write_bytes(self._folder / f"{label}.jsonl", "".join(lines).encode("utf-8", "backslashreplace"))
             self._saved = time.monotonic()
 
     def _read(self, counts: Mapping[str, int]) -> dict[str, tuple[str, list[int]]]:

@@ -68,10 +68,14 @@ def score(
         return jax.lax.with_sharding_constraint(split(params, batch), NamedSharding(mesh, P()))
 
 
+def checksums(params: Params) -> list[int]:
+    """A number for each parameter, by its bits and their places: the same on any mesh."""
+    return [int(number) for number in jax.device_get([_checksum(leaf) for leaf in jax.tree.leaves(params)])]
+
+
 @jax.jit
-def checksum(params: Params) -> Int[Array, " P"]:
-    """A number for each parameter, by its bits: the same on any mesh."""
-    bits = [jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32) for leaf in jax.tree.leaves(params)]
-    # Places count too: otherwise two rows that change places would go unnoticed.
-    sums = [jnp.sum(x * (jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape) * 2 + 1)) for x in bits]
-    return jnp.stack(sums).astype(jnp.int32)
+def _checksum(array: Array) -> Int[Array, ""]:
+    # Whole numbers, whose sum does not depend on the order. With the factors it depends on the places.
+    bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
+    factors = jnp.arange(array.size, dtype=jnp.uint32).reshape(array.shape) * 2 + 1
+    return jnp.sum(bits * factors).astype(jnp.int32)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxchat.eval.core.batches import batches_of, lay_out
+from jaxchat.eval.core.batches import LONGEST, batches_of, lay_out
 from jaxchat.eval.core.prompts import Question, Span
 from jaxchat.ops.pages import PAGE
 
@@ -15,18 +15,19 @@ def tokens(least, most):
 
 
 @st.composite
-def questions(draw):
-    """Prompts that branch off one another anywhere."""
-    prompts = [draw(tokens(2, 200))]
+def prompts(draw):
+    """Prompts that branch off one another anywhere, each with the place where its scored tokens begin."""
+    made = [draw(tokens(2, 200))]
     for _ in range(draw(st.integers(0, 3))):
-        other = prompts[draw(st.integers(0, len(prompts) - 1))]
-        prompts.append(np.concatenate([other[: draw(st.integers(1, len(other)))], draw(tokens(1, 150))]))
-    spans = []
-    for prompt in prompts:
-        start = draw(st.integers(1, len(prompt)))
-        spans.append((prompt, start))
-    inputs = tuple(prompt[: len(prompt) - 1 if start < len(prompt) else 0] for prompt, start in spans)
-    return Question("made", 0, inputs, tuple(Span(i, start, prompt[start:]) for i, (prompt, start) in enumerate(spans)))
+        other = made[draw(st.integers(0, len(made) - 1))]
+        made.append(np.concatenate([other[: draw(st.integers(1, len(other)))], draw(tokens(1, 150))]))
+    return [(prompt, draw(st.integers(1, len(prompt)))) for prompt in made]
+
+
+def question_of(prompts):
+    inputs = tuple(prompt[: len(prompt) - 1 if start < len(prompt) else 0] for prompt, start in prompts)
+    spans = tuple(Span(i, start, prompt[start:]) for i, (prompt, start) in enumerate(prompts))
+    return Question("made", 0, inputs, spans)
 
 
 def read_back(arrays, row, column):
@@ -38,9 +39,9 @@ def read_back(arrays, row, column):
     return np.concatenate([*arrays.tokens[path[:-1]], arrays.tokens[row, : column + 1]])
 
 
-@given(st.lists(questions(), min_size=1, max_size=8), st.sampled_from([4, 16]), st.integers(1, 3))
+@given(st.lists(prompts(), min_size=1, max_size=8), st.sampled_from([4, 16]), st.integers(1, 3))
 def test_each_target_is_predicted_from_its_prompt(made, rows, shards):
-    layouts = [lay_out(question) for question in made]
+    layouts = [lay_out(question_of(each)) for each in made]
     seen = []
     for batch in batches_of(layouts, rows, shards):
         assert len(batch.parts) == shards
@@ -69,9 +70,9 @@ def test_each_target_is_predicted_from_its_prompt(made, rows, shards):
     assert [id(layout) for layout in seen] == [id(layout) for layout in layouts]
 
 
-@given(questions())
-def test_no_page_of_an_item_begins_another_one_behind_the_same_tokens(question):
-    layout = lay_out(question)
+@given(prompts())
+def test_no_page_of_an_item_begins_another_one_behind_the_same_tokens(made):
+    layout = lay_out(question_of(made))
     behind = [tuple(layout.pages[i].tobytes() for i in path) for path in layout.paths]
     for i, one in enumerate(behind):
         for j, other in enumerate(behind):
@@ -88,10 +89,10 @@ def test_choices_of_one_token_share_one_prompt():
 
 
 def test_a_prompt_longer_than_a_batch_gets_one_of_its_own():
-    long = np.zeros(PAGE * 9 + 1, np.int32)
-    short = np.zeros(3, np.int32)
-    layouts = [
-        lay_out(Question("made", i, (x,), (Span(0, len(x), x[:1]),))) for i, x in enumerate([short, long, short])
-    ]
-    sizes = [len(batch.arrays.tokens) for batch in batches_of(layouts, 8, 1)]
-    assert sizes == [8, 16, 8]
+    shapes = []
+    for pages in (9, LONGEST + 1):
+        tokens = [np.zeros(3, np.int32), np.zeros(PAGE * pages, np.int32), np.zeros(3, np.int32)]
+        questions = [Question("made", i, (x,), (Span(0, len(x), x[:1]),)) for i, x in enumerate(tokens)]
+        shapes += [batch.arrays.table.shape for batch in batches_of(map(lay_out, questions), 8, 1)]
+    small, large = (8, LONGEST), (2 * LONGEST, 2 * LONGEST)
+    assert shapes == [small, (16, LONGEST), small, small, large, small]

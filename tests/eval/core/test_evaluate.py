@@ -107,7 +107,7 @@ def test_an_evaluation_goes_on_where_it_stopped(config, params, tokenizer, bundl
 
     def progress(done, total, label):
         calls.append((done, total, label))
-        if len(calls) == 3:
+        if len(calls) == 4:
             raise Stop
 
     with pytest.raises(Stop):
@@ -126,6 +126,7 @@ def test_an_evaluation_goes_on_where_it_stopped(config, params, tokenizer, bundl
     moved = result.tasks["piqa"].accuracy - whole[1].tasks["piqa"].accuracy
     assert moved == pytest.approx((-1 if was else 1) / count)
     assert {**result.tasks, "piqa": None} == {**whole[1].tasks, "piqa": None}
+    assert calls[0][0] == 0
     done, totals = [call[0] for call in calls], {call[1] for call in calls}
     assert done == sorted(done) and len(totals) == 1 and done[-1] == totals.pop()
 
