@@ -43,7 +43,8 @@ def core_scores(training: Training, metrics: Metrics) -> tuple[Evaluator, ...]:
             progress=lambda done, total, label: metrics.progress("CORE", done, total),
         )
         means = result.scores()
-        metrics.note(f"step {step:,}: {', '.join(f'{name} {mean:.4f}' for name, mean in means.items())}, on a sample")
+        told = ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+        metrics.note(f"step {step:,}: {told} on {config.core_per_task:,} items a task")
         yield from means.items()
         for label, score in result.tasks.items():
             yield f"core/{label}", score.accuracy
