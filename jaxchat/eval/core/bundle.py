@@ -7,6 +7,7 @@ BUNDLE/eval_data/.../NAME.jsonl     the items of a task, an object a line
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -126,12 +127,12 @@ def load_bundle(folder: str | os.PathLike) -> Bundle:
     root = to_path(folder)
     listed = _read_list(root / FILE_NAME)
     missing = {label: f"{root / FILE_NAME} does not list it" for label in BASELINES}
-    tasks = []
+    tasks, read = [], functools.cache(_read_items)  # two tasks of the full bundle share a file
     for label, entry in listed.items():
         path = root / "eval_data" / entry["dataset_uri"]
         if path.exists():
             missing.pop(label, None)
-            items, lines = _read_items(path, entry["icl_task_type"])
+            items, lines = read(path, entry["icl_task_type"])
             shots, delimiter = entry["num_fewshot"][0], entry.get("continuation_delimiter", " ")
             tasks.append(CoreTask(label, entry["icl_task_type"], shots, delimiter, items, lines, str(path)))
         else:
