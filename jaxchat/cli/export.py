@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from jaxchat.errors import check
 
 if TYPE_CHECKING:
     from jaxchat.runs.directory import RunDirectory
+
+AT_ONCE = 2.0  # seconds in which it is done without a word
 
 
 def add_command(commands: Any) -> None:
@@ -58,13 +61,11 @@ def _export(arguments: argparse.Namespace) -> int:
     model = load_model(arguments.run, arguments.stage, arguments.step)
     _check_tokenizer(directory, model.stage)
     step = _step(arguments.step, directory, model.stage)
-    lines: list[LiveLine] = []
+    live, began = LiveLine("export", None), time.monotonic()
 
-    def progress(done: int, files: int) -> None:
-        if files > 1 and not lines:
-            lines.append(LiveLine("export", files))
-        for line in lines:
-            line.update(done, {})
+    def progress(done: int, total: int) -> None:
+        if time.monotonic() - began > AT_ONCE:
+            live.show_progress("weights", done, total)
 
     card = model_card(model, directory, step, title=Path(out).absolute().name, dtype=arguments.dtype)
     base = model.stage == "pretrain"
@@ -75,8 +76,7 @@ def _export(arguments: argparse.Namespace) -> int:
         export_hf(model.model, model.params, model.tokenizer, out, dtype=arguments.dtype, base=base, norm_eps=norm_eps,
                   card=card, progress=progress)  # fmt: skip
     finally:
-        for line in lines:
-            line.close()
+        live.close()
     size = sum(file.stat().st_size for file in Path(out).iterdir())
     if norm_eps != NORM_EPS:
         print(f"rms_norm_eps is {norm_eps:.2g}, as where the weights are from; jaxchat computes with {NORM_EPS:g}")

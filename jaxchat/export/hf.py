@@ -128,7 +128,7 @@ def export_hf(
       base: the model continues documents and has not learned to answer.
       norm_eps: what the norms add to the mean square: other than jaxchat's for weights from a program with another.
       card: the model card, Markdown.
-      progress: is told how many files of weights are written, and of how many.
+      progress: is told how many weights are written, or about to be, and of how many.
 
     Raises:
       UserError: the folder has something in it, or NanoChat cannot express the model.
@@ -180,16 +180,16 @@ def _write_weights(
     config: GPTConfig, params: Params, folder: Path, dtype: np.dtype, progress: Callable[[int, int], None]
 ) -> None:
     """Writes the weights to one file or, if large, to several with an index, of which one at a time is in memory."""
-    leaves = dict(named_parameters(params))
-    shards = list(_shards(weights(config, "hf"), dtype.itemsize))
+    leaves, table = dict(named_parameters(params)), weights(config, "hf")
+    shards = list(_shards(table, dtype.itemsize))
     total, place = 0, {}
     for number, shard in enumerate(shards, 1):
-        progress(number - 1, len(shards))
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        arrays = {
-            weight.name: np.ascontiguousarray(weight.of_parameter(np.asarray(leaves[weight.path])), dtype)
-            for weight in shard
-        }
+        arrays = {}
+        for weight in shard:
+            progress(len(place) + len(arrays), len(table))
+            parameter = np.asarray(leaves[weight.path])
+            arrays[weight.name] = np.ascontiguousarray(weight.of_parameter(parameter), dtype)
         try:
             save_file(arrays, folder / name, {"format": "pt"})
         except SafetensorError as error:
@@ -197,7 +197,7 @@ def _write_weights(
         shutil.copymode(folder / "config.json", folder / name)  # the library lets only the owner read it
         total += sum(array.nbytes for array in arrays.values())
         place |= dict.fromkeys(arrays, name)
-    progress(len(shards), len(shards))
+    progress(len(place), len(table))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": place}
         (folder / "model.safetensors.index.json").write_text(_json(index))
