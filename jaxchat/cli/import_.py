@@ -41,7 +41,7 @@ def add_command(commands: Any) -> None:
         help="What the model is to count as in the run: pretrain, midtrain, sft or rl. Of nanochat's base directory it "
         "also says which model. (default: what the files tell)",
     )
-    add("--step", type=whole(Range(at_least=0)), metavar="N", help="nanochat's checkpoint. (default: the newest)")
+    add("--step", type=whole(Range(at_least=0)), metavar="N", help="Step of nanochat's checkpoint. (default: the newest)")
     add("--tokenizer", type=path, metavar="PATH", help="The tokenizer's file or folder, if it is not with the model.")
     parser.set_defaults(command=_import)
 

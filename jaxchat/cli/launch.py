@@ -1,4 +1,4 @@
-"""Runs an experiment: trains a chatbot from nothing, or from another model, stage by stage.
+"""Runs an experiment: trains a chatbot from nothing, stage by stage.
 
     python launch.py --experiment=quickstart
     python launch.py --experiment=d12 --pretrain.num-iterations=200

@@ -91,6 +91,7 @@ def read_hf(source: Path, *, stage: str | None = None, tokenizer: Path | None = 
     check_tokenizer(str(place), words, config.vocab_size)
     ends = found.get("eos_token_id")
     base = ends is not None and ends in (words.bos_token_id, [words.bos_token_id])
+    eps = found.get("rms_norm_eps") or NORM_EPS
     return Incoming(
         config=config,
         tokenizer=words,
