@@ -7,7 +7,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -220,9 +220,7 @@ def _options_of(mode: Mode) -> dict[str, Any]:
         value = mode.calculator(call)
         return NO_OUTPUT if value is None else value
 
-    return {
-        "max_new_tokens": mode.max_new_tokens, "top_k": mode.top_k, "seed": mode.seed, "tool": calculator
-    }  # fmt: skip
+    return {"max_new_tokens": mode.max_new_tokens, "top_k": mode.top_k, "seed": mode.seed, "tool": calculator}
 
 
 def _with_room(engine: Engine, task: Task, tokens: int) -> tuple[Engine, int]:
@@ -255,7 +253,8 @@ def _write(
     tokens: list[list[int]] = [[] for _ in prompts]
     scored: dict[int, Future[Sample]] = {}
     done: list[Future[Sample]] = []
-    with ThreadPoolExecutor(SCORERS) as pool:
+    pool = ThreadPoolExecutor(SCORERS)
+    try:
         for written in engine.stream(prompts, **options):
             for row, token, own in written:
                 stopped = own and token in engine.stops
@@ -268,9 +267,11 @@ def _write(
                 progress(len(done), len(prompts))
         while waiting := [future for future in scored.values() if not future.done()]:
             raise_if_asked()
-            wait(waiting, 1.0, FIRST_COMPLETED)
+            wait(waiting, timeout=1.0)
             if progress is not None:
                 progress(len(scored) - len(waiting), len(prompts))
+    finally:
+        pool.shutdown(cancel_futures=True)  # of an evaluation that is broken off, the programs that have not begun
     if progress is not None:
         progress(len(prompts), len(prompts))
     return [scored[row].result() for row in range(len(prompts))]
@@ -289,8 +290,8 @@ def _answer(
         score=(max(scores) if best else sum(scores) / len(scores)) if scores else 0.0,
         cut=bool(samples) and samples[0].cut,
         index=index,
-        id=question.get("id", ""),
-        subject=question.get("subject", ""),
+        id=str(question.get("id", "")),
+        subject=str(question.get("subject", "")),
         samples=tuple(samples) if len(samples) > 1 else (),
         logprobs=logprobs,
     )

@@ -174,9 +174,7 @@ def test_what_cannot_be_asked_is_refused(engine, sums):
 
 # --- tasks with a mode ------------------------------------------------------------------------------------------------
 
-MODE = Mode(
-    prompt_tokens=90, max_new_tokens=10, top_k=50, seed=42, calculator=lambda call: "7", any_of_samples=True
-)  # fmt: skip
+MODE = Mode(prompt_tokens=90, max_new_tokens=10, top_k=50, seed=42, calculator=lambda call: "7", any_of_samples=True)
 
 
 def with_mode(task, **changes):
@@ -210,7 +208,9 @@ def test_letters_are_chosen_beyond_the_context(short):
     )
     prompts = prompts_of(task, list(task), engine.tokenizer)
     start = engine.tokenizer.encode_special("<|assistant_start|>")
-    assert {len(prompt) for prompt in prompts} == {79, 91} and {prompt[-1] for prompt in prompts} == {start}  # cut to 90
+    assert {len(prompt) for prompt in prompts} == {79, 91} and {prompt[-1] for prompt in prompts} == {
+        start
+    }  # cut to 90
     result = evaluate_task(engine, task, batch_size=4)
     assert (result.too_long, result.count) == (0, 3)
     for answer, prompt, item in zip(result.answers, prompts, task, strict=True):

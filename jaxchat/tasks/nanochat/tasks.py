@@ -18,9 +18,7 @@ from jaxchat.tasks.items import read_items
 from jaxchat.tasks.nanochat.calculator import calculate
 from jaxchat.tools.python import run_program
 
-MODE = Mode(
-    prompt_tokens=2048, max_new_tokens=512, top_k=50, seed=42, calculator=calculate, any_of_samples=True
-)  # fmt: skip
+MODE = Mode(prompt_tokens=2048, max_new_tokens=512, top_k=50, seed=42, calculator=calculate, any_of_samples=True)
 _ORDER_SEED = 42
 _FINAL = re.compile(r"#### (-?[0-9.,]+)")
 _CALL = re.compile(r"(<<[^>]+>>)")
