@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 TASKS = {  # name in jaxchat: name in nanochat
     "nanochat_arc_easy": "ARC-Easy",
@@ -48,15 +47,19 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int)
     options = parser.parse_args()
     result = {"core": core, "chat": chat, "bpb": bpb}[options.work](options)
-    options.json.write_text(json.dumps({**result, "torch": torch.__version__, "device": device_name()}))
+    options.json.write_text(json.dumps({**result, **machine()}))
 
 
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+def machine() -> dict[str, str]:
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"torch": torch.__version__, "device": device}
 
 
 def load(options: argparse.Namespace) -> tuple[Any, Any]:
     """The model and the tokenizer, as nanochat's evaluators take them."""
+    import torch
     from nanochat import common
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -265,6 +268,7 @@ def arc_row(item: dict[str, Any]) -> dict[str, Any]:
 
 def bpb(options: argparse.Namespace) -> dict[str, Any]:
     """nanochat's bits per byte of its first rows of validation text; the rows are left in a file beside the result."""
+    import torch
     from nanochat import dataloader, dataset, loss_eval
 
     dataset.DATA_DIR = str(options.data)
@@ -278,7 +282,7 @@ def bpb(options: argparse.Namespace) -> dict[str, Any]:
     )
     rows: list[np.ndarray] = []
 
-    def kept() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def kept() -> Iterator[tuple[Any, Any]]:
         for inputs, targets in batches:
             rows.append(np.stack([inputs.cpu().numpy(), targets.cpu().numpy()]).astype(np.int32))
             yield inputs, targets
