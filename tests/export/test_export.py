@@ -18,7 +18,7 @@ from jaxchat.export.hf import export_hf
 from jaxchat.infer.engine import Engine
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, logits
-from jaxchat.model.parameters import TABLE
+from jaxchat.model.parameters import TABLE, named_parameters
 from jaxchat.serve.settings import Settings
 from tests.export import golden
 from tests.export.numpy_nanochat import nanochat_logits
@@ -223,12 +223,18 @@ def test_a_folder_with_something_in_it_is_left_alone(tokenizer, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_an_export_that_fails_leaves_nothing(tokenizer, tmp_path):
+def test_an_export_that_fails_or_is_stopped_leaves_nothing(tokenizer, tmp_path):
     config = golden.MODELS["two heads that share keys"]
     params = golden.parameters(config)
-    params["head"] = {}
     with pytest.raises(KeyError):
-        export_hf(config, params, tokenizer, tmp_path / "out")
+        export_hf(config, {**params, "head": {}}, tokenizer, tmp_path / "out")
+
+    def stop(done, total):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_hf(config, params, tokenizer, tmp_path / "out", progress=stop)
     assert not list(tmp_path.iterdir())
 
 
@@ -239,3 +245,48 @@ def test_who_may_read_the_files_is_as_always(tokenizer, tmp_path):
     folder = export_hf(config, golden.parameters(config), tokenizer, tmp_path / "out")
     modes = {stat.S_IMODE(os.stat(path).st_mode) for path in folder.iterdir()}
     assert modes == {stat.S_IMODE((tmp_path / "plain").stat().st_mode)}
+
+
+# --- names in both directions ---------------------------------------------------------------------------------------
+
+
+def foreign(config, params, form):
+    leaves = dict(named_parameters(params))
+    return {name: weight.of_parameter(leaves[weight.path]) for name, weight in names.weights(config, form).items()}
+
+
+@pytest.mark.parametrize("form", ["hf", "nanochat"])
+def test_parameters_come_back(form):
+    config = golden.MODELS["two heads that share keys"]
+    params = golden.parameters(config)
+    arrays = foreign(config, params, form)
+    names.check_weights(config, form, {name: array.shape for name, array in arrays.items()}, "model.pt")
+    back = names.params_of(config, form, arrays.__getitem__)
+    params["embed"]["embedding"][290:] = 0  # padding, which does not travel
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_padded_rows_of_nanochat_are_cut():
+    config = golden.MODELS["two heads that share keys"]
+    arrays = foreign(config, golden.parameters(config), "nanochat")
+    padded = {**arrays, "transformer.wte.weight": np.pad(arrays["transformer.wte.weight"], ((0, 30), (0, 0)))}
+    padded["transformer.wte.weight"][290:] = np.nan
+    shapes = {name: array.shape for name, array in padded.items()}
+    names.check_weights(config, "nanochat", shapes, "model.pt")
+    back = names.params_of(config, "nanochat", padded.__getitem__)
+    jax.tree.map(np.testing.assert_array_equal, back, names.params_of(config, "nanochat", arrays.__getitem__))
+
+
+def test_unknown_missing_and_misshapen_weights_are_named():
+    config = golden.MODELS["two heads that share keys"]
+    shapes = {name: weight.shape for name, weight in names.weights(config, "hf").items()}
+    lacking = {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
+    for wrong, words in (
+        ({**shapes, "model.layers.0.gate": (1,)}, ["has model.layers.0.gate", "does not have"]),
+        (lacking, ["lacks lm_head.weight"]),
+        ({**shapes, "lm_head.weight": (300, 192)}, ["lm_head.weight", "[300, 192]", "[290, 192]"]),
+        ({**shapes, "model.layers.2.mlp.fc1.weight": (192, 768)}, ["model.layers.2.mlp.fc1.weight", "[768, 192]"]),
+    ):
+        with pytest.raises(UserError) as refused:
+            names.check_weights(config, "hf", wrong, "folder")
+        assert all(word in str(refused.value) for word in ["folder", *words])
