@@ -67,6 +67,22 @@ def test_curves_are_drawn_and_read(watch):
     expect(loss.locator(".readout")).to_contain_text("pretrain 06")
 
 
+def test_scores_on_the_way_have_a_line_for_each_that_there_is(watch, directory):
+    with Metrics(directory.path, "sft", total_steps=50, live=False) as metrics:
+        for step, score in ((0, 0.25), (10, 0.5)):
+            metrics.log(step, **{"sample_score/arc_easy": score, "sample_low/arc_easy": 0.1, "sample_score/gsm8k": 0.0})
+    with Metrics(directory.path, "pretrain", total_steps=200, live=False) as metrics:
+        metrics.log(200, centered_mean_v1_of_18=-0.0312, centered_mean_v2_of_18=0.0125, **{"core/copa": 0.5})
+        metrics.sample(200, "", "A text of its own.", seed=0)
+    page = watch()
+    tasks, core = chart(page, "Tasks on a sample"), chart(page, "CORE on a sample")
+    expect(tasks.locator(".readout")).to_have_text("sft 10arc easy 50.0 %gsm8k 0 %")
+    expect(core.locator(".readout")).to_contain_text("18 tasks, baselines v1 −0.0312")
+    assert tasks.locator("canvas").evaluate(DRAWN)
+    page.get_by_role("tab", name="Samples").click()
+    expect(page.get_by_role("tabpanel")).to_contain_text("A text of its own.")
+
+
 def test_zoom_scale_and_smoothing(watch):
     page = watch()
     loss = chart(page, "Training loss")

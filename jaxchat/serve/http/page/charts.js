@@ -2,7 +2,8 @@
 
 /**
  * The charts, from the most to the least looked at. `lines` are the metrics in one chart; `points` marks those that are
- * measured now and then. `zero` begins the axis at 0. Without `stages` all of them are drawn.
+ * measured now and then. Instead of `lines` a chart may have `match` and `label`: it draws the metrics whose names match,
+ * under what `label` makes of the match. `zero` begins the axis at 0. Without `stages` all of them are drawn.
  */
 export const CHARTS = [
   {
@@ -19,6 +20,22 @@ export const CHARTS = [
     lines: [{ name: "bpb", points: true }],
     settle: true,
     stages: ["pretrain", "midtrain", "sft"],
+  },
+  {
+    title: "CORE on a sample",
+    unit: "share above guessing",
+    match: /^(?:core|centered_mean)_(v\d)(?:_of_(\d+))?$/,
+    label: ([, version, count]) => (count ? `${count} tasks, baselines ${version}` : `baselines ${version}`),
+    stages: ["pretrain"],
+  },
+  {
+    title: "Tasks on a sample",
+    unit: "answered right",
+    match: /^sample_score\/(.+)$/,
+    label: ([, task]) => task.replaceAll("_", " "),
+    zero: true,
+    share: true,
+    stages: ["midtrain", "sft"],
   },
   {
     title: "Reward",

@@ -7,6 +7,7 @@ import { digits, limits, place, precise, short, smoothed, thinned } from "./reco
 const POINTS = 1000; // parts of a curve that each keep their lowest and highest value
 const GAP = 0.012; // between stages, of the width
 const LABELS = 20; // pixels above a chart for the names of stages
+const COLORS = 6; // of lines, which then begin again
 const LEAST = 0.14; // of the width, that a stage has at least
 
 /** Where stages lie on a common axis from 0 to 1: `{stage, from, width, last}`; the last step of each has its own scale. */
@@ -43,7 +44,7 @@ export function ticks(low, high, wanted) {
  */
 export class Chart {
   constructor(spec, view) {
-    this.spec = spec;
+    this.spec = { lines: [], ...spec };
     this.view = view;
     this.plot = null;
     this.readout = element("p", { class: "readout" });
@@ -72,6 +73,11 @@ export class Chart {
 
   /** Draws what there is now; `anew` after a change of colours or of the kind of axis. */
   update(anew = false) {
+    const { match, label } = this.spec;
+    if (match) {
+      const found = this.view.records.metrics().filter((name) => match.test(name));
+      this.spec.lines = found.map((name) => ({ name, label: label(match.exec(name)), points: true }));
+    }
     const drawn = (stage) => !this.spec.stages || this.spec.stages.includes(stage);
     const stages = this.view.stages.filter(
       (stage) => drawn(stage) && this.spec.lines.some(({ name }) => this.#has(stage, name)),
@@ -212,7 +218,7 @@ export class Chart {
   }
 
   #series({ band, line, points, columns }) {
-    const name = this.spec.lines.length > 1 ? `--series-${line + 1}` : (STAGE_COLORS[band.stage] ?? "--series-5");
+    const name = this.spec.lines.length > 1 ? `--series-${(line % COLORS) + 1}` : (STAGE_COLORS[band.stage] ?? "--series-5");
     const stroke = this.view.color(name);
     const plain = { stroke, spanGaps: false, points: { show: false } };
     if (points) return [{ ...plain, width: 1.5, points: { size: 7, stroke, fill: stroke } }];
@@ -353,7 +359,7 @@ export class Chart {
       const text = Number.isNaN(value) ? "not finite" : this.spec.share ? `${digits(value * 100)} %` : precise(value);
       const several = this.spec.lines.length > 1;
       const key = several
-        ? element("i", { class: `key series-${i + 1}` })
+        ? element("i", { class: `key series-${(i % COLORS) + 1}` })
         : element("i", { class: `key stage-${stage}` });
       pieces.push(element("span", {}, key, several ? `${label} ` : "", element("b", {}, text)));
     });

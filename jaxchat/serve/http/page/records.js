@@ -12,6 +12,7 @@ const FACTS = new Set([
   "model",
   "prompt",
   "sample",
+  "seed",
   "questions",
   "tokens",
 ]);
@@ -37,6 +38,11 @@ export class Records {
   /** The stages that have curves, in the order of the run. */
   names() {
     return [...this.stages.keys()].filter((name) => this.stages.get(name).curves.size > 0);
+  }
+
+  /** The metrics that any stage has. */
+  metrics() {
+    return [...new Set([...this.stages.values()].flatMap(({ curves }) => [...curves.keys()]))].sort();
   }
 
   curve(stage, metric) {
