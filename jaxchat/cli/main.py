@@ -44,8 +44,8 @@ def jaxchat_parser() -> Parser:
 
     parser = Parser(
         prog="jaxchat",
-        description="Talk to a model that jaxchat has trained, serve it, compare tokenizers, download data, "
-        "find learning rates, profile training, measure generation.",
+        description="Talk to a model that jaxchat has trained, serve it, evaluate, export and import models, "
+        "compare tokenizers, download data, find learning rates, profile training, measure generation.",
     )
     commands = parser.add_commands()
     for module in (chat, serve, eval, export, import_, tokenizer, data, lr_range, profile, bench):
