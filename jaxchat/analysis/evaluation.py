@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -196,7 +197,7 @@ class _Evaluation:
             return
         began = time.perf_counter()
         keep = self.folder / "core" / f"{wanted.dtype}-{wanted.core_per_task or 'all'}"
-        with _progress("CORE, kB") as show:
+        with _progress("CORE") as show:
             result = evaluate_core(
                 self.trained.model,
                 self.params,
@@ -205,7 +206,7 @@ class _Evaluation:
                 compute=self.compute,
                 max_per_task=wanted.core_per_task,
                 keep=keep,
-                progress=lambda done, total, _: show(round(done / 1000), round(total / 1000)),
+                progress=lambda done, total, _: show(done, total),
             )
         self.report["core"] = {
             **result.scores(),
@@ -227,14 +228,14 @@ class _Evaluation:
             return
         began, size = time.perf_counter(), sum(file.bytes for file in wanted.texts)
         documents = ((file.name, text) for file in wanted.texts for text in file.documents())
-        with _progress("text, kB") as show:
+        with _progress("text") as show:
             found = text_bpb(
                 self.trained.model,
                 self.params,
                 self.trained.tokenizer,
                 documents,
                 compute=self.compute,
-                progress=lambda done: show(round(done / 1000), round(max(size, done) / 1000)),
+                progress=lambda done: show(round(done), round(max(size, done))),
             )
         names = ", ".join(file.name for file in wanted.texts[:3])
         check(bool(found.documents), f"{names}: there is no text to predict; name other files")
@@ -254,19 +255,24 @@ class _Evaluation:
         report = self.report
         for name, entry in report["tasks"].items():
             answers, _ = read_lines(self._answers(name), _ANSWER, "delete it")
-            figure = f"{entry['score']:.1%} ({interval(entry['low'], entry['high'])})"
-            yield page.group(name, figure, [page.answer_item(one) for one in answers], f"answers/{name}.jsonl")
+            items, file = [page.answer_item(one) for one in answers], f"answers/{name}.jsonl"
+            yield page.group(name, f"{entry['score']:.1%}", _interval(entry), items, file)
         core = report["core"] or {"tasks": {}}
         for label, entry in core["tasks"].items():
             file = f"{core['answers']}/{label}.jsonl"
             lines, _ = read_lines(self.folder / file, _DECISION, "delete it")
-            figure = f"{entry['accuracy']:.1%} ({interval(entry['low'], entry['high'])})"
-            yield page.group(f"CORE: {label}", figure, [page.core_item(line) for line in lines], file)
+            items = [page.core_item(line) for line in lines]
+            yield page.group(f"CORE: {label}", f"{entry['accuracy']:.1%}", _interval(entry), items, file)
         if report["text"] is not None:
             documents, _ = read_lines(self.folder / "text.jsonl", _DOCUMENT, "delete it")
             documents.sort(key=lambda one: -one["bits_per_byte"])
             figure = f"{report['text']['total']['bits_per_byte']:.4f} bits per byte"
-            yield page.group("text", figure, [page.document_item(one) for one in documents], "text.jsonl")
+            items = [page.document_item(one) for one in documents]
+            yield page.group("text", figure, "the hardest documents first", items, "text.jsonl")
+
+
+def _interval(entry: dict[str, Any]) -> str:
+    return f"95 % interval {interval(entry['low'], entry['high'])}"
 
 
 def _write_lines(path: epath.Path, values: Sequence[dict[str, Any]]) -> None:
@@ -275,16 +281,9 @@ def _write_lines(path: epath.Path, values: Sequence[dict[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A function that shows on stderr how much of how much is done."""
-    lines: list[LiveLine] = []
-
-    def show(done: int, total: int) -> None:
-        if not lines:
-            lines.append(LiveLine(name, total))
-        lines[0].update(done, {})
-
+    """A function that shows on stderr how much of how much is done, and the time left."""
+    line = LiveLine("eval", None)
     try:
-        yield show
+        yield functools.partial(line.show_progress, name)
     finally:
-        for line in lines:
-            line.close()
+        line.close()

@@ -219,7 +219,9 @@ def _temperature(arguments: argparse.Namespace) -> float:
 
 
 def _runs_programs(entry: str) -> bool:
-    return entry.partition(":")[0].endswith("humaneval")
+    from jaxchat.tasks import PROGRAMS
+
+    return entry.partition(":")[0] in PROGRAMS
 
 
 def _check_contained(uncontained: bool) -> None:

@@ -20,17 +20,17 @@ def page(title: str, model: str, groups: Sequence[Group]) -> str:
     return (Path(__file__).parent / "page.html").read_text("utf-8").replace("DATA", data.replace("<", "\\u003c"), 1)
 
 
-def group(name: str, figure: str, items: Sequence[Item], file: str) -> Group:
+def group(name: str, figure: str, about: str, items: Sequence[Item], file: str) -> Group:
     """A part of the page.
 
     Args:
-      name, figure: what it is, and its score.
+      name, figure, about: what it is, its score, and what else to say of that.
       items: of `answer_item`, `choice_item` or `document_item`, in the order in which they are to be read.
       file: which has all of them.
     """
     shown = sorted(items, key=lambda item: item.get("score", 0) == 1)[:MOST]
     wrong = sum(item.get("score", 1) < 1 for item in items)
-    about = f"{len(items):,} in all" + (f", {wrong:,} wrong" if wrong else "")
+    about = f"{about}; {len(items):,} in all" + (f", {wrong:,} wrong" if wrong else "")
     if len(shown) < len(items):
         about += f"; here are {len(shown):,} of them"
     return {"name": name, "figure": figure, "about": f"{about}. All of them: {file}", "items": shown}

@@ -173,6 +173,8 @@ sys.exit(code)
         ("main", "--help", 0),
         ("main", "chat --help", 0),
         ("main", "serve --help", 0),
+        ("main", "eval --help", 0),
+        ("main", "eval --run=x --tasks sumz", 2),
         ("main", "lr-range --experiment=quickstart --seed=x", 2),
         ("main", "data list", 0),
     ],
