@@ -240,8 +240,8 @@ class Engine:
         A row ends with a stop token (<|assistant_end|> or <|bos|>, yielded as its last), after `max_new_tokens`, or
         when the context of `sequence_len` tokens is full.
 
-        With `tools`, the calculator, or another `tool`, answers what is between <|python_start|> and <|python_end|>:
-        <|output_start|>, the value and <|output_end|> follow with sampled False, and count as new tokens like all
+        With `tools`, the calculator, or another `tool` as fast, answers a call between <|python_start|> and
+        <|python_end|>: <|output_start|>, the value and <|output_end|> follow with sampled False, and count as new tokens like all
         others. If the calculator refuses the expression, the output is empty, so that the model does not invent one. A
         <|python_end|> without a start is ignored.
 
@@ -254,8 +254,9 @@ class Engine:
         """
         check(max_batch >= 1, f"max_batch is {max_batch}; it must be at least 1")
         sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
+        request = Request((), max_new_tokens, sampling, tool=tool if tools else None, instant=True)
         requests = [
-            Request(prompt, max_new_tokens, dataclasses.replace(sampling, number=row), tool=tool if tools else None)
+            dataclasses.replace(request, prompt=prompt, sampling=dataclasses.replace(sampling, number=row))
             for row, prompt in enumerate(prompts)
         ]
         for row, request in enumerate(requests):

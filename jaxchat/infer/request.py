@@ -66,6 +66,8 @@ class Request:
         for no log-probabilities. They are those of the model, before any setting of `sampling`.
       prompt_logprobs: whether the prompt's tokens get log-probabilities too, with as many alternatives.
       tool: what answers a call between <|python_start|> and <|python_end|>; None for no tool.
+      instant: the tool is as fast as the calculator. The engine waits for it, so that what it computes together does
+        not depend on chance.
     """
 
     prompt: Sequence[int]
@@ -76,6 +78,7 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     tool: Tool | None = None
+    instant: bool = False
 
 
 @dataclass(frozen=True)

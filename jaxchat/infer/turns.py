@@ -131,7 +131,7 @@ class Turns:
                 if call is None:
                     scheduler.resume(answer.row, [])
                 # The calculator is fast, and several processes have to go on with its answer at the same point.
-                elif tool is calculate or jax.process_count() > 1:
+                elif tool is calculate or answer.request.instant or jax.process_count() > 1:
                     self._resume(answer, tool(call))
                 else:
                     self._threads = self._threads or ThreadPoolExecutor(self.runner.slots, "tool")
