@@ -240,10 +240,10 @@ class Engine:
         A row ends with a stop token (<|assistant_end|> or <|bos|>, yielded as its last), after `max_new_tokens`, or
         when the context of `sequence_len` tokens is full.
 
-        With `tools`, the calculator, or another `tool` as fast, answers a call between <|python_start|> and
-        <|python_end|>: <|output_start|>, the value and <|output_end|> follow with sampled False, and count as new tokens like all
-        others. If the calculator refuses the expression, the output is empty, so that the model does not invent one. A
-        <|python_end|> without a start is ignored.
+        With `tools`, the calculator, or another `tool` as fast, answers what is between <|python_start|> and
+        <|python_end|>: <|output_start|>, the value and <|output_end|> follow with sampled False, and count as new
+        tokens like all others. If the calculator refuses the expression, the output is empty, so that the model does
+        not invent one. A <|python_end|> without a start is ignored.
 
         At temperature 0 the most likely token is taken. The random numbers of row r depend only on seed, r and how many
         tokens the row has written: not on other rows, nor on `max_batch`, the most rows that are worked on at once.
