@@ -144,15 +144,20 @@ def export_hf(
         "tokenizer_config.json": _json(tokenizer_config(config.sequence_len, base=base)),
         **({"README.md": card} if card else {}),
     }
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    # What is renamed must be on the same disk, which a folder that is there need not share with its parent.
+    there = folder.exists()
+    part = folder / ".part" if there else folder.with_name(f".{folder.name}.{os.getpid()}.part")
     part.mkdir(parents=True)
     try:
         for name, text in files.items():
             (part / name).write_text(text, encoding="utf-8")
         _write_weights(config, params, part, DTYPES[dtype], progress)
-        if folder.exists():
-            folder.rmdir()
-        part.rename(folder)
+        if there:
+            for file in part.iterdir():
+                file.rename(folder / file.name)
+            part.rmdir()
+        else:
+            part.rename(folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

@@ -243,6 +243,7 @@ def test_who_may_read_the_files_is_as_always(tokenizer, tmp_path):
     (tmp_path / "out").mkdir()  # an empty folder is fine
     (tmp_path / "plain").write_text("")
     folder = export_hf(config, golden.parameters(config), tokenizer, tmp_path / "out")
+    assert len(list(folder.iterdir())) == 5 and not list(tmp_path.glob(".*"))
     modes = {stat.S_IMODE(os.stat(path).st_mode) for path in folder.iterdir()}
     assert modes == {stat.S_IMODE((tmp_path / "plain").stat().st_mode)}
 
