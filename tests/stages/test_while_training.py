@@ -128,3 +128,25 @@ def test_what_cannot_be_scored_is_refused_or_said_before_anything_is_trained(fin
     assert message == (
         f"pretrain.core-every is 3, but {broken} has no eval/eval_bundle; 'jaxchat data get core' downloads it"
     )
+
+
+def test_the_evaluate_stage_measures_core_once(scored, data, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(scored, run)
+    only_core = ("--evaluate.of=", "--evaluate.tasks=")
+    out, _ = train(run, data, *SCORES, *only_core, stages="evaluate,report")
+    assert "evaluate  pretrain  centered_mean_v1_of_3 " in out
+    (line,) = [line for line in read_metrics(run) if line.get("of") == "pretrain"]
+    assert (line["step"], line["core_count/copa"], line["core_per_task"]) == (STEPS, 14, None)
+    decisions = [json.loads(text) for text in (run / "evaluate/pretrain/core/copa.jsonl").read_text().splitlines()]
+    assert line["core/copa"] == sum(one["right"] for one in decisions) / 14
+    assert line["core_centered_v1/copa"] == pytest.approx((line["core/copa"] - 0.5) / 0.5)
+    report = json.loads((run / "report.json").read_text())["core"]["pretrain"]
+    assert report["tasks"]["copa"]["count"] == 14 and "jeopardy" in report["missing"]
+    assert report["centered_mean_v1_of_3"] == line["centered_mean_v1_of_3"]
+    assert "CORE, after pretrain:\n\n| CORE task | right |" in (run / "report.md").read_text()
+    out, _ = train(run, data, *SCORES, *only_core, stages="evaluate")
+    assert "evaluate  already finished; skipped" in out
+    out, _ = train(run, data, *SCORES, *only_core, "--evaluate.core-per-task=12", stages="evaluate")
+    assert "evaluate  pretrain  centered_mean_v1_of_3 " in out
+    assert [line["core_per_task"] for line in read_metrics(run) if line.get("of") == "pretrain"][-1] == 12
