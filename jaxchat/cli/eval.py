@@ -256,11 +256,25 @@ def _texts(paths: Sequence[str] | None, data: DataConfig, directory: RunDirector
     from jaxchat.data.text.given import GivenFile, given_files
 
     if paths:
-        return given_files(paths, _say)
+        files = given_files(paths, _say)
+        for name in _trained_on(files, directory):
+            _say(f"{name} was trained on: how well it is predicted says nothing about other text")
+        return files
     text = find_text(data.folder or directory.generated_data, data.val_shard, on_bad="refuse", say=_say).val
     return [
         GivenFile(f"{file.name} (validation)", file, dataclasses.replace(text, files=(file,))) for file in text.files
     ]
+
+
+def _trained_on(files: Sequence[GivenFile], directory: RunDirectory) -> list[str]:
+    """Those of the files that pretraining has read, as far as its record names them."""
+    from jaxchat.data.text.listing import text_folder
+    from jaxchat.storage import to_path
+
+    record, folder = directory.read_record("pretrain") or {}, directory.read_config().data.folder
+    inside = text_folder(to_path(folder or directory.generated_data))
+    trained = {str((inside / name).resolve()) for name in record.get("text", {}).get("train_files", [])}
+    return [file.name for file in files if str(file.path.resolve()) in trained]
 
 
 def _bundle(named: str, data: DataConfig) -> Bundle:

@@ -56,7 +56,8 @@ def run(tmp_path_factory):
         state = {"params": {**params, "head": {"kernel": head}}, "step": jnp.asarray(STEPS)}
         checkpoints.save(STEPS, state, data={}, meta={})
         checkpoints.close()
-        (directory / stage / "stage.json").write_text(json.dumps({"stage": stage, "steps": STEPS}))
+        record = {"stage": stage, "steps": STEPS, "text": {"train_files": ["shard_00000.parquet"]}}
+        (directory / stage / "stage.json").write_text(json.dumps(record))
     return directory
 
 
@@ -178,6 +179,10 @@ def test_the_validation_text_of_the_run(run, tmp_path):
     assert name.endswith(" (validation)") and not others
     assert facts["low"] < facts["bits_per_byte"] < facts["high"] and facts["documents"] > 1
     assert f"| {name} | {facts['bits_per_byte']:.4f} | {facts['low']:.4f} to {facts['high']:.4f} |" in out
+    assert "was trained on" not in err
+    shard = run / "data" / "pretrain" / "shard_00000.parquet"
+    code, _, err = evaluate("--run", run, "--stage=pretrain", "--text", shard, "--out", tmp_path / "out")
+    assert code == 0 and f"{shard} was trained on: " in err
 
 
 @pytest.mark.parametrize(
