@@ -128,7 +128,9 @@ def test_the_calculator_neither_runs_nor_hangs():
 
 
 def test_spelling(tmp_path):
-    with pytest.raises(MissingData, match=r"nanochat_spelling needs .*nanochat_spelling.jsonl, which does not exist"):
+    with pytest.raises(
+        MissingData, match=r"nanochat_spelling needs .*nanochat_spelling.jsonl, which does not exist; nanochat itself"
+    ):
         load_task("nanochat_spelling", "test", tmp_path)
     calls = [{"type": "python", "text": "'pepper'.count('p')"}, {"type": "python_output", "text": "3"}]
     answer = [{"type": "text", "text": "Let me count."}, *calls, {"type": "text", "text": "It is\n\n#### 3"}]

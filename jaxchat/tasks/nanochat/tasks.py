@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxchat.data.chat.forms import contents_of, to_conversation
 from jaxchat.data.text.reading import Findings
-from jaxchat.errors import check
+from jaxchat.errors import MissingData, check
 from jaxchat.storage import AnyPath
 from jaxchat.tasks import gsm8k, humaneval, multiple_choice
 from jaxchat.tasks.base import Conversation, ListTask, Mode, Split, multiple_choice_question, question_and_answer
@@ -171,7 +171,10 @@ def load_spelling(split: Split, data_dir: AnyPath, limit: int | None, findings: 
     """
     check(split == "test", "nanochat_spelling has no questions for training; train on spelling or letters")
     path = data_dir / "eval" / "nanochat_spelling.jsonl"
-    items = read_items(path, _parse_spelling, "nanochat_spelling", findings)
+    try:
+        items = read_items(path, _parse_spelling, "nanochat_spelling", findings)
+    except MissingData as error:
+        raise MissingData(f"{error}; nanochat itself writes it (docs/evaluation.md)") from None
     return Arithmetic("nanochat_spelling", [{"id": str(i), **item} for i, item in enumerate(items)], limit)
 
 
