@@ -19,6 +19,7 @@ from jaxchat.data.text.lanes import place_in_epoch
 from jaxchat.devices.launchers import LOST
 from jaxchat.devices.processes import StopFlag, cause_of, exchange, on_process_zero
 from jaxchat.stopping import Cause
+from tests.stages.test_while_training import write_bundle
 from tests.tiny import ARGUMENTS, ROOT, STEPS, copy, damage, record, start, values
 
 # A process that sends itself a signal when it asks for the batch of a step: `SIGKILL 1 3` in process 1 at step 3.
@@ -115,6 +116,8 @@ def test_each_reads_its_lanes_and_a_single_process_resumes_with_all_of_them(tmp_
         damage(tmp_path / "0.parquet", group)
     settings = [f"--data={tmp_path}", "--stages=tokenizer,pretrain", "--data.lanes=4", "--data.on-bad=skip"]
     settings += ["--data.no-shuffle", "--data.packing=concat"]  # so that the test knows which process reads what
+    write_bundle(tmp_path / "eval" / "eval_bundle")
+    settings.append("--pretrain.core-every=2")  # which all processes measure together, before and after the signal
     code, _, err = start(tmp_path / "whole", *settings)
     assert code == 0, err
     run = tmp_path / "run"
@@ -129,6 +132,9 @@ def test_each_reads_its_lanes_and_a_single_process_resumes_with_all_of_them(tmp_
     code, _, err = start(run, *settings)
     assert code == 0, err
     assert_same(run, tmp_path / "whole", "pretrain")
+    for name in ("core/copa", "core/lambada_openai"):
+        assert values(run, "pretrain", name) == values(tmp_path / "whole", "pretrain", name)
+        assert [step for step, _ in values(run, "pretrain", name)] == [2, 4, STEPS]
     for fact in ("packing", "left_out"):
         assert record(run, "pretrain")[fact] == record(tmp_path / "whole", "pretrain")[fact]
     assert record(run, "pretrain")["left_out"] == {"unreadable_blocks": 2}
@@ -148,9 +154,11 @@ def test_when_one_is_killed_the_others_end_and_the_job_resumes(whole, tmp_path, 
         code, _, err = start(run, "--stages=pretrain")
         assert code == 0, err
     else:
-        ends = train(run, "--stages=pretrain,sft,rl", "--rl.num-iterations=1", "--rl.eval-questions=2")
+        scored = ("--sft.tasks=sums", "--sft.task-questions=4")
+        ends = train(run, "--stages=pretrain,sft,rl", "--rl.num-iterations=1", "--rl.eval-questions=2", *scored)
         assert [code for code, _ in ends] == [0, 0], ends
         assert_same(run, whole, "sft")
+        assert [step for step, _ in values(run, "sft", "sample_score/sums")] == [0, STEPS]
         assert len(values(run, "rl")) == 1
     assert [step for step, _ in values(run, "pretrain")] == list(range(STEPS))
     assert_same(run, whole, "pretrain")
