@@ -139,7 +139,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         bundle = _default_bundle(trained.stage, data, experiment)
         check(
             bool(given) or bundle is not None,
-            f"the run's evaluate stage measures nothing of {trained.stage}; name --tasks, --core or --text",
+            f"there is nothing to measure of {trained.stage}; name --tasks, --core or --text, and the data with --data",
         )
     if arguments.precision != "auto":
         experiment = dataclasses.replace(experiment, precision=arguments.precision)
