@@ -41,7 +41,12 @@ def add_command(commands: Any) -> None:
         help="What the model is to count as in the run: pretrain, midtrain, sft or rl. Of nanochat's base directory it "
         "also says which model. (default: what the files tell)",
     )
-    add("--step", type=whole(Range(at_least=0)), metavar="N", help="Step of nanochat's checkpoint. (default: the newest)")
+    add(
+        "--step",
+        type=whole(Range(at_least=0)),
+        metavar="N",
+        help="Step of nanochat's checkpoint. (default: the newest)",
+    )
     add("--tokenizer", type=path, metavar="PATH", help="The tokenizer's file or folder, if it is not with the model.")
     parser.set_defaults(command=_import)
 
@@ -89,6 +94,6 @@ def _target(name: str) -> Path:
     check(not is_remote(name), f"--run is {name}; a model is imported to this machine, from where it can be copied")
     check_place(name, "--run")
     target = Path(name).absolute()
-    free = not target.exists() or not any(target.iterdir())
+    free = not target.exists() or all(entry.name == ".import" for entry in target.iterdir())  # of one that was stopped
     check(free, f"{name} is not empty; name another --run, or move it aside")
     return target

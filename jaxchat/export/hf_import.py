@@ -53,7 +53,9 @@ def read_hf(source: Path, *, stage: str | None = None, tokenizer: Path | None = 
     """
     file = source / "config.json"
     found = read_json(file, _CONFIG, _REMEDY)  # pyright: ignore[reportArgumentType]
-    check(found is not None, f"{source} has no config.json; give a folder as transformers' save_pretrained leaves it")
+    other = any(source.glob("model_*.pt"))
+    instead = "its files are nanochat's: --from=nanochat" if other else "give one that save_pretrained has written"
+    check(found is not None, f"{source} has no config.json, and so is no folder of transformers; {instead}")
     kind = found["model_type"]
     check(
         kind == "nanochat", f"{file}: model_type is {kind!r}; of transformers' models only 'nanochat' can be imported"
@@ -99,8 +101,8 @@ def read_hf(source: Path, *, stage: str | None = None, tokenizer: Path | None = 
         step=0,
         form="hf",
         read=read,
-        source={"from": "hf", "file": str(source.absolute()), "rms_norm_eps": found.get("rms_norm_eps") or NORM_EPS},
-        remarks=_about_eps(str(file), found.get("rms_norm_eps") or NORM_EPS),
+        source={"from": "hf", "file": str(source.absolute()), "rms_norm_eps": eps},
+        remarks=_about_eps(str(file), eps),
     )
 
 

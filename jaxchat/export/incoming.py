@@ -27,6 +27,8 @@ from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.progress import LiveLine
 from jaxchat.tokenizer import BaseTokenizer
 
+PART = ".import"  # the name, or its ending, of what is not complete yet
+_SHOWN_AFTER = 2.0  # seconds
 NAME = "finetune"  # the experiment that an imported run belongs to, so that its next stages can be trained
 
 
@@ -106,7 +108,9 @@ def write_run(incoming: Incoming, directory: Path, say: Callable[[str], None] = 
     Raises:
       UserError: a weight is damaged or not finite; the disk fails.
     """
-    part = directory.with_name(f".{directory.name}.import")
+    # What is renamed must be on the same disk, which a folder that is there need not share with its parent.
+    there = directory.exists()
+    part = directory / PART if there else directory.with_name(f".{directory.name}{PART}")
     shutil.rmtree(part, ignore_errors=True)  # of an import that was stopped
     run, experiment = RunDirectory(part), incoming.experiment()
     try:
@@ -114,9 +118,12 @@ def write_run(incoming: Incoming, directory: Path, say: Callable[[str], None] = 
         params = _params(incoming, say)
         tokenizer, source = incoming.tokenizer, incoming.source
         place_model(run, experiment, incoming.stage, tokenizer, params, step=incoming.step, source=source)
-        if directory.exists():
-            directory.rmdir()
-        part.rename(directory)
+        if there:
+            for entry in part.iterdir():
+                entry.rename(directory / entry.name)
+            part.rmdir()
+        else:
+            part.rename(directory)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -127,7 +134,8 @@ def _params(incoming: Incoming, say: Callable[[str], None]) -> Params:
 
     def read(name: str) -> np.ndarray:
         nonlocal done
-        live.show_progress("weights", done, total)
+        if time.time() - began > _SHOWN_AFTER:
+            live.show_progress("weights", done, total)
         weight, done = incoming.read(name), done + 1
         check(bool(np.isfinite(weight.astype(np.float32)).all()), f"{name} is not finite; get the whole file again")
         return weight

@@ -120,7 +120,8 @@ def _folder(source: Path, stage: str | None) -> tuple[Path, str | None]:
         folders = {FOLDERS[source.name]: source}
     check(
         bool(folders),
-        f"{source} has no checkpoint of nanochat: no model_STEP.pt, and none of {', '.join(FOLDERS)} with one",
+        f"{source} has no checkpoint of nanochat: no model_STEP.pt, and none of {', '.join(FOLDERS)} with one"
+        + ("; its files are those of transformers: --from=hf" if (source / "config.json").exists() else ""),
     )
     chosen = stage or list(folders)[-1]
     check(chosen in folders, f"{source} has no model of {chosen}, only of {', '.join(folders)}")

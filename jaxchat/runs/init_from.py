@@ -29,9 +29,10 @@ class StartingModel:
 
     def source(self) -> dict[str, Any]:
         """Where the model comes from, for the records of the new run."""
-        identity = self.run.id_of(self.stage)
-        facts = {"from": "jaxchat", "run": str(self.run), "stage": self.stage, "step": self.step}
-        return {**facts, "id": identity} if identity else facts
+        facts: dict[str, Any] = {"from": "jaxchat", "run": str(self.run), "stage": self.stage, "step": self.step}
+        earlier = (self.run.read_record(self.stage) or {}).get("imported") or {}
+        known = {"id": self.run.id_of(self.stage), "rms_norm_eps": earlier.get("rms_norm_eps")}
+        return facts | {name: value for name, value in known.items() if value is not None}
 
 
 def find_start(name: epath.PathLike) -> StartingModel:
