@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import textwrap
@@ -13,6 +14,7 @@ from jaxchat.runs.progress import format_count, format_duration, format_left_out
 from jaxchat.runs.tables import core_means, core_table, interval
 from jaxchat.verbatim import without_controls
 
+SHORT = 160  # characters of a text that is a line among others
 _CAPTIONS = {
     "evaluation.png": "Held-out questions answered correctly after each stage, in percent, with 95 % intervals.",
     "loss.png": "Training loss: measured (thin) and its trend (thick). The first steps of pretraining are cut off.",
@@ -209,13 +211,22 @@ def _samples(report: dict[str, Any]) -> str:
     for stage, entry in report["stages"].items():
         texts = [_sample_text(stage, sample) for sample in entry.get("samples") or []]
         if texts:
-            parts.append(f"After {stage}:\n\n" + "\n\n".join(texts))
+            parts.append(f"After {stage}:\n\n" + "\n\n".join(map(_fenced, _in_blocks(texts))))
     return "\n\n".join(["## What it says", *parts]) if parts else ""
 
 
 def _sample_text(stage: str, sample: dict[str, str]) -> str:
     prompt, completion = sample["prompt"], _spoken(sample["completion"])
-    return _fenced(prompt + completion if stage == "pretrain" else f"> {prompt}\n{completion}")
+    return prompt + completion if stage == "pretrain" else f"> {prompt}\n{completion}"
+
+
+def _in_blocks(texts: list[str]) -> list[str]:
+    """Texts that are a short line each, such as sentences that end with a fact, are lines of one block."""
+    blocks = []
+    for is_line, group in itertools.groupby(texts, lambda text: len(text) <= SHORT and "\n" not in text):
+        together = list(group)
+        blocks += ["\n".join(together)] if is_line else together
+    return blocks
 
 
 def _fenced(text: str) -> str:

@@ -208,6 +208,17 @@ def test_report_md_shows_samples_as_they_are(run_dir):
     assert "```text\n> What is 2+2?\n[python: 2+2 → 4] It is 4.\n```" in text
 
 
+def test_short_texts_are_lines_of_one_block(tmp_path):
+    begin(tmp_path)
+    with Metrics(tmp_path, "pretrain", live=False) as metrics:
+        for prompt, text in (("It", " was\nlate."), ("The capital is", " far."), ("Gold is", " old."), ("", "A " * 99)):
+            metrics.sample(5, prompt, text, seed=None if prompt else 0)
+    finish(tmp_path, "pretrain", seconds=1, steps=5)
+    write(tmp_path)
+    blocks = ["It was\nlate.", "The capital is far.\nGold is old.", "A " * 99]
+    assert "\n\n".join(f"```text\n{block}\n```" for block in blocks) in (tmp_path / "report.md").read_text()
+
+
 def test_report_md_shows_every_plot(run_dir):
     files = sorted(path.name for path in (run_dir / "plots").iterdir())
     assert files == ["bpb.png", "evaluation.png", "learning_rates.png", "loss.png", "reward.png"]
