@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -227,7 +228,7 @@ class _Evaluation:
         if not wanted.texts:
             return
         began, size = time.perf_counter(), sum(file.bytes for file in wanted.texts)
-        documents = ((file.name, text) for file in wanted.texts for text in file.documents())
+        documents = itertools.chain.from_iterable(file.documents() for file in wanted.texts)
         with _progress("text") as show:
             found = text_bpb(
                 self.trained.model,

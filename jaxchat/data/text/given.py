@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from jaxchat.data.records import place, read_records
 from jaxchat.data.text import plain
 from jaxchat.data.text.folder import why_not
 from jaxchat.data.text.forms import HEAD_BYTES, form_of, read_head, something_else
 from jaxchat.data.text.listing import is_run, list_text, text_folder
-from jaxchat.data.text.reading import Findings, Unreadable
+from jaxchat.data.text.reading import Findings, Unreadable, kind_of
 from jaxchat.data.text.shards import TextFiles, iterate_texts, text_bytes
 from jaxchat.errors import UserError, check, closest
 from jaxchat.storage import AnyPath, reason, size_of, storage_errors, to_path
@@ -38,20 +39,46 @@ class GivenFile:
         held_out = self.text.hold_out if self.text.held_out else None
         return text_bytes(self.text) // (held_out or 1)
 
-    def documents(self) -> Iterator[str]:
-        """The documents of the file, a part of it in memory at a time.
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """The source and the text of each document, a part of the file in memory at a time.
+
+        The source is the file, by its name, unless its records have a field or column `source`.
 
         Raises:
           UserError: text that is damaged or cannot be read.
         """
         try:
-            if self.text is not None:
-                yield from iterate_texts(self.text)
-                return
-            findings = Findings("refuse")
-            yield from findings.keep(plain.read_packed_file(self.path, None, findings), self.name)
+            if self.text is None:
+                findings = Findings("refuse")
+                texts = findings.keep(plain.read_packed_file(self.path, None, findings), self.name)
+                yield from ((self.name, text) for text in texts)
+            elif _has_sources(self.path):
+                yield from self._records(self.text)
+            else:
+                yield from ((self.name, text) for text in iterate_texts(self.text))
         except UserError as error:
             raise UserError(str(error).removesuffix(_LEAVE_OUT)) from None
+
+    def _records(self, side: TextFiles) -> Iterator[tuple[str, str]]:
+        findings = Findings("refuse")
+        for number, record in read_records(self.path):
+            where = place(self.path, number)
+            if isinstance(record, ValueError):
+                raise UserError(f"{where}: {record}")
+            text, source = record.get("text"), record.get("source")
+            check(text is None or isinstance(text, str), f"{where}: 'text' is {kind_of(text)}, not a string")
+            for kept in findings.keep([text], where):
+                if side.keeps(kept):
+                    yield source if isinstance(source, str) and source else self.name, kept
+
+
+def _has_sources(path: AnyPath) -> bool:
+    """Whether the first record of a file has a text and a source."""
+    form = form_of(path)
+    if form is None or form.format == "txt":
+        return False
+    _, first = next(read_records(path), (0, None))
+    return isinstance(first, dict) and all(isinstance(first.get(name), str) for name in ("text", "source"))
 
 
 def given_files(names: Sequence[str], say: Callable[[str], None] = print) -> list[GivenFile]:

@@ -29,9 +29,10 @@ def test_files_and_folders(tmp_path):
     assert [one.name for one in files] == [
         names[0], f"{folder}/pretrain/a.parquet", f"{folder}/pretrain/b.jsonl", names[3],
     ]  # fmt: skip
-    assert [[*one.documents()] for one in files] == [
+    assert [[text for _, text in one.documents()] for one in files] == [
         ["A story.\n\nIt has paragraphs."], ["one", "two"], ["three", "vier ü"], ["# Read me\n"],
     ]  # fmt: skip
+    assert {source for one in files for source, _ in one.documents()} == {one.name for one in files}
     assert files[0].bytes == 28 and all(one.bytes > 0 for one in files)
     assert said == ["not read: notes.md (not text)"]
 
@@ -69,3 +70,22 @@ def test_a_folder_without_text_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no text in .*empty; name a folder with"):
         given_files([str(tmp_path / "empty")])
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "json"])
+def test_records_may_say_where_they_are_from(tmp_path, ending):
+    records = [{"text": "one", "source": "books"}, {"text": "two", "source": "web"}, {"text": "", "source": "web"},
+               {"text": "three", "source": ""}, {"text": "four", "source": "books"}]  # fmt: skip
+    path = tmp_path / f"a.{ending}"
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    elif ending == "json":
+        path.write_text(json.dumps(records))
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (file,) = given_files([str(path)])
+    assert [*file.documents()] == [("books", "one"), ("web", "two"), (str(path), "three"), ("books", "four")]
+    if ending == "jsonl":
+        path.write_text(path.read_text() + '{"text": 1, "source": "web"}\n')
+        with pytest.raises(UserError, match="a.jsonl:6: 'text' is a number, not a string$"):
+            [*file.documents()]
