@@ -77,7 +77,9 @@ class LiveLine:
     def _show(self, line: str) -> None:
         if self._terminal:
             if self._rich is None:
-                self._rich = Live(console=Console(stderr=True), auto_refresh=False)
+                # What is printed meanwhile goes above the line, unless it goes to a file.
+                seen = sys.stdout.isatty()
+                self._rich = Live(console=Console(stderr=True), auto_refresh=False, redirect_stdout=seen)
                 self._rich.start()
             self._rich.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
         else:

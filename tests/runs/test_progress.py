@@ -42,6 +42,19 @@ def test_a_sample_is_what_the_model_wrote(monkeypatch, width, drawn):
     assert f"sft  sample at step 1: {text}" in plain
 
 
+def test_what_is_printed_to_a_file_meanwhile_stays_there(monkeypatch, capsys):
+    master, slave = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    with open(slave, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        line = LiveLine("evaluate", 1)
+        line.show_progress("sft gsm8k", 1, 2)
+        print("evaluate  sft  gsm8k  50.0%")
+        line.close()
+    os.close(master)
+    assert capsys.readouterr().out == "evaluate  sft  gsm8k  50.0%\n"
+
+
 def test_numbers_and_what_was_left_out():
     assert [format_number(n, "file") for n in (0, 1, 2000)] == ["0 files", "1 file", "2,000 files"]
     assert format_left_out({"documents_not_utf8": 1, "bad_conversations": 1, "broken_lines": 1234}) == (
