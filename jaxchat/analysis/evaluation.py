@@ -49,9 +49,13 @@ from jaxchat.storage import is_remote
 from jaxchat.tasks import Task
 
 Say = Callable[[str], None]
-_REPORT = Object(
-    {"model": Object(), "tasks": Object(others=Object()), "core": (None, Object()), "text": (None, Object())}
-)
+_NUMBERS = ("score", "low", "high", "temperature")
+_COUNTS = ("count", "cut", "too_long", "samples", "max_new_tokens")
+_TASK = Object({**dict.fromkeys(_NUMBERS, float), **dict.fromkeys(_COUNTS, int), "pass_at": Object(others=float),
+                "dtype": str})  # fmt: skip
+_CORE = Object({"tasks": Object(others=Object()), "missing": Object(), "max_per_task": (None, int), "answers": str})
+_TEXT = Object({"total": Object(), "sources": Object(others=Object()), "dtype": str})
+_REPORT = Object({"model": Object(), "tasks": Object(others=_TASK), "core": (None, _CORE), "text": (None, _TEXT)})
 _ANSWER = Object({"question": str, "answer": str, "right": str, "score": float, "cut": bool})
 _DECISION = Object({"index": int, "line": int, "right": bool, "question": str, "scores": [(None, float)]})
 _DOCUMENT = Object({"source": str, "index": int, "beginning": str, "bits_per_byte": float, "bytes": int, "tokens": int})
@@ -147,6 +151,8 @@ class _Evaluation:
     def measure_tasks(self) -> None:
         wanted, tasks, engine = self.wanted, self.report["tasks"], None
         for task, limit in wanted.tasks:
+            if len(task) < (limit or 0):
+                self.say(f"{task.name} has {len(task):,} questions, not {limit:,}")
             settings = self._settings(task, limit)
             path = self._answers(task.name)
             before = tasks.get(task.name, {})

@@ -185,6 +185,14 @@ def test_the_validation_text_of_the_run(run, tmp_path):
     assert code == 0 and f"{shard} was trained on: " in err
 
 
+def test_a_damaged_report_is_named(run, tmp_path):
+    path = tmp_path / "report.json"
+    for contents, what in (("{", "not JSON"), ('{"model": {}}', "it has no 'core'"), ("[]", "it is a list")):
+        path.write_text(contents)
+        message = refusal(evaluate("--run", run, "--tasks", "sums:2", "--out", tmp_path))
+        assert message.startswith(f"{path} is damaged ({what}") and message.endswith("or choose another --out")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
