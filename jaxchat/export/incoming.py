@@ -140,10 +140,17 @@ def _params(incoming: Incoming, say: Callable[[str], None]) -> Params:
         check(bool(np.isfinite(weight.astype(np.float32)).all()), f"{name} is not finite; get the whole file again")
         return weight
 
-    params = jax.tree.map(jnp.asarray, params_of(incoming.config, incoming.form, read))
+    params = _to_device(params_of(incoming.config, incoming.form, read))
     live.close()
     say(f"import    {total} weights read in {time.time() - began:.0f} s")
     return params
+
+
+def _to_device(tree: Params) -> Params:
+    """The tree itself, in which arrays of JAX have replaced those of NumPy one by one: the model is in memory once."""
+    for name, node in tree.items():
+        tree[name] = _to_device(node) if isinstance(node, dict) else jnp.asarray(node)
+    return tree
 
 
 def place_model(
@@ -163,6 +170,7 @@ def place_model(
 
     Args:
       stage: the stage that the parameters are the end of.
+      params: taken over, and deleted once they are saved.
       step: the steps after which they are.
       source: where the model comes from, for the stages' records.
       mesh: where the parameters are, if not on one device.
@@ -177,7 +185,7 @@ def place_model(
     meta = {"stage": stage, "parent": None, "config": dataclasses.asdict(experiment), "num_steps": step}
     meta |= {"tokens": 0, "seconds": 0.0, "train_seconds": 0.0, "divergences": [], "recent_losses": []}
     checkpoints = Checkpoints(run.checkpoints(stage))
-    checkpoints.save(step, {"params": params, "step": counted}, data={}, meta=meta)
+    checkpoints.save(step, {"params": params, "step": counted}, data={}, meta=meta, is_copy=True)
     checkpoints.close()
     facts = {"steps": step, "imported": source}
     on_process_zero(lambda: run.write_record(stage, {**_record(stage, run.id_of(stage)), **facts}))
