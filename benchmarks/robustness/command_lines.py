@@ -59,7 +59,7 @@ ABSURD = (
 )  # fmt: skip
 PATHS = (
     "~", "~/x", "~nobody/x", "/", ".", "..", "/etc/passwd", "/etc/passwd/x", "/dev/null", "/proc/self/x",
-    "/nowhere/x", "text", "text/", "chats", "empty", "file.txt", "nothing", "link", "loop", "a b", "-dash",
+    "/nowhere/x", "text", "text/", "chats", "empty", "file.txt", "nothing", "link", "loop", "a b", "-dash", "model",
     "run", "other", "new/deep/run", "bad.jsonl", "chats/chat/train.jsonl", "missing.jsonl", "tokenizer.json",
     "run/config.json", "file.tiktoken", "gs://", "gs:///x", "s4://x/y", "file:///tmp", "http://x", "x" * 256,
     "d/" * 300, "d/" * 3000,
@@ -69,7 +69,8 @@ PATHS = (
 def draw_line(draw: random.Random) -> list[str]:
     """A command line: the program's name and its arguments."""
     command = draw.choices(
-        ("launch.py", "chat", "data", "tokenizer", "lr-range", "profile", ""), (12, 3, 2, 2, 2, 2, 1)
+        ("launch.py", "chat", "eval", "export", "import", "data", "tokenizer", "lr-range", "profile", ""),
+        (12, 3, 3, 3, 3, 2, 2, 2, 2, 1),
     )[0]
     if command == "launch.py":
         return ["launch.py", *_experiment_line(draw, launch_parser(), ["--dry-run"])]
@@ -84,8 +85,11 @@ def draw_line(draw: random.Random) -> list[str]:
         deeper = draw.choice(("get", "list") if command == "data" else ("eval",))
         parser, words = _command(command, deeper), [command, deeper]
         words += [draw.choice(("smoltalk", "mmlu", "core", *PATHS)) for _ in range(draw.randrange(3))]
-    if command == "chat" and draw.random() < 0.8:
+    if command in ("chat", "eval", "export", "import") and draw.random() < 0.8:
         words.append(f"--run={draw.choice(PATHS)}")
+    if command in ("export", "import") and draw.random() < 0.8:
+        form = "--to=hf" if command == "export" else draw.choice(("--from=hf", "--from=nanochat"))
+        words += [form, draw.choice(PATHS)]
     for _ in range(draw.randrange(4)):
         words += _option(draw, {name: _own(parser, name) for name in parser._option_string_actions})
     words = [_misspelt(draw, word) if draw.random() < 0.03 else word for word in words]
@@ -256,7 +260,7 @@ def watch_writes(inside: Path, written: list[str]) -> None:
 
 def make_folder(folder: Path) -> None:
     """The files that `PATHS` names."""
-    for name in ("text", "chats/chat", "empty", "a b", "run", "other", "home"):
+    for name in ("text", "chats/chat", "empty", "a b", "run", "other", "home", "model"):
         (folder / name).mkdir(parents=True)
     for part in range(3):
         (folder / "text" / f"{part}.txt").write_text("\n\n".join(f"Story {i} of part {part}." for i in range(50)))
@@ -269,6 +273,8 @@ def make_folder(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     (folder / "run" / "config.json").write_text("{}")
     (folder / "other" / "photo.jpg").write_bytes(b"x")
+    (folder / "model" / "config.json").write_text('{"model_type": "nanochat"}')
+    (folder / "model" / "model.safetensors").write_bytes(b"x")
     (folder / "link").symlink_to("nowhere")
     (folder / "loop").symlink_to("loop")
 
@@ -319,7 +325,7 @@ def main() -> int:
     codes = sorted({code for _, code in ends}, key=str)
     commands = sorted({command for command, _ in ends}, key=lambda name: -sum(ends[name, code] for code in codes))
     print(f"| command | {' | '.join(f'exit {code}' for code in codes)} |\n| --- |{' ---: |' * len(codes)}")
-    for command in commands[:8]:
+    for command in commands[:11]:
         print(f"| {command} | {' | '.join(str(ends[command, code]) for code in codes)} |")
     print(
         f"\n{len(numbers):,} lines, seed {options.seed}, {taken:.0f} s: {len(wrong)} ended in a wrong way {wrong or ''}"
