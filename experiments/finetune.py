@@ -4,8 +4,8 @@
     python launch.py --experiment=finetune --init-from=RUN --sft.mixture=FILE.jsonl
 
 RUN is a run directory: of a training, or of a downloaded model (`jaxchat import`), whose sizes the new run has.
-Hardware: fp32 training takes about 16 bytes of memory a parameter besides activations, so a model of 20 layers fits
-into 16 GB. A shorter context (--model.sequence-len=512) saves time and memory where conversations are short.
+Hardware: training takes about 14 bytes of memory a parameter, and room for activations; --dry-run shows both. A shorter
+context (--model.sequence-len=512) saves time and memory where conversations are short.
 """
 
 from jaxchat.config import EvaluateConfig, Experiment, FinetuneConfig, ScheduleConfig

@@ -26,6 +26,7 @@ GUIDES = [path for path in DOCUMENTS if path.name not in ("CHANGELOG.md", "RESUL
 # Options of other programs, which the documents show.
 FOREIGN = {
     "--add-host", "--all-targets", "--apply_chat_template", "--command", "--depth", "--hostfile", "--include_path",
+    "--local-dir",
     "--map-by", "--mca", "--model", "--model_args", "--network", "--num_fewshot", "--release", "--tasks",
     "--model-impl", "--unbuffered", "--worker",
 }  # fmt: skip
