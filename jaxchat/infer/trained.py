@@ -71,18 +71,25 @@ def load_tokenizer_of(directory: RunDirectory) -> BaseTokenizer:
     """The tokenizer of a run.
 
     Raises:
-      UserError: it is missing or damaged.
+      UserError: it is missing, damaged, or of another size than the run's own.
     """
     again = "the same launch.py command makes it again, from the same text"
     mended = f"delete the folder {directory.tokenizer}: {again}"
     try:
         read_bytes(directory.tokenizer / FILE_NAME, mended)
-        return load_tokenizer(directory.tokenizer)
+        tokenizer = load_tokenizer(directory.tokenizer)
     except Damaged:
         raise
     except UserError as error:
         remedy = mended if directory.tokenizer.exists() else again
         raise UserError(f"{str(error).rpartition('; ')[0] or error}; {remedy}") from None
+    size = ((directory.read_record("tokenizer") or {}).get("metrics") or {}).get("vocab_size")
+    check(
+        size in (None, tokenizer.vocab_size),
+        f"{directory.tokenizer / FILE_NAME} has {tokenizer.vocab_size:,} ids and the run's own tokenizer has {size}: "
+        "it is that of another run; put the run's own file back",
+    )
+    return tokenizer
 
 
 def _checkpoint_step(checkpoints: Checkpoints, step: str) -> int | None:

@@ -5,6 +5,7 @@ import pytest
 from jaxchat.errors import UserError
 from jaxchat.infer.trained import load_tokenizer_of
 from jaxchat.runs.directory import RunDirectory
+from jaxchat.tokenizer import Tokenizer
 
 
 def refusal(directory: RunDirectory) -> str:
@@ -24,3 +25,15 @@ def test_a_tokenizer_that_is_damaged_or_missing_has_a_remedy_that_ends(tmp_path)
     folder.rmdir()
     message = refusal(directory)
     assert "delete" not in message and message.endswith("the same launch.py command makes it again, from the same text")
+
+
+def test_a_tokenizer_of_another_run_is_named(tmp_path):
+    directory = RunDirectory(tmp_path)
+    texts = ["one two three four five six seven eight nine ten " * 9]
+    Tokenizer.train_from_iterator(texts, 270).save(directory.tokenizer)
+    assert load_tokenizer_of(directory).vocab_size == 270
+    directory.write_record("tokenizer", {"stage": "tokenizer", "metrics": {"vocab_size": 270}})
+    assert load_tokenizer_of(directory).vocab_size == 270
+    Tokenizer.train_from_iterator(texts, 280).save(directory.tokenizer)
+    message = refusal(directory)
+    assert "has 280 ids and the run's own tokenizer has 270: it is that of another run; put the run's own" in message
