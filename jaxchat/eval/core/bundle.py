@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
@@ -165,6 +166,9 @@ def _read_list(path: AnyPath) -> dict[str, dict[str, Any]]:
         where = f"{path}: task {number}"
         check(isinstance(entry, dict) and isinstance(entry.get("label"), str), f"{where} has no label; {_REMEDY}")
         where = f"{path}: {entry['label']}"
+        # Its decisions are kept in a file of that name.
+        named = re.fullmatch(r"\w[\w.-]*", entry["label"])
+        check(named is not None, f"{where} is no label; it must be letters, digits, _, - and .")
         for name, (kind, words) in _FIELDS.items():
             check(isinstance(entry.get(name), kind), f"{where}: {name!r} must be {words}; {_REMEDY}")
         shots, kind = entry["num_fewshot"], entry["icl_task_type"]

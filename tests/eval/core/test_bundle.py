@@ -83,6 +83,8 @@ def test_a_broken_line_is_refused(tmp_path):
         (None, "does not exist; give the folder of a CORE bundle (jaxchat data get core)"),
         ("icl_tasks: [", "is not YAML (while parsing a flow node); download it again: jaxchat data get core"),
         ("tasks: []", "has no list 'icl_tasks'; download it again: jaxchat data get core"),
+        ("icl_tasks: [{label: ../a, dataset_uri: a, icl_task_type: schema, num_fewshot: [0]}]",
+         ": ../a is no label; it must be letters, digits, _, - and ."),
         ("icl_tasks: [{label: copa, icl_task_type: schema, num_fewshot: [0]}]",
          ": copa: 'dataset_uri' must be text; download it again: jaxchat data get core"),
         ("icl_tasks: [{label: copa, dataset_uri: a, icl_task_type: schema, num_fewshot: [ten]}]",
