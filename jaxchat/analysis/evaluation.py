@@ -97,11 +97,11 @@ def evaluate(trained: TrainedModel, run: str, folder: epath.Path, wanted: Wanted
     evaluation = _Evaluation(trained, run, folder, wanted, say)
     # A GPU would else round the operands of fp32 products to TF32.
     exact = jax.default_matmul_precision("highest") if wanted.dtype == "float32" else contextlib.nullcontext()
+    evaluation.write()  # what is interrupted is continued only in a folder that has a report
     with exact:
+        evaluation.measure_text()  # first: it takes the least, and finds out what is wrong with a text
         evaluation.measure_tasks()
         evaluation.measure_core()
-        evaluation.measure_text()
-    evaluation.write()
     return evaluation.report
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +184,22 @@ def test_the_validation_text_of_the_run(run, tmp_path):
     shard = run / "data" / "pretrain" / "shard_00000.parquet"
     code, _, err = evaluate("--run", run, "--stage=pretrain", "--text", shard, "--out", tmp_path / "out")
     assert code == 0 and f"{shard} was trained on: " in err
+
+
+def test_one_that_was_stopped_goes_on_in_the_same_folder(run, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "One."}\n{"text"\n')
+    command = ("--run", run, "--tasks", "sums:2", "--text", path, "--out", tmp_path / "out")
+    assert f"{path}:2: broken JSON" in refusal(evaluate(*command))
+    path.write_text('{"text": "One."}\n')
+    code, out, err = evaluate(*command)
+    assert code == 0 and "asked before" not in err and "| sums | " in out
+    shutil.rmtree(tmp_path / "out" / "answers")
+    (tmp_path / "out" / "text.jsonl").unlink()
+    code, out, err = evaluate("--run", run, "--text", path, "--out", tmp_path / "out")  # its page has no answers
+    assert code == 0 and "| sums | " in out
+    code, out, err = evaluate(*command)
+    assert code == 0 and "asked before" not in err
 
 
 def test_a_damaged_report_is_named(run, tmp_path):
