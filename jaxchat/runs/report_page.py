@@ -89,8 +89,10 @@ def _origin(entry: dict[str, Any]) -> str:
     imported = entry.get("imported")
     if not imported:
         return ""
-    stage = f"the {imported['stage']} model of " if "stage" in imported else ""
-    return f"{stage}{Path(imported.get('run') or imported.get('file') or imported['from']).name}"
+    if "run" in imported:
+        return f"the {imported['stage']} model of {Path(imported['run']).name}"
+    program = {"hf": "transformers"}.get(imported["from"], imported["from"])
+    return f"a model of {program} ({Path(imported.get('file') or '').name})"
 
 
 def _on(machine: dict[str, Any]) -> str:

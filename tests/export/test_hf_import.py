@@ -70,6 +70,16 @@ def test_an_empty_folder_is_filled(exported, tmp_path):
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
 
 
+def test_what_a_stopped_import_has_left_is_removed(exported, tmp_path):
+    """Beside a run directory that was not there, and in one that was empty."""
+    (tmp_path / ".new.import" / "sft").mkdir(parents=True)
+    (tmp_path / "empty" / ".import" / "sft").mkdir(parents=True)
+    for name in ("new", "empty"):
+        assert imported(exported, tmp_path / name) == 0
+        assert load_model(tmp_path / name).stage == "sft"
+    assert not [*tmp_path.rglob("*.import")]
+
+
 def test_a_base_model_is_one_of_pretraining(tmp_path):
     source = export_hf(CONFIG, golden.parameters(CONFIG), golden.tokenizer(), tmp_path / "source", base=True)
     assert read_hf(source).stage == "pretrain"
