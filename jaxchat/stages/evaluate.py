@@ -22,6 +22,7 @@ from jaxchat.infer.engine import Engine
 from jaxchat.model.config import GPTConfig
 from jaxchat.runs.files import write_bytes
 from jaxchat.runs.metrics import Metrics
+from jaxchat.runs.progress import format_number
 from jaxchat.runs.tables import core_means
 from jaxchat.stages.workspace import Workspace
 from jaxchat.storage import size_of, to_path
@@ -50,9 +51,6 @@ def run(workspace: Workspace) -> None:
     missing, missing_core = _missing(workspace, tasks), _missing_core(workspace, bundle)
     count = len(tasks) * len(config.of) + (len(config.core) if bundle else 0)
     with workspace.metrics("evaluate", count) as metrics:
-        if bundle is not None:
-            for stage, settings in missing_core.items():
-                _measure_core(workspace, model, stage, bundle, settings, metrics)
         for stage in config.of:
             if stage not in missing:
                 older = on_process_zero(lambda: workspace.directory.stale(stage))  # noqa: B023 (called at once)
@@ -77,6 +75,9 @@ def run(workspace: Workspace) -> None:
                 facts = {name: getattr(result, name) for name in ("score", "low", "high", "count", "cut", "too_long")}
                 metrics.log(step, of=stage, **{f"{name}/{task.name}": fact for name, fact in facts.items()}, **settings)
                 workspace.say(f"evaluate  {stage:<9} {task.name:<14} {result}")
+        if bundle is not None:  # last: on a CPU it takes hours
+            for stage, settings in missing_core.items():
+                _measure_core(workspace, model, stage, bundle, settings, metrics)
     workspace.finish("evaluate", parent=None, seconds=time.time() - began, started=began)
 
 
@@ -192,6 +193,10 @@ def _measure_core(
     settings: dict[str, Any],
     metrics: Metrics,
 ) -> None:
+    limit: int | None = settings["core_per_task"]
+    count = sum(len(task.items) if limit is None else min(limit, len(task.items)) for task in bundle.tasks)
+    fewer = "" if limit else "; --evaluate.core-per-task=500 asks fewer"
+    workspace.say(f"evaluate  {stage:<9} CORE: {count:,} items of {format_number(len(bundle.tasks), 'task')}{fewer}")
     params, step = workspace.load_params(stage, model)
     result = evaluate_core(
         model,
@@ -199,7 +204,7 @@ def _measure_core(
         workspace.tokenizer(),
         bundle,
         compute=workspace.compute,
-        max_per_task=settings["core_per_task"],
+        max_per_task=limit,
         keep=workspace.directory.path / "evaluate" / stage / "core",
         progress=lambda done, total, _: metrics.progress(f"{stage} CORE", done, total),
     )

@@ -135,6 +135,7 @@ def test_the_evaluate_stage_measures_core_once(scored, data, tmp_path):
     shutil.copytree(scored, run)
     only_core = ("--evaluate.of=", "--evaluate.tasks=")
     out, _ = train(run, data, *SCORES, *only_core, stages="evaluate,report")
+    assert "evaluate  pretrain  CORE: 42 items of 3 tasks; --evaluate.core-per-task=500 asks fewer" in out
     assert "evaluate  pretrain  centered_mean_v1_of_3 " in out
     (line,) = [line for line in read_metrics(run) if line.get("of") == "pretrain"]
     assert (line["step"], line["core_count/copa"], line["core_per_task"]) == (STEPS, 14, None)
