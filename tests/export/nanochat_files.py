@@ -20,7 +20,7 @@ STORAGES = {
 SIZES = {"sequence_len": 64, "vocab_size": 290, "n_layer": 2, "n_head": 1, "n_kv_head": 1, "n_embd": 128}
 
 
-def weights(padding=0):
+def weights(padding=0) -> dict[str, np.ndarray]:
     """The weights of a model of `SIZES` with random numbers, [out, in], as nanochat calls them."""
     random, width, rows = np.random.RandomState(1), SIZES["n_embd"], SIZES["vocab_size"] + padding
     shapes = {"transformer.wte.weight": (rows, width), "lm_head.weight": (rows, width)}

@@ -72,9 +72,13 @@ def test_the_base_directory(tmp_path, capsys):
     write_tokenizer(tmp_path / "tokenizer")
     for folder, step in (("base_checkpoints", 9), ("chatsft_checkpoints", 3), ("chatsft_checkpoints", 12)):
         write_nanochat(tmp_path / folder / "d2", step=step, tokenizer=False)
-    for options, stage, step in (({}, "sft", 12), ({"stage": "pretrain"}, "pretrain", 9), ({"step": 3}, "sft", 3)):
-        found = read_nanochat(tmp_path, **options)
-        assert (found.stage, found.step) == (stage, step)
+    newest, base, older = (
+        read_nanochat(tmp_path),
+        read_nanochat(tmp_path, stage="pretrain"),
+        read_nanochat(tmp_path, step=3),
+    )
+    found = [(model.stage, model.step) for model in (newest, base, older)]
+    assert found == [("sft", 12), ("pretrain", 9), ("sft", 3)]
     assert read_nanochat(tmp_path / "base_checkpoints" / "d2").stage == "pretrain"
     assert read_nanochat(tmp_path / "base_checkpoints").stage == "pretrain"
     write_nanochat(tmp_path / "chatsft_checkpoints" / "d4", tokenizer=False)
