@@ -108,7 +108,7 @@ class Requests:
 
     def samples(self, work: Work) -> list[Request]:
         """Samples of one prompt at temperature 1, one a row."""
-        prompt, seed = self.prompt(work.context), int(self._draw.integers(1 << 31))
+        prompt, seed = tuple(self.prompt(work.context)), int(self._draw.integers(1 << 31))
         return [self._request(prompt, work.new, Sampling(seed=seed, number=row)) for row in range(work.rows)]
 
     def mixed(self, work: Work, sequence_len: int, *, settings: bool) -> Iterator[Request]:
@@ -131,7 +131,7 @@ class Requests:
         width = int((mean - 1) * spread)
         return int(self._draw.integers(mean - width, mean + width + 1))
 
-    def _request(self, prompt: list[int], new: int, sampling: Sampling, **more: Any) -> Request:
+    def _request(self, prompt: Sequence[int], new: int, sampling: Sampling, **more: Any) -> Request:
         return Request(prompt, new, sampling, stop_tokens=(), **more)
 
 

@@ -90,6 +90,7 @@ class Engine:
         self.weights: Weights = weights
         self.kv_cache: KVCache = kv_cache
         self._numbers = 0
+        self._checked: tuple[int, ...] | None = None  # the last prompt whose ids were found to be in range
         self._turns: Turns | None = None  # while there is a cache
         self._ready: list[Output] = []
         self._counted = [0, 0]  # prefix queries and hits of caches that are gone
@@ -342,11 +343,14 @@ class Engine:
             1 <= count < context,
             f"{name} has {count} tokens; it must have at least 1, and fewer than the model's context of {context}",
         )
-        lowest, highest = min(request.prompt), max(request.prompt)
-        check(
-            0 <= lowest and highest < vocab_size,
-            f"{name} has token ids from {lowest} to {highest}; this vocabulary has ids 0 to {vocab_size - 1}",
-        )
+        if request.prompt is not self._checked:
+            lowest, highest = min(request.prompt), max(request.prompt)
+            check(
+                0 <= lowest and highest < vocab_size,
+                f"{name} has token ids from {lowest} to {highest}; this vocabulary has ids 0 to {vocab_size - 1}",
+            )
+            # A tuple stays as it is: samples of one prompt are checked once.
+            self._checked = request.prompt if isinstance(request.prompt, tuple) else None
         check(request.max_new_tokens >= 1, f"max_new_tokens is {request.max_new_tokens}; it must be at least 1")
         check(
             request.logprobs is None or 0 <= request.logprobs <= MOST_ALTERNATIVES,

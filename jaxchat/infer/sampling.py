@@ -113,13 +113,15 @@ def settings_of(samplings: Sequence[Sampling]) -> Settings:
     ids = np.full((len(samplings), MOST_BIASES), -1, np.int32)
     values = np.zeros((len(samplings), MOST_BIASES), np.float32)
     for row, sampling in enumerate(samplings):
-        ids[row, : len(sampling.logit_bias)] = list(sampling.logit_bias)
-        values[row, : len(sampling.logit_bias)] = list(sampling.logit_bias.values())
+        if sampling.logit_bias:
+            ids[row, : len(sampling.logit_bias)] = list(sampling.logit_bias)
+            values[row, : len(sampling.logit_bias)] = list(sampling.logit_bias.values())
     # A temperature above 0 stays above it, and finite, in fp32.
     limits = np.finfo(np.float32)
-    temperatures = [np.clip(s.temperature, limits.tiny, limits.max) if s.temperature else 0 for s in samplings]
+    temperatures = np.array([sampling.temperature for sampling in samplings], np.float64)
+    temperatures = np.where(temperatures > 0, np.clip(temperatures, limits.tiny, limits.max), 0)
     arrays: dict[str, Any] = {
-        "temperature": np.array(temperatures, np.float32),
+        "temperature": temperatures.astype(np.float32),
         "top_k": np.array([min(s.top_k or 0, 2**31 - 1) for s in samplings], np.int32),
         "top_p": column("top_p"),
         "min_p": column("min_p"),

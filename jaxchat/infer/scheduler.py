@@ -188,7 +188,7 @@ class Scheduler:
         joined: list[Row] = []
         donors: list[tuple[PagePool, int]] = []
         copied: set[Row] = set()  # their pages are copied after this turn's chunks are read
-        scored = False
+        scored, idle, begun = False, not self.decoding, True
         while True:
             for row in [row for row in self.reading if row not in copied]:
                 if chunks and scored != row.scored:
@@ -204,6 +204,10 @@ class Scheduler:
             place = self._place(row)
             if place is None:
                 break
+            if idle and chunks and self._cached(row, place[1]) == len(row.tokens) - 1:
+                # Rows that share what is read now join in the next turn: planning them takes as long as reading it.
+                begun = False
+                break
             copy = self._admit(row, *place)
             joined.append(row)
             if copy is not None:
@@ -213,7 +217,7 @@ class Scheduler:
         for pool, page in donors:
             pool.release([page])
         lanes: list[list[Row]] = [[] for _ in self.pools]
-        for row in self.decoding:
+        for row in self.decoding if begun else ():
             if row.written + row.ahead < row.limit:
                 lanes[row.shard].append(row)
         return Plan(chunks, scored, copies, joined, lanes)
@@ -260,7 +264,7 @@ class Scheduler:
         row.shard, row.slot, pool = shard, self._free[shard].pop(), self.pools[shard]
         pool.hold(match.pages)
         row.cached = len(match.pages) * pool.size
-        donor = match.donor if match.donor is not None and self._copy_pays(row, match.common) else None
+        donor = match.donor if self._copy_pays(row, match) else None
         need = self.pages_for(row) - len(match.pages)
         if donor is not None:
             pool.hold([donor])
@@ -276,7 +280,12 @@ class Scheduler:
         (self.reading if row.cached < len(row.tokens) - 1 else self.decoding).append(row)
         return None if donor is None else Copy(shard, donor, own[0])
 
-    def _copy_pays(self, row: Row, common: int) -> bool:
-        """Whether there are fewer chunks to read after `common` tokens of a page were copied."""
-        left = len(row.tokens) - 1 - row.cached
-        return math.ceil((left - common) / self.budget.chunk) < math.ceil(left / self.budget.chunk)
+    def _cached(self, row: Row, match: Match) -> int:
+        """How many tokens of a row are cached once it has its place."""
+        return len(match.pages) * self.pools[0].size + (match.common if self._copy_pays(row, match) else 0)
+
+    def _copy_pays(self, row: Row, match: Match) -> bool:
+        """Whether there are fewer chunks to read after the donor's part of a page was copied."""
+        left = len(row.tokens) - 1 - len(match.pages) * self.pools[0].size
+        chunk = self.budget.chunk
+        return match.donor is not None and math.ceil((left - match.common) / chunk) < math.ceil(left / chunk)
