@@ -28,7 +28,6 @@ from jaxchat.model.gpt import Params
 from jaxchat.ops.pages import PAGE
 
 STEPS = 8  # tokens that a row draws in a call, without the host
-GROWTH = 4  # from one size of `read` to the next
 
 _compiled: dict[Hashable, Any] = {}
 _signatures: dict[Hashable, int] = {}
@@ -80,7 +79,7 @@ class Runner:
 
     def use(self, params: Params) -> None:
         """Takes other parameters for all that follows."""
-        self.params = params
+        self.params, self.weights = params, programs.weights_of(self.setup, params)
         self.signature = (
             self.setup,
             self.budget,
@@ -215,9 +214,10 @@ class Runner:
         return [1 << i for i in range((self.slots - 1).bit_length())] + [self.slots]
 
     def _read_sizes(self) -> list[int]:
-        sizes = [1]
+        """Sizes of `read`. A CPU has fewer: compiling takes longer there than they save."""
+        sizes, growth = [1], 4 if self.on_cpu else 2
         while sizes[-1] < self.budget.idle:
-            sizes.append(sizes[-1] * GROWTH)
+            sizes.append(sizes[-1] * growth)
         return sizes
 
     # --- arrays for the devices ---------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ class Runner:
         return self.seen
 
     def _decode_args(self, level: Level, lanes: Array) -> tuple:
-        return self.params, self.pages, self.carried, self._all_seen() if level == "full" else None, lanes
+        return self.weights, self.pages, self.carried, self._all_seen() if level == "full" else None, lanes
 
     def _lanes(self, lanes: Sequence[Sequence[Row]], size: int, level: Level) -> Array:
         at = np.full((len(lanes), size), -1)
