@@ -18,7 +18,8 @@ from jaxchat.eval.bpb import bits_per_byte, nats_and_bytes
 from jaxchat.infer.quantized import KVCache, Weights, cache_dtype, stored
 from jaxchat.infer.trained import TrainedModel
 from jaxchat.model.config import GPTConfig
-from jaxchat.model.gpt import Params, init_pages, paged_hidden
+from jaxchat.model.generation import init_pages, paged_hidden
+from jaxchat.model.gpt import Params
 from jaxchat.ops.pages import PAGE, Place
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.stopping import raise_if_asked

@@ -26,8 +26,9 @@ from jaxchat.devices.mesh import BATCH_SPEC
 from jaxchat.infer.request import MOST_ALTERNATIVES, Sampling
 from jaxchat.infer.sampling import Level, Seen, Settings, add_seen, draw, logprobs, settings_of
 from jaxchat.model.config import GPTConfig
-from jaxchat.model.gpt import Params, init_pages, logits, paged_hidden
-from jaxchat.ops.pages import PAGE, Pages, Place
+from jaxchat.model.generation import init_pages, join_qkv, paged_hidden
+from jaxchat.model.gpt import Params, logits
+from jaxchat.ops.pages import PAGE, Pages, Place, copied_pages
 
 STOPS = 4  # stop tokens of a row that the device knows; the host knows all
 SCORED = 256  # positions whose logits are held at once where a prompt's log-probabilities are wanted
@@ -127,6 +128,22 @@ class Setup:
         return self.sharding("tensor") if self.config.kv_heads % self.mesh.shape["tensor"] == 0 else self.sharding()
 
 
+class Weights(NamedTuple):
+    """What `decode` reads: the parameters, and some of them once more, as `join_qkv` arranges them."""
+
+    params: Params
+    joint: list[Any] | None
+
+
+def weights_of(setup: Setup, params: Params) -> Weights:
+    """The weights that `decode` takes for `params`."""
+    split = setup.mesh is not None and setup.mesh.shape["tensor"] > 1  # by columns, of each matrix for itself
+    return Weights(params, None if split else _join(params))
+
+
+_join = jax.jit(join_qkv)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def new_cache(setup: Setup, pages: int, slots: int, dtype: Any) -> tuple[list[Pages], Carried]:
     """Empty pages and rows: so many for each shard."""
@@ -140,7 +157,7 @@ def decode(
     setup: Setup,
     level: Level,
     steps: int,
-    params: Params,
+    weights: Weights,
     pages: list[Pages],
     carried: Carried,
     seen: Seen | None,
@@ -152,7 +169,7 @@ def decode(
     log-probability, the `MOST_ALTERNATIVES` likeliest ids and their log-probabilities, the latter as bits of fp32.
     """
 
-    def run(params, pages, carried, seen, bits):
+    def run(weights, pages, carried, seen, bits):
         lanes: Any = _unpacked(bits, level)
         idle = lanes.slot >= len(carried.status)
         held = Carried(*(values.at[lanes.slot].get(mode="clip") for values in carried))
@@ -162,7 +179,7 @@ def decode(
         row_seen = None if seen is None else seen.at[lanes.slot].get(mode="clip")
 
         def step(state, _):
-            return _decode_step(setup, level, params, lanes, state)
+            return _decode_step(setup, level, weights, lanes, state)
 
         (pages, rows, row_seen), written = jax.lax.scan(step, (pages, rows, row_seen), length=steps)
         carried = Carried(*(old.at[lanes.slot].set(new, mode="drop") for old, new in zip(carried, rows, strict=True)))
@@ -172,17 +189,17 @@ def decode(
     split = P(*BATCH_SPEC)
     pages, carried, seen, written = _on_shards(
         setup, run, (P(), split, split, split, split), (split, split, split, P(None, *BATCH_SPEC))
-    )(params, pages, carried, seen, lanes)
+    )(weights, pages, carried, seen, lanes)
     pages, carried = _constrain(setup.pages_sharding, pages), _constrain(setup.sharding(), carried)
     return pages, carried, _constrain(setup.sharding(), seen), _everywhere(setup, written)
 
 
-def _decode_step(setup: Setup, level: Level, params: Params, lanes: Lanes, state):
+def _decode_step(setup: Setup, level: Level, weights: Weights, lanes: Lanes, state):
     """Puts each running row's newest token into the cache, and draws the next."""
-    pages, rows, seen = state
+    (params, joint), (pages, rows, seen) = weights, state
     running = rows.status == RUNNING
     place = Place(lanes.table, rows.position, running.astype(jnp.int32))
-    hidden, pages = paged_hidden(setup.config, params, rows.token[:, None], place, pages, setup.dtype)
+    hidden, pages = paged_hidden(setup.config, params, rows.token[:, None], place, pages, setup.dtype, joint)
     scores = logits(setup.config, params, hidden[:, 0])
     token = draw(scores, lanes.settings, rows.count, seen, level=level)
     count = rows.count + running
@@ -244,7 +261,7 @@ def copy_pages(setup: Setup, pages: list[Pages], source: Int[Array, " C"], targe
     """Copies pages within each shard; a target beyond the last page is no copy."""
 
     def run(pages, source, target):
-        return jax.tree.map(lambda page: page.at[target].set(page[source], mode="drop"), pages)
+        return [copied_pages(of_layer, source, target) for of_layer in pages]
 
     split = P(*BATCH_SPEC)
     return _constrain(setup.pages_sharding, _on_shards(setup, run, (split,) * 3, split)(pages, source, target))

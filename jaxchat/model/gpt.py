@@ -2,11 +2,10 @@
 
 params = init_params(config, key)                                     {"embed", "blocks", "head"}
 hidden = hidden_states(config, params, tokens, compute)               training: causal over whole rows
-hidden, pages = paged_hidden(config, params, tokens, place, pages, dtype)          the same model with a KV cache
 scores = logits(config, params, hidden)
 
-The operations (`jaxchat/ops`) state their formulas in plain JAX; which kernel computes them is not this file's concern.
-`reference.py` says the same model in NumPy.
+With a KV cache the model is in `generation.py`, and in NumPy in `reference.py`. The operations (`jaxchat/ops`) state
+their formulas in plain JAX; which kernel computes them is not this file's concern.
 """
 
 from __future__ import annotations
@@ -27,10 +26,9 @@ from jaxchat.ops.add_product import add_product
 from jaxchat.ops.attention import attend
 from jaxchat.ops.compute import FP32, Compute
 from jaxchat.ops.cross_entropy import capped_logits
-from jaxchat.ops.decode import BlockWeights, paged_block
+from jaxchat.ops.linear import Quantized
 from jaxchat.ops.mlp import add_mlp
 from jaxchat.ops.norm import norm_branch, rms_norm
-from jaxchat.ops.pages import Pages, Place, new_pages
 from jaxchat.ops.qkv import norm_qkv
 from jaxchat.ops.rope import rope_tables
 
@@ -99,24 +97,15 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rope: tuple[Array, Array],
-        cache: tuple[Pages, Place] | None = None,
         documents: Int[Array, "B T"] | None = None,
         fp8: bool = False,
-    ) -> tuple[Float[Array, "B T D"], Pages | None]:
-        """The residual stream after the block, and the new pages.
-
-        Without a cache, attention runs over the rows of x, within each token's document if `documents` are given. With
-        one, x's keys and values are written to its pages, and each token sees what they hold up to its own position.
-        """
+    ) -> Float[Array, "B T D"]:
+        """The residual stream after the block; attention stays within each token's document if they are given."""
         q, k, v, o = (getattr(self.attn, name).kernel[...] for name in "qkvo")
-        up, down = self.mlp.up.kernel[...], self.mlp.down.kernel[...]
-        if cache is not None:
-            pages, place = cache
-            return paged_block(x, BlockWeights(q, k, v, o, up, down), rope, pages, place, self.window)
         x, q, k, v = norm_qkv(x, q, k, v, rope, fp8=fp8)
         mixed = checkpoint_name(attend(q, k, v, window=self.window, documents=documents), "attention")
         x = add_product(x, merge_heads(mixed), o, fp8=fp8)
-        return add_mlp(x, up, down, fp8=fp8), None
+        return add_mlp(x, self.mlp.up.kernel[...], self.mlp.down.kernel[...], fp8=fp8)
 
 
 def merge_heads(heads: Any) -> Any:
@@ -125,7 +114,7 @@ def merge_heads(heads: Any) -> Any:
 
 
 class GPT(nnx.Module):
-    """Embedding, blocks, untied head. `__call__` returns the hidden states after the final norm, and the new pages."""
+    """Embedding, blocks, untied head. `__call__` returns the hidden states after the final norm."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -133,38 +122,33 @@ class GPT(nnx.Module):
         self.blocks = nnx.List([Block(config, window, rngs=rngs) for window in config.windows])
         self.head = Linear(config.width, config.padded_vocab_size, rngs=rngs, zeros=True)
 
-    def __call__(self, tokens: Int[Array, "B T"], compute: Compute, pages: list[Pages] | None, place: Place | None):
+    def __call__(self, tokens: Int[Array, "B T"], compute: Compute):
         positions = jnp.arange(tokens.shape[1])[None]  # the same for all rows
-        if place is not None:
-            positions = place.start[:, None] + positions
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_base)
         # Left to itself, the compiler splits the residual stream as fsdp splits the embedding's rows, and moves it
         # between devices in each block instead of the weights.
         x = rms_norm(split_rows(compute.mesh, self.embed(tokens, compute.dtype)))
         border, documents = self.config.border_token, None
-        if border is not None and pages is None:
+        if border is not None:
             documents = jnp.cumsum(tokens == border, axis=1)
-        caches = [None] * len(self.blocks) if pages is None else [(of_layer, place) for of_layer in pages]
-        new_pages = []
-        for block, cache in zip(self.blocks, caches, strict=True):
+        for block in self.blocks:
             graph, weights = nnx.split(block)
-            x, of_layer = _run_block(graph, compute.remat, compute.fp8, weights, x, rope, cache, documents)
-            new_pages.append(of_layer)
-        return norm_branch(x)[1], new_pages
+            x = _run_block(graph, compute.remat, compute.fp8, weights, x, rope, documents)
+        return norm_branch(x)[1]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run_block(graph, remat, fp8, weights, x, rope, cache, documents):
+def _run_block(graph, remat, fp8, weights, x, rope, documents):
     """One block. Blocks with the same window have equal graphs and shapes, so that this inner jit traces and lowers one
     of them instead of `depth`."""
 
-    def run(weights, x, rope, cache, documents):
-        return nnx.merge(graph, weights)(x, rope, cache, documents, fp8)
+    def run(weights, x, rope, documents):
+        return nnx.merge(graph, weights)(x, rope, documents, fp8)
 
     if remat != "none":
         named = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
         run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_from_both_policies(_is_cudnn_attention, named))
-    return run(weights, x, rope, cache, documents)
+    return run(weights, x, rope, documents)
 
 
 def _is_cudnn_attention(primitive, *_, **__) -> bool:
@@ -212,29 +196,11 @@ def hidden_states(
     config: GPTConfig, params: Params, tokens: Int[Array, "B T"], compute: Compute = FP32
 ) -> Float[Array, "B T D"]:
     """Causal forward pass over whole rows; a token's index in its row is its position."""
-    return _bind(config, params)(tokens, compute, None, None)[0]
-
-
-def init_pages(config: GPTConfig, count: int, dtype: DTypeLike = jnp.float32) -> list[Pages]:
-    """An empty KV cache of `count` pages a layer; each is updated in place where its memory was donated."""
-    return [new_pages(count, config.kv_heads, config.head_dim, dtype) for _ in range(config.depth)]
-
-
-def paged_hidden(
-    config: GPTConfig,
-    params: Params,
-    tokens: Int[Array, "R Q"],
-    place: Place,
-    pages: list[Pages],
-    dtype: DTypeLike = jnp.float32,
-) -> tuple[Float[Array, "R Q D"], list[Pages]]:
-    """Forward pass over the next Q tokens of each row, whose keys and values are added to its pages.
-
-    Rows with one table may hold consecutive parts of one text: what all rows write is there before any of them reads.
-    """
-    return _bind(config, params)(tokens, Compute(dtype), pages, place)
+    return _bind(config, params)(tokens, compute)
 
 
 def logits(config: GPTConfig, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Softcapped fp32 logits over the padded vocabulary; ids that are only padding get -1e30."""
-    return capped_logits(hidden, params["head"]["kernel"].astype(hidden.dtype), config.vocab_size, config.logit_cap)
+    head = params["head"]["kernel"]
+    head = head if isinstance(head, Quantized) else head.astype(hidden.dtype)
+    return capped_logits(hidden, head, config.vocab_size, config.logit_cap)

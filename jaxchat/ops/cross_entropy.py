@@ -9,6 +9,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from jaxchat.ops.dispatch import Level, operation
+from jaxchat.ops.linear import Quantized, times
 from jaxchat.ops.triton import launch, load, store
 
 NEVER = -1e30  # the logit of a vocabulary id that exists only as padding
@@ -21,10 +22,13 @@ def softcap(scores: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
 
 
 def capped_logits(
-    hidden: Float[Array, "... D"], head: Float[Array, "D V"], vocab_size: int, cap: float
+    hidden: Float[Array, "... D"], head: Float[Array, "D V"] | Quantized, vocab_size: int, cap: float
 ) -> Float[Array, "... V"]:
-    """Softcapped logits in fp32; ids from `vocab_size` on, which are only padding, get -1e30."""
-    scores = softcap(jnp.matmul(hidden, head, preferred_element_type=jnp.float32), cap)
+    """Softcapped logits in fp32; ids from `vocab_size` on, which are only padding, get -1e30.
+
+    The head is in the dtype of `hidden`, or in 8 bits.
+    """
+    scores = softcap(times(hidden, head, jnp.float32), cap)
     return jnp.where(jnp.arange(head.shape[1]) < vocab_size, scores, NEVER)
 
 

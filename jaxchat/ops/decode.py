@@ -1,13 +1,9 @@
-"""A block of the model for one new token a row, against the cache: what generation repeats for every token.
-
-Little is computed and much is read: the weights once, and the keys and values of each row. Attention is one kernel,
-from the products to the mixed values and the cache, so that nothing but keys and values is read.
-"""
+"""Attention of one new token a row against the cache: what generation repeats for every token and layer."""
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,70 +11,38 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-from jaxchat.ops.add_product import add_product
 from jaxchat.ops.dispatch import Level, operation
-from jaxchat.ops.linear import products
-from jaxchat.ops.mlp import add_mlp
-from jaxchat.ops.norm import NORM_EPS, norm_branch
+from jaxchat.ops.norm import NORM_EPS
 from jaxchat.ops.pages import PAGE, Pages, Place, attend_pages, in_range, write_pages
-from jaxchat.ops.qkv import norm_qkv
+from jaxchat.ops.rope import rope_norm
 from jaxchat.ops.triton import launch, load, store
 
 LEAST_ROWS = 16  # of a tensor core's operand
 
 
-class BlockWeights(NamedTuple):
-    """The matrices of a block, each [in, out]."""
-
-    q: Any
-    k: Any
-    v: Any
-    o: Any
-    up: Any
-    down: Any
-
-
 @operation
-def paged_block(
-    x: Float[Array, "R Q D"],
-    weights: BlockWeights,
-    rope: tuple[Array, Array],
-    pages: Pages,
-    place: Place,
-    window: int | None,
-) -> tuple[Float[Array, "R Q D"], Pages]:
-    """A block over the next Q tokens of each row, whose keys and values it adds to the pages.
+@jax.named_scope("decode")
+def attend_next(
+    joint: Float[Array, "R _"], rope: tuple[Array, Array], pages: Pages, place: Place, window: int | None
+) -> tuple[Float[Array, "R _"], Pages]:
+    """Attention of each row's new token over its pages, to which its key and value are written.
 
-    `rope` are the tables of `rope_tables`, [R, Q, 1, H/2].
+    `joint` are the products for queries, keys and values side by side, of heads, before rope and norm; `rope` are the
+    tables of `rope_tables`, [R, 1, 1, H/2]. Returns the mixed values, [R, N·H], and the pages.
     """
-    rows, count, width = x.shape
-    # To the kernels of what comes before and after attention, all tokens are one row.
-    x, cos, sin = (array.reshape(1, rows * count, *array.shape[2:]) for array in (x, *rope))
-    x, *heads = norm_qkv(x, weights.q, weights.k, weights.v, (cos, sin))
-    q, k, v = (array.reshape(rows, count, *array.shape[2:]) for array in heads)
-    pages = write_pages(k, v, pages, place)
-    mixed = attend_pages(q, pages, place, window).reshape(1, rows * count, -1)
-    x = add_mlp(add_product(x, mixed, weights.o), weights.up, weights.down)
-    return x.reshape(rows, count, width), pages
+    size, kv_heads = pages["k"].shape[-1], pages["k"].shape[1]
+    heads = joint.reshape(len(joint), 1, -1, size)
+    q, k, v = jnp.split(heads, [heads.shape[2] - 2 * kv_heads, heads.shape[2] - kv_heads], axis=2)
+    pages = write_pages(rope_norm(k, *rope), v, pages, place)
+    return attend_pages(rope_norm(q, *rope), pages, place, window).reshape(len(joint), -1), pages
 
 
-# --- Triton: one new token a row --------------------------------------------------------------------------------------
+# --- Triton -----------------------------------------------------------------------------------------------------------
 
 
-def _accepts(x, weights, rope, pages, place, window) -> bool:
-    del weights, place, window
-    size = pages["k"].shape[-1]
-    return x.shape[1] == 1 and size in (64, 128) and x.shape[2] % 64 == 0 and rope[0].shape[-1] * 2 == size
-
-
-@paged_block.kernel(Level.TRITON, accepts=_accepts)
-def _(x, weights, rope, pages, place, window):
-    rows, _, width = x.shape
-    x, normed = norm_branch(x)
-    joint = jnp.concatenate(products(normed, weights.q, weights.k, weights.v), -1)
-    mixed, pages = attend(joint.reshape(rows, -1), rope, pages, place, window, splits_of(rows, pages["k"].shape[1]))
-    x = add_product(x, mixed.reshape(rows, 1, -1), weights.o)
-    return add_mlp(x, weights.up, weights.down), pages
+@attend_next.kernel(Level.TRITON, accepts=lambda joint, rope, pages, place, window: pages["k"].shape[-1] in (64, 128))
+def _(joint, rope, pages, place, window):
+    return attend(joint, rope, pages, place, window, splits_of(len(joint), pages["k"].shape[1]))
 
 
 def splits_of(rows: int, kv_heads: int) -> int:
@@ -103,11 +67,10 @@ def attend(
     warps: int = 4,
     stages: int = 2,
 ) -> tuple[Float[Array, "R _"], Pages]:
-    """Attention of each row's new token over its pages, to which its key and value are written.
+    """`attend_next` by a program for each row and KV head, or by `splits` of them, each for some of the keys.
 
-    `joint` are queries, keys and values side by side, before rope and norm. `splits` programs share the keys of a row
-    and head. Queries and keys are normed, so that no score exceeds √H: exponentials need no maximum subtracted, and the
-    parts of several programs add up. Returns [R, N·H], and the pages.
+    The keys and values are read once, and nothing else is. Queries and keys are normed, so that no score exceeds √H:
+    exponentials need no maximum subtracted, and the parts of several programs add up.
     """
     rows, joint_width = joint.shape
     pool, kv_heads, _, size = pages["k"].shape
@@ -190,15 +153,16 @@ def attend(
             result = mixed / jnp.maximum(total, 1e-30)[:, None]
             store(out[0], (row * heads + head)[:, None] * size + columns, result, wide_mask)
         else:
-            index = (split * rows + row) * heads + head
-            store(out[0], index, total, exists)
-            store(out[1], index[:, None] * size + columns, mixed, wide_mask)
+            index = ((split * rows + row) * heads + head)[:, None] * size + columns
+            # The sum beside each number: so what adds up the parts divides in the same pass.
+            store(out[0], index, jnp.broadcast_to(total[:, None], mixed.shape), wide_mask)
+            store(out[1], index, mixed, wide_mask)
 
     of_pool = [jax.ShapeDtypeStruct((pages[name].size,), pages[name].dtype) for name in "kv"]
     if splits == 1:
         shapes, dtype = [(rows, heads * size)], joint.dtype
     else:
-        shapes, dtype = [(splits, rows, heads), (splits, rows, heads, size)], jnp.float32
+        shapes, dtype = [(splits, rows, heads * size)] * 2, jnp.float32
     results = [jax.ShapeDtypeStruct((math.prod(shape),), dtype) for shape in shapes]
     call = launch(
         kernel, (rows, kv_heads, splits), [*of_pool, *results], warps=warps, stages=stages, aliases={6: 0, 7: 1}
@@ -207,6 +171,7 @@ def attend(
     k, v, *mixed = call(*(array.reshape(-1) for array in operands))
     mixed = [array.reshape(shape) for array, shape in zip(mixed, shapes, strict=True)]
     if splits > 1:
-        total, parts = (jnp.sum(array, 0) for array in mixed)
-        mixed = [(parts / jnp.maximum(total, 1e-30)[..., None]).astype(joint.dtype).reshape(rows, -1)]
+        # Not as reductions, which would be kernels of their own.
+        total, parts = (functools.reduce(jnp.add, array) for array in mixed)
+        mixed = [(parts / jnp.maximum(total, 1e-30)).astype(joint.dtype)]
     return mixed[0], {name: array.reshape(pages[name].shape) for name, array in (("k", k), ("v", v))}

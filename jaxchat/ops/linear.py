@@ -26,8 +26,8 @@ PARTS = 1 << 24  # elements in all the parts of a weight's gradient together: wh
 class Quantized:
     """A weight in 8 bits, in the place of its array: values · scale, with one scale for each output column.
 
-    Every product starts with `weight.astype(x.dtype)`, which is all that it needs of a weight. The values are whole
-    numbers of at most 127, exact in bf16 too, so that a kernel can scale the product's columns instead of the weight's.
+    `times` scales the columns of the product, and reads nothing but the values: whole numbers of at most 127, exact in
+    bf16 too. Other operations start with `weight.astype(x.dtype)`.
 
     Attributes:
       values: int8[I, O].
@@ -54,7 +54,15 @@ class Quantized:
 @operation
 def products(x: Float[Array, "B T I"], *weights: Float[Array, "I _"] | Quantized) -> tuple[Array, ...]:
     """x @ weight for each of the weights, which are cast to x's dtype."""
-    return tuple(x @ weight.astype(x.dtype) for weight in weights)
+    return tuple(times(x, weight, x.dtype) for weight in weights)
+
+
+def times(x: Float[Array, "... I"], weight: Any, dtype: DTypeLike) -> Float[Array, "... O"]:
+    """x @ weight in `dtype`, summed in fp32. Of a `Quantized` weight only the values are read."""
+    quantized = isinstance(weight, Quantized)
+    array = weight.values if quantized else weight
+    product = jnp.matmul(x, array.astype(x.dtype), preferred_element_type=jnp.float32 if quantized else dtype)
+    return (product * weight.scale).astype(dtype) if quantized else product
 
 
 # --- NVIDIA GPUs: the same products with gradients of our own ---------------------------------------------------------
@@ -76,7 +84,7 @@ def _products_backward(kept, grads):
 
 
 _products.defvjp(_products_forward, _products_backward)
-products.kernel(Level.TRITON)(_products)
+products.kernel(Level.TRITON, accepts=lambda x, *weights: not any(isinstance(w, Quantized) for w in weights))(_products)
 
 
 @operation

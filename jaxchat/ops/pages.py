@@ -6,6 +6,7 @@ them with others; its table says which hold its tokens. So rows of all lengths u
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxchat.ops.dispatch import Level, operation
-from jaxchat.ops.triton import launch, store
+from jaxchat.ops.triton import largest_divisor, launch, store
 
 PAGE = 64  # tokens
 
@@ -55,6 +56,13 @@ def write_pages(k: Float[Array, "R Q K H"], v: Float[Array, "R Q K H"], pages: P
         name: pages[name].at[page, :, position % PAGE].set(in_range(new, pages[name].dtype), mode="drop")
         for name, new in (("k", k), ("v", v))
     }
+
+
+@operation
+@jax.named_scope("pages")
+def copied_pages(pages: Pages, source: Int[Array, " C"], target: Int[Array, " C"]) -> Pages:
+    """The pages, with copies of some in the places of others; a target beyond the last page is no copy."""
+    return {name: pool.at[target].set(pool[source], mode="drop") for name, pool in pages.items()}
 
 
 def in_range(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
@@ -117,6 +125,7 @@ def attend_pages(
 # --- Triton: many tokens of a row, as when a prompt is read -----------------------------------------------------------
 
 WRITTEN = 16  # tokens that a program writes: XLA's scatter takes eight times as long
+COPIED = 4096  # numbers that a program copies of a page: XLA's gather and scatter take ten times as long
 MOST_QUERIES = 64  # that a program attends from
 NOTHING = -1e30  # the highest score of no keys; unlike -inf it has a difference from itself
 
@@ -148,6 +157,28 @@ def _(k, v, pages, place):
 
 def _accepts(heads: Array, pages: Pages) -> bool:
     return heads.shape[1] % WRITTEN == 0 and pages["k"].shape[-1] in (64, 128)
+
+
+@copied_pages.kernel(Level.TRITON)
+@jax.named_scope("pages")
+def _(pages, source, target):
+    # No target is a source, so that the copies need no order.
+    count, *page = pages["k"].shape
+    size = math.prod(page)
+    at_once = largest_divisor(size, COPIED)
+
+    def kernel(source_ref, target_ref, _k, _v, k_out, v_out):
+        copy, place = pl.program_id(0), pl.program_id(1) * at_once + jnp.arange(at_once)
+        old, new = triton.load(source_ref.at[copy]), triton.load(target_ref.at[copy])
+        exists = jnp.broadcast_to(new < count, at_once)
+        for ref in (k_out, v_out):
+            triton.store(ref.at[new * size + place], triton.load(ref.at[old * size + place]), mask=exists)
+
+    pools = [pages[name].reshape(-1) for name in "kv"]
+    out = [jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools]
+    call = launch(kernel, (len(source), size // at_once), out, warps=4, aliases={2: 0, 3: 1})
+    copies = call(source, target, *pools)
+    return {name: pool.reshape(pages[name].shape) for name, pool in zip("kv", copies, strict=True)}
 
 
 @attend_pages.kernel(Level.TRITON, accepts=lambda q, pages, place, window=None: _accepts(q, pages))

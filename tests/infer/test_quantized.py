@@ -9,7 +9,8 @@ from hypothesis.extra import numpy as arrays
 
 from jaxchat.infer.engine import Engine
 from jaxchat.infer.quantized import LARGEST, cache_dtype, quantize, quantize_weight, stored
-from jaxchat.model.gpt import hidden_states, init_pages, logits, paged_hidden
+from jaxchat.model.generation import init_pages, paged_hidden
+from jaxchat.model.gpt import hidden_states, logits
 from jaxchat.ops.linear import Quantized
 from jaxchat.ops.pages import Place, in_range
 

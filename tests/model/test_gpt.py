@@ -6,15 +6,8 @@ import pytest
 from jaxchat.errors import UserError
 from jaxchat.model import reference
 from jaxchat.model.config import GPTConfig
-from jaxchat.model.gpt import (
-    Block,
-    abstract_params,
-    hidden_states,
-    init_pages,
-    init_params,
-    logits,
-    paged_hidden,
-)
+from jaxchat.model.generation import init_pages, join_qkv, paged_hidden
+from jaxchat.model.gpt import Block, abstract_params, hidden_states, init_params, logits
 from jaxchat.ops.compute import Compute
 from jaxchat.ops.pages import Place
 
@@ -44,12 +37,14 @@ def tokens_of(config, batch, length, seed=7):
 @pytest.mark.parametrize("config", CONFIGS, ids=name)
 def test_training_forward_cached_forward_and_numpy_agree(config, random_params):
     params, tokens = random_params(config), tokens_of(config, 2, 11)
+    joint = join_qkv(params)
     trained = logits(config, params, hidden_states(config, params, tokens))
 
     prompt, pages = paged_hidden(config, params, tokens[:, :2], place(2, 0, 2), init_pages(config, 2))
     parts = [prompt]
     for i in range(2, 11):
-        hidden, pages = paged_hidden(config, params, tokens[:, i : i + 1], place(2, i, 1), pages)
+        kept = joint if i % 2 else None
+        hidden, pages = paged_hidden(config, params, tokens[:, i : i + 1], place(2, i, 1), pages, joint=kept)
         parts.append(hidden)
     cached = logits(config, params, jnp.concatenate(parts, axis=1))
 

@@ -134,8 +134,8 @@ class Gain(gpt.Block):
         self.gain = nnx.Param(jnp.ones(()))
 
     def __call__(self, *args):
-        x, cache = super().__call__(*args)
-        return x * self.gain[...].astype(x.dtype), cache
+        x = super().__call__(*args)
+        return x * self.gain[...].astype(x.dtype)
 
 
 class Scale(gpt.Block):
@@ -146,8 +146,8 @@ class Scale(gpt.Block):
         self.scale = nnx.Param(jnp.ones(config.width))
 
     def __call__(self, *args):
-        x, cache = super().__call__(*args)
-        return x * self.scale[...].astype(x.dtype), cache
+        x = super().__call__(*args)
+        return x * self.scale[...].astype(x.dtype)
 
 
 class Shift(gpt.Embedding):

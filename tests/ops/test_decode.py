@@ -7,9 +7,9 @@ import pytest
 
 from jaxchat.devices.gpu import capability
 from jaxchat.ops import decode, pages, triton
-from jaxchat.ops.decode import BlockWeights, paged_block
+from jaxchat.ops.decode import attend_next
 from jaxchat.ops.dispatch import Level
-from jaxchat.ops.pages import PAGE, Place, attend_pages, write_pages
+from jaxchat.ops.pages import PAGE, Place, attend_pages, copied_pages, write_pages
 from jaxchat.ops.rope import rope_tables
 
 
@@ -43,23 +43,16 @@ def close(got, expected, atol):
     ],
 )
 def test_a_new_token_of_each_row(rows, heads, kv_heads, size, window, dtype):
-    width = 128
-    shapes = [(width, heads * size), (width, kv_heads * size), (width, kv_heads * size), (heads * size, width)]
-    shapes += [(width, 4 * width), (4 * width, width)]
-    weights = BlockWeights(*(numbers(10 + i, *shape) * shape[0] ** -0.5 for i, shape in enumerate(shapes)))
     pool, table, draw = cache(rows, kv_heads, size, 4, dtype)
     start = draw.integers(0, 4 * PAGE, rows)
     start[:3] = [PAGE, PAGE - 1, 0][:rows]
     place = Place(table, jnp.asarray(start, jnp.int32), jnp.asarray(np.arange(rows) != 2, jnp.int32))
     rope = rope_tables(place.start[:, None], size, 10_000.0)
-    x = numbers(20, rows, 1, width)
-    operands = (x, weights, rope, pool, place, window)
-    kernel = paged_block.choose(*operands)
-    assert kernel is not paged_block.formula
-    (got, got_pool), (expected, expected_pool) = (
-        jax.jit(kernel, static_argnums=5)(*operands),
-        paged_block.formula(*operands),
-    )
+    operands = (numbers(20, rows, (heads + 2 * kv_heads) * size), rope, pool, place, window)
+    kernel = attend_next.choose(*operands)
+    assert kernel is not attend_next.formula
+    got, got_pool = jax.jit(kernel, static_argnums=4)(*operands)
+    expected, expected_pool = attend_next.formula(*operands)
     busy = np.arange(rows) != 2  # what is computed for an idle row means nothing
     close(got[busy], expected[busy], atol=0.08 if dtype == jnp.bfloat16 else 0.3)  # one of the 8 bits may differ
     for name in "kv":
@@ -123,4 +116,15 @@ def test_kernels_take_what_they_can_and_leave_the_rest():
         pages.attend_pages.choose(numbers(0, 1, 5, 1, 64), cache(1, 1, 64, 2, jnp.bfloat16)[0], place).__name__
         == "attend_pages"
     )
-    assert set(paged_block._kernels) == set(attend_pages._kernels) == {Level.TRITON}
+    assert set(attend_next._kernels) == set(attend_pages._kernels) == {Level.TRITON}
+
+
+def test_copies_of_pages():
+    pool, _, _ = cache(2, 3, 64, 4, jnp.bfloat16)
+    source, target = jnp.array([5, 5, 0, 9]), jnp.array([1, 7, 11, 3])  # there is no page 11
+    kernel = copied_pages.choose(pool, source, target)
+    assert kernel is not copied_pages.formula
+    got, expected = jax.jit(kernel)(pool, source, target), copied_pages.formula(pool, source, target)
+    for name in "kv":
+        np.testing.assert_array_equal(np.asarray(got[name], np.float32), np.asarray(expected[name], np.float32))
+    assert np.asarray(got["k"][7] == pool["k"][5]).all()

@@ -1,0 +1,81 @@
+"""Products of a few rows: their formulas against NumPy, and the kernel against the formulas where there is a Hopper GPU
+(`JAX_PLATFORMS=cuda pytest tests/ops`). Elsewhere this version of JAX lowers the kernel, which is not run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxchat.devices.gpu import capability
+from jaxchat.ops import dispatch
+from jaxchat.ops.dispatch import Level
+from jaxchat.ops.few_rows import after_attention, between_attentions, norm_product
+
+HOPPER = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+
+
+def draw(seed, *shape, dtype=jnp.float32):
+    x = np.random.default_rng(seed).normal(size=shape)
+    return jnp.asarray(x / (shape[0] ** 0.5 if seed > 1 else 1), dtype)
+
+
+def operands(rows, width, attention, hidden, heads, dtype=jnp.float32):
+    """x, mixed, o, up, down and the next block's joint matrix."""
+    shapes = [(rows, width), (rows, attention), (attention, width), (width, hidden), (hidden, width), (width, heads)]
+    return [draw(seed, *shape, dtype=dtype) for seed, shape in enumerate(shapes)]
+
+
+def norm(x):
+    return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-6)
+
+
+def test_the_formulas():
+    arrays = operands(3, 8, 6, 20, 10)
+    x, mixed, o, up, down, joint = (np.asarray(array, np.float64) for array in arrays)
+    between = x + mixed @ o
+    after = between + np.maximum(norm(between) @ up, 0) ** 2 @ down
+    np.testing.assert_allclose(norm_product(arrays[0], arrays[5]), norm(x) @ joint, atol=1e-5)
+    np.testing.assert_allclose(after_attention(*arrays[:5]), after, atol=1e-5)
+    for got, expected in zip(between_attentions(*arrays), (after, norm(after) @ joint), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(capability() != 9.0, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    "rows, width, attention, hidden, heads",
+    [(1, 256, 256, 1024, 768), (5, 384, 128, 1536, 640), (32, 1280, 1280, 5120, 3840), (64, 512, 1024, 2048, 1536)],
+)
+def test_the_kernel(rows, width, attention, hidden, heads):
+    arrays = operands(rows, width, attention, hidden, heads, jnp.bfloat16)
+    for operation, given in (
+        (norm_product, (arrays[0], arrays[5])), (after_attention, arrays[:5]), (between_attentions, arrays),
+    ):  # fmt: skip
+        assert operation.choose(*given) is not operation.formula
+        results = jax.tree.leaves(jax.jit(operation)(*given))
+        formula = jax.tree.leaves(operation.formula(*(array.astype(jnp.float32) for array in given)))
+        for got, expected in zip(results, formula, strict=True):
+            largest = float(jnp.max(jnp.abs(expected)))
+            np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=0.02 * largest)
+        again = jax.tree.leaves(jax.jit(operation)(*given))
+        assert all(bool(jnp.all(one == other)) for one, other in zip(results, again, strict=True))
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="this JAX cannot lower the kernel")
+@pytest.mark.parametrize("rows", [1, 5, 24])
+def test_the_kernel_is_lowered(monkeypatch, rows):
+    monkeypatch.setattr(dispatch, "highest_level", lambda *_, **__: Level.HOPPER)
+    arrays = operands(rows, 256, 256, 1024, 768, jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=HOPPER)):
+        lowered = jax.jit(lambda *given: between_attentions(*given)).trace(*arrays).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("mosaic_gpu_v2") == 1
+
+
+def test_what_the_kernel_does_not_take(monkeypatch):
+    monkeypatch.setattr(dispatch, "highest_level", lambda *_, **__: Level.HOPPER)
+    monkeypatch.setattr("jaxchat.ops.few_rows.multiprocessors", lambda: 132)
+    few = operands(2, 256, 256, 1024, 768, jnp.bfloat16)
+    assert between_attentions.choose(*few) is not between_attentions.formula
+    for rows, width, hidden in ((65, 256, 1024), (2, 192, 1024), (2, 256, 133 * 64)):
+        given = operands(rows, width, 256, hidden, 768, jnp.bfloat16)
+        assert between_attentions.choose(*given) is between_attentions.formula
