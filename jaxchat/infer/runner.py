@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from jaxchat.model.gpt import Params
 from jaxchat.ops.pages import PAGE
 
 STEPS = 8  # tokens that a row draws in a call, without the host
+FIRST_RUNS = 3  # of a program, until XLA has made a CUDA graph of it
 
 _compiled: dict[Hashable, Any] = {}
 _signatures: dict[Hashable, int] = {}
@@ -154,30 +156,42 @@ class Runner:
         On a CPU one level serves all, and every other size is left out: compiling takes longer there than they save. A
         single step, for a row's first token, has the smallest and the largest size: empty lanes cost little on a GPU.
         """
-        work: list[tuple[Callable, tuple, tuple, int]] = []
+        work: list[tuple[Callable, tuple, Callable[[], tuple], int]] = []
         nobody: list[list[Any]] = [[] for _ in range(self.setup.shards)]
         sizes, levels = self._row_sizes(), LEVELS
         if self.on_cpu:
             sizes, levels = sorted({*sizes[::2], sizes[-1]}), LEVELS[-1:]
         for level in levels:
             for steps, size in [*((1, size) for size in {sizes[0], sizes[-1]}), *((STEPS, size) for size in sizes)]:
-                args = self._decode_args(level, self._lanes(nobody, size, level))
+                args = partial(self._decode_args, level, self._lanes(nobody, size, level))
                 work.append((programs.decode, (level, steps), args, size))
         for scored, count in [(True, self.budget.scored), *((False, size) for size in self._read_sizes())]:
-            args, size = self._read_args([], scored, count)
-            work.append((programs.read, (scored,), args, size))
-        work.append((programs.copy_pages, (), self._copy_args(nobody), 0))
+            args = partial(self._read_args, [], scored, count)
+            work.append((programs.read, (scored,), lambda args=args: args()[0], args()[1]))
+        work.append((programs.copy_pages, (), partial(self._copy_args, nobody), 0))
         one = self._all_seen(), np.int32(0), np.zeros(self.setup.config.padded_vocab_size, np.int32)
-        work.append((programs.set_seen, (), one, 0))
+        self._program(programs.set_seen, (), one)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            done = [threads.submit(self._program, *item) for item in work]
+            done = [threads.submit(self._program, *item[:2], item[2](), item[3]) for item in work]
             for i, future in enumerate(done):
                 if progress is not None:
                     progress(i, len(work))
                 future.result()
+        for function, static, args, size in work * FIRST_RUNS:
+            self._idle_run(function, self._program(function, static, args(), size), args())
         if progress is not None:
             progress(len(work), len(work))
         self.warm = True
+
+    def _idle_run(self, function: Callable, program: Any, args: tuple) -> None:
+        """Runs a program for no row, which changes nothing."""
+        if function is programs.decode:
+            self.pages, self.carried, seen, _ = program(*args)
+            self.seen = self.seen if seen is None else seen
+        elif function is programs.read:
+            self.pages, _ = program(*args)
+        else:
+            self.pages = program(*args)
 
     # --- sizes and programs -------------------------------------------------------------------------------------------
 

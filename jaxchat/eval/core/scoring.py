@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 from jaxchat.devices.mesh import BATCH_SPEC
 from jaxchat.eval.core.batches import Arrays
 from jaxchat.model.config import GPTConfig
-from jaxchat.model.gpt import Params, init_pages, paged_hidden
+from jaxchat.model.generation import init_pages, paged_hidden
+from jaxchat.model.gpt import Params
 from jaxchat.ops.compute import Compute
 from jaxchat.ops.cross_entropy import capped_logits, nll_of
 from jaxchat.ops.pages import Place
