@@ -58,9 +58,7 @@ def _tasks(tasks: Mapping[str, Mapping[str, Any]], chat_core: float | None) -> s
         ])  # fmt: skip
     lines = [table(header, rows)]
     if any(entry["samples"] > 1 and name.startswith("nanochat_") for name, entry in tasks.items()):
-        lines.append(
-            "Of several samples, any right one counts in nanochat's tasks, and their mean in the others."
-        )
+        lines.append("Of several samples, any right one counts in nanochat's tasks, and their mean in the others.")
     if chat_core is not None:
         lines.append(f"ChatCORE: {chat_core:.4f}, the mean of how far above chance nanochat's five tasks are.")
     return "\n\n".join(lines)

@@ -81,8 +81,8 @@ class _Weights(NamedTuple):
 
     @classmethod
     def of(cls, block: Params) -> _Weights:
-        attention = (block["attn"][name]["kernel"] for name in "qkvo")
-        return cls(*attention, block["mlp"]["up"]["kernel"], block["mlp"]["down"]["kernel"])
+        q, k, v, o = (block["attn"][name]["kernel"] for name in "qkvo")
+        return cls(q, k, v, o, block["mlp"]["up"]["kernel"], block["mlp"]["down"]["kernel"])
 
 
 @functools.partial(jax.jit, static_argnums=0)  # blocks with the same window have equal shapes, and are lowered once

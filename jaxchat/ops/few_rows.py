@@ -89,16 +89,19 @@ def _fits(x: Array, *weights: Array | Quantized) -> bool:
 
 
 @norm_product.kernel(Level.HOPPER, accepts=_fits)
+@jax.jit  # traced once for all layers and programs: it is long
 def _(x, weight):
     return _chain([x], [weight], [_Product.of(weight, 1, source=0, normed=True)], squares_of(x))[0]
 
 
 @after_attention.kernel(Level.HOPPER, accepts=lambda x, _, *weights: _fits(x, *weights))
+@jax.jit
 def _(x, mixed, o, up, down):
     return _chain([x, mixed], [o, up, down], _block_products(x, mixed, o, up, down))[2]
 
 
 @between_attentions.kernel(Level.HOPPER, accepts=lambda x, _, *weights: _fits(x, *weights))
+@jax.jit
 def _(x, mixed, o, up, down, joint):
     last = _Product.of(joint, 1, source=4, normed=True)
     return tuple(_chain([x, mixed], [o, up, down, joint], [*_block_products(x, mixed, o, up, down), last])[2:])
@@ -150,7 +153,7 @@ class _Product:
         return self.inner // self.parts // DEPTH
 
 
-def squares_of(x: Float[Array, "R D"]) -> Float[Array, "1 R"]:
+def squares_of(x: Float[Array, "R D"]) -> Float[Array, "1 present"]:
     """The sums of squares that the norm of an input needs; for up to 8 or any multiple of 8 rows."""
     wide = x.astype(jnp.float32)
     return jnp.pad(jnp.sum(wide * wide, axis=1), (0, _present(len(x)) - len(x)))[None]
@@ -218,6 +221,11 @@ def _chain(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
     )
     return lowered_once(call, [*inputs, *weights, *of_norms], "mosaic_gpu_v2")[: len(chain)]
+
+
+def _load(ref: Any) -> Array:
+    """Numbers from memory, as each thread needs them."""
+    return plgpu.load(ref, optimized=False)  # pyright: ignore[reportCallIssue] (from JAX 0.11 on)
 
 
 def _shared(shape: tuple[int, ...], dtype: Any):
@@ -321,7 +329,7 @@ class _Block:
             self.wait_for(number - 1)
             squares = self.squares[product.source]
             present = pl.ds(0, self.present)
-            parts = [plgpu.load(squares.at[i, present], optimized=False) for i in range(squares.shape[0])]
+            parts = [_load(squares.at[i, present]) for i in range(squares.shape[0])]
             scale = lax.rsqrt(functools.reduce(jnp.add, parts) / product.inner + NORM_EPS)
         accumulator = plgpu.ACC((WIDE, self.present), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
         total = pl.run_scoped(functools.partial(self.add_up, product, first), accumulator)
@@ -345,7 +353,7 @@ class _Block:
         @pl.when(part == last)
         def _():
             plgpu.semaphore_wait(added, last, decrement=False, memory_scope="gpu")
-            others = [plgpu.load(sums.at[i, column], optimized=False) for i in range(last)]
+            others = [_load(sums.at[i, column]) for i in range(last)]
             self.finish(number, product, functools.reduce(jnp.add, others, total), tile, column)
 
     def add_up(self, product: _Product, first, acc):

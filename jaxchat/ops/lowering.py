@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,8 +32,9 @@ def lowered_once(call: Callable, operands: Sequence[Array], target: str) -> Any:
     key = hashlib.sha256(" ".join(map(str, made_for)).encode()).hexdigest()
     if _shared.get() and jax.device_count() > 1:
         return _deferred.setdefault(key, jax.jit(call))(*operands)
-    if key not in _lowered:
-        _lowered[key] = _read(key) or _lower(key, call, operands, target)
+    with _lock:  # threads that compile programs with the same kernel wait for one of them to lower it
+        if key not in _lowered:
+            _lowered[key] = _read(key) or _lower(key, call, operands, target)
     return _lowered[key].call(*operands)
 
 
@@ -46,6 +48,7 @@ def shared_arrays() -> Iterator[None]:
         _shared.reset(token)
 
 
+_lock = threading.Lock()
 _lowered: dict[str, jax.export.Exported] = {}
 _deferred: dict[str, Callable] = {}
 _shared = contextvars.ContextVar("shared", default=False)
