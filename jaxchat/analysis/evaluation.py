@@ -34,6 +34,7 @@ from jaxchat.errors import check
 from jaxchat.eval import page
 from jaxchat.eval.chat import evaluate_task
 from jaxchat.eval.core import Bundle, evaluate_core
+from jaxchat.eval.core.prompts import order_of
 from jaxchat.eval.statistics import chat_core
 from jaxchat.eval.tables import interval, model_line, tables
 from jaxchat.eval.text_bpb import text_bpb
@@ -94,6 +95,8 @@ def evaluate(trained: TrainedModel, run: str, folder: epath.Path, wanted: Wanted
 
     Returns what is in `report.json`.
     """
+    for task in wanted.bundle.tasks if wanted.bundle else ():
+        order_of(task, wanted.core_per_task)  # refuses what would be refused after all else was measured
     evaluation = _Evaluation(trained, run, folder, wanted, say)
     # A GPU would else round the operands of fp32 products to TF32.
     exact = jax.default_matmul_precision("highest") if wanted.dtype == "float32" else contextlib.nullcontext()

@@ -171,9 +171,9 @@ def _core(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """For each stage its last CORE, in the form of `tables.core_table`."""
     found = {}
     for record in records:
-        if "of" not in record or not core_means(record):
-            continue
         labels = [name.removeprefix("core/") for name in record if name.startswith("core/")]
+        if "of" not in record or not labels:
+            continue
         tasks = {
             label: {
                 "accuracy": record[f"core/{label}"],

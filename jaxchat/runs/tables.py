@@ -49,7 +49,8 @@ def core_table(core: Mapping[str, Any]) -> str:
                      *(f"{value:.4f}" for value in means.values())])  # fmt: skip
     shown = table(["CORE task", "right", "95 % interval", "items", "centered, v1", "centered, v2"], rows)
     limit = f", at most {core['max_per_task']:,} items of each task" if core["max_per_task"] else ""
-    notes = [f"{', '.join(f'{name} {value:.4f}' for name, value in means.items())} (in {core['dtype']}{limit})."]
-    if core["missing"]:
+    values = ", ".join(f"{name} {value:.4f}" for name, value in means.items()) or "none of CORE's own tasks"
+    notes = [f"{values} (in {core['dtype']}{limit})."]
+    if means and core["missing"]:
         notes.append(f"Without {', '.join(core['missing'])} the mean is not CORE.")
     return f"{shown}\n\n{' '.join(notes)}"

@@ -23,7 +23,6 @@ from jaxchat.model.config import GPTConfig
 from jaxchat.runs.files import write_bytes
 from jaxchat.runs.metrics import Metrics
 from jaxchat.runs.progress import format_number
-from jaxchat.runs.tables import core_means
 from jaxchat.stages.workspace import Workspace
 from jaxchat.storage import size_of, to_path
 from jaxchat.tasks import Task
@@ -172,7 +171,7 @@ def _missing_core(workspace: Workspace, bundle: Bundle | None) -> dict[str, dict
         return {}
     config, trained = workspace.experiment.evaluate, workspace.stages_with_model()
     lines = on_process_zero(lambda: [line for line in workspace.directory.read_metrics() if "of" in line])
-    known = {line["of"]: line for line in lines if core_means(line)}
+    known = {line["of"]: line for line in lines if "core_per_task" in line}
     facts = [[task.label, task.shots, len(task.items), size_of(to_path(task.path))] for task in bundle.tasks]
     items = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     missing = {}
@@ -221,4 +220,5 @@ def _measure_core(
     missing = ", ".join(result.missing)
     metrics.log(step, of=stage, **means, **by_task, **centered, core_missing=missing, dtype=dtype, **settings)
     lacking = f"; not in the bundle: {missing}" if missing else ""
-    workspace.say(f"evaluate  {stage:<9} {', '.join(f'{name} {mean:.4f}' for name, mean in means.items())}{lacking}")
+    shown = ", ".join(f"{name} {mean:.4f}" for name, mean in means.items()) or "none of CORE's own tasks"
+    workspace.say(f"evaluate  {stage:<9} {shown}{lacking}")

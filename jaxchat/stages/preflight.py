@@ -16,6 +16,7 @@ from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.data.text.reading import Findings
 from jaxchat.errors import MissingData, UserError, check
 from jaxchat.eval.core.bundle import find_bundle, load_bundle
+from jaxchat.eval.core.prompts import order_of
 from jaxchat.runs.progress import format_number
 from jaxchat.stages.task_source import NotYet, TaskSource, dataset_of
 from jaxchat.stages.text_check import check_text, text_that_is_there
@@ -172,8 +173,8 @@ class _Preflight:
         folder = self.experiment.data.folder
         if folder is not None and self.experiment.evaluate.core and not self.source.downloading("core"):
             found = find_bundle(folder)
-            if found is not None:
-                load_bundle(found)
+            for task in () if found is None else load_bundle(found).tasks:
+                order_of(task, self.experiment.evaluate.core_per_task)
 
     def check_scored(self, stage: str) -> None:
         """Checks what a stage that trains on other things scores on the way: what cannot be scored is left out."""

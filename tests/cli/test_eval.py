@@ -173,6 +173,12 @@ def test_core_of_a_part_of_its_tasks(run, tmp_path):
     assert shown["CORE: lambada_openai"]["items"][0]["right"] == "slept"
 
 
+def test_a_bundle_with_too_few_items_is_refused_before_anything_is_measured(run, tmp_path):
+    bundle = write_bundle(tmp_path / "bundle", [(entry("copa", "multiple_choice", 10), MULTIPLE_CHOICE)])
+    message = refusal(evaluate("--run", run, "--tasks", "sums:2", "--core", bundle, "--out", tmp_path / "out"))
+    assert message.startswith("copa puts 10 other items before each") and not (tmp_path / "out").exists()
+
+
 def test_the_validation_text_of_the_run(run, tmp_path):
     code, out, err = evaluate("--run", run, "--stage=pretrain", "--text", "--out", tmp_path / "out")
     assert code == 0, err
