@@ -185,6 +185,9 @@ class EvaluateConfig(Section):
 
 
 def _add_humaneval(section: RLConfig | EvaluateConfig) -> None:
-    """Puts humaneval among the tasks where it is asked for. It is never among them by default: it runs programs."""
-    if section.humaneval and not any(entry.partition(":")[0] == "humaneval" for entry in section.tasks):
+    """Puts humaneval among the tasks where it is asked for, unless it or nanochat_humaneval is there.
+
+    It is never among them by default: it runs programs.
+    """
+    if section.humaneval and not any(entry.partition(":")[0].endswith("humaneval") for entry in section.tasks):
         object.__setattr__(section, "tasks", (*section.tasks, "humaneval"))
