@@ -114,6 +114,9 @@ def test_known_models():
             "evaluate.of names 'sfd', did you mean 'sft'? The stages with a model are",
         ),
         (lambda: EvaluateConfig(of=("sft", "sft")), "evaluate.of names 'sft' more than once"),
+        (lambda: EvaluateConfig(core=("pretrian",)), "evaluate.core names 'pretrian', did you mean 'pretrain'?"),
+        (lambda: EvaluateConfig(core=("sft", "sft")), "evaluate.core names 'sft' more than once"),
+        (lambda: EvaluateConfig(core_per_task=10), "evaluate.core-per-task is 10; it must be at least 11"),
         (lambda: EvaluateConfig(tasks=("sums", "sums:5")), "evaluate.tasks names 'sums' more than once"),
         (lambda: Experiment(seed=-1), "seed is -1; it must be at least 0"),
         (lambda: Experiment(seed=1 << 31), "seed is 2147483648; it must be at most 2,147,483,647"),
@@ -175,3 +178,8 @@ def test_settings_cannot_be_changed():
 def test_closest():
     assert closest("d13", ["d12", "speedrun"]) == ", did you mean 'd12'?"
     assert closest("zebra", ["d12", "speedrun"]) == "."
+
+
+def test_humaneval_is_added_in_one_form_only():
+    assert EvaluateConfig(humaneval=True, tasks=("sums",)).tasks == ("sums", "humaneval")
+    assert EvaluateConfig(humaneval=True, tasks=("nanochat_humaneval:9",)).tasks == ("nanochat_humaneval:9",)
