@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 from jaxchat.data.chat.packing import RenderedConversations
@@ -13,6 +14,7 @@ from jaxchat.devices.mesh import batch_share
 from jaxchat.errors import UserError
 from jaxchat.eval.bpb import evaluate_bpb
 from jaxchat.model.config import GPTConfig
+from jaxchat.runs.progress import format_number
 from jaxchat.stages.preflight import can_be_asked, check_targets
 from jaxchat.stages.samples import prompts_of_chats
 from jaxchat.stages.scores import task_scores
@@ -24,6 +26,7 @@ from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.loop import Evaluator
 
 SAMPLES = 3
+FEW_STEPS = 20  # with fewer, learning rates and momentum have no time to work
 
 
 def run(workspace: Workspace, stage: str) -> None:
@@ -46,8 +49,15 @@ def run(workspace: Workspace, stage: str) -> None:
     common = {"tokenizer": tokenizer, "sequence_len": model.sequence_len, "seed": experiment.seed}
     steps = config.num_iterations
     if steps is None:
-        rows = count_rows(rendered, **common)
-        steps = max(1, round(config.epochs * rows / (plan.rows * plan.accumulation)))
+        exact = config.epochs * count_rows(rendered, **common) / (plan.rows * plan.accumulation)
+        steps = max(1, round(exact))
+        if steps < FEW_STEPS:
+            workspace.say_once(
+                f"{stage:<9} {format_number(steps, 'step')} only, which changes little: {config.epochs:g} epochs are "
+                f"{exact * config.batch_tokens:,.0f} tokens, and a step takes {config.batch_tokens:,}; "
+                f"--{stage}.epochs={math.ceil(config.epochs * FEW_STEPS / exact)} makes {FEW_STEPS} steps, and a "
+                f"smaller --{stage}.batch-tokens more of them"
+            )
     index, count = batch_share(workspace.mesh)
     part = {"process_index": index, "process_count": count}
     batches = chat_batches(rendered, rows=plan.rows * plan.accumulation // count, **part, **common)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 
 import jax
@@ -75,6 +76,14 @@ def test_training_starts_from_the_model(imported, finetuned):
     report = (finetuned / "report.md").read_text()
     assert "A chatbot that began as the sft model of run: 492k parameters" in report
     assert "| pretrain | the sft model of run | 650 |" in report
+
+
+def test_few_steps_are_said_with_what_to_change(imported, data, tmp_path):
+    options = [f"--init-from={imported}", f"--data={data / 'mine'}", "--model.sequence-len=32"]
+    code, out, err = start(tmp_path / "run", *options, "--sft.num-iterations=None")
+    assert code == 0, err
+    steps, epochs = map(int, re.search(r"(\d+) steps? only, .*--sft.epochs=(\d+) makes 20 steps", out).groups())
+    assert record(tmp_path / "run", "sft")["step"] == steps < 20 and epochs == pytest.approx(3 * 20 / steps, rel=0.5)
 
 
 def test_the_same_command_again_and_without_its_source(imported, finetuned, data, tmp_path):
