@@ -138,7 +138,7 @@ class _Evaluation:
             self.say(f"{self.folder} had results of another model; they are now in {aside}")
             report = None
         fresh = {"tasks": {}, "chat_core": None, "core": None, "text": None}
-        return {**(report or fresh), "model": model, "machine": machine_info()}
+        return {**fresh, **(report or {}), "model": model, "machine": machine_info()}
 
     def write(self) -> None:
         """Writes the report, its tables and the page."""

@@ -58,9 +58,9 @@ def build_report(
     `metrics` and its last `samples`. `seconds` are wall-clock seconds. `cost` is in dollars at the experiment's price
     of a device-hour; None on a CPU, which that price is not for. `evaluation` has each stage's `bpb` and the share of
     each task answered correctly, `scores` the same shares with their intervals and the settings they were measured
-    with, `core` for each stage that was measured by it the means and the tasks of CORE, `answers` a few answers of the
-    last stage that was scored, `rl` the reward before and after if it was evaluated. `stale` has the stages that are
-    left out, with what was made again since they were made from it.
+    with, `chat_core` ChatCORE by stage, `core` for each stage that was measured by it the means and the tasks of CORE,
+    `answers` a few answers of the last stage that was scored, `rl` the reward before and after if it was evaluated.
+    `stale` has the stages that are left out, with what was made again since they were made from it.
     """
     experiment = directory.read_config()
     records_of = {stage: record for stage in STAGES if (record := directory.read_record(stage)) is not None}
@@ -84,6 +84,7 @@ def build_report(
         "cost": sum(costs) if costs else None,
         "evaluation": _evaluation(stages, records),
         "scores": (scores := _scores_with_settings(records)),
+        "chat_core": {record["of"]: record["chat_core"] for record in records if "chat_core" in record},
         "core": _core(records),
         "answers": _answers(directory, scores),
         "rl": _reward(by_stage.get("rl", {})),

@@ -128,6 +128,9 @@ def _can_do(report: dict[str, Any], plots: list[str]) -> str:
         parts.append(_table([[row[i] for i in known] for row in [header, *rows]]))
         if any("low" in facts for found in report.get("scores", {}).values() for facts in found.values()):
             parts.append("In parentheses: the interval that holds the score of such questions with 95 % confidence.")
+    if chat_core := report.get("chat_core"):
+        values = ", ".join(f"{value:.4f} after {stage}" for stage, value in chat_core.items())
+        parts.append(f"ChatCORE, the mean of how far above chance nanochat's five tasks are: {values}.")
     if "evaluation.png" in plots:
         parts.append(_plot("evaluation.png"))
     parts += [f"CORE, after {stage}:\n\n{core_table(core)}" for stage, core in report.get("core", {}).items()]

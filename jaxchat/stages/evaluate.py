@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxchat.devices.processes import on_process_zero
 from jaxchat.eval.chat import TaskResult, evaluate_task
 from jaxchat.eval.core import Bundle, evaluate_core, find_bundle, load_bundle
+from jaxchat.eval.statistics import CHANCE, chat_core
 from jaxchat.infer.engine import Engine
 from jaxchat.model.config import GPTConfig
 from jaxchat.runs.files import write_bytes
@@ -60,6 +61,7 @@ def run(workspace: Workspace) -> None:
                 continue
             params, step = workspace.load_params(stage, model)
             engine = Engine(model, params, tokenizer, dtype=workspace.compute.dtype)
+            scores: dict[str, float] = {}
             for task, settings in missing[stage]:
                 result = evaluate_task(
                     engine,
@@ -73,7 +75,9 @@ def run(workspace: Workspace) -> None:
                 on_process_zero(lambda: _keep_answers(workspace, stage, result))  # noqa: B023 (called at once)
                 facts = {name: getattr(result, name) for name in ("score", "low", "high", "count", "cut", "too_long")}
                 metrics.log(step, of=stage, **{f"{name}/{task.name}": fact for name, fact in facts.items()}, **settings)
+                scores[task.name] = result.score
                 workspace.say(f"evaluate  {stage:<9} {task.name:<14} {result}")
+            _log_chat_core(workspace, metrics, stage, step, scores)
         if bundle is not None:  # last: on a CPU it takes hours
             for stage, settings in missing_core.items():
                 _measure_core(workspace, model, stage, bundle, settings, metrics)
@@ -151,6 +155,18 @@ def _fits(
 def _keep_answers(workspace: Workspace, stage: str, result: TaskResult) -> None:
     lines = [json.dumps(dataclasses.asdict(answer), ensure_ascii=False) + "\n" for answer in result.answers]
     write_bytes(workspace.directory.answers(stage, result.name), "".join(lines).encode())
+
+
+def _log_chat_core(workspace: Workspace, metrics: Metrics, stage: str, step: int, scores: dict[str, float]) -> None:
+    """Logs ChatCORE of the new scores and those from before, if all that it takes are there and one of them is new."""
+    if CHANCE.keys().isdisjoint(scores):
+        return
+    lines = on_process_zero(lambda: [line for line in workspace.directory.read_metrics() if line.get("of") == stage])
+    before = {name.removeprefix("score/"): line[name] for line in lines for name in line if name.startswith("score/")}
+    value = chat_core({**before, **scores})
+    if value is not None:
+        metrics.log(step, of=stage, chat_core=value)
+        workspace.say(f"evaluate  {stage:<9} ChatCORE {value:.4f}")
 
 
 # --- CORE -------------------------------------------------------------------------------------------------------------

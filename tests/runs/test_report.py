@@ -390,6 +390,7 @@ def test_intervals_and_core_of_the_evaluate_stage(tmp_path):
         finish(tmp_path, stage, seconds=1, steps=3)
     with Metrics(tmp_path, "evaluate", live=False) as metrics:
         metrics.log(3, of="sft", **{"score/sums": 0.5, "low/sums": 0.4, "high/sums": 0.6, "count/sums": 96})
+        metrics.log(3, of="sft", chat_core=0.0731)
         for mean in (-0.5, -0.0125):  # the last counts
             by_task = {"core/copa": 0.475, "core_low/copa": 0.38, "core_high/copa": 0.57, "core_count/copa": 100}
             centered = {"core_centered_v1/copa": -0.05, "core_centered_v2/copa": -0.05}
@@ -408,6 +409,7 @@ def test_intervals_and_core_of_the_evaluate_stage(tmp_path):
     }  # fmt: skip
     text = (tmp_path / "report.md").read_text()
     assert "| sums | 50.0% (40.0 to 60.0) | 96 |" in text
+    assert report["chat_core"] == {"sft": 0.0731} and "five tasks are: 0.0731 after sft." in text
     assert (
         "| copa | 47.5% | 38.0 to 57.0 | 100 | -0.0500 | -0.0500 |\n| mean of 1 |  |  |  | -0.0125 | -0.0125 |" in text
     )
