@@ -83,7 +83,7 @@ def test_few_steps_are_said_with_what_to_change(imported, data, tmp_path):
     code, out, err = start(tmp_path / "run", *options, "--sft.num-iterations=None")
     assert code == 0, err
     steps, epochs = map(int, re.search(r"(\d+) steps? only, .*--sft.epochs=(\d+) makes 20 steps", out).groups())
-    assert record(tmp_path / "run", "sft")["step"] == steps < 20 and epochs == pytest.approx(3 * 20 / steps, rel=0.5)
+    assert record(tmp_path / "run", "sft")["steps"] == steps < 20 and epochs == pytest.approx(3 * 20 / steps, rel=0.5)
 
 
 def test_the_same_command_again_and_without_its_source(imported, finetuned, data, tmp_path):
