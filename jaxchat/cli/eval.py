@@ -260,7 +260,13 @@ def _texts(paths: Sequence[str] | None, data: DataConfig, directory: RunDirector
         for name in _trained_on(files, directory):
             _say(f"{name} was trained on: how well it is predicted says nothing about other text")
         return files
-    text = find_text(data.folder or directory.generated_data, data.val_shard, on_bad="refuse", say=_say).val
+    folder = data.folder or directory.generated_data
+    check(
+        data.folder is not None or directory.generated_data.exists(),
+        "the run has no data folder with validation text; name files or folders with --text, or a data folder with "
+        "--data",
+    )
+    text = find_text(folder, data.val_shard, on_bad="refuse", say=_say).val
     return [
         GivenFile(f"{file.name} (validation)", file, dataclasses.replace(text, files=(file,))) for file in text.files
     ]

@@ -216,6 +216,18 @@ def test_a_damaged_report_is_named(run, tmp_path):
         assert message.startswith(f"{path} is damaged ({what}") and message.endswith("or choose another --out")
 
 
+def test_a_run_without_data(run, tmp_path):
+    """As an imported model is."""
+    bare = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("data", "eval"))
+    assert "the run has no data folder with validation text; name" in refusal(evaluate("--run", bare, "--text"))
+    message = refusal(evaluate("--run", bare, "--tasks", "sums:2"))
+    assert message == f"sums needs {bare}/data, which does not exist; --data names the folder that has it"
+    code, _, err = evaluate("--run", bare)
+    assert code == 2 and err.splitlines()[-1].startswith("error: there is nothing to measure of sft; name --tasks, ")
+    code, _, err = evaluate("--run", bare, "--tasks", "sums:2", "--data", run / "data")
+    assert code == 0, err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
