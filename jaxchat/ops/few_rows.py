@@ -78,6 +78,7 @@ def _fits(x: Array, *weights: Array | Quantized) -> bool:
     return (
         len(x) <= MOST_ROWS
         and (len(x) < 8 or len(x) % 8 == 0)
+        and _on_one_device()
         and all(
             not isinstance(weight, Quantized)
             and weight.dtype == x.dtype
@@ -86,6 +87,13 @@ def _fits(x: Array, *weights: Array | Quantized) -> bool:
             for weight in weights
         )
     )
+
+
+def _on_one_device() -> bool:
+    """Whether no axis of a mesh is left to the compiler, which would gather the weights for a kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return all(size == 1 for size, kind in axes if kind != jax.sharding.AxisType.Manual)
 
 
 @norm_product.kernel(Level.HOPPER, accepts=_fits)

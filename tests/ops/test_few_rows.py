@@ -5,8 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from jaxchat.config import MeshConfig
 from jaxchat.devices.gpu import capability
+from jaxchat.devices.mesh import make_mesh
 from jaxchat.ops import dispatch
 from jaxchat.ops.dispatch import Level
 from jaxchat.ops.few_rows import after_attention, between_attentions, norm_product
@@ -79,3 +82,23 @@ def test_what_the_kernel_does_not_take(monkeypatch):
     for rows, width, hidden in ((65, 256, 1024), (2, 192, 1024), (2, 256, 133 * 64)):
         given = operands(rows, width, 256, hidden, 768, jnp.bfloat16)
         assert between_attentions.choose(*given) is between_attentions.formula
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+def test_weights_that_are_split_over_devices_stay_with_the_compiler(monkeypatch):
+    monkeypatch.setattr(dispatch, "highest_level", lambda *_, **__: Level.HOPPER)
+    monkeypatch.setattr("jaxchat.ops.few_rows.multiprocessors", lambda: 132)
+    given = operands(2, 256, 256, 1024, 768, jnp.bfloat16)
+    chosen = []
+
+    def choose(*arrays):
+        chosen.append(between_attentions.choose(*arrays) is not between_attentions.formula)
+        return arrays
+
+    for tensor, kernel in ((1, True), (2, False)):
+        mesh = make_mesh(MeshConfig(data=4 // tensor, tensor=tensor), jax.devices()[:4])
+        manual = {"data", "fsdp", "tensor"} if tensor == 1 else {"data", "fsdp"}
+        jax.eval_shape(
+            jax.shard_map(choose, mesh=mesh, in_specs=P(), out_specs=P(), axis_names=manual, check_vma=False), *given
+        )
+        assert chosen.pop() == kernel
