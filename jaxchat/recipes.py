@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxchat.config import (
     CostConfig,
     DataConfig,
+    EvaluateConfig,
     Experiment,
     FinetuneConfig,
     ModelConfig,
@@ -47,7 +48,7 @@ def on_text(
         model=ModelConfig(depth=depth),
         pretrain=PretrainConfig(batch_tokens=pretrain_tokens, device_rows=device_rows, core_every=2000),
         midtrain=FinetuneConfig(
-            mixture=("chat", "smoltalk", "mmlu", "gsm8k", "spelling:20000"),
+            mixture=("chat", "smoltalk", "mmlu", "gsm8k", "spelling:20000", "identity:2000"),
             batch_tokens=midtrain_tokens,
             device_rows=device_rows,
             eval_every=150,
@@ -55,7 +56,7 @@ def on_text(
             tasks_every=600,
         ),
         sft=FinetuneConfig(
-            mixture=("chat", "smoltalk:10000", "arc_easy", "arc_challenge", "gsm8k", "spelling:300"),
+            mixture=("chat", "smoltalk:10000", "arc_easy", "arc_challenge", "gsm8k", "spelling:300", "identity:2000"),
             batch_tokens=16_384,
             device_rows=sft_rows,
             lr_fraction=0.02,
@@ -64,5 +65,6 @@ def on_text(
             tasks=SCORED,
             tasks_every=200,
         ),
+        evaluate=EvaluateConfig(tasks=("arc_easy", "arc_challenge", "mmlu", "gsm8k", "identity")),
         cost=CostConfig(device="NVIDIA H100", devices=devices, expected_mfu=mfu),
     )

@@ -2,7 +2,7 @@
 
     python launch.py --experiment=quickstart
     python launch.py --experiment=d12 --pretrain.num-iterations=200
-    python launch.py --experiment=d12 --data=DIR
+    python launch.py --experiment=d12 --data=DIR --identity=FILE
     python launch.py --experiment=finetune --init-from=RUN --data=DIR
     python launch.py --list
 
@@ -53,7 +53,7 @@ def _run(argv: list[str]) -> int:
         return _list()
     if options.help:
         return _help(parser, options.experiment)
-    experiment = configure(options.experiment, overrides, options.data, option_strings(parser))
+    experiment = configure(options.experiment, overrides, options.data, option_strings(parser), options.identity)
     if options.stages is not None:
         experiment = dataclasses.replace(experiment, stages=options.stages)
     directory = options.run_dir or f"runs/{experiment.name}"
@@ -90,6 +90,13 @@ def launch_parser() -> Parser:
         metavar="DIR",
         help="Folder with your text (parquet, jsonl or txt), or with pretrain/, chat/ and eval/. The experiment's data "
         "sets are downloaded to a folder without text. (default data/)",
+    )
+    add(
+        "--identity",
+        type=path,
+        metavar="FILE",
+        help="Who the model is: a text file with its name (name: Talin) and, if you like, maker, character, facts and "
+        "lines of text. Midtraining and SFT learn it, and evaluation scores it.",
     )
     add(
         "--init-from",

@@ -28,22 +28,25 @@ INSTEAD = {
 }
 
 
-def configure(name: str | None, overrides: list[str], data: str | None, options: Sequence[str]) -> Experiment:
-    """Experiment `name` with the user's overrides and data folder.
+def configure(
+    name: str | None, overrides: list[str], data: str | None, options: Sequence[str], identity: str | None = None
+) -> Experiment:
+    """Experiment `name` with the user's overrides, data folder and identity.
 
     Args:
       data: the folder; None leaves the experiment's own.
       options: the command's own options, for hints about misspelt ones.
+      identity: the file that describes it; None leaves the experiment's own.
 
     Raises:
-      UserError: no name or an unknown one, a folder that does not exist, or as `override`.
+      UserError: no name or an unknown one, a folder that does not exist, or as `override` and `read_identity`.
     """
     if name is None:
         names = experiment_names()
         _by_option([word for word in overrides if OPTION.match(word)], field_types(Experiment), options)
         meant = next((word for word in overrides if word in names), "|".join(names))
         raise UserError(f"no experiment given; write --experiment={meant}")
-    experiment = override(load_experiment(name), overrides, options)
+    experiment = _with_identity(override(load_experiment(name), overrides, options), identity)
     folder = experiment.data.path if data is None else data
     if folder is None:
         return experiment
@@ -58,6 +61,26 @@ def configure(name: str | None, overrides: list[str], data: str | None, options:
         if is_remote(folder) or own_text(Path(folder)):
             settings["download"] = ()  # the user's own text is all that is trained on
     return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, **settings))
+
+
+def _with_identity(experiment: Experiment, file: str | None) -> Experiment:
+    """`experiment` with the identity that a file describes, trained on by midtraining and SFT, and scored at the end.
+
+    Without a file, its own: jaxchat's, which is among the tasks where the experiment wants it, has no text.
+    """
+    if file is None and experiment.data.identity is None:
+        return experiment
+    from jaxchat.data.identity.description import parse_identity, read_identity  # slow to import, as what follows
+
+    text = experiment.data.identity if file is None else read_identity(file)
+    parse_identity(text or "")
+    changed: dict[str, Any] = {"data": dataclasses.replace(experiment.data, identity=text)}
+    for stage, field in (("midtrain", "mixture"), ("sft", "mixture"), ("evaluate", "tasks")):
+        section = getattr(experiment, stage)
+        entries = getattr(section, field)
+        if not any(entry.partition(":")[0] == "identity" for entry in entries):
+            changed[stage] = dataclasses.replace(section, **{field: (*entries, "identity")})
+    return dataclasses.replace(experiment, **changed)
 
 
 def named_fields(overrides: Sequence[str], data: str | None = None) -> frozenset[str]:

@@ -58,6 +58,8 @@ class DataConfig(Section):
     lanes: Annotated[int, Range(at_least=1, at_most=1 << 16)] = 1
     """Parts of the text that are read independently, for training on many hosts: each process reads only its lanes.
     Divides the rows of pretraining's batch."""
+    identity: str | None = None
+    """Who the model is, as the text of the file of --identity, which sets it. None: jaxchat, for the task identity."""
     on_bad: Literal["refuse", "skip"] = "refuse"
     """What damaged or too long text does, and a conversation or question that cannot be read: stop the run (refuse), or
     be reported, counted and left out (skip)."""

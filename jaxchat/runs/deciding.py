@@ -7,6 +7,7 @@ what is recomputed), which changes results by rounding at most. They may change 
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from typing import Any
 
 from jaxchat.config import Experiment
@@ -50,6 +51,9 @@ def deciding(experiment: Experiment, stage: str, *, finished: bool) -> dict[str,
     elif not own:
         chosen["seed"] = experiment.seed
     chosen |= {f"data.{name}": data[name] for name in sorted(fields)}
+    if stage in ("midtrain", "sft") and data["identity"] is not None:
+        begins = data["identity"].partition("\n")[0][:40]
+        chosen["data.identity"] = f"{begins!r} ({zlib.crc32(data['identity'].encode()):08x})"
     free = _FREE | _FREE_OF.get(stage, set()) | (set() if finished else _LENGTH)
     chosen |= {f"{stage}.{name}": value for name, value in _flat(every[stage]) if name not in free}
     return {name.replace("_", "-"): value for name, value in chosen.items()}

@@ -34,7 +34,7 @@ def check_conversations(experiment: Experiment) -> None:
 
 
 def names_files_alone(experiment: Experiment) -> bool:
-    """Whether all that is trained on are files that the experiment names, so that it needs no data folder."""
+    """Whether all that is trained on is its identity or files that it names, so that it needs no data folder."""
     stages = [stage for stage in ("midtrain", "sft") if stage in experiment.stages]
     entries = [entry for stage in stages for entry in parse_mixture(getattr(experiment, stage).mixture)]
-    return bool(entries) and all(is_file(name) for name, _ in entries)
+    return bool(entries) and all(is_file(name) or name == "identity" for name, _ in entries)

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 from jaxchat.config import DataConfig
 from jaxchat.data.hub.catalogue import DATASETS
+from jaxchat.data.identity.description import parse_identity
 from jaxchat.data.text.reading import Findings
 from jaxchat.errors import MissingData
 from jaxchat.storage import AnyPath, to_path
 from jaxchat.tasks import Task, is_file, load_task
 from jaxchat.tasks.base import Split
+from jaxchat.tasks.conversations import Conversations
+from jaxchat.tasks.identity import NAME as IDENTITY
+from jaxchat.tasks.identity import ChatsAs, load_identity
 
 GENERATED = ("chat", "sums", "letters", "facts", "long_sums")  # the tasks of the generated corpus
 
@@ -42,6 +46,8 @@ class TaskSource:
           MissingData, UserError: as `load_task`.
         """
         folder = self.data.folder
+        if name == IDENTITY:
+            return load_identity(self.data.identity, split, limit)
         if folder is not None or is_file(name):
             try:
                 return load_task(name, split, folder or "", limit, findings)
@@ -55,7 +61,10 @@ class TaskSource:
             if name not in (*GENERATED, "spelling"):
                 raise MissingData(f"{name} needs a data folder; name one with --data")
             raise NotYet
-        return load_task(name, split, self.generated(), limit, findings)
+        task = load_task(name, split, self.generated(), limit, findings)
+        if isinstance(task, Conversations) and self.data.identity is not None:
+            return ChatsAs(task, parse_identity(self.data.identity))
+        return task
 
     def _has_chats(self) -> bool:
         return self.data.folder is not None and (to_path(self.data.folder) / "chat").exists()

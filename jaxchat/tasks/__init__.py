@@ -14,6 +14,7 @@ from jaxchat.tasks.checkable import load_checkable
 from jaxchat.tasks.conversations import load_chat, load_file, load_smoltalk
 from jaxchat.tasks.gsm8k import load_gsm8k
 from jaxchat.tasks.humaneval import load_humaneval
+from jaxchat.tasks.identity import load_own_identity
 from jaxchat.tasks.multiple_choice import load_arc, load_mmlu
 from jaxchat.tasks.nanochat import tasks as nanochat
 from jaxchat.tasks.spelling import load_spelling
@@ -29,6 +30,7 @@ _LOADERS: dict[str, Callable[[Split, AnyPath, int | None, Findings], Task]] = {
     "gsm8k": load_gsm8k,
     "humaneval": load_humaneval,
     "spelling": load_spelling,
+    "identity": load_own_identity,
     "sums": partial(load_checkable, "sums"),
     "letters": partial(load_checkable, "letters"),
     "facts": partial(load_checkable, "facts"),
