@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxchat.config import Experiment
+from jaxchat.devices.gpu import multiplies_bf16
 from jaxchat.errors import check
 from jaxchat.ops import fp8
 
@@ -45,9 +46,9 @@ FP32 = Compute()  # the default: fp32, on one device, nothing recomputed
 
 
 def compute_dtype(experiment: Experiment) -> DTypeLike:
-    """The dtype of activations: bf16 on GPU and TPU and fp32 on a CPU, unless the experiment sets one."""
+    """The dtype of activations: bf16 where the device has it, fp32 elsewhere, unless the experiment sets one."""
     if experiment.precision in ("auto", "fp8"):
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return jnp.bfloat16 if multiplies_bf16() else jnp.float32
     return jnp.dtype(experiment.precision)
 
 
