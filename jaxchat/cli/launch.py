@@ -237,10 +237,12 @@ def _train(
     start: StartingModel | None,
 ) -> int:
     processes().start(cluster)
+    from jaxchat.cli.doctor import say_problems
     from jaxchat.runs.starting import take
     from jaxchat.stages.pipeline import check_possible, run_stages
     from jaxchat.stages.workspace import Workspace
 
+    say_problems(experiment, directory)
     check_possible(experiment)
     with contextlib.ExitStack() as held:
         processes().on_process_zero(lambda: take(directory, held, fresh=fresh))
