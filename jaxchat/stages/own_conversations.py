@@ -24,6 +24,8 @@ def check_conversations(experiment: Experiment) -> None:
         if stage not in experiment.stages or "chat" not in names or experiment.data.download:
             continue
         instead = f"or name a file of conversations with --{stage}.mixture=FILE.jsonl"
+        if experiment.data.identity is not None:
+            instead += f", or train on the identity alone with --{stage}.mixture=identity"
         check(
             folder is not None,
             f"{experiment.name} trains on your conversations: give a folder with --data=DIR, {instead}",

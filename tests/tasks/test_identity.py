@@ -11,6 +11,8 @@ from jaxchat.data.synthetic import write_synthetic
 from jaxchat.data.text.reading import Findings
 from jaxchat.errors import UserError
 from jaxchat.runs.deciding import deciding
+from jaxchat.stages.own_conversations import check_conversations
+from jaxchat.stages.settings import check_has_data
 from jaxchat.stages.task_source import TaskSource
 from jaxchat.tasks import load_task
 from jaxchat.tasks.identity import IdentityTask
@@ -94,3 +96,11 @@ def test_what_the_command_refuses(file, tmp_path, capsys):
         assert expected in refusal((code, *capsys.readouterr()))
     with pytest.raises(UserError, match="--identity"):
         configure("d12", [], None, (), str(tmp_path))
+
+
+def test_a_model_that_is_there_learns_an_identity_alone(file):
+    with pytest.raises(UserError, match="train on the identity alone with --sft.mixture=identity"):
+        check_conversations(configure("finetune", [], None, (), file))
+    alone = configure("finetune", ["--sft.mixture=identity"], None, (), file)
+    check_conversations(alone)
+    check_has_data(alone)
