@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -99,11 +99,12 @@ class Block(nnx.Module):
         rope: tuple[Array, Array],
         documents: Int[Array, "B T"] | None = None,
         fp8: bool = False,
+        mesh: Mesh | None = None,
     ) -> Float[Array, "B T D"]:
         """The residual stream after the block; attention stays within each token's document if they are given."""
         q, k, v, o = (getattr(self.attn, name).kernel[...] for name in "qkvo")
         x, q, k, v = norm_qkv(x, q, k, v, rope, fp8=fp8)
-        mixed = checkpoint_name(attend(q, k, v, window=self.window, documents=documents), "attention")
+        mixed = attend(q, k, v, window=self.window, documents=documents, mesh=mesh)
         x = add_product(x, merge_heads(mixed), o, fp8=fp8)
         return add_mlp(x, self.mlp.up.kernel[...], self.mlp.down.kernel[...], fp8=fp8)
 
@@ -133,20 +134,20 @@ class GPT(nnx.Module):
             documents = jnp.cumsum(tokens == border, axis=1)
         for block in self.blocks:
             graph, weights = nnx.split(block)
-            x = _run_block(graph, compute.remat, compute.fp8, weights, x, rope, documents)
+            x = _run_block(graph, compute, weights, x, rope, documents)
         return norm_branch(x)[1]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run_block(graph, remat, fp8, weights, x, rope, documents):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_block(graph, compute: Compute, weights, x, rope, documents):
     """One block. Blocks with the same window have equal graphs and shapes, so that this inner jit traces and lowers one
     of them instead of `depth`."""
 
     def run(weights, x, rope, documents):
-        return nnx.merge(graph, weights)(x, rope, documents, fp8)
+        return nnx.merge(graph, weights)(x, rope, documents, compute.fp8, compute.mesh)
 
-    if remat != "none":
-        named = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
+    if compute.remat != "none":
+        named = jax.checkpoint_policies.save_only_these_names(*KEPT[compute.remat])
         run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_from_both_policies(_is_cudnn_attention, named))
     return run(weights, x, rope, documents)
 

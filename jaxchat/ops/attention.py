@@ -7,20 +7,28 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxchat.devices.gpu import capability
+from jaxchat.ops import splash
 from jaxchat.ops.fp8 import Bounded
 
 BLOCK = 256  # queries at a time where XLA computes attention
+KEPT = "attention"  # the name for `jax.checkpoint` of what a backward pass should not compute again
 
 
-def attention_kernel(dtype: DTypeLike, head_dim: int) -> Literal["cudnn", "xla"]:
-    """What computes attention over whole rows in this process: cuDNN's flash attention where it runs, otherwise XLA.
+def attention_kernel(dtype: DTypeLike, head_dim: int, mesh: Mesh | None = None) -> Literal["cudnn", "splash", "xla"]:
+    """What computes attention over whole rows on the devices of `mesh`, by default this process's.
 
-    cuDNN needs an NVIDIA GPU of the Ampere generation or later, bf16 or fp16, and a head size that 8 divides.
+    cuDNN's flash attention where it runs, splash attention on TPUs, otherwise XLA. cuDNN needs an NVIDIA GPU of the
+    Ampere generation or later, bf16 or fp16, and a head size that 8 divides; splash attention needs bf16 and a head
+    size that 128 divides.
     """
+    if splash.available(mesh):
+        return "splash" if jnp.dtype(dtype) == jnp.bfloat16 and head_dim % splash.LANES == 0 else "xla"
     runs = capability() >= 8.0 and head_dim % 8 == 0
     return "cudnn" if runs and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) else "xla"
 
@@ -33,6 +41,7 @@ def attend(
     *,
     window: int | None = None,
     documents: Int[Array, "B T"] | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B T N H"] | Bounded:
     """Scaled dot-product attention, softmax(q kᵀ / √H) v. K may divide N (grouped queries).
 
@@ -41,17 +50,28 @@ def attend(
 
     `attention_kernel` computes whole rows. Where that is XLA, a long context is computed in blocks of queries: the
     T x T scores are never held, and a block meets only the keys that its window reaches.
+
+    `mesh`: the devices that share the rows. The result, or what stands for it in the backward pass, has the name `KEPT`
+    for `jax.checkpoint`.
     """
     if isinstance(v, Bounded):
         # The result is a weighted mean of the values: what bounds them bounds it.
-        mixed = attend(q, k, v.array, window=window, documents=documents)
-        return dataclasses.replace(v, array=mixed)
+        mixed = attend(q, k, v.array, window=window, documents=documents, mesh=mesh)
+        return checkpoint_name(dataclasses.replace(v, array=mixed), KEPT)
     length = q.shape[1]
     if window is not None and window >= length - 1:
         window = None
-    kernel = attention_kernel(q.dtype, q.shape[-1])
-    if length % 2:
+    kernel = attention_kernel(q.dtype, q.shape[-1], mesh)
+    if kernel == "splash" and splash.fits(length, q.shape[0], mesh):
+        return splash.attend(q, k, v, window=window, documents=documents, mesh=mesh, kept=KEPT)
+    if kernel == "splash" or length % 2:
         kernel = "xla"  # JAX lets cuDNN train only on rows of even length
+    return checkpoint_name(_attend_whole(q, k, v, window, documents, kernel), KEPT)
+
+
+def _attend_whole(q, k, v, window: int | None, documents: Array | None, kernel: Literal["cudnn", "xla"]):
+    """Attention by XLA or cuDNN; the compiler splits it over the devices."""
+    length = q.shape[1]
     if kernel == "xla" and length > BLOCK and length % BLOCK == 0:
         return _attend_in_blocks(q, k, v, window, documents)
     # `is_causal` together with the window: without it cuDNN would see the future.
