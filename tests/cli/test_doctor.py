@@ -19,6 +19,7 @@ from jaxchat.devices import host, problems
 from jaxchat.devices.host import Gpu, Nvidia, Packages, available_memory, find_nvidia, may_have_nvidia
 from jaxchat.devices.machine import find_devices
 from jaxchat.devices.problems import full_disk, little_memory, taken_memory, unused_gpu, without_bf16
+from jaxchat.ops import triton
 from jaxchat.ops.compute import compute_dtype
 from tests.data.hub_server import HubServer
 from tests.tiny import ROOT, start
@@ -287,3 +288,12 @@ def test_platform_that_is_not_there():
 def test_devices_and_what_jax_said():
     devices, complaints = find_devices()
     assert devices == jax.devices() and complaints == []
+
+
+def test_kernels_are_tried(monkeypatch):
+    monkeypatch.setattr(triton, "INTERPRET", True)  # on a CPU
+    trials = dict(doctor._trials(jnp.float32))
+    assert {name: doctor._failure(trial) for name, trial in trials.items()} == {"relu_squared": None, "attention": None}
+    relu, _ = trials["relu_squared"]()
+    assert doctor._failure(lambda: (relu + 1, relu)) == "its result is wrong"
+    assert "reshape" in (doctor._failure(lambda: (relu.reshape(3), relu)) or "")
