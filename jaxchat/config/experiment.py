@@ -25,8 +25,8 @@ class Experiment(Section):
     seed: Annotated[int, Range(at_least=0)] = 42
     """Seed of the synthetic corpus, the initial parameters, the order of the data, and sampling."""
     precision: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
-    """What training computes in. auto: bfloat16 on GPU and TPU, float32 on CPU. fp8: bfloat16, but fp8 for the matrix
-    products of the blocks, on NVIDIA Hopper and later."""
+    """What training computes in. auto: bfloat16 on TPUs and on GPUs that have it, float32 elsewhere. fp8: bfloat16, but
+    fp8 for the matrix products of the blocks, on NVIDIA Hopper and later."""
     remat: Literal["auto", "none", "mlp", "full"] = "auto"
     """What a step computes twice to save memory: nothing (none), norms and MLPs (mlp, a ninth more matrix products),
     or all of a block but attention (full, two ninths). auto: the first of them whose step fits into memory."""
