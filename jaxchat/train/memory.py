@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
+from jaxchat.errors import UserError
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import KEPT, Params
 from jaxchat.model.parameters import shardings
@@ -121,26 +122,48 @@ def compile_step(
     Args:
       setting: a level of rematerialisation, which is taken whether it fits or not; or "auto": the lowest level that
         takes at most `limit` bytes per device, or, if none does, the highest; without a limit, "none".
+
+    Raises:
+      UserError: the compiler refuses every level, as a TPU's does where a step needs more memory than a chip has.
     """
     levels: tuple[Any, ...] = LEVELS if setting == "auto" else (setting,)
     memories, seconds = {}, {"trace": 0.0, "compile": 0.0}
+    taken, refusal = None, ""
     for level in levels:
         began = time.perf_counter()
         lowered = make_step(level).lower(state, batch)
         traced = time.perf_counter()
-        compiled = lowered.compile()
+        compiled, refused = _compile(lowered)
         seconds["trace"] += traced - began
         seconds["compile"] += time.perf_counter() - traced
-        memories[level] = StepMemory.of(compiled)
-        fits = _fits_everywhere(memories[level], limit)
-        if fits:
+        fits = False
+        if compiled is not None:
+            taken = level, compiled
+            memories[level] = StepMemory.of(compiled)
+            fits = limit is None or memories[level].total <= limit
+        refusal = refused or refusal
+        if fits := _everywhere(fits):
             break
-    return CompiledStep(level, compiled, memories, limit, fits, seconds)
+    if taken is None:
+        raise UserError(
+            f"a training step does not fit into memory ({refusal}); lower device-rows, or spread parameters and "
+            "optimizer over more devices with mesh.fsdp"
+        )
+    return CompiledStep(*taken, memories, limit, fits, seconds)
 
 
-def _fits_everywhere(memory: StepMemory, limit: int | None) -> bool:
+def _compile(lowered: Any) -> tuple[jax.stages.Compiled | None, str]:
+    """The program of a lowered step, or None and why the compiler refuses it for want of memory, in a line."""
+    try:
+        return lowered.compile(), ""
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None, str(error).splitlines()[0].partition("RESOURCE_EXHAUSTED: ")[2].rstrip(".")
+
+
+def _everywhere(fits: bool) -> bool:
     """Whether it fits in all processes: they must run the same program, and their devices may differ a little."""
-    fits = limit is None or memory.total <= limit
     return fits if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array(fits))))
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from jaxchat.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, TokenizerConfig
 from jaxchat.devices.mesh import make_mesh, set_xla_flags
+from jaxchat.errors import UserError
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import abstract_params, hidden_states, init_params
 from jaxchat.ops.compute import Compute
@@ -42,6 +43,33 @@ def memories(monkeypatch):
     """XLA for the CPU undoes rematerialisation, so its analysis is replaced by what steps might take on a GPU."""
     levels = iter(LEVELS)
     monkeypatch.setattr(StepMemory, "of", lambda compiled: MEMORIES[next(levels)])
+
+
+class Refused:
+    """A lowered step that the compiler refuses, with the words of a TPU's."""
+
+    WHY = "Ran out of memory on HBM, the total memory required for HLO temporaries (17.91G) exceeds available HBM"
+
+    def lower(self, *arguments):
+        return self
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {self.WHY} (15.75G).\nmore lines")
+
+
+def test_a_level_that_the_compiler_refuses_does_not_fit(planned):
+    state, batch, make_step, _ = planned
+    step = compile_step(lambda level: Refused() if level == "none" else make_step(level), "auto", None, state, batch)
+    assert step.remat == "mlp" and list(step.memories) == ["mlp"] and step.fits
+
+
+def test_what_no_level_fits_into_is_said_in_the_compilers_words(planned):
+    state, batch, _, _ = planned
+    with pytest.raises(
+        UserError, match=r"does not fit into memory \(Ran out .*\(15.75G\)\); lower device-rows"
+    ) as error:
+        compile_step(lambda level: Refused(), "auto", None, state, batch)
+    assert "\n" not in str(error.value)
 
 
 def test_a_compiled_step_knows_the_memory_of_its_state(planned):
