@@ -61,7 +61,7 @@ def run_stages(workspace: Workspace, given: Collection[str] = (), start: Startin
     """
     device = jax.devices()[0]
     shape = ", ".join(f"{axis} {size}" for axis, size in workspace.mesh.shape.items())
-    kernel = attention_kernel(workspace.compute.dtype, workspace.experiment.model.head_dim)
+    kernel = attention_kernel(workspace.compute.dtype, workspace.experiment.model.head_dim, workspace.mesh)
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     workspace.say(
         f"devices   {jax.device_count()} x {device.device_kind}{processes} ({shape}), "
