@@ -15,7 +15,7 @@ from rich.table import Table
 from jaxchat.config import Experiment
 from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.data.hub.download import jobs_of
-from jaxchat.devices.machine import device_peak_flops
+from jaxchat.devices.machine import device_peak_flops, lacks_bf16
 from jaxchat.devices.mesh import data_shards, make_mesh
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import abstract_params
@@ -128,9 +128,10 @@ def compile_pretraining(experiment: Experiment, model: GPTConfig, mesh, limit: i
     config = experiment.pretrain
     parallel = data_shards(mesh)
     plan = split_batch(config.batch_tokens, config.device_rows, model.sequence_len, parallel)
-    on_accelerator = experiment.precision in ("auto", "fp8") and device_peak_flops(experiment.cost.device)
+    planned = experiment.cost.device  # for which a CPU may stand
+    bf16 = experiment.precision in ("auto", "fp8") and device_peak_flops(planned) and not lacks_bf16(planned)
     compute = for_training(experiment, mesh)
-    if on_accelerator:
+    if bf16 and jax.default_backend() == "cpu":
         compute = dataclasses.replace(compute, dtype=jnp.bfloat16)
     optimizer = make_optimizer(
         experiment.optimizer, model, optax.constant_schedule(1.0), mesh=mesh, newton_schulz_dtype=compute.dtype

@@ -86,6 +86,11 @@ def device_peak_flops(kind: str) -> float | None:
     return next((1e12 * peak for pattern, peak in _PEAKS if re.search(pattern, kind)), None)
 
 
+def lacks_bf16(kind: str) -> bool:
+    """Whether a device is, by its name, one of NVIDIA's GPUs before Ampere that are still about."""
+    return re.search(r"\b(T4|P100|V100|RTX 20\d\d)\b", kind) is not None
+
+
 class _Complaints(logging.Filter):
     """Keeps what JAX logs while it looks for devices, instead of letting it be printed."""
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxchat.devices.machine import device_peak_flops, machine_info, peak_memory_bytes
+from jaxchat.devices.machine import device_peak_flops, lacks_bf16, machine_info, peak_memory_bytes
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,11 @@ from jaxchat.devices.machine import device_peak_flops, machine_info, peak_memory
 def test_device_peak_flops(kind, tera):
     peak = device_peak_flops(kind)
     assert (None if peak is None else round(peak / 1e12, 1)) == tera
+
+
+def test_names_of_gpus_without_bf16():
+    assert all(map(lacks_bf16, ("Tesla T4", "Tesla V100-SXM2-16GB", "NVIDIA GeForce RTX 2080 Ti")))
+    assert not any(map(lacks_bf16, ("NVIDIA RTX A2000", "NVIDIA T400", "NVIDIA H100", "TPU v4", "AMD Instinct MI300X")))
 
 
 def test_machine_info_is_json_without_names(tmp_path):
