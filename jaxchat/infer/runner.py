@@ -225,9 +225,11 @@ class Runner:
         return not self.on_cpu or self._known(programs.decode, (level, 1), size)
 
     def _row_sizes(self) -> list[int]:
-        """Numbers of lanes. Up to 8 take a GPU as long as 2: its tensor cores multiply 8 rows at once."""
+        """Numbers of lanes. A GPU has 1 or multiples of 8: its tensor cores multiply 8 rows at once."""
         powers = [1 << i for i in range((self.slots - 1).bit_length())]
-        return [size for size in powers if self.on_cpu or size not in (2, 4)] + [self.slots]
+        if self.on_cpu or self.slots == 1:
+            return [*powers, self.slots]
+        return [size for size in powers if size not in (2, 4)] + [-(-self.slots // 8) * 8]
 
     def _read_sizes(self) -> list[int]:
         """Sizes of `read`. A CPU has fewer: compiling takes longer there than they save."""

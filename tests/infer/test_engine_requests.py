@@ -352,3 +352,19 @@ def test_stop_strings_end_an_answer_before_themselves(config, trained_params, to
         assert "".join(output.text for output in outputs).rpartition("<|output_end|>")[2] == text
         by_text = text != "It is 92."
         assert outputs[-1].finish == "stop" and (outputs[-1].stopped_by in stop) == by_text
+
+
+def test_a_gpu_has_more_lanes_than_rows(engine, windowed, params, tokenizer):
+    other = Engine(windowed, params, tokenizer, dtype="float32", rows=3, cache_tokens=3 * CONTEXT)
+    runner = other._opened().runner
+    runner.on_cpu = False
+    assert runner._row_sizes() == [1, 8]
+    requests = [Request(list(range(20 + i, 26 + 2 * i)), 12, Sampling(seed=5, number=i)) for i in range(5)]
+    answers = []
+    for one in (engine, other):
+        numbers, tokens = [one.submit(request) for request in requests], {}
+        while one.busy:
+            for output in one.step():
+                tokens.setdefault(output.request, []).extend(token.id for token in output.tokens)
+        answers.append([tokens[number] for number in numbers])
+    assert answers[0] == answers[1]
