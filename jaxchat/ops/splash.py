@@ -20,19 +20,17 @@ INTERPRET = False  # set by tests, to run the kernels on a CPU
 
 
 def available(mesh: Mesh | None) -> bool:
-    """Whether the devices of `mesh`, by default those of this process, run the kernels.
-
-    Without a mesh that says how arrays are split, they run on one device only.
-    """
-    if INTERPRET:
-        return True
-    if mesh is None:
-        return jax.default_backend() == "tpu" and jax.device_count() == 1
-    return mesh.devices.flat[0].platform == "tpu"
+    """Whether the devices of `mesh`, by default those of this process, run the kernels."""
+    return INTERPRET or (jax.default_backend() if mesh is None else mesh.devices.flat[0].platform) == "tpu"
 
 
 def fits(length: int, rows: int, mesh: Mesh | None) -> bool:
-    """Whether rows of `length` tokens consist of whole blocks, and divide among the devices of `mesh`."""
+    """Whether rows of `length` tokens consist of whole blocks, and divide among the devices of `mesh`.
+
+    Without a mesh, which says how arrays are split, a kernel runs on one device only.
+    """
+    if mesh is None and jax.device_count() > 1 and not INTERPRET:
+        return False
     return length % LANES == 0 and (mesh is None or rows % data_shards(mesh) == 0)
 
 
