@@ -29,9 +29,11 @@ def add_command(commands: Any) -> None:
 def _doctor(arguments: argparse.Namespace) -> int:
     from jaxchat.analysis.doctor import examine  # imports JAX: --help and bad options need not wait for it
     from jaxchat.cli.experiments import experiment_names, load_experiment
-    from jaxchat.cli.launch import prepare_jax
+    from jaxchat.devices.compile_cache import keep_compiled
+    from jaxchat.devices.mesh import set_xla_flags
 
-    prepare_jax()
+    set_xla_flags()
+    keep_compiled()
     experiments = {name: load_experiment(name) for name in experiment_names()}
 
     def say(subject: str, text: str) -> None:
