@@ -139,7 +139,7 @@ def test_experiments_survive_as_json(name):
     assert from_json(to_json(experiment)) == experiment
 
 
-TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=60)  # at most 255 bytes
 
 
 @given(
