@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from jaxchat.infer.trained import load_model
 from jaxchat.serve.http.service import Service
 from jaxchat.serve.http.serving import Server
 from tests.serve.http.conftest import served, web
@@ -33,6 +34,12 @@ window.fetch = (address, options) => {
   return Promise.resolve(new Response(body, { headers: { "content-type": "text/event-stream" } }));
 };
 """
+
+
+@pytest.fixture(scope="session")
+def engine(run_dir):
+    """An engine of the service's own: no other thread may use it, and tests of other files have one too."""
+    return load_model(run_dir, "sft").engine(rows=4)
 
 
 @pytest.fixture(scope="session")
