@@ -29,9 +29,8 @@ from jaxchat.ops.linear import Quantized, products
 from jaxchat.ops.lowering import lowered_once
 from jaxchat.ops.norm import NORM_EPS, rms_norm
 
-MOST_ROWS = 64  # beyond that, cuBLAS and XLA's own kernels are as fast
+MOST_ROWS = 64  # that a warpgroup finishes at once; beyond that, cuBLAS and XLA's own kernels are as fast
 DEPTH, WIDE = 128, 64  # rows and columns of the part of a weight that a slot holds
-PIECE = 64  # rows that a warpgroup finishes at once
 RING = 170 << 10  # bytes of the slots
 PARTS = 4  # blocks that share columns, at most
 WEIGHTS, INPUTS, PRODUCTS = range(3)  # the warpgroups
@@ -178,8 +177,7 @@ def _chain(
     """The results of all products. `squares` are those of the first input, if it is normed."""
     rows, dtype = len(inputs[0]), inputs[0].dtype
     present = _present(rows)
-    tall = -(-present // PIECE) * PIECE
-    stages = min(16, RING // (2 * DEPTH * (present + WIDE)))
+    stages = RING // (2 * DEPTH * (present + WIDE))
     of_norms = [] if squares is None else [squares]
     results = [jax.ShapeDtypeStruct((rows, product.columns), dtype) for product in chain]
     more, normed, sums = [], {}, {}
@@ -187,7 +185,7 @@ def _chain(
         if product.normed and product.source >= len(inputs):
             source = product.source - len(inputs)
             normed[source] = len(more)
-            more.append(jax.ShapeDtypeStruct((chain[source].tiles, tall), jnp.float32))
+            more.append(jax.ShapeDtypeStruct((chain[source].tiles, MOST_ROWS), jnp.float32))
         if product.parts > 1:
             sums[number] = len(more)
             more.append(jax.ShapeDtypeStruct((product.parts - 1, product.columns, present), jnp.float32))
@@ -211,8 +209,8 @@ def _chain(
             work,
             left=_shared((stages, present, DEPTH), dtype),
             right=_shared((stages, DEPTH, WIDE), dtype),
-            side=_shared((tall, WIDE), dtype),
-            kept=_shared((tall, WIDE), dtype),
+            side=_shared((MOST_ROWS, WIDE), dtype),
+            kept=_shared((MOST_ROWS, WIDE), dtype),
             loaded=plgpu.Barrier(num_barriers=stages, num_arrivals=2),
             free=plgpu.Barrier(num_barriers=stages),
             ready=plgpu.Barrier(),
@@ -389,13 +387,12 @@ class _Block:
         self.kept.at[present].transpose((1, 0))[...] = total.astype(self.kept.dtype)
         plgpu.commit_smem()
         squares = self.squares.get(self.inputs + number)
-        for start in range(0, self.kept.shape[0], PIECE):
-            rows = pl.ds(start, PIECE)
-            if product.beside is not None:
-                self.kept[rows] = self.kept[rows] + self.side[rows]
-            if squares is not None:
-                own = self.kept[rows].astype(jnp.float32)
-                squares[tile, rows] = jnp.sum(own * own, axis=1)
+        # All rows of shared memory: what is in those that are not present goes nowhere.
+        if product.beside is not None:
+            self.kept[...] = self.kept[...] + self.side[...]
+        if squares is not None:
+            own = self.kept[...].astype(jnp.float32)
+            squares[tile] = jnp.sum(own * own, axis=1)
         if product.beside is not None:
             plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(self.kept.at[present], self.arrays[self.inputs + number].at[self.rows, column])
