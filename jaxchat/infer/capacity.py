@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxchat.infer.programs import Setup
@@ -36,10 +37,24 @@ def pages_of(setup: Setup, slots: int, tokens: int, cache_dtype: np.dtype, devic
 def _room(setup: Setup, cache_dtype: np.dtype, device: jax.Device) -> int:  # pyright: ignore[reportInvalidTypeForm]
     if jax.process_count() > 1:  # processes may see different numbers, and must decide alike
         return 1 << 30
-    config, split = setup.config, 1 if setup.mesh is None else setup.mesh.shape["tensor"]
-    heads = config.kv_heads // split if config.kv_heads % split == 0 else config.kv_heads
-    page = 2 * config.depth * heads * PAGE * config.head_dim * cache_dtype.itemsize
     memory = device.memory_stats() or {}
     if "bytes_limit" not in memory:
-        return CPU_BYTES // page
-    return int(MEMORY_SHARE * (memory["bytes_limit"] - memory["bytes_in_use"])) // page
+        return CPU_BYTES // _page_bytes(setup, cache_dtype)
+    return pages_in(memory["bytes_limit"] - memory["bytes_in_use"], setup, cache_dtype)
+
+
+def pages_in(free: int, setup: Setup, cache_dtype: np.dtype) -> int:
+    """The pages of a shard that a device's free memory has room for, in bytes.
+
+    Decoding keeps a copy of the weights of queries, keys and values, unless they are split: `programs.weights_of`.
+    """
+    config, split = setup.config, setup.mesh is not None and setup.mesh.shape["tensor"] > 1
+    columns = 0 if split else (config.num_heads + 2 * config.kv_heads) * config.head_dim
+    copy = config.depth * config.width * columns * jnp.dtype(setup.dtype).itemsize
+    return max(0, int(MEMORY_SHARE * (free - copy))) // _page_bytes(setup, cache_dtype)
+
+
+def _page_bytes(setup: Setup, cache_dtype: np.dtype) -> int:
+    config, split = setup.config, 1 if setup.mesh is None else setup.mesh.shape["tensor"]
+    heads = config.kv_heads // split if config.kv_heads % split == 0 else config.kv_heads
+    return 2 * config.depth * heads * PAGE * config.head_dim * cache_dtype.itemsize
