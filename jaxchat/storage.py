@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from etils import epath
 from jaxchat.errors import UserError, check, closest
 
 AnyPath = Path | epath.Path
+UNFINISHED = ".unfinished"  # the name, or its ending, of a folder that is not complete yet
 # The fsspec protocol that epath uses for a scheme, and the package that implements it.
 _SCHEMES = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs"), "az": ("az", "adlfs"), "hf": ("hf", "huggingface_hub")}
 _FOR_RUNS = ("gs", "s3")  # those of TensorStore, which writes the arrays of checkpoints
@@ -175,3 +177,32 @@ def first_line(error: BaseException) -> str:
 def size_of(path: AnyPath) -> int:
     """The size of a file in bytes."""
     return path.stat().st_size if isinstance(path, Path) else path.stat().length
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write to, which becomes `folder` at the end: it is there with everything in it, or not at all.
+
+    `folder` must be free, see `is_free`.
+    """
+    # What is renamed must be on the same disk, which a folder that is there need not share with its parent.
+    there = folder.exists()
+    part = folder / UNFINISHED if there else folder.with_name(f".{folder.name}{UNFINISHED}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if there:
+            for entry in part.iterdir():
+                entry.rename(folder / entry.name)
+            part.rmdir()
+        else:
+            part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def is_free(folder: Path) -> bool:
+    """Whether nothing is there, or an empty folder, apart from what `written_whole` left there when it was killed."""
+    return not folder.exists() or (folder.is_dir() and all(entry.name == UNFINISHED for entry in folder.iterdir()))

@@ -12,7 +12,7 @@ from jaxchat.cli.places import check_place
 from jaxchat.cli.values import path, whole
 from jaxchat.config import TRAINED, Range
 from jaxchat.errors import UserError, check
-from jaxchat.storage import is_remote
+from jaxchat.storage import is_free, is_remote
 
 
 def add_command(commands: Any) -> None:
@@ -94,6 +94,5 @@ def _target(name: str) -> Path:
     check(not is_remote(name), f"--run is {name}; a model is imported to this machine, from where it can be copied")
     check_place(name, "--run")
     target = Path(name).absolute()
-    free = not target.exists() or all(entry.name == ".import" for entry in target.iterdir())  # of one that was stopped
-    check(free, f"{name} is not empty; name another --run, or move it aside")
+    check(is_free(target), f"{name} is not empty; name another --run, or move it aside")
     return target

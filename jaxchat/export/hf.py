@@ -26,6 +26,7 @@ from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params
 from jaxchat.model.parameters import named_parameters
 from jaxchat.ops.norm import NORM_EPS
+from jaxchat.storage import is_free, written_whole
 from jaxchat.tokenizer import BaseTokenizer
 
 Dtype = Literal["float32", "bfloat16"]
@@ -144,23 +145,10 @@ def export_hf(
         "tokenizer_config.json": _json(tokenizer_config(config.sequence_len, base=base)),
         **({"README.md": card} if card else {}),
     }
-    # What is renamed must be on the same disk, which a folder that is there need not share with its parent.
-    there = folder.exists()
-    part = folder / ".part" if there else folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
-    try:
+    with written_whole(folder) as part:
         for name, text in files.items():
             (part / name).write_text(text, encoding="utf-8")
         _write_weights(config, params, part, DTYPES[dtype], progress)
-        if there:
-            for file in part.iterdir():
-                file.rename(folder / file.name)
-            part.rmdir()
-        else:
-            part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return folder
 
 
@@ -171,10 +159,7 @@ def check_free(folder: Path) -> None:
       UserError: it does not.
     """
     check(not folder.exists() or folder.is_dir(), f"{folder} is a file; name a new folder")
-    check(
-        not folder.exists() or not any(folder.iterdir()),
-        f"{folder} is not empty; name a new folder, or move it aside first",
-    )
+    check(is_free(folder), f"{folder} is not empty; name a new folder, or move it aside first")
 
 
 def _json(value: Any) -> str:

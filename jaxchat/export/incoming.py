@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,9 +24,9 @@ from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.progress import LiveLine
+from jaxchat.storage import written_whole
 from jaxchat.tokenizer import BaseTokenizer
 
-PART = ".import"  # the name, or its ending, of what is not complete yet
 _SHOWN_AFTER = 2.0  # seconds
 NAME = "finetune"  # the experiment that an imported run belongs to, so that its next stages can be trained
 
@@ -108,25 +107,12 @@ def write_run(incoming: Incoming, directory: Path, say: Callable[[str], None] = 
     Raises:
       UserError: a weight is damaged or not finite; the disk fails.
     """
-    # What is renamed must be on the same disk, which a folder that is there need not share with its parent.
-    there = directory.exists()
-    part = directory / PART if there else directory.with_name(f".{directory.name}{PART}")
-    shutil.rmtree(part, ignore_errors=True)  # of an import that was stopped
-    run, experiment = RunDirectory(part), incoming.experiment()
-    try:
+    with written_whole(directory) as part:
+        run, experiment = RunDirectory(part), incoming.experiment()
         run.open(experiment)
         params = _params(incoming, say)
         tokenizer, source = incoming.tokenizer, incoming.source
         place_model(run, experiment, incoming.stage, tokenizer, params, step=incoming.step, source=source)
-        if there:
-            for entry in part.iterdir():
-                entry.rename(directory / entry.name)
-            part.rmdir()
-        else:
-            part.rename(directory)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def _params(incoming: Incoming, say: Callable[[str], None]) -> Params:

@@ -72,12 +72,12 @@ def test_an_empty_folder_is_filled(exported, tmp_path):
 
 def test_what_a_stopped_import_has_left_is_removed(exported, tmp_path):
     """Beside a run directory that was not there, and in one that was empty."""
-    (tmp_path / ".new.import" / "sft").mkdir(parents=True)
-    (tmp_path / "empty" / ".import" / "sft").mkdir(parents=True)
+    (tmp_path / ".new.unfinished" / "sft").mkdir(parents=True)
+    (tmp_path / "empty" / ".unfinished" / "sft").mkdir(parents=True)
     for name in ("new", "empty"):
         assert imported(exported, tmp_path / name) == 0
         assert load_model(tmp_path / name).stage == "sft"
-    assert not [*tmp_path.rglob("*.import")]
+    assert not [*tmp_path.rglob("*.unfinished")]
 
 
 def test_a_base_model_is_one_of_pretraining(tmp_path):
