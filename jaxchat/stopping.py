@@ -173,16 +173,17 @@ def resuming(resumes: bool) -> Iterator[None]:
     """Says whether the command that runs in this context can resume, as for `Interrupted.line`."""
     global _resumes
     before, _resumes = _resumes, resumes
-    _done_once.clear()
     try:
         yield
     finally:
         _resumes = before
+        _done_once.clear()
 
 
 def done_once(option: str) -> None:
     """Says that `option` has done its work: to resume, the command must be repeated without it."""
-    _done_once.append(option)
+    if _resumes and option not in _done_once:  # outside of a command nobody repeats one
+        _done_once.append(option)
 
 
 def same_command() -> str:

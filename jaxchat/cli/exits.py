@@ -47,29 +47,29 @@ def run_command(command: Callable[[], int], *, resumes: bool = False) -> int:
     Args:
       resumes: started again, the command resumes where it stopped, and the line says so.
     """
-    try:
-        with stopping.resuming(resumes):
+    with stopping.resuming(resumes):
+        try:
             code = command()
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where it is known whether the command can resume
             return code
-    except (Exception, KeyboardInterrupt) as error:
-        stopped = _explain(error, resumes)
-        if stopped is None:
-            if not several_processes():
-                raise
-            processes().await_verdict()
-            traceback.print_exc()
-            stopped = BUG, f"error: {type(error).__name__}: {error}"
-        code, line = stopped
-        if several_processes():
-            processes().leave(code, line)
-        if line:
-            from jaxchat.verbatim import one_line  # slow to import
+        except (Exception, KeyboardInterrupt) as error:
+            stopped = _explain(error, resumes)
+            if stopped is None:
+                if not several_processes():
+                    raise
+                processes().await_verdict()
+                traceback.print_exc()
+                stopped = BUG, f"error: {type(error).__name__}: {error}"
+            code, line = stopped
+            if several_processes():
+                processes().leave(code, line)
+            if line:
+                from jaxchat.verbatim import one_line  # slow to import
 
-            line = one_line(line)
-            stopping.explain(line if len(line) <= LONGEST else f"{line[:LONGEST]}…")
-        return code
+                line = one_line(line)
+                stopping.explain(line if len(line) <= LONGEST else f"{line[:LONGEST]}…")
+            return code
 
 
 def _explain(error: BaseException, resumes: bool) -> tuple[int, str] | None:

@@ -80,10 +80,13 @@ def test_ctrl_c(capsys):
 def test_what_an_option_has_done_is_not_done_again_by_whoever_resumes(capsys):
     def command():
         stopping.done_once("--redo")
+        stopping.done_once("--redo")
         signal.raise_signal(signal.SIGINT)
 
     assert run_command(command, resumes=True) == 130
     assert capsys.readouterr().err == "stopped; the same command without --redo resumes from here\n"
+    stopping.done_once("--redo")  # by a program that is no command
+    assert stopping.same_command() == "the same command"
     test_ctrl_c(capsys)  # the next command has done nothing yet
 
 
