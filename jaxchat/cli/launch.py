@@ -36,6 +36,7 @@ from jaxchat.errors import check
 from jaxchat.verbatim import one_line
 
 if TYPE_CHECKING:
+    from jaxchat.runs.directory import RunDirectory
     from jaxchat.runs.init_from import StartingModel
 
 
@@ -59,12 +60,14 @@ def _run(argv: list[str]) -> int:
     directory = options.run_dir or f"runs/{experiment.name}"
     redo, given = options.redo or (), named_fields(overrides)
     experiment, start = _start_from(options, experiment, directory, given)
+    begun = None if options.fresh else _begun(directory)
+    experiment = _keep_sizes(experiment, begun, given)
     check_start(experiment, directory, redo=redo, fresh=options.fresh, init=start is not None)
     cluster = find_cluster(os.environ, options.coordinator, options.num_processes, options.process_id)
     prepare_jax()
     if options.dry_run:
-        return _dry_run(experiment, given)
-    return _train(experiment, directory, redo, options.fresh, cluster, given, start)
+        return _dry_run(experiment, given, begun, start)
+    return _train(experiment, directory, redo, options.fresh, cluster, given, start, begun)
 
 
 def launch_parser() -> Parser:
@@ -186,6 +189,35 @@ def check_start(
     check_run(experiment, run, redo=STAGES if fresh else redo, given=("tokenizer", STAGE) if init else ())
 
 
+def _begun(directory: str) -> RunDirectory | None:
+    """The run that is in a directory, if there is one."""
+    from jaxchat.runs.directory import RunDirectory  # slow to import, as what follows
+    from jaxchat.storage import to_run_directory
+
+    run = RunDirectory(to_run_directory(directory))
+    return run if run.is_run() else None
+
+
+def _keep_sizes(experiment: Experiment, begun: RunDirectory | None, given: Collection[str]) -> Experiment:
+    if begun is None or experiment.sizes == "fixed":
+        return experiment
+    from jaxchat.planning.settle import keep_sizes
+
+    return keep_sizes(experiment, begun, given)
+
+
+def _settle(
+    experiment: Experiment, given: Collection[str], begun: RunDirectory | None, start: StartingModel | None
+) -> Experiment:
+    """The experiment with the sizes that it starts with; the text has been counted, and the user told."""
+    if start is not None:  # its model has its sizes
+        return experiment
+    from jaxchat.devices.mesh import data_shards, make_mesh
+    from jaxchat.planning.settle import settle
+
+    return settle(experiment, begun, given=given, shards=data_shards(make_mesh(experiment.mesh)))
+
+
 def _list() -> int:
     for name, summary in summaries().items():
         print(one_line(f"{name:<12} {summary}"))
@@ -208,7 +240,9 @@ def prepare_jax() -> None:
     keep_compiled()
 
 
-def _dry_run(experiment: Experiment, given: Collection[str]) -> int:
+def _dry_run(
+    experiment: Experiment, given: Collection[str], begun: RunDirectory | None, start: StartingModel | None
+) -> int:
     import jax
 
     if experiment.cost.devices > 1 and jax.config.jax_num_cpu_devices <= 1:  # pyright: ignore[reportAttributeAccessIssue]
@@ -218,6 +252,7 @@ def _dry_run(experiment: Experiment, given: Collection[str]) -> int:
     from jaxchat.stages.preflight import check_planned_data
     from jaxchat.stages.settings import describe_programs
 
+    experiment = _settle(experiment, given, begun, start)
     check_possible(experiment)
     check_planned_data(experiment, given)
     programs = describe_programs(experiment)
@@ -235,6 +270,7 @@ def _train(
     cluster: Cluster | None,
     given: Collection[str],
     start: StartingModel | None,
+    begun: RunDirectory | None,
 ) -> int:
     processes().start(cluster)
     from jaxchat.cli.doctor import say_problems
@@ -243,6 +279,7 @@ def _train(
     from jaxchat.stages.workspace import Workspace
 
     say_problems(experiment, directory)
+    experiment = _settle(experiment, given, begun, start)
     check_possible(experiment)
     with contextlib.ExitStack() as held:
         processes().on_process_zero(lambda: take(directory, held, fresh=fresh))
