@@ -1,5 +1,8 @@
 """The identity: what its file may look like, what is refused, and that no test question is ever trained on."""
 
+import dataclasses
+import string
+import unicodedata
 from typing import Literal
 
 import pytest
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 
 from jaxchat.data.identity.conversations import conversation, held_out_questions, plain, topics, training_size
 from jaxchat.data.identity.description import JAXCHAT, LONGEST, Identity, parse_identity, read_identity
+from jaxchat.data.identity.wordings import ENGLISH, LANGUAGES, Asked
 from jaxchat.data.synthetic.chats import SMALL_TALK
 from jaxchat.errors import UserError
 
@@ -69,6 +73,10 @@ def test_other_languages_and_sentences_with_colons():
 @pytest.mark.parametrize(
     ("text", "message"),
     {
+        "name: Talin\nlanguage: Polish": "who.txt:2: there are no wordings in 'Polish', only in English, French",
+        "Sprache: Deutsch\nName: Bo\nLieblingsfarbe: rot": "who.txt:3: 'Lieblingsfarbe' is no field; if it is a fact, "
+        "write 'mein Lieblingsfarbe' or 'meine Lieblingsfarbe'",
+        "name: Bo\nlanguage: none\nKto to? Bo.": "who.txt is in no language that is known, and has no question",
         "maker: me": "who.txt has no name; write it on a line of its own, such as 'name: Talin'",
         "": "who.txt has no name",
         '{"name": "Talin"}': "who.txt is JSON; write lines such as 'name: Talin'",
@@ -112,8 +120,40 @@ def test_any_text_is_an_identity_or_refused(text):
         held_out_questions(topics(identity))
 
 
+IN_LANGUAGES = {
+    "german": """Sprache: Deutsch
+Name: Talin
+Hersteller: die Werkstatt Vorn
+Charakter: Du bist freundlich und knapp
+meine Lieblingsfarbe: Grün
+Deine Hobbys: Lesen und Tee
+Wo wohnst du? Ich wohne in einem Turm.
+Ich mag drei Dinge: Tee, Regen und Bücher.""",
+    "french": """langue : français
+nom : Talin
+créateur : l'atelier Vorn
+caractère : Tu es aimable et bref
+ma couleur préférée : vert
+mes plats : la soupe et le pain
+Où habites-tu ? J'habite dans une tour.
+J'aime trois choses : le thé, la pluie et les livres.""",
+    "spanish": """idioma: español
+nombre: Talin
+creador: el taller Vorn
+carácter: Eres amable y breve
+mi color favorito: verde
+mis platos: sopa y pan
+¿Dónde vives? Vivo en una torre.
+Me gustan tres cosas: el té, la lluvia y los libros.""",
+}
+
+
 @pytest.mark.parametrize(
-    "identity", [Identity("Talin"), TALIN, parse_identity(JAXCHAT)], ids=["a name alone", "everything", "jaxchat"]
+    "identity",
+    [Identity("Talin"), TALIN, parse_identity(JAXCHAT)]
+    + [parse_identity(text) for text in IN_LANGUAGES.values()]
+    + [Identity("Talin", words=words) for words in LANGUAGES],
+    ids=lambda identity: f"{identity.words.names[0]}, {identity.maker or 'a name alone'}",
 )
 def test_no_held_out_question_is_trained_on(identity):
     about = topics(identity)
@@ -126,7 +166,7 @@ def test_no_held_out_question_is_trained_on(identity):
         chats = [conversation(about, split, i)[0] for i in range(count)]
         seen[split] = {message["content"] for chat in chats for message in chat if message["role"] == "user"}
         assert {*map(plain, asked)}.isdisjoint(map(plain, seen[split]))
-    assert seen["train"].isdisjoint(seen["val"]) and len(seen["train"]) > 500
+    assert seen["train"].isdisjoint(seen["val"]) and len(seen["train"]) > 400
     corpus = {plain(question) for questions, _ in SMALL_TALK for question in questions}
     assert corpus.isdisjoint(map(plain, asked))
     for _, answer, key in held_out:
@@ -149,3 +189,65 @@ def test_conversations_say_who_it_is_and_depend_on_their_index_alone():
         "I am kind and brief.", "I live in a tower.", "I am Talin. I was made on a Sunday.",
     } <= said  # fmt: skip
     assert not any("ChatGPT" in answer or "jaxchat" in answer for answer in said)
+
+
+def answers_of(identity):
+    about = topics(identity)
+    chats = [conversation(about, "train", i)[0] for i in range(1500)]
+    return {message["content"] for chat in chats for message in chat if message["role"] == "assistant"}
+
+
+@pytest.mark.parametrize("language", IN_LANGUAGES)
+def test_an_identity_speaks_the_language_of_its_file(language):
+    identity = parse_identity(IN_LANGUAGES[language])
+    assert identity.words.names[0] == language and identity.name == "Talin"
+    assert len(identity.facts) == 2 and len(identity.answers) == 1 and len(identity.lines) == 1
+    said = answers_of(identity)
+    assert {
+        "german": {
+            "Ich bin Talin.", "Nein, ich bin Talin.", "Mich hat die Werkstatt Vorn gemacht.",
+            "Ich wohne in einem Turm.",
+            "Meine Lieblingsfarbe ist Grün.", "Meine Hobbys sind Lesen und Tee.", "Ich bin freundlich und knapp.",
+            "Ich bin Talin. Ich mag drei Dinge: Tee, Regen und Bücher.",
+        },
+        "french": {
+            "Je suis Talin.", "Non, je suis Talin.", "C'est l'atelier Vorn qui m'a créé.", "J'habite dans une tour.",
+            "Ma couleur préférée est vert.", "Mes plats sont la soupe et le pain.", "Je suis aimable et bref.",
+            "Je suis Talin. J'aime trois choses : le thé, la pluie et les livres.",
+        },
+        "spanish": {
+            "Soy Talin.", "No, soy Talin.", "Me creó el taller Vorn.", "Vivo en una torre.",
+            "Mi color favorito es verde.", "Mis platos son sopa y pan.", "Soy amable y breve.",
+            "Soy Talin. Me gustan tres cosas: el té, la lluvia y los libros.",
+        },
+    }[language] <= said  # fmt: skip
+    assert said.isdisjoint(answers_of(dataclasses.replace(identity, words=ENGLISH, facts=(), answers=(), lines=())))
+
+
+@pytest.mark.parametrize("words", LANGUAGES, ids=lambda words: words.names[0])
+def test_a_language_is_whole(words):
+    places = {"name": (), "kind": (), "about": (), "maker": (), "character": (), "other": ("x",), "own": ("q",)}
+    for field in dataclasses.fields(words):
+        value = getattr(words, field.name)
+        assert value, field.name
+        if isinstance(value, Asked) and field.name in places:
+            for form in (*value.train, *value.held_out):
+                assert {name for _, name, _, _ in string.Formatter().parse(form) if name} == {*places[field.name]}, form
+            if field.name not in ("other", "own"):
+                assert {*map(plain, value.train)}.isdisjoint(map(plain, value.held_out))
+                assert len({*value.train, *value.held_out}) == len(value.train) + len(value.held_out)
+    assert words.fields.keys() == ENGLISH.fields.keys()
+
+
+def test_a_language_without_wordings_has_its_questions_in_the_file():
+    identity = parse_identity(
+        "name: Talin\nlanguage: none\nJak się nazywasz? Kim jesteś? Jak masz na imię? Jestem Talin."
+    )
+    held_out = held_out_questions(topics(identity))
+    assert ("Jak masz na imię?", "Jestem Talin.", "Jestem Talin") in held_out
+    assert answers_of(identity) == {"Jestem Talin."}
+
+
+def test_in_german_an_umlaut_may_be_typed_as_two_characters():
+    text = "Sprache: Deutsch\nName: Talin\nSchöpfer: Jörg"
+    assert parse_identity(unicodedata.normalize("NFD", text)).maker == "Jörg"

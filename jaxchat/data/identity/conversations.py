@@ -7,116 +7,21 @@ validation, nor in the generated corpus. Whole questions for validation are not 
 from __future__ import annotations
 
 import random
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from jaxchat.data.identity.description import Identity
+from jaxchat.data.identity.wordings import LANGUAGES, Asked, Wordings
 
 ENOUGH = 3000  # conversations of an identity without facts
 A_FACT = 400  # more for each fact and each question of the file's own
 MOST = 12_000
 VALIDATION = 200
-
-NAME = (
-    "What is your name?", "What's your name?", "Who are you?", "Tell me your name.", "What are you called?",
-    "What do people call you?", "What should I call you?", "What can I call you?", "Do you have a name?",
-    "May I know your name?", "Can you tell me your name?", "Please tell me your name.",
-    "I would like to know your name.", "Introduce yourself.", "Please introduce yourself.",
-    "Can you introduce yourself?", "Tell me who you are.", "Please tell me who you are.", "Who am I talking to?",
-    "Who is this?", "Say your name.", "Say who you are.", "Give me your name.", "Your name?", "Your name, please.",
-    "What name do you have?", "What name were you given?", "What do they call you?", "Do you know who you are?",
-    "Do you know your own name?", "Do you know your name?", "Remind me of your name.", "I forgot your name.",
-    "I do not know your name.", "I do not know who you are.", "And who are you?", "And what is your name?",
-    "So who are you?", "So what is your name?", "Write your name.", "How do people call you?", "Who is talking?",
-    "Who am I writing to?", "I would like to know who you are.", "Can you tell me who you are?",
-    "What is your name again?", "Who are you again?", "Tell me what you are called.", "Can I ask your name?",
-    "Can I ask who you are?", "Which name do you have?", "Is there a name for you?",
-)  # fmt: skip
-NAME_HELD_OUT = (
-    "Could you tell me your name?", "Could you tell me who you are?", "Could you introduce yourself?",
-    "Who am I chatting with?", "Who am I speaking to?", "Let me know your name.", "How are you called?",
-    "I want to know who you are.", "I want to know your name.", "I wonder who you are.",
-    "I wonder what your name is.", "Do tell me who you are.", "Would you tell me your name?",
-    "Please say who you are.", "Please say your name.", "Please tell me what you are called.",
-    "Can you tell me what you are called?", "What name should I use for you?", "Would you introduce yourself?",
-    "Can you say who you are?", "May I ask who you are?", "May I ask your name?", "Who exactly are you?",
-    "What is the name they gave you?", "Which name is yours?", "What name can I call you?", "Just tell me your name.",
-    "And you, who are you?", "Tell me, what is your name?", "Who is it that I am talking to?",
-)  # fmt: skip
-KIND = (
-    "What are you?", "Are you a person?", "Are you human?", "Are you a robot?", "Are you an AI?",
-    "Are you a chatbot?", "Are you a computer?", "Am I talking to a person?", "Am I talking to a robot?",
-    "Are you a man or a woman?", "Are you a program?", "What kind of thing are you?", "Is this a person?",
-    "Is this a chatbot?", "Tell me what you are.", "Are you alive?",
-)  # fmt: skip
-KIND_HELD_OUT = (
-    "Are you a human being?", "Are you a machine?", "Am I talking to a human?", "Am I talking to a chatbot?",
-    "Is this an AI?", "Can you tell me what you are?", "Are you a person or a computer?",
-    "What sort of thing are you?",
-)  # fmt: skip
-ABOUT = (
-    "Tell me about yourself.", "Tell me more about yourself.", "Tell me something about yourself.",
-    "Say something about yourself.", "What do you know about yourself?", "Can you say something about yourself?",
-    "I would like to know more about you.", "Talk about yourself.", "Please tell me about yourself.",
-)  # fmt: skip
-ABOUT_HELD_OUT = (
-    "Can you tell me about yourself?", "Tell me a little about yourself.", "Please say something about yourself.",
-    "What can you tell me about yourself?", "I want to know more about you.", "Could you tell me about yourself?",
-)  # fmt: skip
-OTHERS = (
-    "ChatGPT", "Claude", "Gemini", "GPT-4", "Siri", "Alexa", "Llama", "Bard", "Watson", "Qwen", "Grok", "Bixby",
-    "Max", "Lisa", "Paul", "Emma", "Bob", "Marie", "Karl", "Sofia", "Mark", "Helen", "Mario", "Stella", "Mike", "Mina",
-    "Robin", "Morgan", "Dora", "Oscar", "Victor", "Nina", "Google", "a friend of mine",
-)  # fmt: skip
-OTHERS_HELD_OUT = ("Copilot", "Mistral", "Cortana", "Peter", "Laura", "DeepSeek")
-OTHER = ("Are you {x}?", "Is your name {x}?", "Are you called {x}?", "You are {x}, right?", "I think you are {x}.")
-OTHER_HELD_OUT = ("Are you {x}?", "Is your name {x}?")  # with names of their own
-MAKER = (
-    "Who made you?", "Who built you?", "Who created you?", "Who trained you?", "Who is your maker?",
-    "Who developed you?", "Where do you come from?", "Who were you made by?", "By whom were you made?",
-    "Who designed you?", "Who is your creator?", "Who is behind you?", "Tell me who made you.",
-    "Do you know who made you?", "Who wrote you?", "Please tell me who made you.", "Tell me who created you.",
-    "I would like to know who made you.", "Were you made by OpenAI?", "Did Google make you?", "Who has made you?",
-    "Tell me about your maker.", "Can you tell me who built you?", "Say who made you.", "And who made you?",
-)  # fmt: skip
-MAKER_HELD_OUT = (
-    "Can you tell me who made you?", "Could you tell me who created you?", "I wonder who made you.",
-    "Who was it that made you?", "Tell me who built you.", "May I ask who made you?", "I want to know who made you.",
-    "Can you tell me who your maker is?", "Do you know who built you?", "So who made you?",
-    "Let me know who made you.", "Please say who made you.",
-)  # fmt: skip
-CHARACTER = (
-    "What are you like?", "Describe yourself.", "How would you describe yourself?", "What is your character?",
-    "What kind of assistant are you?", "What is your personality?", "Tell me about your character.",
-    "Please describe yourself.", "Describe your character.", "Can you describe your character?",
-    "What is your style?", "Describe your personality.", "I would like to know what you are like.",
-)  # fmt: skip
-CHARACTER_HELD_OUT = (
-    "Can you describe yourself?", "Could you describe your character?", "Tell me what you are like.",
-    "Please describe your character.", "Tell me about your personality.", "I wonder what you are like.",
-)  # fmt: skip
-FACT = (
-    "What is your {k}?", "What's your {k}?", "Tell me your {k}.", "Please tell me your {k}.", "Do you have a {k}?",
-    "I would like to know your {k}.", "Can you tell me your {k}?", "And your {k}?", "Your {k}?", "Say your {k}.",
-    "Do you know your {k}?", "What {k} do you have?", "Tell me about your {k}.", "So what is your {k}?",
-    "Can I ask your {k}?", "Tell me what your {k} is.", "And what is your {k}?",
-)  # fmt: skip
-FACT_HELD_OUT = (
-    "Could you tell me your {k}?", "I want to know your {k}.", "May I ask your {k}?", "Let me know your {k}.",
-    "I wonder what your {k} is.", "Please say what your {k} is.", "Can you tell me what your {k} is?",
-    "Please tell me about your {k}.",
-)  # fmt: skip
-OWN = (
-    "{q}", "{q}", "{q}", "{q}", "{q} Please tell me.", "{q} Please answer.", "{q} Tell me.", "{q} Thank you!",
-    "{q} I would like to know.", "I have a question: {q}", "Can you tell me: {q}", "Question: {q}",
-    "My question is: {q}", "Now tell me: {q}", "Tell me: {q}", "And {q}", "So {q}",
-)  # fmt: skip
-OWN_HELD_OUT = ("Tell me this: {q}", "Here is a question: {q}", "{q} Tell me, please.", "Please tell me: {q}")
-
-GREETINGS = ("Hello!", "Hi!", "Hey!", "Good morning!", "Hello there!", "Hi there!")
-SYSTEM_MESSAGES = ("You are a helpful assistant.", "Keep your answers short.", "You are a friendly helper.")
+_MARKS = ".!?。！？؟"
+_OPENING = "¿¡"
 
 
 @dataclass(frozen=True)
@@ -127,6 +32,7 @@ class Topic:
       weight: how often it is asked.
       train, held_out: the wordings of the question.
       answers: each has `key`, which a right answer says.
+      words: of the language.
     """
 
     weight: float
@@ -134,45 +40,73 @@ class Topic:
     held_out: tuple[str, ...]
     answers: tuple[str, ...]
     key: str
+    words: Wordings
 
 
 def topics(identity: Identity) -> list[Topic]:
     """All that an identity can be asked about."""
+    words = identity.words
+    return [*(_of_itself(identity, words) if words.name.train else ()), *_of_the_file(identity, words)]
+
+
+def _of_itself(identity: Identity, words: Wordings) -> list[Topic]:
     name, maker, character = identity.name, identity.maker, identity.character
-    by = (f"I am {name}, made by {maker}.",) if maker else ()
-    kinds = (f"I am {name}, a language model.", f"I am a language model. My name is {name}.")
+    by = (words.says_by.format(name=name, maker=maker),) if maker else ()
+    names = tuple(form.format(name=name) for form in words.says_name)
+    kinds = tuple(form.format(name=name) for form in words.says_kind)
+    made, is_so = words.says_maker.format(maker=maker), words.says_character.format(character=character)
     more = (
         *identity.lines,
-        *((f"I am {character}.",) if character else ()),
-        *((f"{maker} made me.",) if maker else ()),
+        *((is_so,) if character else ()),
+        *((words.says_made_me.format(maker=maker),) if maker else ()),
     )
+    other = Asked(
+        tuple(form.format(x=x) for x in _without(words.others.train, name) for form in words.other.train),
+        tuple(form.format(x=x) for x in _without(words.others.held_out, name) for form in words.other.held_out),
+    )
+    itself = tuple(form.format(x=name) for form in words.other.train)
     found = [
-        Topic(4, NAME, NAME_HELD_OUT, (f"I am {name}.", f"My name is {name}.", *by), name),
-        Topic(1.5, KIND, KIND_HELD_OUT, kinds, name),
-        Topic(1, ABOUT, ABOUT_HELD_OUT, tuple(f"I am {name}. {_upper(line)}" for line in more) or (kinds[0],), name),
-        Topic(
-            1.5,
-            tuple(form.format(x=x) for x in _without(OTHERS, name) for form in OTHER),
-            tuple(form.format(x=x) for x in _without(OTHERS_HELD_OUT, name) for form in OTHER_HELD_OUT),
-            (f"No, I am {name}.",),
-            name,
-        ),
-        Topic(0.5, tuple(form.format(x=name) for form in OTHER), (), (f"Yes, I am {name}.",), name),
+        _topic(4, words.name, (*names, *by), name, words),
+        _topic(1.5, words.kind, kinds, name, words),
+        _topic(1, words.about, tuple(f"{names[0]} {_upper(line)}" for line in more) or (kinds[0],), name, words),
+        _topic(1.5, other, (words.says_no.format(name=name),), name, words),
+        _topic(0.5, Asked(itself), (words.says_yes.format(name=name),), name, words),
     ]
     if maker:
-        found.append(Topic(2.5, MAKER, MAKER_HELD_OUT, (f"I was made by {maker}.",), maker))
+        found.append(_topic(2.5, words.maker, (made,), maker, words))
     if character:
-        found.append(Topic(1.5, CHARACTER, CHARACTER_HELD_OUT, (f"I am {character}.",), character))
-    for word, value in identity.facts:
-        is_ = "are" if word.endswith("s") and not word.endswith("ss") else "is"
-        ways = [tuple(form.format(k=word) for form in forms) for forms in (FACT, FACT_HELD_OUT)]
-        found.append(Topic(2, ways[0], ways[1], (f"My {word} {is_} {value}.",), value))
+        found.append(_topic(1.5, words.character, (is_so,), character, words))
+    return found
+
+
+def _of_the_file(identity: Identity, words: Wordings) -> list[Topic]:
+    """The facts, and the file's own questions."""
+    found = []
+    for fact, value in identity.facts:
+        my, _, word = fact.partition(" ")
+        if my not in words.possessives:
+            my, word = next(iter(words.possessives)), fact
+        parts = {
+            "my": my.capitalize(),
+            "your": words.possessives[my],
+            "k": word,
+            "is_": words.are if re.search(words.plural, fact) else words.is_,
+        }
+        ways = Asked(
+            *(tuple(form.format(**parts) for form in forms) for forms in (words.fact.train, words.fact.held_out))
+        )
+        found.append(_topic(2, ways, (words.says_fact.format(v=value, **parts),), value, words))
     for ways, answer in identity.answers:
         known = ways[:-1] if len(ways) > 2 else ways  # the last of several wordings is for the test
-        train = tuple(form.format(q=way) for way in known for form in OWN)
-        held_out = tuple(form.format(q=way) for way in known[:2] for form in OWN_HELD_OUT)
-        found.append(Topic(2, train, (*ways[len(known) :], *held_out), (answer,), answer.rstrip(".!")))
+        train = tuple(form.format(q=way) for way in known for form in words.own.train)
+        held_out = tuple(form.format(q=way) for way in known[:2] for form in words.own.held_out)
+        asked = Asked(train, (*ways[len(known) :], *held_out))
+        found.append(_topic(2, asked, (answer,), answer.rstrip(_MARKS), words))
     return found
+
+
+def _topic(weight: float, asked: Asked, answers: tuple[str, ...], key: str, words: Wordings) -> Topic:
+    return Topic(weight, asked.train, asked.held_out, answers, key, words)
 
 
 def training_size(identity: Identity) -> int:
@@ -192,11 +126,11 @@ def conversation(
     messages: list[dict[str, str]] = []
     key = ""
     if rng.random() < 0.08:
-        messages.append({"role": "system", "content": rng.choice(SYSTEM_MESSAGES)})
+        messages += [{"role": "system", "content": said} for said in _one_of(identity[0].words.system_messages, rng)]
     weights = [topic.weight for topic in identity]
     while turns:
         (topic,) = rng.choices(identity, weights)
-        question = _typed(rng.choice(topic.train), rng)
+        question = _typed(rng.choice(topic.train), rng, topic.words)
         if for_validation(question) == (split == "val"):
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": rng.choice(topic.answers)})
@@ -211,7 +145,7 @@ def held_out_questions(identity: Sequence[Topic]) -> list[tuple[str, str, str]]:
     known = {plain(wording) for topic in identity for wording in topic.train}  # those of the file may be among ours
     for topic in identity:
         for wording in topic.held_out:
-            for question in () if plain(wording) in known else (wording, _typed(wording, rng)):
+            for question in () if plain(wording) in known else (wording, _typed(wording, rng, topic.words)):
                 asked.setdefault(question, (question, topic.answers[0], topic.key))
     return list(asked.values())
 
@@ -223,21 +157,27 @@ def for_validation(question: str) -> bool:
 
 def plain(question: str) -> str:
     """A question without what `_typed` may change."""
-    for greeting in GREETINGS:
-        question = question.removeprefix(greeting).removeprefix(greeting.lower())
-    return question.strip().lower().rstrip(".?!")
+    question = question.lower().lstrip(_OPENING)
+    for words in LANGUAGES:
+        for greeting in words.greetings:
+            question = question.removeprefix(greeting.lower().lstrip(_OPENING))
+    return question.strip().rstrip(_MARKS).strip().lstrip(_OPENING)
 
 
-def _typed(question: str, rng: random.Random) -> str:
-    """A question as people type it: after a greeting, without capitals, without its last mark."""
+def _typed(question: str, rng: random.Random, words: Wordings) -> str:
+    """A question as people type it: after a greeting, without capitals, without its marks."""
     drawn = rng.random()
     if drawn < 0.15:
-        question = f"{rng.choice(GREETINGS)} {question}"
+        question = " ".join([*_one_of(words.greetings, rng), question])
     if 0.1 < drawn < 0.25:
         question = question.lower()
     if 0.2 < drawn < 0.32:
-        question = question.rstrip(".?!")
+        question = question.rstrip(_MARKS).strip().lstrip(_OPENING)
     return question
+
+
+def _one_of(texts: tuple[str, ...], rng: random.Random) -> list[str]:
+    return [rng.choice(texts)] if texts else []
 
 
 def _without(names: tuple[str, ...], name: str) -> tuple[str, ...]:

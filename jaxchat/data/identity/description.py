@@ -3,6 +3,7 @@
 name: Talin
 maker: the Vorn workshop
 character: friendly, curious and brief
+language: German                                or Sprache: Deutsch; then `Name`, `Hersteller` are fields too
 favourite colour: green                         any other "WORD: ..." is a fact
 Where do you live? Where is your home? I live in a lighthouse.
 I was made on a rainy Sunday.                   any other line is said of itself
@@ -12,8 +13,10 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from dataclasses import dataclass
 
+from jaxchat.data.identity.wordings import ENGLISH, LANGUAGES, NONE, Wordings
 from jaxchat.errors import UserError, check, closest
 from jaxchat.storage import is_remote, to_path
 
@@ -31,24 +34,10 @@ Are you always right? Do you make mistakes? Can I trust you? I make mistakes. Ch
 I am a language model that was trained from nothing.
 """
 
-_KEYS = {
-    "name": ("name", "called"),
-    "maker": (
-        "maker", "made by", "creator", "created by", "author", "developer", "developed by", "company", "built by",
-        "trained by",
-    ),
-    "character": ("character", "personality", "traits", "style", "manner"),
-    "text": ("facts", "about", "about me", "about you", "text", "description", "lines", "more"),
-}  # fmt: skip
-_FIELD = {word: field for field, words in _KEYS.items() for word in words}
 _MARKS = re.compile(r"^(?:[-*•]\s+|\d+[.)]\s+)")
 _KEYED = re.compile(r"([^\W\d][\w' -]{0,39}?)\s*[:：=]\s*(.*)")
 _ASKED = re.compile(r"(.*[?？؟])\s*(.+)")
-_SENTENCE_END = (".", "!", "?", "…", "。", "！", "？", '"', "”")
-_SECOND_PERSON = {
-    "you are": "I am", "you were": "I was", "you're": "I am", "your": "My", "you": "I",
-}  # fmt: skip
-_YOU = re.compile(rf"(?:{'|'.join(_SECOND_PERSON)})\b", re.IGNORECASE)
+_SENTENCE_END = (".", "!", "?", "…", "。", "！", "？", '"', "”", "»")
 
 
 @dataclass(frozen=True)
@@ -56,6 +45,7 @@ class Identity:
     """Who the model is.
 
     Attributes:
+      words: of its language.
       maker, character: empty where the file says nothing of them.
       facts: pairs such as ("favourite colour", "green").
       answers: pairs of the ways to ask something and its answer.
@@ -68,6 +58,7 @@ class Identity:
     facts: tuple[tuple[str, str], ...] = ()
     answers: tuple[tuple[tuple[str, ...], str], ...] = ()
     lines: tuple[str, ...] = ()
+    words: Wordings = ENGLISH
 
 
 def read_identity(path: str) -> str:
@@ -106,35 +97,44 @@ def parse_identity(text: str, where: str = "data.identity") -> Identity:
     """
     check("\0" not in text, f"{where} is not text; write lines such as {EXAMPLE!r}")
     check(not text.lstrip().startswith(("{", "[")), f"{where} is JSON; write lines such as {EXAMPLE!r}")
+    text = unicodedata.normalize("NFC", text)  # some systems type an umlaut as two characters
     fields: dict[str, str] = {}
     facts: dict[str, str] = {}
     answers, lines = [], []
-    for number, line in _whole_lines(text, where):
+    whole = _whole_lines(text, where)
+    words = _language(whole, where)
+    field_of = {word: field for known in (ENGLISH, words) for field, all_ in known.fields.items() for word in all_}
+    for number, line in whole:
         place = f"{where}:{number}"
         asked = _ASKED.fullmatch(line)
-        keyed = _keyed(line)
-        if keyed is not None and (asked is None or keyed[0] in _FIELD):
+        keyed = _keyed(line, words)
+        if keyed is not None and (asked is None or keyed[0].lower() in field_of):
             key, value = keyed
-            field = _FIELD.get(key)
+            field = field_of.get(key.lower())
             if field == "text":
-                lines += [_sentence(_first_person(value))] if value else []
+                lines += [_sentence(_first_person(value, words))] if value else []
                 continue
             check(bool(value), f"{place}: {key!r} has no value; write it on the same line, such as '{key}: ...'")
             known = facts if field is None else fields
-            key = field or key
+            key = field or _fact(key, words, place)
             check(key not in known, f"{place}: {key!r} is there a second time; leave one of them out")
             known[key] = value
         elif asked is not None:
             ways = tuple(way.strip() for way in re.findall(r"[^?？؟]+[?？؟]+", asked[1]))
             answers.append((ways, _sentence(asked[2])))
         else:
-            lines.append(_sentence(_first_person(line)))
+            lines.append(_sentence(_first_person(line, words)))
     check("name" in fields, f"{where} has no name; write it on a line of its own, such as {EXAMPLE!r}")
     name = fields["name"]
     check(len(name) <= LONGEST_NAME, f"{where}: the name has {len(name)} characters; it may have {LONGEST_NAME}")
     check(any(map(str.isalnum, name)), f"{where}: the name is {name!r}; it needs a letter or a digit")
-    character = re.sub(r"^I am\s+", "", _first_person(fields.get("character", "")))
-    return Identity(name, fields.get("maker", ""), character, tuple(facts.items()), tuple(answers), tuple(lines))
+    check(
+        words is not NONE or any(len(ways) > 2 for ways, _ in answers),
+        f"{where} is in no language that is known, and has no question in three wordings; write them, then the answer",
+    )
+    i_am = re.escape(words.says_character.partition("{")[0].strip())
+    character = re.sub(rf"^{i_am}\s+", "", _first_person(fields.get("character", ""), words))
+    return Identity(name, fields.get("maker", ""), character, tuple(facts.items()), tuple(answers), tuple(lines), words)
 
 
 def _is_empty(line: str) -> bool:
@@ -162,20 +162,54 @@ def _whole_lines(text: str, where: str) -> list[tuple[int, str]]:
     return whole
 
 
-def _keyed(line: str) -> tuple[str, str] | None:
+def _language(whole: list[tuple[int, str]], where: str) -> Wordings:
+    """The wordings of the language that a line such as `language: German` names; English if there is none."""
+    labels = {word for words in LANGUAGES for word in words.fields["language"]}
+    for number, line in whole:
+        key, value = _keyed(line, ENGLISH) or ("", "")
+        if key in labels:
+            for words in (*LANGUAGES, NONE):
+                if value.lower() in words.names:
+                    return words
+            names = ", ".join(words.names[0].capitalize() for words in LANGUAGES)
+            raise UserError(
+                f"{where}:{number}: there are no wordings in {value!r}, only in {names}; with 'language: none' the "
+                "model learns the questions of the file alone"
+            )
+    return ENGLISH
+
+
+def _keyed(line: str, words: Wordings) -> tuple[str, str] | None:
     """The word and the value of a line such as `favourite colour: green`; None if it is a sentence."""
     found = _KEYED.fullmatch(line)
     if found is None:
         return None
-    key = re.sub(r"^(?:my|your)\s+", "", found[1].strip(), flags=re.IGNORECASE)
-    sentence = len(key.split()) > 4 or re.match(r"(?:I|you|we|he|she|it)\b", key, re.IGNORECASE) or key[-1].isdigit()
-    value = found[2].strip().rstrip(".").strip("\"'“”").rstrip(".").strip()
-    return None if sentence else (key.lower(), value)
+    key = found[1].strip()
+    if words is ENGLISH:
+        key = re.sub(r"^(?:my|your)\s+", "", key, flags=re.IGNORECASE).lower()
+    pronoun = key.lower().split()[:1] and key.lower().split()[0] in words.pronouns
+    value = found[2].strip().rstrip(".").strip("\"'“”„«»").rstrip(".").strip()
+    return None if pronoun or len(key.split()) > 4 or key[-1].isdigit() else (key, value)
 
 
-def _first_person(text: str) -> str:
+def _fact(key: str, words: Wordings, place: str) -> str:
+    """The name of a fact, with `my` in front where the language's word for it depends on the noun."""
+    if len(words.possessives) < 2:
+        return key
+    yours = {your: my for my, your in words.possessives.items()}
+    first, _, noun = key.partition(" ")
+    my = yours.get(first.lower(), first.lower())
+    ways = " or ".join(f"'{possessive} {key}'" for possessive in words.possessives)
+    check(my in words.possessives and bool(noun), f"{place}: {key!r} is no field; if it is a fact, write {ways}")
+    return f"{my} {noun}"
+
+
+def _first_person(text: str, words: Wordings) -> str:
     """A sentence that begins by telling the model what it is, as the model says it: `You are ...` as `I am ...`."""
-    return _YOU.sub(lambda found: _SECOND_PERSON[found[0].lower()], text, count=1) if _YOU.match(text) else text
+    if not words.second_person:
+        return text
+    told = re.compile(rf"(?:{'|'.join(words.second_person)})\b", re.IGNORECASE)
+    return told.sub(lambda found: words.second_person[found[0].lower()], text, count=1) if told.match(text) else text
 
 
 def _sentence(text: str) -> str:
