@@ -16,6 +16,11 @@ _ANSWER_END = "<|assistant_end|>"
 _WHOLE_WORDS = re.compile(r".*[^\S\u00a0\u2007\u2009\u202f](?:[-+*/×÷−]\Z)?", re.DOTALL)
 _HYPHENS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212", "-") | {"’": "'"})
 _SMALL_WORDS = "(?:an?|the|in|at|on|from|of|to|by|with|be|called|named|lives?|living)"
+# Scripts that put no spaces between words, or, as Korean, particles right after a name: there any place may end a word.
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_LETTER = rf"[^\W{_UNSPACED}]"
+# Hyphens and apostrophes inside of words are part of them, but not a genitive's; so are the signs of C++ and C#.
+_BEFORE, _AFTER = rf"(?<!{_LETTER})(?<!{_LETTER}[-'])", rf"(?!{_LETTER}|-{_LETTER}|'(?!s\b){_LETTER}|[+#])"
 _EMPHASIS = re.compile(r"(?<![^\W_])_+|_+(?![^\W_])")
 _CHOICE = re.compile(
     r"[\W_]*(?:(?:(?:the|my|final|correct|right|best)\s+)*(?:answer|choice|option|letter)\b(?:\s+is\b)?[\W_]*){0,2}"
@@ -59,7 +64,7 @@ def score_value(answer: str, others: Sequence[str], completion: str, *, cut: boo
 
     Numbers are read by `tasks.numbers`: operands (`92` in `34 + 58 is 92` is none) and several numbers at once (`92 or
     93`) do not count. Names count as whole words, whatever their case, and not after `not`; a name within a longer one,
-    such as York in New York, does not count.
+    such as York in New York, does not count. In scripts without spaces a name may be anywhere.
     """
     visible = visible_answer(completion, cut=cut)
     number = parse_number(answer)
@@ -95,9 +100,14 @@ def _plain_name(text: str) -> str:
 def _names_in(text: str, names: set[str]) -> set[str]:
     """Those of `names` that `text` has as whole words, the longer of two that overlap."""
     ordered = sorted((name for name in names if name), key=len, reverse=True)
-    # Hyphens and apostrophes inside of words are part of them, but not a genitive's; so are the signs of C++ and C#.
-    before, after = r"(?<!\w)(?<!\w[-'])", r"(?!\w|-\w|'(?!s\b)\w|[+#])"
     denied = rf"(?P<denied>(?:\b(?:not|cannot|never|neither|nor)|n't)\s(?:{_SMALL_WORDS}\s)*)?"
-    pattern = f"{denied}{before}(?P<name>{'|'.join(map(re.escape, ordered))}){after}"
+    pattern = f"{denied}(?P<name>{'|'.join(map(_whole, ordered))})"
     found = re.finditer(pattern, _plain_name(text)) if ordered else ()
     return {match["name"] for match in found if not match["denied"]}
+
+
+def _whole(name: str) -> str:
+    """The pattern of `name` as whole words: nothing of its word may come before or after it."""
+    unspaced = re.compile(f"[{_UNSPACED}]")
+    before, after = ("" if unspaced.match(end) else edge for end, edge in ((name[0], _BEFORE), (name[-1], _AFTER)))
+    return f"{before}{re.escape(name)}{after}"

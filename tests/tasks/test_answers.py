@@ -191,6 +191,14 @@ NAMES = [
     ("cat", ("dog",), 0, "a cat-like pet  cat and dog  my_cat"),
     ("baker", ("cook",), 0, "She is not a baker.  She isn't a baker."),
     ("5:30", (), 1, "At 5:30."),
+    ("小明", (), 1, "我叫小明。  小明  我是AI小明"),
+    ("小明", (), 0, "我叫小红。"),
+    ("Talin", (), 1, "我叫Talin。  私はTalinです  저는 Talin입니다  Меня зовут Talin."),
+    ("Talin", (), 0, "我叫Talina。"),
+    ("東京", ("東京都",), 0, "東京都です"),
+    ("Grün", (), 1, "Meine Lieblingsfarbe ist GRÜN.  »Grün«"),
+    ("Grün", (), 0, "Grüner Tee"),
+    ("Талин", (), 0, "Талина"),
 ]
 
 
