@@ -3,10 +3,12 @@
 import contextlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import httpx
 import jax
 import jax.numpy as jnp
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from jaxchat.analysis import doctor
 from jaxchat.cli.main import main
 from jaxchat.config import Experiment
+from jaxchat.data.hub import reach
 from jaxchat.devices import gpu as device
 from jaxchat.devices import host, problems
 from jaxchat.devices.host import Gpu, Nvidia, Packages, available_memory, find_nvidia, may_have_nvidia
@@ -188,6 +191,73 @@ print(full_disk(folder / "run", "--run-dir", 1000))
             said = machine.problem()
             assert said.startswith(f"JAX is installed for CPUs only, so the {name} is not used; ")
             assert said.endswith(f"pip install 'jax[cuda{fits}]=={jax.__version__}'") or "uv pip install" in said
+
+
+def no_driver(machine):
+    return "no driver for it; install one: sudo ubuntu-drivers install"
+
+
+def old_driver(machine):
+    machine.lists("NVIDIA GeForce RTX 3060, 550.54.14, 12288, 1, 8.6")
+    machine.installs("jax-cuda13-plugin", jax.__version__)
+    return "550.54.14, is older than 580, which JAX for CUDA 13 needs, so the GPU is not used; update it (sudo ubuntu"
+
+
+def no_bf16(machine):
+    t4 = SimpleNamespace(device_kind="Tesla T4", platform="gpu")
+    machine.patch.setattr(doctor, "find_devices", lambda: ([t4], []))
+    machine.patch.setattr(doctor, "capability", lambda: 7.5)
+    return (
+        "the Tesla T4 has no bf16: all is computed in fp32, without kernels, several times slower; for bf16 take a GPU"
+    )
+
+
+def no_space(machine):
+    machine.patch.setattr(
+        problems, "free_space", lambda folder: 1000 if folder.is_relative_to(machine.root) else 1 << 40
+    )
+    machine.patch.setenv("JAX_PLATFORMS", "cpu")
+    return "has 0.0 MB free, and needs about"
+
+
+def no_network(machine):
+    machine.patch.setattr(doctor, "is_offline_mode", lambda: False)
+    machine.patch.setattr(reach, "is_offline_mode", lambda: False)
+    machine.patch.setattr(reach, "get_session", lambda: httpx.Client(trust_env=False))
+    machine.patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    for name in [name for name in os.environ if "proxy" in name.lower()]:
+        machine.patch.delenv(name)
+    machine.patch.setattr(doctor, "_must_download", lambda experiment: True)
+    machine.patch.setenv("JAX_PLATFORMS", "cpu")
+    return "Connection refused); check the network, or set HTTPS_PROXY if it needs a proxy; "
+
+
+def jax_for_cpus(machine):
+    machine.lists("NVIDIA GeForce RTX 4070, 580.65.06, 12282, 300, 8.9")
+    return f"so the NVIDIA GeForce RTX 4070 is not used; {problems.install_command(f'jax[cuda13]=={jax.__version__}')}"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    assert start(directory, "--stages=tokenizer")[0] == 0
+    return directory
+
+
+@pytest.mark.parametrize("breaks", [no_driver, old_driver, no_bf16, no_space, no_network, jax_for_cpus])
+def test_a_broken_set_up_is_one_line_with_its_remedy(breaks, machine, finished):
+    """In `jaxchat doctor`, and the same line at a start."""
+    run = machine.root / "run"
+    shutil.copytree(finished, run)
+    words = breaks(machine)
+    code, out, err = start(run, "--stages=tokenizer")
+    assert code == 0, err
+    (warned,) = [line.removeprefix("warning").strip() for line in out.splitlines() if line.startswith("warning")]
+    assert words in warned and "Traceback" not in err
+    code, lines = doctor_says(f"--run-dir={run}", "--data=/tmp")
+    found = [line[10:] for line in lines if line.startswith(("problem", "slow"))]
+    assert code == 2 and sum(words in line for line in found) == 1, found
+    assert warned in found or breaks is no_space  # a start knows how much space its run needs
 
 
 def test_plugins_that_do_not_fit(machine):
