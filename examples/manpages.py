@@ -84,6 +84,7 @@ WORDINGS = {
 PARAGRAPHS = {"PP", "P", "LP", "HP", "sp", "RS", "RE", "IP", "TP", "TQ", "br", "UE", "ME"}
 INLINE = {"B", "I", "BR", "BI", "IR", "IB", "RB", "RI", "SM", "SB"}  # macros whose arguments are text
 BLOCKS = {"nf": "fi", "EX": "EE", "TS": "TE", "de": ".", "Vb": "Ve"}  # code, tables, definitions
+PLAIN_WORD = re.compile(r"(?<![\w/.=])(?<!\s-)(?<!--)(?<!^-)[^\W\d_]{2,}(?![\w/=])")
 CHARACTERS = {
     "en": "–", "em": "—", "bu": "•", "aq": "'", "co": "©", "at": "@", "rs": "\\", "ha": "^", "dq": '"', "ti": "~",
     "hy": "-", "lq": "“", "rq": "”", "oq": "‘", "cq": "’", "Fo": "«", "Fc": "»", "->": "→", "mu": "×", ">=": "≥",
@@ -171,7 +172,7 @@ def paragraphs(source: str) -> Iterator[str]:
         if not line.strip() or macro in PARAGRAPHS | {"SH", "SS"} or macro in BLOCKS:
             if not (label and macro in ("PP", "br", "TQ")):
                 text = plain(" ".join(words))
-                if sum(map(str.isalpha, text)) >= 10 and (" " in text or not text.isascii()):
+                if is_prose(text):
                     yield text
                 words, label = [], False
             skip_to = BLOCKS.get(macro)
@@ -186,6 +187,12 @@ def paragraphs(source: str) -> Iterator[str]:
             words.append(line)
         if label and words:
             words, label = [words[0].rstrip(":") + ":"], False
+
+
+def is_prose(text: str) -> bool:
+    """Whether a paragraph is in words, not a list of options, files or other pages."""
+    letters = sum(map(len, PLAIN_WORD.findall(text)))
+    return letters >= 20 and letters >= 0.7 * len(text.replace(" ", ""))
 
 
 def arguments(text: str) -> list[str]:

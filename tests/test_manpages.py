@@ -67,7 +67,7 @@ def lines(path):
 
 
 def test_a_package_becomes_a_data_folder(tmp_path):
-    names = [f"befehl{i}" for i in range(40)]
+    names = [f"befehl{first}{second}" for first in "abcde" for second in "stuvwxyz"]
     pages = {
         f"de/man1/{name}.1": PAGE.replace("ls \\-", f"{name} \\-").replace("auflisten", f"auflisten, Art {i}")
         + f".PP\nAbsatz {i} der Seite sagt etwas, das nur hier steht. " * 12
@@ -91,7 +91,7 @@ def test_a_package_becomes_a_data_folder(tmp_path):
         for item in load_task(task, "test", tmp_path / "data")
     }
     assert held_out.isdisjoint(chat["messages"][0]["content"] for chat in chats)
-    assert any(chat["messages"][1]["content"] == "befehl7: Verzeichnis-Inhalte auflisten, Art 7." for chat in chats)
+    assert any(chat["messages"][1]["content"] == "befehlaz: Verzeichnis-Inhalte auflisten, Art 7." for chat in chats)
 
 
 def said(item):
