@@ -51,18 +51,30 @@ class Prompt:
 
 
 def prompts_of_texts(tokenizer: BaseTokenizer, texts: Sequence[str]) -> list[Prompt]:
-    """The beginnings of a few documents, as prompts for a base model."""
-    beginnings = [tokenizer.encode(text)[:PROMPT_TOKENS] for text in texts]
-    return [Prompt(tokenizer.decode(ids), [tokenizer.bos_token_id, *ids]) for ids in beginnings]
+    """The beginnings of a few documents, as prompts for a base model; each ends with a whole character."""
+    prompts = []
+    for text in texts:
+        ids = tokenizer.encode(text)[:PROMPT_TOKENS]
+        while tokenizer.decode(ids).endswith("\ufffd"):  # some bytes of a character, as of Chinese or Hindi
+            ids.pop()
+        prompts.append(Prompt(tokenizer.decode(ids), [tokenizer.bos_token_id, *ids]))
+    return prompts
 
 
-def fixed_prompts(tokenizer: BaseTokenizer, *, generated: bool) -> list[Prompt]:
+def is_english(texts: Sequence[str]) -> bool:
+    """Whether `the` is at least every 50th word: in English prose it is about every 20th."""
+    words = " ".join(texts).lower().split()
+    return words.count("the") * 50 >= len(words)
+
+
+def fixed_prompts(tokenizer: BaseTokenizer, *, generated: bool, english: bool = True) -> list[Prompt]:
     """The same prompts for every run: beginnings of sentences that end with a fact, and nothing but a text's beginning.
 
     Args:
       generated: whether the model reads the generated text, which has facts of its own.
+      english: whether it reads English, in which the other facts are; without, it is given no such beginnings.
     """
-    facts = FACTS_OF_THE_GENERATED_WORLD if generated else FACTS
+    facts = FACTS_OF_THE_GENERATED_WORLD if generated else FACTS if english else ()
     bos = tokenizer.bos_token_id
     return [
         *(Prompt(text, [bos, *tokenizer.encode(text)], FACT_TOKENS) for text in facts),

@@ -13,10 +13,12 @@ from jaxchat.model.gpt import init_params
 from jaxchat.model.parameters import shardings
 from jaxchat.runs.metrics import Metrics, read_metrics
 from jaxchat.stages.samples import (
+    FACTS,
     FACTS_OF_THE_GENERATED_WORLD,
     Prompt,
     continuations,
     fixed_prompts,
+    is_english,
     prompts_of_texts,
 )
 from jaxchat.tokenizer import Tokenizer
@@ -62,6 +64,28 @@ def test_devices_share_them(model, tokenizer):
     spread = jax.device_put(params, shardings(mesh, params))
     one, four = (list(continuations(Engine(config, p, tokenizer, dtype="float32"), prompts)) for p in (params, spread))
     assert one == four
+
+
+@pytest.mark.parametrize(
+    "text", ["日本語の文を読みます。", "हिन्दी में लिखा हुआ", "Größere Übungen für Füße", "🙂🙂🙂🙂🙂"]
+)
+def test_a_beginning_ends_with_a_whole_character(tokenizer, text):
+    (prompt,) = prompts_of_texts(tokenizer, [text])
+    assert text.startswith(prompt.text) and prompt.text
+    assert tokenizer.decode(prompt.ids[1:]) == prompt.text
+
+
+def test_facts_in_english_are_for_english_text(tokenizer):
+    asked = {language: fixed_prompts(tokenizer, generated=False, english=language) for language in (True, False)}
+    assert [prompt.text for prompt in asked[True]] == [*FACTS, "", ""]
+    assert [prompt.text for prompt in asked[False]] == ["", ""]
+    english = "It was the best of times. A man walked into the bar and said that the drinks were on him."
+    assert is_english([english]) and is_english([english, "x" * 99])
+    for other in (
+        "Die Datei liegt im Ordner the, der hier beschrieben wird; " + "mehr dazu weiter unten. " * 20,
+        "日本語の文",
+    ):
+        assert not is_english([other])
 
 
 def test_the_generated_world_is_asked_for_its_own_facts():
