@@ -1,0 +1,176 @@
+"""The time that a run may take, and the part of it that each stage gets. Nothing here knows of devices or steps.
+
+A stage gets its part of what is left when it begins: what earlier ones have saved or overspent is passed on to all that
+follow. RUN/budget.json keeps what is spent, so that a run that was stopped has the rest when it goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from etils import epath
+
+from jaxchat.errors import UserError, check
+from jaxchat.runs.files import Object, read_json, write_json
+from jaxchat.runs.progress import format_duration
+
+NAME = "budget.json"
+# The parts of the time, in percent if all stages run. Most of what a model knows it learns in pretraining.
+PARTS = {"tokenizer": 2, "pretrain": 54, "midtrain": 14, "sft": 12, "rl": 10, "evaluate": 8}
+REPORT = 6.0  # seconds that are left for the report, whatever the budget
+# Seconds that a stage needs to do anything: to compile its programs, to evaluate once, to save.
+LEAST = {"tokenizer": 2, "pretrain": 15, "midtrain": 15, "sft": 15, "rl": 20, "evaluate": 15, "report": 5}
+_SCHEMA = Object(
+    {
+        "budget": str,
+        "seconds": float,
+        "spent": float,
+        "finished": bool,
+        "stages": Object(others=Object({"share": float, "seconds": float})),
+    },
+    optional={"questions": int},
+)
+
+
+@dataclass
+class TimeBudget:
+    """The seconds that a run may take in all.
+
+    Attributes:
+      text: as the user wrote it.
+      stages: those that are still to be done, in order.
+      fixed: training stages whose length the user has set: they take as long as that takes.
+      began: when this process began, by the clock `now`.
+      before: seconds that earlier processes have spent.
+      record: of each stage that has ended the seconds that it had (`share`) and has taken (`seconds`).
+      questions: of each task, as many as the evaluation has found time for; None before.
+    """
+
+    text: str
+    seconds: float
+    stages: Sequence[str]
+    began: float
+    fixed: frozenset[str] = frozenset()
+    now: Callable[[], float] = time.monotonic
+    before: float = 0.0
+    record: dict[str, dict[str, float]] = field(default_factory=dict)
+    questions: int | None = None
+    finished: bool = False
+    _began: dict[str, float] = field(default_factory=dict)
+    _shares: dict[str, float] = field(default_factory=dict)
+    _written: float = -math.inf
+
+    @property
+    def spent(self) -> float:
+        return self.before + self.now() - self.began
+
+    @property
+    def left(self) -> float:
+        return self.seconds - self.spent
+
+    def share(self, stage: str) -> float:
+        """The seconds of what is left that `stage` may take if it begins now."""
+        following = self.stages[self.stages.index(stage) :] if stage in self.stages else [stage]
+        return self._split(following)[stage]
+
+    def _split(self, stages: Sequence[str]) -> dict[str, float]:
+        """What is left as seconds of each of `stages`."""
+        left, report = max(0.0, self.left), REPORT if "report" in stages else 0.0
+        whole = sum(PARTS[stage] for stage in stages if stage != "report")
+        shares = {stage: max(0.0, left - report) * PARTS[stage] / whole for stage in stages if stage != "report"}
+        return shares | ({"report": left - sum(shares.values())} if report else {})
+
+    def begin(self, stage: str) -> None:
+        """Gives `stage` its share, from now on; for one that goes on, that share is of what is left."""
+        self._shares[stage], self._began[stage] = self.share(stage), self.now()
+
+    def left_of(self, stage: str) -> float:
+        """The seconds that are left of the share of a stage that has begun; negative when it is overspent."""
+        return self._began[stage] + self._shares[stage] - self.now()
+
+    def end(self, stage: str) -> None:
+        """Records what `stage` has taken, that of earlier processes included."""
+        earlier = self.record.get(stage, {"seconds": 0.0})["seconds"]
+        self.record[stage] = {
+            "share": earlier + self._shares[stage],
+            "seconds": earlier + self.now() - self._began.pop(stage),
+        }
+
+    def planned(self, stage: str) -> float:
+        """The seconds that `stage` will have if those before it take theirs."""
+        return self._split(self.stages)[stage]
+
+    def plan(self) -> str:
+        """How what is left is shared, in words: `pretrain 8m 12s, midtrain 2m 10s, ...`."""
+        return ", ".join(f"{stage} {format_duration(share)}" for stage, share in self._split(self.stages).items())
+
+    def check_enough(self) -> None:
+        """Raises a UserError if the time that is left is too short for the stages to do anything."""
+        least = sum(LEAST[stage] for stage in self.stages)
+        needs = format_duration(least)
+        if self.before and self.left < least:
+            raise UserError(
+                f"--budget is {self.text}, of which {format_duration(self.before)} are spent; what is left of the run "
+                f"needs at least {needs}: give --budget={_minutes(self.before + least)}, or go on without a budget"
+            )
+        check(
+            self.left >= least,
+            f"--budget is {self.text}, which is {format_duration(self.seconds)}: too short for "
+            f"{', '.join(self.stages)}; at least {needs}, or fewer --stages",
+        )
+
+    # --- the record -----------------------------------------------------------------------------------------------
+
+    def write(self, folder: epath.Path, every: float = 0.0) -> None:
+        """Writes RUN/budget.json, unless that was done within `every` seconds; what has not ended counts so far."""
+        if self.now() - self._written < every:
+            return
+        self._written = self.now()
+        record = dict(self.record)
+        for stage, began in self._began.items():
+            earlier = record.get(stage, {"seconds": 0.0})["seconds"]
+            record[stage] = {"share": earlier + self._shares[stage], "seconds": earlier + self.now() - began}
+        value = {
+            "budget": self.text,
+            "seconds": self.seconds,
+            "spent": self.spent,
+            "finished": self.finished,
+            "stages": record,
+        }
+        write_json(folder / NAME, value | ({} if self.questions is None else {"questions": self.questions}))
+
+
+def read_record(folder: epath.Path) -> dict[str, Any] | None:
+    """What RUN/budget.json holds; None if the run never had a budget.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    return read_json(folder / NAME, _SCHEMA, "delete it: the run then has its whole budget again")
+
+
+def resumed(budget: TimeBudget, record: dict[str, Any] | None) -> TimeBudget:
+    """`budget` less what the record of an unfinished run has spent; the questions of a finished one stay the same."""
+    if record is None:
+        return budget
+    questions = record.get("questions")
+    if record["finished"]:
+        return dataclasses.replace(budget, questions=questions)
+    stages = {stage: dict(entry) for stage, entry in record["stages"].items()}
+    return dataclasses.replace(budget, before=record["spent"], record=stages, questions=questions)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{-int(-seconds // 60)}m"
+
+
+def describe(record: dict[str, Any], order: Iterable[str]) -> str:
+    """What became of a budget, in words, from its record."""
+    stages = [stage for stage in order if stage in record["stages"]]
+    parts = ", ".join(f"{stage} {format_duration(record['stages'][stage]['seconds'])}" for stage in stages)
+    return f"{format_duration(record['spent'])} of {format_duration(record['seconds'])}: {parts}"

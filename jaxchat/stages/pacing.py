@@ -1,0 +1,78 @@
+"""What a training stage does where time decides how long it is: its rates come with its batches, step by step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxchat.config import ScheduleConfig
+from jaxchat.devices.mesh import put_whole
+from jaxchat.stages.workspace import Workspace
+from jaxchat.train.budget import BatchPlan
+from jaxchat.train.horizon import Horizon
+from jaxchat.train.loop import Evaluator, Source
+from jaxchat.train.step import AbstractBatch, Batch
+
+NOWHERE = PartitionSpec()  # how a scalar is laid out on the mesh: each device has it
+
+
+class Paced(Source):
+    """The batches of another source, each with the factor on the learning rates of its step."""
+
+    def __init__(self, source: Any, horizon: Horizon, workspace: Workspace):
+        self.source, self.horizon, self.workspace, self.mesh = source, horizon, workspace, workspace.mesh
+        self.samples = source.samples
+        self._rate: tuple[float, jax.Array] | None = None
+
+    @property
+    def plans(self) -> tuple[BatchPlan, ...]:
+        return self.source.plans
+
+    @property
+    def plan(self) -> BatchPlan:
+        return self.source.plan
+
+    @plan.setter
+    def plan(self, plan: BatchPlan) -> None:
+        self.source.plan = plan
+
+    def abstract(self, plan: BatchPlan) -> AbstractBatch:
+        """What `next_batch` returns with `plan`, as ShapeDtypeStructs."""
+        rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(self.mesh, NOWHERE))
+        return {**self.source.abstract(plan), "rate": rate}
+
+    def next_batch(self, step: int, params) -> tuple[Batch, dict[str, float]]:
+        self.workspace.keep_time()
+        batch, extra = self.source.next_batch(step, params)
+        rate = self.horizon.rates[step]
+        if self._rate is None or self._rate[0] != rate:  # constant for most steps
+            self._rate = rate, put_whole(self.mesh, np.array(rate, np.float32), NOWHERE)
+        return {**batch, "rate": self._rate[1]}, extra
+
+    def get_state(self) -> dict:
+        return self.source.get_state()
+
+    def set_state(self, state: dict) -> None:
+        self.source.set_state(state)
+
+    def whole_state(self, state: dict) -> dict:
+        return self.source.whole_state(state)
+
+
+def horizon_of(workspace: Workspace, stage: str, schedule: ScheduleConfig) -> Horizon | None:
+    """What finds the number of steps of a stage; None where it is known."""
+    budget = workspace.budget
+    if budget is None or stage in budget.fixed:
+        return None
+    return Horizon(schedule, lambda: budget.left_of(stage), now=budget.now)
+
+
+def timed(evaluators: Iterable[Evaluator], horizon: Horizon) -> tuple[Evaluator, ...]:
+    """The evaluators, whose time the horizon counts."""
+    return tuple(dataclasses.replace(each, run=horizon.timed(each.every, each.run)) for each in evaluators)
