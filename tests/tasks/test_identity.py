@@ -104,3 +104,12 @@ def test_a_model_that_is_there_learns_an_identity_alone(file):
     alone = configure("finetune", ["--sft.mixture=identity"], None, (), file)
     check_conversations(alone)
     check_has_data(alone)
+
+
+def test_an_identity_in_a_script_without_spaces_is_scored():
+    text = "name: ヒカリ\nlanguage: none\nお名前は？ あなたは誰？ 名前を教えて？ 私はヒカリです。"
+    task = TaskSource(DataConfig(identity=text), None).load("identity", "test", None, Findings())
+    assert {item["messages"][0]["content"] for item in task} >= {"名前を教えて？"}
+    assert all(
+        task.score(item, "はい、私はヒカリです。") == 1 and task.score(item, "私はタリンです。") == 0 for item in task
+    )
