@@ -200,10 +200,21 @@ class Checkpoints:
         scores, steps = self._load_scores(), self.steps()
         return max((step for step in scores if step in steps), key=scores.__getitem__, default=None)
 
+    def scores(self) -> dict[int, float]:
+        """The scores recorded, by step; some may be of steps whose checkpoints are deleted."""
+        return dict(self._load_scores())
+
     def record_score(self, step: int, score: float) -> None:
         """Records how good the state of a step is, higher is better; used by `keep_best`, and ignored without it."""
         if self._config.keep_best:
             self._load_scores()[step] = score
+            on_process_zero(self._write_scores)
+
+    def forget_scores(self, after: int) -> None:
+        """Forgets the scores of all later steps, which are about to be done again."""
+        kept = {step: score for step, score in self._load_scores().items() if step <= after}
+        if self._config.keep_best and kept != self._scores:
+            self._scores = kept
             on_process_zero(self._write_scores)
 
     def _load_scores(self) -> dict[int, float]:
@@ -268,7 +279,7 @@ class Checkpoints:
         damage = find_damage(self._folder(step), items)
         if damage is None:
             return
-        good = next((s for s in reversed(self.steps()) if s < step and not find_damage(self._folder(s), items)), None)
+        good = next((s for s in reversed(self.steps()) if s != step and not find_damage(self._folder(s), items)), None)
         advice = "choose another --run-dir" if is_remote(self.directory) else f"train again with {self._redo}"
         if good is not None:
             record = self.directory.parent / "stage.json"

@@ -15,4 +15,4 @@ def add_answering_model(add: Any) -> None:
         metavar="STAGE",
         help="Stage whose model answers: pretrain, midtrain, sft or rl. (default: the last finished one)",
     )
-    add("--step", metavar="N", help="A kept checkpoint of that stage: its step, or best. (default: the last)")
+    add("--step", metavar="N", help="A kept checkpoint of that stage: its step, or best. (default: its result)")

@@ -41,7 +41,7 @@ def add_command(commands: Any) -> None:
     add = infer.add_argument
     add("--run", type=path, metavar="DIR", help="The run whose model is measured.")
     add("--stage", metavar="STAGE", help="Stage of that run. (default: the last finished one)")
-    add("--step", metavar="N", help="A kept checkpoint of that stage: its step, or best. (default: the last)")
+    add("--step", metavar="N", help="A kept checkpoint of that stage: its step, or best. (default: its result)")
     add("--experiment", metavar="NAME", help="The experiment whose model is measured, with random weights.")
     counts = _wholes(Range(at_least=1, at_most=4096))
     add("--rows", type=counts, metavar="N,N", help="Rows that are generated at a time. (default 1,32,128)")

@@ -102,5 +102,5 @@ def _step(asked: str | None, directory: RunDirectory, stage: str) -> int:
     from jaxchat.checkpoint import Checkpoints
 
     if asked is None:
-        return directory.last_step(stage)
+        return directory.result_step(stage)
     return int(asked) if asked != "best" else Checkpoints(directory.checkpoints(stage)).best_step() or 0

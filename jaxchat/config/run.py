@@ -10,7 +10,8 @@ from jaxchat.config.ranges import Range, Section
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
-    """Which checkpoints of a stage are kept; a stage's result is its last one."""
+    """Which checkpoints of a stage are kept; its result always is, which is the last or, where validation turned, the
+    best."""
 
     section = "checkpoints"
 
@@ -19,7 +20,7 @@ class CheckpointConfig(Section):
     keep_every: Annotated[int | None, Range(at_least=1)] = None
     """Keep also the checkpoints of steps that this number divides. None: no others."""
     keep_best: bool = False
-    """Whether to keep also the checkpoint with the best evaluation."""
+    """Whether to keep also rl's checkpoint with the best evaluation, as the other stages always do."""
 
 
 @dataclass(frozen=True)

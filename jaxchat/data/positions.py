@@ -140,7 +140,16 @@ def join_positions(states: Sequence[Json]) -> Json:
 def totals(state: Json) -> dict[str, dict[str, int]]:
     """`packed` and `left_out` up to a position, over all its lanes; empty where a source does not count them."""
     sums: dict[str, Counter[str]] = {"packed": Counter(), "left_out": Counter()}
-    for part in state["lanes"].values() if "lanes" in state else [state]:
+    for part in _parts(state):
         for name, counts in sums.items():
             counts.update(part.get(name, {}))
     return {name: dict(counts) for name, counts in sums.items()}
+
+
+def epoch(state: Json) -> int:
+    """The epoch of a position, from 0; of several lanes, that of the furthest; 0 where a source does not count them."""
+    return max(part.get("epoch", 0) for part in _parts(state))
+
+
+def _parts(state: Json) -> list[Json]:
+    return list(state["lanes"].values()) if "lanes" in state else [state]

@@ -11,6 +11,7 @@ from jaxchat.infer.trained import TrainedModel
 from jaxchat.model.parameters import count_parameters
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.progress import format_count
+from jaxchat.runs.records import result_step
 from jaxchat.runs.report import build_report
 
 _USE = """\
@@ -34,8 +35,8 @@ def model_card(model: TrainedModel, directory: RunDirectory, step: int | None, *
     """The model card of a run's model, Markdown.
 
     Args:
-      step: the step of its checkpoint, None if unknown. What was measured is of the stage's last step, and is left out
-        for an earlier one.
+      step: the step of its checkpoint, None if unknown. What was measured is of the stage's result, and is left out for
+        another step.
     """
     config, base = model.model, model.stage == "pretrain"
     header = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- nanochat", "- jaxchat"]
@@ -60,9 +61,8 @@ def model_card(model: TrainedModel, directory: RunDirectory, step: int | None, *
         ("vocabulary", f"{config.vocab_size:,} tokens"),
         ("weights", dtype),
     ]
-    records = [(stage, *map(_count, (record.get("steps"), record.get("tokens")))) for stage, record in chain]
-    records = [row for row in records if row[1]]
-    last = step is None or step == chain[-1][1].get("steps")
+    records = [(stage, _steps(record), _count(record.get("tokens"))) for stage, record in chain if record.get("steps")]
+    measured = step in (None, result_step(chain[-1][1]))
     sections = [
         "\n".join(["---", *header, "---"]),
         f"# {title}",
@@ -73,7 +73,7 @@ def model_card(model: TrainedModel, directory: RunDirectory, step: int | None, *
         _USE.format(inputs=_BASE if base else _CHAT),
         "Tools that the model was taught to call, such as the calculator, are part of jaxchat, not of the model.",
         *(["## Training", _table([("stage", "steps", "tokens"), *records])] if records else []),
-        *(_measured(model, directory) if last else []),
+        *(_measured(model, directory) if measured else []),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -90,6 +90,12 @@ def _chain(directory: RunDirectory, stage: str) -> list[tuple[str, dict[str, Any
     record = directory.read_record(stage) or {}
     parent = (record.get("parent") or {}).get("stage")
     return [*(_chain(directory, parent) if parent else []), (stage, record)]
+
+
+def _steps(record: dict[str, Any]) -> str:
+    """Those that were done, and the one whose model is used if that is another."""
+    used = f"{_count(result_step(record))} of " if "turned" in record else ""
+    return used + _count(record["steps"])
 
 
 def _count(number: int | None) -> str:

@@ -36,10 +36,10 @@ class TrainedModel(NamedTuple):
 
 
 def load_model(run_dir: epath.PathLike, stage: str | None = None, step: str | None = None) -> TrainedModel:
-    """The model that `stage` of a run ended with, by default the last finished stage that trains.
+    """The model that is the result of `stage` of a run, by default of the last finished stage that trains.
 
     Args:
-      step: an earlier step whose checkpoint was kept, or `best` for the one that the stage's evaluation found best.
+      step: another step whose checkpoint was kept, or `best` for the one that the stage's evaluation found best.
 
     Raises:
       UserError: there is no such run, stage or step, or the stage is not finished; the message lists those that are.
@@ -62,7 +62,7 @@ def load_model(run_dir: epath.PathLike, stage: str | None = None, step: str | No
     tokenizer = load_tokenizer_of(directory)
     model = GPTConfig.of(experiment.model, tokenizer.vocab_size)
     checkpoints = Checkpoints(directory.checkpoints(stage))
-    at = directory.last_step(stage) if step is None else _checkpoint_step(checkpoints, step)
+    at = directory.result_step(stage) if step is None else _checkpoint_step(checkpoints, step)
     params = checkpoints.restore_params(abstract_params(model), at)
     return TrainedModel(experiment, model, tokenizer, params, stage, at)
 

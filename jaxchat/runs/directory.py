@@ -29,7 +29,7 @@ from jaxchat.runs import metrics
 from jaxchat.runs.config_json import build
 from jaxchat.runs.deciding import deciding, shown
 from jaxchat.runs.files import LOCK, Object, damaged, free_name, read_bytes, read_json, write_json
-from jaxchat.runs.records import BEGUN, RECORD
+from jaxchat.runs.records import BEGUN, RECORD, result_step
 from jaxchat.stopping import done_once
 from jaxchat.storage import is_remote, reason, storage_errors, to_path
 
@@ -226,15 +226,15 @@ class RunDirectory:
         record = self.read_record(stage) or {}
         return bool(record.get("steps")) or "imported" in record
 
-    def last_step(self, stage: str) -> int:
-        """The step that a finished stage ended with, which has a checkpoint.
+    def result_step(self, stage: str) -> int:
+        """The step whose checkpoint is the result of a finished stage: its last or, where validation turned, its best.
 
         Raises:
           UserError: the stage is not finished; the checkpoint is gone.
         """
         record, folder = self.read_record(stage), self.checkpoints(stage)
         check(record is not None, f"stage {stage!r} of {self} is not finished; run it first")
-        step = (record or {}).get("steps") or 0
+        step = result_step(record or {})
         if not (folder / str(step)).exists():
             earlier = max(
                 (int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else (), default=None
@@ -242,7 +242,7 @@ class RunDirectory:
             remedy = f"do the stage again with --redo={stage}"
             if earlier is not None:
                 remedy = f"delete {self._record_file(stage)} to go on from step {earlier:,}, or {remedy}"
-            raise UserError(f"{folder} has no checkpoint of step {step:,}, with which {stage} ended; {remedy}")
+            raise UserError(f"{folder} has no checkpoint of step {step:,}, the result of {stage}; {remedy}")
         return step
 
     # --- what was made of what ----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ OPTION = "--init-from"
 
 @dataclass(frozen=True)
 class StartingModel:
-    """The model that `stage` of `run` ended with after `step` steps, and the experiment that it was made with."""
+    """The model that `stage` of `run` has as its result, that of `step`, and the experiment that it was made with."""
 
     run: RunDirectory
     stage: str
@@ -54,7 +54,7 @@ def find_start(name: epath.PathLike) -> StartingModel:
     stages = run.stages_with_model()
     check(bool(stages), f"{OPTION}: {name} has no model yet; finish one of its stages {', '.join(TRAINED)}")
     stage = stages[-1]
-    return StartingModel(run, stage, run.last_step(stage), run.config_of(stage) or config)
+    return StartingModel(run, stage, run.result_step(stage), run.config_of(stage) or config)
 
 
 def own_start(run: RunDirectory) -> StartingModel | None:
@@ -63,7 +63,7 @@ def own_start(run: RunDirectory) -> StartingModel | None:
         return None
     stage = next((stage for stage in TRAINED if "imported" in (run.read_record(stage) or {})), None)
     made = run.config_of(stage) if stage else None
-    return StartingModel(run, stage, run.last_step(stage), made) if stage and made else None
+    return StartingModel(run, stage, run.result_step(stage), made) if stage and made else None
 
 
 def with_model_of(experiment: Experiment, start: StartingModel, given: Collection[str]) -> Experiment:

@@ -7,8 +7,9 @@ is not enough of is not drawn: a curve needs two points.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -99,17 +100,22 @@ def smoothed(values: np.ndarray, *, steep_start: bool = False) -> np.ndarray:
     return values
 
 
-def all_plots(records: list[dict[str, Any]], scores: dict[str, dict[str, dict[str, Any]]]) -> dict[str, bytes]:
+def all_plots(
+    records: list[dict[str, Any]],
+    scores: dict[str, dict[str, dict[str, Any]]],
+    turned: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, bytes]:
     """File name to PNG of every plot there is something for.
 
     Args:
       scores: stage to task to `score`, the share answered right, with its interval `low` and `high` if that is known.
+      turned: stage to the step at which its validation turned, of those where it did.
     """
     by_stage = curves(records)
     with style():
         figures = {
             "loss.png": _panels(by_stage, "loss", "training loss (nats per token)", _draw_trend),
-            "bpb.png": _panels(by_stage, "bpb", "validation bits per byte", _draw_points),
+            "bpb.png": _panels(by_stage, "bpb", "validation bits per byte", _draw_points, turned),
             "learning_rates.png": _learning_rates(by_stage),
             "reward.png": _reward(by_stage.get("rl", {})),
             "core.png": _core(by_stage.get("pretrain", {})),
@@ -176,7 +182,13 @@ def _steps_axis(axes: Axes) -> None:
     axes.margins(x=0.02)
 
 
-def _panels(by_stage: Curves, name: str, label: str, draw: Callable[[Axes, str, Curve], float]) -> Figure | None:
+def _panels(
+    by_stage: Curves,
+    name: str,
+    label: str,
+    draw: Callable[[Axes, str, Curve], float],
+    turned: Mapping[str, int] = MappingProxyType({}),
+) -> Figure | None:
     """One panel a stage that has the metric: stages differ in length and in what their values mean."""
     stages = _stages_with(by_stage, name)
     if not stages:
@@ -189,7 +201,8 @@ def _panels(by_stage: Curves, name: str, label: str, draw: Callable[[Axes, str, 
         axes = figure.add_subplot(rows, columns, i + 1)
         curve = by_stage[stage][name]
         end = draw(axes, stage, curve)
-        _titles(axes, stage, f"{end:.3f} at the end" if stage != "rl" else "")
+        best = _draw_turn(axes, curve, turned[stage]) if stage in turned else ""
+        _titles(axes, stage, f"{best}{end:.3f} at the end" if stage != "rl" else "")
         _steps_axis(axes)
         if stage == "pretrain":
             _settled_limits(axes, curve[1])
@@ -213,6 +226,15 @@ def _draw_points(axes: Axes, stage: str, curve: Curve) -> float:
     """Returns the last value."""
     axes.plot(*curve, color=COLOURS.get(stage, GREY), linewidth=1.5, marker="o", markersize=4)
     return curve[1][-1]
+
+
+def _draw_turn(axes: Axes, curve: Curve, step: int) -> str:
+    """Draws a ring around the value at a step, if there is one; returns it in words."""
+    values = curve[1][curve[0] == step]
+    if not len(values):
+        return ""
+    axes.plot([step], values, color=_SUGGESTED, marker="o", markersize=11, markerfacecolor="none", markeredgewidth=2)
+    return f"{values[0]:.3f} at step {step:,}, "
 
 
 def _titles(axes: Axes, stage: str, result: str) -> None:

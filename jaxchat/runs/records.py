@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxchat.runs.files import Object
 
 _MACHINE = {
@@ -15,6 +17,8 @@ RECORD = Object(
         "parent": (None, Object({"stage": str, "step": int})),
         **dict.fromkeys(("seconds", "started", "finished", "train_seconds", "peak_memory_bytes"), (None, float)),
         **dict.fromkeys(("steps", "tokens"), (None, int)),
+        "result_step": int,
+        "turned": Object({"bpb": float, "bpb_at_end": float}),
         "machine": Object(_MACHINE),
         "divergences": [Object({"step": int, "back_to": int, "batches": int, "why": str})],
         "packing": Object(others=float),
@@ -23,6 +27,8 @@ RECORD = Object(
         "metrics": Object(others=(None, float)),
         "samples": [Object({"prompt": str, "completion": str})],
         "method": str,
+        "device_rows": int,
+        "remat": str,
         "skipped": bool,
         "groups_without_signal": float,
         "cut": float,
@@ -39,4 +45,17 @@ RECORD = Object(
         ),
     }
 )
-BEGUN = Object({"stage": str, "id": str, "started": float, "made_from": Object(others=str), "config": Object()})
+BEGUN = Object(
+    {"stage": str, "id": str, "started": float, "made_from": Object(others=str), "config": Object()},
+    optional={"step": Object({"device_rows": int, "remat": str, "devices": Object()})},
+)
+
+
+def result_step(record: dict[str, Any]) -> int:
+    """The step whose checkpoint is the stage's result, from its stage.json; before there was a choice, the last."""
+    return record.get("result_step") or record.get("steps") or 0
+
+
+def turned_at(record: dict[str, Any]) -> int | None:
+    """The step at which the stage's validation turned; None if it did not."""
+    return record["result_step"] if "turned" in record else None

@@ -20,8 +20,10 @@ from jaxchat.config import STAGES, CostConfig, Experiment
 from jaxchat.runs.directory import TRAINED, RunDirectory
 from jaxchat.runs.files import Object, read_lines, write_bytes, write_json
 from jaxchat.runs.plots import Curve, all_plots, curves
+from jaxchat.runs.records import turned_at
 from jaxchat.runs.report_page import page
 from jaxchat.runs.tables import VERSIONS, core_means
+from jaxchat.runs.time_budget import read_record as read_budget
 
 EXAMPLES = 3  # answers of each task that the report shows
 _ANSWER = Object({"question": str, "answer": str, "right": str, "score": float, "cut": bool})
@@ -42,7 +44,8 @@ def write_report(
     """
     run_dir, records = directory.path, directory.read_metrics(say)
     report = build_report(directory, records, vocab_size, parameters)
-    plots = all_plots(records, _asked_alike(records, report["scores"]))
+    turned = {stage: step for stage, entry in report["stages"].items() if (step := turned_at(entry)) is not None}
+    plots = all_plots(records, _asked_alike(records, report["scores"]), turned)
     for name, png in plots.items():
         write_bytes(run_dir / "plots" / name, png)
     write_json(run_dir / "report.json", report)
@@ -55,12 +58,13 @@ def build_report(
     """The contents of `report.json`, from a run directory, its metrics, and the arguments of `write_report`.
 
     Each entry of `stages` is the stage's record with its `cost`, its median speed, the last value of each of its
-    `metrics` and its last `samples`. `seconds` are wall-clock seconds. `cost` is in dollars at the experiment's price
-    of a device-hour; None on a CPU, which that price is not for. `evaluation` has each stage's `bpb` and the share of
-    each task answered correctly, `scores` the same shares with their intervals and the settings they were measured
-    with, `chat_core` ChatCORE by stage, `core` for each stage that was measured by it the means and the tasks of CORE,
-    `answers` a few answers of the last stage that was scored, `rl` the reward before and after if it was evaluated.
-    `stale` has the stages that are left out, with what was made again since they were made from it.
+    `metrics` and the last `samples` up to its result. `seconds` are wall-clock seconds. `cost` is in dollars at the
+    experiment's price of a device-hour; None on a CPU, which that price is not for. `evaluation` has the `bpb` of each
+    stage's result and the share of each task answered correctly, `scores` the same shares with their intervals and the
+    settings they were measured with, `chat_core` ChatCORE by stage, `core` for each stage that was measured by it the
+    means and the tasks of CORE, `answers` a few answers of the last stage that was scored, `rl` the reward before and
+    after if it was evaluated. `stale` has the stages that are left out, with what was made again since they were made
+    from it. `budget` is what `RUN/budget.json` had when the report was written; None without one.
     """
     experiment = directory.read_config()
     records_of = {stage: record for stage in STAGES if (record := directory.read_record(stage)) is not None}
@@ -71,7 +75,7 @@ def build_report(
         own = [record for record in records if record["stage"] == stage]
         last = {name: float(values[-1]) for name, (_, values) in by_stage.get(stage, {}).items()}
         entry["metrics"] = {**last, **entry.get("metrics", {})}
-        entry["samples"] = entry.get("samples") or _last_samples(own)
+        entry["samples"] = entry.get("samples") or _last_samples(own, turned_at(entry))
         entry["cost"] = _cost(experiment.cost, entry)
         entry.update(_speed(own))
     costs = [entry["cost"] for entry in stages.values() if entry["cost"] is not None]
@@ -90,6 +94,7 @@ def build_report(
         "rl": _reward(by_stage.get("rl", {})),
         "stages": stages,
         "stale": stale,
+        "budget": read_budget(directory.path),
         "machine": longest.get("machine", {}),
         "config": _config_as_made(directory, experiment, list(stages)),
     }
@@ -134,8 +139,9 @@ def _speed(records: list[dict[str, Any]]) -> dict[str, float]:
     return medians
 
 
-def _last_samples(records: list[dict[str, Any]]) -> list[dict[str, str]]:
+def _last_samples(records: list[dict[str, Any]], up_to: int | None) -> list[dict[str, str]]:
     samples = [record for record in records if "sample" in record and "prompt" in record]
+    samples = [record for record in samples if up_to is None or record["step"] <= up_to]
     last = max((record["step"] for record in samples), default=0)
     return [{"prompt": r["prompt"], "completion": r["sample"]} for r in samples if r["step"] == last]
 
@@ -144,7 +150,7 @@ def _evaluation(stages: dict[str, Any], records: list[dict[str, Any]]) -> dict[s
     results: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
     for stage, entry in stages.items():
         if "bpb" in entry["metrics"]:
-            results[stage]["bpb"] = entry["metrics"]["bpb"]
+            results[stage]["bpb"] = entry.get("turned", entry["metrics"])["bpb"]
     for record in records:
         for name, value in record.items():
             if "of" in record and name.startswith("score/") and value is not None:

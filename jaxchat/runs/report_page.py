@@ -12,6 +12,7 @@ from typing import Any
 from jaxchat.config import model_width
 from jaxchat.runs.progress import format_count, format_duration, format_left_out
 from jaxchat.runs.tables import core_means, core_table, interval
+from jaxchat.runs.time_budget import describe as describe_budget
 from jaxchat.verbatim import without_controls
 
 SHORT = 160  # characters of a text that is a line among others
@@ -291,10 +292,12 @@ def _road(report: dict[str, Any]) -> str:
     diverged = "".join(
         f"\n\n{stage}: {_went_back(entry)}" for stage, entry in stages.items() if entry.get("divergences")
     )
+    turned = "".join(f"\n\n{stage}: {describe_turn(entry)}." for stage, entry in stages.items() if "turned" in entry)
     described = [(stage, describe(entry)) for stage, entry in stages.items() for describe in (_text, describe_data)]
     lines = [f"- {stage}: {line}." for stage, line in described if line]
     data = "\n\nIts data:\n\n" + "\n".join(lines) if lines else ""
-    return f"## How it got there\n\n{table}{note}{waits}{unfinished}{diverged}{data}"
+    budget = f"\n\nOf its budget, {describe_budget(report['budget'])}." if report.get("budget") else ""
+    return f"## How it got there\n\n{table}{note}{budget}{waits}{unfinished}{diverged}{turned}{data}"
 
 
 def _text(entry: dict[str, Any]) -> str:
@@ -321,6 +324,13 @@ def describe_data(entry: dict[str, Any]) -> str:
     if left_out := entry.get("left_out"):
         parts.append(f"left out: {format_left_out(left_out)}")
     return "; ".join(parts)
+
+
+def describe_turn(entry: dict[str, Any]) -> str:
+    """Says from a stage's record where validation turned, if it did, and what follows."""
+    turned, step = entry["turned"], f"step {entry['result_step']:,}"
+    measured = f"{turned['bpb']:.3f} bits per byte; {turned['bpb_at_end']:.3f} at the end"
+    return f"validation turned at {step} ({measured}): the result is {step}"
 
 
 def _went_back(entry: dict[str, Any]) -> str:

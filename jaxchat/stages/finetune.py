@@ -11,6 +11,7 @@ from jaxchat.data.chat.targets import count_targets, trainable
 from jaxchat.data.loader import chat_batches, count_rows
 from jaxchat.data.text.reading import Findings
 from jaxchat.devices.mesh import batch_share
+from jaxchat.devices.processes import on_process_zero
 from jaxchat.errors import UserError
 from jaxchat.eval.bpb import evaluate_bpb
 from jaxchat.model.config import GPTConfig
@@ -73,8 +74,18 @@ def run(workspace: Workspace, stage: str) -> None:
             yield "bpb", evaluate_bpb(params, model, validation, tokenizer.token_bytes(), compute=workspace.compute)
 
     params, step = workspace.load_params(parent, model)
-    training = Training(workspace, stage, config, model, tokenizer, steps, parent={"stage": parent, "step": step})
     facts: dict[str, Any] = {"mixture": {task.name: len(task) for task in tasks}}
+    before = on_process_zero(lambda: workspace.directory.read_record(parent) or {}).get("mixture", {})
+    training = Training(
+        workspace,
+        stage,
+        config,
+        model,
+        tokenizer,
+        steps,
+        parent={"stage": parent, "step": step},
+        knows_data=not before.keys().isdisjoint(facts["mixture"]),
+    )
     if findings.left_out:
         facts["left_out"] = dict(findings.left_out)
     asked = workspace.load_tasks(stage, config.tasks, "test", quiet=True)

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxchat.config import TrainConfig
-from jaxchat.data.positions import join_positions, totals
+from jaxchat.config import SupervisedConfig, TrainConfig
+from jaxchat.data.positions import epoch, join_positions, totals
 from jaxchat.devices.mesh import batch_share, put_batch
 from jaxchat.devices.processes import exchange
 from jaxchat.errors import check
@@ -26,13 +26,14 @@ from jaxchat.ops.compute import for_training
 from jaxchat.optim.optimizer import learning_rates, make_optimizer
 from jaxchat.optim.schedules import multiplier
 from jaxchat.runs.metrics import Metrics
-from jaxchat.runs.report_page import describe_data
+from jaxchat.runs.report_page import describe_data, describe_turn
 from jaxchat.stages.samples import Prompt, continuations
 from jaxchat.stages.workspace import Workspace
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.budget import BatchPlan, flops_per_token
 from jaxchat.train.loop import Evaluator, Loop, Source
 from jaxchat.train.memory import CompiledStep, MakeStep, TrainStep, plan_step, usable_memory
+from jaxchat.train.selection import find_turn
 from jaxchat.train.step import MICRO_BATCH_SPEC, Batch, State, init_state
 
 StepFunction = Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
@@ -81,6 +82,7 @@ class Training:
     """The training of one stage.
 
     `parent` is the stage and step whose parameters it starts from, as stage.json records it; None for fresh ones.
+    `knows_data` tells that the parent was trained on some of this stage's data.
     """
 
     workspace: Workspace
@@ -90,6 +92,7 @@ class Training:
     tokenizer: BaseTokenizer
     num_steps: int
     parent: dict | None = None
+    knows_data: bool = False
 
     def __post_init__(self):
         workspace = self.workspace
@@ -200,11 +203,13 @@ class Training:
                 evaluators=evaluators(metrics),
                 on_nan=workspace.experiment.on_nan,
                 startup=self.startup,
+                rereads=lambda position: self.knows_data or epoch(position) > 0,
                 same_course=self._same_course,
                 began=clock,
                 meta={"stage": self.stage, "parent": self.parent, "config": dataclasses.asdict(workspace.experiment)},
             )
             loop.train(state)
+            facts |= self._result(loop)
             loop.checkpoints.close()
         facts |= self._data_facts(source.whole_state(source.get_state())) | at_end()
         if line := describe_data(facts):
@@ -220,6 +225,21 @@ class Training:
             divergences=loop.divergences,
             **facts,
         )
+
+    def _result(self, loop: Loop) -> dict[str, Any]:
+        """Which step is the stage's result, with a line for the user if it is not the last.
+
+        In RL it is: rewards of a few hundred sampled answers differ by chance more than neighbouring steps do.
+        """
+        supervised = isinstance(self.config, SupervisedConfig)
+        turn = find_turn(loop.checkpoints, loop.num_steps) if supervised else None
+        if turn is None:
+            return {"result_step": loop.num_steps}
+        facts = {"result_step": turn.step, "turned": {"bpb": turn.bpb, "bpb_at_end": turn.bpb_at_end}}
+        data = "text" if self.stage == "pretrain" else "conversations"
+        remedy = f"more {data} or --{self.stage}.num-iterations={turn.step} would do better"
+        self.workspace.say(f"{self.stage:<9} {describe_turn(facts)}; {remedy}")
+        return facts
 
     def _same_course(self, done: int, num_steps: int) -> bool:
         """Whether the first `done` of `num_steps` steps have the learning rates that they have in this training."""

@@ -215,12 +215,15 @@ class Workspace:
         return split_batch(config.batch_tokens, config.device_rows, sequence_len, data_shards(self.mesh))
 
     def checkpoints(self, stage: str) -> Checkpoints:
-        return Checkpoints(self.directory.checkpoints(stage), self.experiment.checkpoints)
+        """The checkpoints of a stage, of which the best is kept too where it may be the stage's result."""
+        config = self.experiment.checkpoints
+        keep_best = config.keep_best or stage != "rl"
+        return Checkpoints(self.directory.checkpoints(stage), dataclasses.replace(config, keep_best=keep_best))
 
     def load_params(self, stage: str, config: GPTConfig) -> tuple[Params, int]:
-        """The parameters that `stage` ended with, laid out on the mesh, and its last step."""
+        """The parameters that are the result of `stage`, laid out on the mesh, and the step that they are of."""
         checkpoints = self.checkpoints(stage)
-        step = on_process_zero(lambda: self.directory.last_step(stage))
+        step = on_process_zero(lambda: self.directory.result_step(stage))
         params = checkpoints.restore_params(abstract_on(self.mesh, config), step)
         checkpoints.close()
         return params, step

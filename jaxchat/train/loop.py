@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import numpy as np
 
 from jaxchat import stopping
 from jaxchat.checkpoint import Checkpoints
@@ -25,12 +24,11 @@ from jaxchat.errors import UserError, check
 from jaxchat.runs.metrics import Metrics
 from jaxchat.stopping import Cause, Deferral, Interrupted
 from jaxchat.train.divergence import Diverged, LossWatch
+from jaxchat.train.selection import forget_scores, rate, score_of
 from jaxchat.train.step import Batch, State
 
 MAX_RETURNS = 3  # to one checkpoint: a training that diverges more often suffers from more than bad batches
 STOP = "stop"  # in a step's results: whether and why a process was asked to stop, as a number
-# The metrics of an evaluation that rate a checkpoint, with the sign that makes higher better.
-SCORE_SIGNS = {"bpb": -1.0, "reward_eval": 1.0}
 
 
 @runtime_checkable
@@ -94,6 +92,8 @@ class Loop:
     evaluators: tuple[Evaluator, ...] = ()
     on_nan: Literal["stop", "skip"] = "stop"
     meta: dict = field(default_factory=dict)
+    # Whether the data from a position on has been read before, so that validation may turn (`train/selection.py`).
+    rereads: Callable[[dict], bool] = lambda position: False
     # Whether a training of another number of steps (the second argument) did its first steps (the first) as this does.
     same_course: Callable[[int, int], bool] = lambda done, num_steps: False
     began: float = field(default_factory=time.perf_counter)  # when this process began the stage
@@ -157,15 +157,15 @@ class Loop:
         data = self.source.whole_state(position)
         self.checkpoints.save(step, state, data=data, meta=meta, is_copy=is_copy)
 
-    def evaluate(self, evaluators: Iterable[Evaluator], step: int, params) -> None:
-        """Runs evaluators after `step` steps, logs what they measure, and rates the checkpoint of that step."""
+    def evaluate(self, evaluators: Iterable[Evaluator], step: int, params) -> float | None:
+        """Runs evaluators after `step` steps, logs what they measure, and returns how good that is, as `score_of`."""
+        score = None
         for evaluator in evaluators:
             values = dict(evaluator.run(step, params))
             if values:
                 self.metrics.log(step, **values)
-            for name, sign in SCORE_SIGNS.items():
-                if name in values and np.isfinite(values[name]):
-                    self.checkpoints.record_score(step, sign * float(values[name]))
+            score = score_of(values) if score is None else score
+        return score
 
     def log_step(self, step: int, batch_tokens: int, results: dict[str, float], extra: dict, seconds: float) -> None:
         """Logs a step that took `seconds`, and counts it."""
@@ -210,6 +210,7 @@ class Loop:
             f"were, or do the stage again with --redo={self.checkpoints.directory.parent.name}",
         )
         self.source.set_state(position)
+        forget_scores(self.checkpoints, step, meta, self.meta)
         self.tokens, self._loss_watch = meta["tokens"], LossWatch(meta["recent_losses"])
         return state, meta
 
@@ -219,7 +220,9 @@ class Loop:
         due = [e for e in self.evaluators if (e.is_due(step, self.num_steps) if step else e.at_start)]
         if due:
             began = time.perf_counter()
-            self.evaluate(due, step, state["params"])
+            score = self.evaluate(due, step, state["params"])
+            if step > 0:
+                rate(self.checkpoints, step, score)
             self.startup["evaluation"] = time.perf_counter() - began
 
     def _return_to_checkpoint(self, abstract: State, diverged: Diverged) -> tuple[State, int]:
@@ -328,7 +331,9 @@ class _Attempt:
             loop.checkpoints.wait()
             raise Interrupted(self.stop, f"step {self.step:,} saved")
         if due:  # after the save: an evaluation that fails loses nothing
-            loop.evaluate(due, self.step, self.state["params"])
+            score = loop.evaluate(due, self.step, self.state["params"])
+            if rate(loop.checkpoints, self.step, score, saved=save, rereads=lambda: loop.rereads(self.position)):
+                loop.save(self.state, self.step, self.position)
         if save or due:
             self.clock = time.perf_counter()
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxchat.data.loader import chat_batches
-from jaxchat.data.positions import ChatPosition, LanePosition, TextPosition, TokenPlace, join_positions, totals
+from jaxchat.data.positions import ChatPosition, LanePosition, TextPosition, TokenPlace, epoch, join_positions, totals
 from jaxchat.data.text import rows as text_rows
 from tests.data.small_text import TOKENIZER, text_batches
 from tests.data.test_loader import CHATS
@@ -122,3 +122,10 @@ def test_positions_of_several_processes_are_joined_and_counted():
     assert totals(whole) == {"packed": {"rows": 12, "cut": 0}, "left_out": {"broken_lines": 3}}
     assert join_positions([CHAT[0], CHAT[0]]) == CHAT[0]
     assert totals({"taken": 3}) == {"packed": {}, "left_out": {}}
+
+
+def test_the_epoch_is_that_of_the_lane_that_is_furthest():
+    lanes = {lane: LanePosition(TokenPlace(lane, 0, 0, 0, 9, {}), {}, {}) for lane in range(3)}
+    assert [epoch(TextPosition(3, {lane: lanes[lane]}).to_json()) for lane in range(3)] == [0, 1, 2]
+    assert epoch(TextPosition(3, lanes).to_json()) == 2
+    assert epoch(CHAT[0]) == 1 and epoch({"taken": 3}) == 0

@@ -387,9 +387,9 @@ class TestEarlierVersions:
 def test_a_lost_checkpoint_is_named_with_its_remedy(directory):
     make(directory, "pretrain")
     with pytest.raises(UserError, match="has no checkpoint of step 4, .*; do the stage again with --redo=pretrain"):
-        directory.last_step("pretrain")
+        directory.result_step("pretrain")
     (directory.checkpoints("pretrain") / "2").mkdir(parents=True)
     with pytest.raises(UserError, match="stage.json to go on from step 2, or do the stage again with --redo=pretrain"):
-        directory.last_step("pretrain")
+        directory.result_step("pretrain")
     (directory.checkpoints("pretrain") / "4").mkdir()
-    assert directory.last_step("pretrain") == 4
+    assert directory.result_step("pretrain") == 4

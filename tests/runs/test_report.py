@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 
 import matplotlib.image
 import numpy as np
@@ -236,6 +237,32 @@ def test_plots_are_not_blank(run_dir, name):
     assert ink.mean() > 0.01
     # Every quarter of the picture has something in it.
     assert all(part.any() for half in np.array_split(ink, 2) for part in np.array_split(half, 2, axis=1))
+
+
+def test_where_validation_turned_is_said_and_marked(tmp_path):
+    """The samples are then those of the result too, if there are any."""
+    begin(tmp_path)
+    with Metrics(tmp_path, "pretrain", live=False) as metrics:
+        for step, bpb in ((0, 8.0), (10, 1.25), (20, 1.5), (30, 1.75)):
+            metrics.log(step, bpb=bpb)
+            if step:
+                metrics.sample(step, "Once", f" upon {step}")
+    marks = {}
+    for turned in ({"result_step": 10, "turned": {"bpb": 1.25, "bpb_at_end": 1.75}}, {"result_step": 30}):
+        shutil.rmtree(tmp_path / "pretrain", ignore_errors=True)
+        finish(tmp_path, "pretrain", seconds=1, **{"steps": 30, **turned})
+        write(tmp_path)
+        entry = json.loads((tmp_path / "report.json").read_text())
+        text, image = (tmp_path / "report.md").read_text(), matplotlib.image.imread(tmp_path / "plots" / "bpb.png")
+        orange = np.abs(image[:, :, :3] - np.array([0xD5, 0x5E, 0]) / 255).max(axis=2) < 0.02
+        marks[turned["result_step"]] = int(orange.sum())
+        result = turned["result_step"]
+        assert entry["evaluation"]["pretrain"]["bpb"] == (1.25 if result == 10 else 1.75)
+        assert entry["stages"]["pretrain"]["metrics"]["bpb"] == 1.75
+        assert f"Once upon {result}" in text and text.count("Once upon") == 1
+        said = "pretrain: validation turned at step 10 (1.250 bits per byte; 1.750 at the end): the result is step 10."
+        assert (said in text) == (result == 10)
+    assert marks[10] > 100 and marks[30] == 0
 
 
 def test_the_path_is_as_one_would_type_it(tmp_path, monkeypatch):

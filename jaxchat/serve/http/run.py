@@ -131,7 +131,9 @@ def stages(directory: RunDirectory) -> dict[str, Any]:
         try:
             record, begun = directory.read_record(stage) or {}, directory.begun(stage) or {}
             entry |= {
-                key: record[key] for key in ("steps", "tokens", "seconds", "finished", "skipped") if key in record
+                key: record[key]
+                for key in ("steps", "result_step", "turned", "tokens", "seconds", "finished", "skipped")
+                if key in record
             }
             entry |= {key: each[key] for each in (begun, record) for key in ("started", "id") if each.get(key)}
             if record:

@@ -161,6 +161,10 @@ def test_stages_of_a_run_that_is_under_way(half):
                       "midtrain": "begun"}  # fmt: skip
     assert found["pretrain"]["total_steps"] == found["pretrain"]["steps"] == 4
     assert found["midtrain"]["started"] <= reply["now"]
+    facts = {"stage": "pretrain", "steps": 4, "result_step": 2, "turned": {"bpb": 1.0, "bpb_at_end": 1.5}}
+    RunDirectory(half).write_record("pretrain", facts)
+    pretrain = client_of(half).get("/api/run/stages").json()["stages"][1]
+    assert {name: pretrain[name] for name in facts} == facts
 
 
 def test_a_damaged_record_is_a_remark(half):

@@ -337,6 +337,11 @@ class RunView {
           ? `${(steps ?? 0).toLocaleString("en")} steps`
           : `${steps.toLocaleString("en")} of ${total.toLocaleString("en")} steps`,
       );
+    if (info.turned) {
+      const { bpb, bpb_at_end: end } = info.turned;
+      const step = info.result_step.toLocaleString("en");
+      facts.push(`validation turned at step ${step}, the result: ${bpb.toFixed(3)} bits per byte, ${end.toFixed(3)} at the end`);
+    }
     if (state === "stale") facts.push("of an earlier start");
     const tokens = state === "finished" ? info.tokens : curves?.last?.tokens;
     if (tokens) facts.push(`${count(tokens)} tokens`);
