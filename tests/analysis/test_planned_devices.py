@@ -1,0 +1,79 @@
+"""TPUs that are planned for: their names and slices, and what is said where their compiler is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxchat.analysis.planned_devices import check_slice, chips, generation, quick_compilation, tpus_here, why_not
+from jaxchat.devices.machine import device_peak_flops
+from jaxchat.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+COMPILER = importlib.util.find_spec("libtpu") is not None
+NAMES = ["TPU v4", "TPU v5", "TPU v5p", "TPU v5e", "TPU v5 lite", "TPU v6e", "TPU v6 lite"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tpu_has_both_of_its_names_memory_and_a_peak(name):
+    chip = generation(name)
+    assert chip and name.removeprefix("TPU ") in chip.names
+    gibibytes = 95 if name in ("TPU v5", "TPU v5p") else 16 if name in ("TPU v5e", "TPU v5 lite") else 32
+    assert 0.95 * gibibytes < chip.memory < gibibytes + 1
+    assert device_peak_flops(name)
+
+
+@pytest.mark.parametrize("name, near", [("tpu v5e", "TPU v5e"), ("TPU v6 lit", "TPU v6 lite"), ("TPU v6p", "TPU v6e")])
+def test_an_unknown_tpu_is_told_the_nearest_name(name, near):
+    with pytest.raises(UserError, match=f"{name!r} is not a TPU that is known here, did you mean {near!r}"):
+        generation(name)
+
+
+def test_other_devices_are_no_tpus():
+    assert generation("NVIDIA H100") is generation("cpu") is None and not tpus_here()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_slices_have_as_many_chips_as_their_topology(name):
+    chip = generation(name)
+    assert chip
+    for count, topology in chip.slices.items():
+        sides = [int(side) for side in topology.split("x")]
+        assert len(sides) == (3 if chip.options or "p" in chip.names[0] else 2)
+        check_slice(chip, count)
+        assert count == eval("*".join(map(str, sides)))
+
+
+@pytest.mark.parametrize("count, nearest", [(2, "1 or 4"), (6, "4 or 8"), (1000, "256")])
+def test_a_slice_that_there_is_not_is_told_the_nearest(count, nearest):
+    chip = generation("TPU v5e")
+    assert chip
+    with pytest.raises(UserError, match=f"TPU v5e come in slices of other sizes than {count}; nearest: {nearest}$"):
+        check_slice(chip, count)
+
+
+@pytest.mark.skipif(COMPILER, reason="the TPU's compiler is installed")
+def test_without_the_compiler_it_says_what_to_install():
+    chip = generation("TPU v5e")
+    assert chip and why_not() and "the TPU's compiler" in str(why_not())
+    with pytest.raises(UserError, match="the TPU's compiler"):
+        chips(chip, 8)
+
+
+def level():
+    return jax.config.jax_optimization_level  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_quick_compilation_ends():
+    before = level()
+    with quick_compilation():
+        assert level() == "O1"
+        assert jax.jit(lambda x: x + 1)(1) == 2
+    assert level() == before
