@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import platform
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from jaxchat.devices.problems import (
     without_bf16,
     without_hopper_kernels,
 )
+from jaxchat.devices.speed import SHARE, measure_products
 from jaxchat.errors import UserError
 from jaxchat.model.parameters import count_parameters
 from jaxchat.ops import fp8, hopper
@@ -42,13 +42,11 @@ from jaxchat.ops.attention import attend, attention_kernel
 from jaxchat.ops.dispatch import Level, highest_level
 from jaxchat.ops.mlp import relu_squared
 from jaxchat.runs.directory import RunDirectory
-from jaxchat.runs.progress import format_number
+from jaxchat.runs.progress import format_roughly
 from jaxchat.stages.workspace import planned_model
 from jaxchat.storage import first_line, is_remote, to_run_directory
 from jaxchat.train.budget import flops_per_token, training_length
 
-MEASURED_SECONDS = 0.5  # of matrix products
-SHARE = 0.3  # of the speed of matrix products that a training reaches: the quickstart on 2 CPU cores
 START_PATIENCE = 3.0  # seconds for the hub at the start of a run
 SLOW = 24 * 3600.0  # seconds of pretraining that are worth a word
 
@@ -146,7 +144,7 @@ def examine(experiments: dict[str, Experiment], run_dir: str, data_dir: str, say
         say(subject, text)
     dtype = jnp.bfloat16 if multiplies_bf16() else jnp.float32
     found += _kernels(dtype, say)
-    speed = _measure(dtype)
+    speed = measure_products(dtype)
     peak = device_peak_flops(jax.devices()[0].device_kind)
     beside = f", {speed / peak:.0%} of the peak" if peak else ""
     say("speed", f"matrix products at {_per_second(speed)}{beside} on each device")
@@ -156,7 +154,7 @@ def examine(experiments: dict[str, Experiment], run_dir: str, data_dir: str, say
     if answer.problem is None:
         say("hub", f"{answer.endpoint} answers after {answer.seconds:.1f} s")
     times = dict(_pretraining(experiments, speed, peak))
-    say("time", "pretraining takes, very roughly: " + ", ".join(f"{n} {_roughly(s)}" for n, s in times.items()))
+    say("time", "pretraining takes, very roughly: " + ", ".join(f"{n} {format_roughly(s)}" for n, s in times.items()))
     slow = [name for name, seconds in times.items() if seconds > SLOW]
     if slow:
         smaller = next((name for name, seconds in reversed(times.items()) if seconds <= SLOW), None)
@@ -241,27 +239,6 @@ def _per_second(flops: float) -> str:
     return f"{flops / 1e12:,.1f} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:,.0f} GFLOP/s"
 
 
-def _roughly(seconds: float) -> str:
-    """Such as `3 minutes`, `2 years`; an estimate deserves no more digits."""
-    units = {"year": 365 * 86400, "day": 86400, "hour": 3600, "minute": 60}
-    unit, size = next(((unit, size) for unit, size in units.items() if seconds >= 1.5 * size), ("minute", 60))
-    return format_number(max(1, round(seconds / size)), unit)
-
-
-def _measure(dtype: DTypeLike) -> float:
-    """FLOP/s of large matrix products on one device."""
-    size = 1024 if jax.default_backend() == "cpu" else 8192
-    a = jnp.ones((size, size), dtype)
-    multiply = jax.jit(jnp.matmul)
-    multiply(a, a).block_until_ready()
-    began, count, best = time.perf_counter(), 0, float("inf")
-    while count < 3 or time.perf_counter() - began < MEASURED_SECONDS:
-        start = time.perf_counter()
-        multiply(a, a).block_until_ready()
-        best, count = min(best, time.perf_counter() - start), count + 1
-    return 2 * size**3 / best
-
-
 def _host(run_dir: str, data_dir: str, say: Callable[[str, str], None]) -> list[Problem | None]:
     available, total = available_memory(), machine_info()["memory_bytes"]
     if total:
@@ -286,7 +263,7 @@ def _pretraining(experiments: dict[str, Experiment], speed: float, peak: float |
     """Seconds of pretraining by name, from the shortest to the longest."""
     seconds = {}
     for name, experiment in experiments.items():
-        if "pretrain" not in experiment.stages:
+        if "pretrain" not in experiment.stages or experiment.sizes == "auto":
             continue
         model = planned_model(experiment)
         flops = training_length(experiment.pretrain, model) * experiment.pretrain.batch_tokens * flops_per_token(model)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Collection
 from typing import Any
 
-from jaxchat.cli.options import configure
+from jaxchat.cli.options import configure, named_fields
 from jaxchat.cli.parser import take_overrides
 from jaxchat.cli.places import check_place
 from jaxchat.cli.values import number, path, whole
-from jaxchat.config import Range
+from jaxchat.config import Experiment, Range
 
 
 def add_command(commands: Any) -> None:
@@ -59,6 +60,8 @@ def _lr_range(arguments: argparse.Namespace) -> int:
     from jaxchat.stages.workspace import Workspace
 
     keep_compiled()
+    if experiment.sizes == "auto":
+        experiment = _with_sizes(experiment, directory, named_fields(arguments.overrides))
     check_possible(experiment)
     groups = GROUPS if arguments.group == "all" else (arguments.group,)
     with contextlib.ExitStack() as held:
@@ -66,3 +69,13 @@ def _lr_range(arguments: argparse.Namespace) -> int:
         workspace = Workspace(experiment, directory, keep_config=True)
         run(workspace, arguments.steps, arguments.min, arguments.max, groups)
     return 0
+
+
+def _with_sizes(experiment: Experiment, directory: str, given: Collection[str]) -> Experiment:
+    """The experiment with the sizes of the run in the directory, or of one that would begin there."""
+    from jaxchat.planning.settle import keep_sizes, settle
+    from jaxchat.runs.directory import RunDirectory
+    from jaxchat.storage import to_run_directory
+
+    run = RunDirectory(to_run_directory(directory))
+    return keep_sizes(experiment, run, given) if run.is_run() else settle(experiment, None, given=given)

@@ -18,6 +18,7 @@ from jaxchat.cli.parser import refuse_long_dash, shorten
 from jaxchat.config import Experiment, Impossible, declared, describe, shown
 from jaxchat.errors import UserError, check, closest
 
+DEFAULT = "auto"  # the experiment for a folder of text
 OPTION = re.compile(r"--?[A-Za-z]")
 # What is not a field of an experiment, although one might look for it there.
 INSTEAD = {
@@ -34,6 +35,7 @@ def configure(
     """Experiment `name` with the user's overrides, data folder and identity.
 
     Args:
+      name: None, with a data folder, for the experiment that suits any text.
       data: the folder; None leaves the experiment's own.
       options: the command's own options, for hints about misspelt ones.
       identity: the file that describes it; None leaves the experiment's own.
@@ -41,8 +43,10 @@ def configure(
     Raises:
       UserError: no name or an unknown one, a folder that does not exist, or as `override` and `read_identity`.
     """
+    names = experiment_names() if name is None else []
+    if data is not None and DEFAULT in names and not set(names).intersection(overrides):
+        name = DEFAULT
     if name is None:
-        names = experiment_names()
         _by_option([word for word in overrides if OPTION.match(word)], field_types(Experiment), options)
         meant = next((word for word in overrides if word in names), "|".join(names))
         raise UserError(f"no experiment given; write --experiment={meant}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from jaxchat.config import Experiment
 from jaxchat.model.config import GPTConfig
-from jaxchat.planning.proposal import PASSES, TOKENS_PER_PARAMETER, Proposal, matrices
+from jaxchat.planning.proposal import DEPTHS, PASSES, TOKENS_PER_PARAMETER, Proposal, matrix_parameters
 from jaxchat.planning.text_amount import TextAmount
-from jaxchat.runs.progress import format_number
+from jaxchat.runs.progress import format_number, format_roughly
 
 MANY = 1.1 * PASSES  # passes that deserve a warning: a few per cent more than four are no other training
+WORTHLESS = 16.0  # passes beyond which repeating teaches nothing: Muennighoff et al. (2023)
+WORTHWHILE = 20  # steps that are a training at all
 
 
 def amount_line(amount: TextAmount, vocab_size: int) -> str:
@@ -21,22 +23,28 @@ def amount_line(amount: TextAmount, vocab_size: int) -> str:
     )
 
 
-def proposal_lines(experiment: Experiment, proposal: Proposal, amount: TextAmount, flops: float | None) -> list[str]:
-    """What is proposed for a text, and why."""
-    ratio = proposal.tokens / matrices(proposal.depth)
-    lines = [
-        amount_line(amount, proposal.vocab_size),
-        f"depth {proposal.depth} ({format_tokens(proposal.parameters)} parameters), vocabulary "
-        f"{proposal.vocab_size:,}, context {proposal.sequence_len:,}, {proposal.steps:,} steps of "
-        f"{proposal.batch_tokens:,} tokens = {format_passes(proposal.passes)}",
-    ]
-    why = f"{ratio:.0f} tokens for each parameter of the layers (about {TOKENS_PER_PARAMETER:.0f} are best)"
+def proposal_lines(proposal: Proposal, amount: TextAmount, flops: float | None, seconds: float) -> list[str]:
+    """What is proposed for a text, and why.
+
+    Args:
+      flops: the compute that was allowed; None for any.
+      seconds: about how long pretraining will take.
+    """
+    ratio = proposal.tokens / matrix_parameters(proposal.depth, proposal.vocab_size)
+    why = f"{ratio:.1f} tokens for each parameter of layers and head"
+    if proposal.depth == DEPTHS[0] and ratio < TOKENS_PER_PARAMETER / 2:
+        why = f"the smallest depth, because there are only {why}"
     if proposal.passes >= 0.75 * PASSES:
         why += f"; more than {PASSES:.0f} passes teach little"
     elif flops is not None:
-        why += "; this machine's time, not the text, sets the limit"
-    lines.append(why)
-    return lines
+        why += "; the time sets the limit, not the text"
+    return [
+        amount_line(amount, proposal.vocab_size),
+        f"depth {proposal.depth} ({format_tokens(proposal.parameters)} parameters), vocabulary "
+        f"{proposal.vocab_size:,}, context {proposal.sequence_len:,}, {proposal.steps:,} steps of "
+        f"{proposal.batch_tokens:,} tokens: {format_passes(proposal.passes)}",
+        f"{why}; pretraining takes very roughly {format_roughly(seconds)} here",
+    ]
 
 
 def length_lines(experiment: Experiment, amount: TextAmount) -> list[str]:
@@ -52,11 +60,13 @@ def length_lines(experiment: Experiment, amount: TextAmount) -> list[str]:
         f"pretraining reads {format_tokens(tokens)} tokens ({steps:,} steps): {format_passes(passes)}",
     ]
     if passes > MANY:
-        fewer = max(1, int(PASSES * there // config.batch_tokens))
-        change = f"--pretrain.num-iterations={fewer} reads it {PASSES:.0f} times, --sizes=auto chooses a smaller model"
-        worth = "beyond about 16, repeating teaches nothing" if passes > 16 else "repeated text teaches less and less"
-        lines.append(f"warning: pretraining reads the same text {passes:.0f} times; beyond about {PASSES:.0f} passes "
-                     f"{worth}: add text, or {change}")  # fmt: skip
+        fewer = int(PASSES * there // config.batch_tokens)
+        stop = f", and --pretrain.num-iterations={fewer} stops after {PASSES:.0f} passes" if fewer >= WORTHWHILE else ""
+        worth = f"less and less, and nothing beyond about {WORTHLESS:.0f} times"
+        lines.append(
+            f"warning: a text that is read more than {PASSES:.0f} times teaches {worth}; add text, or --sizes=auto "
+            f"chooses a model that suits it{stop}"
+        )
     return lines
 
 

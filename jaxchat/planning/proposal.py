@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from jaxchat.config import Impossible, ModelConfig, model_width
 from jaxchat.errors import UserError
@@ -14,13 +15,14 @@ from jaxchat.planning.text_amount import VOCABULARIES, TextAmount
 # Muennighoff et al., "Scaling Data-Constrained Language Models" (2023): up to four passes over a text are nearly as
 # good as new text; beyond about sixteen, more are worth nothing.
 PASSES = 4.0
-# Hoffmann et al., "Training Compute-Optimal Large Language Models" (2022), here for each parameter of the blocks'
-# matrices: in small models embedding and head are most of the parameters, but an embedding costs nothing and both learn
-# at rates of their own.
-TOKENS_PER_PARAMETER = 20.0
+# The compute-optimal number of training tokens for each parameter in a matrix product. Hoffmann et al., "Training
+# Compute-Optimal Large Language Models" (2022), found 20 of all with AdamW; nanochat's fits of March 2026, with Muon,
+# found 12 and left out the embedding, which costs no compute.
+TOKENS_PER_PARAMETER = 12.0
 DEPTHS = range(2, 33)
+BYTES_PER_TOKEN = 4  # about, where the context is chosen before the vocabulary
 CONTEXTS = (128, 256, 512, 1024, 2048)
-LEAST_BATCH, LARGEST_BATCH = 2048, 524_288
+LEAST_BATCH, LARGEST_BATCH = 512, 524_288
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def propose(
     fixed: Mapping[str, int] | None = None,
     shards: int = 1,
     tensor: int = 1,
+    on_cpu: bool = True,
 ) -> Proposal:
     """The sizes for a text.
 
@@ -70,52 +73,80 @@ def propose(
       fixed: sizes that are decided already, by their names in `Proposal`; the others follow from them too.
       shards: devices that share the rows of a batch.
       tensor: devices that share the heads of a layer.
+      on_cpu: whether the devices are CPUs. Small models do not fill a GPU, so that a deeper one costs less time there
+        than its FLOPs say.
 
     Raises:
       UserError: no depth suits the mesh.
     """
     fixed = fixed or {}
-    vocab_size = fixed.get("vocab_size") or _vocabulary(text, flops)
-    text_tokens = text.tokens(vocab_size)
-    context = fixed.get("sequence_len")
     depths = [fixed["depth"]] if "depth" in fixed else [depth for depth in DEPTHS if _is_possible(depth, tensor)]
     if not depths:
         raise UserError(f"mesh.tensor is {tensor}; no depth up to {DEPTHS[-1]} has heads that it divides; lower it")
-    chosen = depths[0]
-    for depth in depths:
-        length = context or _context(text, vocab_size, depth)
-        tokens = _tokens(text_tokens, flops, depth, vocab_size, length)
-        if matrices(depth) * TOKENS_PER_PARAMETER > tokens:
-            break
-        chosen = depth
-    length = context or _context(text, vocab_size, chosen)
-    tokens = _tokens(text_tokens, flops, chosen, vocab_size, length)
-    if "steps" in fixed and "batch_tokens" not in fixed:
-        tokens = min(tokens, fixed["steps"] * LARGEST_BATCH)
-    batch = fixed.get("batch_tokens") or _batch(tokens, length, shards)
-    steps = fixed.get("steps") or max(1, int(tokens // batch))
-    width = model_width(chosen)
+    vocabularies = sorted(text.bytes_per_token, reverse=True)
+    if "vocab_size" in fixed:
+        vocabularies = [fixed["vocab_size"]]
+    fits = [_fit(text, size, flops, depths, fixed, on_cpu) for size in vocabularies]
+    fit = next((fit for fit in fits if fit.vocab_size <= _vocabulary(fit.read_bytes)), fits[-1])
+    batch = fixed.get("batch_tokens") or _batch(fit.tokens, fit.sequence_len, shards)
+    steps = fixed.get("steps") or max(1, int(fit.tokens // batch))
     return Proposal(
-        vocab_size=vocab_size,
-        depth=chosen,
-        sequence_len=length,
+        vocab_size=fit.vocab_size,
+        depth=fit.depth,
+        sequence_len=fit.sequence_len,
         batch_tokens=batch,
         steps=steps,
-        text_tokens=text_tokens,
-        parameters=matrices(chosen) + 2 * width * _padded(vocab_size),
-        flops=float(steps) * batch * flops_per_token(chosen, vocab_size, length),
+        text_tokens=text.tokens(fit.vocab_size),
+        parameters=matrix_parameters(fit.depth, fit.vocab_size) + model_width(fit.depth) * _padded(fit.vocab_size),
+        flops=float(steps) * batch * flops_per_token(fit.depth, fit.vocab_size, fit.sequence_len),
     )
 
 
-def matrices(depth: int) -> int:
-    """Parameters of the blocks' matrices: 4 squares of the width in attention and 8 in the MLP of each layer."""
-    return 12 * depth * model_width(depth) ** 2
+class _Fit(NamedTuple):
+    """A model for a vocabulary, the tokens to train it on, and the bytes of the text that are read at least once."""
+
+    vocab_size: int
+    depth: int
+    sequence_len: int
+    tokens: float
+    read_bytes: float
+
+
+def _fit(
+    text: TextAmount,
+    vocab_size: int,
+    flops: float | None,
+    depths: Sequence[int],
+    fixed: Mapping[str, int],
+    on_cpu: bool,
+) -> _Fit:
+    """The depth whose tokens for each parameter are nearest to the best number, as a factor."""
+    there = text.tokens(vocab_size)
+
+    def fit(depth: int) -> _Fit:
+        length = fixed.get("sequence_len") or _context(text, depth)
+        tokens = PASSES * there
+        if flops is not None:
+            tokens = min(tokens, flops / flops_per_token(depth, vocab_size, length))
+        return _Fit(vocab_size, depth, length, tokens, text.bytes * min(1.0, tokens / there))
+
+    def distance(fit: _Fit) -> float:
+        best = TOKENS_PER_PARAMETER if on_cpu else min(TOKENS_PER_PARAMETER, fit.depth)
+        return abs(math.log(fit.tokens / matrix_parameters(fit.depth, vocab_size) / best))
+
+    return min(map(fit, depths), key=distance)
+
+
+def matrix_parameters(depth: int, vocab_size: int) -> int:
+    """Parameters in matrix products: of each layer 4 squares of the width in attention 8 in the MLP; and the head."""
+    width = model_width(depth)
+    return 12 * depth * width**2 + width * _padded(vocab_size)
 
 
 def flops_per_token(depth: int, vocab_size: int, sequence_len: int) -> int:
     """As `jaxchat.train.budget.flops_per_token` for a model with full attention, without building it."""
     width = model_width(depth)
-    return 6 * (matrices(depth) + width * _padded(vocab_size)) + 12 * width * sequence_len * depth
+    return 6 * matrix_parameters(depth, vocab_size) + 12 * width * sequence_len * depth
 
 
 def _padded(vocab_size: int) -> int:
@@ -129,31 +160,24 @@ def _is_possible(depth: int, tensor: int) -> bool:
         return False
 
 
-def _tokens(text_tokens: int, flops: float | None, depth: int, vocab_size: int, length: int) -> float:
-    """Tokens to train on: `PASSES` over the text, or fewer where compute ends before."""
-    most = PASSES * text_tokens
-    return most if flops is None else min(most, flops / flops_per_token(depth, vocab_size, length))
+def _vocabulary(size: float) -> int:
+    """A power of two for so many bytes: 4,096 for 1 MB, growing with their power of 0.3, and at least 512."""
+    return max(VOCABULARIES[0], 1 << round(math.log2(4096 * (max(1.0, size) / 1e6) ** 0.3)))
 
 
-def _vocabulary(text: TextAmount, flops: float | None) -> int:
-    """The power of two that is nearest to the root of the bytes that are read at least once."""
-    size = text.bytes
-    if flops is not None:
-        size = min(size, round(4 * math.sqrt(TOKENS_PER_PARAMETER * flops / 6)))
-    nearest = 1 << round(math.log2(math.sqrt(max(1, size))))
-    known = [each for each in text.bytes_per_token if each <= max(nearest, VOCABULARIES[0])]
-    return max(known, default=min(text.bytes_per_token))
-
-
-def _context(text: TextAmount, vocab_size: int, depth: int) -> int:
-    """As long as documents are and as the model can use: at most 64 tokens a layer, or all of them from 12 on."""
-    tokens = text.longer * text.tokens(vocab_size) / max(1, text.bytes)
+def _context(text: TextAmount, depth: int) -> int:
+    """As long as documents are and as the model can use: at most 128 tokens a layer, or all of them from 12 on."""
+    tokens = min(text.longer, text.bytes / 4) / BYTES_PER_TOKEN  # a text of one document has to fill rows too
     most = min(2 * tokens, CONTEXTS[-1] if depth >= 12 else 128 * depth)
     return max((each for each in CONTEXTS if each <= most), default=CONTEXTS[0])
 
 
 def _batch(tokens: float, length: int, shards: int) -> int:
-    """A power of two of rows on each device. A batch grows with the root of the tokens, as in d12's 131,072 of 50M."""
-    wanted = min(LARGEST_BATCH, max(LEAST_BATCH, 4 * math.sqrt(tokens)))
+    """A power of two of rows on each device, for as many tokens as suit a training on `tokens`.
+
+    It grows with their power of 0.7, from 2,048 for 0.6 million, where smaller ones were hardly better and larger ones
+    worse on a d2, to 524,288 for 1.6 billion, as many as a d12 deserves.
+    """
+    wanted = min(LARGEST_BATCH, max(LEAST_BATCH, LARGEST_BATCH * (tokens / 1.6e9) ** 0.7))
     rows = 1 << max(0, round(math.log2(wanted / (length * shards))))
     return rows * length * shards

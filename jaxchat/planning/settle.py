@@ -12,7 +12,10 @@ from jaxchat.errors import UserError
 from jaxchat.planning.known_text import find_amount
 from jaxchat.planning.lines import length_lines, proposal_lines
 from jaxchat.planning.proposal import Proposal, propose
+from jaxchat.planning.text_amount import TextAmount
 from jaxchat.runs.directory import RunDirectory
+from jaxchat.storage import size_of, to_path
+from jaxchat.tasks.conversations import find_chats
 
 # The sizes that a proposal decides, by the names of its fields.
 SIZES = {
@@ -26,8 +29,12 @@ LENGTHS = ("pretrain.num_iterations", "pretrain.target_flops", "pretrain.tokens_
 # What follows from them; all together are what a run that has begun keeps to.
 FOLLOWING = (
     "pretrain.eval_every", "pretrain.eval_tokens", "pretrain.sample_every", "pretrain.save_every",
-    "midtrain.batch_tokens", "sft.batch_tokens",
+    "midtrain.batch_tokens", "midtrain.num_iterations", "sft.batch_tokens", "sft.num_iterations",
 )  # fmt: skip
+CPU_SECONDS = 15 * 60.0  # of pretraining, without a budget: a CPU would take days for what a long text deserves
+# Tokens of the later stages to those of pretraining, as in the quickstart.
+LATER = {"midtrain": 0.4, "sft": 0.3}
+GENERATED_BYTES = 310  # of a generated conversation, as JSON
 Say = Callable[[str], None]
 
 
@@ -56,6 +63,7 @@ def settle(
     given: Collection[str] = (),
     flops: float | None = None,
     shards: int = 1,
+    amount: TextAmount | None = None,
     say: Say = print,
 ) -> Experiment:
     """Counts the text, and says how much there is and how often pretraining reads it.
@@ -68,12 +76,13 @@ def settle(
       given: the fields that the user has set, such as `model.depth`, which stay.
       flops: of pretraining, at most; None for as many as the text deserves.
       shards: devices that share the rows of a batch.
+      amount: of the text, if it has been counted (on process 0).
       say: takes lines for the user.
 
     Raises:
       UserError: the text cannot be read; the sizes that are set do not go together with those that follow.
     """
-    changes = on_process_zero(lambda: _changes(experiment, begun, given, flops, shards, say))
+    changes = on_process_zero(lambda: _changes(experiment, begun, given, flops, shards, amount, say))
     return replace_fields(experiment, changes)
 
 
@@ -83,11 +92,12 @@ def _changes(
     given: Collection[str],
     flops: float | None,
     shards: int,
+    amount: TextAmount | None,
     say: Say,
 ) -> dict[str, Any]:
     finished = [stage for stage in STAGES if begun is not None and begun.finished(stage)]
     unfinished = [stage for stage in ("tokenizer", "pretrain") if stage in experiment.stages and stage not in finished]
-    amount = find_amount(experiment, begun, say) if unfinished else None
+    amount = (amount or find_amount(experiment, begun, say)) if unfinished else None
     if amount is None:
         return {}
     if experiment.sizes == "fixed" or begun is not None:
@@ -97,13 +107,17 @@ def _changes(
     fixed = {name: _value(experiment, field) for name, field in SIZES.items() if field in given}
     if experiment.tokenizer.path is not None:
         fixed["vocab_size"] = experiment.tokenizer.vocab_size
-    proposal = propose(amount, flops, fixed=fixed, shards=shards, tensor=experiment.mesh.tensor)
+    speed, on_cpu = training_speed()
+    if flops is None and on_cpu:
+        flops = CPU_SECONDS * speed
+    proposal = propose(amount, flops, fixed=fixed, shards=shards, tensor=experiment.mesh.tensor, on_cpu=on_cpu)
     changes = changes_of(proposal, experiment, given, shards)
+    changes |= _shorter_stages(proposal, experiment, amount, given, changes, limited=on_cpu)
     try:
-        settled = replace_fields(experiment, changes)
+        replace_fields(experiment, changes)
     except Impossible as error:
         raise UserError(f"{error}; or leave the other sizes out, and they follow from this one") from None
-    for line in proposal_lines(settled, proposal, amount, flops):
+    for line in proposal_lines(proposal, amount, flops, proposal.flops / speed):
         say(f"sizes     {line}")
     return changes
 
@@ -125,6 +139,56 @@ def changes_of(
     fields["midtrain.batch_tokens"] = min(batch, _whole_rows(experiment.midtrain.batch_tokens, row))
     fields["sft.batch_tokens"] = min(batch, _whole_rows(experiment.sft.batch_tokens, row))
     return {name: value for name, value in fields.items() if name not in given}
+
+
+def training_speed() -> tuple[float, bool]:
+    """About how many FLOP/s training reaches on all devices here, and whether they are CPUs."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxchat.devices.gpu import multiplies_bf16
+    from jaxchat.devices.speed import SHARE, measure_products
+
+    speed = measure_products(jnp.bfloat16 if multiplies_bf16() else jnp.float32)
+    on_cpu = jax.default_backend() == "cpu"
+    return SHARE * speed * (1 if on_cpu else jax.device_count()), on_cpu  # CPU devices share the cores
+
+
+def _shorter_stages(
+    proposal: Proposal,
+    experiment: Experiment,
+    amount: TextAmount,
+    given: Collection[str],
+    changes: Mapping[str, Any],
+    *,
+    limited: bool,
+) -> dict[str, int]:
+    """Steps of midtraining and SFT where all conversations would take too long, or are generated.
+
+    Args:
+      changes: what the proposal changes.
+      limited: whether time is short, so that not all of the user's conversations are trained on either.
+    """
+    own, size = _conversation_bytes(experiment)
+    if own and not limited:
+        return {}
+    each = size / amount.bytes_per_token_of(proposal.vocab_size)
+    steps: dict[str, int] = {}
+    for stage, share in LATER.items():
+        names = {f"{stage}.num_iterations", f"{stage}.epochs"}
+        if share * proposal.tokens < each and names.isdisjoint(given):
+            batch = changes.get(f"{stage}.batch_tokens") or _value(experiment, f"{stage}.batch_tokens")
+            steps[f"{stage}.num_iterations"] = max(1, round(share * proposal.tokens / batch))
+    return steps
+
+
+def _conversation_bytes(experiment: Experiment) -> tuple[bool, int]:
+    """Whether the conversations are the user's, and about how many bytes they have."""
+    folder = experiment.data.folder
+    if folder is not None and (to_path(folder) / "chat").exists():
+        files = find_chats(to_path(folder) / "chat").train
+        return True, sum(size_of(path) for path in files)
+    return False, GENERATED_BYTES * experiment.data.synthetic_conversations
 
 
 def _whole_rows(tokens: int, row: int) -> int:

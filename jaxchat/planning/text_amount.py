@@ -11,10 +11,12 @@ import numpy as np
 from jaxchat.data.text.shards import TextBlocks, TextFiles, text_bytes
 from jaxchat.errors import UserError
 from jaxchat.runs.progress import format_duration
-from jaxchat.tokenizer import SPECIAL_TOKENS, BaseTokenizer, Tokenizer
+from jaxchat.storage import is_remote
+from jaxchat.tokenizer import MIN_VOCAB, SPECIAL_TOKENS, BaseTokenizer, Tokenizer
 
 VOCABULARIES = tuple(512 << i for i in range(8))  # up to 65,536
 READ_BYTES = 256 << 20  # of text: so much is read as a whole, of more an even sample of this size
+REMOTE_BYTES = 32 << 20  # the same in cloud storage
 SAMPLE_BYTES = 32 << 20  # on which vocabularies are tried
 ENCODED_BYTES = 4 << 20  # of the sample
 SAY_SECONDS = 5.0
@@ -41,14 +43,13 @@ class TextAmount:
     longer: int
 
     def tokens(self, vocab_size: int) -> int:
-        """About how many tokens the text has, each document's first included.
+        """About how many tokens the text has, each document's first included."""
+        return round(self.bytes / self.bytes_per_token_of(vocab_size)) + self.documents
 
-        Between the sizes that were tried, the bytes a token stands for grow with the logarithm of the vocabulary.
-        """
+    def bytes_per_token_of(self, vocab_size: int) -> float:
+        """As `bytes_per_token`, between the sizes there growing with the logarithm of the vocabulary."""
         sizes = sorted(self.bytes_per_token)
-        known = [self.bytes_per_token[size] for size in sizes]
-        each = float(np.interp(np.log(vocab_size), np.log(sizes), known))
-        return round(self.bytes / each) + self.documents
+        return float(np.interp(np.log(vocab_size), np.log(sizes), [self.bytes_per_token[size] for size in sizes]))
 
 
 def measure_text(
@@ -65,11 +66,11 @@ def measure_text(
       say: takes a line for the user, if it takes long.
 
     Raises:
-      UserError: text that cannot be read (see `TextBlocks`); a vocabulary larger than the text supports.
+      UserError: text that cannot be read (see `TextBlocks`).
     """
     blocks, size = TextBlocks(side), max(1, text_bytes(side))
-    count = len(blocks)
-    indices = _spread(count, min(count, max(2, count * READ_BYTES // size)))
+    count, most = len(blocks), REMOTE_BYTES if is_remote(side.files[0]) else READ_BYTES
+    indices = _spread(count, min(count, max(2, count * most // size)))
     lengths: list[int] = []
     sample: list[str] = []
     began = said = time.monotonic()
@@ -102,9 +103,6 @@ def amount_of(
       sample: some of these documents.
       share: how much of the text is known; 1 for all of it.
       vocab_size, tokenizer: as in `measure_text`.
-
-    Raises:
-      UserError: a vocabulary larger than the text supports.
     """
     if tokenizer is not None:
         known = {tokenizer.vocab_size: _bytes_per_token(tokenizer, sample)}
@@ -132,27 +130,24 @@ def _weighted_median(lengths: Sequence[int]) -> int:
 
 
 def _try_vocabularies(sample: Sequence[str], sizes: Sequence[int]) -> dict[int, float]:
-    """The bytes a token stands for, for each of the sizes that the sample supports.
+    """The bytes a token stands for, for each of the sizes that the sample supports; of bytes alone if it is none.
 
-    Raises:
-      UserError: it supports none.
+    A vocabulary that the text does not support is refused where it is made.
     """
     special = len(SPECIAL_TOKENS)
-    for at in range(len(sizes), 0, -1):
+    for largest in sorted({*sizes, *(size for size in VOCABULARIES if size < max(sizes))}, reverse=True):
         try:
-            largest = Tokenizer.train_from_iterator(sample, sizes[at - 1])
+            tokens = Tokenizer.train_from_iterator(sample, largest).tokens()
         except UserError:
-            if at == 1:
-                raise
             continue
-        tokens = largest.tokens()[: sizes[at - 1] - special]
-        return {size: _bytes_per_token(Tokenizer(tokens[: size - special]), sample) for size in sizes[:at]}
-    raise ValueError("no vocabulary to try")
+        tried = [size for size in sizes if size <= largest] or [largest]
+        return {size: _bytes_per_token(Tokenizer(tokens[: size - special]), sample) for size in tried}
+    return {MIN_VOCAB: 1.0}
 
 
 def _bytes_per_token(tokenizer: BaseTokenizer, sample: Sequence[str]) -> float:
     sizes = [len(text.encode()) for text in sample]
     step = max(1, sum(sizes) // ENCODED_BYTES)
-    texts = sample[::step]
+    texts = list(sample[::step])
     ids, _ = tokenizer.encode_to_numpy(texts)
     return sum(sizes[::step]) / max(1, len(ids))

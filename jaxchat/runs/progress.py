@@ -47,6 +47,10 @@ class LiveLine:
         if self._is_time():
             self._draw()
 
+    def expect(self, total_steps: int) -> None:
+        """Shows updates as steps of so many from now on."""
+        self._total = total_steps
+
     def show_progress(self, doing: str, done: int, total: int) -> None:
         """Shows how far something has come that the steps wait for; costs almost nothing if it is not yet time to draw.
 
@@ -167,3 +171,10 @@ def format_duration(seconds: float) -> str:
         return f"{minutes // 60}h {minutes % 60:02}m"
     hours = round(minutes / 60)
     return f"{hours // 24}d {hours % 24:02}h"
+
+
+def format_roughly(seconds: float) -> str:
+    """A time that is estimated and deserves no more digits: `3 minutes`, `2 years`."""
+    units = {"year": 365 * 86400, "day": 86400, "hour": 3600, "minute": 60}
+    unit, size = next(((unit, size) for unit, size in units.items() if seconds >= 1.5 * size), ("minute", 60))
+    return format_number(max(1, round(seconds / size)), unit)
