@@ -2,6 +2,7 @@
 
     python launch.py --experiment=quickstart
     python launch.py --experiment=d12 --pretrain.num-iterations=200
+    python launch.py --data=DIR
     python launch.py --experiment=d12 --data=DIR --identity=FILE
     python launch.py --experiment=finetune --init-from=RUN --data=DIR
     python launch.py --list
@@ -84,7 +85,7 @@ def launch_parser() -> Parser:
     add = parser.add_argument
     add("-h", "--help", action="store_true", help="Show this page; with --experiment, all its fields too.")
     add("--list", action="store_true", help="List the experiments.")
-    add("--experiment", metavar="NAME", help="The experiment: a file in experiments/.")
+    add("--experiment", metavar="NAME", help="The experiment: a file in experiments/. (default auto, with --data)")
     add("--stages", type=words, metavar="A,B", help=f"Run only these stages, of {', '.join(STAGES)}.")
     add("--run-dir", type=path, metavar="DIR", help="Where the run lives. (default runs/NAME)")
     add(
