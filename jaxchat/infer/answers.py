@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxchat.infer.request import NO_OUTPUT, Finish, NewToken, NoOutput, Output, Request
 from jaxchat.infer.sampling import Level
@@ -21,11 +21,13 @@ class Completion:
       tokens: without the token that stopped the row.
       sampled: False for each token that was forced in as a tool's answer.
       stop: the token that stopped the row; None if it reached `max_new_tokens` or the end of the context.
+      logprobs: the log-probabilities of `tokens` and then of `stop`, if they were asked for; NaN where it was forced.
     """
 
     tokens: list[int]
     sampled: list[bool]
     stop: int | None
+    logprobs: list[float] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:

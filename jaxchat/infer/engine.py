@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ from jaxchat.infer.capacity import bucket, pages_of
 from jaxchat.infer.pages import PagePool
 from jaxchat.infer.programs import Setup
 from jaxchat.infer.quantized import KVCache, Weights, cache_dtype, stored
-from jaxchat.infer.request import MOST_ALTERNATIVES, Output, Request, Sampling, Tool
+from jaxchat.infer.request import MOST_ALTERNATIVES, NewToken, Output, Request, Sampling, Tool
 from jaxchat.infer.runner import Runner
 from jaxchat.infer.sampling import check_sampling, level_of
 from jaxchat.infer.scheduler import Budget, Row, Scheduler
@@ -209,19 +210,23 @@ class Engine:
 
     # --- a fixed list of prompts --------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[Sequence[int]], **options) -> list[Completion]:
-        """The completions of `prompts`, in their order. Options and errors are those of `stream`."""
-        tokens: list[list[int]] = [[] for _ in prompts]
-        sampled: list[list[bool]] = [[] for _ in prompts]
-        for written in self.stream(prompts, **options):
-            for row, token, own in written:
-                tokens[row].append(token)
-                sampled[row].append(own)
+    def generate(self, prompts: Sequence[Sequence[int]], *, logprobs: bool = False, **options) -> list[Completion]:
+        """The completions of `prompts`, in their order. Options and errors are those of `stream`.
+
+        With `logprobs`, each sampled token comes with its log-probability at the temperature at which it was sampled,
+        over the whole vocabulary; at temperature 0 it is that of the model.
+        """
+        rows: list[list[NewToken]] = [[] for _ in prompts]
+        for written in self._written(prompts, logprobs=logprobs, **options):
+            for row, token in written:
+                rows[row].append(token)
         completions = []
-        for ids, own in zip(tokens, sampled, strict=True):
+        for row in rows:
+            ids, own = [token.id for token in row], [token.sampled for token in row]
             stop = ids[-1] if own[-1] and ids[-1] in self.stops else None
             end = len(ids) if stop is None else -1
-            completions.append(Completion(ids[:end], own[:end], stop))
+            scores = [math.nan if token.logprob is None else token.logprob for token in row] if logprobs else []
+            completions.append(Completion(ids[:end], own[:end], stop, scores))
         return completions
 
     def stream(
@@ -253,9 +258,38 @@ class Engine:
         Raises:
           UserError: a prompt is empty or fills the context, or an option is out of range.
         """
+        for written in self._written(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+            tools=tools,
+            tool=tool,
+            max_batch=max_batch,
+        ):
+            yield [(row, token.id, token.sampled) for row, token in written]
+
+    def _written(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        tools: bool = True,
+        tool: Tool = calculate,
+        max_batch: int = 256,
+        logprobs: bool = False,
+    ) -> Iterator[list[tuple[int, NewToken]]]:
+        """What `stream` yields, with the log-probabilities of `generate`."""
         check(max_batch >= 1, f"max_batch is {max_batch}; it must be at least 1")
         sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
         request = Request((), max_new_tokens, sampling, tool=tool if tools else None, instant=True)
+        if logprobs:
+            sampling = dataclasses.replace(sampling, logprob_temperature=temperature or 1.0)
+            request = dataclasses.replace(request, logprobs=0)
         requests = [
             dataclasses.replace(request, prompt=prompt, sampling=dataclasses.replace(sampling, number=row))
             for row, prompt in enumerate(prompts)
@@ -278,7 +312,7 @@ class Engine:
                 outputs = self.step()
                 others += [output for output in outputs if output.request not in rows]
                 yield [
-                    (rows[output.request], token.id, token.sampled)
+                    (rows[output.request], token)
                     for output in outputs
                     if output.request in rows
                     for token in output.tokens
@@ -367,13 +401,16 @@ class Engine:
             f"a prompt of {row.prompt} tokens and an answer of {limit} take {pages} pages of the cache, which has "
             f"{most} of {PAGE} tokens; ask for a shorter answer, or give the engine more cache_tokens",
         )
-        with_logs = request.logprobs is not None or request.prompt_logprobs
+        level = level_of([request.sampling])
+        if request.logprobs is not None or request.prompt_logprobs:
+            alone = request.logprobs == 0 and not request.prompt_logprobs
+            level = "scored" if alone and level == "plain" else "full"
         row.owner = answer = Answer(
             self._numbers,
             request,
             row,
             self.tokenizer,
-            level="full" if with_logs else level_of([request.sampling]),
+            level=level,
             stops=self.stops if request.stop_tokens is None else request.stop_tokens,
             with_text=with_text,
         )

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxchat.devices.mesh import BATCH_SPEC
 from jaxchat.infer.request import MOST_ALTERNATIVES, Sampling
-from jaxchat.infer.sampling import Level, Seen, Settings, add_seen, draw, logprobs, settings_of
+from jaxchat.infer.sampling import Level, Seen, Settings, add_seen, draw, logprob, logprobs, settings_of
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.generation import init_pages, join_qkv, paged_hidden
 from jaxchat.model.gpt import Params, logits
@@ -166,7 +166,8 @@ def decode(
     """Draws up to `steps` tokens for each of the `packed` lanes.
 
     Returns the tokens, with -1 where a lane has stopped. At level "full" what follows each token are its
-    log-probability, the `MOST_ALTERNATIVES` likeliest ids and their log-probabilities, the latter as bits of fp32.
+    log-probability, the `MOST_ALTERNATIVES` likeliest ids and their log-probabilities, the latter as bits of fp32. At
+    level "scored" it is its log-probability alone.
     """
 
     def run(weights, pages, carried, seen, bits):
@@ -212,7 +213,12 @@ def _decode_step(setup: Setup, level: Level, weights: Weights, lanes: Lanes, sta
         status=jnp.where(running, status, rows.status),
     )
     written = jnp.where(running, token, -1)
-    if level == "full":
+    if level in ("scored", "full"):
+        scores = scores / lanes.settings.logprob_temperature[:, None]
+    if level == "scored":
+        own = jax.lax.bitcast_convert_type(logprob(scores, token), jnp.int32)
+        written = jnp.stack([written, own], axis=1)
+    elif level == "full":
         written = _with_logprobs(written, *logprobs(scores, token, MOST_ALTERNATIVES))
     if seen is not None:
         seen = add_seen(seen, token, running)

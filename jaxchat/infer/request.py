@@ -40,6 +40,7 @@ class Sampling:
       min_p: only ids can be drawn that are at least this share of the likeliest one's probability (arXiv:2407.01082).
       seed, number: decide the draws, together with how many tokens the answer has; `number` tells apart samples with
         the same seed.
+      logprob_temperature: divides the model's logits where log-probabilities are asked for; it decides no draw.
     """
 
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -52,6 +53,7 @@ class Sampling:
     min_p: float = 0.0
     seed: int = 0
     number: int = 0
+    logprob_temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Request:
       stop: texts that end the answer, which does not contain them.
       stop_tokens: ids that end the answer; None for those that end an assistant's turn.
       logprobs: how many alternatives to give with the log-probability of each token, 0 to `MOST_ALTERNATIVES`; None
-        for no log-probabilities. They are those of the model, before any setting of `sampling`.
+        for no log-probabilities. They are those of the model, before any setting of `sampling` but
+        `logprob_temperature`.
       prompt_logprobs: whether the prompt's tokens get log-probabilities too, with as many alternatives.
       tool: what answers a call between <|python_start|> and <|python_end|>; None for no tool.
       instant: the tool is as fast as the calculator. The engine waits for it, so that what it computes together does

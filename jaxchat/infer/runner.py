@@ -23,7 +23,7 @@ from jaxchat.devices.mesh import put_whole
 from jaxchat.infer import programs
 from jaxchat.infer.programs import STOPS, Lanes, Setup
 from jaxchat.infer.request import Sampling
-from jaxchat.infer.sampling import LEVELS, Level, Settings, seen_of, settings_of
+from jaxchat.infer.sampling import LEVELS, Level, Settings, seen_of, serving, settings_of
 from jaxchat.infer.scheduler import Budget, Chunk, Copy, Row
 from jaxchat.model.gpt import Params
 from jaxchat.ops.pages import PAGE
@@ -213,7 +213,7 @@ class Runner:
     def _choose(self, level: Level, rows: int, steps: int) -> tuple[Level, int]:
         """The level and size for rows that decode: what is compiled, if it serves."""
         sizes = [size for size in self._row_sizes() if size >= rows]
-        for other in LEVELS[LEVELS.index(level) :] if self.warm else (level,):
+        for other in serving(level) if self.warm else (level,):
             for size in sizes:
                 if self._known(programs.decode, (other, steps), size):
                     return other, size

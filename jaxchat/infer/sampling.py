@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -29,8 +29,9 @@ from jaxchat.ops.cross_entropy import NEVER
 # What a program can do, from the fewest passes over the logits to the most; the token is the same at each level that
 # serves the row.
 # plain: temperature, greedy.  top_k: also top-k up to `SMALL_TOP_K`.  full: everything.
-Level = Literal["plain", "top_k", "full"]
-LEVELS: tuple[Level, ...] = ("plain", "top_k", "full")
+# scored: as plain, with the log-probability of each token, but without alternatives.
+Level = Literal["plain", "top_k", "full", "scored"]
+LEVELS: tuple[Level, ...] = ("plain", "top_k", "full")  # each of them serves what those before it do
 SMALL_TOP_K = 64
 MOST_BIASES = 300  # ids with a bias in a request
 # The model pads its vocabulary to multiples of 128, so that neither of these copies the logits to pad them more.
@@ -56,6 +57,7 @@ class Settings(NamedTuple):
     frequency: Float[Array, " B"]
     presence: Float[Array, " B"]
     key: UInt32[Array, "B 2"]
+    logprob_temperature: Float[Array, " B"]
     bias_ids: Int32[Array, "B N"]  # -1 where a row has fewer than `MOST_BIASES`
     bias_values: Float[Array, "B N"]
 
@@ -64,6 +66,10 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     """Raises `UserError` for a setting that is out of range. Penalties and biases have the ranges of OpenAI's API."""
     s = sampling
     check(0 <= s.temperature < math.inf, f"temperature is {s.temperature}; it must be 0 (greedy) or more")
+    check(
+        0 < s.logprob_temperature < math.inf,
+        f"logprob_temperature is {s.logprob_temperature}; it must be above 0 (1 for the model's own probabilities)",
+    )
     check(s.top_k is None or s.top_k >= 1, f"top_k is {s.top_k}; it must be at least 1, or None for all ids")
     check(0 < s.top_p <= 1, f"top_p is {s.top_p}; it must be above 0 and at most 1")
     check(0 <= s.min_p <= 1, f"min_p is {s.min_p}; it must be 0 to 1")
@@ -84,8 +90,21 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
 
 
 def level_of(samplings: Sequence[Sampling]) -> Level:
-    """The cheapest level that serves all of these rows."""
+    """The cheapest level that serves all of these rows, without log-probabilities."""
     return LEVELS[max((LEVELS.index(_level(sampling)) for sampling in samplings), default=0)]
+
+
+def serving(level: Level) -> tuple[Level, ...]:
+    """The levels that serve what `level` does, from it on."""
+    return ("scored", "full") if level == "scored" else LEVELS[LEVELS.index(level) :]
+
+
+def joint_level(levels: Iterable[Level]) -> Level:
+    """The cheapest level that serves what each of `levels` does; at least one."""
+    wanted = set(levels)
+    if "scored" in wanted:
+        return "scored" if wanted <= {"scored", "plain"} else "full"
+    return max(wanted, key=LEVELS.index)
 
 
 def _level(sampling: Sampling) -> Level:
@@ -129,6 +148,7 @@ def settings_of(samplings: Sequence[Sampling]) -> Settings:
         "frequency": column("frequency_penalty"),
         "presence": column("presence_penalty"),
         "key": np.array([(s.seed % 2**32, s.number % 2**32) for s in samplings], np.uint32).reshape(-1, 2),
+        "logprob_temperature": column("logprob_temperature"),
         "bias_ids": ids,
         "bias_values": values,
     }
@@ -211,7 +231,7 @@ def draw(
     settings = jax.tree.map(jnp.asarray, settings)
     if level == "full":
         logits = _adjusted(logits, settings, seen)
-    if level != "plain":
+    if level not in ("plain", "scored"):
         # One set of numbers for all passes: computed again in each, they might be rounded in another way.
         logits = jax.lax.optimization_barrier(logits)
     blocks = _blocks(logits, BLOCK)
@@ -401,6 +421,12 @@ def _sums(arrays: Sequence[UInt32[Array, "*N K"]]) -> Sequence[UInt32[Array, "*N
 
 
 # --- log-probabilities --------------------------------------------------------------------------------------------
+
+
+def logprob(logits: Float[Array, "B V"], ids: Int[Array, " B"]) -> Float[Array, " B"]:
+    """The log-probability of each row's id, in nats."""
+    own = jnp.take_along_axis(logits, ids[:, None].astype(jnp.int32), axis=-1)[:, 0]
+    return own - jax.nn.logsumexp(logits, axis=-1)
 
 
 def logprobs(

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from jaxchat.infer.answers import Answer
 from jaxchat.infer.request import MOST_ALTERNATIVES, NewToken, NoOutput
 from jaxchat.infer.runner import STEPS, Runner
-from jaxchat.infer.sampling import LEVELS, needs_seen
+from jaxchat.infer.sampling import joint_level, needs_seen
 from jaxchat.infer.scheduler import Chunk, Row, Scheduler
 from jaxchat.tools.calculator import calculate
 
@@ -91,7 +91,7 @@ class Turns:
         for row in rows:
             if row.fresh and needs_seen(row.owner.request.sampling):
                 runner.set_seen(row)
-        level = max((row.owner.level for row in rows), key=LEVELS.index)
+        level = joint_level(row.owner.level for row in rows)
         longest = max(row.limit - row.written - row.ahead for row in rows)
         # First tokens are drawn alone, where that does not hold up many other rows.
         first = FEW * sum(row.written + row.ahead == 0 for row in rows) >= len(rows)
