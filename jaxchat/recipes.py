@@ -10,6 +10,7 @@ from jaxchat.config import (
     FinetuneConfig,
     ModelConfig,
     PretrainConfig,
+    RLConfig,
     ScheduleConfig,
     TokenizerConfig,
 )
@@ -65,6 +66,7 @@ def on_text(
             tasks=SCORED,
             tasks_every=200,
         ),
+        rl=RLConfig(schedule=ScheduleConfig(decay_ratio=1.0)),
         evaluate=EvaluateConfig(tasks=("arc_easy", "arc_challenge", "mmlu", "gsm8k", "identity")),
         cost=CostConfig(device="NVIDIA H100", devices=devices, expected_mfu=mfu),
     )

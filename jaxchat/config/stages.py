@@ -105,9 +105,30 @@ class RLConfig(TrainConfig):
 
     num_iterations: Annotated[int | None, STEPS] = None
     """Optimizer steps. None: one pass over the questions."""
-    method: Literal["reinforce", "best_of_n"] = "reinforce"
-    """Weight each sampled token by its answer's reward minus the mean of the question's samples (reinforce), or
-    fine-tune on each question's best sample (best_of_n)."""
+    method: Literal["reinforce", "clipped", "cispo", "gspo", "best_of_n"] = "reinforce"
+    """The loss of a sampled token, given its answer's advantage. reinforce: the advantage times -log p. clipped: minus
+    the advantage times the ratio of p to that of sampling, within limits (PPO, DAPO). cispo: reinforce times that
+    ratio, up to ratio-cap. gspo: clipped, with the answer's mean ratio. best_of_n: -log p of each question's best
+    sample alone."""
+    advantage: Literal["centred", "leave_one_out", "standardised", "maximum_likelihood"] = "centred"
+    """From rewards to advantages: the reward minus the mean of the question's samples (centred) or of the others
+    (leave_one_out); centred, and divided by the standard deviation (standardised, as GRPO) or by the mean
+    (maximum_likelihood, which learns most from what rarely succeeds)."""
+    average: Literal["tokens", "answers", "length"] = "tokens"
+    """The loss is a mean over all tokens (as DAPO), over each answer's tokens and then over answers (as GRPO), or a sum
+    over each answer's tokens, divided by max-new-tokens, and then a mean over answers (as Dr. GRPO)."""
+    updates_per_batch: Annotated[int, Range(at_least=1, at_most=1024)] = 1
+    """Optimizer steps on each batch of answers. More than one needs clipped, cispo or gspo, or best_of_n."""
+    clip_low: Annotated[float | None, Range(above=0, below=1)] = None
+    """How far below 1 the ratio of clipped and gspo may go. None: 0.2, and 0.0003 for gspo."""
+    clip_high: Annotated[float | None, Range(above=0, at_most=1000)] = None
+    """How far above 1 the ratio of clipped and gspo may go. None: 0.28, and 0.0004 for gspo."""
+    ratio_cap: Annotated[float, Range(above=0, at_most=1000)] = 5.0
+    """The largest ratio that counts with cispo."""
+    kl: Annotated[float, Range(at_least=0, at_most=1000)] = 0.0
+    """Weight of the KL divergence from the model that the stage begins with, which is then kept in memory."""
+    entropy: Annotated[float, Range(at_least=0, at_most=1000)] = 0.0
+    """Weight of the entropy of the tokens' distributions, in nats, which keeps answers varied."""
     tasks: Annotated[tuple[str, ...], UserPath()] = ("gsm8k",)
     """Tasks that ask and reward: NAME or NAME:EXAMPLES."""
     humaneval: bool = False
@@ -122,16 +143,28 @@ class RLConfig(TrainConfig):
     """Longest answer, in tokens."""
     temperature: Annotated[float, Range(at_least=0.01, at_most=100)] = 1.0
     """Sampling temperature; lower is less varied."""
-    top_k: Annotated[int | None, COUNT] = 50
-    """Sample from the k likeliest tokens. None: from all."""
+    top_k: Annotated[int | None, COUNT] = None
+    """Sample from the k likeliest tokens. None: from all, as everything but reinforce and best_of_n needs it."""
     lr_fraction: Annotated[float, RATE] = 0.05
     eval_questions: Annotated[int, COUNT] = 400
     """Held-out questions of an evaluation."""
     eval_every: Annotated[int, EVERY] = 60
+    save_every: Annotated[int, EVERY] = 60
 
     def __post_init__(self):
         super().__post_init__()
         _add_humaneval(self)
+        ratios = self.method in ("clipped", "cispo", "gspo")
+        self.check(
+            self.updates_per_batch == 1 or ratios or self.method == "best_of_n",
+            f"updates-per-batch is {self.updates_per_batch}, but after one update the model would answer otherwise, "
+            f"which {self.method} does not allow for; set method to clipped, cispo or gspo, or updates-per-batch to 1",
+        )
+        self.check(
+            self.top_k is None or not (ratios or self.kl),
+            f"top-k is {self.top_k}, but {f'{self.method} needs' if ratios else 'kl needs'} the probabilities at which "
+            "tokens were sampled to be those of the whole vocabulary; leave top-k out, or set it to None",
+        )
         self.check(len(self.tasks) > 0, "tasks is empty; name at least one task, such as gsm8k")
         answers = self.questions_per_step * self.samples_per_question
         self.check(

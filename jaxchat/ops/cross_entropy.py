@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -39,28 +42,58 @@ def nll_of(capped: Float[Array, "... V"], targets: Int[Array, "..."]) -> tuple[A
     return log_sum, jnp.where(targets >= 0, log_sum - target_score, 0.0)
 
 
+# What a loss has to do with the entropies of the distributions that its targets come from.
+Entropy = Literal["unused", "measured", "trained"]
+
+
+class Weighed(NamedTuple):
+    """What a loss makes of its targets' log-probabilities and entropies.
+
+    Attributes:
+      loss: over all targets.
+      weights: its derivatives for the targets' -log p; 0 where there is no target.
+      entropy_weights: minus its derivatives for the entropies, if these are trained; 0 where there is no target.
+      sums: of what is measured, over all targets.
+    """
+
+    loss: Float[Array, ""]
+    weights: Float[Array, "B T"]
+    entropy_weights: Float[Array, "B T"] | None
+    sums: dict[str, Float[Array, ""]]
+
+
+Weigh = Callable[[Float[Array, "B T"], Float[Array, "B T"] | None], Weighed]  # from -log p and entropies, in nats
+
+
 @operation
 def loss_and_gradients(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "D V"],
     targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
+    weigh: Weigh,
+    entropy: Entropy,
     vocab_size: int,
     cap: float,
-) -> tuple[Float[Array, ""], Float[Array, "B T D"], Float[Array, "D V"]]:
-    """Σ weight · -log p(target) over the targets that are not negative, and its gradients for `hidden` and `head`.
+) -> tuple[Float[Array, ""], Float[Array, "B T D"], Float[Array, "D V"], dict[str, Float[Array, ""]]]:
+    """What `weigh` makes of the targets that are not negative: the loss, its gradients for `hidden` and `head`, sums.
 
     `head` has the dtype of `hidden`; its gradient is fp32. The logits of all positions are held at once.
     """
     capped = capped_logits(hidden, head, vocab_size, cap)
     log_sum, nll = nll_of(capped, targets)
-    weights = jnp.where(targets >= 0, weights, 0.0)
+    log_p = capped - log_sum[..., None]
+    p = jnp.exp(log_p)
+    entropies = None if entropy == "unused" else -jnp.sum(p * log_p, axis=-1)
+    weighed = weigh(nll, entropies)
     hit = jnp.arange(head.shape[1]) == targets[..., None]
     # d(cap · tanh(s / cap))/ds = 1 - tanh²; a padded id's softmax is exactly zero, so its column gets no gradient.
-    slope = 1.0 - jnp.square(capped / cap)
-    grad = (jnp.exp(capped - log_sum[..., None]) - hit) * jnp.where(capped > NEVER, slope, 0.0) * weights[..., None]
+    slope = jnp.where(capped > NEVER, 1.0 - jnp.square(capped / cap), 0.0)
+    grad = (p - hit) * slope * weighed.weights[..., None]
+    if weighed.entropy_weights is not None and entropies is not None:
+        # The entropy's derivative for a logit is -p (log p + entropy).
+        grad += p * (log_p + entropies[..., None]) * slope * weighed.entropy_weights[..., None]
     grad = grad.astype(hidden.dtype)
-    return jnp.sum(nll * weights), grad @ head.T, _head_gradient(hidden, grad)
+    return weighed.loss, grad @ head.T, _head_gradient(hidden, grad), weighed.sums
 
 
 def _head_gradient(hidden, grad):
@@ -70,21 +103,28 @@ def _head_gradient(hidden, grad):
 # --- Triton: from logits in the model's dtype to their gradient, in place ---------------------------------------------
 
 
-@loss_and_gradients.kernel(Level.TRITON, accepts=lambda *operands: operands[-1] <= KERNEL_CAP)
-def _(hidden, head, targets, weights, vocab_size, cap):
+@loss_and_gradients.kernel(
+    Level.TRITON,
+    # A trained entropy needs another pass over the row.
+    accepts=lambda *operands: operands[-1] <= KERNEL_CAP and operands[-3] != "trained",
+)
+def _(hidden, head, targets, weigh, entropy, vocab_size, cap):
     scores = (hidden @ head).reshape(-1, head.shape[1])
-    nll, factor, grad = cross_entropy_rows(scores, targets.reshape(-1), vocab_size, cap)
-    nll, factor = nll.reshape(targets.shape), (factor.reshape(targets.shape) * weights)[..., None]
-    # The rows' factors multiply what is narrower than the logits, on one side of each product.
+    nll, factor, grad, entropies = cross_entropy_rows(
+        scores, targets.reshape(-1), vocab_size, cap, with_entropy=entropy == "measured"
+    )
+    weighed = weigh(nll.reshape(targets.shape), None if entropies is None else entropies.reshape(targets.shape))
+    factor = (factor.reshape(targets.shape) * weighed.weights)[..., None]
     grad = grad.reshape(*targets.shape, -1)
+    # The rows' factors multiply what is narrower than the logits, on one side of each product.
     head_grad = _head_gradient((hidden * factor).astype(hidden.dtype), grad)
-    return jnp.sum(nll * weights), ((grad @ head.T) * factor).astype(hidden.dtype), head_grad
+    return weighed.loss, ((grad @ head.T) * factor).astype(hidden.dtype), head_grad, weighed.sums
 
 
 def cross_entropy_rows(
-    scores: Float[Array, "N V"], targets: Int[Array, "N"], vocab_size: int, cap: float
-) -> tuple[Float[Array, "N"], Float[Array, "N"], Float[Array, "N V"]]:
-    """-log p(target) in nats of each row, in fp32, and its gradient for `scores`.
+    scores: Float[Array, "N V"], targets: Int[Array, "N"], vocab_size: int, cap: float, *, with_entropy: bool = False
+) -> tuple[Float[Array, "N"], Float[Array, "N"], Float[Array, "N V"], Float[Array, "N"] | None]:
+    """-log p(target) in nats of each row, in fp32, and its gradient for `scores`; `with_entropy` also the entropy.
 
     `scores` are raw: p is the softmax of cap · tanh(scores / cap) over the first `vocab_size` columns. The gradient
     comes as a factor for each row, in fp32, and a matrix that takes the place and dtype of `scores`. Where the target
@@ -107,31 +147,35 @@ def cross_entropy_rows(
         exponent = cap - (2.0 * cap) * r
         return exponent, jnp.exp(exponent), 4.0 * r * (1.0 - r)
 
-    def kernel(scores_ref, targets_ref, nll_ref, factor_ref, grad_ref):
+    def kernel(scores_ref, targets_ref, nll_ref, factor_ref, grad_ref, *entropy_refs):
         row = pl.program_id(0)
         target = triton.load(targets_ref.at[row])
         counts = target >= 0
         at_target = row * width + jnp.maximum(target, 0)
         exponent_of_target, of_target, slope_of_target = exponential(load(scores_ref, at_target))
 
-        def part(step, total):
+        def part(step, sums):
             columns = step * wide + jnp.arange(wide)
             inside = None if width % wide == 0 else columns < width
-            _, values, slope = exponential(load(scores_ref, row * width + columns, inside))
-            if vocab_size < width:
+            exponent, values, slope = exponential(load(scores_ref, row * width + columns, inside))
+            if vocab_size < width or inside is not None:
                 values = jnp.where(columns < vocab_size, values, 0.0)
             store(grad_ref, row * width + columns, values * slope, inside)
-            return total + values
+            more = (values, values * exponent)[: len(sums)]
+            return tuple(total + of_part for total, of_part in zip(sums, more, strict=True))
 
-        total = jax.lax.fori_loop(0, pl.cdiv(width, wide), part, jnp.zeros(wide, jnp.float32))
+        nothing = (jnp.zeros(wide, jnp.float32),) * (1 + len(entropy_refs))
+        sums = jax.lax.fori_loop(0, pl.cdiv(width, wide), part, nothing)
         # The sum waits for all threads of the program, so that what they stored of the row precedes this store.
-        total = jnp.sum(total)
+        total = jnp.sum(sums[0])
         store(grad_ref, at_target, (of_target - total) * slope_of_target, counts)
         store(nll_ref, row, jnp.where(counts, jnp.log(total) - exponent_of_target, 0.0))
         store(factor_ref, row, jnp.where(counts, 1.0 / total, 0.0))
+        for entropy_ref in entropy_refs:
+            store(entropy_ref, row, jnp.log(total) - jnp.sum(sums[1]) / total)
 
     of_rows = jax.ShapeDtypeStruct((rows,), jnp.float32)
-    out = [of_rows, of_rows, jax.ShapeDtypeStruct((scores.size,), scores.dtype)]
+    out = [of_rows, of_rows, jax.ShapeDtypeStruct((scores.size,), scores.dtype), *[of_rows] * with_entropy]
     call = launch(kernel, (rows,), out, warps=8, aliases={0: 2})
-    nll, factor, grad = call(scores.reshape(-1), targets)
-    return nll, factor, grad.reshape(scores.shape)
+    nll, factor, grad, *entropies = call(scores.reshape(-1), targets)
+    return nll, factor, grad.reshape(scores.shape), entropies[0] if with_entropy else None

@@ -6,18 +6,19 @@ Only tokens that the model sampled are targets. What a tool answered is in the c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
 
 from jaxchat.config import RLConfig
 from jaxchat.devices.mesh import data_shards, put_whole
 from jaxchat.eval.chat import prompts_of
 from jaxchat.infer.engine import Completion, Engine
-from jaxchat.rl.objectives import OBJECTIVES
+from jaxchat.rl.advantages import ADVANTAGES, best_of_n, differ
+from jaxchat.rl.objectives import PolicyObjective, shares
 from jaxchat.rl.signal import Signal
 from jaxchat.stopping import raise_if_asked
 from jaxchat.tasks import Conversation, Task
@@ -52,53 +53,117 @@ def sampling(config: RLConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k")}
 
 
+class Row(NamedTuple):
+    """A question and a sampled answer, as training sees them.
+
+    Attributes:
+      tokens: of both, with the token that stopped the answer.
+      sampled: whether the model chose the token; what a tool answered it did not.
+      behaviour: the log-probabilities at which the tokens were sampled; 0 for the others.
+      advantage: of the answer; None if it is left out.
+      taught: whether the answers to the question differ in reward, so that they can teach something.
+    """
+
+    tokens: list[int]
+    sampled: list[bool]
+    behaviour: list[float]
+    advantage: float | None
+    taught: bool
+
+
 class Rollouts(Source):
     """Batches that the current parameters write: several samples of each of a step's questions, with rewards.
 
+    Each is given `config.updates_per_batch` times, with the log-probabilities at which its tokens were sampled.
+
     Args:
-      engine: its parameters are replaced by those of each step.
+      engine: its parameters are replaced by those of each step that samples.
       mesh: the devices that share the rows of a batch.
       seed: together with the number of the batch it decides the questions and the samples.
+      reference: gives the log-probabilities of a batch's targets for the parameters that the training began with.
     """
 
     samples = True
 
-    def __init__(self, config: RLConfig, questions: list[Question], engine: Engine, *, mesh: Mesh, seed: int):
+    def __init__(
+        self,
+        config: RLConfig,
+        questions: list[Question],
+        engine: Engine,
+        *,
+        mesh: Mesh,
+        seed: int,
+        reference: Callable[[Batch], jax.Array] | None = None,
+    ):
         self.config, self.questions, self.engine, self.mesh, self.seed = config, questions, engine, mesh, seed
+        self.objective, self.reference = PolicyObjective.of(config), reference
         self.tokenizer = engine.tokenizer
         parallel = data_shards(mesh)
         rollouts = config.questions_per_step * config.samples_per_question
         self.micro_rows = min(config.device_rows, math.ceil(rollouts / parallel)) * parallel
-        self.taken = 0  # batches so far: questions and random numbers follow from this number alone
+        self.taken = 0  # updates so far: questions and random numbers follow from this number alone
         self.signal = Signal()
+        self._rows: list[Row] = []  # of a batch that is to be given again
+        self._batch: Batch | None = None  # the same on the devices
 
     def get_state(self) -> dict:
-        return {"taken": self.taken, "signal": self.signal.state()}
+        # Only the parameters that sampled them could give these rows again.
+        rows = {"rows": [list(row) for row in self._rows]} if self.taken % self.config.updates_per_batch else {}
+        return {"taken": self.taken, "signal": self.signal.state(), **rows}
 
     def set_state(self, state: dict) -> None:
         self.taken = state["taken"]
         # An earlier version of jaxchat did not count: its steps are taken to have had a signal.
         self.signal = Signal(**state.get("signal", {"steps": self.taken}))
+        self._rows, self._batch = [Row(*row) for row in state.get("rows", ())], None
 
     def next_batch(self, step: int, params) -> tuple[Batch, dict[str, float]]:
-        """The batch, and the metrics of `Signal.add` and `completion_tokens` (mean number)."""
-        config = self.config
-        chosen = [self.questions[i] for i in self._choose(self.taken)]
+        """The batch and, if it is a new one, its metrics.
+
+        They are those of `Signal.add`, `completion_tokens` (mean number), and `forged`, the share of answers in which
+        the model wrote a tool's output itself.
+        """
+        metrics = {}
+        if self.taken % self.config.updates_per_batch == 0:
+            self._batch, self._rows, metrics = None, *self._sample(params)
+        if self._batch is None:
+            self._batch = self._on_devices(self._rows)
+        self.taken += 1
+        return self._batch, metrics
+
+    def _sample(self, params) -> tuple[list[Row], dict[str, float]]:
+        """Answers to the next questions, as rows, and their metrics."""
+        config, number = self.config, self.taken // self.config.updates_per_batch
+        chosen = [self.questions[i] for i in self._choose(number)]
         asked = [question for question in chosen for _ in range(config.samples_per_question)]
         prompts = [self.tokenizer.render_for_completion(conversation) for _, conversation in asked]
         self.engine.params = params
-        seed = self.seed * 1_000_003 + self.taken + 1
-        completions = self.engine.generate(prompts, **sampling(config), seed=seed)
+        seed = self.seed * 1_000_003 + number + 1
+        completions = self.engine.generate(prompts, **sampling(config), seed=seed, logprobs=True)
         rewards = np.array(score(asked, completions, self.tokenizer)).reshape(-1, config.samples_per_question)
-        weights = OBJECTIVES[config.method](rewards).reshape(-1)
-        batch = self._batch(prompts, completions, weights)
+        of_rewards = best_of_n if config.method == "best_of_n" else ADVANTAGES[config.advantage]
+        taught = np.repeat(differ(rewards), config.samples_per_question)
+        rows = [
+            row_of(prompt, completion, advantage, can_teach)
+            for prompt, completion, advantage, can_teach in zip(
+                prompts, completions, of_rewards(rewards).reshape(-1).tolist(), taught.tolist(), strict=True
+            )
+        ]
         cut = np.array([not completion.finished for completion in completions]).reshape(rewards.shape)
-        metrics = {
+        output = self.tokenizer.encode_special("<|output_start|>")
+        forged = [any(t == output and own for t, own in zip(c.tokens, c.sampled, strict=True)) for c in completions]
+        return rows, {
             **self.signal.add(rewards, cut),
             "completion_tokens": float(np.mean([len(c.tokens) for c in completions])),
+            "forged": float(np.mean(forged)),
         }
-        self.taken += 1
-        return {name: put_whole(self.mesh, array, MICRO_BATCH_SPEC) for name, array in batch.items()}, metrics
+
+    def _on_devices(self, rows: list[Row]) -> Batch:
+        batch = {name: put_whole(self.mesh, array, MICRO_BATCH_SPEC) for name, array in self._arrays(rows).items()}
+        if self.objective.kl:
+            assert self.reference is not None, "an objective with a KL divergence needs a reference"
+            batch["reference"] = self.reference(batch)
+        return batch
 
     def _choose(self, number: int) -> np.ndarray:
         """The indices of a batch's questions; each epoch is a new permutation of all questions."""
@@ -110,28 +175,51 @@ class Rollouts(Source):
         }
         return np.array([order[place // size][place % size] for place in places.tolist()])
 
-    def _batch(
-        self, prompts: list[list[int]], completions: list[Completion], weights: Float[np.ndarray, " B"]
-    ) -> dict[str, np.ndarray]:
-        """Prompts and completions as rows `[accumulation, rows, T]`; only sampled tokens are targets."""
-        rows = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            # The stop token is the model's decision too.
-            stop = [completion.stop] if completion.finished else []
-            tokens = prompt + completion.tokens + stop
-            rows.append((tokens, [False] * len(prompt) + completion.sampled + [True] * len(stop)))
-        longest = max(len(tokens) for tokens, _ in rows) - 1
-        # Few lengths mean few compilations: the next power of two, within the context.
-        length = min(self.engine.model_config.sequence_len, 1 << (longest - 1).bit_length())
-        count = math.ceil(len(rows) / self.micro_rows) * self.micro_rows
-        inputs = np.zeros((count, length), np.int32)
-        targets = np.full((count, length), -1, np.int32)
-        scale = np.zeros((count, length), np.float32)
-        for i, (tokens, sampled) in enumerate(rows):
-            tokens, sampled = np.array(tokens[: length + 1]), np.array(sampled[: length + 1])
+    def _length(self, tokens: int) -> int:
+        """The next power of two, within the context: few lengths mean few compilations."""
+        return min(self.engine.model_config.sequence_len, 1 << (tokens - 1).bit_length())
+
+    def _arrays(self, rows: list[Row]) -> dict[str, np.ndarray]:
+        """Rows as a batch `[accumulation, rows, T]`; only sampled tokens are targets.
+
+        The loss is a mean over the answers to questions whose answers differ, since all others have an advantage of 0;
+        over all answers if KL divergence or entropy are part of it.
+        """
+        length = self._length(max(len(row.tokens) for row in rows) - 1)
+        shape = (math.ceil(len(rows) / self.micro_rows) * self.micro_rows, length)
+        inputs, targets = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+        advantages, behaviour = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        counts = np.zeros(len(inputs), np.int64)
+        for i, row in enumerate(rows):
+            tokens, sampled = np.array(row.tokens[: length + 1]), np.array(row.sampled[: length + 1])
             inputs[i, : len(tokens) - 1] = tokens[:-1]
-            if not np.isnan(weights[i]):
+            if row.advantage is not None:
                 targets[i, : len(tokens) - 1] = np.where(sampled[1:], tokens[1:], -1)
-                scale[i] = weights[i]
-        shape = (count // self.micro_rows, self.micro_rows, length)
-        return {"inputs": inputs.reshape(shape), "targets": targets.reshape(shape), "weights": scale.reshape(shape)}
+                advantages[i] = row.advantage
+                behaviour[i, : len(tokens) - 1] = row.behaviour[1 : length + 1]
+                if row.taught or self.objective.kl or self.objective.entropy:
+                    counts[i] = np.sum(targets[i] >= 0)
+        of_answers = shares(counts, self.config.average, self.config.max_new_tokens).astype(np.float32)
+        arrays = {
+            "inputs": inputs,
+            "targets": targets,
+            "advantages": advantages,
+            "behaviour": behaviour,
+            "shares": np.broadcast_to(of_answers[:, None], shape),
+        }
+        return {name: array.reshape(-1, self.micro_rows, length) for name, array in arrays.items()}
+
+
+def row_of(prompt: list[int], completion: Completion, advantage: float, taught: bool) -> Row:
+    """A row of a prompt and its completion, which has log-probabilities; it is left out if the advantage is NaN."""
+    # The stop token is the model's decision too.
+    stop = [] if completion.stop is None else [completion.stop]
+    own = completion.sampled + [True] * len(stop)
+    behaviour = [score if sampled else 0.0 for score, sampled in zip(completion.logprobs, own, strict=True)]
+    return Row(
+        prompt + completion.tokens + stop,
+        [False] * len(prompt) + own,
+        [0.0] * len(prompt) + behaviour,
+        None if math.isnan(advantage) else advantage,
+        taught,
+    )

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxchat.config import RLConfig
+from jaxchat.rl.advantages import differ
 
 EARLY = 10  # steps after which a training without any signal is told
 MOST_CUT = 0.5  # share of answers without room to end from which that is the likely cause
@@ -27,21 +28,21 @@ class Signal:
     reward: float = 0.0
 
     def add(self, rewards: Float[np.ndarray, "Q N"], cut: Bool[np.ndarray, "Q N"]) -> dict[str, float]:
-        """Counts a step; returns its metrics.
+        """Counts a batch of answers; returns its metrics. Rewards that are NaN are not there.
 
         `reward` is the mean, `groups_without_signal` the share of questions whose answers all earned the same, and
         `cut` the share of answers that had no room to end.
         """
-        equal = rewards.max(axis=1) == rewards.min(axis=1)
+        equal, known = ~differ(rewards), ~np.isnan(rewards)
         self.steps += 1
         self.steps_without_signal += bool(equal.all())
         self.groups += len(equal)
         self.groups_without_signal += int(equal.sum())
-        self.answers += rewards.size
+        self.answers += int(known.sum())
         self.cut += int(cut.sum())
-        self.reward += float(rewards.sum())
+        self.reward += float(rewards[known].sum())
         return {
-            "reward": float(rewards.mean()),
+            "reward": float(rewards[known].mean()) if known.any() else 0.0,
             "groups_without_signal": float(equal.mean()),
             "cut": float(cut.mean()),
         }

@@ -23,6 +23,8 @@ _FREE_OF = {"midtrain": {"tasks"}, "sft": {"tasks"}}
 _LENGTH = {"num_iterations", "target_flops", "tokens_per_param", "epochs"}
 _TEXT = {"download", "val_shard"}  # which text the tokenizer and pretraining read
 _ORDER = {"shuffle", "packing", "lanes"}  # and how pretraining reads it
+# Values that earlier versions had where nobody chose one, and those of today: a finished stage is the same with both.
+_EARLIER = {"rl.top_k": (50, None), "rl.schedule.decay_ratio": (0.2, 1.0)}
 OWN = "a folder of your own"
 
 
@@ -56,6 +58,8 @@ def deciding(experiment: Experiment, stage: str, *, finished: bool) -> dict[str,
         chosen["data.identity"] = f"{begins!r} ({zlib.crc32(data['identity'].encode()):08x})"
     free = _FREE | _FREE_OF.get(stage, set()) | (set() if finished else _LENGTH)
     chosen |= {f"{stage}.{name}": value for name, value in _flat(every[stage]) if name not in free}
+    if finished:
+        chosen |= {name: today for name, (earlier, today) in _EARLIER.items() if chosen.get(name, today) == earlier}
     return {name.replace("_", "-"): value for name, value in chosen.items()}
 
 

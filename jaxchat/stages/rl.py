@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxchat.errors import check
+from jaxchat.model.config import GPTConfig
+from jaxchat.model.gpt import Params, hidden_states
+from jaxchat.ops.compute import Compute
+from jaxchat.rl.objectives import PolicyObjective
 from jaxchat.rl.rollouts import Rollouts, questions_of, sampling, score
 from jaxchat.rl.signal import EARLY
 from jaxchat.stages.samples import prompts_of_chats
@@ -12,8 +20,11 @@ from jaxchat.stages.training import Training
 from jaxchat.stages.workspace import Workspace
 from jaxchat.tasks.items import spread
 from jaxchat.train.loop import Evaluator
+from jaxchat.train.loss import LossConfig, token_nll
+from jaxchat.train.step import Batch
 
 SAMPLES = 3
+MOST_DIFFERENCE = 0.01  # between the probabilities of a token in sampling and training; below 0.005 is rounding
 EVALUATION_SEED = 0
 SAME = "all answers of each question had the same reward"
 
@@ -40,9 +51,26 @@ def run(workspace: Workspace) -> None:
         held_out = questions
     parent = workspace.parent_of("rl")
     params, step = workspace.load_params(parent, model)
-    steps = config.num_iterations or max(1, len(questions) // config.questions_per_step)
-    training = Training(workspace, "rl", config, model, tokenizer, steps, parent={"stage": parent, "step": step})
-    source = Rollouts(config, questions, training.engine(params), mesh=workspace.mesh, seed=experiment.seed)
+    steps = config.num_iterations or max(1, len(questions) // config.questions_per_step) * config.updates_per_batch
+    objective = PolicyObjective.of(config)
+    training = Training(
+        workspace,
+        "rl",
+        config,
+        model,
+        tokenizer,
+        steps,
+        parent={"stage": parent, "step": step},
+        objective=objective,
+    )
+    source = Rollouts(
+        config,
+        questions,
+        training.engine(params),
+        mesh=workspace.mesh,
+        seed=experiment.seed,
+        reference=reference_of(model, params, training.compute, config.temperature) if config.kl else None,
+    )
     left_out = sum(map(len, tasks)) - len(questions)
     if left_out:
         workspace.say(f"rl        {left_out:,} of its questions fill model.sequence-len {model.sequence_len}: left out")
@@ -62,6 +90,20 @@ def run(workspace: Workspace) -> None:
 
         return Evaluator(EARLY, look, at_start=False)
 
+    warned = False
+
+    def watch(metrics, values):
+        nonlocal warned
+        difference = values["probability_difference"]
+        # In later updates of the same answers the parameters have moved on, as they should.
+        if "reward" in values and difference > MOST_DIFFERENCE and not warned:
+            warned = True
+            metrics.note(
+                f"a token's probability differs by {difference:.3f} on average between sampling and training: up to "
+                f"0.005 is rounding, but beyond {MOST_DIFFERENCE} the gradient is no longer the model's own; try "
+                "--precision=float32"
+            )
+
     prompts = prompts_of_chats(tokenizer, [conversation for _, conversation in spread(held_out, SAMPLES)])
     training.train(
         lambda: params,
@@ -71,9 +113,29 @@ def run(workspace: Workspace) -> None:
             training.sampler(metrics, prompts),
             warn_early(metrics),
         ),
+        watch=watch,
         at_end=lambda: source.signal.facts(),
         method=config.method,
     )
     if source.signal.absent:
         again = "then start again with --redo=rl"
         workspace.say(f"rl changed nothing: {SAME} in every step {source.signal.advice(config)}; {again}")
+
+
+def reference_of(
+    model: GPTConfig, params: Params, compute: Compute, temperature: float
+) -> Callable[[Batch], jax.Array]:
+    """The log-probabilities `[accumulation, rows, T]` of a batch's targets for a copy of `params`."""
+    kept = jax.tree.map(jnp.copy, params)
+    config = LossConfig.of(model, compute.mesh)._replace(logit_cap=model.logit_cap / temperature)
+
+    @jax.jit
+    def log_probabilities(params, inputs, targets):
+        def of_rows(rows):
+            inputs, targets = rows
+            hidden = hidden_states(model, params, inputs, compute) / temperature
+            return -token_nll(hidden, params["head"]["kernel"], targets, config)
+
+        return jax.lax.map(of_rows, (inputs, targets))
+
+    return lambda batch: log_probabilities(kept, batch["inputs"], batch["targets"])

@@ -32,6 +32,7 @@ from jaxchat.stages.workspace import Workspace
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.budget import BatchPlan, flops_per_token
 from jaxchat.train.loop import Evaluator, Loop, Source
+from jaxchat.train.loss import Objective
 from jaxchat.train.memory import CompiledStep, MakeStep, TrainStep, plan_step, usable_memory
 from jaxchat.train.selection import find_turn
 from jaxchat.train.step import MICRO_BATCH_SPEC, Batch, State, init_state
@@ -82,7 +83,8 @@ class Training:
     """The training of one stage.
 
     `parent` is the stage and step whose parameters it starts from, as stage.json records it; None for fresh ones.
-    `knows_data` tells that the parent was trained on some of this stage's data.
+    `knows_data` tells that the parent was trained on some of this stage's data. `objective` is that of the step; None
+    for cross-entropy.
     """
 
     workspace: Workspace
@@ -93,6 +95,7 @@ class Training:
     num_steps: int
     parent: dict | None = None
     knows_data: bool = False
+    objective: Objective | None = None
 
     def __post_init__(self):
         workspace = self.workspace
@@ -147,7 +150,7 @@ class Training:
 
     def _planned(self, start: Callable[[], Any]) -> tuple[State, MakeStep]:
         params = jax.eval_shape(start)
-        return plan_step(self.model, self.optimizer, params, self.compute)
+        return plan_step(self.model, self.optimizer, params, self.compute, self.objective)
 
     def _begin(self, start: Callable[[], Any], abstract: State) -> State:
         # The parameters are donated, not copied: a copy would keep the parent's parameters until the stage ends.
@@ -171,6 +174,7 @@ class Training:
         source: Source,
         evaluators: Callable[[Metrics], tuple[Evaluator, ...]],
         *,
+        watch: Callable[[Metrics, dict[str, float]], None] = lambda metrics, values: None,
         at_end: Callable[[], dict[str, Any]] = dict,
         **facts,
     ) -> None:
@@ -179,6 +183,7 @@ class Training:
         Args:
           start: returns the parameters of step 0, which are taken over.
           evaluators: from the stage's log to what is evaluated on the way.
+          watch: is given the metrics of each step when they are logged.
           at_end: gives facts that are known when the training has ended.
           facts: more for stage.json.
 
@@ -201,6 +206,7 @@ class Training:
                 flops_per_token=flops_per_token(self.model),
                 save_every=self.config.save_every,
                 evaluators=evaluators(metrics),
+                watch=lambda values: watch(metrics, values),
                 on_nan=workspace.experiment.on_nan,
                 startup=self.startup,
                 rereads=lambda position: self.knows_data or epoch(position) > 0,

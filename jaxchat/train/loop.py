@@ -90,6 +90,7 @@ class Loop:
     flops_per_token: float
     save_every: int = 0
     evaluators: tuple[Evaluator, ...] = ()
+    watch: Callable[[dict[str, float]], None] = lambda values: None  # is given the metrics of each step
     on_nan: Literal["stop", "skip"] = "stop"
     meta: dict = field(default_factory=dict)
     # Whether the data from a position on has been read before, so that validation may turn (`train/selection.py`).
@@ -170,8 +171,7 @@ class Loop:
     def log_step(self, step: int, batch_tokens: int, results: dict[str, float], extra: dict, seconds: float) -> None:
         """Logs a step that took `seconds`, and counts it."""
         values = {
-            "loss": results["loss"],
-            "grad_norm": results["grad_norm"],
+            **{name: value for name, value in results.items() if name not in (STOP, "targets")},
             **self.schedule_values(step),
             "tokens": self.tokens + batch_tokens,
             "tokens_per_second": batch_tokens / seconds,
@@ -191,6 +191,7 @@ class Loop:
             elapsed = time.perf_counter() - self.began
             self.metrics.note(f"first step after {elapsed:.1f} s{': ' if parts else ''}{parts}")
         self.metrics.live(step + 1, **values)
+        self.watch(values)
 
     def _resume(self, abstract: State, step: int) -> State:
         """Restores the checkpoint of an earlier process, and adds to its time and divergences."""

@@ -23,6 +23,7 @@ from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import KEPT, Params
 from jaxchat.model.parameters import shardings
 from jaxchat.ops.compute import Compute, Remat
+from jaxchat.train.loss import Objective
 from jaxchat.train.step import AbstractBatch, Batch, State, init_state, make_train_step
 
 LEVELS = ("none", *KEPT)  # from the least rematerialisation to the most
@@ -92,6 +93,7 @@ def plan_step(
     optimizer: optax.GradientTransformation,
     params: Params,
     compute: Compute,
+    objective: Objective | None = None,
 ) -> tuple[State, MakeStep]:
     """The training state as ShapeDtypeStructs with their shardings, and a function that builds the jitted step.
 
@@ -101,7 +103,9 @@ def plan_step(
     placed = shardings(compute.mesh, state)  # pyright: ignore[reportArgumentType]
 
     def make_step(remat: Remat):
-        return make_train_step(config, optimizer, compute.with_remat(remat), state_shardings=placed)
+        return make_train_step(
+            config, optimizer, compute.with_remat(remat), objective=objective, state_shardings=placed
+        )
 
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed), make_step
 

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool
 
 from jaxchat.devices.mesh import BATCH_SPEC
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states
 from jaxchat.ops.compute import FP32, Compute
-from jaxchat.train.loss import LossConfig, cross_entropy_sum
+from jaxchat.train.loss import LossConfig, Objective, cross_entropy_sum, measures, objective_sum
 
 State = dict[str, Any]  # {"params", "opt_state", "step"}
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]  # a batch before there is one
-Batch = dict[str, jax.Array]  # {"inputs", "targets"[, "weights"]}: each [accumulation, rows, T]
+# {"inputs", "targets"} and, with an objective, "shares" and what it needs of the targets: each [accumulation, rows, T];
+# a scalar "rate", where the rates of the optimizer come with the batch
+Batch = dict[str, jax.Array]
 MICRO_BATCH_SPEC = PartitionSpec(None, *BATCH_SPEC)  # how a batch is laid out on the mesh
+
+
+def abstract_batch(mesh: Mesh, shape: tuple[int, int, int], tokens: Iterable[str] = ()) -> AbstractBatch:
+    """A batch of `shape` [accumulation, rows, T] as ShapeDtypeStructs with shardings; `tokens` for an objective."""
+    place = NamedSharding(mesh, MICRO_BATCH_SPEC)
+    dtypes = {"inputs": np.int32, "targets": np.int32, **dict.fromkeys(tokens, np.float32)}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
 
 
 def init_state(params, optimizer: optax.GradientTransformation) -> State:
@@ -34,6 +44,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     compute: Compute = FP32,
     *,
+    objective: Objective | None = None,
     state_shardings: Any = None,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """The jitted step `(state, batch) -> (state, metrics)`; the state's buffers are donated.
@@ -41,43 +52,56 @@ def make_train_step(
     `state_shardings` (a tree like the state's) pins where the new state is placed; otherwise the compiler may move it,
     and the second step would compile again.
 
-    The loss is Σ weight · nll over the batch's real targets (those not negative) divided by their count in the whole
-    batch, over all micro-batches and devices: never a mean of means. Without targets, loss and gradient are 0.
+    Without an objective the loss is the cross-entropy: Σ nll over the batch's real targets (those not negative) divided
+    by their count in the whole batch, over all micro-batches and devices: never a mean of means. Without targets, loss
+    and gradient are 0. With an objective it is Σ share · loss: the batch says what each target's loss is divided by.
 
-    A batch with weights whose gradient is zero changes nothing, as in RL when all samples of each question earn the
-    same reward. The optimizer would otherwise keep moving along earlier gradients, and Muon by a full step.
+    A batch's "rate", if it has one, multiplies the optimizer's learning rates.
 
-    Metrics, still on the device: `loss` (nats a target), `grad_norm` (before clipping), `targets` (their count).
+    A batch with an objective whose gradient is zero changes nothing, as in RL when all samples of each question earn
+    the same reward. The optimizer would otherwise keep moving along earlier gradients, and Muon by a full step.
+
+    Metrics, still on the device: `loss` (in nats a target, for cross-entropy), `grad_norm` (before clipping), `targets`
+    (their count), and what the objective measures, as means over all targets.
     """
     loss_config = LossConfig.of(config, compute.mesh)
 
     def micro_loss(params, batch, scale):
-        hidden = hidden_states(config, params, batch["inputs"], compute)
-        weights = batch.get("weights", jnp.ones(batch["targets"].shape, jnp.float32))
-        return scale * cross_entropy_sum(hidden, params["head"]["kernel"], batch["targets"], weights, loss_config)
+        batch = dict(batch)
+        hidden = hidden_states(config, params, batch.pop("inputs"), compute)
+        head, targets = params["head"]["kernel"], batch.pop("targets")
+        if objective is not None:
+            return objective_sum(hidden, head, targets, batch, objective, loss_config)
+        weights = jnp.ones(targets.shape, jnp.float32)
+        return scale * cross_entropy_sum(hidden, head, targets, weights, loss_config), {}
 
     def step(state: State, batch: Batch):
-        params = state["params"]
+        batch = dict(batch)
+        params, rate = state["params"], batch.pop("rate", None)
         count = jnp.sum(batch["targets"] >= 0)
         scale = 1.0 / jnp.maximum(count, 1).astype(jnp.float32)
-        loss_and_grad = jax.value_and_grad(micro_loss)
+        loss_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
         if batch["inputs"].shape[0] == 1:
-            loss, grads = loss_and_grad(params, jax.tree.map(lambda x: x[0], batch), scale)
+            (loss, sums), grads = loss_and_grad(params, jax.tree.map(lambda x: x[0], batch), scale)
         else:
 
             def accumulate(total, micro):
                 return jax.tree.map(jnp.add, total, loss_and_grad(params, micro, scale)), None
 
-            zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-            (loss, grads), _ = jax.lax.scan(accumulate, zeros, batch)
+            names = [] if objective is None else measures(objective, batch.keys() - {"inputs", "targets"})
+            nothing = (jnp.zeros(()), {name: jnp.zeros(()) for name in names})
+            ((loss, sums), grads), _ = jax.lax.scan(accumulate, (nothing, jax.tree.map(jnp.zeros_like, params)), batch)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+            if rate is not None:
+                updates = jax.tree.map(lambda update: (rate * update).astype(update.dtype), updates)
             new = optax.apply_updates(params, updates), opt_state
-            if "weights" in batch:
+            if objective is not None:
                 new = jax.tree.map(partial(_unless, grad_norm == 0), new, (params, state["opt_state"]))
             params, opt_state = new
-        metrics = {"loss": loss, "grad_norm": grad_norm, "targets": count}
+        means = {name: total * scale for name, total in sums.items()}
+        metrics = {**means, "loss": loss, "grad_norm": grad_norm, "targets": count}
         new_state = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
         return new_state, metrics
 

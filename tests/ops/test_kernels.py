@@ -90,21 +90,26 @@ def test_rope_and_the_norm_of_each_head(heads, size):
     assert_same(value_and_grads(lambda x: rope_norm(x, cos, sin), x), plain)
 
 
-def test_the_rows_of_the_loss():
-    rows, vocab, padded, cap = 6, 300, 384, 15.0
+@pytest.mark.parametrize("vocab", [300, 384])
+def test_the_rows_of_the_loss(vocab):
+    rows, padded, cap = 6, 384, 15.0
     scores, weights = 8 * draw(rows, padded), jnp.abs(draw(rows, seed=1))
     targets = jnp.array([0, 299, -1, 7, -1, 150])
 
     def loss(scores):
         capped = cap * jnp.tanh(scores / cap)
         capped = jnp.where(jnp.arange(padded) < vocab, capped, -jnp.inf)
-        nll = -jax.nn.log_softmax(capped)[jnp.arange(rows), jnp.maximum(targets, 0)]
-        nll = jnp.where(targets >= 0, nll, 0.0)
-        return jnp.sum(weights * nll), nll
+        log_p = jax.nn.log_softmax(capped)
+        nll = jnp.where(targets >= 0, -log_p[jnp.arange(rows), jnp.maximum(targets, 0)], 0.0)
+        entropy = -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0.0), axis=-1)
+        return jnp.sum(weights * nll), (nll, entropy)
 
     expected_grad, expected = jax.grad(loss, has_aux=True)(scores)
-    nll, factor, grad = cross_entropy_rows(scores, targets, vocab, cap)
-    assert_same((nll, (weights * factor)[:, None] * grad), (expected, expected_grad))
+    nll, factor, grad, entropy = cross_entropy_rows(scores, targets, vocab, cap, with_entropy=True)
+    assert_same((nll, entropy, (weights * factor)[:, None] * grad), (*expected, expected_grad))
+    without = cross_entropy_rows(scores, targets, vocab, cap)
+    assert without[3] is None
+    assert_same(without[:3], (nll, factor, grad), 0)
 
 
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")

@@ -1,5 +1,6 @@
 """Rewards to weights, rollouts to batches, and what a step of REINFORCE does to the parameters."""
 
+import json
 import signal
 
 import jax
@@ -7,9 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from jaxchat import stopping
 from jaxchat.config import MeshConfig, OptimizerConfig, RLConfig
@@ -18,15 +16,13 @@ from jaxchat.infer.engine import Completion, Engine
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params, logits
 from jaxchat.optim.optimizer import make_optimizer
-from jaxchat.rl.objectives import best_of_n_weights, reinforce_weights
-from jaxchat.rl.rollouts import Rollouts, questions_of, sampling, score
+from jaxchat.rl.rollouts import Rollouts, questions_of, row_of, sampling, score
 from jaxchat.tasks.base import ListTask
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train.step import init_state, make_train_step
 
 CONTEXT = 32
 MODEL = GPTConfig(depth=1, sequence_len=CONTEXT, vocab_size=265)
-rewards = hnp.arrays(np.float64, st.tuples(st.integers(1, 5), st.integers(2, 6)), elements=st.floats(0, 1, width=16))
 
 
 class Lowercase(ListTask):
@@ -64,31 +60,11 @@ def rollouts(tokenizer, params, task_type: type[ListTask] = Lowercase, **setting
     task = task_type("lowercase", [{"messages": [m, {"role": "assistant", "content": "a"}]} for m in messages])
     questions, engine = questions_of([task], tokenizer, CONTEXT), Engine(MODEL, params, tokenizer, dtype="float32")
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    return Rollouts(RLConfig(top_k=None, **settings), questions, engine, mesh=mesh, seed=3)
+    return Rollouts(RLConfig(**settings), questions, engine, mesh=mesh, seed=3)
 
 
-@settings(deadline=None)  # the first call compiles the type checks
-@given(rewards)
-def test_reinforce_weights(rewards):
-    weights = reinforce_weights(rewards)
-    for question in range(len(rewards)):
-        if len(set(rewards[question].tolist())) == 1:
-            assert (weights[question] == 0).all()
-        mean = sum(rewards[question]) / len(rewards[question])
-        for sample, reward in enumerate(rewards[question]):
-            assert weights[question, sample] == pytest.approx(reward - mean, abs=1e-12)
-
-
-@settings(deadline=None)  # the first call compiles the type checks
-@given(rewards)
-def test_best_of_n_weights(rewards):
-    for row, weights in zip(rewards.tolist(), best_of_n_weights(rewards).tolist(), strict=True):
-        if len(set(row)) == 1:
-            assert np.isnan(weights).all()
-        else:
-            best = row.index(max(row))
-            assert weights[best] == 1
-            assert np.isnan(weights[:best] + weights[best + 1 :]).all()
+def train_step(source, optimizer):
+    return make_train_step(MODEL, optimizer, objective=source.objective)
 
 
 def test_scoring_is_left_between_two_answers(tokenizer):
@@ -113,27 +89,35 @@ def test_scoring_is_left_between_two_answers(tokenizer):
 def test_only_sampled_tokens_and_the_stop_are_targets(tokenizer, params):
     source = rollouts(tokenizer, params, device_rows=2)
     stop = tokenizer.encode_special("<|assistant_end|>")
-    prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
-    completions = [
-        Completion([10, 11, 12, 13], [True, False, False, True], stop),  # a tool forced 11 and 12 in
-        Completion([20, 21], [True, True], None),  # ran out of tokens
-        Completion([30], [True], stop),  # not trained on
+    rows = [
+        # A tool forced 11 and 12 in.
+        row_of(
+            [1, 2, 3],
+            Completion([10, 11, 12, 13], [True, False, False, True], stop, [-1.0, np.nan, np.nan, -2.0, -3.0]),
+            0.5,
+            True,
+        ),
+        row_of([4, 5], Completion([20, 21], [True, True], None, [-4.0, -5.0]), -1.0, True),  # ran out of tokens
+        row_of([6, 7, 8, 9], Completion([30], [True], stop, [-6.0, -7.0]), np.nan, True),  # left out
+        row_of([3], Completion([31], [True], stop, [-8.0, -9.0]), 0.0, False),  # as good as the others
     ]
-    batch = source._batch(prompts, completions, np.array([0.5, -1.0, np.nan]))
-    assert {array.shape for array in batch.values()} == {(2, 2, 8)}  # 3 rows filled up to 2 x 2; 7 rounded up to 8
-    inputs, targets, weights = (batch[name].reshape(4, 8) for name in ("inputs", "targets", "weights"))
+    batch = source._arrays(rows)
+    assert {array.shape for array in batch.values()} == {(2, 2, 8)}  # 7 rounded up to 8
+    inputs, targets, advantages, behaviour, shares = (array.reshape(4, 8) for array in batch.values())
     assert inputs[0].tolist() == [1, 2, 3, 10, 11, 12, 13, 0]
     assert targets[0].tolist() == [-1, -1, 10, -1, -1, 13, stop, -1]
+    assert behaviour[0].tolist() == [0, 0, -1, 0, 0, -2, -3, 0]
     assert inputs[1].tolist() == [4, 5, 20, 0, 0, 0, 0, 0]
     assert targets[1].tolist() == [-1, 20, 21, -1, -1, -1, -1, -1]
-    assert (targets[2:] == -1).all()
+    assert (targets[2] == -1).all() and (targets[3] >= 0).sum() == 2
     trained = targets >= 0
-    assert (weights[0][trained[0]] == 0.5).all() and (weights[1][trained[1]] == -1.0).all()
+    assert (advantages[0][trained[0]] == 0.5).all() and (advantages[1][trained[1]] == -1.0).all()
+    assert (shares == np.float32(1 / 5)).all()  # of the answers that can teach
 
 
 def test_a_row_that_fills_the_context_stays_within_it(tokenizer, params):
     source = rollouts(tokenizer, params)
-    batch = source._batch([list(range(CONTEXT - 1))], [Completion([7], [True], None)], np.array([1.0]))
+    batch = source._arrays([row_of(list(range(CONTEXT - 1)), Completion([7], [True], None, [-1.0]), 1.0, True)])
     assert batch["inputs"].shape == (1, 4, CONTEXT)
     assert batch["targets"][0, 0].tolist() == [-1] * (CONTEXT - 2) + [7] + [-1]
 
@@ -182,7 +166,7 @@ def test_gradient_is_reinforce(tokenizer, params):
 
     value, gradient = jax.jit(jax.value_and_grad(objective))(params)
     optimizer = optax.sgd(1.0)  # the step is then the gradient itself
-    step = make_train_step(MODEL, optimizer)
+    step = train_step(source, optimizer)
     state, metrics = step(init_state(jax.tree.map(jnp.copy, params), optimizer), jax.device_get(batch))
     assert metrics["targets"] == count
     assert float(metrics["loss"]) == pytest.approx(-float(value), rel=1e-4, abs=1e-7)
@@ -197,16 +181,24 @@ def test_gradient_is_reinforce(tokenizer, params):
         np.testing.assert_allclose(after - before, expected, atol=2e-3 * scale + 2e-7, err_msg=str(path))
 
 
-@pytest.mark.parametrize("method", ["reinforce", "best_of_n"])
-def test_equal_rewards_change_nothing(tokenizer, params, method):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "reinforce", "samples_per_question": 3},
+        {"method": "best_of_n", "samples_per_question": 3},
+        {"method": "gspo", "advantage": "standardised", "samples_per_question": 12},
+    ],
+    ids=lambda settings: settings["method"],
+)
+def test_equal_rewards_change_nothing(tokenizer, params, settings):
     """Neither parameters nor moments: not by rounding, momentum or weight decay."""
     optimizer = make_optimizer(OptimizerConfig(weight_decay=0.1), MODEL, lambda count: 1.0)
-    step = make_train_step(MODEL, optimizer)
-    taught = rollouts(tokenizer, params, method=method, samples_per_question=3)
+    taught = rollouts(tokenizer, params, **settings)
+    step = train_step(taught, optimizer)
     batch, _ = taught.next_batch(0, params)
     state, _ = step(init_state(jax.tree.map(jnp.copy, params), optimizer), jax.device_get(batch))
     before = jax.device_get(state)
-    source = rollouts(tokenizer, params, Constant, method=method, samples_per_question=3)
+    source = rollouts(tokenizer, params, Constant, **settings)
     for number in range(2):
         batch, extra = source.next_batch(number, state["params"])
         assert extra["reward"] == pytest.approx(0.1) and extra["groups_without_signal"] == 1
@@ -219,6 +211,68 @@ def test_equal_rewards_change_nothing(tokenizer, params, method):
     assert len(moments) == len(kept) > 0
     for moment, own in zip(moments, kept, strict=True):
         np.testing.assert_array_equal(moment, own)
+
+
+def test_the_sampler_knows_the_probabilities_that_training_computes(tokenizer, params):
+    """At the temperature of the samples; and asking for them changes no sample."""
+    source = rollouts(tokenizer, params, temperature=0.7, questions_per_step=2, max_new_tokens=8)
+    batch, extra = source.next_batch(0, params)
+    assert 0 <= extra["forged"] <= 1
+    _, metrics = train_step(source, optax.sgd(0.0))(
+        init_state(jax.tree.map(jnp.copy, params), optax.sgd(0.0)), jax.device_get(batch)
+    )
+    assert metrics["logprob_difference"] < 2e-5 and metrics["ratio_outside"] == 0
+    assert 0 < metrics["entropy"] < np.log(MODEL.vocab_size)
+    prompts = [tokenizer.render_for_completion(source.questions[i][1]) for i in source._choose(0) for _ in range(4)]
+    plain = source.engine.generate(prompts, **sampling(source.config), seed=3 * 1_000_003 + 1)
+    scored = source.engine.generate(prompts, **sampling(source.config), seed=3 * 1_000_003 + 1, logprobs=True)
+    assert [(c.tokens, c.stop) for c in plain] == [(c.tokens, c.stop) for c in scored]
+    assert all(not c.logprobs for c in plain)
+    assert all(len(c.logprobs) == len(c.tokens) + c.finished for c in scored)
+
+
+def test_a_batch_is_trained_on_several_times(tokenizer, params):
+    """The same answers, from which the ratios move away; a training that was interrupted between has them too."""
+    settings = {"method": "clipped", "updates_per_batch": 2, "questions_per_step": 2}
+    source, optimizer = rollouts(tokenizer, params, **settings), optax.adam(3e-3)
+    step = train_step(source, optimizer)
+    state = init_state(jax.tree.map(jnp.copy, params), optimizer)
+    first, extra = source.next_batch(0, state["params"])
+    state, metrics = step(state, jax.device_get(first))
+    assert "reward" in extra and metrics["ratio_outside"] == 0 == metrics["clipped"]
+    position = json.loads(json.dumps(source.get_state()))
+    second, extra = source.next_batch(1, state["params"])
+    assert extra == {}
+    resumed = rollouts(tokenizer, params, **settings)
+    resumed.set_state(position)
+    again, _ = resumed.next_batch(1, state["params"])
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
+        np.testing.assert_array_equal(first[name], again[name])
+    state, metrics = step(state, jax.device_get(second))
+    assert metrics["ratio_outside"] > 0
+    assert "rows" not in source.get_state()
+    third, extra = source.next_batch(2, state["params"])
+    assert "reward" in extra and not np.array_equal(first["inputs"], third["inputs"])
+    assert source.signal.steps == 2
+
+
+def test_micro_batches_make_no_difference(tokenizer, params):
+    """One or four of them, for an objective by rows, with KL and entropy."""
+    gradients = []
+    for rows in (16, 4):
+        settings = {"method": "gspo", "kl": 0.1, "entropy": 0.1, "questions_per_step": 4, "device_rows": rows}
+        source, optimizer = rollouts(tokenizer, params, **settings), optax.sgd(1.0)
+        source.reference = lambda batch: batch["behaviour"] - 0.3
+        batch, _ = source.next_batch(0, params)
+        assert len(batch["inputs"]) == 16 // rows
+        state, metrics = train_step(source, optimizer)(
+            init_state(jax.tree.map(jnp.copy, params), optimizer), jax.device_get(batch)
+        )
+        assert metrics["kl"] > 0
+        gradients.append(jax.tree.map(lambda after, before: np.asarray(after - before), state["params"], params))
+    for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max() + 1e-7)
 
 
 def test_rollouts_count_what_was_cut_and_taught(tokenizer, params):
@@ -238,7 +292,7 @@ def test_a_few_steps_make_the_rewarded_likelier(tokenizer, params, method):
         tokenizer, params, method=method, max_new_tokens=2, samples_per_question=16, device_rows=16
     )  # fmt: skip
     optimizer = optax.adam(1e-2)
-    step = make_train_step(MODEL, optimizer)
+    step = train_step(source, optimizer)
     state = init_state(jax.tree.map(jnp.copy, params), optimizer)
     rewards = []
     for number in range(25):

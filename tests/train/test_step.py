@@ -16,6 +16,7 @@ from jaxchat.ops import attention, dispatch, triton
 from jaxchat.ops.compute import Compute
 from jaxchat.ops.dispatch import Level
 from jaxchat.optim.optimizer import make_optimizer
+from jaxchat.train.loss import CROSS_ENTROPY
 from jaxchat.train.step import init_state, make_train_step
 
 CONFIG = GPTConfig(depth=2, sequence_len=16, vocab_size=120)
@@ -126,11 +127,12 @@ def test_a_batch_can_be_overfitted():
 def test_a_batch_that_teaches_nothing_changes_nothing():
     """Else momentum would: Muon's at full length."""
     optimizer = make_optimizer(OptimizerConfig(), CONFIG, lambda count: 1.0)
-    step = make_train_step(CONFIG, optimizer)
+    step = make_train_step(CONFIG, optimizer, objective=CROSS_ENTROPY)
     (batch,) = batches(1)
+    batch["shares"] = np.ones(batch["targets"].shape, np.float32)
     state, _ = step(init_state(init_params(CONFIG, jax.random.key(0)), optimizer), batch)
     before = jax.device_get(state)
-    state, metrics = step(state, {**batch, "weights": np.zeros(batch["targets"].shape, np.float32)})
+    state, metrics = step(state, {**batch, "shares": np.zeros_like(batch["shares"])})
     assert float(metrics["grad_norm"]) == 0 and int(state["step"]) == 2
     jax.tree.map(np.testing.assert_array_equal, state["params"], before["params"])
     counts = [x for x in jax.tree.leaves(state["opt_state"]) if x.dtype == np.int32]
@@ -139,20 +141,24 @@ def test_a_batch_that_teaches_nothing_changes_nothing():
     assert np.abs(state["params"]["head"]["kernel"] - before["params"]["head"]["kernel"]).max() > 0
 
 
-def test_weights_scale_the_loss_and_ignored_targets_do_not_count():
+def test_shares_scale_the_loss_and_ignored_targets_do_not_count():
     optimizer = optax.sgd(0.1)
-    step = make_train_step(CONFIG, optimizer)
+    steps = {given: make_train_step(CONFIG, optimizer, objective=given) for given in (None, CROSS_ENTROPY)}
     (batch,) = batches(1)
     params = init_params(CONFIG, jax.random.key(0))
     params["head"]["kernel"] = jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
-    weights = np.random.default_rng(0).normal(size=batch["targets"].shape).astype(np.float32)
+    shares = np.random.default_rng(0).normal(size=batch["targets"].shape).astype(np.float32)
 
-    def run(batch):
-        return step(jax.tree.map(jnp.copy, init_state(params, optimizer)), batch)[1]
+    def run(batch, objective=None):
+        return steps[objective](jax.tree.map(jnp.copy, init_state(params, optimizer)), batch)[1]
 
-    plain, weighted = run(batch), run({**batch, "weights": weights})
-    doubled = run({**batch, "weights": 2 * weights})
-    assert float(doubled["loss"]) == pytest.approx(2 * float(weighted["loss"]), rel=1e-5)
-    assert int(plain["targets"]) == (batch["targets"] >= 0).sum()
+    plain, shared = run(batch), run({**batch, "shares": shares}, CROSS_ENTROPY)
+    doubled = run({**batch, "shares": 2 * shares}, CROSS_ENTROPY)
+    assert float(doubled["loss"]) == pytest.approx(2 * float(shared["loss"]), rel=1e-5)
+    count = (batch["targets"] >= 0).sum()
+    assert int(plain["targets"]) == count
+    mean = run({**batch, "shares": np.full_like(shares, 1 / count)}, CROSS_ENTROPY)
+    assert float(mean["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-5)
+    assert float(mean["grad_norm"]) == pytest.approx(float(plain["grad_norm"]), rel=1e-5)
     empty = run({**batch, "targets": np.full_like(batch["targets"], -1)})
     assert float(empty["loss"]) == 0 and float(empty["grad_norm"]) == 0
