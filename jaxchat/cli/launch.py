@@ -215,7 +215,10 @@ def _settle(
         return experiment
     from jaxchat.devices.mesh import data_shards, make_mesh
     from jaxchat.planning.settle import settle
+    from jaxchat.stages.pipeline import check_possible
 
+    if experiment.sizes == "fixed":
+        check_possible(experiment)  # before anything is read
     return settle(experiment, begun, given=given, shards=data_shards(make_mesh(experiment.mesh)))
 
 
