@@ -42,10 +42,10 @@ class TestProcess:
 @pytest.mark.parametrize(
     "arguments, expected",
     {
-        "": "no experiment given; write --experiment=d12|d32|d6|",
+        "": "no experiment given; write --experiment=auto|d12|d32|d6|",
         "quickstart": "no experiment given; write --experiment=quickstart",
         "--experiment": "--experiment needs a value",
-        "--experiment=": "unknown experiment ''. Experiments: d12, d32",
+        "--experiment=": "unknown experiment ''. Experiments: auto, d12, d32",
         "--experiment=quickstar": "unknown experiment 'quickstar', did you mean 'quickstart'?",
         "--help --experiment=speed": "did you mean 'speedrun'?",
         "--experiment=d12 --fresh=yes": "--fresh takes no value",
@@ -74,7 +74,7 @@ def refused(capsys, arguments):
     {
         "--pretrain.num-iteration=5": "unknown option --pretrain.num-iteration, did you mean '--pretrain.num-iteration",
         "--dryrun": "unknown option --dryrun, did you mean '--dry-run'?",
-        "--zzz=1": "unknown option --zzz. python launch.py --experiment=NAME --help lists all",
+        "--qqqq=1": "unknown option --qqqq. python launch.py --experiment=NAME --help lists all",
         "-seed=3": "unknown option -seed, did you mean '--seed'?",
         "--pretrain=3": "unknown option --pretrain",
         "--depth=3": "unknown option --depth; its section is missing: --model.depth.",
