@@ -337,7 +337,7 @@ def test_interrupted(pretrained, tmp_path):
 @pytest.mark.parametrize(
     "arguments, expected",
     {
-        "": "no experiment given; write --experiment=d12|",
+        "": "no experiment given; write --experiment=auto|",
         "--experiment=quickstar": "unknown experiment 'quickstar', did you mean 'quickstart'?",
         "--experiment=quickstart --model.dept=2": "unknown option --model.dept, did you mean '--model.depth'?",
         "--experiment=quickstart --model.depth=two": "--model.depth=two: the value must be a whole number",
