@@ -9,6 +9,7 @@ from jaxchat.config import Experiment
 from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.data.synthetic.stories import write_document
 from jaxchat.data.synthetic.world import build_world
+from jaxchat.infer.trained import load_tokenizer_of
 from jaxchat.planning.text_amount import TextAmount, amount_of, measure_text
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.stages.text_check import text_that_is_there
@@ -29,7 +30,7 @@ def find_amount(experiment: Experiment, begun: RunDirectory | None, say: Say) ->
     or of several sizes where it is still to be chosen.
 
     Raises:
-      UserError: as `find_text`, `measure_text` and `load_tokenizer`.
+      UserError: as `find_text`, `measure_text`, `load_tokenizer` and `load_tokenizer_of`.
     """
     data = experiment.data
     open_choice = experiment.sizes == "auto" and begun is None
@@ -57,4 +58,4 @@ def _known_tokenizer(experiment: Experiment, begun: RunDirectory | None) -> Base
         return load_tokenizer(experiment.tokenizer.path)
     if begun is None or not begun.finished("tokenizer"):
         return None
-    return load_tokenizer(begun.tokenizer)
+    return load_tokenizer_of(begun)

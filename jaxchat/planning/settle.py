@@ -97,10 +97,16 @@ def _changes(
 ) -> dict[str, Any]:
     finished = [stage for stage in STAGES if begun is not None and begun.finished(stage)]
     unfinished = [stage for stage in ("tokenizer", "pretrain") if stage in experiment.stages and stage not in finished]
-    amount = (amount or find_amount(experiment, begun, say)) if unfinished else None
+    decided = experiment.sizes == "fixed" or begun is not None
+    try:
+        amount = (amount or find_amount(experiment, begun, say)) if unfinished else None
+    except UserError:
+        if not decided:
+            raise
+        amount = None  # what is wrong with the text is said when it is checked
     if amount is None:
         return {}
-    if experiment.sizes == "fixed" or begun is not None:
+    if decided:
         for line in length_lines(experiment, amount) if "pretrain" in unfinished else ():
             say(f"data      {line}")
         return {}

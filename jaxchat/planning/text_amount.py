@@ -15,7 +15,7 @@ from jaxchat.storage import is_remote
 from jaxchat.tokenizer import MIN_VOCAB, SPECIAL_TOKENS, BaseTokenizer, Tokenizer
 
 VOCABULARIES = tuple(512 << i for i in range(8))  # up to 65,536
-READ_BYTES = 256 << 20  # of text: so much is read as a whole, of more an even sample of this size
+READ_BYTES = 128 << 20  # of text: so much is read as a whole, of more an even sample of this size
 REMOTE_BYTES = 32 << 20  # the same in cloud storage
 SAMPLE_BYTES = 32 << 20  # on which vocabularies are tried
 ENCODED_BYTES = 4 << 20  # of the sample
@@ -113,8 +113,11 @@ def amount_of(
 
 
 def _spread(count: int, wanted: int) -> Sequence[int]:
-    """`wanted` of `count` blocks at even distances."""
-    return range(count) if wanted >= count else [count * i // wanted for i in range(wanted)]
+    """`wanted` of `count` blocks, one at random of each of as many equal parts: block sizes may recur with a period."""
+    if wanted >= count:
+        return range(count)
+    at = np.arange(wanted) + np.random.default_rng(0).random(wanted)
+    return (at * count / wanted).astype(int).tolist()
 
 
 def _first(texts: Sequence[str], sizes: Sequence[int], most: int) -> Sequence[str]:
