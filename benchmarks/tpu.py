@@ -11,7 +11,7 @@ parameters, optimizer and batch, `step` what a step takes in addition, and `code
 same memory. Where the plain step does not fit into 95 % of a chip's memory, those that recompute more are tried, as in
 a run. `splash` counts the calls of splash attention's kernels in the compiled program: three a layer, where the
 backward pass does not compute attention again. Other fields of an experiment may follow, as for launch.py. A
-compilation takes two to four minutes on two cores.
+compilation takes two to four minutes on two cores; the dry run of launch.py leaves out what takes most of them.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import sys
 from datetime import date
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-from timing import have, machine, say, table
+from timing import machine, say, table
 
 from jaxchat.analysis.dry_run import compile_pretraining
+from jaxchat.analysis.planned_devices import Chips, Generation, chips, generation, why_not, without_tpus
 from jaxchat.cli.options import override
 from jaxchat.cli.parser import option_strings
 from jaxchat.config import Experiment, MeshConfig, ModelConfig
@@ -40,44 +39,30 @@ from jaxchat.train.memory import GIB, SPARE
 VOCABULARY = 32_768
 
 
-class Chips(NamedTuple):
-    """`count` chips as libtpu names their topology, of `kind` as JAX names it, with `memory` GiB each for programs."""
-
-    topology: str
-    kind: str
-    count: int
-    memory: float
-
-
-# Of 16 and 32 GiB: what the compiler says that it has.
-CHIPS = {
-    "v5e-8": Chips("v5e:2x4", "TPU v5 lite", 8, 15.75),
-    "v6e-8": Chips("v6e:2x4", "TPU v6 lite", 8, 31.25),
-}
-
-
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns 2 if nothing could be compiled."""
     parser = _parser()
     options, overrides = parser.parse_known_args(argv)
     try:
-        check(have("libtpu"), "the TPU's compiler is missing; install it with pip install '.[tpu]'")
+        problem = why_not()
+        check(problem is None, problem or "")
+        without_tpus()
+        slices = {name: chips(*_slice(name)) for name in options.chips}
         works = [
-            (chips, _experiment(chips, depth, fsdp, rows, overrides, option_strings(parser)))
-            for chips, depth, fsdp, rows in itertools.product(options.chips, options.depth, options.fsdp, options.rows)
+            (name, _experiment(name, depth, fsdp, rows, overrides, option_strings(parser)))
+            for name, depth, fsdp, rows in itertools.product(slices, options.depth, options.fsdp, options.rows)
         ]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    _without_a_tpu()
     file = open(options.json, "w") if options.json else None
     records = []
-    for number, (chips, experiment) in enumerate(works, 1):
-        name = f"d{experiment.model.depth} on {chips}, fsdp {experiment.mesh.fsdp}"
+    for number, (on, experiment) in enumerate(works, 1):
+        name = f"d{experiment.model.depth} on {on}, fsdp {experiment.mesh.fsdp}"
         say(f"{number} of {len(works)}, {name}: compiling, for minutes")
-        record = {"chips": chips, "overrides": overrides, "date": date.today().isoformat()}
+        record = {"chips": on, "overrides": overrides, "date": date.today().isoformat()}
         try:
-            record |= _figures(CHIPS[chips], experiment)
+            record |= _figures(slices[on], experiment)
         except Exception as error:  # what one program fails with is a line of the table
             record |= _named(experiment) | {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
         records.append(record)
@@ -94,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--depth", type=int, nargs="+", default=[12, 20], help="one or more depths (default 12 20)")
-    add("--chips", nargs="+", choices=list(CHIPS), default=list(CHIPS), help="(default: all)")
+    add("--chips", nargs="+", default=["v5e-8", "v6e-8"], metavar="KIND-N",
+        help="kinds of TPU (v4, v5e, v5p, v6e) with numbers of chips (default v5e-8 v6e-8)")  # fmt: skip
     add("--fsdp", type=int, nargs="+", default=[1, 8], metavar="N",
         help="devices that share parameters and optimizer; the rest are data-parallel (default 1 8)")  # fmt: skip
     add("--rows", type=int, nargs="+", default=[8], help="of 2,048 tokens, per chip and micro-batch (default 8)")
@@ -102,27 +88,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _experiment(chips: str, depth: int, fsdp: int, rows: int, overrides: list[str], names: list[str]) -> Experiment:
+def _slice(name: str) -> tuple[Generation, int]:
+    """The chips that are called, for example, `v5e-8`."""
+    kind, _, count = name.rpartition("-")
+    check(bool(kind) and count.isdecimal(), f"--chips is {name!r}; write a kind of TPU and a number, such as v5e-8")
+    chip = generation(f"TPU {kind}")
+    assert chip is not None, "its name begins with TPU"
+    return chip, int(count)
+
+
+def _experiment(name: str, depth: int, fsdp: int, rows: int, overrides: list[str], names: list[str]) -> Experiment:
+    chip, count = _slice(name)
     base = Experiment(name="benchmark", model=ModelConfig(depth), mesh=MeshConfig(fsdp=fsdp))
     base = dataclasses.replace(
         base,
         pretrain=dataclasses.replace(base.pretrain, device_rows=rows),
         # A device with a known peak is an accelerator: the step is compiled in bf16.
-        cost=dataclasses.replace(base.cost, device=CHIPS[chips].kind, devices=CHIPS[chips].count),
+        cost=dataclasses.replace(base.cost, device=f"TPU {chip.names[0]}", devices=count),
     )
     return override(base, overrides, names)
-
-
-def _without_a_tpu() -> None:
-    """Has JAX use the CPU for what it computes itself, and libtpu not look for the machine it is on."""
-    jax.config.update("jax_platforms", "cpu")
-    for name, value in (
-        ("TPU_SKIP_MDS_QUERY", "1"),
-        ("TPU_ACCELERATOR_TYPE", "v5litepod-8"),
-        ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),  # else only one process of a machine may compile at a time
-    ):
-        os.environ.setdefault(name, value)
 
 
 def _named(experiment: Experiment) -> dict[str, Any]:
@@ -131,10 +115,8 @@ def _named(experiment: Experiment) -> dict[str, Any]:
 
 
 def _figures(chips: Chips, experiment: Experiment) -> dict[str, Any]:
-    from jax.experimental import topologies
-
-    mesh = make_mesh(experiment.mesh, topologies.get_topology_desc(chips.topology, "tpu").devices)
-    limit = int((1 - SPARE) * chips.memory * GIB)
+    mesh = make_mesh(experiment.mesh, chips.devices)
+    limit = int((1 - SPARE) * chips.memory)
     step = compile_pretraining(experiment, GPTConfig.of(experiment.model, VOCABULARY), mesh, limit)
     analysis, text = step.compiled.memory_analysis(), step.compiled.as_text()
     assert analysis and text, "libtpu gives both"
@@ -146,8 +128,8 @@ def _figures(chips: Chips, experiment: Experiment) -> dict[str, Any]:
         "held_bytes": step.memory.held,
         "used_bytes": step.memory.used,
         "code_bytes": analysis.generated_code_size_in_bytes,
-        "memory_bytes": int(chips.memory * GIB),
-        "tried_bytes": {level: memory.total for level, memory in step.memories.items()},
+        "memory_bytes": chips.memory,
+        "tried_bytes": {choice.remat: memory.total for choice, memory in step.memories.items()},
         "splash_calls": text.count('custom_call_target="tpu_custom_call"'),
         "seconds": step.seconds,
         "machine": machine("jax", "jaxlib", "libtpu"),

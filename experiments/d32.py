@@ -8,6 +8,4 @@ Hardware: 8 x H100. Expected, not measured: 32 hours for pretraining at 50 % MFU
 
 from jaxchat.recipes import on_text
 
-experiment = on_text(
-    32, devices=8, shards=800, mfu=0.50, device_rows=8, vocab_size=65_536, midtrain_tokens=524_288, sft_rows=1
-)
+experiment = on_text(32, devices=8, shards=800, mfu=0.50, vocab_size=65_536, midtrain_tokens=524_288)

@@ -15,7 +15,6 @@ experiment = Experiment(
     sft=FinetuneConfig(
         mixture=("chat",),
         batch_tokens=8_192,
-        device_rows=4,
         epochs=3.0,
         lr_fraction=0.1,
         schedule=ScheduleConfig(decay_ratio=1.0),

@@ -25,14 +25,11 @@ experiment = Experiment(
     tokenizer=TokenizerConfig(vocab_size=1024),
     model=ModelConfig(depth=3, sequence_len=128),
     pretrain=PretrainConfig(
-        batch_tokens=4096, device_rows=32, num_iterations=360, eval_every=100, eval_tokens=65_536, sample_every=200
+        batch_tokens=4096, num_iterations=360, eval_every=100, eval_tokens=65_536, sample_every=200
     ),
-    midtrain=FinetuneConfig(
-        batch_tokens=4096, device_rows=32, num_iterations=150, lr_fraction=0.5, eval_every=75, eval_tokens=65_536
-    ),
+    midtrain=FinetuneConfig(batch_tokens=4096, num_iterations=150, lr_fraction=0.5, eval_every=75, eval_tokens=65_536),
     sft=FinetuneConfig(
         batch_tokens=4096,
-        device_rows=32,
         num_iterations=120,
         eval_every=60,
         eval_tokens=65_536,
@@ -48,7 +45,6 @@ experiment = Experiment(
         lr_fraction=0.1,
         eval_questions=400,
         eval_every=15,
-        device_rows=128,
         top_k=None,
     ),
     evaluate=EvaluateConfig(
@@ -56,7 +52,6 @@ experiment = Experiment(
         of=("pretrain", "midtrain", "sft", "rl"),
         limit=200,
         max_new_tokens=64,
-        batch_rows=200,
     ),
     cost=CostConfig(device="2 CPU cores", devices=1, dollars_per_device_hour=0.1),
 )

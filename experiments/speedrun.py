@@ -9,4 +9,4 @@ Hardware: 8 x H100. Expected, not measured: 3.1 hours for pretraining at 45 % MF
 
 from jaxchat.recipes import on_text
 
-experiment = on_text(20, devices=8, shards=240, mfu=0.45, vocab_size=65_536, midtrain_tokens=524_288, sft_rows=1)
+experiment = on_text(20, devices=8, shards=240, mfu=0.45, vocab_size=65_536, midtrain_tokens=524_288)

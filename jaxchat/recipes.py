@@ -24,11 +24,9 @@ def on_text(
     devices: int,
     mfu: float,
     shards: int,
-    device_rows: int = 32,
     vocab_size: int = 32_768,
     pretrain_tokens: int = 524_288,
     midtrain_tokens: int = 131_072,
-    sft_rows: int = 8,
 ) -> Experiment:
     """Training on real text: 20 pretraining tokens per parameter, then midtraining and SFT, then RL on GSM8K.
 
@@ -39,19 +37,16 @@ def on_text(
       devices: H100s that the dry run expects.
       mfu: fraction of their peak FLOP/s that it expects training to use.
       shards: shards of FineWeb-Edu, about 53 million tokens each, to download where the user brings no text.
-      device_rows: rows of 2,048 tokens that a device computes at once; as many as fit into its memory.
       pretrain_tokens, midtrain_tokens: tokens of an optimizer step.
-      sft_rows: rows that a device computes at once in SFT, whose steps are 16,384 tokens.
     """
     return Experiment(
         data=DataConfig(download=(f"fineweb-edu:{shards}", "smoltalk", "mmlu", "arc", "gsm8k", "humaneval")),
         tokenizer=TokenizerConfig(vocab_size=vocab_size),
         model=ModelConfig(depth=depth),
-        pretrain=PretrainConfig(batch_tokens=pretrain_tokens, device_rows=device_rows, core_every=2000),
+        pretrain=PretrainConfig(batch_tokens=pretrain_tokens, core_every=2000),
         midtrain=FinetuneConfig(
             mixture=("chat", "smoltalk", "mmlu", "gsm8k", "spelling:20000", "identity:2000"),
             batch_tokens=midtrain_tokens,
-            device_rows=device_rows,
             eval_every=150,
             tasks=SCORED,
             tasks_every=600,
@@ -59,7 +54,6 @@ def on_text(
         sft=FinetuneConfig(
             mixture=("chat", "smoltalk:10000", "arc_easy", "arc_challenge", "gsm8k", "spelling:300", "identity:2000"),
             batch_tokens=16_384,
-            device_rows=sft_rows,
             lr_fraction=0.02,
             schedule=ScheduleConfig(decay_ratio=1.0),
             eval_every=100,

@@ -68,8 +68,8 @@ def test_every_number_has_a_range(cls, name, kind):
     assert found.at_least is not None or found.above is not None, "it has no lower limit"
     value = getattr(cls(), name)
     for number in value if isinstance(value, tuple) else [value]:
-        assert number is None or type(number) is kind
-        assert number is None or found.problem(number, kind is int) is None, "the default is out of range"
+        assert number in (None, "auto") or type(number) is kind
+        assert number in (None, "auto") or found.problem(number, kind is int) is None, "the default is out of range"
 
 
 @each_number

@@ -9,13 +9,14 @@ import time
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
 from jaxchat.config import Experiment
 from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.data.hub.download import jobs_of
-from jaxchat.devices.machine import device_peak_flops, lacks_bf16
+from jaxchat.devices.machine import device_memory, device_peak_flops, lacks_bf16
 from jaxchat.devices.mesh import data_shards, make_mesh
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import abstract_params
@@ -23,11 +24,25 @@ from jaxchat.model.parameters import count_parameters
 from jaxchat.ops.compute import for_training
 from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.stages.tokenizer import load_users_tokenizer
-from jaxchat.stages.training import abstract_batch
 from jaxchat.stages.workspace import planned_model
-from jaxchat.train.budget import flops_per_token, split_batch, training_length
-from jaxchat.train.memory import GIB, CompiledStep, compile_step, plan_step, usable_memory
+from jaxchat.train.budget import batch_plans, flops_per_token, training_length
+from jaxchat.train.choice import by_preference
+from jaxchat.train.memory import (
+    GIB,
+    LEVELS,
+    SPARE,
+    CompiledStep,
+    PlannedStep,
+    compile_step,
+    levels,
+    plan_step,
+    usable_memory,
+)
+from jaxchat.train.step import abstract_batch
 from jaxchat.verbatim import Style, write
+
+PREALLOCATED = 0.75  # of a GPU's memory, which JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
+DEFAULT_MEMORY = 24 * GIB  # of an accelerator whose memory is not known
 
 
 def dry_run(experiment: Experiment) -> None:
@@ -50,8 +65,12 @@ def dry_run(experiment: Experiment) -> None:
     _say(f"FLOPs a token {flops_per_token(model):.4g} (forward and backward)")
     _print_windows(model)
     _print_data(experiment)
-    _print_stages(experiment, model, parallel)
-    _print_memory(experiment, model, mesh)
+    began, device = time.perf_counter(), jax.devices()[0]
+    with Console().status(f"compiling the pretraining step for {mesh.size} x {device.device_kind}"):
+        limit = usable_memory(of_host=experiment.pretrain.device_rows == "auto")
+        step = compile_pretraining(experiment, model, mesh, limit)
+    _print_stages(experiment, model, parallel, step)
+    _print_memory(experiment, model, mesh, step, time.perf_counter() - began)
 
 
 def _say(text: str, style: Style = "", *, end: str = "\n") -> None:
@@ -75,7 +94,7 @@ def _print_data(experiment: Experiment) -> None:
              f"{experiment.data.folder}, minus what is already there")  # fmt: skip
 
 
-def _print_stages(experiment: Experiment, model: GPTConfig, parallel: int) -> None:
+def _print_stages(experiment: Experiment, model: GPTConfig, parallel: int, step: CompiledStep) -> None:
     price = experiment.cost
     peak = device_peak_flops(price.device)
     rate = f"{price.expected_mfu:.0%} MFU" if peak else "peak speed unknown"
@@ -88,7 +107,9 @@ def _print_stages(experiment: Experiment, model: GPTConfig, parallel: int) -> No
         if stage not in experiment.stages:
             continue
         config = getattr(experiment, stage)
-        plan = split_batch(config.batch_tokens, config.device_rows, model.sequence_len, parallel)
+        plans = batch_plans(config.batch_tokens, config.device_rows, model.sequence_len, parallel)
+        # Rows take the same in all these stages, where they have the same length.
+        plan = next((plan for plan in plans if plan.device_rows <= step.choice.device_rows), plans[0])
         rows = f"{plan.rows} x {plan.accumulation}"
         steps = training_length(config, model) if stage == "pretrain" else config.num_iterations
         if steps is None:
@@ -104,37 +125,60 @@ def _print_stages(experiment: Experiment, model: GPTConfig, parallel: int) -> No
     Console(soft_wrap=True).print(table)
 
 
-def _print_memory(experiment: Experiment, model: GPTConfig, mesh) -> None:
-    device, began = jax.devices()[0], time.perf_counter()
-    with Console().status(f"compiling the pretraining step for {mesh.size} x {device.device_kind}"):
-        step = compile_pretraining(experiment, model, mesh, usable_memory())
-    memory = step.memory
+def _print_memory(experiment: Experiment, model: GPTConfig, mesh: Mesh, step: CompiledStep, seconds: float) -> None:
+    device, memory = jax.devices()[0], step.memory
     _say(f"memory        {memory.total / GIB:.2f} GiB a device: {memory.held / GIB:.2f} parameters, optimizer "
          f"and batch, {memory.used / GIB:.2f} in use by a step")  # fmt: skip
-    _say(f"              according to XLA's analysis of the step, compiled for {device.platform} "
-         f"({time.perf_counter() - began:.0f} s)")  # fmt: skip
+    _say(f"              according to XLA's analysis of the step, compiled for {device.platform} ({seconds:.0f} s)")
+    if _stands_for(experiment, mesh):
+        _say("              a CPU computes bf16 in fp32: expect a GPU's step to use half of that or less")
+        limit = _planned_limit(experiment)
+        expected = _plan(experiment, model, mesh).expected(model.sequence_len)(step.choice)
+        verdict = "" if expected <= limit else ", which is too little; lower model.depth or model.sequence-len"
+        _say(f"expected      {step.choice}: about {expected / GIB:.1f} of {limit / GIB:.1f} GiB of each "
+             f"{experiment.cost.device}{verdict}")  # fmt: skip
+        return
     if step.limit is None:
         _say(f"remat         {step.remat}; the devices here do not say how much memory they have")
     else:
         _say(f"              {step}")
     if not step.fits:
-        _say(f"warning: {step.too_large('pretrain', experiment.pretrain.device_rows)}")
-    if device.platform == "cpu" and device_peak_flops(experiment.cost.device):
-        _say("              a CPU computes bf16 in fp32: expect a GPU's step to use half of that or less")
+        _say(f"warning: {step.too_large('pretrain')}")
 
 
-def compile_pretraining(experiment: Experiment, model: GPTConfig, mesh, limit: int | None) -> CompiledStep:
-    """The pretraining step as a run would compile it if a step may take `limit` bytes; nothing is allocated."""
+def _stands_for(experiment: Experiment, mesh: Mesh) -> bool:
+    """Whether CPUs of the mesh stand for accelerators that the experiment is planned for."""
+    return mesh.devices.flat[0].platform == "cpu" and device_peak_flops(experiment.cost.device) is not None
+
+
+def compile_pretraining(experiment: Experiment, model: GPTConfig, mesh: Mesh, limit: int | None) -> CompiledStep:
+    """The pretraining step as a run would compile it if a step may take `limit` bytes; nothing is allocated.
+
+    On CPUs that stand for accelerators, with the rows that these may be expected to have room for.
+    """
     config = experiment.pretrain
-    parallel = data_shards(mesh)
-    plan = split_batch(config.batch_tokens, config.device_rows, model.sequence_len, parallel)
-    planned = experiment.cost.device  # for which a CPU may stand
-    bf16 = experiment.precision in ("auto", "fp8") and device_peak_flops(planned) and not lacks_bf16(planned)
-    compute = for_training(experiment, mesh)
-    if bf16 and jax.default_backend() == "cpu":
+    plans = batch_plans(config.batch_tokens, config.device_rows, model.sequence_len, data_shards(mesh))
+    shape = {plan.device_rows: (plan.accumulation, plan.rows, model.sequence_len) for plan in plans}
+    planned, choices = _plan(experiment, model, mesh), by_preference(shape, levels(experiment.remat, mesh))
+    if _stands_for(experiment, mesh):
+        all_levels = LEVELS if experiment.remat == "auto" else (experiment.remat,)
+        choices, expected = by_preference(shape, all_levels), planned.expected(model.sequence_len)
+        at_most = _planned_limit(experiment)
+        choices, limit = [next((choice for choice in choices if expected(choice) <= at_most), choices[-1])], None
+    return compile_step(planned, choices, limit, lambda rows: abstract_batch(mesh, shape[rows]))
+
+
+def _plan(experiment: Experiment, model: GPTConfig, mesh: Mesh) -> PlannedStep:
+    compute, planned = for_training(experiment, mesh), experiment.cost.device
+    accelerated = jax.default_backend() == "cpu" and device_peak_flops(planned) is not None and not lacks_bf16(planned)
+    if accelerated and experiment.precision in ("auto", "fp8"):
         compute = dataclasses.replace(compute, dtype=jnp.bfloat16)
     optimizer = make_optimizer(
         experiment.optimizer, model, optax.constant_schedule(1.0), mesh=mesh, newton_schulz_dtype=compute.dtype
     )
-    state, make_step = plan_step(model, optimizer, abstract_params(model), compute)
-    return compile_step(make_step, experiment.remat, limit, state, abstract_batch(mesh, plan, model.sequence_len))
+    return plan_step(model, optimizer, abstract_params(model), compute)
+
+
+def _planned_limit(experiment: Experiment) -> float:
+    """Bytes that a step may take on a device that the experiment is planned for."""
+    return (1 - SPARE) * PREALLOCATED * (device_memory(experiment.cost.device) or DEFAULT_MEMORY)

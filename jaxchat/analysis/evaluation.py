@@ -21,7 +21,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from etils import epath
@@ -79,7 +79,7 @@ class Wanted:
     samples: int
     temperature: float
     max_new_tokens: int
-    batch_rows: int
+    batch_rows: int | Literal["auto"]
     bundle: Bundle | None
     core_per_task: int | None
     texts: Sequence[GivenFile]
@@ -162,9 +162,7 @@ class _Evaluation:
             if all(before.get(name) == value for name, value in settings.items()) and path.exists():
                 self.say(f"{task.name}: the same questions were asked before; {path} has the answers")
                 continue
-            engine = engine or Engine(
-                self.trained.model, self.params, self.trained.tokenizer, dtype=wanted.dtype, rows=wanted.batch_rows
-            )
+            engine = engine or Engine(self.trained.model, self.params, self.trained.tokenizer, dtype=wanted.dtype)
             began = time.perf_counter()
             with _progress(task.name) as show:
                 result = evaluate_task(

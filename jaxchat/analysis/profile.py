@@ -41,7 +41,7 @@ def profile(experiment: Experiment, *, steps: int, directory: Path) -> None:
         source = random_batches(workspace, model)
         state, step = training.compiled(lambda: fresh_params(workspace, model), source)
         batch, _ = source.next_batch(0, state["params"])
-        compiled = step.compile(state, batch).compiled
+        compiled = step.compile(batch).compiled
 
         def train(state, count: int):
             for _ in range(count):

@@ -81,10 +81,10 @@ def add_command(commands: Any) -> None:
     )
     add(
         "--batch-rows",
-        type=whole(Range(at_least=1, at_most=1 << 16)),
-        metavar="N",
-        help="Questions that the model answers at once; more are faster on a GPU and take more memory. (default: as "
-        "the run's evaluate stage)",
+        type=lambda text: text if text == "auto" else whole(Range(at_least=1, at_most=1 << 16))(text),
+        metavar="N|auto",
+        help="Questions that the model answers at once. auto: as many as fit into memory. (default: as the run's "
+        "evaluate stage)",
     )
     add(
         "--precision",

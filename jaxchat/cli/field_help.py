@@ -46,7 +46,7 @@ def _add_field(group: Any, name: str, kind: Any, text: str, default: Any) -> Non
 
 
 def _metavar(kind: Any) -> str:
-    """The values of a type, as help pages write them: N, X, TEXT, {a,b}, A,B or X X X."""
+    """The values of a type, as help pages write them: N, X, TEXT, {a,b}, A,B, X X X or N|auto."""
     if kind in _LETTERS:
         return _LETTERS[kind]
     parts = [part for part in get_args(kind) if part is not type(None)]
@@ -54,7 +54,8 @@ def _metavar(kind: Any) -> str:
         return f"{{{','.join(parts)}}}"
     if get_origin(kind) is tuple:
         return "A,B" if parts[-1] is Ellipsis else " ".join(map(_metavar, parts))
-    return _metavar(parts[0])
+    words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
+    return "|".join([_metavar(parts[0]), *words])
 
 
 def _written(value: Any) -> str:

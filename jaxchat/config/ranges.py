@@ -126,10 +126,14 @@ def _checked(kind: Any, value: Any, marks: tuple[Any, ...], *, needed: bool = Fa
     """`value` as a `kind`; raises `_Wrong`. Text that is `needed` is not empty."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        (some,) = [part for part in parts if part is not type(None)]
-        if value is None:
-            return None
-        return _checked(some, value, marks, needed=some is str)
+        words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
+        (some,) = [part for part in parts if part is not type(None) and get_origin(part) is not Literal]
+        if (value is None and type(None) in parts) or (isinstance(value, str) and value in words):
+            return value
+        try:
+            return _checked(some, value, marks, needed=some is str)
+        except _Wrong as wrong:
+            raise _Wrong(", or ".join([str(wrong), *words])) from None
     if origin is tuple:
         if isinstance(value, list):
             value = tuple(value)
@@ -187,7 +191,7 @@ def describe(kind: Any) -> str:
         return words[kind]
     parts = get_args(kind)
     if get_origin(kind) is Literal:
-        return f"one of {', '.join(parts)}"
+        return f"{'one of ' if len(parts) > 1 else ''}{', '.join(parts)}"
     if get_origin(kind) is tuple:
         return "words" if parts[-1] is Ellipsis else f"{len(parts)} numbers separated by spaces"
     return " or ".join(map(describe, parts))

@@ -22,8 +22,9 @@ LENGTH = Range(at_least=1, at_most=1 << 20)
 class TrainConfig(Section):
     """What all training stages have: length, learning rate, and how often to evaluate, sample and save."""
 
-    device_rows: Annotated[int, AT_ONCE] = 32
-    """Rows that a device computes at once; more of a step's rows are accumulated one after another."""
+    device_rows: Annotated[int | Literal["auto"], AT_ONCE] = "auto"
+    """Rows that a device computes at once; more of a step's rows are accumulated one after another. auto: as many as
+    fit into its memory."""
     num_iterations: Annotated[int | None, STEPS] = None
     """Optimizer steps. None: as many as the stage needs for its data."""
     lr_fraction: Annotated[float, RATE] = 1.0
@@ -190,8 +191,8 @@ class EvaluateConfig(Section):
     """Stages whose models are scored."""
     limit: Annotated[int | None, COUNT] = None
     """Questions of each task, at most. None: all."""
-    batch_rows: Annotated[int, AT_ONCE] = 64
-    """Questions that the model answers at once."""
+    batch_rows: Annotated[int | Literal["auto"], AT_ONCE] = "auto"
+    """Questions that the model answers at once. auto: as many as fit into memory, up to those that make it faster."""
     max_new_tokens: Annotated[int, LENGTH] = 512
     """Longest answer, in tokens."""
     core: tuple[str, ...] = ("pretrain",)

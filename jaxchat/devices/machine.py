@@ -86,6 +86,35 @@ def device_peak_flops(kind: str) -> float | None:
     return next((1e12 * peak for pattern, peak in _PEAKS if re.search(pattern, kind)), None)
 
 
+# Of each device's memory, in units of 2^30 bytes as its maker gives it; only where all of a name have the same.
+_MEMORY: tuple[tuple[str, int], ...] = (
+    (r"\bB200\b", 180),
+    (r"\bH200\b", 141),
+    (r"\bH100\b", 80),
+    (r"\bL40S\b", 48),
+    (r"\bA100\b.*40GB", 40),
+    (r"\bA100\b.*80GB", 80),
+    (r"\b(A10|A10G|L4)\b", 24),
+    (r"\bT4\b", 16),
+    (r"\bMI300X\b", 192),
+    (r"^TPU v6( lite|e)$", 32),
+    (r"^TPU v5( lite|e)$", 16),
+    (r"^TPU v5p?$", 95),
+    (r"^TPU v4$", 32),
+    (r"\bRTX (3090|3090 Ti|4090)$", 24),
+    (r"\bRTX 5090$", 32),
+    (r"\bRTX (4070 Ti SUPER|4080|4080 SUPER|5070 Ti|5080)$", 16),
+    (r"\bRTX (3080 Ti|4070|4070 SUPER|4070 Ti|5070)$", 12),
+    (r"\bRTX (3060 Ti|3070|3070 Ti|4060|5050|5060)$", 8),
+)
+
+
+def device_memory(kind: str) -> int | None:
+    """The memory of one device in bytes, by JAX's `device_kind`; None for an unknown device."""
+    found = next((size for pattern, size in _MEMORY if re.search(pattern, kind)), None)
+    return None if found is None or "MIG" in kind else found << 30
+
+
 def lacks_bf16(kind: str) -> bool:
     """Whether a device is, by its name, one of NVIDIA's GPUs before Ampere that are still about."""
     return re.search(r"\b(T4|P100|V100|RTX 20\d\d)\b", kind) is not None

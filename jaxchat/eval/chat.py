@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxchat.errors import UserError, check
 from jaxchat.eval.statistics import pass_at_k, wilson_interval
+from jaxchat.infer.capacity import MOST_ROWS
 from jaxchat.infer.engine import SHORTEST_PROMPT, Engine, bucket
 from jaxchat.infer.request import NO_OUTPUT
 from jaxchat.model.config import GPTConfig
@@ -125,7 +126,7 @@ def evaluate_task(
     *,
     limit: int | None = None,
     max_new_tokens: int = 512,
-    batch_size: int = 64,
+    batch_size: int | Literal["auto"] = 64,
     temperature: float = 0.0,
     seed: int = 0,
     samples: int = 1,
@@ -141,7 +142,7 @@ def evaluate_task(
 
     Args:
       limit: the most questions to ask, chosen by the task (`Task.subset`).
-      batch_size: rows that go through the model at once.
+      batch_size: rows that go through the model at once. "auto": as many as fit into memory, at most `MOST_ROWS`.
       samples: answers to each question, which need a temperature above 0; multiple choice has one in any case.
       progress: called with the number of answers that are scored, and of all.
 
@@ -167,6 +168,8 @@ def evaluate_task(
     logprobs: dict[int, dict[str, float]] = {}
     if task.kind == "multiple_choice":
         samples, asked = 1, [prompts[i] for i in fitting]
+        if batch_size == "auto":
+            batch_size = engine.rows_to_read(max(map(len, asked), default=1))
         choices = choose(engine, asked, [questions[i]["letters"] for i in fitting], batch_size, progress)
         for i, choice in zip(fitting, choices, strict=True):
             given[i] = [Sample(choice.letter, task.score(questions[i], choice.letter), False)]
@@ -177,7 +180,8 @@ def evaluate_task(
         def score(row: int, answer: str, cut: bool) -> Sample:
             return Sample(answer, task.score(questions[rows[row]], answer, cut=cut), cut)
 
-        written = _write(engine, [prompts[i] for i in rows], score, progress, max_batch=batch_size, **options)
+        most = MOST_ROWS if batch_size == "auto" else batch_size  # the cache has room for as many as fit
+        written = _write(engine, [prompts[i] for i in rows], score, progress, max_batch=most, **options)
         for i, sample in zip(rows, written, strict=True):
             given[i].append(sample)
     best = task.mode is not None and task.mode.any_of_samples

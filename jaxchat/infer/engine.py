@@ -27,7 +27,7 @@ from jaxtyping import Array
 from jaxchat.devices.mesh import put_whole
 from jaxchat.errors import check
 from jaxchat.infer.answers import Answer, Completion
-from jaxchat.infer.capacity import bucket, pages_of
+from jaxchat.infer.capacity import bucket, pages_of, rows_to_read
 from jaxchat.infer.pages import PagePool
 from jaxchat.infer.programs import Setup
 from jaxchat.infer.quantized import KVCache, Weights, cache_dtype, stored
@@ -331,6 +331,11 @@ class Engine:
         shards = self._setup.shards
         return -(-bucket(rows, 1) // shards) * shards
 
+    def rows_to_read(self, tokens: int) -> int:
+        """How many rows of `tokens` tokens the engine's devices have room to read at once, without a cache."""
+        width = bucket(tokens, SHORTEST_PROMPT)
+        return self._setup.shards * rows_to_read(self.model_config, self.dtype, width, self._device)
+
     def put(self, array: np.ndarray) -> Array:
         """Puts `array` on the engine's devices, split by rows."""
         return jax.device_put(array) if self.mesh is None else put_whole(self.mesh, array)
@@ -341,6 +346,11 @@ class Engine:
     def _setup(self) -> Setup:
         return Setup(self.model_config, self.dtype, self.mesh)
 
+    @property
+    def _device(self) -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
+        """One of those that hold the parameters."""
+        return min(jax.tree.leaves(self.params)[0].devices(), key=lambda device: device.id)
+
     def _opened(self) -> Turns:
         if self._turns is None:
             return self._open(self.rows, self.model_config.sequence_len, self.cache_tokens)
@@ -349,7 +359,7 @@ class Engine:
     def _open(self, rows: int, tokens: int, cache_tokens: int | None = None) -> Turns:
         """Makes a cache for `rows` rows of `tokens` tokens, or of `cache_tokens` in all."""
         setup = self._setup
-        device = min(jax.tree.leaves(self.params)[0].devices(), key=lambda device: device.id)
+        device = self._device
         slots = self.batch_size(rows) // setup.shards
         dtype = jnp.dtype(cache_dtype(self.dtype, self.kv_cache))
         if cache_tokens is None:

@@ -23,8 +23,9 @@ from jaxchat.rl.signal import Signal
 from jaxchat.stopping import raise_if_asked
 from jaxchat.tasks import Conversation, Task
 from jaxchat.tokenizer import BaseTokenizer
+from jaxchat.train.budget import BatchPlan, plans_of_rows
 from jaxchat.train.loop import Source
-from jaxchat.train.step import MICRO_BATCH_SPEC, Batch
+from jaxchat.train.step import MICRO_BATCH_SPEC, AbstractBatch, Batch, abstract_batch
 
 Question = tuple[Task, Conversation]  # with the task that scores it
 
@@ -99,8 +100,14 @@ class Rollouts(Source):
         self.objective, self.reference = PolicyObjective.of(config), reference
         self.tokenizer = engine.tokenizer
         parallel = data_shards(mesh)
-        rollouts = config.questions_per_step * config.samples_per_question
-        self.micro_rows = min(config.device_rows, math.ceil(rollouts / parallel)) * parallel
+        # Of a device: the last micro-batch may have rows without targets.
+        rollouts = math.ceil(config.questions_per_step * config.samples_per_question / parallel)
+        if config.device_rows == "auto":
+            self.plans = plans_of_rows(rollouts, parallel)
+        else:
+            rows = min(config.device_rows, rollouts)
+            self.plans = (BatchPlan(rows, rows * parallel, math.ceil(rollouts / rows)),)
+        self.plan = self.plans[0]
         self.taken = 0  # updates so far: questions and random numbers follow from this number alone
         self.signal = Signal()
         self._rows: list[Row] = []  # of a batch that is to be given again
@@ -116,6 +123,12 @@ class Rollouts(Source):
         # An earlier version of jaxchat did not count: its steps are taken to have had a signal.
         self.signal = Signal(**state.get("signal", {"steps": self.taken}))
         self._rows, self._batch = [Row(*row) for row in state.get("rows", ())], None
+
+    def abstract(self, plan: BatchPlan) -> AbstractBatch:
+        """The largest batch that `next_batch` returns with `plan`, as ShapeDtypeStructs."""
+        prompt = max(len(self.tokenizer.render_for_completion(conversation)) for _, conversation in self.questions)
+        shape = (plan.accumulation, plan.rows, self._length(prompt + self.config.max_new_tokens))
+        return abstract_batch(self.mesh, shape, self.objective.tokens)
 
     def next_batch(self, step: int, params) -> tuple[Batch, dict[str, float]]:
         """The batch and, if it is a new one, its metrics.
@@ -186,7 +199,7 @@ class Rollouts(Source):
         over all answers if KL divergence or entropy are part of it.
         """
         length = self._length(max(len(row.tokens) for row in rows) - 1)
-        shape = (math.ceil(len(rows) / self.micro_rows) * self.micro_rows, length)
+        shape = (math.ceil(len(rows) / self.plan.rows) * self.plan.rows, length)
         inputs, targets = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
         advantages, behaviour = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         counts = np.zeros(len(inputs), np.int64)
@@ -207,7 +220,7 @@ class Rollouts(Source):
             "behaviour": behaviour,
             "shares": np.broadcast_to(of_answers[:, None], shape),
         }
-        return {name: array.reshape(-1, self.micro_rows, length) for name, array in arrays.items()}
+        return {name: array.reshape(-1, self.plan.rows, length) for name, array in arrays.items()}
 
 
 def row_of(prompt: list[int], completion: Completion, advantage: float, taught: bool) -> Row:

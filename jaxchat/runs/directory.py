@@ -271,8 +271,15 @@ class RunDirectory:
                 "started": goes_on["started"] if goes_on else time.time(),
                 "made_from": {source: identity for source in sources if (identity := self.id_of(source))},
                 "config": dataclasses.asdict(experiment),
+                **({"step": goes_on["step"]} if goes_on and "step" in goes_on else {}),
             },
         )
+
+    def note(self, stage: str, **facts: Any) -> None:
+        """Adds facts to what `begin` wrote, if it did; they stay while the stage goes on."""
+        begun = self.begun(stage)
+        if begun is not None and any(begun.get(name) != fact for name, fact in facts.items()):
+            write_json(self.path / stage / "begun.json", {**begun, **facts})
 
     def id_of(self, stage: str) -> str | None:
         """What tells this making of a stage from others; None if there is none, or it is of an earlier version."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -20,6 +19,7 @@ from jaxchat.stages.preflight import can_be_asked, check_targets
 from jaxchat.stages.samples import prompts_of_chats
 from jaxchat.stages.scores import task_scores
 from jaxchat.stages.training import Batches, Training
+from jaxchat.stages.validation import in_batches, keep_rows, smallest_share
 from jaxchat.stages.workspace import Workspace
 from jaxchat.tasks import Conversation, Mixture, Task
 from jaxchat.tasks.items import spread
@@ -38,7 +38,8 @@ def run(workspace: Workspace, stage: str) -> None:
     """
     experiment, tokenizer = workspace.experiment, workspace.tokenizer()
     config, model = getattr(experiment, stage), workspace.model_config(tokenizer)
-    plan = workspace.batch_plan(config)
+    plans = workspace.batch_plans(config)
+    step_rows = plans[0].rows * plans[0].accumulation
     findings = Findings(experiment.data.on_bad, lambda line: None)
     tasks = workspace.load_tasks(stage, config.mixture, "train", findings=findings)
     if not tasks:
@@ -50,7 +51,7 @@ def run(workspace: Workspace, stage: str) -> None:
     common = {"tokenizer": tokenizer, "sequence_len": model.sequence_len, "seed": experiment.seed}
     steps = config.num_iterations
     if steps is None:
-        exact = config.epochs * count_rows(rendered, **common) / (plan.rows * plan.accumulation)
+        exact = config.epochs * count_rows(rendered, **common) / step_rows
         steps = max(1, round(exact))
         if steps < FEW_STEPS:
             workspace.say_once(
@@ -61,17 +62,17 @@ def run(workspace: Workspace, stage: str) -> None:
             )
     index, count = batch_share(workspace.mesh)
     part = {"process_index": index, "process_count": count}
-    batches = chat_batches(rendered, rows=plan.rows * plan.accumulation // count, **part, **common)
+    batches = Batches(workspace, plans, chat_batches(rendered, rows=step_rows // count, **part, **common))
     held_out = _with_targets(workspace.load_tasks(stage, config.mixture, "val", quiet=True), tokenizer, model)
-    validation = []
+    validation = {}
     if held_out:
-        source = chat_batches(held_out, rows=plan.rows // count, epochs=1, **part, **common)
-        count = max(1, config.eval_tokens // (plan.rows * model.sequence_len))
-        validation = list(itertools.islice(source, count))
+        source = chat_batches(held_out, rows=smallest_share(workspace.mesh), epochs=1, **part, **common)
+        validation = keep_rows(source, config.eval_tokens // count)
 
     def validate(step, params):
         if validation:
-            yield "bpb", evaluate_bpb(params, model, validation, tokenizer.token_bytes(), compute=workspace.compute)
+            at_once = in_batches(validation, batches.plan.rows // count)
+            yield "bpb", evaluate_bpb(params, model, at_once, tokenizer.token_bytes(), compute=workspace.compute)
 
     params, step = workspace.load_params(parent, model)
     facts: dict[str, Any] = {"mixture": {task.name: len(task) for task in tasks}}
@@ -93,7 +94,7 @@ def run(workspace: Workspace, stage: str) -> None:
     shown = spread(held_out or [chat for chat in Mixture(tasks) if chat["messages"]], SAMPLES)
     training.train(
         lambda: params,
-        Batches(workspace, plan, batches),
+        batches,
         lambda metrics: (
             Evaluator(config.eval_every, validate),
             *task_scores(training, metrics, config, asked),

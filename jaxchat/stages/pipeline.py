@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Collection
 
@@ -19,8 +20,10 @@ from jaxchat.stages import evaluate, finetune, pretrain, report, rl, tokenizer
 from jaxchat.stages.init_from import place_start
 from jaxchat.stages.settings import check_settings, describe_programs, naming
 from jaxchat.stages.workspace import Workspace, planned_model
-from jaxchat.train.budget import check_length, split_batch
+from jaxchat.train.budget import batch_plans, check_length
+from jaxchat.train.memory import OutOfMemory
 
+LESS = 0.9  # of the memory that a step was to take and did not get, what the next may take
 RUNNERS = {
     "tokenizer": tokenizer.run,
     "pretrain": pretrain.run,
@@ -47,7 +50,7 @@ def check_possible(experiment: Experiment) -> None:
         if stage in experiment.stages:
             config = getattr(experiment, stage)
             with naming(stage):
-                split_batch(config.batch_tokens, config.device_rows, experiment.model.sequence_len, data_shards(mesh))
+                batch_plans(config.batch_tokens, config.device_rows, experiment.model.sequence_len, data_shards(mesh))
     if "pretrain" in experiment.stages:
         check_length(experiment.pretrain, planned_model(experiment))
 
@@ -83,10 +86,25 @@ def run_stages(workspace: Workspace, given: Collection[str] = (), start: Startin
         began = time.perf_counter()
         if stage not in ("evaluate", "report"):  # they make nothing that others are made of
             workspace.begin(stage)
-        RUNNERS[stage](workspace)
+        _run_stage(workspace, stage)
         if stage == "tokenizer":
             workspace.check_data(_to_check(workspace, given), given)  # exactly now: tokens can be counted
         workspace.say(f"{stage:<9} finished in {time.perf_counter() - began:,.0f} s")
+
+
+def _run_stage(workspace: Workspace, stage: str) -> None:
+    """Runs a stage, again with a smaller step where the one that was chosen has no room in its memory after all."""
+    try:
+        RUNNERS[stage](workspace)
+        return
+    except OutOfMemory as error:
+        config = getattr(workspace.experiment, stage)
+        if jax.process_count() > 1 or config.device_rows != "auto":  # the others would wait for this process
+            raise
+        workspace.say(f"{stage:<9} {error}; now with less")
+        workspace.most_bytes = int(LESS * error.total)
+    gc.collect()  # of what the stage has left in memory
+    _run_stage(workspace, stage)
 
 
 def _to_check(workspace: Workspace, given: Collection[str]) -> list[str]:

@@ -12,9 +12,10 @@ from jaxchat.data.text.shards import iterate_texts
 from jaxchat.devices.mesh import batch_share
 from jaxchat.devices.processes import on_process_zero
 from jaxchat.eval.bpb import evaluate_bpb
-from jaxchat.stages.samples import fixed_prompts, prompts_of_texts
+from jaxchat.stages.samples import fixed_prompts, is_english, prompts_of_texts
 from jaxchat.stages.scores import core_scores
 from jaxchat.stages.training import Batches, Training, fresh_params
+from jaxchat.stages.validation import in_batches, keep_rows, smallest_share
 from jaxchat.stages.workspace import Workspace
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.budget import training_length
@@ -27,7 +28,6 @@ def run(workspace: Workspace) -> None:
     """Trains fresh parameters on the experiment's text."""
     experiment, tokenizer = workspace.experiment, workspace.tokenizer()
     config, model = experiment.pretrain, workspace.model_config(tokenizer)
-    plan = workspace.batch_plan(config)
     text = workspace.text()
     on_process_zero(lambda: _say_if_changed(workspace, text))
     training = Training(workspace, "pretrain", config, model, tokenizer, training_length(config, model))
@@ -36,21 +36,22 @@ def run(workspace: Workspace) -> None:
     held_out = pretrain_batches(
         text.val,
         tokenizer,
-        rows=plan.rows // count,
+        rows=smallest_share(workspace.mesh),
         sequence_len=model.sequence_len,
         seed=experiment.seed,
         repeat=False,
         process_index=index,
         process_count=count,
     )
-    # Kept on the host, so that every evaluation sees the same batches.
-    validation = list(itertools.islice(held_out, max(1, config.eval_tokens // (plan.rows * model.sequence_len))))
+    validation = keep_rows(held_out, config.eval_tokens // count)
 
     def validate(step, params):
-        yield "bpb", evaluate_bpb(params, model, validation, tokenizer.token_bytes(), compute=workspace.compute)
+        at_once = in_batches(validation, batches.plan.rows // count)
+        yield "bpb", evaluate_bpb(params, model, at_once, tokenizer.token_bytes(), compute=workspace.compute)
 
-    prompts = prompts_of_texts(tokenizer, list(itertools.islice(iterate_texts(text.val), SAMPLES)))
-    prompts += fixed_prompts(tokenizer, generated=experiment.data.folder is None)
+    texts = list(itertools.islice(iterate_texts(text.val), SAMPLES))
+    prompts = prompts_of_texts(tokenizer, texts)
+    prompts += fixed_prompts(tokenizer, generated=experiment.data.folder is None, english=is_english(texts))
     training.train(
         lambda: fresh_params(workspace, model),
         batches,
@@ -66,12 +67,12 @@ def run(workspace: Workspace) -> None:
 def training_batches(workspace: Workspace, tokenizer: BaseTokenizer, text: TextSplits) -> Batches:
     """The batches of pretraining, from the first one on."""
     experiment = workspace.experiment
-    plan = workspace.batch_plan(experiment.pretrain)
+    plans = workspace.batch_plans(experiment.pretrain)
     index, count = batch_share(workspace.mesh)
     batches = pretrain_batches(
         text.train,
         tokenizer,
-        rows=plan.rows * plan.accumulation // count,
+        rows=plans[0].rows * plans[0].accumulation // count,
         sequence_len=experiment.model.sequence_len,
         seed=experiment.seed,
         shuffle=experiment.data.shuffle,
@@ -82,7 +83,7 @@ def training_batches(workspace: Workspace, tokenizer: BaseTokenizer, text: TextS
         process_count=count,
         fingerprint=fingerprint(text),
     )
-    return Batches(workspace, plan, batches)
+    return Batches(workspace, plans, batches)
 
 
 def _say_if_changed(workspace: Workspace, text: TextSplits) -> None:

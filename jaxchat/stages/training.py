@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
 from jaxchat.config import SupervisedConfig, TrainConfig
 from jaxchat.data.positions import epoch, join_positions, totals
@@ -28,31 +27,33 @@ from jaxchat.optim.schedules import multiplier
 from jaxchat.runs.metrics import Metrics
 from jaxchat.runs.report_page import describe_data, describe_turn
 from jaxchat.stages.samples import Prompt, continuations
+from jaxchat.stages.step_choice import choose_plan, keep_choice
 from jaxchat.stages.workspace import Workspace
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.budget import BatchPlan, flops_per_token
+from jaxchat.train.choice import Choice
 from jaxchat.train.loop import Evaluator, Loop, Source
 from jaxchat.train.loss import Objective
-from jaxchat.train.memory import CompiledStep, MakeStep, TrainStep, plan_step, usable_memory
+from jaxchat.train.memory import (
+    CompiledStep,
+    PlannedStep,
+    TrainStep,
+    bytes_per_device,
+    levels,
+    plan_step,
+    usable_memory,
+)
 from jaxchat.train.selection import find_turn
-from jaxchat.train.step import MICRO_BATCH_SPEC, Batch, State, init_state
+from jaxchat.train.step import MICRO_BATCH_SPEC, AbstractBatch, Batch, State, abstract_batch, init_state
 
 StepFunction = Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
-
-
-def abstract_batch(mesh: Mesh, plan: BatchPlan, sequence_len: int) -> Batch:
-    """The batch of a supervised step as ShapeDtypeStructs with shardings."""
-    rows = jax.ShapeDtypeStruct(
-        (plan.accumulation, plan.rows, sequence_len), np.int32, sharding=NamedSharding(mesh, MICRO_BATCH_SPEC)
-    )
-    return {"inputs": rows, "targets": rows}  # pyright: ignore[reportReturnType]
 
 
 class Batches(Source):
     """The batches of a loader, put on the mesh as `[accumulation, rows, T]`."""
 
-    def __init__(self, workspace: Workspace, plan: BatchPlan, iterator: Iterator[dict[str, np.ndarray]]):
-        self.workspace, self.plan, self.iterator = workspace, plan, iterator
+    def __init__(self, workspace: Workspace, plans: tuple[BatchPlan, ...], iterator: Iterator[dict[str, np.ndarray]]):
+        self.workspace, self.plans, self.plan, self.iterator = workspace, plans, plans[0], iterator
 
     def next_batch(self, step: int, params) -> tuple[Batch, dict[str, float]]:
         rows = next(self.iterator)
@@ -64,9 +65,10 @@ class Batches(Source):
         parts = array.reshape(-1, self.plan.accumulation, array.shape[-1]).swapaxes(0, 1)
         return put_batch(self.workspace.mesh, parts, MICRO_BATCH_SPEC)
 
-    def abstract(self) -> Batch:
-        """What `next_batch` returns, as ShapeDtypeStructs."""
-        return abstract_batch(self.workspace.mesh, self.plan, self.workspace.experiment.model.sequence_len)
+    def abstract(self, plan: BatchPlan) -> AbstractBatch:
+        """What `next_batch` returns with `plan`, as ShapeDtypeStructs."""
+        length = self.workspace.experiment.model.sequence_len
+        return abstract_batch(self.workspace.mesh, (plan.accumulation, plan.rows, length))
 
     def get_state(self) -> dict:
         return self.iterator.get_state()  # pyright: ignore[reportAttributeAccessIssue]
@@ -110,6 +112,7 @@ class Training:
         )
         self.compute = for_training(workspace.experiment, workspace.mesh)
         self.startup: dict[str, float] = {}  # seconds of tracing and compiling the step
+        self.choice: Choice | None = None  # of the step that was compiled last
 
     def engine(self, params) -> Engine:
         return Engine(self.model, params, self.tokenizer, dtype=self.workspace.compute.dtype)
@@ -129,26 +132,26 @@ class Training:
 
         With `remat` "auto" nothing is recomputed: only `compiled` knows what fits into memory.
         """
-        abstract, make_step = self._planned(start)
-        remat = self.workspace.experiment.remat
-        return self._begin(start, abstract), make_step("none" if remat == "auto" else remat)
+        planned, remat = self._planned(start), self.workspace.experiment.remat
+        return self._begin(start, planned.state), planned.make("none" if remat == "auto" else remat)
 
     def compiled(self, start: Callable[[], Any], source: Source) -> tuple[State, TrainStep]:
         """The state at step 0, laid out on the mesh, and the step that fits into memory.
 
-        `start` returns the parameters, which are taken over. If the source knows the shapes of its batches, the step
-        is compiled first, while no arrays take up memory.
+        `start` returns the parameters, which are taken over. The step is compiled first, while no arrays take up
+        memory, for as many of the source's rows at once as fit.
 
         Raises:
           UserError: no step fits into memory.
         """
-        abstract, make_step = self._planned(start)
-        step = TrainStep(make_step, self.workspace.experiment.remat, usable_memory(), self._accept)
-        if isinstance(source, Batches):
-            step.compile(abstract, source.abstract())
-        return self._begin(start, abstract), step
+        planned, remat = self._planned(start), self.workspace.experiment.remat
+        limit = usable_memory(self.config.device_rows == "auto", bytes_per_device(planned.state["params"]))
+        limit = self.workspace.within(limit)
+        step = TrainStep(planned, levels(remat, self.workspace.mesh), limit, self._accept)
+        choose_plan(self.workspace, self.stage, step, source)
+        return self._begin(start, planned.state), step
 
-    def _planned(self, start: Callable[[], Any]) -> tuple[State, MakeStep]:
+    def _planned(self, start: Callable[[], Any]) -> PlannedStep:
         params = jax.eval_shape(start)
         return plan_step(self.model, self.optimizer, params, self.compute, self.objective)
 
@@ -160,13 +163,14 @@ class Training:
         )
 
     def _accept(self, step: CompiledStep) -> None:
-        """Tells the user what was chosen, if anything was; an explicit `remat` is used even if it does not fit."""
+        """Tells the user what was chosen, if anything was; explicit settings are used even if they do not fit."""
         for name, spent in step.seconds.items():
             self.startup[name] = self.startup.get(name, 0.0) + spent
-        if self.workspace.experiment.remat != "auto" or step.limit is None:
-            return
-        check(step.fits, step.too_large(self.stage, self.config.device_rows))
-        self.workspace.say(f"{self.stage:<9} {step}")
+        auto = "auto" in (self.workspace.experiment.remat, self.config.device_rows)
+        if auto and step.limit is not None:
+            check(step.fits, step.too_large(self.stage))
+            self.workspace.say_once(f"{self.stage:<9} {step}")
+        self.choice = step.choice
 
     def train(
         self,
@@ -192,6 +196,8 @@ class Training:
         """
         workspace, began, clock = self.workspace, time.time(), time.perf_counter()
         state, step_fn = self.compiled(start, source)
+        if self.choice is not None:
+            keep_choice(workspace, self.stage, self.choice)
         rates = learning_rates(
             workspace.experiment.optimizer, self.model, self.schedule, lr_fraction=self.config.lr_fraction
         )
@@ -229,6 +235,7 @@ class Training:
             train_seconds=loop.train_seconds,
             started=began,
             divergences=loop.divergences,
+            **self._how(),
             **facts,
         )
 
@@ -252,6 +259,10 @@ class Training:
         before, steps = multiplier(self.config.schedule, num_steps), np.arange(done)
         return done <= self.num_steps and bool(np.all(before(steps) == self.schedule(steps)))
 
+    def _how(self) -> dict[str, Any]:
+        """How the steps were computed, for stage.json."""
+        return {} if self.choice is None else {"device_rows": self.choice.device_rows, "remat": self.choice.remat}
+
     def _data_facts(self, state: dict) -> dict[str, Any]:
         """From the loader's position: how full the rows were, and what was left out of the text."""
         counts = totals(state)
@@ -270,13 +281,13 @@ def fresh_params(workspace: Workspace, model: GPTConfig) -> Params:
 
 def random_batches(workspace: Workspace, model: GPTConfig) -> Batches:
     """Batches of pretraining's shape with uniformly random tokens, for measurements that need no text."""
-    plan = workspace.batch_plan(workspace.experiment.pretrain)
+    plans = workspace.batch_plans(workspace.experiment.pretrain)
     draw = np.random.default_rng(workspace.experiment.seed)
-    shape = (plan.rows * plan.accumulation // batch_share(workspace.mesh)[1], model.sequence_len + 1)
+    shape = (plans[0].rows * plans[0].accumulation // batch_share(workspace.mesh)[1], model.sequence_len + 1)
 
     def rows():
         while True:
             tokens = draw.integers(0, model.vocab_size, shape, np.int32)
             yield {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
 
-    return Batches(workspace, plan, rows())
+    return Batches(workspace, plans, rows())

@@ -41,7 +41,7 @@ from jaxchat.storage import AnyPath, is_folder, to_path, to_run_directory
 from jaxchat.tasks import Task, parse_mixture
 from jaxchat.tasks.base import Split
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
-from jaxchat.train.budget import BatchPlan, split_batch
+from jaxchat.train.budget import BatchPlan, batch_plans
 
 
 class Workspace:
@@ -67,6 +67,7 @@ class Workspace:
         self.experiment, self.directory = experiment, RunDirectory(to_run_directory(directory))
         self._say = say
         self.say = say if jax.process_index() == 0 else lambda line: None
+        self.most_bytes: int | None = None  # that a step may take on a device, if one ran out of memory
         self._said: set[str] = set()
         self._text_checked = self._generated_checked = False
         self.mesh = make_mesh(experiment.mesh)
@@ -205,14 +206,18 @@ class Workspace:
         """The experiment's model for this tokenizer."""
         return _model(self.experiment, tokenizer.vocab_size, tokenizer.bos_token_id)
 
-    def batch_plan(self, config: SupervisedConfig) -> BatchPlan:
-        """How an optimizer step of the stage with `config` is split over devices and micro-batches.
+    def batch_plans(self, config: SupervisedConfig) -> tuple[BatchPlan, ...]:
+        """How an optimizer step of the stage with `config` may be split over devices and micro-batches.
 
         Raises:
-          UserError: as `split_batch`.
+          UserError: as `batch_plans`.
         """
         sequence_len = self.experiment.model.sequence_len
-        return split_batch(config.batch_tokens, config.device_rows, sequence_len, data_shards(self.mesh))
+        return batch_plans(config.batch_tokens, config.device_rows, sequence_len, data_shards(self.mesh))
+
+    def within(self, limit: int | None) -> int | None:
+        """The bytes that a step may take, of `limit` by the devices' own account, after one ran out of memory."""
+        return limit if self.most_bytes is None else min(self.most_bytes, limit or self.most_bytes)
 
     def checkpoints(self, stage: str) -> Checkpoints:
         """The checkpoints of a stage, of which the best is kept too where it may be the stage's result."""

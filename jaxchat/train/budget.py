@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from jaxchat.config import PretrainConfig
 from jaxchat.errors import UserError
@@ -109,6 +110,35 @@ def split_batch(batch_tokens: int, device_rows: int, sequence_len: int, data_par
     raise UserError(
         f"batch-tokens {batch_tokens} is not a multiple of {micro_tokens} (device-rows {device_rows} x {data_parallel} "
         f"data-parallel devices x sequence-len {sequence_len}); nearest that work: {', or '.join(remedies)}"
+    )
+
+
+def batch_plans(
+    batch_tokens: int, device_rows: int | Literal["auto"], sequence_len: int, data_parallel: int
+) -> tuple[BatchPlan, ...]:
+    """The ways to split a batch: `split_batch`, or for "auto" all even ones, the one with the most rows first.
+
+    Raises:
+      UserError: as `split_batch`.
+    """
+    if device_rows != "auto":
+        return (split_batch(batch_tokens, device_rows, sequence_len, data_parallel),)
+    row_tokens = sequence_len * data_parallel  # of one row on every device
+    device_total, rest = divmod(batch_tokens, row_tokens)
+    if rest or not device_total:
+        batches = [tokens for tokens in (device_total * row_tokens, (device_total + 1) * row_tokens) if tokens > 0]
+        raise UserError(
+            f"batch-tokens {batch_tokens} is not a multiple of {row_tokens} ({data_parallel} data-parallel devices x "
+            f"sequence-len {sequence_len}); nearest that work: batch-tokens {_either(batches)}"
+        )
+    return plans_of_rows(device_total, data_parallel)
+
+
+def plans_of_rows(device_total: int, data_parallel: int) -> tuple[BatchPlan, ...]:
+    """All ways to split `device_total` rows a device evenly, the one with the most rows first."""
+    return tuple(
+        BatchPlan(device_rows=rows, rows=rows * data_parallel, accumulation=device_total // rows)
+        for rows in reversed(_divisors(device_total))
     )
 
 

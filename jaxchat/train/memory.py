@@ -1,36 +1,49 @@
 """Compiles the training step so that it fits into a device's memory, as XLA's own analysis sees it.
 
-A step that needs too much keeps fewer activations and computes them a second time for the gradients
-(rematerialisation). The least of it that suffices is found by compiling: first the plain step, then, only if that is
-too large, those that keep less. The step that was compiled is the step that runs, so where the plain one fits, the
-search costs nothing.
+A step that needs too much computes fewer rows at once, or keeps fewer activations and computes them a second time for
+the gradients (rematerialisation). Which of these is taken is found by compiling (`choice`). The step that was compiled
+is the step that runs, so where the first one fits, the search costs nothing.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
+from jaxchat.devices.host import available_memory
 from jaxchat.errors import UserError
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import KEPT, Params
 from jaxchat.model.parameters import shardings
 from jaxchat.ops.compute import Compute, Remat
+from jaxchat.train.choice import Choice, Expected, by_preference, choose
 from jaxchat.train.loss import Objective
 from jaxchat.train.step import AbstractBatch, Batch, State, init_state, make_train_step
 
 LEVELS = ("none", *KEPT)  # from the least rematerialisation to the most
 # The part of a device's memory left for what the analysis does not see: the next batch, gaps between arrays.
 SPARE = 0.05
+# Of the memory that is free on a host whose devices use it, and what is taken to be free where the system does not say:
+# the rest is for the text that is read, for saving, and for other programs.
+HOST_SHARE, HOST_BYTES = 0.6, 4 << 30
+# What a step keeps for the gradients, in numbers per token, layer and unit of the model's width, and in bytes per token
+# besides. From XLA's analysis of steps of d6 to d32 for an H200; it only says what to compile first.
+KEPT_NUMBERS, KEPT_BYTES = {"none": 10.5, "mlp": 5.0, "full": 2.5}, 20_000
 GIB = 1 << 30
 MakeStep = Callable[[Remat], Any]  # from a level of rematerialisation to the jitted step
+Shown = Callable[[Choice], AbstractContextManager]  # what tells the user that a choice is being compiled
 
 
 @dataclass(frozen=True)
@@ -56,36 +69,67 @@ class StepMemory:
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """A compiled training step, its level of rematerialisation, and the memory of every level that was tried.
+    """A compiled training step, the choice it is, and the memory of every choice that was tried.
 
     `limit` is what a step may take, in bytes per device, or None if that is unknown; `fits` says whether this one
-    stays within it in all processes. `seconds` is the time spent on tracing and on compiling all levels.
+    stays within it in all processes. `seconds` is the time spent on tracing and on compiling all choices.
     """
 
-    remat: str
+    choice: Choice
     compiled: jax.stages.Compiled
-    memories: dict[str, StepMemory]
+    memories: dict[Choice, StepMemory]
     limit: int | None
     fits: bool
     seconds: dict[str, float]
 
     @property
+    def remat(self) -> str:
+        return self.choice.remat
+
+    @property
     def memory(self) -> StepMemory:
-        return self.memories[self.remat]
+        return self.memories[self.choice]
 
     def __str__(self) -> str:
-        """Such as `remat mlp: a step takes 50.10 of 74.30 GiB per device (with none 93.20)`."""
+        """Such as `32 rows, remat mlp: a step takes 50.10 of 74.30 GiB per device (32 rows, remat none: 93.20)`."""
         of = "" if self.limit is None else f" of {self.limit / GIB:.2f}"
-        others = [f"{name} {memory.total / GIB:.2f}" for name, memory in self.memories.items() if name != self.remat]
-        beside = f" (with {', '.join(others)})" if others else ""
-        return f"remat {self.remat}: a step takes {self.memory.total / GIB:.2f}{of} GiB per device{beside}"
+        others = [
+            f"{tried}: {memory.total / GIB:.2f}" for tried, memory in self.memories.items() if tried != self.choice
+        ]
+        beside = f" ({'; '.join(others)})" if others else ""
+        return f"{self.choice}: a step takes {self.memory.total / GIB:.2f}{of} GiB per device{beside}"
 
-    def too_large(self, stage: str, device_rows: int) -> str:
-        """The message for the user where no level fits: one line, with the settings to change."""
+    def too_large(self, stage: str) -> str:
+        """The message for the user where no choice fits: one line, with the settings to change."""
         spread = "spread parameters and optimizer over more devices with mesh.fsdp"
-        lower = f"lower {stage}.device-rows, now {device_rows}, or {spread}"
-        fewer_rows_help = device_rows > 1 and self.limit is not None and self.memory.held < self.limit
-        return f"{stage} does not fit into memory: {self}; {lower if fewer_rows_help else spread}"
+        rows = self.choice.device_rows
+        if self.limit is not None and self.memory.held < self.limit:
+            if rows > 1:
+                spread = f"lower {stage}.device-rows, now {rows}, or {spread}"
+            else:
+                spread = f"lower model.sequence-len or model.depth, or {spread}"
+        return f"{stage} does not fit into memory: {self}; {spread}"
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A training step before it is compiled.
+
+    Attributes:
+      state: the training state as ShapeDtypeStructs with their shardings.
+      make: builds the jitted step for a level of rematerialisation.
+      token_bytes: what a token may be expected to take at each level, in bytes.
+    """
+
+    state: State
+    make: MakeStep
+    token_bytes: dict[str, float]
+
+    def expected(self, sequence_len: int) -> Expected:
+        """What a step may be expected to take: the state, gradients of a micro-batch and their sum, and its rows."""
+        held, gradients = bytes_per_device(self.state), bytes_per_device(self.state["params"])
+        per_row = {level: taken * sequence_len for level, taken in self.token_bytes.items()}
+        return Expected(held + 2 * gradients, per_row)
 
 
 def plan_step(
@@ -94,11 +138,8 @@ def plan_step(
     params: Params,
     compute: Compute,
     objective: Objective | None = None,
-) -> tuple[State, MakeStep]:
-    """The training state as ShapeDtypeStructs with their shardings, and a function that builds the jitted step.
-
-    `params` may be arrays or ShapeDtypeStructs; nothing is allocated.
-    """
+) -> PlannedStep:
+    """The training step of a model. `params` may be arrays or ShapeDtypeStructs; nothing is allocated."""
     state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
     placed = shardings(compute.mesh, state)  # pyright: ignore[reportArgumentType]
 
@@ -107,53 +148,106 @@ def plan_step(
             config, optimizer, compute.with_remat(remat), objective=objective, state_shardings=placed
         )
 
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed), make_step
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
+    layers = config.depth * config.width * jnp.dtype(compute.dtype).itemsize
+    return PlannedStep(state, make_step, {name: kept * layers + KEPT_BYTES for name, kept in KEPT_NUMBERS.items()})
 
 
-def usable_memory() -> int | None:
-    """Bytes that a step may take on each device of this process; None where a device does not report its memory."""
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of a tree of arrays or ShapeDtypeStructs with shardings on one of the devices that share it."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def usable_memory(of_host: bool = False, taken_over: int = 0) -> int | None:
+    """Bytes that a step may take on each device; None where a device does not report its memory.
+
+    Of several processes, which call it together, the least of all.
+
+    Args:
+      of_host: whether to go by the host's memory in that case, which the devices then share: a CPU's, or Apple's GPU.
+      taken_over: bytes of what is on each device now that a step takes over; the rest stays beside it.
+    """
     reported = [device.memory_stats() or {} for device in jax.local_devices()]
-    if not all("bytes_limit" in stats for stats in reported):
-        return None
-    return int((1 - SPARE) * min(stats["bytes_limit"] for stats in reported))
+    if all("bytes_limit" in stats for stats in reported):
+        free = min(
+            (1 - SPARE) * stats["bytes_limit"] - max(0, stats.get("bytes_in_use", 0) - taken_over) for stats in reported
+        )
+    else:
+        free = HOST_SHARE * (_host_memory() or HOST_BYTES) / len(reported) if of_host else math.inf
+    free = _in_all_processes(free, np.min)
+    return int(free) if math.isfinite(free) else None
+
+
+def _host_memory() -> int | None:
+    free = available_memory()
+    if free is None and hasattr(os, "sysconf"):  # macOS says only how much there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return free
+
+
+def levels(setting: str, mesh: Mesh) -> tuple[str, ...]:
+    """The levels of rematerialisation to choose from: all for "auto", except on a CPU, whose compiler undoes them."""
+    if setting != "auto":
+        return (setting,)
+    return LEVELS[:1] if mesh.devices.flat[0].platform == "cpu" else LEVELS
 
 
 def compile_step(
-    make_step: MakeStep, setting: str, limit: int | None, state: State, batch: Batch | AbstractBatch
+    planned: PlannedStep,
+    choices: Sequence[Choice],
+    limit: int | None,
+    batch_of: Callable[[int], Batch | AbstractBatch],
+    *,
+    first: Choice | None = None,
+    shown: Shown = lambda choice: nullcontext(),
 ) -> CompiledStep:
-    """Compiles the step for `state` and `batch`: arrays, or ShapeDtypeStructs with shardings; nothing is allocated.
+    """Compiles the best choice that fits; nothing is allocated. All processes, which call it together, choose the same.
 
     Args:
-      setting: a level of rematerialisation, which is taken whether it fits or not; or "auto": the lowest level that
-        takes at most `limit` bytes per device, or, if none does, the highest; without a limit, "none".
+      choices: the best one first. If none takes at most `limit` bytes per device, the one that takes least is returned
+        all the same; without a limit, the best one.
+      batch_of: from a choice's number of rows to its batch: arrays, or ShapeDtypeStructs with shardings.
+      first: a choice that is taken if it fits, whether a better one would or not.
+      shown: is entered while a choice is compiled.
 
     Raises:
-      UserError: the compiler refuses every level, as a TPU's does where a step needs more memory than a chip has.
+      UserError: the compiler refuses every choice, as a TPU's does where a step needs more memory than a chip has.
     """
-    levels: tuple[Any, ...] = LEVELS if setting == "auto" else (setting,)
-    memories, seconds = {}, {"trace": 0.0, "compile": 0.0}
-    taken, refusal = None, ""
-    for level in levels:
-        began = time.perf_counter()
-        lowered = make_step(level).lower(state, batch)
-        traced = time.perf_counter()
-        compiled, refused = _compile(lowered)
+    memories: dict[Choice, StepMemory] = {}
+    seconds = {"trace": 0.0, "compile": 0.0}
+    kept: dict[Choice, jax.stages.Compiled] = {}
+    refusals: list[str] = []
+    within = math.inf if limit is None else limit
+
+    def measure(choice: Choice) -> float:
+        began = traced = time.perf_counter()
+        compiled = None
+        with shown(choice):
+            try:
+                lowered = planned.make(choice.remat).lower(planned.state, batch_of(choice.device_rows))  # pyright: ignore[reportArgumentType]
+                traced = time.perf_counter()
+                compiled, refused = _compile(lowered)
+            except UserError as error:  # more elements than a kernel can count
+                refused = str(error)
         seconds["trace"] += traced - began
         seconds["compile"] += time.perf_counter() - traced
-        fits = False
-        if compiled is not None:
-            taken = level, compiled
-            memories[level] = StepMemory.of(compiled)
-            fits = limit is None or memories[level].total <= limit
-        refusal = refused or refusal
-        if fits := _everywhere(fits):
-            break
-    if taken is None:
+        if compiled is None:
+            refusals.append(refused)
+        else:
+            memories[choice] = StepMemory.of(compiled)
+            kept[choice] = compiled
+        return _in_all_processes(math.inf if compiled is None else memories[choice].total, np.max)
+
+    expected = planned.expected(_device_shape(batch_of(choices[0].device_rows))[1])
+    taken = choose(choices, within, measure, expected, first)
+    if taken is None and not kept:
         raise UserError(
-            f"a training step does not fit into memory ({refusal}); lower device-rows, or spread parameters and "
+            f"a training step does not fit into memory ({refusals[-1]}); lower device-rows, or spread parameters and "
             "optimizer over more devices with mesh.fsdp"
         )
-    return CompiledStep(*taken, memories, limit, fits, seconds)
+    least = min(memories, key=lambda choice: memories[choice].total) if taken is None else taken
+    return CompiledStep(least, kept[least], memories, limit, taken is not None, seconds)
 
 
 def _compile(lowered: Any) -> tuple[jax.stages.Compiled | None, str]:
@@ -166,9 +260,22 @@ def _compile(lowered: Any) -> tuple[jax.stages.Compiled | None, str]:
         return None, str(error).splitlines()[0].partition("RESOURCE_EXHAUSTED: ")[2].rstrip(".")
 
 
-def _everywhere(fits: bool) -> bool:
-    """Whether it fits in all processes: they must run the same program, and their devices may differ a little."""
-    return fits if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array(fits))))
+def _in_all_processes(number: float, which: Callable[[Any], Any]) -> float:
+    """The least or the largest of all processes' numbers: they must choose the same, and their devices may differ."""
+    if jax.process_count() == 1:
+        return number
+    return float(which(multihost_utils.process_allgather(np.array(number, np.float64))))
+
+
+class OutOfMemory(UserError):
+    """A step that should have fitted ran out of memory; `choice` and `total` say which, and its bytes per device."""
+
+    def __init__(self, step: CompiledStep):
+        self.choice, self.total = step.choice, step.memory.total
+        super().__init__(
+            f"the first step ran out of memory, with {step.choice} and {self.total / GIB:.2f} GiB per device by XLA's "
+            "analysis; end other programs that use the device, or lower device-rows"
+        )
 
 
 class TrainStep:
@@ -179,19 +286,73 @@ class TrainStep:
     """
 
     def __init__(
-        self, make_step: MakeStep, setting: str, limit: int | None, on_compiled: Callable[[CompiledStep], None]
+        self,
+        planned: PlannedStep,
+        levels: Sequence[str],
+        limit: int | None,
+        on_compiled: Callable[[CompiledStep], None],
     ):
-        self._make, self._setting, self._limit, self._on_compiled = make_step, setting, limit, on_compiled
+        self.planned, self._levels, self._limit, self._on_compiled = planned, levels, limit, on_compiled
         self._by_shapes: dict[tuple, CompiledStep] = {}
+        self._has_run: set[tuple] = set()
 
-    def compile(self, state: State, batch: Batch | AbstractBatch) -> CompiledStep:
+    def choose(
+        self,
+        rows: Sequence[int],
+        batch_of: Callable[[int], AbstractBatch],
+        *,
+        first: Choice | None = None,
+        shown: Shown = lambda choice: nullcontext(),
+    ) -> CompiledStep:
+        """The step for one of several numbers of rows; the arguments are those of `compile_step`."""
+        choices = by_preference(rows, self._levels)
+        step = compile_step(self.planned, choices, self._limit, batch_of, first=first, shown=shown)
+        return self._accept(step, batch_of(step.choice.device_rows))
+
+    def surely_fits(self, batch: AbstractBatch) -> bool:
+        """Whether so little is expected of a batch that the step need not be compiled to know that it fits."""
+        rows, length = _device_shape(batch)
+        expected = self.planned.expected(length)(Choice(rows, self._levels[0]))
+        return self._limit is not None and expected < self._limit / 4
+
+    def compile(self, batch: Batch | AbstractBatch) -> CompiledStep:
         """The step for batches of this shape; compiles it the first time."""
-        shapes = tuple((name, batch[name].shape) for name in sorted(batch))
-        if shapes not in self._by_shapes:
-            step = compile_step(self._make, self._setting, self._limit, state, batch)
-            self._on_compiled(step)
-            self._by_shapes[shapes] = step
-        return self._by_shapes[shapes]
+        if _shapes(batch) in self._by_shapes:
+            return self._by_shapes[_shapes(batch)]
+        choices = by_preference([_device_shape(batch)[0]], self._levels)
+        step = compile_step(self.planned, choices, self._limit, lambda _: batch)
+        return self._accept(step, batch)
+
+    def _accept(self, step: CompiledStep, batch: Batch | AbstractBatch) -> CompiledStep:
+        self._on_compiled(step)
+        self._by_shapes[_shapes(batch)] = step
+        return step
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        return self.compile(state, batch).compiled(state, batch)
+        """One step.
+
+        Raises:
+          OutOfMemory: the first one for batches of this shape has no room.
+        """
+        step = self.compile(batch)
+        if _shapes(batch) in self._has_run:
+            return step.compiled(state, batch)
+        try:
+            result = jax.block_until_ready(step.compiled(state, batch))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise OutOfMemory(step) from None
+        self._has_run.add(_shapes(batch))
+        return result
+
+
+def _device_shape(batch: Batch | AbstractBatch) -> tuple[int, int]:
+    """Rows that a device computes at once, and tokens of a row."""
+    inputs = batch["inputs"]
+    _, rows, length = inputs.sharding.shard_shape(inputs.shape)  # pyright: ignore[reportOptionalMemberAccess]
+    return rows, length
+
+
+def _shapes(batch: Batch | AbstractBatch) -> tuple:
+    return tuple((name, batch[name].shape) for name in sorted(batch))

@@ -84,7 +84,7 @@ def test_generative(engine, sums):
     assert result.answers[0] == Answer("2 and 3?", said, right="5", score=1.0, cut=False)
     assert [answer.index for answer in result.answers] == [*range(6)]
     assert (result.cut, result.too_long, len(result.answers)) == (0, 0, 6)
-    few = evaluate_task(engine, sums, max_new_tokens=16, batch_size=8, limit=3)
+    few = evaluate_task(engine, sums, max_new_tokens=16, batch_size="auto", limit=3)
     assert (few.count, [answer.index for answer in few.answers]) == (3, [0, 2, 4])
 
 
@@ -92,10 +92,11 @@ def test_multiple_choice(engine, choices):
     result = evaluate_task(engine, choices, batch_size=8)
     assert result.score == pytest.approx(4 / 5)
     assert [(answer.answer, answer.right) for answer in result.answers] == [*zip("ACBDA", "ACBDB", strict=True)]
-    other = evaluate_task(engine, choices, batch_size=2)
-    for one, two in zip(result.answers, other.answers, strict=True):
-        assert one.logprobs == pytest.approx(two.logprobs, abs=1e-4)
-        assert dataclasses.replace(one, logprobs=None) == dataclasses.replace(two, logprobs=None)
+    for size in (2, "auto"):
+        other = evaluate_task(engine, choices, batch_size=size)
+        for one, two in zip(result.answers, other.answers, strict=True):
+            assert one.logprobs == pytest.approx(two.logprobs, abs=1e-4)
+            assert dataclasses.replace(one, logprobs=None) == dataclasses.replace(two, logprobs=None)
 
 
 def test_the_choice_is_the_letters_likelihood_whatever_else_is_likelier(engine):

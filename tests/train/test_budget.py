@@ -14,6 +14,7 @@ from jaxchat.model.gpt import abstract_params
 from jaxchat.train.budget import (
     BatchPlan,
     attended_keys,
+    batch_plans,
     count_parameters,
     flops_per_token,
     split_batch,
@@ -121,6 +122,20 @@ def test_plans_are_exact_and_suggestions_work(batch, device_rows, sequence_len, 
     else:
         assert plan.rows == plan.device_rows * devices and plan.accumulation >= 1
         assert plan.accumulation * plan.rows * sequence_len == batch
+
+
+def test_auto_has_all_divisors_of_a_devices_rows_the_most_first():
+    plans = batch_plans(12 * 2 * 64, "auto", 64, 2)
+    assert [plan.device_rows for plan in plans] == [12, 6, 4, 3, 2, 1]
+    assert plans[0] == BatchPlan(device_rows=12, rows=24, accumulation=1)
+    assert all(plan.rows * plan.accumulation == 24 and plan.rows == 2 * plan.device_rows for plan in plans)
+    assert batch_plans(524_288, 32, 2048, 1) == (split_batch(524_288, 32, 2048, 1),)
+
+
+@pytest.mark.parametrize("batch, nearest", [(1000, "768 or 1024"), (100, "256")])
+def test_a_batch_that_no_number_of_rows_divides_is_refused_with_what_does(batch, nearest):
+    with pytest.raises(UserError, match=rf"multiple of 256 \(2 .* sequence-len 128\).* work: batch-tokens {nearest}$"):
+        batch_plans(batch, "auto", 128, 2)
 
 
 @given(batch=st.integers(1, 1 << 16), device_rows=st.integers(1, 64))
