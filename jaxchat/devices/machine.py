@@ -90,6 +90,7 @@ def device_peak_flops(kind: str) -> float | None:
 _MEMORY: tuple[tuple[str, int], ...] = (
     (r"\bB200\b", 180),
     (r"\bH200\b", 141),
+    (r"\bH100 NVL\b", 94),
     (r"\bH100\b", 80),
     (r"\bL40S\b", 48),
     (r"\bA100\b.*40GB", 40),

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxchat.devices.machine import device_peak_flops, lacks_bf16, machine_info, peak_memory_bytes
+from jaxchat.devices.machine import device_memory, device_peak_flops, lacks_bf16, machine_info, peak_memory_bytes
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,20 @@ from jaxchat.devices.machine import device_peak_flops, lacks_bf16, machine_info,
 def test_device_peak_flops(kind, tera):
     peak = device_peak_flops(kind)
     assert (None if peak is None else round(peak / 1e12, 1)) == tera
+
+
+@pytest.mark.parametrize(
+    "kind, gib",
+    [
+        *(("NVIDIA H200", 141), ("NVIDIA H100 80GB HBM3", 80), ("NVIDIA H100 NVL", 94), ("NVIDIA A10G", 24)),
+        *(("NVIDIA A100-SXM4-40GB", 40), ("NVIDIA GeForce RTX 4060", 8), ("NVIDIA GeForce RTX 3090", 24)),
+        *(("TPU v5 lite", 16), ("TPU v5", 95), ("Tesla T4", 16)),
+        *(("NVIDIA GeForce RTX 4060 Ti", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("cpu", None)),
+        *(("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA GH200 480GB", None)),
+    ],
+)
+def test_device_memory_is_known_where_all_of_a_name_have_the_same(kind, gib):
+    assert device_memory(kind) == (None if gib is None else gib << 30)
 
 
 def test_names_of_gpus_without_bf16():
