@@ -249,8 +249,10 @@ class Training:
         if turn is None:
             return {"result_step": loop.num_steps}
         facts = {"result_step": turn.step, "turned": {"bpb": turn.bpb, "bpb_at_end": turn.bpb_at_end}}
-        data = "text" if self.stage == "pretrain" else "conversations"
-        remedy = f"more {data} or --{self.stage}.num-iterations={turn.step} would do better"
+        more = "more conversations"
+        if self.stage == "pretrain":
+            more = "more text, --sizes=auto" if self.workspace.experiment.sizes == "fixed" else "more text"
+        remedy = f"{more} or --{self.stage}.num-iterations={turn.step} would do better"
         self.workspace.say(f"{self.stage:<9} {describe_turn(facts)}; {remedy}")
         return facts
 

@@ -12,8 +12,9 @@ from jaxchat.infer.trained import load_model
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.init_from import find_start
 from jaxchat.stages.training import Batches
+from tests.devices.test_processes import start_several
 from tests.stages.test_path import assert_same_training, interrupt_at, parameters
-from tests.tiny import STEPS, record, refusal, start, values
+from tests.tiny import ARGUMENTS, STEPS, record, refusal, start, values
 
 LENGTH = 80
 SETTINGS = (f"--pretrain.num-iterations={LENGTH}", "--pretrain.eval-every=10", "--pretrain.save-every=0",
@@ -59,7 +60,7 @@ def test_it_turns_and_says_so(turned):
     said = (
         f"validation turned at step {step} ({best:.3f} bits per byte; {last:.3f} at the end): the result is step {step}"
     )
-    assert f"pretrain  {said}; more text or --pretrain.num-iterations={step} would do better\n" in out
+    assert f"pretrain  {said}; more text, --sizes=auto or --pretrain.num-iterations={step} would do better\n" in out
     report = (directory / "report.md").read_text()
     assert f"\n\npretrain: {said}.\n" in report
     assert f"Bits per byte of text, held out: {best:.3f} after pretrain." in report
@@ -95,6 +96,20 @@ def test_stopped_at_the_best_and_after_it_the_result_is_the_same(turned, data, t
     assert_same_training(tmp_path / "run", directory, "pretrain", "bpb")
     for name in ("result_step", "turned"):
         assert record(tmp_path / "run", "pretrain")[name] == record(directory, "pretrain")[name]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_two_processes_choose_as_one(turned, data, tmp_path):
+    run, program = tmp_path / "run", "import sys; from jaxchat.cli.launch import main; sys.exit(main(sys.argv[1:]))"
+    arguments = [*ARGUMENTS, f"--run-dir={run}", f"--data={data}", "--stages=tokenizer,pretrain", *SETTINGS]
+    for code, said in start_several((program,), arguments):
+        assert code == 0, said
+    (best, step), (last, _) = best_and_last(run)
+    facts = record(run, "pretrain")
+    assert facts["result_step"] == step == record(turned[0], "pretrain")["result_step"]
+    assert facts["turned"] == {"bpb": best, "bpb_at_end": last}
+    assert load_model(run, "pretrain").step == step
 
 
 def test_a_result_that_is_damaged_or_gone_is_named_with_its_remedy(turned, data, tmp_path):
