@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from jaxchat.config import RLConfig
 from jaxchat.devices.mesh import data_shards, put_whole
+from jaxchat.devices.processes import on_process_zero
 from jaxchat.eval.chat import prompts_of
 from jaxchat.infer.engine import Completion, Engine
 from jaxchat.rl.advantages import ADVANTAGES, best_of_n, differ
@@ -133,8 +134,9 @@ class Rollouts(Source):
     def next_batch(self, step: int, params) -> tuple[Batch, dict[str, float]]:
         """The batch and, if it is a new one, its metrics.
 
-        They are those of `Signal.add`, `completion_tokens` (mean number), and `forged`, the share of answers in which
-        the model wrote a tool's output itself.
+        They are those of `Signal.add`, `completion_tokens` (mean number), `forged`, the share of answers in which the
+        model wrote a tool's output itself, and `unscored`, that of those whose reward is no finite number, if there are
+        any: they are left out.
         """
         metrics = {}
         if self.taken % self.config.updates_per_batch == 0:
@@ -153,7 +155,11 @@ class Rollouts(Source):
         self.engine.params = params
         seed = self.seed * 1_000_003 + number + 1
         completions = self.engine.generate(prompts, **sampling(config), seed=seed, logprobs=True)
-        rewards = np.array(score(asked, completions, self.tokenizer)).reshape(-1, config.samples_per_question)
+        # Scored once for all processes: where a clock decides, each could find another reward.
+        scores = on_process_zero(lambda: score(asked, completions, self.tokenizer))
+        rewards = np.array(scores).reshape(-1, config.samples_per_question)
+        rewards[~np.isfinite(rewards)] = np.nan
+        unscored = float(np.isnan(rewards).mean())
         of_rewards = best_of_n if config.method == "best_of_n" else ADVANTAGES[config.advantage]
         taught = np.repeat(differ(rewards), config.samples_per_question)
         rows = [
@@ -169,6 +175,7 @@ class Rollouts(Source):
             **self.signal.add(rewards, cut),
             "completion_tokens": float(np.mean([len(c.tokens) for c in completions])),
             "forged": float(np.mean(forged)),
+            **({"unscored": unscored} if unscored else {}),
         }
 
     def _on_devices(self, rows: list[Row]) -> Batch:

@@ -26,15 +26,16 @@ class LossWatch:
     def __init__(self, recent: Iterable[float] = ()):
         self.recent = deque(recent, WINDOW)
 
-    def fault(self, loss: float, grad_norm: float) -> str | None:
+    def fault(self, loss: float, grad_norm: float, *, spikes: bool = True) -> str | None:
         """What is wrong with a step's loss (in nats) or gradient norm; None for a good step, which is remembered.
 
-        A step whose gradient is zero has learnt nothing, and is neither judged nor remembered.
+        A step whose gradient is zero has learnt nothing, and is neither judged nor remembered. Without `spikes` any
+        finite loss is good: one that is no cross-entropy may be of any size.
         """
         for name, value in (("loss", loss), ("grad_norm", grad_norm)):
             if not math.isfinite(value):
                 return f"{name} is {value}"
-        if grad_norm == 0:
+        if grad_norm == 0 or not spikes:
             return None
         if len(self.recent) == WINDOW:
             largest = max(self.recent)

@@ -364,7 +364,9 @@ class _Attempt:
             oldest = self.dispatched[0]
             results = {name: float(value) for name, value in jax.device_get(oldest.results).items()}
             now = time.perf_counter()
-            fault = self.loop._loss_watch.fault(results["loss"], results["grad_norm"])
+            # What a model samples has a loss of no meaning: its advantages decide the size.
+            spikes = not self.loop.source.samples
+            fault = self.loop._loss_watch.fault(results["loss"], results["grad_norm"], spikes=spikes)
             if fault is not None:
                 raise Diverged(fault, oldest.step, oldest.position)
             self.loop.log_step(oldest.step, oldest.tokens, results, oldest.extra, now - self.clock)

@@ -15,8 +15,10 @@ from jaxchat.devices.mesh import make_mesh
 from jaxchat.infer.engine import Completion, Engine
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params, logits
+from jaxchat.ops.compute import FP32
 from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.rl.rollouts import Rollouts, questions_of, row_of, sampling, score
+from jaxchat.stages.rl import reference_of
 from jaxchat.tasks.base import ListTask
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train.step import init_state, make_train_step
@@ -231,6 +233,31 @@ def test_the_sampler_knows_the_probabilities_that_training_computes(tokenizer, p
     assert all(len(c.logprobs) == len(c.tokens) + c.finished for c in scored)
 
 
+def test_the_reference_is_the_model_that_the_training_began_with(tokenizer, params):
+    source = rollouts(tokenizer, params, temperature=0.7, kl=0.1)
+    source.reference = reference_of(MODEL, params, FP32, 0.7)
+    batch, _ = source.next_batch(0, params)
+    np.testing.assert_allclose(batch["reference"], np.where(batch["targets"] >= 0, batch["behaviour"], 0), atol=5e-5)
+
+
+class Sometimes(ListTask):
+    """A grader that fails at some answers."""
+
+    def score(self, conversation, completion, *, cut=False):
+        share = sum(c.isalpha() for c in completion) / max(1, len(completion))
+        return np.nan if share == 0 else np.inf if share == 1 else share
+
+
+def test_answers_without_a_reward_are_left_out(tokenizer, params):
+    source = rollouts(tokenizer, params, Sometimes, samples_per_question=8)
+    batch, extra = source.next_batch(0, params)
+    rows = [row for row in source._rows if row.advantage is None]
+    assert extra["unscored"] == len(rows) / 24 > 0 and np.isfinite(extra["reward"])
+    assert sum((batch["targets"] >= 0).any(axis=-1).flatten()) == 24 - len(rows) > 0
+    groups = np.array([0 if row.advantage is None else row.advantage for row in source._rows]).reshape(3, 8)
+    np.testing.assert_allclose(groups.sum(axis=1), 0, atol=1e-12)  # the others' mean is theirs alone
+
+
 def test_a_batch_is_trained_on_several_times(tokenizer, params):
     """The same answers, from which the ratios move away; a training that was interrupted between has them too."""
     settings = {"method": "clipped", "updates_per_batch": 2, "questions_per_step": 2}
@@ -308,3 +335,15 @@ def test_a_few_steps_make_the_rewarded_likelier(tokenizer, params, method):
     assert rewarded(params) < 0.2
     assert rewarded(state["params"]) > 0.5
     assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.3
+
+
+def test_the_largest_batch_is_known_before_there_is_one(tokenizer, params):
+    source = rollouts(tokenizer, params, device_rows="auto")
+    assert [plan.device_rows for plan in source.plans] == [12, 6, 4, 3, 2, 1]
+    source.plan = source.plans[2]
+    largest, (batch, _) = source.abstract(source.plan), source.next_batch(0, params)
+    assert largest.keys() == batch.keys()
+    for name, array in batch.items():
+        assert (array.dtype, array.sharding) == (largest[name].dtype, largest[name].sharding)
+        assert array.shape[:2] == largest[name].shape[:2] == (3, 4)
+        assert array.shape[2] <= largest[name].shape[2] <= CONTEXT

@@ -33,6 +33,12 @@ def test_nan_ends_the_run_and_is_not_saved(tmp_path, broken):
     assert trained.checkpoints.latest_step() == 2
 
 
+def test_a_loss_without_meaning_may_be_of_any_size():
+    watch = LossWatch([0.01] * WINDOW)
+    assert watch.fault(7.0, 1.0, spikes=False) is None and watch.fault(7.0, 1.0) is not None
+    assert watch.fault(np.nan, 1.0, spikes=False) == "loss is nan"
+
+
 def losses(directory):
     return [(step, loss) for step, loss, *_ in table(directory)]
 
