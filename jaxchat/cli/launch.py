@@ -20,6 +20,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,8 +31,9 @@ from jaxchat.cli.field_help import add_fields
 from jaxchat.cli.options import configure, named_fields
 from jaxchat.cli.parser import HelpFormatter, Parser, option_strings
 from jaxchat.cli.places import check_place
-from jaxchat.cli.values import path, whole, words
+from jaxchat.cli.values import budget, path, whole, words
 from jaxchat.config import STAGES, Experiment, Range
+from jaxchat.config.amount import Amount
 from jaxchat.devices.launchers import Cluster, find_cluster
 from jaxchat.errors import check
 from jaxchat.verbatim import one_line
@@ -39,16 +41,17 @@ from jaxchat.verbatim import one_line
 if TYPE_CHECKING:
     from jaxchat.runs.directory import RunDirectory
     from jaxchat.runs.init_from import StartingModel
+    from jaxchat.runs.time_budget import TimeBudget
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs `launch.py ...` and returns its exit code, one of those of `jaxchat.cli.exits`."""
     arguments = sys.argv[1:] if argv is None else argv
     looks = not {"-h", "--help", "--list", "--dry-run"}.isdisjoint(arguments)
-    return run_command(lambda: _run(arguments), resumes=not looks)
+    return run_command(lambda: _run(arguments, time.monotonic()), resumes=not looks)
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], began: float) -> int:
     parser = launch_parser()
     options, overrides = parser.parse_known_args(argv)
     if options.list:
@@ -62,13 +65,15 @@ def _run(argv: list[str]) -> int:
     redo, given = options.redo or (), named_fields(overrides)
     experiment, start = _start_from(options, experiment, directory, given)
     begun = None if options.fresh else _begun(directory)
-    experiment = _keep_sizes(experiment, begun, given)
+    experiment = _keep_sizes(experiment, begun, given, budgeted=options.budget is not None)
     check_start(experiment, directory, redo=redo, fresh=options.fresh, init=start is not None)
     cluster = find_cluster(os.environ, options.coordinator, options.num_processes, options.process_id)
     prepare_jax()
     if options.dry_run:
+        check(options.budget is None, "--dry-run measures nothing, as a --budget has to; leave one of them out")
         return _dry_run(experiment, given, begun, start)
-    return _train(experiment, directory, redo, options.fresh, cluster, given, start, begun)
+    amount = None if options.budget is None else (options.budget, began)
+    return _train(experiment, directory, redo, options.fresh, cluster, given, start, begun, amount)
 
 
 def launch_parser() -> Parser:
@@ -108,6 +113,13 @@ def launch_parser() -> Parser:
         metavar="RUN",
         help="Start from the model and tokenizer of another run, which jaxchat import or a training has made, instead "
         "of from nothing. Its settings of the model are those of the new run.",
+    )
+    add(
+        "--budget",
+        type=budget,
+        metavar="TIME",
+        help="How long the run may take, such as 15m or 2h, or what it may cost, such as 10usd. The lengths of the "
+        "stages follow from it, and with --experiment=auto the sizes.",
     )
     add(
         "--dry-run",
@@ -199,12 +211,19 @@ def _begun(directory: str) -> RunDirectory | None:
     return run if run.is_run() else None
 
 
-def _keep_sizes(experiment: Experiment, begun: RunDirectory | None, given: Collection[str]) -> Experiment:
-    if begun is None or experiment.sizes == "fixed":
-        return experiment
-    from jaxchat.planning.settle import keep_sizes
+def _keep_sizes(
+    experiment: Experiment, begun: RunDirectory | None, given: Collection[str], *, budgeted: bool
+) -> Experiment:
+    """The experiment with what was decided for a run that goes on, from its text and its time."""
+    if begun is not None and experiment.sizes != "fixed":
+        from jaxchat.planning.settle import keep_sizes
 
-    return keep_sizes(experiment, begun, given)
+        experiment = keep_sizes(experiment, begun, given)
+    if begun is not None and (begun.path / "budget.json").exists():
+        from jaxchat.planning.budget import keep_lengths
+
+        experiment = keep_lengths(experiment, begun, given, budgeted=budgeted)
+    return experiment
 
 
 def _settle(
@@ -220,6 +239,25 @@ def _settle(
     if experiment.sizes == "fixed":
         check_possible(experiment)  # before anything is read
     return settle(experiment, begun, given=given, shards=data_shards(make_mesh(experiment.mesh)))
+
+
+def _settle_in_time(
+    experiment: Experiment,
+    amount: Amount,
+    began: float,
+    given: Collection[str],
+    redo: Collection[str],
+    begun: RunDirectory | None,
+    start: StartingModel | None,
+) -> tuple[Experiment, TimeBudget]:
+    """As `_settle`, with what is left of the budget."""
+    from jaxchat.planning.budget import open_budget, settle_in_time
+    from jaxchat.stages.pipeline import check_possible
+
+    if experiment.sizes == "fixed":
+        check_possible(experiment)  # before anything is measured
+    budget = open_budget(experiment, amount, begun, given=given, redo=redo, began=began)
+    return settle_in_time(experiment, begun, budget, given=given, starts_from_model=start is not None), budget
 
 
 def _list() -> int:
@@ -275,6 +313,7 @@ def _train(
     given: Collection[str],
     start: StartingModel | None,
     begun: RunDirectory | None,
+    allowed: tuple[Amount, float] | None,
 ) -> int:
     processes().start(cluster)
     from jaxchat.cli.doctor import say_problems
@@ -283,11 +322,14 @@ def _train(
     from jaxchat.stages.workspace import Workspace
 
     say_problems(experiment, directory)
-    experiment = _settle(experiment, given, begun, start)
+    if allowed is None:
+        experiment, budget = _settle(experiment, given, begun, start), None
+    else:
+        experiment, budget = _settle_in_time(experiment, *allowed, given, redo, begun, start)
     check_possible(experiment)
     with contextlib.ExitStack() as held:
         processes().on_process_zero(lambda: take(directory, held, fresh=fresh))
-        run_stages(Workspace(experiment, directory, redo=redo), given, start)
+        run_stages(Workspace(experiment, directory, redo=redo, budget=budget), given, start)
     if several_processes():
         processes().finish()
         return 0

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxchat.config import Range, checked_path, shown
+from jaxchat.config.amount import Amount, parse_amount
 
 _Wrong = argparse.ArgumentTypeError
 
@@ -45,6 +46,14 @@ def _in_range(value: float, limits: Range, *, whole: bool) -> Any:
     if problem:
         raise _Wrong(f"is {shown(value)}; it must be {problem}")
     return value
+
+
+def budget(text: str) -> Amount:
+    """A time or a price."""
+    try:
+        return parse_amount(text)
+    except ValueError as error:
+        raise _Wrong(str(error)) from None
 
 
 def path(text: str) -> str:

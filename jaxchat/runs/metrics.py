@@ -114,6 +114,11 @@ class Metrics:
         if self._line:
             self._line.show_sample(int(step), prompt, completion)
 
+    def expect(self, total_steps: int) -> None:
+        """Tells the live line how many steps there will be, where that has changed."""
+        if self._line:
+            self._line.expect(total_steps)
+
     def progress(self, doing: str, done: int, total: int) -> None:
         """Shows in the live line's place how far something has come that the steps wait for."""
         if self._line:

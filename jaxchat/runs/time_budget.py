@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,10 @@ from jaxchat.runs.files import Object, read_json, write_json
 from jaxchat.runs.progress import format_duration
 
 NAME = "budget.json"
-# The parts of the time, in percent if all stages run. Most of what a model knows it learns in pretraining.
-PARTS = {"tokenizer": 2, "pretrain": 54, "midtrain": 14, "sft": 12, "rl": 10, "evaluate": 8}
-REPORT = 6.0  # seconds that are left for the report, whatever the budget
+# How the time is shared beyond what each stage needs: most of what a model knows it learns in pretraining.
+PARTS = {"tokenizer": 2, "pretrain": 54, "midtrain": 14, "sft": 12, "rl": 10, "evaluate": 8, "report": 0}
 # Seconds that a stage needs to do anything: to compile its programs, to evaluate once, to save.
-LEAST = {"tokenizer": 2, "pretrain": 15, "midtrain": 15, "sft": 15, "rl": 20, "evaluate": 15, "report": 5}
+LEAST = {"tokenizer": 2, "pretrain": 20, "midtrain": 15, "sft": 15, "rl": 35, "evaluate": 15, "report": 6}
 _SCHEMA = Object(
     {
         "budget": str,
@@ -80,10 +79,9 @@ class TimeBudget:
 
     def _split(self, stages: Sequence[str]) -> dict[str, float]:
         """What is left as seconds of each of `stages`."""
-        left, report = max(0.0, self.left), REPORT if "report" in stages else 0.0
-        whole = sum(PARTS[stage] for stage in stages if stage != "report")
-        shares = {stage: max(0.0, left - report) * PARTS[stage] / whole for stage in stages if stage != "report"}
-        return shares | ({"report": left - sum(shares.values())} if report else {})
+        left, least, parts = max(0.0, self.left), sum(LEAST[s] for s in stages), sum(PARTS[s] for s in stages)
+        scale, rest = min(1.0, left / least), max(0.0, left - least) / max(parts, 1)
+        return {stage: scale * LEAST[stage] + rest * PARTS[stage] for stage in stages}
 
     def begin(self, stage: str) -> None:
         """Gives `stage` its share, from now on; for one that goes on, that share is of what is left."""
@@ -169,8 +167,14 @@ def _minutes(seconds: float) -> str:
     return f"{-int(-seconds // 60)}m"
 
 
-def describe(record: dict[str, Any], order: Iterable[str]) -> str:
-    """What became of a budget, in words, from its record."""
-    stages = [stage for stage in order if stage in record["stages"]]
-    parts = ", ".join(f"{stage} {format_duration(record['stages'][stage]['seconds'])}" for stage in stages)
-    return f"{format_duration(record['spent'])} of {format_duration(record['seconds'])}: {parts}"
+def describe(record: dict[str, Any]) -> str:
+    """What became of a budget, in words, from its record: of each stage what it took, and of what."""
+    entries = {stage: entry for stage, entry in record["stages"].items() if stage != "report"}
+    parts = ", ".join(
+        f"{stage} {format_duration(entry['seconds'])} of {format_duration(entry['share'])}"
+        for stage, entry in entries.items()
+    )
+    return (
+        f"{format_duration(record['spent'])} of {format_duration(record['seconds'])} ({record['budget']}) were taken "
+        f"before this report: {parts}"
+    )

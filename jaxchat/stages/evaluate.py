@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxchat.devices.processes import on_process_zero
-from jaxchat.eval.chat import TaskResult, evaluate_task
+from jaxchat.eval.chat import Progress, TaskResult, evaluate_task
 from jaxchat.eval.core import Bundle, evaluate_core, find_bundle, load_bundle
 from jaxchat.eval.statistics import CHANCE, chat_core
 from jaxchat.infer.engine import Engine
@@ -24,6 +24,7 @@ from jaxchat.model.config import GPTConfig
 from jaxchat.runs.files import write_bytes
 from jaxchat.runs.metrics import Metrics
 from jaxchat.runs.progress import format_number
+from jaxchat.stages.question_count import find_count
 from jaxchat.stages.workspace import Workspace
 from jaxchat.storage import size_of, to_path
 from jaxchat.tasks import Task
@@ -48,6 +49,8 @@ def run(workspace: Workspace) -> None:
     config, tokenizer, began = workspace.experiment.evaluate, workspace.tokenizer(), time.time()
     model = workspace.model_config(tokenizer)
     tasks, bundle = _load_tasks(workspace), _load_bundle(workspace)
+    if workspace.budget is not None and workspace.budget.questions is None and tasks:
+        _fit_questions(workspace, tasks)
     missing, missing_core = _missing(workspace, tasks), _missing_core(workspace, bundle)
     count = len(tasks) * len(config.of) + (len(config.core) if bundle else 0)
     with workspace.metrics("evaluate", count) as metrics:
@@ -63,15 +66,8 @@ def run(workspace: Workspace) -> None:
             engine = Engine(model, params, tokenizer, dtype=workspace.compute.dtype)
             scores: dict[str, float] = {}
             for task, settings in missing[stage]:
-                result = evaluate_task(
-                    engine,
-                    task,
-                    limit=config.limit,
-                    max_new_tokens=config.max_new_tokens,
-                    batch_size=config.batch_rows,
-                    temperature=TEMPERATURE,
-                    progress=functools.partial(metrics.progress, f"{stage} {task.name}"),
-                )
+                progress = functools.partial(metrics.progress, f"{stage} {task.name}")
+                result = _ask(workspace, engine, task, _limit(workspace), progress)
                 on_process_zero(lambda: _keep_answers(workspace, stage, result))  # noqa: B023 (called at once)
                 facts = {name: getattr(result, name) for name in ("score", "low", "high", "count", "cut", "too_long")}
                 metrics.log(step, of=stage, **{f"{name}/{task.name}": fact for name, fact in facts.items()}, **settings)
@@ -84,11 +80,49 @@ def run(workspace: Workspace) -> None:
     workspace.finish("evaluate", parent=None, seconds=time.time() - began, started=began)
 
 
+def _ask(workspace: Workspace, engine: Engine, task: Task, limit: int | None, progress: Progress | None) -> TaskResult:
+    config = workspace.experiment.evaluate
+    return evaluate_task(
+        engine,
+        task,
+        limit=limit,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_rows,
+        temperature=TEMPERATURE,
+        progress=progress,
+    )
+
+
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
 def _load_tasks(workspace: Workspace, quiet: bool = False) -> list[Task]:
     return workspace.load_tasks("evaluate", workspace.experiment.evaluate.tasks, "test", quiet=quiet)
+
+
+def _limit(workspace: Workspace) -> int | None:
+    """Questions of each task, at most: as many as are set or, with a budget, as there was time for."""
+    limit, budget = workspace.experiment.evaluate.limit, workspace.budget
+    return limit if budget is None or budget.questions is None else budget.questions
+
+
+def _fit_questions(workspace: Workspace, tasks: list[Task]) -> None:
+    """Finds out for how many questions the budget has time."""
+    budget, config, tokenizer = workspace.budget, workspace.experiment.evaluate, workspace.tokenizer()
+    assert budget is not None, "the caller has one"
+    model, trained = workspace.model_config(tokenizer), workspace.stages_with_model()
+    most = config.limit or max(map(len, tasks))
+
+    def ask(count: int) -> None:
+        for stage in config.of:
+            if stage in trained:
+                params, _ = workspace.load_params(stage, model)
+                engine = Engine(model, params, tokenizer, dtype=workspace.compute.dtype)
+                for task in tasks:
+                    _ask(workspace, engine, task, count, None)
+
+    budget.questions = find_count(most, ask, lambda: budget.left_of("evaluate"), budget.now)
+    workspace.say(f"evaluate  {format_number(budget.questions, 'question')} of each task, for which there is time")
 
 
 def _missing(workspace: Workspace, tasks: list[Task]) -> dict[str, list[tuple[Task, dict[str, Any]]]]:
@@ -100,7 +134,7 @@ def _missing(workspace: Workspace, tasks: list[Task]) -> dict[str, list[tuple[Ta
     missing = {}
     trained = workspace.stages_with_model()
     asked = [
-        (task, how_asked(task, config.limit, max_new_tokens=config.max_new_tokens, temperature=TEMPERATURE))
+        (task, how_asked(task, _limit(workspace), max_new_tokens=config.max_new_tokens, temperature=TEMPERATURE))
         for task in tasks
     ]
     for stage in config.of:
@@ -148,7 +182,7 @@ def _fits(
         return same and on_process_zero(answers.exists)
     if not workspace.finished("evaluate"):
         return False
-    same_count = score.get(f"count/{task.name}") == len(task.subset(workspace.experiment.evaluate.limit))
+    same_count = score.get(f"count/{task.name}") == len(task.subset(_limit(workspace)))
     return same_count and (task.kind == "multiple_choice" or before == settings["max_new_tokens"])
 
 

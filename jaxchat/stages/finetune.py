@@ -15,6 +15,7 @@ from jaxchat.errors import UserError
 from jaxchat.eval.bpb import evaluate_bpb
 from jaxchat.model.config import GPTConfig
 from jaxchat.runs.progress import format_number
+from jaxchat.stages.pacing import horizon_of
 from jaxchat.stages.preflight import can_be_asked, check_targets
 from jaxchat.stages.samples import prompts_of_chats
 from jaxchat.stages.scores import task_scores
@@ -49,7 +50,8 @@ def run(workspace: Workspace, stage: str) -> None:
     rendered = RenderedConversations(Mixture(tasks), tokenizer, model.sequence_len)
     parent = workspace.parent_of(stage)
     common = {"tokenizer": tokenizer, "sequence_len": model.sequence_len, "seed": experiment.seed}
-    steps = config.num_iterations
+    # With a budget of time, training itself finds out how many.
+    steps = 1 if horizon_of(workspace, stage, config.schedule) else config.num_iterations
     if steps is None:
         exact = config.epochs * count_rows(rendered, **common) / step_rows
         steps = max(1, round(exact))

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxchat.config import ScheduleConfig
+from jaxchat.data.positions import epoch
 from jaxchat.devices.mesh import put_whole
 from jaxchat.stages.workspace import Workspace
 from jaxchat.train.budget import BatchPlan
@@ -23,12 +24,20 @@ NOWHERE = PartitionSpec()  # how a scalar is laid out on the mesh: each device h
 
 
 class Paced(Source):
-    """The batches of another source, each with the factor on the learning rates of its step."""
+    """The batches of another source, each with the factor on the learning rates of its step.
 
-    def __init__(self, source: Any, horizon: Horizon, workspace: Workspace):
+    The stage's `lr_fraction` is in it, so that stages whose batches have the same shapes run the same program.
+    """
+
+    def __init__(self, source: Any, horizon: Horizon, workspace: Workspace, lr_fraction: float):
         self.source, self.horizon, self.workspace, self.mesh = source, horizon, workspace, workspace.mesh
-        self.samples = source.samples
+        self.lr_fraction = lr_fraction
         self._rate: tuple[float, jax.Array] | None = None
+        self._taken = 0  # steps whose batches were taken; 0 before the first one here
+
+    @property
+    def samples(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.source.samples
 
     @property
     def plans(self) -> tuple[BatchPlan, ...]:
@@ -50,13 +59,17 @@ class Paced(Source):
     def next_batch(self, step: int, params) -> tuple[Batch, dict[str, float]]:
         self.workspace.keep_time()
         batch, extra = self.source.next_batch(step, params)
-        rate = self.horizon.rates[step]
+        self._taken = step + 1
+        rate = self.lr_fraction * self.horizon.rates[step]
         if self._rate is None or self._rate[0] != rate:  # constant for most steps
             self._rate = rate, put_whole(self.mesh, np.array(rate, np.float32), NOWHERE)
         return {**batch, "rate": self._rate[1]}, extra
 
     def get_state(self) -> dict:
-        return self.source.get_state()
+        state = self.source.get_state()
+        if self._taken and not self.samples:
+            self.horizon.saw(self._taken, epoch(state))
+        return state
 
     def set_state(self, state: dict) -> None:
         self.source.set_state(state)

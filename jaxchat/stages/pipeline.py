@@ -16,6 +16,7 @@ from jaxchat.ops.compute import for_training
 from jaxchat.runs.directory import TRAINED
 from jaxchat.runs.init_from import STAGE as INIT_STAGE
 from jaxchat.runs.init_from import StartingModel
+from jaxchat.runs.progress import format_duration
 from jaxchat.stages import evaluate, finetune, pretrain, report, rl, tokenizer
 from jaxchat.stages.init_from import place_start
 from jaxchat.stages.settings import check_settings, describe_programs, naming
@@ -78,18 +79,37 @@ def run_stages(workspace: Workspace, given: Collection[str] = (), start: Startin
     if start is not None and not workspace.finished(INIT_STAGE):
         place_start(workspace, start)
         workspace.check_data(_to_check(workspace, given), given)  # exactly now, as after the tokenizer stage
+    if (budget := workspace.budget) is not None:
+        workspace.say(f"budget    {format_duration(budget.left)} left of {budget.text}: {budget.plan()}")
+    try:
+        _run_in_order(workspace, given)
+    finally:
+        workspace.keep_time(0)
+    if budget is not None:
+        budget.finished = True
+        workspace.keep_time(0)
+        workspace.say(f"budget    {format_duration(budget.spent)} of {format_duration(budget.seconds)} taken")
+
+
+def _run_in_order(workspace: Workspace, given: Collection[str]) -> None:
     for stage in workspace.experiment.stages:
         workspace.set_aside_stale(stage)
         if evaluate.complete(workspace) if stage == "evaluate" else stage != "report" and workspace.finished(stage):
             workspace.say(f"{stage:<9} already finished; skipped")
             continue
-        began = time.perf_counter()
+        began, budget = time.perf_counter(), workspace.budget
         if stage not in ("evaluate", "report"):  # they make nothing that others are made of
             workspace.begin(stage)
+        if budget is not None:
+            budget.begin(stage)
+            workspace.keep_time(0)
         _run_stage(workspace, stage)
+        if budget is not None:
+            budget.end(stage)
         if stage == "tokenizer":
             workspace.check_data(_to_check(workspace, given), given)  # exactly now: tokens can be counted
-        workspace.say(f"{stage:<9} finished in {time.perf_counter() - began:,.0f} s")
+        left = "" if budget is None else f"; {format_duration(max(0.0, budget.left))} left of {budget.text}"
+        workspace.say(f"{stage:<9} finished in {time.perf_counter() - began:,.0f} s{left}")
 
 
 def _run_stage(workspace: Workspace, stage: str) -> None:

@@ -23,8 +23,8 @@ def find_count(most: int, ask: Callable[[int], None], left: Callable[[], float],
       now: the clock.
     """
     count = min(most, FEWEST)
-    if count == most:
-        return most
+    if count == most or on_process_zero(left) <= 0:
+        return count
     ask(count)  # compiles programs
     began, asked = now(), 0
     while True:

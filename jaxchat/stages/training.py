@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from jaxchat.config import SupervisedConfig, TrainConfig
 from jaxchat.data.positions import epoch, join_positions, totals
@@ -26,12 +27,14 @@ from jaxchat.optim.optimizer import learning_rates, make_optimizer
 from jaxchat.optim.schedules import multiplier
 from jaxchat.runs.metrics import Metrics
 from jaxchat.runs.report_page import describe_data, describe_turn
+from jaxchat.stages.pacing import Paced, horizon_of, timed
 from jaxchat.stages.samples import Prompt, continuations
 from jaxchat.stages.step_choice import choose_plan, keep_choice
 from jaxchat.stages.workspace import Workspace
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.budget import BatchPlan, flops_per_token
 from jaxchat.train.choice import Choice
+from jaxchat.train.horizon import PASSES
 from jaxchat.train.loop import Evaluator, Loop, Source
 from jaxchat.train.loss import Objective
 from jaxchat.train.memory import (
@@ -84,6 +87,7 @@ class Batches(Source):
 class Training:
     """The training of one stage.
 
+    It has `num_steps` steps, unless the run has a budget of time: then `horizon` finds their number while it trains.
     `parent` is the stage and step whose parameters it starts from, as stage.json records it; None for fresh ones.
     `knows_data` tells that the parent was trained on some of this stage's data. `objective` is that of the step; None
     for cross-entropy.
@@ -101,12 +105,13 @@ class Training:
 
     def __post_init__(self):
         workspace = self.workspace
+        self.horizon = horizon_of(workspace, self.stage, self.config.schedule)
         self.schedule = multiplier(self.config.schedule, self.num_steps)
         self.optimizer = make_optimizer(
             workspace.experiment.optimizer,
             self.model,
-            self.schedule,
-            lr_fraction=self.config.lr_fraction,
+            self.schedule if self.horizon is None else optax.constant_schedule(1.0),
+            lr_fraction=self.config.lr_fraction if self.horizon is None else 1.0,
             mesh=workspace.mesh,
             newton_schulz_dtype=workspace.compute.dtype,
         )
@@ -195,13 +200,20 @@ class Training:
           UserError: as `Loop.train` and `compiled`.
         """
         workspace, began, clock = self.workspace, time.time(), time.perf_counter()
+        schedule: Any = self.schedule
+        horizon = self.horizon
+        if horizon is not None:
+            source = Paced(source, horizon, workspace, self.config.lr_fraction)
+            schedule = horizon.rates.__getitem__
         state, step_fn = self.compiled(start, source)
         if self.choice is not None:
             keep_choice(workspace, self.stage, self.choice)
-        rates = learning_rates(
-            workspace.experiment.optimizer, self.model, self.schedule, lr_fraction=self.config.lr_fraction
-        )
-        with workspace.metrics(self.stage, self.num_steps) as metrics:
+        optimizer = workspace.experiment.optimizer
+        rates = learning_rates(optimizer, self.model, schedule, lr_fraction=self.config.lr_fraction)
+        with workspace.metrics(self.stage, self.num_steps if horizon is None else None) as metrics:
+            evaluated = evaluators(metrics)
+            if horizon is not None:
+                evaluated, horizon.on_change = timed(evaluated, horizon), metrics.expect
             loop = Loop(
                 step_fn=step_fn,
                 source=source,
@@ -211,12 +223,13 @@ class Training:
                 schedule_values=lambda step: {name: float(rate) for name, rate in rates(step).items()},
                 flops_per_token=flops_per_token(self.model),
                 save_every=self.config.save_every,
-                evaluators=evaluators(metrics),
+                evaluators=evaluated,
                 watch=lambda values: watch(metrics, values),
                 on_nan=workspace.experiment.on_nan,
                 startup=self.startup,
                 rereads=lambda position: self.knows_data or epoch(position) > 0,
                 same_course=self._same_course,
+                horizon=horizon,
                 began=clock,
                 meta={"stage": self.stage, "parent": self.parent, "config": dataclasses.asdict(workspace.experiment)},
             )
@@ -224,12 +237,15 @@ class Training:
             facts |= self._result(loop)
             loop.checkpoints.close()
         facts |= self._data_facts(source.whole_state(source.get_state())) | at_end()
+        if horizon is not None and horizon.steps == horizon.most:
+            why = f"its data was read {PASSES} times, and more would teach nothing"
+            workspace.say(f"{self.stage:<9} ends before its time is up: {why}")
         if line := describe_data(facts):
             workspace.say(f"{self.stage:<9} {line}")
         workspace.finish(
             self.stage,
             parent=self.parent,
-            steps=self.num_steps,
+            steps=loop.num_steps,
             tokens=loop.tokens,
             seconds=loop.seconds,
             train_seconds=loop.train_seconds,

@@ -32,6 +32,7 @@ from jaxchat.model.parameters import shardings
 from jaxchat.ops.compute import Compute, compute_dtype
 from jaxchat.runs.directory import TRAINED, RunDirectory
 from jaxchat.runs.metrics import Metrics
+from jaxchat.runs.time_budget import TimeBudget
 from jaxchat.stages.generated import write_generated
 from jaxchat.stages.preflight import check_data, left_out
 from jaxchat.stages.settings import check_has_data
@@ -42,6 +43,8 @@ from jaxchat.tasks import Task, parse_mixture
 from jaxchat.tasks.base import Split
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
 from jaxchat.train.budget import BatchPlan, batch_plans
+
+KEEP_SECONDS = 10.0  # of a budget, that a run which is killed may spend without a record
 
 
 class Workspace:
@@ -55,8 +58,11 @@ class Workspace:
         say=print,
         redo: Collection[str] = (),
         keep_config: bool = False,
+        budget: TimeBudget | None = None,
     ):
         """Opens the directory as `RunDirectory.open` does; the stages `redo` count as not finished from then on.
+
+        `budget` decides how long the stages are; None leaves that to their settings.
 
         Raises:
           UserError: the directory holds something else, or a run with other settings; the experiment has no text; the
@@ -65,6 +71,7 @@ class Workspace:
         check_has_data(experiment)
         data = experiment.data
         self.experiment, self.directory = experiment, RunDirectory(to_run_directory(directory))
+        self.budget = budget
         self._say = say
         self.say = say if jax.process_index() == 0 else lambda line: None
         self.most_bytes: int | None = None  # that a step may take on a device, if one ran out of memory
@@ -276,6 +283,11 @@ class Workspace:
             self.directory.write_record(stage, {name: value for name, value in made.items() if value} | record)
 
         on_process_zero(write)
+
+    def keep_time(self, every: float = KEEP_SECONDS) -> None:
+        """Writes how much of the budget is spent, if it was not written within `every` seconds."""
+        if self.budget is not None and jax.process_index() == 0:
+            self.budget.write(self.directory.path, every)
 
     def stages_with_model(self) -> list[str]:
         """The finished stages that left parameters, in order."""

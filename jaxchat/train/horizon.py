@@ -21,6 +21,7 @@ WARM = 2  # the first steps of a process compile programs and fill queues: they 
 WINDOW = 8  # steps that the pace is measured over, at least, once there are so many
 FEW = 4  # steps that must have been measured before their number is fixed
 UNKNOWN = 1000  # steps that a schedule takes for granted before the pace is known
+PASSES = 16  # over the data, at most: beyond that, more teach nothing (Muennighoff et al. 2023, arXiv:2305.16264)
 OPEN = 0.1  # of the steps, the first ones, in which their number may change whatever the schedule
 Run = Callable[[int, Any], Iterable[tuple[str, Any]]]
 
@@ -46,6 +47,8 @@ class Horizon:
         self.schedule, self.seconds_left, self.on_change, self.now = schedule, seconds_left, on_change, now
         self.steps = UNKNOWN
         self.rates: dict[int, float] = {}  # factors on the learning rates, by the step that they were used in
+        self.most: int | None = None  # steps in which the data is read `PASSES` times, once that is known
+        self._epoch = 0
         self._known = False  # whether the number of steps is measured
         self._fixed = False
         self._marks: list[tuple[int, float]] = []  # a step, and the time at its beginning without evaluations
@@ -65,8 +68,13 @@ class Horizon:
         self._last = step
         if not self._fixed and step >= self._next:
             self._decide(step)
-        self.rates[step] = float(multiplier(self.schedule, self.steps)(step))
+        self.rates[step] = float(multiplier(self.schedule, self.steps)(step))  # pyright: ignore[reportArgumentType]
         return self.steps
+
+    def saw(self, step: int, epoch: int) -> None:
+        """Tells how often the data has been read from end to end before `step`."""
+        if epoch > self._epoch:
+            self._epoch, self.most = epoch, PASSES * -(-step // epoch)
 
     def resume(self, step: int, steps: int) -> int:
         """Goes on at `step` with the number of steps that an earlier process had found; returns that."""
@@ -120,7 +128,8 @@ class Horizon:
             if every and (cost := self._cost.get(key)):
                 pace += cost / every
                 left -= cost * (step % every / every - 0.5)  # the next one is closer the longer the last one is ago
-        return step + int(max(0.0, min(left / max(pace, 1e-9), 1e9)))
+        steps = step + int(max(0.0, min(left / max(pace, 1e-9), 1e9)))
+        return steps if self.most is None else min(steps, self.most)
 
     def _at_end(self) -> float:
         """The seconds of the evaluations after the last step; one that is not known is taken for as long as another."""

@@ -24,6 +24,7 @@ from jaxchat.errors import UserError, check
 from jaxchat.runs.metrics import Metrics
 from jaxchat.stopping import Cause, Deferral, Interrupted
 from jaxchat.train.divergence import Diverged, LossWatch
+from jaxchat.train.horizon import Horizon
 from jaxchat.train.selection import forget_scores, rate, score_of
 from jaxchat.train.step import Batch, State
 
@@ -97,6 +98,7 @@ class Loop:
     rereads: Callable[[dict], bool] = lambda position: False
     # Whether a training of another number of steps (the second argument) did its first steps (the first) as this does.
     same_course: Callable[[int, int], bool] = lambda done, num_steps: False
+    horizon: Horizon | None = None  # which finds `num_steps` while it trains, if time decides
     began: float = field(default_factory=time.perf_counter)  # when this process began the stage
     startup: dict[str, float] = field(default_factory=dict)  # seconds spent before the first step, by what on
     # Over all processes that have trained the stage, one after another:
@@ -204,6 +206,8 @@ class Loop:
 
     def _restore(self, abstract: State, step: int) -> tuple[State, dict]:
         state, position, meta = self.checkpoints.restore(abstract, step)
+        if self.horizon is not None:
+            self.num_steps = self.horizon.resume(step, meta["num_steps"])
         check(
             meta["num_steps"] == self.num_steps or self.same_course(step, meta["num_steps"]),
             f"{self.checkpoints.directory} holds a training of {meta['num_steps']} steps, not {self.num_steps}, and of "
@@ -311,6 +315,8 @@ class _Attempt:
     def one_step(self) -> None:
         """One step, from its batch to the evaluation after it."""
         loop = self.loop
+        if loop.horizon is not None:
+            loop.num_steps = loop.horizon(self.step)
         batch, extra = self.next_batch()
         self.dispatch(batch, extra)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxchat.config import STAGES, ScheduleConfig
 from jaxchat.config.amount import parse_amount
 from jaxchat.errors import UserError
-from jaxchat.runs.time_budget import PARTS, REPORT, TimeBudget, read_record, resumed
+from jaxchat.runs.time_budget import LEAST, PARTS, TimeBudget, read_record, resumed
 from jaxchat.stages.question_count import FEWEST, find_count
 from jaxchat.train.horizon import Horizon
 
@@ -84,25 +84,27 @@ def test_the_stages_share_all_of_it(seconds, chosen):
 
 
 def test_what_a_stage_saves_is_passed_on_to_all_that_follow():
-    budget, clock = budget_of(1006.0)
+    least = sum(LEAST.values())
+    budget, clock = budget_of(1000.0 + least)
     before = {stage: budget.planned(stage) for stage in STAGES}
     budget.begin("tokenizer")
-    assert budget.left_of("tokenizer") == pytest.approx(1000 * PARTS["tokenizer"] / sum(PARTS.values()))
+    assert budget.left_of("tokenizer") == pytest.approx(
+        LEAST["tokenizer"] + 1000 * PARTS["tokenizer"] / sum(PARTS.values())
+    )
     clock.go(5.0)
     budget.end("tokenizer")
     saved = before["tokenizer"] - 5
     rest = sum(PARTS.values()) - PARTS["tokenizer"]
-    for stage in ("pretrain", "sft", "evaluate"):
-        assert budget.planned(stage) > 0
     assert budget.share("pretrain") == pytest.approx(before["pretrain"] + saved * PARTS["pretrain"] / rest)
 
 
 def test_a_stage_that_takes_too_long_takes_it_from_those_that_follow():
     budget, clock = budget_of(500.0)
     budget.begin("pretrain")
-    clock.go(490.0)
+    clock.go(483.0)
     budget.end("pretrain")
-    assert budget.share("midtrain") == pytest.approx((10 - REPORT) * PARTS["midtrain"] / 44)
+    following = ("midtrain", "sft", "rl", "evaluate", "report")
+    assert budget.share("midtrain") == pytest.approx(17 * LEAST["midtrain"] / sum(LEAST[each] for each in following))
     clock.go(100.0)
     assert budget.share("sft") == 0 and budget.share("report") == 0
 
@@ -143,15 +145,15 @@ def test_it_is_written_at_most_every_few_seconds(tmp_path):
     budget.write(tmp_path, 10.0)
     clock.go(9.0)
     budget.write(tmp_path, 10.0)
-    assert read_record(tmp_path)["spent"] == 0
+    assert (read_record(tmp_path) or {})["spent"] == 0
     clock.go(1.0)
     budget.write(tmp_path, 10.0)
-    assert read_record(tmp_path)["spent"] == 10
+    assert (read_record(tmp_path) or {})["spent"] == 10
 
 
 def test_too_short_for_its_stages():
     budget, clock = budget_of(60.0)
-    with pytest.raises(UserError, match=r"too short for tokenizer, .*; at least 1m 27s, or fewer --stages"):
+    with pytest.raises(UserError, match=r"too short for tokenizer, .*; at least 1m 48s, or fewer --stages"):
         budget.check_enough()
     budget_of(60.0, ["tokenizer", "pretrain"])[0].check_enough()
     with pytest.raises(UserError, match=r"300.0s, of which 5m 00s are spent; .* give --budget=7m, or go on without"):
@@ -202,9 +204,9 @@ def run(machine, seconds, stages=STAGES, decays=(("sft", 1.0),)):
             return ()
 
         every = 20
-        validate, sample = horizon.timed(every, validate), horizon.timed(0, sample)
+        validated, sampled = horizon.timed(every, validate), horizon.timed(0, sample)
         take(machine.compiling)
-        validate(0, None)
+        validated(0, None)
         step, num_steps, lengths = 0, 1, []
         while step < num_steps:
             num_steps = horizon(step)
@@ -212,8 +214,8 @@ def run(machine, seconds, stages=STAGES, decays=(("sft", 1.0),)):
             take(machine.step * (5 if stage == "rl" else 1))
             step += 1
             if step == num_steps or step % every == 0:
-                validate(step, None)
-        sample(step, None)
+                validated(step, None)
+        sampled(step, None)
         trained[stage] = (num_steps, [horizon.rates[i] for i in range(num_steps)], lengths)
 
     for stage in stages:
@@ -223,7 +225,7 @@ def run(machine, seconds, stages=STAGES, decays=(("sft", 1.0),)):
         elif stage == "report":
             take(3.0)
         elif stage == "evaluate":
-            count = find_count(10**6, ask, lambda: budget.left_of(stage), clock)
+            count = find_count(10**6, ask, lambda: budget.left_of("evaluate"), clock)
             ask(count)
         else:
             train(stage)
@@ -264,13 +266,24 @@ def test_on_a_steady_machine_the_rates_are_those_of_a_training_of_so_many_steps(
     _, trained = run(Machine(1.0, 1.0, 3.0, 0.0, 1.0, 0), 900.0, decays=[("pretrain", decay)])
     steps, rates, _ = trained["pretrain"]
     expected = multiplier(ScheduleConfig(decay_ratio=decay), steps)
-    assert rates == pytest.approx([float(expected(i)) for i in range(steps)], abs=0.02 if decay == 1 else 1e-9)
+    assert rates == pytest.approx([expected(i) for i in range(steps)], abs=0.02 if decay == 1 else 1e-9)
 
 
 def test_a_stage_without_time_takes_one_step():
     clock = Clock()
     horizon = Horizon(ScheduleConfig(), lambda: -5.0, now=clock)
     assert horizon(0) == 1
+
+
+def test_data_that_is_read_sixteen_times_ends_a_stage():
+    clock = Clock()
+    horizon = Horizon(ScheduleConfig(), lambda: 1e6, now=clock)
+    step = 0
+    while step < horizon(step):
+        horizon.saw(step, step // 10)
+        clock.go(1.0)
+        step += 1
+    assert step == horizon.most == 160 and horizon.rates[159] == pytest.approx(1 / 32)
 
 
 def test_what_is_fixed_stays_when_a_training_goes_on():
