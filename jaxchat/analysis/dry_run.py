@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from jaxchat.analysis.planned_devices import planned_chips, quick_compilation
 from jaxchat.config import Experiment
 from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.data.hub.download import jobs_of
@@ -26,13 +30,14 @@ from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.stages.tokenizer import load_users_tokenizer
 from jaxchat.stages.workspace import planned_model
 from jaxchat.train.budget import batch_plans, flops_per_token, training_length
-from jaxchat.train.choice import by_preference
+from jaxchat.train.choice import Choice, by_preference
 from jaxchat.train.memory import (
     GIB,
     LEVELS,
     SPARE,
     CompiledStep,
     PlannedStep,
+    Shown,
     compile_step,
     levels,
     plan_step,
@@ -54,7 +59,8 @@ def dry_run(experiment: Experiment) -> None:
     if experiment.tokenizer.path is not None:
         load_users_tokenizer(experiment.tokenizer)
     model = planned_model(experiment)
-    mesh = make_mesh(experiment.mesh)
+    chips, missing = planned_chips(experiment.cost)
+    mesh = make_mesh(experiment.mesh, None if chips is None else chips.devices)
     parallel = data_shards(mesh)
     parameters = count_parameters(model)
     _say(experiment.name, "bold", end="")
@@ -65,12 +71,36 @@ def dry_run(experiment: Experiment) -> None:
     _say(f"FLOPs a token {flops_per_token(model):.4g} (forward and backward)")
     _print_windows(model)
     _print_data(experiment)
-    began, device = time.perf_counter(), jax.devices()[0]
-    with Console().status(f"compiling the pretraining step for {mesh.size} x {device.device_kind}"):
-        limit = usable_memory(of_host=experiment.pretrain.device_rows == "auto")
-        step = compile_pretraining(experiment, model, mesh, limit)
+    if missing is not None:
+        _say(f"note          {missing}; a CPU's stands for it")
+    began = time.perf_counter()
+    with _progress(f"compiling the pretraining step for {mesh.size} x {_kind(mesh)}") as shown:
+        if chips is None:
+            limit = usable_memory(of_host=experiment.pretrain.device_rows == "auto")
+            step = compile_pretraining(experiment, model, mesh, limit, shown)
+        else:
+            with quick_compilation():
+                step = compile_pretraining(experiment, model, mesh, int((1 - SPARE) * chips.memory), shown)
     _print_stages(experiment, model, parallel, step)
     _print_memory(experiment, model, mesh, step, time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def _progress(text: str) -> Iterator[Shown]:
+    """Shows on a terminal what is being compiled, and for how long; yields what tells which choice it is."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(text, total=None)
+
+        def shown(choice: Choice) -> contextlib.AbstractContextManager:
+            progress.update(task, description=f"{text}, {choice}")
+            return contextlib.nullcontext()
+
+        yield shown
+
+
+def _kind(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].device_kind
 
 
 def _say(text: str, style: Style = "", *, end: str = "\n") -> None:
@@ -126,10 +156,12 @@ def _print_stages(experiment: Experiment, model: GPTConfig, parallel: int, step:
 
 
 def _print_memory(experiment: Experiment, model: GPTConfig, mesh: Mesh, step: CompiledStep, seconds: float) -> None:
-    device, memory = jax.devices()[0], step.memory
+    memory = step.memory
     _say(f"memory        {memory.total / GIB:.2f} GiB a device: {memory.held / GIB:.2f} parameters, optimizer "
          f"and batch, {memory.used / GIB:.2f} in use by a step")  # fmt: skip
-    _say(f"              according to XLA's analysis of the step, compiled for {device.platform} ({seconds:.0f} s)")
+    _say(f"              according to XLA's analysis of the step, compiled for {_kind(mesh)} ({seconds:.0f} s)")
+    if mesh.shape["fsdp"] > 1 and mesh.devices.flat[0].platform == "tpu":
+        _say("              by a quick compilation; with mesh.fsdp the run's own may need a quarter more")
     if _stands_for(experiment, mesh):
         _say("              a CPU computes bf16 in fp32: expect a GPU's step to use half of that or less")
         limit = _planned_limit(experiment)
@@ -151,7 +183,13 @@ def _stands_for(experiment: Experiment, mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu" and device_peak_flops(experiment.cost.device) is not None
 
 
-def compile_pretraining(experiment: Experiment, model: GPTConfig, mesh: Mesh, limit: int | None) -> CompiledStep:
+def compile_pretraining(
+    experiment: Experiment,
+    model: GPTConfig,
+    mesh: Mesh,
+    limit: int | None,
+    shown: Shown = lambda choice: contextlib.nullcontext(),
+) -> CompiledStep:
     """The pretraining step as a run would compile it if a step may take `limit` bytes; nothing is allocated.
 
     On CPUs that stand for accelerators, with the rows that these may be expected to have room for.
@@ -165,7 +203,7 @@ def compile_pretraining(experiment: Experiment, model: GPTConfig, mesh: Mesh, li
         choices, expected = by_preference(shape, all_levels), planned.expected(model.sequence_len)
         at_most = _planned_limit(experiment)
         choices, limit = [next((choice for choice in choices if expected(choice) <= at_most), choices[-1])], None
-    return compile_step(planned, choices, limit, lambda rows: abstract_batch(mesh, shape[rows]))
+    return compile_step(planned, choices, limit, lambda rows: abstract_batch(mesh, shape[rows]), shown=shown)
 
 
 def _plan(experiment: Experiment, model: GPTConfig, mesh: Mesh) -> PlannedStep:

@@ -287,6 +287,9 @@ def _dry_run(
 ) -> int:
     import jax
 
+    from jaxchat.analysis.planned_devices import stand_in
+
+    stand_in(experiment.cost)
     if experiment.cost.devices > 1 and jax.config.jax_num_cpu_devices <= 1:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_num_cpu_devices", experiment.cost.devices)  # a CPU stands for the experiment's devices
     from jaxchat.analysis.dry_run import dry_run

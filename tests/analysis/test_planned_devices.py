@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +77,37 @@ def test_quick_compilation_ends():
         assert level() == "O1"
         assert jax.jit(lambda x: x + 1)(1) == 2
     assert level() == before
+
+
+TINY = "--experiment=d12 --dry-run --model.depth=2 --model.sequence-len=256 --pretrain.batch-tokens=16384".split()
+
+
+def planned(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """Exit code and both outputs of a dry run in a process of its own, whose JAX has not looked for devices."""
+    command = [sys.executable, str(ROOT / "launch.py"), *TINY, f"--run-dir={folder / 'run'}", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.skipif(COMPILER, reason="the TPU's compiler is installed")
+def test_a_dry_run_without_the_compiler_goes_on_with_a_cpu(tmp_path):
+    code, out, error = planned(tmp_path, "--cost.device=TPU v5e", "--model.depth=1", "--tokenizer.vocab-size=512")
+    assert code == 0, error
+    assert "note          the TPU's compiler" in out and "; a CPU's stands for it" in out
+    assert "expected on   1 x TPU v5e" in out and "compiled for cpu" in out
+
+
+def test_a_dry_run_refuses_a_slice_that_there_is_not(tmp_path):
+    code, _, error = planned(tmp_path, "--cost.device=TPU v5e", "--cost.devices=6")
+    assert code == 2
+    assert error.splitlines()[-1] == "error: TPU v5e come in slices of other sizes than 6; nearest: 4 or 8"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COMPILER, reason="needs libtpu, the TPU's compiler")
+def test_a_dry_run_compiles_for_eight_chips(tmp_path):
+    code, out, error = planned(tmp_path, "--cost.device=TPU v5e", "--cost.devices=8")
+    assert code == 0, error
+    assert "compiled for TPU v5 lite" in out and "note " not in out
+    assert re.search(r"8 rows, remat none: a step takes 0\.\d\d of 14\.96 GiB per device", out), out
