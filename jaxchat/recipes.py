@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from jaxchat.config import (
     CostConfig,
     DataConfig,
@@ -63,4 +65,27 @@ def on_text(
         rl=RLConfig(schedule=ScheduleConfig(decay_ratio=1.0)),
         evaluate=EvaluateConfig(tasks=("arc_easy", "arc_challenge", "mmlu", "gsm8k", "identity")),
         cost=CostConfig(device="NVIDIA H100", devices=devices, expected_mfu=mfu),
+    )
+
+
+def evening(depth: int, *, device: str, dollars: float, mfu: float, shards: int, vocab_size: int) -> Experiment:
+    """Training on real text within an evening on a graphics card of one's own: `on_text` with less of everything.
+
+    Pretraining has 10 tokens per parameter, 12 to 13 per parameter of a matrix product, which nanochat's fits of 2026
+    find compute-optimal. Models of this size answer no problem of GSM8K, so that RL has nothing to reward.
+
+    Args:
+      device: the card that the dry run expects, as JAX names it.
+      dollars: the electricity of an hour, of the card and the computer around it.
+      mfu, shards, vocab_size: as in `on_text`.
+    """
+    long = on_text(depth, devices=1, mfu=mfu, shards=shards, vocab_size=vocab_size, pretrain_tokens=262_144)
+    mixture = tuple("smoltalk:100000" if entry == "smoltalk" else entry for entry in long.midtrain.mixture)
+    return dataclasses.replace(
+        long,
+        stages=tuple(stage for stage in long.stages if stage != "rl"),
+        pretrain=dataclasses.replace(long.pretrain, tokens_per_param=10.0, eval_tokens=2_097_152),
+        midtrain=dataclasses.replace(long.midtrain, mixture=mixture),
+        evaluate=dataclasses.replace(long.evaluate, of=("midtrain", "sft")),
+        cost=CostConfig(device=device, dollars_per_device_hour=dollars, expected_mfu=mfu),
     )

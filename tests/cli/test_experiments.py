@@ -1,6 +1,8 @@
 """Experiments by name, from the files of a checkout, without a change to the module search path."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,12 @@ import pytest
 from jaxchat.cli import experiments
 from jaxchat.cli.experiments import experiment_names, load_experiment, summaries
 from jaxchat.cli.launch import main
+from jaxchat.data.hub.catalogue import parse_requests
+from jaxchat.devices.machine import device_peak_flops
 from jaxchat.errors import UserError
+from jaxchat.model.parameters import count_parameters
+from jaxchat.stages.workspace import planned_model
+from jaxchat.train.budget import flops_per_token, training_length
 from tests.tiny import ROOT, refusal
 
 
@@ -21,6 +28,43 @@ def test_experiments_of_this_checkout():
     assert {"quickstart", "d12", "speedrun"} <= set(experiment_names())
     assert sys.path == before and not any(name.startswith("experiments") for name in sys.modules)
     assert all(len(summary) > 20 for summary in summaries().values()) and set(summaries()) == set(experiment_names())
+
+
+def documented(name):
+    """The docstring of an experiment, on one line."""
+    return " ".join((ast.get_docstring(ast.parse((ROOT / f"experiments/{name}.py").read_bytes())) or "").split())
+
+
+def pretraining(experiment):
+    """The tokens of pretraining, and the hours that they are expected to take."""
+    model, peak = planned_model(experiment), device_peak_flops(experiment.cost.device)
+    tokens = training_length(experiment.pretrain, model) * experiment.pretrain.batch_tokens
+    return tokens, experiment.cost.hours(tokens * flops_per_token(model), peak)
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_an_experiment_documents_its_command(name):
+    assert f"python launch.py --experiment={name}" in documented(name)
+
+
+@pytest.mark.parametrize("name", ["rtx8gb", "rtx24gb", "d12", "speedrun", "d32"])
+def test_the_expected_hours_follow_from_the_peak(name):
+    (hours,) = re.findall(r"Expected, not measured: ([\d.]+) hours (?:for|of) pretraining", documented(name))
+    digits = len(hours.partition(".")[2])
+    assert round(pretraining(load_experiment(name))[1], digits) == float(hours)
+
+
+@pytest.mark.parametrize("name, gigabytes", {"rtx8gb": 6, "rtx24gb": 16}.items())
+def test_an_evening_on_a_graphics_card(name, gigabytes):
+    experiment = load_experiment(name)
+    parameters = count_parameters(planned_model(experiment))
+    tokens, hours = pretraining(experiment)
+    assert 2.5 < hours < 5.5
+    assert 12 < tokens / (parameters.matrices + parameters.head) < 13.5
+    assert 16 * parameters.total < gigabytes * 1e9 / 4  # the rest is for activations
+    (text,) = [request for request in parse_requests(experiment.data.download) if request.is_text]
+    assert text.shards * 53e6 * 0.8 < tokens < text.shards * 53e6  # nothing twice, nothing downloaded in vain
+    assert "rl" not in experiment.stages and experiment.cost.devices == 1
 
 
 def test_files_that_are_not_experiments(tmp_path, monkeypatch):
