@@ -16,5 +16,5 @@ experiment = Experiment(
     sft=FinetuneConfig(
         mixture=("chat",), batch_tokens=16_384, lr_fraction=0.3, schedule=ScheduleConfig(decay_ratio=1.0)
     ),
-    evaluate=EvaluateConfig(tasks=("sums", "letters"), limit=200),
+    evaluate=EvaluateConfig(tasks=("sums", "letters"), of=("midtrain", "sft"), limit=200),
 )
