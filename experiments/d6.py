@@ -3,8 +3,8 @@
     python launch.py --experiment=d6                # on downloaded text
     python launch.py --experiment=d6 --data=DIR     # on your text
 
-Hardware: one GPU of 16 GB or more. Expected, not measured: 8 minutes of pretraining on 0.7 billion tokens on an H100,
-at 30 % MFU.
+Hardware: one GPU of 6 GB or more. Expected, not measured: 8 minutes of pretraining on 0.7 billion tokens on an H100, at
+30 % MFU.
 """
 
 from jaxchat.recipes import on_text
