@@ -20,7 +20,8 @@ from jaxchat.ops.mlp import relu_squared
 from jaxchat.ops.norm import norm_branch, rms_norm
 from jaxchat.ops.rope import apply_rope, rope_norm, rope_tables
 from jaxchat.ops.stack import stack
-from jaxchat.train.loss import LossConfig, cross_entropy_sum
+from jaxchat.rl.objectives import PolicyObjective
+from jaxchat.train.loss import LossConfig, cross_entropy_sum, objective_sum
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +121,24 @@ def test_a_mesh_runs_the_kernels_on_its_parts(spec):
     expected = norm_branch(x)[1]
     split = jax.jit(lambda x: norm_branch(x)[1])(jax.device_put(x, NamedSharding(mesh, spec)))
     assert_same([split], [expected])
+
+
+@pytest.mark.parametrize("entropy", [0.0, 0.2], ids=["measured", "trained"])
+def test_an_objective_is_the_same_with_kernels(monkeypatch, entropy):
+    objective = PolicyObjective(method="clipped", temperature=0.8, entropy=entropy)
+    hidden, head, log_p = 2 * draw(2, 8, 32), draw(32, 128, seed=1), -2 - draw(2, 8, seed=2)
+    targets = jax.random.randint(jax.random.key(3), (2, 8), -1, 120)
+    tokens = {"advantages": draw(2, 8, seed=4), "behaviour": log_p, "shares": jnp.full((2, 8), 0.1)}
+
+    @jax.default_matmul_precision("highest")
+    def loss(hidden, head):
+        return objective_sum(hidden, head, targets, tokens, objective, LossConfig(120, 15.0))
+
+    with_kernels = jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, head)
+    monkeypatch.setattr(triton, "INTERPRET", False)
+    jax.clear_caches()
+    without = jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, head)
+    assert_same(jax.tree.leaves(with_kernels), jax.tree.leaves(without), 1e-4)
 
 
 def test_the_model_and_its_loss_are_the_same_with_kernels(monkeypatch):

@@ -36,6 +36,10 @@ def loss(scores, targets):
     return cross_entropy_rows(scores, targets, 1000, 15.0)
 
 
+def loss_with_entropy(scores, targets):
+    return cross_entropy_rows(scores, targets, 1000, 15.0, with_entropy=True)
+
+
 @pytest.mark.parametrize(
     "function, arguments, count",
     [
@@ -58,8 +62,12 @@ def test_kernels_and_their_gradients(monkeypatch, function, arguments, count):
 
 @pytest.mark.parametrize(
     "function, arguments",
-    [(loss, [array(ROWS, 1024), array(ROWS, dtype=jnp.int32)]), (stack_of(3), [SQUARE] * 3)],
-    ids=["loss", "stack"],
+    [
+        (loss, [array(ROWS, 1024), array(ROWS, dtype=jnp.int32)]),
+        (loss_with_entropy, [array(ROWS, 1024), array(ROWS, dtype=jnp.int32)]),
+        (stack_of(3), [SQUARE] * 3),
+    ],
+    ids=["loss", "loss with entropy", "stack"],
 )
 def test_kernels_without_a_gradient(monkeypatch, function, arguments):
     monkeypatch.setattr(triton, "INTERPRET", False)
