@@ -59,7 +59,6 @@ def _export(arguments: argparse.Namespace) -> int:
     check_free(Path(out))
     directory = RunDirectory(arguments.run)
     model = load_model(arguments.run, arguments.stage, arguments.step)
-    _check_tokenizer(directory, model.stage)
     step = _step(arguments.step, directory, model.stage)
     live, began = LiveLine("export", None), time.monotonic()
 
@@ -86,15 +85,6 @@ def _export(arguments: argparse.Namespace) -> int:
         f"AutoModelForCausalLM.from_pretrained({os.path.abspath(out)!r}) loads it with transformers 5.0 or later"
     )
     return 0
-
-
-def _check_tokenizer(directory: RunDirectory, stage: str) -> None:
-    """Raises UserError if the run's tokenizer is not the one whose ids the stage has learned."""
-    learned = ((directory.begun(stage) or {}).get("made_from") or {}).get("tokenizer")
-    check(
-        learned is None or learned == directory.new_id("tokenizer"),
-        f"{directory.tokenizer} has the tokenizer of another run, not that of {stage}; put the right one back",
-    )
 
 
 def _step(asked: str | None, directory: RunDirectory, stage: str) -> int:

@@ -13,7 +13,7 @@ from jaxchat.infer.engine import Engine
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, abstract_params
 from jaxchat.ops.compute import compute_dtype
-from jaxchat.runs.directory import TRAINED, RunDirectory
+from jaxchat.runs.directory import EARLIER, TRAINED, RunDirectory
 from jaxchat.runs.files import Damaged, read_bytes
 from jaxchat.storage import is_folder
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
@@ -43,6 +43,7 @@ def load_model(run_dir: epath.PathLike, stage: str | None = None, step: str | No
 
     Raises:
       UserError: there is no such run, stage or step, or the stage is not finished; the message lists those that are.
+        Or the run's tokenizer is not the one whose ids the model has learned.
     """
     directory = RunDirectory(run_dir)
     check(
@@ -60,6 +61,7 @@ def load_model(run_dir: epath.PathLike, stage: str | None = None, step: str | No
     stage = stage or finished[-1]
     experiment = directory.config_of(stage) or experiment
     tokenizer = load_tokenizer_of(directory)
+    _check_learned(directory, stage)
     model = GPTConfig.of(experiment.model, tokenizer.vocab_size)
     checkpoints = Checkpoints(directory.checkpoints(stage))
     at = directory.result_step(stage) if step is None else _checkpoint_step(checkpoints, step)
@@ -90,6 +92,18 @@ def load_tokenizer_of(directory: RunDirectory) -> BaseTokenizer:
         "it is that of another run; put the run's own file back",
     )
     return tokenizer
+
+
+def _check_learned(directory: RunDirectory, stage: str) -> None:
+    """Raises UserError if the run's tokenizer is not the one whose ids a stage's model has learned, as far as is known.
+
+    Another one of the same size would turn all that the model says into nonsense.
+    """
+    learned = ((directory.begun(stage) or {}).get("made_from") or {}).get("tokenizer")
+    check(
+        learned in (None, EARLIER, directory.new_id("tokenizer")),
+        f"{directory.tokenizer} has the tokenizer of another run, not that of {stage}; put the right one back",
+    )
 
 
 def _checkpoint_step(checkpoints: Checkpoints, step: str) -> int | None:

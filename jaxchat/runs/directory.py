@@ -35,6 +35,7 @@ from jaxchat.storage import is_remote, reason, storage_errors, to_path
 
 Say = Callable[[str], None]
 _ID = 12  # characters
+EARLIER = "earlier"  # the identity of what a stage was made from, where that is there no more and has left no other
 
 
 class RunDirectory:
@@ -317,7 +318,7 @@ class RunDirectory:
                 made = self.read_record(source) or {}
                 later = (made.get("finished") or 0) > (record.get("started") or made.get("finished") or 0)
                 if self.id_of(source):
-                    made_from[source] = "earlier" if later else self.id_of(source)
+                    made_from[source] = EARLIER if later else self.id_of(source)
             facts = {
                 "stage": stage,
                 "id": record.get("id") or self.new_id(stage),

@@ -12,6 +12,8 @@ from safetensors.numpy import load_file
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.cli.main import main
 from jaxchat.config import Experiment, ModelConfig
+from jaxchat.errors import UserError
+from jaxchat.infer.trained import load_model
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.tokenizer import Tokenizer, load_tokenizer
 from tests.export import golden
@@ -115,6 +117,13 @@ def test_a_tokenizer_of_another_run_is_refused(run, tmp_path, capsys):
     code = export(tmp_path / "run", tmp_path / "out")
     out, err = capsys.readouterr()
     assert "the tokenizer of another run" in refusal((code, out, err)) and not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="has the tokenizer of another run, not that of sft; put the right one back"):
+        load_model(tmp_path / "run")  # for chat, serve and eval
+    for stage in ("pretrain", "sft"):  # of a version that did not record it
+        file = tmp_path / "run" / stage / "begun.json"
+        begun = json.loads(file.read_text())
+        file.write_text(json.dumps(begun | {"made_from": {}}))
+    assert load_model(tmp_path / "run").stage == "sft"
 
 
 def test_weights_from_elsewhere_keep_the_constant_of_their_norms(run, tmp_path, capsys):
