@@ -48,6 +48,7 @@ class TimeBudget:
       before: seconds that earlier processes have spent.
       record: of each stage that has ended the seconds that it had (`share`) and has taken (`seconds`).
       questions: of each task, as many as the evaluation has found time for; None before.
+      longest_evaluation: seconds that the evaluation takes at most, as far as that is known.
     """
 
     text: str
@@ -60,6 +61,7 @@ class TimeBudget:
     record: dict[str, dict[str, float]] = field(default_factory=dict)
     questions: int | None = None
     finished: bool = False
+    longest_evaluation: float = math.inf
     _began: dict[str, float] = field(default_factory=dict)
     _shares: dict[str, float] = field(default_factory=dict)
     _written: float = -math.inf
@@ -80,8 +82,15 @@ class TimeBudget:
     def _split(self, stages: Sequence[str]) -> dict[str, float]:
         """What is left as seconds of each of `stages`."""
         left, least, parts = max(0.0, self.left), sum(LEAST[s] for s in stages), sum(PARTS[s] for s in stages)
-        scale, rest = min(1.0, left / least), max(0.0, left - least) / max(parts, 1)
-        return {stage: scale * LEAST[stage] + rest * PARTS[stage] for stage in stages}
+        scale = left / least if left < least or not parts else 1.0
+        rest = (left - scale * least) / max(parts, 1)
+        shares = {stage: scale * LEAST[stage] + rest * PARTS[stage] for stage in stages}
+        spared = shares.get("evaluate", 0.0) - self.longest_evaluation
+        others = parts - PARTS["evaluate"]
+        if spared > 0 and others > 0:
+            shares = {stage: share + spared * PARTS[stage] / others for stage, share in shares.items()}
+            shares["evaluate"] = self.longest_evaluation
+        return shares
 
     def begin(self, stage: str) -> None:
         """Gives `stage` its share, from now on; for one that goes on, that share is of what is left."""

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import time
 from typing import Any
 
@@ -24,12 +25,14 @@ from jaxchat.model.config import GPTConfig
 from jaxchat.runs.files import write_bytes
 from jaxchat.runs.metrics import Metrics
 from jaxchat.runs.progress import format_number
+from jaxchat.runs.time_budget import LEAST
 from jaxchat.stages.question_count import find_count
 from jaxchat.stages.workspace import Workspace
 from jaxchat.storage import size_of, to_path
 from jaxchat.tasks import Task
 
 TEMPERATURE = 0.0
+ANSWER_SECONDS = 0.05  # of a slow machine, many at once; two CPU cores take about that for a small model
 
 
 def complete(workspace: Workspace) -> bool:
@@ -98,6 +101,15 @@ def _ask(workspace: Workspace, engine: Engine, task: Task, limit: int | None, pr
 
 def _load_tasks(workspace: Workspace, quiet: bool = False) -> list[Task]:
     return workspace.load_tasks("evaluate", workspace.experiment.evaluate.tasks, "test", quiet=quiet)
+
+
+def longest(workspace: Workspace) -> float:
+    """Seconds that asking all questions takes at most; infinite where the tasks are still to be downloaded."""
+    config = workspace.experiment.evaluate
+    if workspace.experiment.data.download or "evaluate" not in workspace.experiment.stages:
+        return math.inf
+    answers = sum(len(task.subset(config.limit)) for task in _load_tasks(workspace, quiet=True)) * len(config.of)
+    return LEAST["evaluate"] + ANSWER_SECONDS * answers
 
 
 def _limit(workspace: Workspace) -> int | None:

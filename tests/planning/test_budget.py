@@ -98,6 +98,16 @@ def test_what_a_stage_saves_is_passed_on_to_all_that_follow():
     assert budget.share("pretrain") == pytest.approx(before["pretrain"] + saved * PARTS["pretrain"] / rest)
 
 
+def test_what_the_evaluation_cannot_use_is_for_the_others():
+    budget, _ = budget_of(10_000.0)
+    before = {stage: budget.planned(stage) for stage in STAGES}
+    budget.longest_evaluation = 100.0
+    assert budget.planned("evaluate") == 100 and budget.planned("report") == before["report"]
+    assert sum(budget.planned(stage) for stage in STAGES) == pytest.approx(10_000)
+    spared, others = before["evaluate"] - 100, sum(PARTS.values()) - PARTS["evaluate"]
+    assert budget.planned("sft") == pytest.approx(before["sft"] + spared * PARTS["sft"] / others)
+
+
 def test_a_stage_that_takes_too_long_takes_it_from_those_that_follow():
     budget, clock = budget_of(500.0)
     budget.begin("pretrain")
