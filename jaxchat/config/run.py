@@ -10,8 +10,7 @@ from jaxchat.config.ranges import Range, Section
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
-    """Which checkpoints of a stage are kept; its result always is, which is the last or, where validation turned, the
-    best."""
+    """Which checkpoints of a stage are kept; its result always is."""
 
     section = "checkpoints"
 
