@@ -34,8 +34,8 @@ class Experiment(Section):
     """What to do when the loss becomes NaN or infinite, or spikes: stop and name the last good checkpoint, or return to
     it and skip the batches since then."""
     sizes: Literal["fixed", "auto"] = "fixed"
-    """Where the sizes of pretraining come from. fixed: from this experiment. auto: depth, vocabulary, context, batch and
-    steps that are not set follow from the amount of text."""
+    """Where the sizes of pretraining come from. fixed: from this experiment. auto: depth, vocabulary, context, batch
+    and steps that are not set follow from the amount of text."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
