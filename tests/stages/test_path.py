@@ -251,7 +251,16 @@ class TestResume:
         assert "resuming at step" in err
         assert_same_training(run, finished, "pretrain", "bpb")
 
-    def test_interrupted_rl_is_the_uninterrupted_one(self, finished, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(
+        "step, options",
+        [
+            (2, []),
+            # Between two updates of one batch, whose answers only earlier parameters would give again.
+            (1, ["--rl.method=clipped", "--rl.updates-per-batch=2", "--rl.kl=0.1", "--rl.temperature=0.9"]),
+        ],
+        ids=["reinforce", "clipped"],
+    )
+    def test_interrupted_rl_is_the_uninterrupted_one(self, finished, tmp_path, monkeypatch, step, options):
         # After so little training no answer is right; these rewards give it something to learn.
         def score(asked, completions, _):
             return [sum(c.tokens) % 7 / 6 for c in completions]
@@ -262,14 +271,20 @@ class TestResume:
         for run in (whole, parts):
             run.mkdir()
             copy(finished, run, "pretrain", "midtrain", "sft")
-        assert start(whole, "--stages=rl")[0] == 0
+        assert start(whole, "--stages=rl", *options)[0] == 0
         with monkeypatch.context() as patch:
-            interrupt_at(patch, Rollouts, 2)
-            assert start(parts, "--stages=rl")[0] == 130
-        code, _, err = start(parts, "--stages=rl")
+            interrupt_at(patch, Rollouts, step)
+            assert start(parts, "--stages=rl", *options)[0] == 130
+        code, _, err = start(parts, "--stages=rl", *options)
         assert code == 0, err
+        assert f"resuming at step {step} of" in err
         assert all(loss for _, loss in values(whole, "rl"))
-        assert_same_training(parts, whole, "rl", "reward", "completion_tokens", "reward_eval")
+        measured = ["kl", "ratio_outside", "clipped"] if options else ["entropy", "probability_difference"]
+        assert_same_training(parts, whole, "rl", "reward", "completion_tokens", "reward_eval", *measured)
+        if options:
+            assert [step for step, _ in values(whole, "rl", "reward")] == [0, 2]
+            (_, before), (_, after), _ = values(whole, "rl", "kl")
+            assert abs(before) < 1e-6 < after
 
     @pytest.mark.parametrize("method", ["reinforce", "best_of_n"])
     def test_rl_that_learns_nothing_says_so(self, finished, tmp_path, method):
