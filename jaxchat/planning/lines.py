@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxchat.config import Experiment
 from jaxchat.model.config import GPTConfig
-from jaxchat.planning.proposal import DEPTHS, PASSES, TOKENS_PER_PARAMETER, Proposal, matrix_parameters
+from jaxchat.planning.proposal import DEPTHS, PASSES, Proposal, layer_parameters
 from jaxchat.planning.text_amount import TextAmount
 from jaxchat.runs.progress import format_number, format_roughly
 
@@ -30,10 +30,10 @@ def proposal_lines(proposal: Proposal, amount: TextAmount, flops: float | None, 
       flops: the compute that was allowed; None for any.
       seconds: about how long pretraining will take.
     """
-    ratio = proposal.tokens / matrix_parameters(proposal.depth, proposal.vocab_size)
-    why = f"{ratio:.1f} tokens for each parameter of layers and head"
-    if proposal.depth == DEPTHS[0] and ratio < TOKENS_PER_PARAMETER / 2:
-        why = f"the smallest depth, because there are only {why}"
+    ratio = proposal.tokens / layer_parameters(proposal.depth)
+    why = f"{ratio:.1f} tokens for each parameter of the layers"
+    if proposal.depth == DEPTHS[0]:
+        why = f"the smallest depth, because there are only {format_tokens(proposal.tokens)} tokens to read"
     if proposal.passes >= 0.75 * PASSES:
         why += f"; more than {PASSES:.0f} passes teach little"
     elif flops is not None:

@@ -15,11 +15,11 @@ from jaxchat.planning.text_amount import VOCABULARIES, TextAmount
 # Muennighoff et al., "Scaling Data-Constrained Language Models" (2023): up to four passes over a text are nearly as
 # good as new text; beyond about sixteen, more are worth nothing.
 PASSES = 4.0
-# The compute-optimal number of training tokens for each parameter in a matrix product. Hoffmann et al., "Training
-# Compute-Optimal Large Language Models" (2022), found 20 of all with AdamW; nanochat's fits of March 2026, with Muon,
-# found 12 and left out the embedding, which costs no compute.
-TOKENS_PER_PARAMETER = 12.0
-DEPTHS = range(2, 33)
+# The most training tokens for each parameter of the layers' matrices. Hoffmann et al., "Training Compute-Optimal Large
+# Language Models" (2022), found 20 of all parameters with AdamW; nanochat's fits of March 2026, with Muon, found 12 of
+# those in matrix products, which are 15 of a d12's layers. On 1 MB of text a d2 overtakes a d1 at about 7.
+MOST_TOKENS_PER_PARAMETER = 15.0
+DEPTHS = range(1, 33)
 BYTES_PER_TOKEN = 4  # about, where the context is chosen before the vocabulary
 CONTEXTS = (128, 256, 512, 1024, 2048)
 LEAST_BATCH, LARGEST_BATCH = 512, 524_288
@@ -131,16 +131,24 @@ def _fit(
         return _Fit(vocab_size, depth, length, tokens, text.bytes * min(1.0, tokens / there))
 
     def distance(fit: _Fit) -> float:
-        best = TOKENS_PER_PARAMETER if on_cpu else min(TOKENS_PER_PARAMETER, fit.depth)
-        return abs(math.log(fit.tokens / matrix_parameters(fit.depth, vocab_size) / best))
+        return abs(math.log(fit.tokens / layer_parameters(fit.depth) / tokens_per_parameter(fit.depth, on_cpu)))
 
     return min(map(fit, depths), key=distance)
 
 
+def tokens_per_parameter(depth: int, on_cpu: bool) -> float:
+    """The best number of tokens for each parameter of the layers' matrices; fewer on a GPU, as said in `propose`."""
+    return min(MOST_TOKENS_PER_PARAMETER, depth + (5 if on_cpu else 2))
+
+
+def layer_parameters(depth: int) -> int:
+    """Parameters of the layers' matrices: 4 squares of the width in attention and 8 in the MLP of each."""
+    return 12 * depth * model_width(depth) ** 2
+
+
 def matrix_parameters(depth: int, vocab_size: int) -> int:
-    """Parameters in matrix products: of each layer 4 squares of the width in attention 8 in the MLP; and the head."""
-    width = model_width(depth)
-    return 12 * depth * width**2 + width * _padded(vocab_size)
+    """Parameters in matrix products: those of the layers, and the head."""
+    return layer_parameters(depth) + model_width(depth) * _padded(vocab_size)
 
 
 def flops_per_token(depth: int, vocab_size: int, sequence_len: int) -> int:
