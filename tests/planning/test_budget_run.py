@@ -56,8 +56,9 @@ def test_all_stages_end_in_time(run):
     directory, lines = run
     kept = json.loads((directory / "budget.json").read_text())
     assert kept["finished"] and kept["spent"] <= 1.07 * LENGTH
-    for stage in ("pretrain", "sft"):
-        assert kept["stages"][stage]["seconds"] == pytest.approx(kept["stages"][stage]["share"], abs=0.07 * LENGTH)
+    for stage, short in (("pretrain", 0.1), ("sft", 0.6)):  # of SFT's share much is kept for an evaluation at its end
+        share, seconds = kept["stages"][stage]["share"], kept["stages"][stage]["seconds"]
+        assert (1 - short) * share <= seconds <= share + 0.07 * LENGTH
     assert list(kept["stages"]) == list(STAGES)
     assert lines[[line.startswith("budget") for line in lines].index(True)].startswith("budget    6m ")
     assert (directory / "report.md").exists()
