@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from jaxchat.config import STAGES, Experiment, Impossible
+from jaxchat.config import Experiment, Impossible
 from jaxchat.devices.processes import on_process_zero
 from jaxchat.errors import UserError
 from jaxchat.planning.known_text import find_amount
@@ -95,8 +95,8 @@ def _changes(
     amount: TextAmount | None,
     say: Say,
 ) -> dict[str, Any]:
-    finished = [stage for stage in STAGES if begun is not None and begun.finished(stage)]
-    unfinished = [stage for stage in ("tokenizer", "pretrain") if stage in experiment.stages and stage not in finished]
+    needed = [stage for stage in ("tokenizer", "pretrain") if stage in experiment.stages]
+    unfinished = [stage for stage in needed if begun is None or not _finished(begun, stage)]
     decided = experiment.sizes == "fixed" or begun is not None
     try:
         amount = (amount or find_amount(experiment, begun, say)) if unfinished else None
@@ -126,6 +126,13 @@ def _changes(
     for line in proposal_lines(proposal, amount, flops, proposal.flops / speed):
         say(f"sizes     {line}")
     return changes
+
+
+def _finished(run: RunDirectory, stage: str) -> bool:
+    try:
+        return run.finished(stage)
+    except UserError:  # a damaged record, which --redo is about to set aside; else it is said later
+        return False
 
 
 def changes_of(
