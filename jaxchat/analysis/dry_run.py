@@ -197,10 +197,11 @@ def compile_pretraining(
     config = experiment.pretrain
     plans = batch_plans(config.batch_tokens, config.device_rows, model.sequence_len, data_shards(mesh))
     shape = {plan.device_rows: (plan.accumulation, plan.rows, model.sequence_len) for plan in plans}
-    planned, choices = _plan(experiment, model, mesh), by_preference(shape, levels(experiment.remat, mesh))
+    planned, length = _plan(experiment, model, mesh), model.sequence_len
+    choices = by_preference(shape, length, levels(experiment.remat, mesh))
     if _stands_for(experiment, mesh):
         all_levels = LEVELS if experiment.remat == "auto" else (experiment.remat,)
-        choices, expected = by_preference(shape, all_levels), planned.expected(model.sequence_len)
+        choices, expected = by_preference(shape, length, all_levels), planned.expected(length)
         at_most = _planned_limit(experiment)
         choices, limit = [next((choice for choice in choices if expected(choice) <= at_most), choices[-1])], None
     return compile_step(planned, choices, limit, lambda rows: abstract_batch(mesh, shape[rows]), shown=shown)

@@ -24,7 +24,7 @@ class TrainConfig(Section):
 
     device_rows: Annotated[int | Literal["auto"], AT_ONCE] = "auto"
     """Rows that a device computes at once; more of a step's rows are accumulated one after another. auto: as many as
-    fit into its memory."""
+    fit into its memory with little recomputed."""
     num_iterations: Annotated[int | None, STEPS] = None
     """Optimizer steps. None: as many as the stage needs for its data."""
     lr_fraction: Annotated[float, RATE] = 1.0

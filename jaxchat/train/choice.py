@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 MOST_COMPILED = 6  # ways that are tried, at most, while one is looked for that is better than one that fits
+ENOUGH = 16_384  # tokens at once that fill a device, so that more are hardly faster
 # How much less than predicted a level may take that was not compiled at any number of rows.
 ACROSS_LEVELS = 1.15
 
@@ -26,13 +27,23 @@ class Choice(NamedTuple):
         return f"{self.device_rows} row{'s'[: self.device_rows != 1]}, remat {self.remat}"
 
 
-def by_preference(rows: Iterable[int], levels: Sequence[str]) -> list[Choice]:
-    """All choices, the best one first: as many rows as possible, and then as little recomputed as possible.
+def by_preference(rows: Iterable[int], length: int, levels: Sequence[str]) -> list[Choice]:
+    """All choices, the best one first.
+
+    Rows keep a device busy, and recomputing costs up to two ninths more matrix products. So as little as possible is
+    recomputed, with as many rows as possible, among the choices that give a device `ENOUGH` tokens at once; where none
+    of them fits, as many rows as possible come first.
 
     Args:
+      length: of a row, in tokens.
       levels: of rematerialisation, from the least to the most.
     """
-    return [Choice(count, level) for count in sorted(rows, reverse=True) for level in levels]
+
+    def order(choice: Choice) -> tuple[int, int, int]:
+        least = min(choice.device_rows, -(-ENOUGH // length))
+        return -least, levels.index(choice.remat), -choice.device_rows
+
+    return sorted((Choice(count, level) for count in rows for level in levels), key=order)
 
 
 @dataclass(frozen=True)

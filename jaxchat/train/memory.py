@@ -305,7 +305,9 @@ class TrainStep:
         shown: Shown = lambda choice: nullcontext(),
     ) -> CompiledStep:
         """The step for one of several numbers of rows; the arguments are those of `compile_step`."""
-        choices = by_preference(rows, self._levels)
+        rows = tuple(rows)
+        length = _device_shape(batch_of(rows[0]))[1]
+        choices = by_preference(rows, length, self._levels)
         step = compile_step(self.planned, choices, self._limit, batch_of, first=first, shown=shown)
         return self._accept(step, batch_of(step.choice.device_rows))
 
@@ -319,7 +321,7 @@ class TrainStep:
         """The step for batches of this shape; compiles it the first time."""
         if _shapes(batch) in self._by_shapes:
             return self._by_shapes[_shapes(batch)]
-        choices = by_preference([_device_shape(batch)[0]], self._levels)
+        choices = by_preference([_device_shape(batch)[0]], _device_shape(batch)[1], self._levels)
         step = compile_step(self.planned, choices, self._limit, lambda _: batch)
         return self._accept(step, batch)
 

@@ -10,7 +10,7 @@ from jaxchat.train.choice import MOST_COMPILED, Choice, Expected, by_preference,
 LEVELS = ("none", "mlp", "full")
 ROWS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 EXPECTED = Expected(2.2, {"none": 0.42, "mlp": 0.22, "full": 0.12})  # a d12 on rows of 2,048 tokens, in GiB
-CHOICES = by_preference(ROWS, LEVELS)
+CHOICES = by_preference(ROWS, 2048, LEVELS)
 
 
 class Compiler:
@@ -32,24 +32,31 @@ def best(compiler, limit, choices=CHOICES):
     return next((choice for choice in choices if compiler.takes(choice) <= limit), None)
 
 
-def test_more_rows_are_preferred_to_less_recomputation():
-    assert by_preference((2, 8, 4), ("none", "full"))[:3] == [(8, "none"), (8, "full"), (4, "none")]
+def test_rows_that_do_not_fill_a_device_are_preferred_to_less_recomputation():
+    assert by_preference((2, 8, 4), 2048, ("none", "full"))[:3] == [(8, "none"), (8, "full"), (4, "none")]
+
+
+def test_enough_rows_without_recomputing_are_preferred_to_more_of_them():
+    assert by_preference((16, 32, 64, 8), 1024, ("none", "full")) == [
+        *((64, "none"), (32, "none"), (16, "none"), (64, "full"), (32, "full"), (16, "full")),
+        *((8, "none"), (8, "full")),
+    ]
 
 
 def test_where_everything_fits_one_step_is_compiled():
     compiler = Compiler(1.0, {"none": 0.1})
-    assert choose(by_preference(ROWS, ["none"]), 200, compiler, EXPECTED) == (256, "none")
+    assert choose(by_preference(ROWS, 2048, ["none"]), 200, compiler, EXPECTED) == (256, "none")
     assert compiler.compiled == [(256, "none")]
 
 
 def test_what_is_expected_is_compiled_first_and_verified():
     compiler = Compiler(EXPECTED.fixed, EXPECTED.per_row)
-    assert choose(CHOICES, 5.3, compiler, EXPECTED) == best(compiler, 5.3) == (16, "full")
-    assert compiler.compiled == [(16, "full"), (16, "mlp")]  # of mlp nothing was known, and it might just have fitted
+    assert choose(CHOICES, 5.3, compiler, EXPECTED) == best(compiler, 5.3) == (8, "mlp")
+    assert compiler.compiled[0] == (8, "mlp")
 
 
 @settings(deadline=None, max_examples=40)
-@given(scale=st.floats(0.4, 3), limit=st.floats(1, 300))
+@given(scale=st.floats(0.4, 3), limit=st.floats(4, 300))  # where parameters do not fill it
 def test_more_or_less_for_every_row_than_expected_changes_only_what_is_compiled(scale, limit):
     compiler = Compiler(EXPECTED.fixed, {level: scale * taken for level, taken in EXPECTED.per_row.items()})
     found = choose(CHOICES, limit, compiler, EXPECTED)

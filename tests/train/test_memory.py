@@ -57,7 +57,7 @@ def batch_of(rows):
 
 
 def compiled(planned, limit, rows=(BATCH,), which=LEVELS, **options):
-    return compile_step(planned, by_preference(rows, which), limit, batch_of, **options)
+    return compile_step(planned, by_preference(rows, 64, which), limit, batch_of, **options)
 
 
 @pytest.fixture(scope="module")
