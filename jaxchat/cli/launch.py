@@ -2,7 +2,7 @@
 
     python launch.py --experiment=quickstart
     python launch.py --experiment=d12 --pretrain.num-iterations=200
-    python launch.py --data=DIR
+    python launch.py --data=DIR --budget=2h
     python launch.py --experiment=d12 --data=DIR --identity=FILE
     python launch.py --experiment=finetune --init-from=RUN --data=DIR
     python launch.py --list

@@ -125,10 +125,11 @@ class TimeBudget:
                 f"--budget is {self.text}, of which {format_duration(self.before)} are spent; what is left of the run "
                 f"needs at least {needs}: give --budget={_minutes(self.before + least)}, or go on without a budget"
             )
+        pays = f", which pays for {format_duration(self.seconds)}" if "usd" in self.text or "$" in self.text else ""
         check(
             self.left >= least,
-            f"--budget is {self.text}, which is {format_duration(self.seconds)}: too short for "
-            f"{', '.join(self.stages)}; at least {needs}, or fewer --stages",
+            f"--budget is {self.text}{pays}: too short for {', '.join(self.stages)}; give at least "
+            f"{_minutes(least)}, or fewer --stages",
         )
 
     # --- the record -----------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def test_it_is_written_at_most_every_few_seconds(tmp_path):
 
 def test_too_short_for_its_stages():
     budget, clock = budget_of(60.0)
-    with pytest.raises(UserError, match=r"too short for tokenizer, .*; at least 1m 48s, or fewer --stages"):
+    with pytest.raises(UserError, match=r"too short for tokenizer, .*; give at least 2m, or fewer --stages"):
         budget.check_enough()
     budget_of(60.0, ["tokenizer", "pretrain"])[0].check_enough()
     with pytest.raises(UserError, match=r"300.0s, of which 5m 00s are spent; .* give --budget=7m, or go on without"):

@@ -74,7 +74,8 @@ def test_a_price_pays_for_the_devices_that_are_there():
         (["--budget=15"], "--budget is 15; give a unit: 15m, 15h or 15usd"),
         (["--budget=soon"], "--budget is 'soon'; give a time or a price: 15m, 1h30m, 2h or 10usd"),
         (["--budget=15m", "--dry-run"], "--dry-run measures nothing, as a --budget has to; leave one of them out"),
-        (["--budget=20s"], "--budget is 20s, which is 20s: too short for"),
+        (["--budget=20s"], "--budget is 20s: too short for"),
+        (["--budget=0.1usd", "--cost.dollars-per-device-hour=36"], "--budget is 0.1usd, which pays for "),
         (["--budget=5usd", "--cost.dollars-per-device-hour=0"], "cost.dollars-per-device-hour is 0; give a time"),
     ],
 )
