@@ -10,6 +10,7 @@ from jaxchat.errors import check
 from jaxchat.storage import to_path
 from jaxchat.tasks import is_file, parse_mixture
 from jaxchat.tasks.conversations import find_chats
+from jaxchat.tasks.word_problems import NAMES as WORD_PROBLEMS
 
 
 def check_conversations(experiment: Experiment) -> None:
@@ -36,7 +37,7 @@ def check_conversations(experiment: Experiment) -> None:
 
 
 def names_files_alone(experiment: Experiment) -> bool:
-    """Whether all that is trained on is its identity or files that it names, so that it needs no data folder."""
+    """Whether all that is trained on is its identity, word problems or files that it names: it needs no data folder."""
     stages = [stage for stage in ("midtrain", "sft") if stage in experiment.stages]
     entries = [entry for stage in stages for entry in parse_mixture(getattr(experiment, stage).mixture)]
-    return bool(entries) and all(is_file(name) or name == "identity" for name, _ in entries)
+    return bool(entries) and all(is_file(name) or name in ("identity", *WORD_PROBLEMS) for name, _ in entries)

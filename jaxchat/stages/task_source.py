@@ -16,6 +16,7 @@ from jaxchat.tasks.base import Split
 from jaxchat.tasks.conversations import Conversations
 from jaxchat.tasks.identity import NAME as IDENTITY
 from jaxchat.tasks.identity import ChatsAs, load_identity
+from jaxchat.tasks.word_problems import NAMES as WORD_PROBLEMS
 
 GENERATED = ("chat", "sums", "letters", "facts", "long_sums")  # the tasks of the generated corpus
 
@@ -48,6 +49,8 @@ class TaskSource:
         folder = self.data.folder
         if name == IDENTITY:
             return load_identity(self.data.identity, split, limit)
+        if name in WORD_PROBLEMS:
+            return load_task(name, split, "", limit, findings)
         if folder is not None or is_file(name):
             try:
                 return load_task(name, split, folder or "", limit, findings)

@@ -18,6 +18,8 @@ from jaxchat.tasks.identity import load_own_identity
 from jaxchat.tasks.multiple_choice import load_arc, load_mmlu
 from jaxchat.tasks.nanochat import tasks as nanochat
 from jaxchat.tasks.spelling import load_spelling
+from jaxchat.tasks.word_problems import NAMES as WORD_PROBLEMS
+from jaxchat.tasks.word_problems import load_word_problems
 
 __all__ = ["TASKS", "Conversation", "Mixture", "Split", "Task", "load_task", "parse_mixture"]
 
@@ -35,6 +37,7 @@ _LOADERS: dict[str, Callable[[Split, AnyPath, int | None, Findings], Task]] = {
     "letters": partial(load_checkable, "letters"),
     "facts": partial(load_checkable, "facts"),
     "long_sums": partial(load_checkable, "long_sums"),
+    **{name: partial(load_word_problems, name) for name in WORD_PROBLEMS},
     "nanochat_arc_easy": partial(nanochat.load_arc, "nanochat_arc_easy"),
     "nanochat_arc_challenge": partial(nanochat.load_arc, "nanochat_arc_challenge"),
     "nanochat_mmlu": nanochat.load_mmlu,
