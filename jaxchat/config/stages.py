@@ -132,6 +132,8 @@ class RLConfig(TrainConfig):
     """Weight of the entropy of the tokens' distributions, in nats, which keeps answers varied."""
     tasks: Annotated[tuple[str, ...], UserPath()] = ("gsm8k",)
     """Tasks that ask and reward: NAME or NAME:EXAMPLES."""
+    reward: Annotated[str | None, UserPath()] = None
+    """A Python function of your own that rewards the answers: module:function or file.py:function. None: the tasks'."""
     humaneval: bool = False
     """Reward programs too, by running them: adds humaneval, of problems of your own, to the tasks."""
     uncontained: bool = False

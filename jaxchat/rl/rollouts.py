@@ -20,6 +20,7 @@ from jaxchat.eval.chat import prompts_of
 from jaxchat.infer.engine import Completion, Engine
 from jaxchat.rl.advantages import ADVANTAGES, best_of_n, differ
 from jaxchat.rl.objectives import PolicyObjective, shares
+from jaxchat.rl.reward import OwnReward
 from jaxchat.rl.signal import Signal
 from jaxchat.stopping import raise_if_asked
 from jaxchat.tasks import Conversation, Task
@@ -41,12 +42,25 @@ def questions_of(tasks: list[Task], tokenizer: BaseTokenizer, sequence_len: int)
     ]
 
 
-def score(questions: Sequence[Question], completions: list[Completion], tokenizer: BaseTokenizer) -> list[float]:
-    """The reward of each completion, as an answer to the question at the same index."""
+def score(
+    questions: Sequence[Question],
+    completions: list[Completion],
+    tokenizer: BaseTokenizer,
+    own: OwnReward | None = None,
+) -> list[float]:
+    """The reward of each completion, as an answer to the question at the same index; by `own`, or else by its task."""
+    answers = [tokenizer.decode(completion.tokens) for completion in completions]
+    if own is not None:
+        return own.score(
+            [
+                (conversation["messages"][-2]["content"], answer, conversation)
+                for (_, conversation), answer in zip(questions, answers, strict=True)
+            ]
+        )
     rewards = []
-    for (task, conversation), completion in zip(questions, completions, strict=True):
+    for (task, conversation), completion, answer in zip(questions, completions, answers, strict=True):
         raise_if_asked()  # a score may take seconds, if an answer is a program
-        rewards.append(task.score(conversation, tokenizer.decode(completion.tokens), cut=not completion.finished))
+        rewards.append(task.score(conversation, answer, cut=not completion.finished))
     return rewards
 
 
@@ -83,6 +97,7 @@ class Rollouts(Source):
       mesh: the devices that share the rows of a batch.
       seed: together with the number of the batch it decides the questions and the samples.
       reference: gives the log-probabilities of a batch's targets for the parameters that the training began with.
+      own: scores the answers in the tasks' place.
     """
 
     samples = True
@@ -96,9 +111,10 @@ class Rollouts(Source):
         mesh: Mesh,
         seed: int,
         reference: Callable[[Batch], jax.Array] | None = None,
+        own: OwnReward | None = None,
     ):
         self.config, self.questions, self.engine, self.mesh, self.seed = config, questions, engine, mesh, seed
-        self.objective, self.reference = PolicyObjective.of(config), reference
+        self.objective, self.reference, self.own = PolicyObjective.of(config), reference, own
         self.tokenizer = engine.tokenizer
         parallel = data_shards(mesh)
         # Of a device: the last micro-batch may have rows without targets.
@@ -156,7 +172,7 @@ class Rollouts(Source):
         seed = self.seed * 1_000_003 + number + 1
         completions = self.engine.generate(prompts, **sampling(config), seed=seed, logprobs=True)
         # Scored once for all processes: where a clock decides, each could find another reward.
-        scores = on_process_zero(lambda: score(asked, completions, self.tokenizer))
+        scores = on_process_zero(lambda: score(asked, completions, self.tokenizer, self.own))
         rewards = np.array(scores).reshape(-1, config.samples_per_question)
         rewards[~np.isfinite(rewards)] = np.nan
         unscored = float(np.isnan(rewards).mean())

@@ -23,8 +23,9 @@ class Signal:
     steps_without_signal: int = 0
     groups: int = 0  # questions, as often as they were asked
     groups_without_signal: int = 0
-    answers: int = 0
-    cut: int = 0
+    answers: int = 0  # with a reward
+    unscored: int = 0  # without one
+    cut: int = 0  # of both
     reward: float = 0.0
 
     def add(self, rewards: Float[np.ndarray, "Q N"], cut: Bool[np.ndarray, "Q N"]) -> dict[str, float]:
@@ -39,6 +40,7 @@ class Signal:
         self.groups += len(equal)
         self.groups_without_signal += int(equal.sum())
         self.answers += int(known.sum())
+        self.unscored += int((~known).sum())
         self.cut += int(cut.sum())
         self.reward += float(rewards[known].sum())
         return {
@@ -52,13 +54,18 @@ class Signal:
         """Whether no step had anything to teach, so that none has changed the parameters."""
         return self.steps > 0 and self.steps_without_signal == self.steps
 
+    @property
+    def lack(self) -> str:
+        """What is wrong with a training whose signal is absent."""
+        return "all answers of each question had the same reward" if self.answers else "no answer had a reward"
+
     def facts(self) -> dict[str, float]:
         """For the stage's record: over all steps, the shares of `add`, and the number of steps without any signal."""
         if not self.groups:
             return {}
         return {
             "groups_without_signal": self.groups_without_signal / self.groups,
-            "cut": self.cut / self.answers,
+            "cut": self.cut / (self.answers + self.unscored),
             "steps_without_signal": self.steps_without_signal,
         }
 
@@ -68,7 +75,9 @@ class Signal:
 
     def advice(self, config: RLConfig) -> str:
         """The mean reward, and what a training that has no signal should try."""
-        mean, cut = self.reward / max(1, self.answers), self.cut / max(1, self.answers)
+        if not self.answers:
+            return f"({self.unscored:,} answers); mend {config.reward or 'what scores --rl.tasks'}"
+        mean, cut = self.reward / self.answers, self.cut / (self.answers + self.unscored)
         return f"({mean:.2g} on average); {_advice(config, mean, cut)}"
 
 

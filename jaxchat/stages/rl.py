@@ -8,16 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxchat.devices.processes import on_process_zero
 from jaxchat.errors import check
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, hidden_states
 from jaxchat.ops.compute import Compute
 from jaxchat.rl.objectives import PolicyObjective
+from jaxchat.rl.reward import SECONDS, OwnReward, own_reward
 from jaxchat.rl.rollouts import Rollouts, questions_of, sampling, score
 from jaxchat.rl.signal import EARLY
 from jaxchat.stages.samples import prompts_of_chats
 from jaxchat.stages.training import Training
 from jaxchat.stages.workspace import Workspace
+from jaxchat.tasks import Task
 from jaxchat.tasks.items import spread
 from jaxchat.train.loop import Evaluator
 from jaxchat.train.loss import LossConfig, token_nll
@@ -26,22 +29,30 @@ from jaxchat.train.step import Batch
 SAMPLES = 3
 MOST_DIFFERENCE = 0.01  # between the probabilities of a token in sampling and training; below 0.005 is rounding
 EVALUATION_SEED = 0
-SAME = "all answers of each question had the same reward"
 
 
 def run(workspace: Workspace) -> None:
     """Trains the parent's parameters on the rewards of their own samples; skipped if the data has none of the tasks.
 
     Raises:
-      UserError: no question fits into the context.
+      UserError: no question fits into the context; the user's own reward cannot be imported.
     """
-    experiment, tokenizer = workspace.experiment, workspace.tokenizer()
-    config, model = experiment.rl, workspace.model_config(tokenizer)
+    config = workspace.experiment.rl
     tasks = workspace.load_tasks("rl", config.tasks, "train")
     if not tasks:
         workspace.say(f"rl        skipped: the data folder has none of its tasks ({', '.join(config.tasks)})")
         workspace.finish("rl", parent=None, steps=0, tokens=0, seconds=0.0, skipped=True)
         return
+    with own_reward(config.reward, workspace.say) as own:
+        if own is not None:
+            workspace.say(f"rl        {own.where} rewards: {own.number} at once, of at most {SECONDS:g} s each")
+        _train(workspace, tasks, own)
+
+
+def _train(workspace: Workspace, tasks: list[Task], own: OwnReward | None) -> None:
+    """The same with the tasks at hand; `own` rewards in their place."""
+    experiment, tokenizer = workspace.experiment, workspace.tokenizer()
+    config, model = experiment.rl, workspace.model_config(tokenizer)
     questions = questions_of(tasks, tokenizer, model.sequence_len)
     check(bool(questions), f"rl: none of its tasks' questions fits into model.sequence-len {model.sequence_len}")
     tests = workspace.load_tasks("rl", config.tasks, "test", quiet=True)
@@ -70,6 +81,7 @@ def run(workspace: Workspace) -> None:
         mesh=workspace.mesh,
         seed=experiment.seed,
         reference=reference_of(model, params, training.compute, config.temperature) if config.kl else None,
+        own=own,
     )
     left_out = sum(map(len, tasks)) - len(questions)
     if left_out:
@@ -80,12 +92,16 @@ def run(workspace: Workspace) -> None:
         engine = training.engine(params)
         prompts = [tokenizer.render_for_completion(conversation) for _, conversation in asked]
         completions = engine.generate(prompts, **sampling(config), seed=EVALUATION_SEED)
-        yield "reward_eval", float(np.mean(score(asked, completions, tokenizer)))
+        for name, by in (("reward_eval", own), *((("score_eval", None),) if own is not None else ())):
+            rewards = np.array(on_process_zero(lambda by=by: score(asked, completions, tokenizer, by)))
+            known = rewards[np.isfinite(rewards)]
+            if len(known):
+                yield name, float(known.mean())
 
     def warn_early(metrics):
         def look(step, params):
             if step == EARLY and source.signal.absent:
-                metrics.note(f"{SAME} in the first {step} steps {source.signal.advice(config)}")
+                metrics.note(f"{source.signal.lack} in the first {step} steps {source.signal.advice(config)}")
             return ()
 
         return Evaluator(EARLY, look, at_start=False)
@@ -105,21 +121,28 @@ def run(workspace: Workspace) -> None:
             )
 
     prompts = prompts_of_chats(tokenizer, [conversation for _, conversation in spread(held_out, SAMPLES)])
-    training.train(
-        lambda: params,
-        source,
-        lambda metrics: (
+
+    def evaluators(metrics):
+        if own is not None:
+            own.note = metrics.note
+            own.progress = lambda done, total: metrics.progress("scoring answers", done, total)
+        return (
             Evaluator(config.eval_every, evaluate),
             training.sampler(metrics, prompts),
             warn_early(metrics),
-        ),
+        )
+
+    training.train(
+        lambda: params,
+        source,
+        evaluators,
         watch=watch,
         at_end=lambda: source.signal.facts(),
         method=config.method,
     )
     if source.signal.absent:
         again = "then start again with --redo=rl"
-        workspace.say(f"rl changed nothing: {SAME} in every step {source.signal.advice(config)}; {again}")
+        workspace.say(f"rl changed nothing: {source.signal.lack} in every step {source.signal.advice(config)}; {again}")
 
 
 def reference_of(

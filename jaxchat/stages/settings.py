@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from jaxchat.config import STAGES, TRAINED, Experiment
 from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.errors import UserError, check
+from jaxchat.rl.reward import check_reward
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.metrics import check_installed
 from jaxchat.stages.own_conversations import names_files_alone
@@ -23,7 +24,7 @@ def check_settings(experiment: Experiment) -> None:
 
     Raises:
       UserError: there is no stage to run, or no data; a task or data set is unknown; a stage has no task; a log needs a
-        package that is not installed.
+        package that is not installed; a reward of the user's cannot be imported.
     """
     check(bool(experiment.stages), "stages is empty; name at least one, such as --stages=pretrain")
     check_has_data(experiment)
@@ -58,6 +59,8 @@ def check_settings(experiment: Experiment) -> None:
                 f"{stage}.tasks names {' and '.join(programs)}, which runs programs that the model writes; add "
                 f"--{stage}.humaneval if they may run here (docs/programs.md), or leave it out",
             )
+    if "rl" in experiment.stages and experiment.rl.reward is not None:
+        check_reward(experiment.rl.reward)
     check(
         bool(experiment.evaluate.of) or measures_core(experiment) or "evaluate" not in experiment.stages,
         "evaluate.of is empty; name at least one stage, or leave evaluate out of --stages",

@@ -95,6 +95,7 @@ def refused(capsys, arguments):
         "--model.num-kv-heads=4 --seed=x --model.depth=8": "--seed=x: the value",
         # impossible
         "--rl.tasks=": "rl.tasks is empty; name at least one task",
+        "--rl.reward=": "rl.reward is ''; it must be text that is not empty",
         "--sft.mixture=a,,b": "sft.mixture is ('a', '', 'b'); it must be text that is not empty",
         "--seed=" + "9" * 99: "seed is a whole number of about 99 digits; it must be at most 2,147,483,647",
         "--seed=" + "9" * 9999: "the value must be a whole number",
@@ -125,6 +126,7 @@ def test_bad_option(capsys, arguments, expected):
         "write --rl.questions-per-step and --rl.samples-per-question",
         "--num-processes=x": "--num-processes takes a whole number; see launch.py --help",
         f"--data={__file__}": "test_launch.py' is a file; give --data the folder that contains it",
+        "--rl.reward=mine": "rl.reward: 'mine' is not a module and a function; write module:function or file.py:",
         "--rl.tasks=chat": "rl.tasks: chat has no answers that can be checked",
         "--evaluate.tasks=sums,mine.jsonl": "evaluate.tasks: mine.jsonl has no answers that can be checked",
         "--evaluate.tasks=": "evaluate.tasks is empty; name at least one, or leave evaluate out of --stages",

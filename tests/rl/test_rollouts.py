@@ -17,6 +17,7 @@ from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params, logits
 from jaxchat.ops.compute import FP32
 from jaxchat.optim.optimizer import make_optimizer
+from jaxchat.rl.reward import own_reward
 from jaxchat.rl.rollouts import Rollouts, questions_of, row_of, sampling, score
 from jaxchat.stages.rl import reference_of
 from jaxchat.tasks.base import ListTask
@@ -256,6 +257,22 @@ def test_answers_without_a_reward_are_left_out(tokenizer, params):
     assert sum((batch["targets"] >= 0).any(axis=-1).flatten()) == 24 - len(rows) > 0
     groups = np.array([0 if row.advantage is None else row.advantage for row in source._rows]).reshape(3, 8)
     np.testing.assert_allclose(groups.sum(axis=1), 0, atol=1e-12)  # the others' mean is theirs alone
+
+
+def test_a_users_own_function_rewards_in_the_tasks_place(tokenizer, params, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def f(question, answer, conversation):\n    return len(question) if answer.isascii() else None")
+    source = rollouts(tokenizer, params, Constant, samples_per_question=8, max_new_tokens=3)
+    with own_reward(f"{file}:f", lambda line: None) as source.own:
+        batch, extra = source.next_batch(0, params)
+    prompts = [source.questions[i][1]["messages"][0]["content"] for i in source._choose(0) for _ in range(8)]
+    written = [
+        tokenizer.decode([t for t, own in zip(row.tokens, row.sampled, strict=True) if own]) for row in source._rows
+    ]
+    unscored = [not text.removesuffix("<|assistant_end|>").isascii() for text in written]
+    assert [row.advantage is None for row in source._rows] == unscored and extra["unscored"] == np.mean(unscored) > 0
+    rewards = [len(prompt) for prompt, without in zip(prompts, unscored, strict=True) if not without]
+    assert extra["reward"] == pytest.approx(np.mean(rewards)) and extra["groups_without_signal"] == 1
 
 
 def test_a_batch_is_trained_on_several_times(tokenizer, params):
