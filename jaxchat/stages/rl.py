@@ -45,7 +45,9 @@ def run(workspace: Workspace) -> None:
         return
     with own_reward(config.reward, workspace.say) as own:
         if own is not None:
-            workspace.say(f"rl        {own.where} rewards: {own.number} at once, of at most {SECONDS:g} s each")
+            workspace.say(
+                f"rl        answers are rewarded by {own.where}: {own.number} at once, within {SECONDS:g} s each"
+            )
         _train(workspace, tasks, own)
 
 
@@ -140,9 +142,13 @@ def _train(workspace: Workspace, tasks: list[Task], own: OwnReward | None) -> No
         at_end=lambda: source.signal.facts(),
         method=config.method,
     )
+    if unscored := source.signal.unscored:
+        answers = source.signal.answers + unscored
+        workspace.say(f"rl        {unscored:,} of {answers:,} answers had no reward, and were left out")
     if source.signal.absent:
-        again = "then start again with --redo=rl"
-        workspace.say(f"rl changed nothing: {source.signal.lack} in every step {source.signal.advice(config)}; {again}")
+        when = "in every step" if source.signal.answers else "in any step"
+        why = f"{source.signal.lack} {when} {source.signal.advice(config)}"
+        workspace.say(f"rl changed nothing: {why}; then start again with --redo=rl")
 
 
 def reference_of(

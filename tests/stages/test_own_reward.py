@@ -13,7 +13,7 @@ def test_a_stage_is_rewarded_by_a_function_of_the_users(finished, tmp_path, monk
     )
     code, out, err = start(run, "--stages=rl", "--rl.reward=mine:f")
     assert code == 0, err
-    assert "mine:f rewards" in out
+    assert "answers are rewarded by mine:f" in out and "of 24 answers had no reward, and were left out" in out
     assert record(run, "rl")["steps"] == 3
     assert all(reward == 0 or reward >= 3 for _, reward in values(run, "rl", "reward"))
     assert all(reward >= 3 for _, reward in values(run, "rl", "reward_eval"))
