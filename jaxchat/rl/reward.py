@@ -28,7 +28,15 @@ _IMPORT_SECONDS = 120.0  # that a process may take to start and to import the fu
 _POLL = 0.1  # seconds between two looks at deadlines, and for a request to end
 _SHOWN = 3  # different causes that are told; messages may hold parts of the answer, and so differ each time
 _ROOT = Path(__file__).parents[2]
-_START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from jaxchat.rl.reward_process import main; main()"
+# The function's own folders come first, but only once all that the process itself needs is there.
+_START = """
+import sys
+root, *folders = sys.argv.pop(1).split(":")
+sys.path.insert(0, root)
+from jaxchat.rl.reward_process import main
+sys.path[:0] = folders
+main()
+"""
 
 Call = tuple[str, str, dict[str, Any]]  # question, answer, conversation
 
@@ -184,8 +192,11 @@ class _Process:
         self._text = b""
         # Not the accelerator, should the function use JAX: this process has it. One thread each, as there are several.
         alone = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        place = where.rpartition(":")[0]
+        beside = [os.path.dirname(os.path.abspath(place))] if place.endswith(".py") else []
+        paths = os.pathsep.join([str(_ROOT), *beside, os.getcwd()])
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, str(_ROOT), str(os.getpid()), where],
+            [sys.executable, "-P", "-c", _START, paths, str(os.getpid()), where],
             env=os.environ | alone,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -49,8 +49,6 @@ def main() -> NoReturn:
 def load(where: str) -> tuple[Callable[..., Any], str]:
     """The function that `module:function` or `file.py:function` names, and the file that it is in.
 
-    A module is looked for in the working directory first.
-
     Raises:
       UserError: there is no such module or function; it fails to import; it cannot be called with three arguments.
     """
@@ -60,7 +58,6 @@ def load(where: str) -> tuple[Callable[..., Any], str]:
         f"{where!r} is not a module and a function; write module:function or file.py:function, such as "
         "my_reward.py:reward",
     )
-    sys.path.insert(0, os.getcwd())
     sys.argv = [place]
     spec, file = _find(place)
     try:
@@ -100,7 +97,6 @@ def _find(place: str) -> tuple[Any, str]:
         if not path.is_file():
             near = [other.name for other in path.parent.glob("*.py")]
             raise UserError(f"there is no file {place}{closest(path.name, near)}")
-        sys.path.insert(0, str(path.parent))  # for what it imports from beside it
         return importlib.util.spec_from_file_location(path.stem, path), str(path)
     missing = UserError(
         f"there is no module {place!r} in {os.getcwd()}, nor is one installed"
