@@ -155,7 +155,7 @@ def _measure(work: Work, began: float, directory: str) -> dict[str, Any]:
         windows[""].append(window)
         if kept:
             # The same batches again, this time without reading, tokenizing and packing them.
-            state, window, metrics = _window(step, state, Batches(workspace, source.plan, iter(kept)), count)
+            state, window, metrics = _window(step, state, Batches(workspace, (source.plan,), iter(kept)), count)
             windows["ready_"].append(window)
             kept.clear()
     for name, measured in windows.items():

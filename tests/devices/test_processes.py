@@ -171,7 +171,7 @@ def test_bad_input_ends_all_with_the_same_message(whole, tmp_path):
     shutil.rmtree(run / "pretrain" / "checkpoints")
     ends = train(run, "--stages=sft")
     assert [code for code, _ in ends] == [2, 2], ends
-    assert all(f"has no checkpoint of step {STEPS}, with which pretrain ended" in last_line(err) for _, err in ends)
+    assert all(f"has no checkpoint of step {STEPS}, the result of pretrain" in last_line(err) for _, err in ends)
 
 
 AGREEING = """
