@@ -78,7 +78,8 @@ def predict(choice: Choice, expected: Expected, measured: Mapping[Choice, float]
     if second is not None:
         slope = (known[nearest] - known[second]) / (nearest.device_rows - second.device_rows)
         return known[nearest] + slope * (choice.device_rows - nearest.device_rows)
-    fixed = min(expected.fixed, 0.9 * min(known.values()))
+    least = min(known.values())
+    fixed = expected.fixed if expected.fixed < least else 0.9 * least
     factor = (known[nearest] - fixed) / (expected.per_row[nearest.remat] * nearest.device_rows)
     return fixed + factor * expected.per_row[choice.remat] * choice.device_rows
 
