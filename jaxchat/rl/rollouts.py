@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,8 +19,9 @@ from jaxchat.devices.processes import on_process_zero
 from jaxchat.eval.chat import prompts_of
 from jaxchat.infer.engine import Completion, Engine
 from jaxchat.rl.advantages import ADVANTAGES, best_of_n, differ
-from jaxchat.rl.objectives import PolicyObjective, shares
+from jaxchat.rl.objectives import PolicyObjective
 from jaxchat.rl.reward import OwnReward
+from jaxchat.rl.rows import Row, arrays_of, row_length, row_of
 from jaxchat.rl.signal import Signal
 from jaxchat.stopping import raise_if_asked
 from jaxchat.tasks import Conversation, Task
@@ -67,24 +68,6 @@ def score(
 def sampling(config: RLConfig) -> dict[str, Any]:
     """The engine's sampling options for a rollout."""
     return {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k")}
-
-
-class Row(NamedTuple):
-    """A question and a sampled answer, as training sees them.
-
-    Attributes:
-      tokens: of both, with the token that stopped the answer.
-      sampled: whether the model chose the token; what a tool answered it did not.
-      behaviour: the log-probabilities at which the tokens were sampled; 0 for the others.
-      advantage: of the answer; None if it is left out.
-      taught: whether the answers to the question differ in reward, so that they can teach something.
-    """
-
-    tokens: list[int]
-    sampled: list[bool]
-    behaviour: list[float]
-    advantage: float | None
-    taught: bool
 
 
 class Rollouts(Source):
@@ -144,7 +127,8 @@ class Rollouts(Source):
     def abstract(self, plan: BatchPlan) -> AbstractBatch:
         """The largest batch that `next_batch` returns with `plan`, as ShapeDtypeStructs."""
         prompt = max(len(self.tokenizer.render_for_completion(conversation)) for _, conversation in self.questions)
-        shape = (plan.accumulation, plan.rows, self._length(prompt + self.config.max_new_tokens))
+        length = row_length(prompt + self.config.max_new_tokens, self.engine.model_config.sequence_len)
+        shape = (plan.accumulation, plan.rows, length)
         return abstract_batch(self.mesh, shape, self.objective.tokens)
 
     def next_batch(self, step: int, params) -> tuple[Batch, dict[str, float]]:
@@ -211,51 +195,5 @@ class Rollouts(Source):
         }
         return np.array([order[place // size][place % size] for place in places.tolist()])
 
-    def _length(self, tokens: int) -> int:
-        """The next power of two, within the context: few lengths mean few compilations."""
-        return min(self.engine.model_config.sequence_len, 1 << (tokens - 1).bit_length())
-
     def _arrays(self, rows: list[Row]) -> dict[str, np.ndarray]:
-        """Rows as a batch `[accumulation, rows, T]`; only sampled tokens are targets.
-
-        The loss is a mean over the answers to questions whose answers differ, since all others have an advantage of 0;
-        over all answers if KL divergence or entropy are part of it.
-        """
-        length = self._length(max(len(row.tokens) for row in rows) - 1)
-        shape = (math.ceil(len(rows) / self.plan.rows) * self.plan.rows, length)
-        inputs, targets = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-        advantages, behaviour = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        counts = np.zeros(len(inputs), np.int64)
-        for i, row in enumerate(rows):
-            tokens, sampled = np.array(row.tokens[: length + 1]), np.array(row.sampled[: length + 1])
-            inputs[i, : len(tokens) - 1] = tokens[:-1]
-            if row.advantage is not None:
-                targets[i, : len(tokens) - 1] = np.where(sampled[1:], tokens[1:], -1)
-                advantages[i] = row.advantage
-                behaviour[i, : len(tokens) - 1] = row.behaviour[1 : length + 1]
-                if row.taught or self.objective.kl or self.objective.entropy:
-                    counts[i] = np.sum(targets[i] >= 0)
-        of_answers = shares(counts, self.config.average, self.config.max_new_tokens).astype(np.float32)
-        arrays = {
-            "inputs": inputs,
-            "targets": targets,
-            "advantages": advantages,
-            "behaviour": behaviour,
-            "shares": np.broadcast_to(of_answers[:, None], shape),
-        }
-        return {name: array.reshape(-1, self.plan.rows, length) for name, array in arrays.items()}
-
-
-def row_of(prompt: list[int], completion: Completion, advantage: float, taught: bool) -> Row:
-    """A row of a prompt and its completion, which has log-probabilities; it is left out if the advantage is NaN."""
-    # The stop token is the model's decision too.
-    stop = [] if completion.stop is None else [completion.stop]
-    own = completion.sampled + [True] * len(stop)
-    behaviour = [score if sampled else 0.0 for score, sampled in zip(completion.logprobs, own, strict=True)]
-    return Row(
-        prompt + completion.tokens + stop,
-        [False] * len(prompt) + own,
-        [0.0] * len(prompt) + behaviour,
-        None if math.isnan(advantage) else advantage,
-        taught,
-    )
+        return arrays_of(rows, self.config, self.plan, self.engine.model_config.sequence_len)

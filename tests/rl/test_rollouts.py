@@ -18,7 +18,8 @@ from jaxchat.model.gpt import hidden_states, init_params, logits
 from jaxchat.ops.compute import FP32
 from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.rl.reward import own_reward
-from jaxchat.rl.rollouts import Rollouts, questions_of, row_of, sampling, score
+from jaxchat.rl.rollouts import Rollouts, questions_of, sampling, score
+from jaxchat.rl.rows import row_of
 from jaxchat.stages.rl import reference_of
 from jaxchat.tasks.base import ListTask
 from jaxchat.tokenizer import Tokenizer
