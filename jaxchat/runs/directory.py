@@ -73,6 +73,11 @@ class RunDirectory:
         """The file with the answers that a stage's model gave to a task's questions, a line each."""
         return self.path / "evaluate" / stage / f"{task}.jsonl"
 
+    @property
+    def rollouts(self) -> epath.Path:
+        """The file with what was sampled in reinforcement learning, a line for each question of a step."""
+        return self.path / "rl" / "rollouts.jsonl"
+
     # --- the experiment -----------------------------------------------------------------------------------------
 
     def read_config(self) -> Experiment:
