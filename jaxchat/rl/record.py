@@ -75,7 +75,7 @@ class Record:
         if not self.enabled:
             return
         if self._step < 0 or step < self._step:
-            self.drop(step)
+            self._drop(step)
         self._step = step
         each = rewards.shape[1]
         for i, (task, conversation) in enumerate(questions):
@@ -101,10 +101,8 @@ class Record:
         if not is_remote(self.path):
             self.flush()
 
-    def drop(self, step: int) -> None:
+    def _drop(self, step: int) -> None:
         """Drops the lines of this step and later ones, and a last line that was cut short."""
-        if not self.enabled:
-            return
         self.flush()
         try:
             if is_remote(self.path):
