@@ -39,17 +39,30 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def jaxchat_parser() -> Parser:
     """The parser of `jaxchat`, with all its commands."""
-    from jaxchat.cli import bench, chat, data, doctor, eval, export, import_, lr_range, profile, serve, tokenizer
+    from jaxchat.cli import (
+        bench,
+        chat,
+        data,
+        doctor,
+        eval,
+        export,
+        import_,
+        lr_range,
+        profile,
+        rollouts,
+        serve,
+        tokenizer,
+    )
     from jaxchat.cli.parser import Parser
 
     parser = Parser(
         prog="jaxchat",
         description="Talk to a model that jaxchat has trained, serve it, evaluate, export and import models, "
-        "compare tokenizers, download data, find learning rates, profile training, measure generation, say what this "
-        "machine lacks.",
+        "read what reinforcement learning has sampled, compare tokenizers, download data, find learning rates, profile "
+        "training, measure generation, say what this machine lacks.",
     )
     commands = parser.add_commands()
-    for module in (chat, serve, eval, export, import_, tokenizer, data, lr_range, profile, bench, doctor):
+    for module in (chat, serve, eval, rollouts, export, import_, tokenizer, data, lr_range, profile, bench, doctor):
         module.add_command(commands)
     return parser
 

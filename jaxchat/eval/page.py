@@ -20,20 +20,24 @@ def page(title: str, model: str, groups: Sequence[Group]) -> str:
     return (Path(__file__).parent / "page.html").read_text("utf-8").replace("DATA", data.replace("<", "\\u003c"), 1)
 
 
-def group(name: str, figure: str, about: str, items: Sequence[Item], file: str) -> Group:
+def group(
+    name: str, figure: str, about: str, items: Sequence[Item], file: str, order: tuple[str, str] | None = None
+) -> Group:
     """A part of the page.
 
     Args:
       name, figure, about: what it is, its score, and what else to say of that.
-      items: of `answer_item`, `choice_item` or `document_item`, in the order in which they are to be read.
+      items: in the order in which they are to be read.
       file: which has all of them.
+      order: of items with a `value`, what to call the order from the highest value on, and the one from the lowest on.
     """
     shown = sorted(items, key=lambda item: item.get("score", 0) == 1)[:MOST]
     wrong = sum(item.get("score", 1) < 1 for item in items)
     about = f"{about}; {len(items):,} in all" + (f", {wrong:,} wrong" if wrong else "")
     if len(shown) < len(items):
         about += f"; here are {len(shown):,} of them"
-    return {"name": name, "figure": figure, "about": f"{about}. All of them: {file}", "items": shown}
+    found = {"name": name, "figure": figure, "about": f"{about}. All of them: {file}", "items": shown}
+    return found if order is None else {**found, "order": order}
 
 
 def answer_item(answer: Mapping[str, Any]) -> Item:
@@ -89,6 +93,70 @@ def document_item(document: Mapping[str, Any]) -> Item:
         "right": "",
         "answers": [],
     }  # fmt: skip
+
+
+def rollout_item(line: Mapping[str, Any]) -> Item:
+    """A question with all answers that it got in a step of RL, a line of `rollouts.jsonl`."""
+    samples = line["samples"]
+    rewards = [sample["reward"] for sample in samples if sample["reward"] is not None]
+    cut = any(sample["cut"] for sample in samples)
+    mean = sum(rewards) / len(rewards) if rewards else None
+    return {
+        "value": mean,
+        "cut": cut,
+        "marks": [
+            f"mean reward {_number(mean)}",
+            line["task"],
+            *([] if len(set(rewards)) > 1 else ["no signal"]),
+            *([] if line["used"] else ["not trained on"]),
+            *(["cut"] if cut else []),
+        ],
+        "question": cut_text(line["question"]),
+        "right": cut_text(line["right"]),
+        "answers": [
+            {
+                "value": sample["reward"],
+                "label": f"reward {_number(sample['reward'])}, advantage {_number(sample['advantage'])}, "
+                f"{sample['tokens']:,} tokens{', cut' if sample['cut'] else ''}",
+                "text": cut_text(sample["answer"]),
+            }
+            for sample in samples
+        ],
+    }
+
+
+def change_item(change: float, times: int, lines: Sequence[Mapping[str, Any]]) -> Item:
+    """A question that was asked several times in RL, with its best and its worst answer each time.
+
+    Args:
+      change: of the mean reward, from the first time to the last.
+      times: how often it was asked.
+      lines: some of these, as in `rollouts.jsonl`, in order.
+    """
+    answers, cut = [], False
+    for line in lines:
+        scored = [sample for sample in line["samples"] if sample["reward"] is not None]
+        mean = sum(sample["reward"] for sample in scored) / len(scored)
+        best, worst = (choose(scored, key=lambda sample: sample["reward"]) for choose in (max, min))
+        differ = best["reward"] > worst["reward"]
+        named = [("the best", best), ("the worst", worst)] if differ else [("one of them", best)]
+        for i, (name, sample) in enumerate(named):
+            step = f"step {line['step']:,}, mean reward {_number(mean)} of {len(scored):,}: " if i == 0 else ""
+            label = f"{step}{name}, reward {_number(sample['reward'])}{', cut' if sample['cut'] else ''}"
+            answers.append({"label": label, "text": cut_text(sample["answer"])})
+            cut |= sample["cut"]
+    return {
+        "value": change,
+        "cut": cut,
+        "marks": [f"mean reward {change:+.3g}", lines[0]["task"], f"asked {times:,} times"],
+        "question": cut_text(lines[0]["question"]),
+        "right": cut_text(lines[0]["right"]),
+        "answers": answers,
+    }
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3g}"
 
 
 def cut_text(text: str) -> str:
