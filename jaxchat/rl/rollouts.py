@@ -22,8 +22,8 @@ from jaxchat.rl.advantages import ADVANTAGES, best_of_n, differ
 from jaxchat.rl.objectives import PolicyObjective
 from jaxchat.rl.reward import OwnReward
 from jaxchat.rl.rows import Row, arrays_of, row_length, row_of
+from jaxchat.rl.scoring import task_scores
 from jaxchat.rl.signal import Signal
-from jaxchat.stopping import raise_if_asked
 from jaxchat.tasks import Conversation, Task
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.budget import BatchPlan, plans_of_rows
@@ -58,11 +58,12 @@ def score(
                 for (_, conversation), answer in zip(questions, answers, strict=True)
             ]
         )
-    rewards = []
-    for (task, conversation), completion, answer in zip(questions, completions, answers, strict=True):
-        raise_if_asked()  # a score may take seconds, if an answer is a program
-        rewards.append(task.score(conversation, answer, cut=not completion.finished))
-    return rewards
+    return task_scores(
+        [
+            (task, conversation, answer, not completion.finished)
+            for (task, conversation), completion, answer in zip(questions, completions, answers, strict=True)
+        ]
+    )
 
 
 def sampling(config: RLConfig) -> dict[str, Any]:
