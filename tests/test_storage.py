@@ -23,18 +23,20 @@ from gcp_storage_emulator import server as emulator
 from moto.server import ThreadedMotoServer
 
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.cli.main import main as chat
+from jaxchat.cli.main import main as jaxchat
 from jaxchat.cli.options import configure
 from jaxchat.data.manifest import Manifest, Origin, Record
 from jaxchat.data.text.folder import find_text
 from jaxchat.data.text.shards import iterate_texts
 from jaxchat.errors import UserError
+from jaxchat.rl.record import Record as Rollouts
 from jaxchat.runs import metrics
 from jaxchat.runs.metrics import Metrics, read_metrics
 from jaxchat.stages.training import Batches
 from jaxchat.storage import is_folder, of_the_cloud, size_of, to_path
 from jaxchat.tasks import load_task
 from tests.devices.test_processes import free_port, train
+from tests.rl.test_record import TOKENIZER, add
 from tests.tiny import ROOT, STEPS, record, refusal, start, values
 
 
@@ -210,6 +212,26 @@ def test_metrics_outlast_a_storage_that_does_not_answer(bucket, server, monkeypa
     server.start()
 
 
+def test_rollouts_in_a_bucket(bucket, tmp_path, capsys):
+    """They wait for the checkpoint, and a resume drops those after it; a page of them is made from there."""
+    there, here = bucket / "run" / "rl" / "rollouts.jsonl", tmp_path / "rl" / "rollouts.jsonl"
+    sampled, whole = Rollouts(there, TOKENIZER), Rollouts(here, TOKENIZER)
+    for step in range(3):
+        add(sampled, step)
+    assert not there.exists()
+    sampled.flush()
+    resumed = Rollouts(there, TOKENIZER)
+    for step in (1, 2, 3):
+        add(resumed, step)
+    resumed.close()
+    for step in range(4):
+        add(whole, step)
+    assert there.read_bytes() == here.read_bytes()
+    assert jaxchat(["rollouts", "--run", f"{bucket}/run", "--steps", "1", "3"]) == 0
+    assert "| 3 | 2 | 4 | 0.444 |" in capsys.readouterr().out
+    assert "Rollouts of" in (there.parent / "rollouts.html").read_text()
+
+
 def test_a_bucket_that_is_gone_ends_the_run_with_a_line(bucket, monkeypatch):
     real, checkpoints = Batches.next_batch, bucket / "run" / "pretrain" / "checkpoints"
 
@@ -300,7 +322,7 @@ def test_storage_that_does_not_answer(bucket, server, capsys):
         with pytest.raises(Exception, match="Could not connect") as failed:
             (bucket / "x").read_bytes()
         assert of_the_cloud(failed.value)
-        assert chat(["chat", "--run", str(bucket / "run"), "-p", "hello"]) == 2
+        assert jaxchat(["chat", "--run", str(bucket / "run"), "-p", "hello"]) == 2
         err = capsys.readouterr().err
         assert "cannot be reached" in err and err.count("\n") == 1
     finally:
