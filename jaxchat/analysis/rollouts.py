@@ -6,23 +6,26 @@ while the training writes it.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from jaxchat.errors import check
+from jaxchat.errors import UserError, check
 from jaxchat.eval import page
 from jaxchat.runs.files import Object, misfit
 from jaxchat.runs.progress import format_number
 from jaxchat.runs.tables import table
-from jaxchat.storage import readable
+from jaxchat.storage import is_remote, readable
 
+FILE = "rollouts.jsonl"
 SHOWN_STEPS, SHOWN_ANSWERS = 20, 20 * 256  # of the page, unless the steps are named
 SHOWN_QUESTIONS, SHOWN_TIMES = 200, 8  # of the questions that were asked again, and of the times they were asked
 _SLOW = 2.0  # seconds of reading after which progress is shown
@@ -94,34 +97,42 @@ class Index:
     damaged: int = 0
 
 
-def read_index(path: epath.Path, progress: Progress = lambda done, total: None) -> Index:
+@contextlib.contextmanager
+def opened(path: epath.Path) -> Iterator[IO[bytes]]:
+    """The file of a run's rollouts; in cloud storage, where each place would take a request, all of it in memory.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    with readable(path):
+        file = io.BytesIO(path.read_bytes()) if is_remote(path) else path.open("rb")
+    with file:
+        yield file
+
+
+def read_index(file: IO[bytes], progress: Progress = lambda done, total: None) -> Index:
     """Reads all lines once; a last line that is still being written does not count.
 
     Args:
       progress: is given the bytes that are read and all bytes, if it takes seconds.
-
-    Raises:
-      UserError: the file cannot be read, or has no answers.
     """
     index, place, began = Index(), 0, time.monotonic()
-    with readable(path), path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        for text in file:
-            begin, place = place, place + len(text)
-            if not text.endswith(b"\n"):
-                continue
-            line = _parse(text)
-            if line is None:
-                index.damaged += 1
-                continue
-            index.steps[line["step"]].add(line)
-            rewards = _rewards(line)
-            mean = sum(rewards) / len(rewards) if rewards else float("nan")
-            index.asked[line["task"], line["question"]].append(_Asked(line["step"], begin, mean))
-            if time.monotonic() - began > _SLOW:
-                progress(place, max(size, place))
-    check(bool(index.steps), f"{path} has no answers yet; wait for the first step of rl")
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    for text in file:
+        begin, place = place, place + len(text)
+        if not text.endswith(b"\n"):
+            continue
+        line = _parse(text)
+        if line is None:
+            index.damaged += 1
+            continue
+        index.steps[line["step"]].add(line)
+        rewards = _rewards(line)
+        mean = sum(rewards) / len(rewards) if rewards else float("nan")
+        index.asked[line["task"], line["question"]].append(_Asked(line["step"], begin, mean))
+        if time.monotonic() - began > _SLOW:
+            progress(place, max(size, place))
     return index
 
 
@@ -161,29 +172,30 @@ def summary_table(index: Index, steps: Sequence[int]) -> str:
     return table(header, rows)
 
 
-def rollouts_page(run: str, path: epath.Path, index: Index, steps: Sequence[int]) -> str:
+def rollouts_page(run: str, file: IO[bytes], index: Index, steps: Sequence[int]) -> str:
     """The page: what became of the questions that were asked more than once, and the answers of the steps.
 
     Args:
       run: the run directory as the user names it.
-      path: of the file that `index` is of.
+      file: that `index` is of.
+
+    Raises:
+      UserError: the file is another one by now.
     """
     first, last = min(index.steps), max(index.steps)
     about = f"{format_number(sum(one.answers for one in index.steps.values()), 'answer')}, steps {first:,} to {last:,}"
-    with readable(path), path.open("rb") as file:
 
-        def line_at(place: int) -> Line:
-            file.seek(place)
-            line = _parse(file.readline())
-            check(line is not None, f"{path} has changed while it was read; do it again")
-            assert line is not None
-            return line
+    def line_at(place: int) -> Line:
+        file.seek(place)
+        line = _parse(file.readline())
+        if line is None:
+            raise UserError(f"the rollouts of {run} have changed while they were read, by a resume; try again")
+        return line
 
-        groups = [*_changes(index, line_at, path.name), *_steps(index, line_at, steps, path.name)]
-    return page.page(f"Rollouts of {run}", about, groups)
+    return page.page(f"Rollouts of {run}", about, [*_changes(index, line_at), *_steps(index, line_at, steps)])
 
 
-def _steps(index: Index, line_at: Callable[[int], Line], steps: Sequence[int], file: str) -> Iterator[page.Group]:
+def _steps(index: Index, line_at: Callable[[int], Line], steps: Sequence[int]) -> Iterator[page.Group]:
     """The steps, the last one first."""
     places = defaultdict(list)
     for asked in index.asked.values():
@@ -194,10 +206,10 @@ def _steps(index: Index, line_at: Callable[[int], Line], steps: Sequence[int], f
         items = [page.rollout_item(line_at(place)) for place in sorted(places[step])]
         about = f"mean reward {_shown(summary.reward)} of {format_number(summary.answers, 'answer')}"
         order = ("Best first", "Worst first")
-        yield page.group(f"step {step:,}", _shown(summary.reward), about, items, file, order)
+        yield page.group(f"step {step:,}", _shown(summary.reward), about, items, FILE, order)
 
 
-def _changes(index: Index, line_at: Callable[[int], Line], file: str) -> Iterator[page.Group]:
+def _changes(index: Index, line_at: Callable[[int], Line]) -> Iterator[page.Group]:
     """The questions whose mean reward has changed most since they were first asked, with answers then and later."""
     again = []
     for asked in index.asked.values():
@@ -214,7 +226,7 @@ def _changes(index: Index, line_at: Callable[[int], Line], file: str) -> Iterato
     about = f"{format_number(len(again), 'question')} asked more than once; each with the best and the worst answer"
     mean = sum(change for change, _ in again) / len(again)
     yield page.group(
-        "questions asked again", f"{mean:+.3g}", about, items, file, ("Risen most first", "Fallen most first")
+        "questions asked again", f"{mean:+.3g}", about, items, FILE, ("Risen most first", "Fallen most first")
     )
 
 

@@ -40,7 +40,7 @@ def _rollouts(arguments: argparse.Namespace) -> int:
         check_place(arguments.out, "--out")
     from etils import epath  # slow to import, as what follows
 
-    from jaxchat.analysis.rollouts import chosen_steps, read_index, rollouts_page, summary_table
+    from jaxchat.analysis.rollouts import chosen_steps, opened, read_index, rollouts_page, summary_table
     from jaxchat.runs.directory import RunDirectory
     from jaxchat.runs.files import write_bytes
     from jaxchat.runs.progress import LiveLine
@@ -53,16 +53,19 @@ def _rollouts(arguments: argparse.Namespace) -> int:
         source.exists(),
         f"{arguments.run} has no rl/rollouts.jsonl: the stage rl writes it from its first step on",
     )
-    line = LiveLine("rollouts", None)
-    try:
-        index = read_index(source, functools.partial(line.show_progress, "reading"))
-    finally:
-        line.close()
+    with opened(source) as file:
+        line = LiveLine("rollouts", None)
+        try:
+            index = read_index(file, functools.partial(line.show_progress, "reading"))
+        finally:
+            line.close()
+        check(bool(index.steps), f"{source} has no answers yet; wait for the first step of rl")
+        steps = chosen_steps(index, arguments.steps)
+        html = rollouts_page(arguments.run, file, index, steps)
     if index.damaged:
         _say(f"{source}: {index.damaged:,} damaged {'line is' if index.damaged == 1 else 'lines are'} left out")
-    steps = chosen_steps(index, arguments.steps)
     out = (source.parent if arguments.out is None else epath.Path(to_path(arguments.out))) / "rollouts.html"
-    write_bytes(out, rollouts_page(arguments.run, source, index, steps).encode("utf-8", "replace"))
+    write_bytes(out, html.encode("utf-8", "replace"))
     print(summary_table(index, steps))
     _say(f"\n{out} is a page to read the answers in; {source} has all of them")
     return 0

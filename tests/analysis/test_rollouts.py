@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from jaxchat.analysis.rollouts import SHOWN_STEPS, SHOWN_TIMES, chosen_steps, read_index
+from jaxchat.analysis.rollouts import SHOWN_STEPS, SHOWN_TIMES, chosen_steps, opened, read_index
 from jaxchat.cli.main import main
 from jaxchat.eval import page
 from tests.tiny import refusal
@@ -90,7 +90,8 @@ def test_the_table_and_the_page(tmp_path):
 def test_a_long_training_is_shown_in_part(tmp_path):
     few = [sample("a", 0.0), sample("b", 1.0)]
     run = run_of(tmp_path, [line(step, f"{step % 7}?", *few) for step in range(100)])
-    index = read_index(run / "rl" / "rollouts.jsonl")
+    with opened(run / "rl" / "rollouts.jsonl") as file:
+        index = read_index(file)
     steps = chosen_steps(index, None)
     assert len(steps) == SHOWN_STEPS and (steps[0], steps[-1]) == (0, 99)
     assert rollouts("--run", run, "--steps", 99)[0] == 0
