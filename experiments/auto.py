@@ -7,10 +7,11 @@ A start counts the text and says what it proposes. Sizes that you set stay, such
 follow from them too.
 """
 
-from jaxchat.config import EvaluateConfig, Experiment, FinetuneConfig, ScheduleConfig
+from jaxchat.config import DataConfig, EvaluateConfig, Experiment, FinetuneConfig, ScheduleConfig
 
 experiment = Experiment(
     sizes="auto",
+    data=DataConfig(shuffle=True),  # a folder's files may differ in kind, and the last would be what is learnt best
     stages=("tokenizer", "pretrain", "midtrain", "sft", "evaluate", "report"),
     midtrain=FinetuneConfig(mixture=("chat",), batch_tokens=131_072, lr_fraction=0.5),
     sft=FinetuneConfig(

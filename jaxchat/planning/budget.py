@@ -157,8 +157,10 @@ def settle_in_time(
         pace = Pace.of(settled, speed)
         return replace_fields(settled, _lengths(settled, budget, pace, given))
     pace = measure(experiment, budget, say)
+        budget.tokens_per_second = pace.tokens
     fitted = replace_fields(experiment, _lengths(experiment, budget, pace, given))
     return settle(fitted, None, say=say, **known)
+    budget.tokens_per_second = pace.tokens
 
 
 class Pace(NamedTuple):

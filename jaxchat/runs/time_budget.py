@@ -48,7 +48,8 @@ class TimeBudget:
       before: seconds that earlier processes have spent.
       record: of each stage that has ended the seconds that it had (`share`) and has taken (`seconds`).
       questions: of each task, as many as the evaluation has found time for; None before.
-      longest_evaluation: seconds that the evaluation takes at most, as far as that is known.
+      tokens_per_second: that the devices train on together, once that is measured.
+      longest: seconds that a stage takes at most, where that is known: what it cannot use is for the others.
     """
 
     text: str
@@ -61,7 +62,8 @@ class TimeBudget:
     record: dict[str, dict[str, float]] = field(default_factory=dict)
     questions: int | None = None
     finished: bool = False
-    longest_evaluation: float = math.inf
+    tokens_per_second: float | None = None
+    longest: dict[str, float] = field(default_factory=dict)
     _began: dict[str, float] = field(default_factory=dict)
     _shares: dict[str, float] = field(default_factory=dict)
     _written: float = -math.inf
@@ -81,16 +83,18 @@ class TimeBudget:
 
     def _split(self, stages: Sequence[str]) -> dict[str, float]:
         """What is left as seconds of each of `stages`."""
-        left, least, parts = max(0.0, self.left), sum(LEAST[s] for s in stages), sum(PARTS[s] for s in stages)
-        scale = left / least if left < least or not parts else 1.0
-        rest = (left - scale * least) / max(parts, 1)
-        shares = {stage: scale * LEAST[stage] + rest * PARTS[stage] for stage in stages}
-        spared = shares.get("evaluate", 0.0) - self.longest_evaluation
-        others = parts - PARTS["evaluate"]
-        if spared > 0 and others > 0:
-            shares = {stage: share + spared * PARTS[stage] / others for stage, share in shares.items()}
-            shares["evaluate"] = self.longest_evaluation
-        return shares
+        left, open_stages, shares = max(0.0, self.left), list(stages), {}
+        while True:
+            least, parts = sum(LEAST[s] for s in open_stages), sum(PARTS[s] for s in open_stages)
+            scale = left / least if left < least or not parts else 1.0
+            rest = (left - scale * least) / max(parts, 1)
+            shares |= {stage: scale * LEAST[stage] + rest * PARTS[stage] for stage in open_stages}
+            full = [stage for stage in open_stages if shares[stage] > self.longest.get(stage, math.inf)]
+            if not full or not any(PARTS[stage] for stage in open_stages if stage not in full):
+                return shares
+            shares |= {stage: self.longest[stage] for stage in full}
+            left -= sum(self.longest[stage] for stage in full)
+            open_stages = [stage for stage in open_stages if stage not in full]
 
     def begin(self, stage: str) -> None:
         """Gives `stage` its share, from now on; for one that goes on, that share is of what is left."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -15,7 +16,8 @@ from jaxchat.errors import UserError
 from jaxchat.eval.bpb import evaluate_bpb
 from jaxchat.model.config import GPTConfig
 from jaxchat.runs.progress import format_number
-from jaxchat.stages.pacing import horizon_of
+from jaxchat.runs.time_budget import LEAST
+from jaxchat.stages.pacing import CHAT_PASSES, horizon_of
 from jaxchat.stages.preflight import can_be_asked, check_targets
 from jaxchat.stages.samples import prompts_of_chats
 from jaxchat.stages.scores import task_scores
@@ -25,10 +27,13 @@ from jaxchat.stages.workspace import Workspace
 from jaxchat.tasks import Conversation, Mixture, Task
 from jaxchat.tasks.items import spread
 from jaxchat.tokenizer import BaseTokenizer
+from jaxchat.train.horizon import LEAST as FEW_STEPS
 from jaxchat.train.loop import Evaluator
 
 SAMPLES = 3
-FEW_STEPS = 20  # with fewer, learning rates and momentum have no time to work
+COUNTED = 2000  # conversations whose length is measured, of all
+SLOWER = 1.2  # than a step of pretraining is one of as many tokens of conversations, at most
+CHARACTERS = 4  # of a conversation as JSON, of a token
 
 
 def run(workspace: Workspace, stage: str) -> None:
@@ -104,6 +109,25 @@ def run(workspace: Workspace, stage: str) -> None:
         ),
         **facts,
     )
+
+
+def longest(workspace: Workspace) -> dict[str, float]:
+    """Seconds that each of the stages takes at most, since a budget lets it read its conversations but a few times.
+
+    Empty where the speed or the conversations are not known yet.
+    """
+    experiment, budget, seconds = workspace.experiment, workspace.budget, {}
+    if budget is None or budget.tokens_per_second is None or experiment.data.download:
+        return seconds
+    for stage in ("midtrain", "sft"):
+        if stage in budget.stages and stage not in budget.fixed:
+            tasks = workspace.load_tasks(stage, getattr(experiment, stage).mixture, "train", quiet=True)
+            chats = Mixture(tasks)
+            some = spread(chats, COUNTED)
+            characters = sum(len(json.dumps(chat["messages"], ensure_ascii=False)) for chat in some)
+            tokens = characters / CHARACTERS * len(chats) / max(1, len(some))
+            seconds[stage] = LEAST[stage] + SLOWER * CHAT_PASSES * tokens / budget.tokens_per_second
+    return seconds
 
 
 def _with_targets(tasks: list[Task], tokenizer: BaseTokenizer, model: GPTConfig) -> list[Conversation]:

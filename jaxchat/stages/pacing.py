@@ -16,10 +16,11 @@ from jaxchat.data.positions import epoch
 from jaxchat.devices.mesh import put_whole
 from jaxchat.stages.workspace import Workspace
 from jaxchat.train.budget import BatchPlan
-from jaxchat.train.horizon import Horizon
+from jaxchat.train.horizon import PASSES, Horizon
 from jaxchat.train.loop import Evaluator, Source
 from jaxchat.train.step import AbstractBatch, Batch
 
+CHAT_PASSES = 4  # over conversations, at most: they are few, and their answers are soon learnt by heart
 NOWHERE = PartitionSpec()  # how a scalar is laid out on the mesh: each device has it
 
 
@@ -83,7 +84,8 @@ def horizon_of(workspace: Workspace, stage: str, schedule: ScheduleConfig) -> Ho
     budget = workspace.budget
     if budget is None or stage in budget.fixed:
         return None
-    return Horizon(schedule, lambda: budget.left_of(stage), now=budget.now)
+    passes = PASSES if stage == "pretrain" else CHAT_PASSES
+    return Horizon(schedule, lambda: budget.left_of(stage), passes=passes, now=budget.now)
 
 
 def timed(evaluators: Iterable[Evaluator], horizon: Horizon) -> tuple[Evaluator, ...]:

@@ -80,7 +80,7 @@ def run_stages(workspace: Workspace, given: Collection[str] = (), start: Startin
         place_start(workspace, start)
         workspace.check_data(_to_check(workspace, given), given)  # exactly now, as after the tokenizer stage
     if (budget := workspace.budget) is not None:
-        budget.longest_evaluation = evaluate.longest(workspace)
+        budget.longest |= {"evaluate": evaluate.longest(workspace)} | finetune.longest(workspace)
         workspace.say(f"budget    {format_duration(budget.left)} left of {budget.text}: {budget.plan()}")
     try:
         _run_in_order(workspace, given)

@@ -26,13 +26,28 @@ def find_count(most: int, ask: Callable[[int], None], left: Callable[[], float],
     if count == most or on_process_zero(left) <= 0:
         return count
     ask(count)  # compiles programs
-    began, asked = now(), 0
+    rounds: list[tuple[int, float]] = []  # questions, seconds
     while True:
+        began = now()
         ask(count)
-        asked += count
-        each = max(now() - began, 1e-6) / asked
-        room = on_process_zero(lambda: [left() / each, ROUND * left() / each])  # noqa: B023 (called at once)
-        more = min(most, int(room[1]), 8 * count)
+        rounds.append((count, max(now() - began, 1e-6)))
+
+        def room(part: float) -> int:
+            fixed, each = _time_of(rounds)
+            return int((part * left() - fixed) / each)
+
+        found, more = on_process_zero(lambda: [room(1 - SPARED), room(ROUND)])  # noqa: B023 (called at once)
+        more = min(most, more, 8 * count)
         if more < 2 * count:
-            return max(FEWEST, min(most, int((1 - SPARED) * room[0])))
+            return max(FEWEST, min(most, found))
         count = more
+
+
+def _time_of(rounds: list[tuple[int, float]]) -> tuple[float, float]:
+    """Seconds that each round takes, and that each question takes besides, from the last two rounds."""
+    count, seconds = rounds[-1]
+    if len(rounds) == 1:
+        return 0.0, seconds / count
+    fewer, before = rounds[-2]
+    each = max(seconds - before, 0.1 * seconds) / (count - fewer)
+    return max(0.0, seconds - each * count), each

@@ -34,7 +34,6 @@ from jaxchat.stages.workspace import Workspace
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.budget import BatchPlan, flops_per_token
 from jaxchat.train.choice import Choice
-from jaxchat.train.horizon import PASSES
 from jaxchat.train.loop import Evaluator, Loop, Source
 from jaxchat.train.loss import Objective
 from jaxchat.train.memory import (
@@ -238,8 +237,7 @@ class Training:
             loop.checkpoints.close()
         facts |= self._data_facts(source.whole_state(source.get_state())) | at_end()
         if horizon is not None and horizon.steps == horizon.most:
-            why = f"its data was read {PASSES} times, and more would teach nothing"
-            workspace.say(f"{self.stage:<9} ends before its time is up: {why}")
+            workspace.say(f"{self.stage:<9} ends before its time is up: to read its data more often would teach nothing")
         if line := describe_data(facts):
             workspace.say(f"{self.stage:<9} {line}")
         workspace.finish(

@@ -2,8 +2,8 @@
 
 As long as the rates are constant, a step does not depend on how many there will be. Until then the number follows the
 pace that was measured, and what evaluations take; from then on it stays, so that the training ends as one of that many
-steps would. A schedule that falls from its first step keeps its number open for the first tenth of it, in which its
-rates differ by little.
+steps would. A schedule that falls from its first step keeps its number open for the first half of it: its rates then
+move as little as the number does.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ WARM = 2  # the first steps of a process compile programs and fill queues: they 
 WINDOW = 8  # steps that the pace is measured over, at least, once there are so many
 FEW = 4  # steps that must have been measured before their number is fixed
 UNKNOWN = 1000  # steps that a schedule takes for granted before the pace is known
-PASSES = 16  # over the data, at most: beyond that, more teach nothing (Muennighoff et al. 2023, arXiv:2305.16264)
-OPEN = 0.1  # of the steps, the first ones, in which their number may change whatever the schedule
+PASSES = 16  # over a text, at most: beyond that, more teach nothing (Muennighoff et al. 2023, arXiv:2305.16264)
+LEAST = 20  # steps, however little data there is: with fewer, learning rates and momentum have no time to work
+OPEN = 0.5  # of the steps, the first ones, in which their number may change whatever the schedule
+AGAIN = 0.5  # of the time of an evaluator's first call, which compiles programs, that another is taken to need
 Run = Callable[[int, Any], Iterable[tuple[str, Any]]]
 
 
@@ -32,6 +34,7 @@ class Horizon:
     Args:
       schedule: of the learning rates.
       seconds_left: how long the training may go on, its last evaluation included.
+      passes: over the data, at most.
       on_change: is told each new number.
       now: the clock.
     """
@@ -41,20 +44,22 @@ class Horizon:
         schedule: ScheduleConfig,
         seconds_left: Callable[[], float],
         *,
+        passes: int = PASSES,
         on_change: Callable[[int], None] = lambda steps: None,
         now: Callable[[], float] = time.monotonic,
     ):
         self.schedule, self.seconds_left, self.on_change, self.now = schedule, seconds_left, on_change, now
+        self.passes = passes
         self.steps = UNKNOWN
         self.rates: dict[int, float] = {}  # factors on the learning rates, by the step that they were used in
-        self.most: int | None = None  # steps in which the data is read `PASSES` times, once that is known
+        self.most: int | None = None  # the most steps that the data is good for, once that is known
         self._epoch = 0
         self._known = False  # whether the number of steps is measured
         self._fixed = False
         self._marks: list[tuple[int, float]] = []  # a step, and the time at its beginning without evaluations
         self._last = self._next = -1
         self._evaluating = 0.0
-        self._cost: dict[int, float] = {}  # seconds that each evaluator took last
+        self._cost: dict[int, float] = {}  # seconds that each evaluator will take, as far as that is known
         self._every: dict[int, int] = {}
         self._keys = itertools.count()
 
@@ -74,7 +79,7 @@ class Horizon:
     def saw(self, step: int, epoch: int) -> None:
         """Tells how often the data has been read from end to end before `step`."""
         if epoch > self._epoch:
-            self._epoch, self.most = epoch, PASSES * -(-step // epoch)
+            self._epoch, self.most = epoch, max(LEAST, self.passes * -(-step // epoch))
 
     def resume(self, step: int, steps: int) -> int:
         """Goes on at `step` with the number of steps that an earlier process had found; returns that."""
@@ -89,8 +94,9 @@ class Horizon:
         def timed_run(step: int, params: Any) -> list[tuple[str, Any]]:
             began = self.now()
             values = list(run(step, params))
-            self._cost[key] = self.now() - began
-            self._evaluating += self._cost[key]
+            took = self.now() - began
+            self._cost[key] = took if key in self._cost else AGAIN * took
+            self._evaluating += took
             return values
 
         return timed_run
