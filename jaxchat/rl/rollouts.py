@@ -20,6 +20,7 @@ from jaxchat.eval.chat import prompts_of
 from jaxchat.infer.engine import Completion, Engine
 from jaxchat.rl.advantages import ADVANTAGES, best_of_n, differ
 from jaxchat.rl.objectives import PolicyObjective
+from jaxchat.rl.record import Record
 from jaxchat.rl.reward import OwnReward
 from jaxchat.rl.rows import Row, arrays_of, row_length, row_of
 from jaxchat.rl.scoring import task_scores
@@ -82,6 +83,7 @@ class Rollouts(Source):
       seed: together with the number of the batch it decides the questions and the samples.
       reference: gives the log-probabilities of a batch's targets for the parameters that the training began with.
       own: scores the answers in the tasks' place.
+      record: keeps the answers for people to read.
     """
 
     samples = True
@@ -96,7 +98,9 @@ class Rollouts(Source):
         seed: int,
         reference: Callable[[Batch], jax.Array] | None = None,
         own: OwnReward | None = None,
+        record: Record | None = None,
     ):
+        self.record = record
         self.config, self.questions, self.engine, self.mesh, self.seed = config, questions, engine, mesh, seed
         self.objective, self.reference, self.own = PolicyObjective.of(config), reference, own
         self.tokenizer = engine.tokenizer
@@ -125,6 +129,11 @@ class Rollouts(Source):
         self.signal = Signal(**state.get("signal", {"steps": self.taken}))
         self._rows, self._batch = [Row(*row) for row in state.get("rows", ())], None
 
+    def whole_state(self, state: dict) -> dict:
+        if self.record is not None:
+            self.record.flush()  # whoever resumes from this state must find what was sampled before it
+        return state
+
     def abstract(self, plan: BatchPlan) -> AbstractBatch:
         """The largest batch that `next_batch` returns with `plan`, as ShapeDtypeStructs."""
         prompt = max(len(self.tokenizer.render_for_completion(conversation)) for _, conversation in self.questions)
@@ -141,13 +150,13 @@ class Rollouts(Source):
         """
         metrics = {}
         if self.taken % self.config.updates_per_batch == 0:
-            self._batch, self._rows, metrics = None, *self._sample(params)
+            self._batch, self._rows, metrics = None, *self._sample(step, params)
         if self._batch is None:
             self._batch = self._on_devices(self._rows)
         self.taken += 1
         return self._batch, metrics
 
-    def _sample(self, params) -> tuple[list[Row], dict[str, float]]:
+    def _sample(self, step: int, params) -> tuple[list[Row], dict[str, float]]:
         """Answers to the next questions, as rows, and their metrics."""
         config, number = self.config, self.taken // self.config.updates_per_batch
         chosen = [self.questions[i] for i in self._choose(number)]
@@ -162,11 +171,15 @@ class Rollouts(Source):
         rewards[~np.isfinite(rewards)] = np.nan
         unscored = float(np.isnan(rewards).mean())
         of_rewards = best_of_n if config.method == "best_of_n" else ADVANTAGES[config.advantage]
-        taught = np.repeat(differ(rewards), config.samples_per_question)
+        advantages, differing = of_rewards(rewards), differ(rewards)
+        if self.record is not None:
+            used = differing | bool(config.kl or config.entropy)
+            self.record(step, chosen, completions, rewards, advantages, used)
+        taught = np.repeat(differing, config.samples_per_question)
         rows = [
             row_of(prompt, completion, advantage, can_teach)
             for prompt, completion, advantage, can_teach in zip(
-                prompts, completions, of_rewards(rewards).reshape(-1).tolist(), taught.tolist(), strict=True
+                prompts, completions, advantages.reshape(-1).tolist(), taught.tolist(), strict=True
             )
         ]
         cut = np.array([not completion.finished for completion in completions]).reshape(rewards.shape)

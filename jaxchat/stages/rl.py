@@ -14,9 +14,10 @@ from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, hidden_states
 from jaxchat.ops.compute import Compute
 from jaxchat.rl.objectives import PolicyObjective
+from jaxchat.rl.record import Record
 from jaxchat.rl.reward import SECONDS, OwnReward, own_reward
 from jaxchat.rl.rollouts import Rollouts, questions_of, sampling, score
-from jaxchat.rl.signal import EARLY
+from jaxchat.rl.signal import TOLD
 from jaxchat.stages.samples import prompts_of_chats
 from jaxchat.stages.training import Training
 from jaxchat.stages.workspace import Workspace
@@ -27,6 +28,7 @@ from jaxchat.train.loss import LossConfig, token_nll
 from jaxchat.train.step import Batch
 
 SAMPLES = 3
+LOOKED_AT = 200  # questions, for how much room the context leaves for their answers
 MOST_DIFFERENCE = 0.01  # between the probabilities of a token in sampling and training; below 0.005 is rounding
 EVALUATION_SEED = 0
 
@@ -56,7 +58,11 @@ def _train(workspace: Workspace, tasks: list[Task], own: OwnReward | None) -> No
     experiment, tokenizer = workspace.experiment, workspace.tokenizer()
     config, model = experiment.rl, workspace.model_config(tokenizer)
     questions = questions_of(tasks, tokenizer, model.sequence_len)
-    check(bool(questions), f"rl: none of its tasks' questions fits into model.sequence-len {model.sequence_len}")
+    check(
+        bool(questions),
+        f"rl: none of its tasks' questions fits into model.sequence-len {model.sequence_len}; name rl.tasks with "
+        "shorter ones",
+    )
     tests = workspace.load_tasks("rl", config.tasks, "test", quiet=True)
     held_out = questions_of(tests, tokenizer, model.sequence_len)
     if not held_out:
@@ -76,6 +82,7 @@ def _train(workspace: Workspace, tasks: list[Task], own: OwnReward | None) -> No
         parent={"stage": parent, "step": step},
         objective=objective,
     )
+    record = Record(workspace.directory.rollouts, tokenizer, enabled=jax.process_index() == 0)
     source = Rollouts(
         config,
         questions,
@@ -84,6 +91,7 @@ def _train(workspace: Workspace, tasks: list[Task], own: OwnReward | None) -> No
         seed=experiment.seed,
         reference=reference_of(model, params, training.compute, config.temperature) if config.kl else None,
         own=own,
+        record=record,
     )
     left_out = sum(map(len, tasks)) - len(questions)
     if left_out:
@@ -100,18 +108,20 @@ def _train(workspace: Workspace, tasks: list[Task], own: OwnReward | None) -> No
             if len(known):
                 yield name, float(known.mean())
 
-    def warn_early(metrics):
-        def look(step, params):
-            if step == EARLY and source.signal.absent:
-                metrics.note(f"{source.signal.lack} in the first {step} steps {source.signal.advice(config)}")
-            return ()
-
-        return Evaluator(EARLY, look, at_start=False)
-
+    some = spread(questions, LOOKED_AT)
+    lengths = [len(tokenizer.render_for_completion(conversation)) for _, conversation in some]
+    room = model.sequence_len - int(np.median(lengths))
+    if room < config.max_new_tokens:
+        workspace.say(
+            f"rl        model.sequence-len {model.sequence_len} leaves most answers {room:,} tokens, fewer than the "
+            f"{config.max_new_tokens:,} of rl.max-new-tokens"
+        )
     warned = False
 
     def watch(metrics, values):
         nonlocal warned
+        if "reward" in values and (line := source.signal.warning(config, room)):
+            metrics.note(line)
         difference = values["probability_difference"]
         # In later updates of the same answers the parameters have moved on, as they should.
         if "reward" in values and difference > MOST_DIFFERENCE and not warned:
@@ -131,7 +141,6 @@ def _train(workspace: Workspace, tasks: list[Task], own: OwnReward | None) -> No
         return (
             Evaluator(config.eval_every, evaluate),
             training.sampler(metrics, prompts),
-            warn_early(metrics),
         )
 
     training.train(
@@ -142,13 +151,19 @@ def _train(workspace: Workspace, tasks: list[Task], own: OwnReward | None) -> No
         at_end=lambda: source.signal.facts(),
         method=config.method,
     )
+    record.close()
+    workspace.say(f"rl        a page to read its answers in: jaxchat rollouts --run {workspace.directory}")
     if unscored := source.signal.unscored:
         answers = source.signal.answers + unscored
         workspace.say(f"rl        {unscored:,} of {answers:,} answers had no reward, and were left out")
     if source.signal.absent:
         when = "in every step" if source.signal.answers else "in any step"
-        why = f"{source.signal.lack} {when} {source.signal.advice(config)}"
+        why = f"{source.signal.lack} {when} {source.signal.advice(config, room)}"
         workspace.say(f"rl changed nothing: {why}; then start again with --redo=rl")
+    elif (quiet := source.signal.quiet).steps >= TOLD[0]:
+        updates = quiet.steps * config.updates_per_batch
+        why = f"{quiet.lack} {quiet.advice(config, room)}"
+        workspace.say(f"rl        learnt nothing from the answers of its last {updates:,} steps: {why}")
 
 
 def reference_of(

@@ -237,4 +237,4 @@ def test_a_training_in_which_nothing_was_scored_says_so():
     signal.add(np.full((2, 3), np.nan), np.zeros((2, 3), bool))
     assert signal.absent and signal.facts() == {"groups_without_signal": 1, "cut": 0, "steps_without_signal": 1}
     assert signal.lack == "no answer had a reward"
-    assert signal.advice(RLConfig(reward="own:reward")) == "(6 answers); mend own:reward"
+    assert signal.advice(RLConfig(reward="own:reward"), 9) == "(6 answers); mend own:reward"

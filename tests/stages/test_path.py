@@ -281,6 +281,12 @@ class TestResume:
         assert all(loss for _, loss in values(whole, "rl"))
         measured = ["kl", "ratio_outside", "clipped"] if options else ["entropy", "probability_difference"]
         assert_same_training(parts, whole, "rl", "reward", "completion_tokens", "reward_eval", *measured)
+        rollouts = [run / "rl" / "rollouts.jsonl" for run in (whole, parts)]
+        assert rollouts[0].read_bytes() == rollouts[1].read_bytes()
+        lines = [json.loads(line) for line in rollouts[0].read_text().splitlines()]
+        for step, reward in values(whole, "rl", "reward"):
+            rewards = [one["reward"] for line in lines if line["step"] == step for one in line["samples"]]
+            assert len(rewards) == 8 and np.mean(rewards) == pytest.approx(reward, abs=1e-5)
         if options:
             assert [step for step, _ in values(whole, "rl", "reward")] == [0, 2]
             (_, before), (_, after), _ = values(whole, "rl", "kl")
