@@ -96,7 +96,8 @@ def add_command(commands: Any) -> None:
     add(
         "--humaneval",
         action="store_true",
-        help="Score programs too, by running what the model writes: adds humaneval to the tasks.",
+        help="Score programs, by running what the model writes, contained: those of programs_1 to programs_5 where "
+        "--tasks names them; otherwise humaneval joins the tasks.",
     )
     add(
         "--uncontained",

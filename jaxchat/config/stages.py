@@ -12,6 +12,7 @@ from jaxchat.errors import closest
 
 TRAINED = ("pretrain", "midtrain", "sft", "rl")  # the stages that leave parameters, in order
 MOST_ANSWERS = 1 << 20
+_RUNS_PROGRAMS = re.compile(r"((nanochat_)?humaneval|(unseen_)?programs_\d)(:.*)?")
 COUNT, EVERY = Range(at_least=1), Range(at_least=0)
 STEPS = Range(at_least=1, at_most=10**9)
 AT_ONCE = Range(at_least=1, at_most=1 << 16)
@@ -135,7 +136,8 @@ class RLConfig(TrainConfig):
     reward: Annotated[str | None, UserPath()] = None
     """A Python function of your own that rewards the answers: module:function or file.py:function. None: the tasks'."""
     humaneval: bool = False
-    """Reward programs too, by running them: adds humaneval, of problems of your own, to the tasks."""
+    """Reward programs, by running them, contained: those of programs_1 to programs_5 where tasks name them; otherwise
+    humaneval, of problems of your own, joins the tasks."""
     uncontained: bool = False
     """With humaneval: run programs even where this machine cannot contain them."""
     questions_per_step: Annotated[int, AT_ONCE] = 16
@@ -186,7 +188,8 @@ class EvaluateConfig(Section):
     tasks: Annotated[tuple[str, ...], UserPath()] = ("arc_easy", "arc_challenge", "mmlu", "gsm8k")
     """Tasks to score: NAME or NAME:EXAMPLES."""
     humaneval: bool = False
-    """Score programs too, by running what the model writes: adds humaneval to the tasks."""
+    """Score programs, by running what the model writes, contained: those of programs_1 to programs_5 where tasks name
+    them; otherwise humaneval joins the tasks."""
     uncontained: bool = False
     """With humaneval: run programs even where this machine cannot contain them."""
     of: tuple[str, ...] = ("midtrain", "sft", "rl")
@@ -221,9 +224,9 @@ class EvaluateConfig(Section):
 
 
 def _add_humaneval(section: RLConfig | EvaluateConfig) -> None:
-    """Puts humaneval among the tasks where it is asked for, unless it or nanochat_humaneval is there.
+    """Puts humaneval among the tasks where it is asked for, unless one is there that runs programs.
 
-    It is never among them by default: it runs programs.
+    None is among them by default.
     """
-    if section.humaneval and not any(entry.partition(":")[0].endswith("humaneval") for entry in section.tasks):
+    if section.humaneval and not any(_RUNS_PROGRAMS.fullmatch(entry) for entry in section.tasks):
         object.__setattr__(section, "tasks", (*section.tasks, "humaneval"))

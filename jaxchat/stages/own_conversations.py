@@ -8,9 +8,8 @@ from __future__ import annotations
 from jaxchat.config import Experiment
 from jaxchat.errors import check
 from jaxchat.storage import to_path
-from jaxchat.tasks import is_file, parse_mixture
+from jaxchat.tasks import WITHOUT_DATA, is_file, parse_mixture
 from jaxchat.tasks.conversations import find_chats
-from jaxchat.tasks.word_problems import NAMES as WORD_PROBLEMS
 
 
 def check_conversations(experiment: Experiment) -> None:
@@ -37,7 +36,7 @@ def check_conversations(experiment: Experiment) -> None:
 
 
 def names_files_alone(experiment: Experiment) -> bool:
-    """Whether all that is trained on is its identity, word problems or files that it names: it needs no data folder."""
+    """Whether it trains on its identity, generated problems and files that it names alone, and needs no data folder."""
     stages = [stage for stage in ("midtrain", "sft") if stage in experiment.stages]
     entries = [entry for stage in stages for entry in parse_mixture(getattr(experiment, stage).mixture)]
-    return bool(entries) and all(is_file(name) or name in ("identity", *WORD_PROBLEMS) for name, _ in entries)
+    return bool(entries) and all(is_file(name) or name in ("identity", *WITHOUT_DATA) for name, _ in entries)

@@ -11,12 +11,11 @@ from jaxchat.data.identity.description import parse_identity
 from jaxchat.data.text.reading import Findings
 from jaxchat.errors import MissingData
 from jaxchat.storage import AnyPath, to_path
-from jaxchat.tasks import Task, is_file, load_task
+from jaxchat.tasks import WITHOUT_DATA, Task, is_file, load_task
 from jaxchat.tasks.base import Split
 from jaxchat.tasks.conversations import Conversations
 from jaxchat.tasks.identity import NAME as IDENTITY
 from jaxchat.tasks.identity import ChatsAs, load_identity
-from jaxchat.tasks.word_problems import NAMES as WORD_PROBLEMS
 
 GENERATED = ("chat", "sums", "letters", "facts", "long_sums")  # the tasks of the generated corpus
 
@@ -49,7 +48,7 @@ class TaskSource:
         folder = self.data.folder
         if name == IDENTITY:
             return load_identity(self.data.identity, split, limit)
-        if name in WORD_PROBLEMS:
+        if name in WITHOUT_DATA:
             return load_task(name, split, "", limit, findings)
         if folder is not None or is_file(name):
             try:

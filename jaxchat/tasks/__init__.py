@@ -17,6 +17,8 @@ from jaxchat.tasks.humaneval import load_humaneval
 from jaxchat.tasks.identity import load_own_identity
 from jaxchat.tasks.multiple_choice import load_arc, load_mmlu
 from jaxchat.tasks.nanochat import tasks as nanochat
+from jaxchat.tasks.programs import NAMES as OWN_PROGRAMS
+from jaxchat.tasks.programs import load_programs
 from jaxchat.tasks.spelling import load_spelling
 from jaxchat.tasks.word_problems import NAMES as WORD_PROBLEMS
 from jaxchat.tasks.word_problems import load_word_problems
@@ -38,6 +40,7 @@ _LOADERS: dict[str, Callable[[Split, AnyPath, int | None, Findings], Task]] = {
     "facts": partial(load_checkable, "facts"),
     "long_sums": partial(load_checkable, "long_sums"),
     **{name: partial(load_word_problems, name) for name in WORD_PROBLEMS},
+    **{name: partial(load_programs, name) for name in OWN_PROGRAMS},
     "nanochat_arc_easy": partial(nanochat.load_arc, "nanochat_arc_easy"),
     "nanochat_arc_challenge": partial(nanochat.load_arc, "nanochat_arc_challenge"),
     "nanochat_mmlu": nanochat.load_mmlu,
@@ -46,7 +49,8 @@ _LOADERS: dict[str, Callable[[Split, AnyPath, int | None, Findings], Task]] = {
     "nanochat_spelling": nanochat.load_spelling,
 }
 TASKS = tuple(_LOADERS)
-PROGRAMS = ("humaneval", "nanochat_humaneval")  # their answers are run to be scored
+PROGRAMS = ("humaneval", "nanochat_humaneval", *OWN_PROGRAMS)  # their answers are run to be scored
+WITHOUT_DATA = (*WORD_PROBLEMS, *OWN_PROGRAMS)  # generated as they are asked, whatever the data folder has
 _CONVERSATIONS = ("chat", "smoltalk")  # for training only, like files of conversations
 
 

@@ -161,7 +161,7 @@ def test_problems_that_nanochat_cannot_grade_are_refused(tmp_path):
 def test_every_task_goes_with_its_mode_and_has_a_name_of_its_own(folder):
     ours = [name for name in TASKS if name.startswith("nanochat_")]
     assert set(CHANCE) == set(ours) - {"nanochat_spelling"}
-    assert set(PROGRAMS) == {name for name in TASKS if "humaneval" in name}
+    assert set(PROGRAMS) == {name for name in TASKS if "humaneval" in name or "programs_" in name}
     for name in GOLDEN["tasks"]:
         task = load_task(name, "test", folder)
         assert task.name == name and task.mode == nanochat.MODE and task[0]["source"] == name
