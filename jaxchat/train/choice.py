@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 MOST_COMPILED = 6  # ways that are tried, at most, while one is looked for that is better than one that fits
-ENOUGH = 16_384  # tokens at once that fill a device, so that more are hardly faster
+ENOUGH = 8_192  # tokens at once that keep a device so busy that recomputing for more of them does not pay
 # How much less than predicted a level may take that was not compiled at any number of rows.
 ACROSS_LEVELS = 1.15
 
