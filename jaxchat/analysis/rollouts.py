@@ -204,7 +204,7 @@ def _steps(index: Index, line_at: Callable[[int], Line], steps: Sequence[int]) -
     for step in reversed(steps):
         summary = index.steps[step]
         items = [page.rollout_item(line_at(place)) for place in sorted(places[step])]
-        about = f"mean reward {_shown(summary.reward)} of {format_number(summary.answers, 'answer')}"
+        about = f"mean reward {_shown(summary.reward)} of {format_number(summary.answers, 'answer')} to these questions"
         order = ("Best first", "Worst first")
         yield page.group(f"step {step:,}", _shown(summary.reward), about, items, FILE, order)
 

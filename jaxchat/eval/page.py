@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from jaxchat.runs.progress import format_number
 
 MOST = 500  # items of a task in the page, those that are wrong first
 LONGEST = 4000  # characters of a text in the page
@@ -96,8 +100,9 @@ def document_item(document: Mapping[str, Any]) -> Item:
 
 
 def rollout_item(line: Mapping[str, Any]) -> Item:
-    """A question with all answers that it got in a step of RL, a line of `rollouts.jsonl`."""
+    """A question with all answers that it got in a step of RL, a line of `rollouts.jsonl`; equal ones are one."""
     samples = line["samples"]
+    of_answer = operator.itemgetter("answer", "reward", "advantage", "tokens", "cut")
     rewards = [sample["reward"] for sample in samples if sample["reward"] is not None]
     cut = any(sample["cut"] for sample in samples)
     mean = sum(rewards) / len(rewards) if rewards else None
@@ -115,12 +120,12 @@ def rollout_item(line: Mapping[str, Any]) -> Item:
         "right": cut_text(line["right"]),
         "answers": [
             {
-                "value": sample["reward"],
-                "label": f"reward {_number(sample['reward'])}, advantage {_number(sample['advantage'])}, "
-                f"{sample['tokens']:,} tokens{', cut' if sample['cut'] else ''}",
-                "text": cut_text(sample["answer"]),
+                "value": reward,
+                "label": f"reward {_number(reward)}, advantage {_number(advantage)}, {format_number(tokens, 'token')}"
+                f"{', cut' if was_cut else ''}{f', {times:,} times' if times > 1 else ''}",
+                "text": cut_text(text),
             }
-            for sample in samples
+            for (text, reward, advantage, tokens, was_cut), times in Counter(map(of_answer, samples)).items()
         ],
     }
 

@@ -16,7 +16,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 HOSTILE = "</script><script>document.title = 'taken'</script> <|python_start|>1+1<|python_end|>"
 
 
-def sample(answer, reward, *, advantage=0.0, cut=False):
+def sample(answer, reward, *, advantage: float | None = 0.0, cut=False):
     return {"answer": answer, "reward": reward, "advantage": advantage, "tokens": len(answer), "cut": cut}
 
 
@@ -31,7 +31,7 @@ LINES = [
     line(0, "3 + 1?", sample("one", 0.0), sample(HOSTILE, 0.0), sample("two", 0.0), used=False),
     line(4, "2 + 2?", sample("4", 1.0), sample("4.", 1.0), sample("four", 1.0), used=False),
     line(4, "1 + 3?", sample("lost", None, advantage=None), sample("", None), sample("", None), used=False),
-    line(8, "3 + 1?", sample("3", -1.0), sample("worst", -2.0), sample("4", 0.5)),
+    line(8, "3 + 1?", sample("3", -1.0), sample("3", -1.0), sample("worst", -2.0), sample("4", 0.5)),
 ]
 
 
@@ -65,22 +65,27 @@ def test_the_table_and_the_page(tmp_path):
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         f"| 0 | 2 | 6 | 0.2 | 50% | 50% | 17% | 17% | {(4 + 4 + 3 + len(HOSTILE) + 3) / 6:.1f} |",
         "| 4 | 2 | 6 | 1 | 100% | 100% |  | 50% | 1.8 |",
-        "| 8 | 1 | 3 | -0.833 |  |  |  |  | 2.3 |",
+        "| 8 | 1 | 4 | -0.875 |  |  |  |  | 2.0 |",
     ]
     shown = groups(run / "rl" / "rollouts.html")
     assert list(shown) == ["questions asked again", "step 8", "step 4", "step 0"]
     first, second = shown["step 0"]["items"]
-    assert shown["step 0"]["about"] == "mean reward 0.2 of 6 answers; 2 in all. All of them: rollouts.jsonl"
+    assert (
+        shown["step 0"]["about"]
+        == "mean reward 0.2 of 6 answers to these questions; 2 in all. All of them: rollouts.jsonl"
+    )
     assert first["marks"] == ["mean reward 0.5", "sums", "cut"] and first["value"] == 0.5
     assert second["marks"] == ["mean reward 0", "sums", "no signal", "not trained on"]
     assert first["answers"][0] == {"value": 0.0, "label": "reward 0, advantage -0.5, 4 tokens", "text": "five"}
     assert first["answers"][2]["label"] == "reward none, advantage 0, 0 tokens, cut"
     assert shown["step 4"]["items"][1]["value"] is None
+    labels = [answer["label"] for answer in shown["step 8"]["items"][0]["answers"]]
+    assert labels[0] == "reward -1, advantage 0, 1 token, 2 times" and len(labels) == 3
     again = {item["question"]: item for item in shown["questions asked again"]["items"]}
-    assert {question: item["value"] for question, item in again.items()} == {"2 + 2?": 0.5, "3 + 1?": -2.5 / 3}
+    assert {question: item["value"] for question, item in again.items()} == {"2 + 2?": 0.5, "3 + 1?": -0.875}
     assert [(answer["label"], answer["text"]) for answer in again["3 + 1?"]["answers"]] == [
         ("step 0, mean reward 0 of 3: one of them, reward 0", "one"),
-        ("step 8, mean reward -0.833 of 3: the best, reward 0.5", "4"),
+        ("step 8, mean reward -0.875 of 4: the best, reward 0.5", "4"),
         ("the worst, reward -2", "worst"),
     ]
     assert code == 0 and rollouts("--run", run, "--steps", 8, 0, "--out", tmp_path / "out")[0] == 0

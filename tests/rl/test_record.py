@@ -26,7 +26,7 @@ def question(text, right):
 TASK = Sums("sums", [question("2 + 2?", "4"), question("1 + ü?", [{"type": "python", "text": "2"}])])
 
 
-def completion(text, stop=END):
+def completion(text, stop: int | None = END):
     tokens = TOKENIZER.encode(text)
     return Completion(tokens, [True] * len(tokens), stop)
 
