@@ -64,6 +64,8 @@ class Engine:
       cache_tokens: of all rows together, that the cache has room for; rounded up to pages. None: for all rows at the
         whole context, or as much as the devices' free memory allows.
       weights, kv_cache: in 8 bits if "int8" and "fp8"; see `quantized.py`.
+      drawn: how many of the vocabulary's ids can be drawn: the first. The others have no part in log-probabilities of
+        answers either. None: all.
 
     The cache is made for the first request that is submitted, and kept. Without it, and without `cache_tokens`,
     `generate` and `stream` make one that is as large as they need, and free it afterwards.
@@ -83,6 +85,7 @@ class Engine:
         cache_tokens: int | None = None,
         weights: Weights = "auto",
         kv_cache: KVCache = "auto",
+        drawn: int | None = None,
     ):
         check(rows >= 1, f"rows is {rows}; it must be at least 1")
         check(cache_tokens is None or cache_tokens >= 1, f"cache_tokens is {cache_tokens}; it must be at least 1")
@@ -90,6 +93,7 @@ class Engine:
         self.rows, self.cache_tokens = rows, cache_tokens
         self.weights: Weights = weights
         self.kv_cache: KVCache = kv_cache
+        self.drawn = drawn
         self._numbers = 0
         self._checked: tuple[int, ...] | None = None  # the last prompt whose ids were found to be in range
         self._turns: Turns | None = None  # while there is a cache
@@ -113,6 +117,12 @@ class Engine:
         if self._turns is not None:
             self._turns.runner.use(params)
             self._turns.scheduler.forget_cached()
+
+    @params.deleter
+    def params(self) -> None:
+        """Frees the engine's copy of them, if it has one: it needs others before its next request."""
+        self.release()
+        del self._params
 
     @functools.cached_property
     def stops(self) -> tuple[int, ...]:
@@ -344,7 +354,7 @@ class Engine:
 
     @property
     def _setup(self) -> Setup:
-        return Setup(self.model_config, self.dtype, self.mesh)
+        return Setup(self.model_config, self.dtype, self.mesh, self.drawn)
 
     @property
     def _device(self) -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]

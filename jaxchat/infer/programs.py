@@ -28,6 +28,7 @@ from jaxchat.infer.sampling import Level, Seen, Settings, add_seen, draw, logpro
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.generation import init_pages, join_qkv, paged_hidden
 from jaxchat.model.gpt import Params, logits
+from jaxchat.ops.cross_entropy import NEVER
 from jaxchat.ops.pages import PAGE, Pages, Place, copied_pages
 
 STOPS = 4  # stop tokens of a row that the device knows; the host knows all
@@ -110,6 +111,7 @@ class Setup:
     config: GPTConfig
     dtype: str
     mesh: Mesh | None
+    drawn: int | None = None  # how many of the vocabulary's ids can be drawn: the first; None: all
 
     @property
     def shards(self) -> int:
@@ -202,6 +204,8 @@ def _decode_step(setup: Setup, level: Level, weights: Weights, lanes: Lanes, sta
     place = Place(lanes.table, rows.position, running.astype(jnp.int32))
     hidden, pages = paged_hidden(setup.config, params, rows.token[:, None], place, pages, setup.dtype, joint)
     scores = logits(setup.config, params, hidden[:, 0])
+    if setup.drawn is not None:
+        scores = jnp.where(jnp.arange(scores.shape[1]) < setup.drawn, scores, NEVER)
     token = draw(scores, lanes.settings, rows.count, seen, level=level)
     count = rows.count + running
     done = jnp.any(token[:, None] == lanes.stops, axis=1) | (count >= lanes.limit)

@@ -58,17 +58,29 @@ def cispo(log_p: Values, ratios: Values, advantages: Values, cap: float) -> Valu
     return reinforce(log_p, jax.lax.stop_gradient(jnp.minimum(ratios, cap)) * advantages)
 
 
-def row_ratio(log_p: Values, behaviour: Values, targets: Values) -> Values:
-    """The geometric mean of the ratios of a row's targets, at each of its places."""
-    count = jnp.maximum(jnp.sum(targets, axis=1, keepdims=True), 1.0)
-    mean = jnp.sum(jnp.where(targets > 0, log_p - behaviour, 0.0), axis=1, keepdims=True) / count
-    return jnp.broadcast_to(ratio(mean, jnp.zeros_like(mean)), log_p.shape)
+def answer_ratio(log_p: Values, behaviour: Values, targets: Values, answers: Values | None = None) -> Values:
+    """The geometric mean of the ratios of an answer's targets, at each of them.
+
+    `answers` is the number of each target's answer in its row, where several share a row.
+    """
+    rows, length = log_p.shape
+    numbers = jnp.zeros(log_p.shape, jnp.int32) if answers is None else answers.astype(jnp.int32)
+    # Sums over each answer alone: a running sum would leave rounding where an answer has no gradient.
+    places = jnp.arange(rows)[:, None], numbers
+
+    def sums(values):
+        return jnp.zeros((rows, length + 1)).at[places].add(values)
+
+    count = jnp.maximum(sums(targets), 1.0)
+    mean = sums(jnp.where(targets > 0, log_p - behaviour, 0.0)) / count
+    return ratio(mean, jnp.zeros_like(mean))[places]
 
 
 def kl_loss(log_p: Values, reference: Values) -> Values:
     """(ℓ - ℓ_ref)² / 2: its mean gradient over samples of the policy is that of KL(policy ‖ reference).
 
-    That of ℓ - ℓ_ref, whose mean is the KL, is 0; `kl_value` has the gradient of KL(reference ‖ policy).
+    Of a token, the two are the distributions at its place, after what the answer has before it. That of ℓ - ℓ_ref,
+    whose mean is the KL, is 0; `kl_value` has the gradient of KL(reference ‖ policy).
     """
     return jnp.square(log_p - reference) / 2
 
@@ -84,7 +96,8 @@ class PolicyObjective:
     """An `Objective` (jaxchat.train.loss) of sampled tokens.
 
     Its `tokens` are `advantages`, `behaviour` (the log-probabilities at which they were sampled) and, with `kl`,
-    `reference` (those of the parameters that the training began with).
+    `reference` (those of the parameters that the training began with); and `documents`, the number of each token's
+    answer in its row, where several share a row.
 
     Attributes:
       low, high: how far from 1 the ratio may go; of clipped and gspo.
@@ -92,6 +105,7 @@ class PolicyObjective:
       kl: weight of the KL divergence from the reference.
       entropy: weight of the entropy, which is added to what is maximised.
       temperature: at which the answers were sampled.
+      drawn: how many of the vocabulary's ids could be sampled, the first; None: all.
     """
 
     method: Method = "reinforce"
@@ -101,9 +115,10 @@ class PolicyObjective:
     kl: float = 0.0
     entropy: float = 0.0
     temperature: float = 1.0
+    drawn: int | None = None
 
     @classmethod
-    def of(cls, config: RLConfig) -> PolicyObjective:
+    def of(cls, config: RLConfig, drawn: int | None = None) -> PolicyObjective:
         """The objective of a stage's settings. Its best sample is followed as reinforce follows an advantage of 1."""
         method: Method = "reinforce" if config.method == "best_of_n" else config.method
         low, high = CLIPS.get(method, (0.2, 0.28))
@@ -115,6 +130,7 @@ class PolicyObjective:
             kl=config.kl,
             entropy=config.entropy,
             temperature=config.temperature,
+            drawn=drawn,
         )
 
     @property
@@ -130,7 +146,8 @@ class PolicyObjective:
         """The loss of each token; measures: how far the probabilities are from those of sampling, and what is clipped.
 
         `logprob_difference` is |ℓ - b|, `probability_difference` |e^ℓ - e^b|, `ratio_outside` whether ρ is outside
-        [0.9, 1.1]; with a clip also `clipped`, whether it stops the gradient; with `kl` also `kl`.
+        [0.9, 1.1], `kl_from_sampling` estimates KL(sampling ‖ policy); with a clip also `clipped`, whether it stops the
+        gradient; with `kl` also `kl`.
         """
         advantages, behaviour = tokens["advantages"], tokens["behaviour"]
         ratios = ratio(log_p, behaviour)
@@ -138,6 +155,7 @@ class PolicyObjective:
             "logprob_difference": jnp.abs(log_p - behaviour),
             "probability_difference": jnp.abs(jnp.exp(log_p) - jnp.exp(behaviour)),
             "ratio_outside": (jnp.abs(ratios - 1) > NEAR).astype(jnp.float32),
+            "kl_from_sampling": kl_value(behaviour, log_p),
         }
         if self.method == "reinforce":
             loss = reinforce(log_p, advantages)
@@ -146,7 +164,7 @@ class PolicyObjective:
             measured["clipped"] = (ratios > self.cap).astype(jnp.float32)
         else:
             if self.method == "gspo":
-                ratios = row_ratio(log_p, behaviour, tokens["targets"])
+                ratios = answer_ratio(log_p, behaviour, tokens["targets"], tokens.get("documents"))
             loss = clipped(ratios, advantages, self.low, self.high)
             measured["clipped"] = beyond(ratios, advantages, self.low, self.high).astype(jnp.float32)
         if self.kl:

@@ -113,6 +113,12 @@ class BaseTokenizer(ABC):
             raise UserError(f"no special token {name!r}{closest(name, self.special_tokens)}")
         return self.special_tokens[name]
 
+    @property
+    def without_output(self) -> int:
+        """How many ids there are before `<|output_start|>` and `<|output_end|>`, if these are the last; else all."""
+        last = {self.encode_special("<|output_start|>"), self.encode_special("<|output_end|>")}
+        return self.vocab_size - 2 if last == {self.vocab_size - 2, self.vocab_size - 1} else self.vocab_size
+
     @overload
     def encode(
         self,

@@ -58,6 +58,8 @@ class Objective(Protocol):
       by_rows: whether the loss of a target depends on other targets of its row.
       temperature: divides the logits: the log-probabilities are those of answers sampled at it.
       entropy: weight of the entropies, which are added to what is maximised; None if they are not even measured.
+      drawn: how many of the vocabulary's ids can be a target: the first. The others have no part in the probabilities.
+        None: all.
     """
 
     @property
@@ -66,6 +68,8 @@ class Objective(Protocol):
     def temperature(self) -> float: ...
     @property
     def entropy(self) -> float | None: ...
+    @property
+    def drawn(self) -> int | None: ...
     def __call__(self, log_p: Float[Array, "B T"], tokens: Tokens) -> tuple[Float[Array, "B T"], Tokens]: ...
 
 
@@ -75,6 +79,7 @@ class CrossEntropy(NamedTuple):
     by_rows: bool = False
     temperature: float = 1.0
     entropy: float | None = None
+    drawn: int | None = None
 
     def __call__(self, log_p: Float[Array, "B T"], tokens: Tokens) -> tuple[Float[Array, "B T"], Tokens]:
         return -log_p, {}
@@ -144,10 +149,10 @@ def _loss_and_grads(
     cap = config.logit_cap / objective.temperature
     # With both divided by it, cap · tanh(logits / cap) is too.
     hidden = hidden if objective.temperature == 1 else hidden / objective.temperature
-    static = entropy, config.vocab_size, cap
-    # The plain formula holds a chunk's logits in fp32, the kernel in the dtype of `hidden`.
+    static = entropy, config.vocab_size if objective.drawn is None else objective.drawn, cap
+    # The plain formula holds a chunk's logits in fp32, the kernel in the dtype of `hidden`, or in both with an entropy.
     chosen = loss_and_gradients.choose(hidden, head, targets, None, *static)
-    itemsize = 4 if chosen is loss_and_gradients.formula else hidden.dtype.itemsize
+    itemsize = 4 if chosen is loss_and_gradients.formula or entropy != "unused" else hidden.dtype.itemsize
     if objective.by_rows:  # here the rows are a device's own, so that they can be split too
         chunks = _chunks(batch, length, head.shape[1], itemsize)
         split, join = lambda x: x.reshape(chunks, -1, *x.shape[1:]), lambda x: x.reshape(batch, *x.shape[2:])

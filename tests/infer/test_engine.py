@@ -168,6 +168,14 @@ def test_tools_answer_inside_the_text(clever, tokenizer, conversations):
     )
 
 
+def test_outputs_are_forced_in_where_they_are_never_drawn(config, trained_params, clever, tokenizer, conversations):
+    engine = Engine(config, trained_params, tokenizer, dtype=jnp.float32, drawn=tokenizer.without_output)
+    prompts = [tokenizer.render_for_completion(conversation) for conversation in conversations]
+    assert engine.generate(prompts, max_new_tokens=60, temperature=0) == clever.generate(
+        prompts, max_new_tokens=60, temperature=0
+    )
+
+
 def test_forced_tokens_count_towards_the_limit(clever, tokenizer, conversations):
     prompt = tokenizer.render_for_completion(conversations[0])
     whole = clever.generate([prompt], max_new_tokens=35, temperature=0)[0]
