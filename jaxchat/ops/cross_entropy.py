@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxchat.ops.dispatch import Level, operation
@@ -100,7 +101,7 @@ def _head_gradient(hidden, grad):
     return jnp.einsum("btd,btv->dv", hidden, grad, preferred_element_type=jnp.float32)
 
 
-# --- Triton: from logits in the model's dtype to their gradient, in place ---------------------------------------------
+# --- Triton: from logits to their gradient, in place if both have the model's dtype -----------------------------------
 
 
 @loss_and_gradients.kernel(
@@ -109,9 +110,11 @@ def _head_gradient(hidden, grad):
     accepts=lambda *operands: operands[-1] <= KERNEL_CAP and operands[-3] != "trained",
 )
 def _(hidden, head, targets, weigh, entropy, vocab_size, cap):
-    scores = (hidden @ head).reshape(-1, head.shape[1])
+    # With an entropy the answers were sampled, from fp32 logits: rounded ones would be those of another policy.
+    dtype = hidden.dtype if entropy == "unused" else jnp.float32
+    scores = jnp.matmul(hidden, head, preferred_element_type=dtype).reshape(-1, head.shape[1])
     nll, factor, grad, entropies = cross_entropy_rows(
-        scores, targets.reshape(-1), vocab_size, cap, with_entropy=entropy == "measured"
+        scores, targets.reshape(-1), vocab_size, cap, with_entropy=entropy == "measured", dtype=hidden.dtype
     )
     weighed = weigh(nll.reshape(targets.shape), None if entropies is None else entropies.reshape(targets.shape))
     factor = (factor.reshape(targets.shape) * weighed.weights)[..., None]
@@ -122,19 +125,26 @@ def _(hidden, head, targets, weigh, entropy, vocab_size, cap):
 
 
 def cross_entropy_rows(
-    scores: Float[Array, "N V"], targets: Int[Array, "N"], vocab_size: int, cap: float, *, with_entropy: bool = False
+    scores: Float[Array, "N V"],
+    targets: Int[Array, "N"],
+    vocab_size: int,
+    cap: float,
+    *,
+    with_entropy: bool = False,
+    dtype: DTypeLike | None = None,
 ) -> tuple[Float[Array, "N"], Float[Array, "N"], Float[Array, "N V"], Float[Array, "N"] | None]:
     """-log p(target) in nats of each row, in fp32, and its gradient for `scores`; `with_entropy` also the entropy.
 
     `scores` are raw: p is the softmax of cap · tanh(scores / cap) over the first `vocab_size` columns. The gradient
-    comes as a factor for each row, in fp32, and a matrix that takes the place and dtype of `scores`. Where the target
-    is negative, the loss and the factor are 0.
+    comes as a factor for each row, in fp32, and a matrix of `dtype`, or None for that of `scores`, whose place it takes
+    if the dtypes are the same. Where the target is negative, the loss and the factor are 0.
 
     The cap bounds the exponentials (e^±cap), so that no maximum needs to be subtracted, and their sum can be divided by
     later, as the row's factor: a program reads its row once.
     """
     rows, width = scores.shape
     wide = min(2048, pl.next_power_of_2(width))
+    dtype = scores.dtype if dtype is None else jnp.dtype(dtype)
 
     def exponential(scores):
         """The exponent cap · tanh(scores / cap), its exponential, and the exponent's derivative.
@@ -175,7 +185,7 @@ def cross_entropy_rows(
             store(entropy_ref, row, jnp.log(total) - jnp.sum(sums[1]) / total)
 
     of_rows = jax.ShapeDtypeStruct((rows,), jnp.float32)
-    out = [of_rows, of_rows, jax.ShapeDtypeStruct((scores.size,), scores.dtype), *[of_rows] * with_entropy]
-    call = launch(kernel, (rows,), out, warps=8, aliases={0: 2})
+    out = [of_rows, of_rows, jax.ShapeDtypeStruct((scores.size,), dtype), *[of_rows] * with_entropy]
+    call = launch(kernel, (rows,), out, warps=8, aliases={0: 2} if scores.dtype == dtype else None)
     nll, factor, grad, *entropies = call(scores.reshape(-1), targets)
     return nll, factor, grad.reshape(scores.shape), entropies[0] if with_entropy else None

@@ -37,7 +37,7 @@ def loss(scores, targets):
 
 
 def loss_with_entropy(scores, targets):
-    return cross_entropy_rows(scores, targets, 1000, 15.0, with_entropy=True)
+    return cross_entropy_rows(scores, targets, 1000, 15.0, with_entropy=True, dtype=jnp.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_kernels_and_their_gradients(monkeypatch, function, arguments, count):
     "function, arguments",
     [
         (loss, [array(ROWS, 1024), array(ROWS, dtype=jnp.int32)]),
-        (loss_with_entropy, [array(ROWS, 1024), array(ROWS, dtype=jnp.int32)]),
+        (loss_with_entropy, [array(ROWS, 1024, dtype=jnp.float32), array(ROWS, dtype=jnp.int32)]),
         (stack_of(3), [SQUARE] * 3),
     ],
     ids=["loss", "loss with entropy", "stack"],
