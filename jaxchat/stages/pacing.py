@@ -66,6 +66,9 @@ class Paced(Source):
             self._rate = rate, put_whole(self.mesh, np.array(rate, np.float32), NOWHERE)
         return {**batch, "rate": self._rate[1]}, extra
 
+    def tokens(self, batch: Batch) -> int:
+        return self.source.tokens(batch)
+
     def get_state(self) -> dict:
         state = self.source.get_state()
         if self._taken and not self.samples:

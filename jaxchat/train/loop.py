@@ -42,6 +42,10 @@ class Source(Protocol):
         """The batch of this step, on the devices, and metrics to log with it."""
         ...
 
+    def tokens(self, batch: Batch) -> int:
+        """How many tokens the last batch has."""
+        return batch["inputs"].size
+
     def get_state(self) -> dict:
         """The position after the last batch, as JSON; after `set_state` the same batches follow."""
         ...
@@ -171,18 +175,22 @@ class Loop:
         return score
 
     def log_step(self, step: int, batch_tokens: int, results: dict[str, float], extra: dict, seconds: float) -> None:
-        """Logs a step that took `seconds`, and counts it."""
+        """Logs a step that took `seconds`, and counts it.
+
+        Its speed is that of training: the time in which the model wrote the batch itself is left out.
+        """
+        training = seconds - extra["input_seconds"] if self.source.samples else seconds
         values = {
             **{name: value for name, value in results.items() if name not in (STOP, "targets")},
             **self.schedule_values(step),
             "tokens": self.tokens + batch_tokens,
-            "tokens_per_second": batch_tokens / seconds,
+            "tokens_per_second": batch_tokens / training,
             "step_seconds": seconds,
             **extra,
         }
         peak = device_peak_flops(jax.devices()[0].device_kind)
         if peak:
-            values["mfu"] = batch_tokens / seconds * self.flops_per_token / (peak * jax.device_count())
+            values["mfu"] = batch_tokens / training * self.flops_per_token / (peak * jax.device_count())
         self.metrics.log(step, **values)
         # Counted last: an interruption above leaves the whole step unlogged, and it is logged again.
         self.train_seconds += seconds
@@ -351,11 +359,12 @@ class _Attempt:
         return batch, {**extra, "input_seconds": time.perf_counter() - began}
 
     def dispatch(self, batch: Batch, extra: dict[str, float]) -> None:
+        loop = self.loop
         self.consistent = False
-        self.state, results = self.loop.step_fn(self.state, batch)
-        self.position = self.loop.source.get_state()
+        self.state, results = loop.step_fn(self.state, batch)
+        self.position = loop.source.get_state()
         results = {**results, STOP: self.stop_flag(self.deferral.cause)}
-        self.dispatched.append(_DispatchedStep(self.step, batch["inputs"].size, results, extra, self.position))
+        self.dispatched.append(_DispatchedStep(self.step, loop.source.tokens(batch), results, extra, self.position))
         self.step, self.consistent, self.deferral.unsaved = self.step + 1, True, True
 
     def log_dispatched(self, leave: int = 0) -> None:

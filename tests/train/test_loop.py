@@ -115,6 +115,26 @@ def test_an_error_before_a_due_save_has_begun_does_not_lose_it(tmp_path, within,
     assert table(tmp_path) == table(tmp_path / "whole")
 
 
+def test_the_speed_of_a_training_leaves_out_the_time_in_which_it_samples(tmp_path):
+    class Sampling(Counting):
+        samples = True
+
+        def next_batch(self, step, params):
+            time.sleep(0.01)
+            return super().next_batch(step, params)
+
+        def tokens(self, batch):
+            return 5  # of 8 places
+
+    for source, tokens in ((Sampling(), 5), (Counting(), 8)):
+        directory = tmp_path / type(source).__name__
+        loop(directory, source=source).train(begin())
+        for line in read_metrics(directory):
+            training = line["step_seconds"] - line["input_seconds"] * source.samples
+            assert line["tokens_per_second"] == pytest.approx(tokens / training)
+            assert line["tokens"] == tokens * (line["step"] + 1)
+
+
 def test_saves_before_it_evaluates(tmp_path):
     saved = []
 
