@@ -115,11 +115,13 @@ class Training:
             newton_schulz_dtype=workspace.compute.dtype,
         )
         self.compute = for_training(workspace.experiment, workspace.mesh)
+        if self.objective is not None:  # its samples come from an engine, which does not compute in fp8
+            self.compute = dataclasses.replace(self.compute, fp8=False)
         self.startup: dict[str, float] = {}  # seconds of tracing and compiling the step
         self.choice: Choice | None = None  # of the step that was compiled last
 
-    def engine(self, params) -> Engine:
-        return Engine(self.model, params, self.tokenizer, dtype=self.workspace.compute.dtype)
+    def engine(self, params, drawn: int | None = None) -> Engine:
+        return Engine(self.model, params, self.tokenizer, dtype=self.workspace.compute.dtype, drawn=drawn)
 
     def sampler(self, metrics: Metrics, prompts: list[Prompt]) -> Evaluator:
         """Logs what the model writes after `prompts`, every `sample_every` steps and at the end."""
