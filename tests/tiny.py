@@ -24,7 +24,8 @@ ARGUMENTS = [
     "--tokenizer.vocab-size=300", "--model.depth=1", "--model.sequence-len=64",
     *(f"--{stage}.{setting}" for stage in ("pretrain", "midtrain", "sft") for setting in TRAINING),
     "--rl.tasks=sums", "--rl.questions-per-step=2", "--rl.samples-per-question=4", "--rl.num-iterations=3",
-    "--rl.max-new-tokens=8", "--rl.eval-questions=8", "--rl.eval-every=2", "--rl.device-rows=2", "--rl.save-every=1",
+    "--rl.max-new-tokens=8", "--rl.eval-questions=8", "--rl.pass-k=2",
+    "--rl.eval-every=2", "--rl.device-rows=2", "--rl.save-every=1",
     "--evaluate.tasks=sums,letters", "--evaluate.of=pretrain,sft,rl", "--evaluate.limit=8",
     "--evaluate.max-new-tokens=8", "--evaluate.batch-rows=8",
 ]  # fmt: skip

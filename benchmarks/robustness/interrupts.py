@@ -45,7 +45,8 @@ TINY = [
         "device-rows=1", "batch-tokens=512", "num-iterations=120", "save-every=20", "eval-every=50", "eval-tokens=256",
         "sample-every=100")),
     "--rl.tasks=sums", "--rl.questions-per-step=2", "--rl.samples-per-question=4", "--rl.num-iterations=20",
-    "--rl.max-new-tokens=8", "--rl.eval-questions=8", "--rl.eval-every=5", "--rl.device-rows=2", "--rl.save-every=3",
+    "--rl.max-new-tokens=8", "--rl.eval-questions=8", "--rl.pass-k=1",
+    "--rl.eval-every=5", "--rl.device-rows=2", "--rl.save-every=3",
     "--evaluate.tasks=sums,letters", "--evaluate.limit=16", "--evaluate.max-new-tokens=8",
 ]  # fmt: skip
 WORDS = ("Traceback", "Exception ignored", "Fatal", "terminate called", "Segmentation", "Error:", "Aborted")

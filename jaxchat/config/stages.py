@@ -152,7 +152,9 @@ class RLConfig(TrainConfig):
     """Sample from the k likeliest tokens. None: from all, as everything but reinforce and best_of_n needs it."""
     lr_fraction: Annotated[float, RATE] = 0.05
     eval_questions: Annotated[int, COUNT] = 400
-    """Held-out questions of an evaluation."""
+    """Questions of an evaluation, at most, of the validation split: as many of each task."""
+    pass_k: Annotated[int, Range(at_least=1, at_most=1024)] = 8
+    """Answers that are sampled to each of them, besides a greedy one: pass@1 and pass@k, of this k, follow from them."""
     eval_every: Annotated[int, EVERY] = 60
     save_every: Annotated[int, EVERY] = 60
 

@@ -26,7 +26,7 @@ from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, hidden_states, logits
 from jaxchat.ops.compute import Compute
 from jaxchat.stopping import raise_if_asked
-from jaxchat.tasks.base import LETTERS, Conversation, Mode, Task
+from jaxchat.tasks.base import LETTERS, Conversation, Mode, Task, calculations_of
 from jaxchat.tokenizer import BaseTokenizer
 
 SCORERS = min(4, os.cpu_count() or 1)  # answers that are scored at once, beside the device: a score may run a program
@@ -59,6 +59,7 @@ class Answer:
       logprobs: the log-probability of each letter as the next token, in multiple choice.
     """
 
+      calculations: of the right answer, by the calculator.
     question: str
     answer: str
     right: str
@@ -71,6 +72,7 @@ class Answer:
     logprobs: dict[str, float] | None = None
 
 
+    calculations: int = 0
 @dataclass(frozen=True)
 class TaskResult:
     """The score of a task.
@@ -310,6 +312,7 @@ def _pass_at(given: Sequence[Sequence[Sample]], samples: int) -> dict[int, float
     return {k: float(np.mean([pass_at_k(samples, count, k) for count in right])) for k in several if k <= samples}
 
 
+        calculations=calculations_of(question),
 def choose(
     engine: Engine,
     prompts: Sequence[list[int]],

@@ -1,9 +1,9 @@
-"""What a score is worth: its confidence interval, pass@k, and the mean over tasks above chance."""
+"""What a score is worth: its confidence interval, pass@k, its change, and the mean over tasks above chance."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jaxchat.errors import check
 
@@ -48,6 +48,33 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     check(1 <= k <= samples, f"pass@{k} needs at least {max(k, 1)} samples, k at least 1; there are {samples}")
     check(0 <= correct <= samples, f"{correct} of {samples} samples cannot be right")
     return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def mean_interval(estimates: Sequence[float], samples: int) -> tuple[float, float]:
+    """The 95 % confidence interval of the mean of `estimates`, each in [0, 1] and from `samples` answers to a question.
+
+    It is Wilson's, of as many independent answers as would vary as much as the estimates do (Korn and Graubard 1998,
+    Survey Methodology 24, 193-201): at least one a question, if it is the questions that differ, and at most all.
+    """
+    count = len(estimates)
+    if count == 0:
+        return 0.0, 1.0
+    mean = min(1.0, max(0.0, math.fsum(estimates) / count))
+    if mean in (0, 1) or count == 1:  # nothing is known of how much questions differ
+        return wilson_interval(mean, count)
+    variance = math.fsum((estimate - mean) ** 2 for estimate in estimates) / (count - 1)
+    independent = mean * (1 - mean) / variance if variance > 0 else math.inf  # answers to each question
+    return wilson_interval(mean, round(count * min(max(independent, 1.0), samples)))
+
+
+def paired_z(differences: Sequence[float]) -> float:
+    """By how many standard errors scores of the same questions have changed, given the difference of each; 0 if none.
+
+    If answers are right or wrong, and b have become right and c wrong, it is (b - c) / sqrt(b + c), the root of
+    McNemar's statistic (1947, doi:10.1007/BF02295996). Without a real change it is beyond 2 once in twenty times.
+    """
+    squares = math.fsum(difference**2 for difference in differences)
+    return math.fsum(differences) / math.sqrt(squares) if squares > 0 else 0.0
 
 
 def chat_core(scores: Mapping[str, float]) -> float | None:

@@ -37,7 +37,8 @@ MEASURED = 0.01  # of the budget, that measuring may take after the first step
 MEASURED_STEPS = 8
 EVALUATIONS = 5  # of a stage that trains, besides those before and after it
 EVALUATED = 50  # tokens of training for each token of an evaluation
-LEAST_QUESTIONS = 16  # of an evaluation in reinforcement learning, which otherwise asks one for each of its seconds
+PASS_K = 2  # samples of each question of an evaluation in reinforcement learning, at most
+LEAST_QUESTIONS = 16  # of such an evaluation, which otherwise asks for one answer for each of the stage's seconds
 TOKENIZER_CHARS = 2e6  # characters a second, at least, that a tokenizer is trained on
 STEPS = tuple(f"{stage}.num_iterations" for stage in ("pretrain", "midtrain", "sft"))
 # What the budget decides of a new run's settings, besides its sizes: first what decides what the stages make, to which
@@ -45,7 +46,8 @@ STEPS = tuple(f"{stage}.num_iterations" for stage in ("pretrain", "midtrain", "s
 KEPT = (*STEPS, "tokenizer.max_chars")
 FITTED = (
     *(f"{stage}.{name}" for stage in ("pretrain", "midtrain", "sft") for name in ("eval_tokens", "eval_every")),
-    *("pretrain.core_every", "midtrain.tasks", "sft.tasks", "rl.eval_questions", "evaluate.core", "evaluate.limit"),
+    *("pretrain.core_every", "midtrain.tasks", "sft.tasks", "rl.eval_questions", "rl.pass_k"),
+    *("evaluate.core", "evaluate.limit"),
 )
 
 
@@ -223,7 +225,10 @@ def _lengths(experiment: Experiment, budget: TimeBudget, pace: Pace | None, give
         "pretrain.core_every": 0,
         "midtrain.tasks": (),
         "sft.tasks": (),
-        "rl.eval_questions": min(experiment.rl.eval_questions, max(LEAST_QUESTIONS, int(budget.share("rl")))),
+        "rl.eval_questions": min(
+            experiment.rl.eval_questions, max(LEAST_QUESTIONS, int(budget.share("rl") / (1 + PASS_K)))
+        ),
+        "rl.pass_k": min(experiment.rl.pass_k, PASS_K),
         "evaluate.core": (),
         "evaluate.limit": None,
     }

@@ -14,7 +14,7 @@ from jaxchat.config import Experiment
 
 # Fields of a stage's own section. Rows at once: a step's batch and the mean over it stay the same.
 _FREE = {
-    "eval_every", "sample_every", "save_every", "eval_tokens", "eval_questions", "device_rows", "humaneval",
+    "eval_every", "sample_every", "save_every", "eval_tokens", "eval_questions", "pass_k", "device_rows", "humaneval",
     "uncontained", "core_every", "core_per_task", "tasks_every", "task_questions",
 }  # fmt: skip
 # Where tasks are only scored; reinforcement learning trains on its own.

@@ -1,4 +1,4 @@
-"""All plots, as PNG: one look, what was measured as a thin line or points, its trend in front.
+"""Plots, as PNG: one look, what was measured as a thin line or points, its trend in front.
 
 A `Curve` is the steps of a metric (rising) and its values; `curves` gathers them by stage and metric name. What there
 is not enough of is not drawn: a curve needs two points.
@@ -28,7 +28,7 @@ Curves = dict[str, dict[str, Curve]]
 
 # Okabe and Ito, "Color universal design" (2008): told apart with every kind of colour vision.
 COLOURS = {"pretrain": "#0072B2", "midtrain": "#E69F00", "sft": "#009E73", "rl": "#CC79A7"}
-_TASK_COLOURS = (*COLOURS.values(), "#56B4E9", "#D55E00", "#000000")
+TASK_COLOURS = (*COLOURS.values(), "#56B4E9", "#D55E00", "#000000")
 _SUGGESTED = "#D55E00"
 GREY = "#555555"
 _LEARNING_RATES = {"lr_matrix": "matrices (Muon)", "lr_embedding": "embedding (Adam)", "lr_head": "head (Adam)"}
@@ -105,7 +105,7 @@ def all_plots(
     scores: dict[str, dict[str, dict[str, Any]]],
     turned: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, bytes]:
-    """File name to PNG of every plot there is something for.
+    """File name to PNG of every plot there is something for, besides those of `rl_plots`.
 
     Args:
       scores: stage to task to `score`, the share answered right, with its interval `low` and `high` if that is known.
@@ -114,10 +114,9 @@ def all_plots(
     by_stage = curves(records)
     with style():
         figures = {
-            "loss.png": _panels(by_stage, "loss", "training loss (nats per token)", _draw_trend),
+            "loss.png": _panels(by_stage, "loss", "training loss (nats per token)", draw_trend),
             "bpb.png": _panels(by_stage, "bpb", "validation bits per byte", _draw_points, turned),
             "learning_rates.png": _learning_rates(by_stage),
-            "reward.png": _reward(by_stage.get("rl", {})),
             "core.png": _core(by_stage.get("pretrain", {})),
             "task_scores.png": _task_scores(by_stage),
             "evaluation.png": _evaluation(scores),
@@ -167,7 +166,7 @@ def _draw_range(axes: Axes, test: RangeCurve) -> dict[str, Line2D]:
     axes.set_xscale("log")
     axes.set_xlim(test.rates[0], test.rates[-1])
     axes.set_xlabel(f"learning rate (optimizer.{test.group}-lr)")
-    _titles(axes, test.group, "no suggestion" if test.suggested is None else f"suggested {test.suggested:g}")
+    titles(axes, test.group, "no suggestion" if test.suggested is None else f"suggested {test.suggested:g}")
     return lines
 
 
@@ -175,7 +174,7 @@ def _stages_with(by_stage: Curves, name: str) -> list[str]:
     return [s for s in STAGES if name in by_stage.get(s, {}) and len(by_stage[s][name][0]) > 1]
 
 
-def _steps_axis(axes: Axes) -> None:
+def steps_axis(axes: Axes) -> None:
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
@@ -202,8 +201,8 @@ def _panels(
         curve = by_stage[stage][name]
         end = draw(axes, stage, curve)
         best = _draw_turn(axes, curve, turned[stage]) if stage in turned else ""
-        _titles(axes, stage, f"{best}{end:.3f} at the end" if stage != "rl" else "")
-        _steps_axis(axes)
+        titles(axes, stage, f"{best}{end:.3f} at the end" if stage != "rl" else "")
+        steps_axis(axes)
         if stage == "pretrain":
             _settled_limits(axes, curve[1])
         if stage == "rl":
@@ -213,7 +212,7 @@ def _panels(
     return figure
 
 
-def _draw_trend(axes: Axes, stage: str, curve: Curve, label: str | None = None) -> float:
+def draw_trend(axes: Axes, stage: str, curve: Curve, label: str | None = None) -> float:
     """Draws what was measured and its trend; returns the trend's last value."""
     steps, values = curve
     trend = smoothed(values, steep_start=stage == "pretrain")
@@ -237,7 +236,7 @@ def _draw_turn(axes: Axes, curve: Curve, step: int) -> str:
     return f"{values[0]:.3f} at step {step:,}, "
 
 
-def _titles(axes: Axes, stage: str, result: str) -> None:
+def titles(axes: Axes, stage: str, result: str) -> None:
     axes.set_title(stage)
     axes.set_title(result, loc="right", fontsize=10, fontweight="normal", color=GREY)
 
@@ -266,28 +265,9 @@ def _learning_rates(by_stage: Curves) -> Figure | None:
     for axes, stage in zip(grid[0], stages, strict=True):
         axes.set_title(stage)
     for axes in grid[-1]:
-        _steps_axis(axes)
+        steps_axis(axes)
     figure.align_ylabels()
     figure.suptitle("learning rate", x=0.01, ha="left", fontsize=10, color=GREY)
-    return figure
-
-
-def _reward(rl: dict[str, Curve]) -> Figure | None:
-    drawn = [name for name in ("reward", "reward_eval") if name in rl and len(rl[name][0]) > 1]
-    if not drawn:
-        return None
-    figure = Figure(figsize=(7.0, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title("rl")
-    if "reward" in drawn:
-        _draw_trend(axes, "rl", rl["reward"], "training questions, sampled")
-    if "reward_eval" in drawn:
-        steps, values = rl["reward_eval"]
-        axes.plot(steps, values, color="black", linewidth=1, marker="o", markersize=5, label="evaluation questions")
-        _titles(axes, "rl", f"evaluation questions: {values[0]:.2f} before, {values[-1]:.2f} after")
-    axes.set_ylabel("mean reward")
-    _steps_axis(axes)
-    axes.legend(loc="best")
     return figure
 
 
@@ -299,11 +279,11 @@ def _core(pretrain: dict[str, Curve]) -> Figure | None:
     figure = Figure(figsize=(7.0, 3.6), layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(0, color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="guessing")
-    for name, colour in zip(means, _TASK_COLOURS, strict=False):
+    for name, colour in zip(means, TASK_COLOURS, strict=False):
         axes.plot(*pretrain[name], color=colour, linewidth=1.5, marker="o", markersize=4, label=core_name(name))
-    _titles(axes, "pretrain", ", ".join(f"{pretrain[name][1][-1]:.3f}" for name in means) + " at the end")
+    titles(axes, "pretrain", ", ".join(f"{pretrain[name][1][-1]:.3f}" for name in means) + " at the end")
     axes.set_ylabel("share above guessing, mean over tasks")
-    _steps_axis(axes)
+    steps_axis(axes)
     axes.legend(loc="best")
     return figure
 
@@ -321,7 +301,7 @@ def _task_scores(by_stage: Curves) -> Figure | None:
         for number, name in enumerate(names):
             if stage not in _stages_with(by_stage, name):
                 continue
-            (steps, values), colour = by_stage[stage][name], _TASK_COLOURS[number % len(_TASK_COLOURS)]
+            (steps, values), colour = by_stage[stage][name], TASK_COLOURS[number % len(TASK_COLOURS)]
             task = name.removeprefix(prefix)
             (line,) = axes.plot(
                 steps, 100 * values, color=colour, linewidth=1.5, marker="o", markersize=4, clip_on=False
@@ -331,7 +311,7 @@ def _task_scores(by_stage: Curves) -> Figure | None:
                 axes.fill_between(steps, *(100 * end[1] for end in ends if end), color=colour, alpha=0.12, linewidth=0)
             drawn[task.replace("_", " ")] = line
         axes.set_title(stage)
-        _steps_axis(axes)
+        steps_axis(axes)
     panels[0].set_ylim(bottom=0)
     panels[0].yaxis.set_major_formatter(PercentFormatter(decimals=0))
     panels[0].set_ylabel("answered right, of a sample")

@@ -10,18 +10,21 @@ from __future__ import annotations
 import dataclasses
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from etils import epath
 
 from jaxchat.config import STAGES, CostConfig, Experiment
+from jaxchat.runs.comparison import validation_of
 from jaxchat.runs.directory import TRAINED, RunDirectory
 from jaxchat.runs.files import Object, read_lines, write_bytes, write_json
 from jaxchat.runs.plots import Curve, all_plots, curves
 from jaxchat.runs.records import turned_at
 from jaxchat.runs.report_page import page
+from jaxchat.runs.rl_plots import rl_plots
 from jaxchat.runs.tables import VERSIONS, core_means
 from jaxchat.runs.time_budget import read_record as read_budget
 
@@ -30,22 +33,28 @@ _ANSWER = Object({"question": str, "answer": str, "right": str, "score": float, 
 
 
 def write_report(
-    directory: RunDirectory, *, vocab_size: int, parameters: int, say: Callable[[str], None] = lambda line: None
+    directory: RunDirectory,
+    *,
+    vocab_size: int,
+    parameters: int,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Writes `report.json`, `report.md` and `plots/*.png` into a run directory.
 
     Args:
       vocab_size: the size of the run's vocabulary.
       parameters: the number of the model's parameters.
+      changes: what became of the test's answers from stage to stage (`jaxchat.eval.changes`).
       say: takes lines for the user.
 
     Raises:
       UserError: it is not a run directory, or a file in it is damaged or cannot be written.
     """
     run_dir, records = directory.path, directory.read_metrics(say)
-    report = build_report(directory, records, vocab_size, parameters)
+    report = {**build_report(directory, records, vocab_size, parameters), "changes": dict(changes)}
     turned = {stage: step for stage, entry in report["stages"].items() if (step := turned_at(entry)) is not None}
-    plots = all_plots(records, _asked_alike(records, report["scores"]), turned)
+    plots = all_plots(records, _asked_alike(records, report["scores"]), turned) | rl_plots(records)
     for name, png in plots.items():
         write_bytes(run_dir / "plots" / name, png)
     write_json(run_dir / "report.json", report)
@@ -63,8 +72,9 @@ def build_report(
     stage's result and the share of each task answered correctly, `scores` the same shares with their intervals and the
     settings they were measured with, `chat_core` ChatCORE by stage, `core` for each stage that was measured by it the
     means and the tasks of CORE, `answers` a few answers of the last stage that was scored, `rl` the reward before and
-    after if it was evaluated. `stale` has the stages that are left out, with what was made again since they were made
-    from it. `budget` is what `RUN/budget.json` had when the report was written; None without one.
+    after, and `validation` (`comparison.validation_of`), if it was evaluated. `stale` has the stages that are left out,
+    with what was made again since they were made from it. `budget` is what `RUN/budget.json` had when the report was
+    written; None without one.
     """
     experiment = directory.read_config()
     records_of = {stage: record for stage in STAGES if (record := directory.read_record(stage)) is not None}
@@ -91,7 +101,7 @@ def build_report(
         "chat_core": {record["of"]: record["chat_core"] for record in records if "chat_core" in record},
         "core": _core(records),
         "answers": _answers(directory, scores),
-        "rl": _reward(by_stage.get("rl", {})),
+        "rl": _rl(by_stage.get("rl", {})),
         "stages": stages,
         "stale": stale,
         "budget": read_budget(directory.path),
@@ -236,9 +246,13 @@ def _answers(directory: RunDirectory, scores: dict[str, Any]) -> dict[str, dict[
     return {stage: found} if found else {}
 
 
-def _reward(rl: dict[str, Curve]) -> dict[str, float]:
+def _rl(rl: dict[str, Curve]) -> dict[str, Any]:
     _, rewards = rl.get("reward_eval", ((), ()))
-    return {"reward_before": float(rewards[0]), "reward_after": float(rewards[-1])} if len(rewards) > 1 else {}
+    found: dict[str, Any] = {}
+    if len(rewards) > 1:
+        found = {"reward_before": float(rewards[0]), "reward_after": float(rewards[-1])}
+    validation = validation_of(rl)
+    return {**found, "validation": validation} if validation else found
 
 
 def _shown_path(run_dir: epath.Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.config import model_width
+from jaxchat.runs.comparison import changes_table, validation_table
 from jaxchat.runs.progress import format_count, format_duration, format_left_out
 from jaxchat.runs.tables import core_means, core_table, interval
 from jaxchat.runs.time_budget import describe as describe_budget
@@ -24,9 +25,13 @@ _CAPTIONS = {
     "task_scores.png": "A sample of held-out questions answered correctly during training, in percent; bands are 95 % "
     "intervals.",
     "reward.png": "Mean reward during reinforcement learning.",
+    "validation.png": "Validation questions during reinforcement learning: answered right greedily (greedy) and by at "
+    "least one of k sampled answers (pass@k), in percent; bands are 95 % intervals.",
+    "rollouts.png": "The answers that reinforcement learning sampled: measured (thin) and the trend (thick).",
     "learning_rates.png": "Learning rates of the parameter groups.",
 }
-_COURSE = ("loss.png", "bpb.png", "core.png", "task_scores.png", "reward.png", "learning_rates.png")
+_COURSE = ("loss.png", "bpb.png", "core.png", "task_scores.png", "learning_rates.png")
+_OF_RL = ("reward.png", "validation.png", "rollouts.png")
 _TOOL_CALL = re.compile(
     r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.DOTALL
 )
@@ -46,6 +51,7 @@ def page(report: dict[str, Any], plots: list[str], shown_path: str) -> str:
         _story(report),
         _how_to_talk(report, shown_path),
         _can_do(report, plots),
+        _rl(report, plots),
         _answers(report),
         _samples(report),
         _road(report),
@@ -129,6 +135,8 @@ def _can_do(report: dict[str, Any], plots: list[str]) -> str:
         parts.append(_table([[row[i] for i in known] for row in [header, *rows]]))
         if any("low" in facts for found in report.get("scores", {}).values() for facts in found.values()):
             parts.append("In parentheses: the interval that holds the score of such questions with 95 % confidence.")
+    if changes := report.get("changes"):
+        parts.append(changes_table(*list(changes.items())[-1]))
     if chat_core := report.get("chat_core"):
         values = ", ".join(f"{value:.4f} after {stage}" for stage, value in chat_core.items())
         parts.append(f"ChatCORE, the mean of how far above chance nanochat's five tasks are: {values}.")
@@ -145,13 +153,22 @@ def _can_do(report: dict[str, Any], plots: list[str]) -> str:
     if means := core_means(measured):
         values = "; ".join(f"{core_name(name)}, {measured[name]:.4f}" for name in means)
         parts.append(f"CORE on a sample of its tasks, at the end of pretraining: {values} (0 is guessing).")
-    if report["rl"]:
-        before, after = report["rl"]["reward_before"], report["rl"]["reward_after"]
-        parts.append(
-            f"Mean reward on evaluation questions: {before:.3f} before reinforcement learning, {after:.3f} after it."
-        )
-    parts += _rl_facts(report["stages"].get("rl", {}))
     return "\n\n".join(["## What it can do", *parts]) if parts else ""
+
+
+def _rl(report: dict[str, Any], plots: list[str]) -> str:
+    """What reinforcement learning changed, if it has trained."""
+    parts, rewards = [], report["rl"]
+    if "reward_before" in rewards:
+        before, after = rewards["reward_before"], rewards["reward_after"]
+        parts.append(
+            f"Mean reward on validation questions: {before:.3f} before reinforcement learning, {after:.3f} after it."
+        )
+    if validation := rewards.get("validation"):
+        parts.append(validation_table(validation))
+    parts += _rl_facts(report["stages"].get("rl", {}))
+    parts += [_plot(name) for name in _OF_RL if name in plots]
+    return "\n\n".join(["## What reinforcement learning changed", *parts]) if parts else ""
 
 
 def core_name(metric: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxchat.devices.processes import on_process_zero
+from jaxchat.eval.changes import changes, describe
 from jaxchat.eval.chat import Progress, TaskResult, evaluate_task
 from jaxchat.eval.core import Bundle, evaluate_core, find_bundle, load_bundle
 from jaxchat.eval.statistics import CHANCE, chat_core
@@ -80,6 +81,8 @@ def run(workspace: Workspace) -> None:
         if bundle is not None:  # last: on a CPU it takes hours
             for stage, settings in missing_core.items():
                 _measure_core(workspace, model, stage, bundle, settings, metrics)
+    for line in on_process_zero(lambda: _changes(workspace)):
+        workspace.say(line)
     workspace.finish("evaluate", parent=None, seconds=time.time() - began, started=began)
 
 
@@ -201,6 +204,15 @@ def _fits(
 def _keep_answers(workspace: Workspace, stage: str, result: TaskResult) -> None:
     lines = [json.dumps(dataclasses.asdict(answer), ensure_ascii=False) + "\n" for answer in result.answers]
     write_bytes(workspace.directory.answers(stage, result.name), "".join(lines).encode())
+
+
+def _changes(workspace: Workspace) -> list[str]:
+    """What became of each task's answers from the model of one stage to that of the next."""
+    return [
+        f"evaluate  {stage:<9} {task:<14} since {found['before']} {describe(change)}"
+        for stage, found in changes(workspace.directory).items()
+        for task, change in found["tasks"].items()
+    ]
 
 
 def _log_chat_core(workspace: Workspace, metrics: Metrics, stage: str, step: int, scores: dict[str, float]) -> None:

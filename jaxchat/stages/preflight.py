@@ -148,7 +148,7 @@ class _Preflight:
             self._check_questions(stage, [task for _, _, task in found if task is not None])
             for name in names if stage == "rl" else ():
                 with contextlib.suppress(MissingData):
-                    self._load(name, "test")  # asked to measure the progress
+                    self._load(name, "val")  # asked to measure the progress
             return
         check(bool(found), f"{stage}: the data folder has none of its tasks: {', '.join(missing)}")
         if all(task is not None for _, _, task in found):

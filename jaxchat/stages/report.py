@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxchat.devices.processes import on_process_zero
+from jaxchat.eval.changes import changes
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.parameters import count_parameters
 from jaxchat.runs.report import write_report
@@ -23,5 +24,6 @@ def _write(workspace: Workspace) -> None:
         directory,
         vocab_size=vocab_size,
         parameters=count_parameters(model).total,
+        changes=changes(directory),
         say=lambda line: workspace.say(f"report    {line}"),
     )

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat.devices.processes import on_process_zero
 from jaxchat.errors import check
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, hidden_states
 from jaxchat.ops.compute import Compute
+from jaxchat.rl.evaluation import Validation, describe, hold_out_questions, spread_over_tasks
 from jaxchat.rl.objectives import PolicyObjective
 from jaxchat.rl.record import Record
 from jaxchat.rl.reward import SECONDS, OwnReward, own_reward
-from jaxchat.rl.rollouts import Rollouts, questions_of, sampling, score
+from jaxchat.rl.rollouts import Question, Rollouts, questions_of
 from jaxchat.rl.signal import TOLD
 from jaxchat.stages.samples import prompts_of_chats
 from jaxchat.stages.training import Training
 from jaxchat.stages.workspace import Workspace
-from jaxchat.tasks import Task
+from jaxchat.tasks import Task, parse_mixture
 from jaxchat.tasks.items import spread
 from jaxchat.train.loop import Evaluator
 from jaxchat.train.loss import LossConfig, token_nll
@@ -30,7 +32,6 @@ from jaxchat.train.step import Batch
 SAMPLES = 3
 LOOKED_AT = 200  # questions, for how much room the context leaves for their answers
 MOST_DIFFERENCE = 0.01  # between the probabilities of a token in sampling and training; below 0.005 is rounding
-EVALUATION_SEED = 0
 
 
 def run(workspace: Workspace) -> None:
@@ -57,17 +58,13 @@ def _train(workspace: Workspace, tasks: list[Task], own: OwnReward | None) -> No
     """The same with the tasks at hand; `own` rewards in their place."""
     experiment, tokenizer = workspace.experiment, workspace.tokenizer()
     config, model = experiment.rl, workspace.model_config(tokenizer)
-    questions = questions_of(tasks, tokenizer, model.sequence_len)
+    fitting = questions_of(tasks, tokenizer, model.sequence_len)
     check(
-        bool(questions),
+        bool(fitting),
         f"rl: none of its tasks' questions fits into model.sequence-len {model.sequence_len}; name rl.tasks with "
         "shorter ones",
     )
-    tests = workspace.load_tasks("rl", config.tasks, "test", quiet=True)
-    held_out = questions_of(tests, tokenizer, model.sequence_len)
-    if not held_out:
-        workspace.say("rl        its tasks have no test questions: reward_eval is measured on training questions")
-        held_out = questions
+    questions, asked = _split(workspace, fitting, model.sequence_len)
     parent = workspace.parent_of("rl")
     params, step = workspace.load_params(parent, model)
     steps = config.num_iterations or max(1, len(questions) // config.questions_per_step) * config.updates_per_batch
@@ -93,20 +90,20 @@ def _train(workspace: Workspace, tasks: list[Task], own: OwnReward | None) -> No
         own=own,
         record=record,
     )
-    left_out = sum(map(len, tasks)) - len(questions)
+    left_out = sum(map(len, tasks)) - len(fitting)
     if left_out:
         workspace.say(f"rl        {left_out:,} of its questions fill model.sequence-len {model.sequence_len}: left out")
-    asked = spread(held_out, config.eval_questions)
+    folder = workspace.directory.path / "rl" / "validation"
+    validation = Validation(config, asked, tokenizer, folder, own)
 
-    def evaluate(step, params):
-        engine = training.engine(params)
-        prompts = [tokenizer.render_for_completion(conversation) for _, conversation in asked]
-        completions = engine.generate(prompts, **sampling(config), seed=EVALUATION_SEED)
-        for name, by in (("reward_eval", own), *((("score_eval", None),) if own is not None else ())):
-            rewards = np.array(on_process_zero(lambda by=by: score(asked, completions, tokenizer, by)))
-            known = rewards[np.isfinite(rewards)]
-            if len(known):
-                yield name, float(known.mean())
+    def validate(metrics):
+        def measure(step, params):
+            progress = functools.partial(metrics.progress, "validating")
+            values = validation.measure(step, training.engine(params), progress)
+            metrics.note(f"step {step:,}: {describe(values)}")
+            return values.items()
+
+        return Evaluator(config.eval_every, measure)
 
     some = spread(questions, LOOKED_AT)
     lengths = [len(tokenizer.render_for_completion(conversation)) for _, conversation in some]
@@ -132,14 +129,14 @@ def _train(workspace: Workspace, tasks: list[Task], own: OwnReward | None) -> No
                 "--precision=float32"
             )
 
-    prompts = prompts_of_chats(tokenizer, [conversation for _, conversation in spread(held_out, SAMPLES)])
+    prompts = prompts_of_chats(tokenizer, [conversation for _, conversation in spread(asked, SAMPLES)])
 
     def evaluators(metrics):
+        source.progress = functools.partial(metrics.progress, "scoring answers")
         if own is not None:
-            own.note = metrics.note
-            own.progress = lambda done, total: metrics.progress("scoring answers", done, total)
+            own.note, own.progress = metrics.note, source.progress
         return (
-            Evaluator(config.eval_every, evaluate),
+            validate(metrics),
             training.sampler(metrics, prompts),
         )
 
@@ -168,6 +165,22 @@ def _train(workspace: Workspace, tasks: list[Task], own: OwnReward | None) -> No
 
 def reference_of(
     model: GPTConfig, params: Params, compute: Compute, temperature: float
+def _split(workspace: Workspace, fitting: list[Question], context: int) -> tuple[list[Question], list[Question]]:
+    """The questions to train on, of those that fit into the context, and those of an evaluation."""
+    most = workspace.experiment.rl.eval_questions
+    names = tuple(dict.fromkeys(name for name, _ in parse_mixture(workspace.experiment.rl.tasks)))
+    own = questions_of(workspace.load_tasks("rl", names, "val", quiet=True), workspace.tokenizer(), context)
+    questions, held_out = hold_out_questions(fitting, own)
+    if not held_out:
+        workspace.say("rl        its tasks have no questions besides those of training: it is validated on these")
+        return questions, spread_over_tasks(questions, most)
+    asked = spread_over_tasks(held_out, most)
+    counts = Counter(task.name for task, _ in asked)
+    shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    workspace.say(f"rl        validated on questions that are held out from training: {shown}")
+    return questions, asked
+
+
 ) -> Callable[[Batch], jax.Array]:
     """The log-probabilities `[accumulation, rows, T]` of a batch's targets for a copy of `params`."""
     kept = jax.tree.map(jnp.copy, params)

@@ -123,6 +123,12 @@ def question_and_answer(question: str, answer: str | list[dict[str, str]], /, **
     return {"messages": messages, **extra}
 
 
+def calculations_of(conversation: Conversation) -> int:
+    """The calls of the calculator in a conversation's last message, a right answer: how many steps it takes."""
+    content = conversation["messages"][-1]["content"]
+    return 0 if isinstance(content, str) else sum(part["type"] == "python" for part in content)
+
+
 def multiple_choice_question(
     question: str,
     choices: Sequence[str],

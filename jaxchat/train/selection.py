@@ -77,7 +77,7 @@ def forget_scores(checkpoints: Checkpoints, step: int, before: dict[str, Any], n
       before, now: the checkpoints' `meta`, as the training has written it, and as it writes it now.
     """
     sizes = [
-        {name: value for name, value in _settings(meta).items() if name in ("eval_tokens", "eval_questions")}
+        {name: value for name, value in _settings(meta).items() if name in ("eval_tokens", "eval_questions", "pass_k")}
         for meta in (before, now)
     ]
     checkpoints.forget_scores(after=step if sizes[0] == sizes[1] else 0)

@@ -81,7 +81,7 @@ def test_generative(engine, sums):
     assert (result.name, result.count) == ("sums", 6)
     assert result.score == pytest.approx(5 / 6)
     said = "<|python_start|>2+3<|python_end|><|output_start|>5<|output_end|>5"
-    assert result.answers[0] == Answer("2 and 3?", said, right="5", score=1.0, cut=False)
+    assert result.answers[0] == Answer("2 and 3?", said, right="5", score=1.0, cut=False, calculations=1)
     assert [answer.index for answer in result.answers] == [*range(6)]
     assert (result.cut, result.too_long, len(result.answers)) == (0, 0, 6)
     few = evaluate_task(engine, sums, max_new_tokens=16, batch_size="auto", limit=3)

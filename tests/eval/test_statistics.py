@@ -3,12 +3,13 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxchat.errors import UserError
-from jaxchat.eval.statistics import CHANCE, chat_core, pass_at_k, wilson_interval
+from jaxchat.eval.statistics import CHANCE, chat_core, mean_interval, paired_z, pass_at_k, wilson_interval
 
 
 # Newcombe 1998 (doi:10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0.CO;2-E), table I, method 3.
@@ -50,6 +51,42 @@ def test_pass_at_k_is_the_mean_over_all_choices_of_k(samples):
 def test_pass_at_k_of_many_samples():
     product = 1 - math.prod(1 - 100 / i for i in range(200 - 3 + 1, 201))
     assert pass_at_k(200, 3, 100) == pytest.approx(product, rel=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("a, b", [(0.1, 0.1), (0.5, 0.5), (2.0, 2.0), (1.0, 19.0), (0.2, 3.8), (19.0, 1.0)])
+def test_the_interval_of_pass_at_k_holds_the_truth(a, b, k):
+    """In 95 of 100 evaluations of 100 questions, 8 samples each, alike or not."""
+    rng, evaluations, questions, samples = np.random.default_rng(1), 600, 100, 8
+    right = rng.binomial(samples, rng.beta(a, b, (evaluations, questions)))
+    truth = 1 - math.exp(sum(math.log((b + i) / (a + b + i)) for i in range(k)))  # 1 - E (1 - p)^k
+    of_count = [pass_at_k(samples, c, k) for c in range(samples + 1)]
+    ends = [mean_interval([of_count[c] for c in row], samples) for row in right.tolist()]
+    assert 0.92 <= np.mean([low <= truth <= high for low, high in ends]) <= 0.985
+    wilson = [wilson_interval(float(np.mean([of_count[c] for c in row])), questions) for row in right.tolist()]
+    assert all(high - low <= end - start + 1e-12 for (low, high), (start, end) in zip(ends, wilson, strict=True))
+
+
+def test_an_interval_knows_no_more_than_its_questions_and_samples():
+    assert mean_interval([], 8) == (0.0, 1.0)
+    assert mean_interval([0.0] * 20, 8) == wilson_interval(0.0, 20)
+    assert mean_interval([0.5], 8) == wilson_interval(0.5, 1)
+    assert mean_interval([0.25] * 20, 8) == wilson_interval(0.25, 160)  # all alike: as good as new questions
+    assert mean_interval([0.0, 1.0] * 10, 8) == wilson_interval(0.5, 20)  # samples of a question tell nothing new
+
+
+@given(st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.25, 1.0]), min_size=1, max_size=9))
+def test_z_is_in_deviations_of_all_ways_to_exchange_before_and_after(differences):
+    sums = [sum(s * d for s, d in zip(signs, differences, strict=True))
+            for signs in itertools.product((-1, 1), repeat=len(differences))]  # fmt: skip
+    assert paired_z(differences) * float(np.std(sums)) == pytest.approx(sum(differences))
+
+
+def test_z_of_right_and_wrong_is_mcnemars():
+    assert paired_z([1] * 55 + [-1] * 2 + [0] * 143) == pytest.approx(53 / math.sqrt(57))
+    assert paired_z([0, 0]) == paired_z([]) == 0
+    flips = np.random.default_rng(2).choice([-1, 0, 1], p=[0.1, 0.8, 0.1], size=(2000, 200))
+    assert np.mean([abs(paired_z(row)) > 1.96 for row in flips.tolist()]) == pytest.approx(0.05, abs=0.015)
 
 
 def test_chat_core():

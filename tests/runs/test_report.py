@@ -184,6 +184,62 @@ def test_report_md_says_what_rl_had_to_teach(run_dir, tmp_path):
     assert "Reinforcement learning changed nothing: all answers" in (tmp_path / "report.md").read_text()
 
 
+def measured(step, shares, asked=40):
+    """The metrics of an evaluation in RL; a share's interval is 0.125 on either side."""
+    values = {}
+    for name, share in shares.items():
+        measure, slash, part = name.partition("/")
+        values |= {
+            name: share,
+            **{f"{measure}_{end}{slash}{part}": share + way for end, way in (("low", -0.125), ("high", 0.125))},
+        }
+        values[f"asked{slash}{part}"] = asked if not part else asked // 2
+        if step:
+            values[f"{measure}_z{slash}{part}"] = 2.5
+        if step and measure == "greedy":
+            values |= {f"greedy_gained{slash}{part}": 11, f"greedy_lost{slash}{part}": 1}
+    return values
+
+
+def test_report_md_compares_before_and_after(tmp_path):
+    begin(tmp_path)
+    names = [
+        f"{name}{part}" for part in ("", "/long_sums", "/gsm8k", "/gsm8k/2") for name in ("greedy", "pass_1", "pass_8")
+    ]
+    with Metrics(tmp_path, "rl", live=False) as metrics:
+        metrics.log(0, reward_eval=0.25, **measured(0, dict.fromkeys(names, 0.25)))
+        for step in range(8):
+            rolled = {"entropy": 0.5, "completion_tokens": 20.0 + step, "groups_without_signal": 0.5, "cut": 0.0}
+            metrics.log(step, reward=0.2 + 0.05 * step, **rolled)
+        metrics.log(4, **measured(4, dict.fromkeys(names, 0.375)))
+        metrics.log(8, reward_eval=0.5, **measured(8, dict.fromkeys(names, 0.5)))
+    for stage in ("sft", "rl"):
+        finish(tmp_path, stage, seconds=1, steps=8)
+    half = {
+        "before": 0.25,
+        "before_low": 0.125,
+        "before_high": 0.375,
+        "after": 0.5,
+        "after_low": 0.375,
+        "after_high": 0.625,
+    }
+    change = {"count": 200, **half, "gained": 55, "lost": 2, "z": 7.02}
+    changes = {"rl": {"before": "sft", "tasks": {"gsm8k": {**change, "calculations": {"3": {**change, "count": 9}}}}}}
+    write_report(RunDirectory(tmp_path), vocab_size=4096, parameters=1, changes=changes)
+    report, text = json.loads((tmp_path / "report.json").read_text()), (tmp_path / "report.md").read_text()
+    assert report["changes"] == changes
+    assert report["rl"]["validation"]["gsm8k/2"]["greedy"] == {"asked": 20, **half, "gained": 11, "lost": 1, "z": 2.5}
+    assert list(report["rl"]["validation"]) == ["all", "long_sums", "gsm8k", "gsm8k/2"]
+    assert "| all of them | greedy | 40 | 25.0% (12.5 to 37.5) | 50.0% (37.5 to 62.5) | 11 | 1 | 2.5 |" in text
+    assert "|  | pass@8 |  | 25.0% (12.5 to 37.5) | 50.0% (37.5 to 62.5) |  |  | 2.5 |" in text
+    assert "| gsm8k, 2 calculations | greedy | 20 |" in text
+    assert "| held-out questions | asked | after sft | after rl | wrong → right | right → wrong | z |" in text
+    assert "| gsm8k, 3 calculations | 9 | 25.0% (12.5 to 37.5) | 50.0% (37.5 to 62.5) | 55 | 2 | 7.0 |" in text
+    for name in ("reward", "validation", "rollouts"):
+        assert f"](plots/{name}.png)" in text
+        test_plots_are_not_blank(tmp_path, name)
+
+
 def test_report_md_says_which_text_was_read_as_what(tmp_path):
     begin(tmp_path)
     text = {

@@ -60,7 +60,9 @@ class TestWholeRun:
             assert values(finished, stage, "tokens")[-1] == (STEPS - 1, 512 * STEPS)
             assert record(finished, stage)["tokens"] == 512 * STEPS
         assert [step for step, _ in values(finished, "rl", "reward")] == [0, 1, 2]
-        assert [step for step, _ in values(finished, "rl", "reward_eval")] == [0, 2, 3]
+        for name in ("reward_eval", "greedy", "greedy_low/sums", "pass_1", "pass_2/sums"):
+            assert [step for step, _ in values(finished, "rl", name)] == [0, 2, 3]
+        assert [step for step, _ in values(finished, "rl", "greedy_z")] == [2, 3]
 
     def test_training_learns(self, finished):
         bpb = dict(values(finished, "pretrain", "bpb"))
@@ -84,6 +86,28 @@ class TestWholeRun:
         assert (report["rl"]["reward_before"], report["rl"]["reward_after"]) == (rewards[0], rewards[-1])
         assert (finished / "report.md").read_text().startswith("#")
         assert (finished / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+        assert report["rl"]["validation"]["sums"]["greedy"]["asked"] == 8
+        assert {stage: entry["before"] for stage, entry in report["changes"].items()} == {
+            "sft": "pretrain",
+            "rl": "sft",
+        }
+        for task, change in report["changes"]["rl"]["tasks"].items():
+            assert [change["before"], change["after"]] == [report["evaluation"][stage][task] for stage in ("sft", "rl")]
+            assert change["gained"] - change["lost"] == round(8 * (change["after"] - change["before"]))
+
+    def test_rl_is_evaluated_on_questions_that_nobody_trains_on_or_is_tested_with(self, finished):
+        def lines(path):
+            return [json.loads(line) for line in path.read_text().splitlines()]
+
+        asked = [{line["question"] for line in lines(path)} for path in (finished / "rl" / "validation").iterdir()]
+        assert len(asked) == 3 and asked[0] == asked[1] == asked[2] and len(asked[0]) == 8
+        train, test = (
+            [line["messages"][0]["content"] for line in lines(finished / "data" / "eval" / "sums" / f"{split}.jsonl")]
+            for split in ("train", "test")
+        )
+        assert asked[0] <= set(train[19::20]) and not asked[0] & set(test)
+        trained = {line["question"] for line in lines(finished / "rl" / "rollouts.jsonl")}
+        assert trained and not trained & asked[0]
 
     def test_started_again_skips_what_is_finished(self, finished):
         files = ("metrics.jsonl", "pretrain/stage.json", "rl/stage.json", "tokenizer/tokenizer.json")
@@ -265,7 +289,7 @@ class TestResume:
         def score(asked, completions, tokenizer, own=None):
             return [sum(c.tokens) % 7 / 6 for c in completions]
 
-        for module in ("jaxchat.rl.rollouts", "jaxchat.stages.rl"):
+        for module in ("jaxchat.rl.rollouts", "jaxchat.rl.evaluation"):
             monkeypatch.setattr(f"{module}.score", score)
         whole, parts = tmp_path / "whole", tmp_path / "parts"
         for run in (whole, parts):
@@ -280,7 +304,13 @@ class TestResume:
         assert f"resuming at step {step} of" in err
         assert all(loss for _, loss in values(whole, "rl"))
         measured = ["kl", "ratio_outside", "clipped"] if options else ["entropy", "probability_difference"]
-        assert_same_training(parts, whole, "rl", "reward", "completion_tokens", "reward_eval", *measured)
+        assert_same_training(
+            parts, whole, "rl", "reward", "completion_tokens", "reward_eval", "greedy", "pass_2", *measured
+        )
+        for name in ("0.jsonl", "3.jsonl" if not options else "2.jsonl"):
+            assert (parts / "rl" / "validation" / name).read_bytes() == (
+                whole / "rl" / "validation" / name
+            ).read_bytes()
         rollouts = [run / "rl" / "rollouts.jsonl" for run in (whole, parts)]
         assert rollouts[0].read_bytes() == rollouts[1].read_bytes()
         lines = [json.loads(line) for line in rollouts[0].read_text().splitlines()]

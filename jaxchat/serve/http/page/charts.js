@@ -42,9 +42,18 @@ export const CHARTS = [
     unit: "mean of answers",
     lines: [
       { name: "reward", label: "training questions" },
-      { name: "reward_eval", label: "evaluation questions", points: true },
+      { name: "reward_eval", label: "validation questions", points: true },
     ],
     trend: true,
+    stages: ["rl"],
+  },
+  {
+    title: "Validation questions",
+    unit: "answered right",
+    match: /^(greedy|pass_\d+)$/,
+    label: ([, measure]) => measure.replace("_", "@"),
+    zero: true,
+    share: true,
     stages: ["rl"],
   },
   {
