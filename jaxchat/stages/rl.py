@@ -163,8 +163,6 @@ def _train(workspace: Workspace, tasks: list[Task], own: OwnReward | None) -> No
         workspace.say(f"rl        learnt nothing from the answers of its last {updates:,} steps: {why}")
 
 
-def reference_of(
-    model: GPTConfig, params: Params, compute: Compute, temperature: float
 def _split(workspace: Workspace, fitting: list[Question], context: int) -> tuple[list[Question], list[Question]]:
     """The questions to train on, of those that fit into the context, and those of an evaluation."""
     most = workspace.experiment.rl.eval_questions
@@ -181,6 +179,8 @@ def _split(workspace: Workspace, fitting: list[Question], context: int) -> tuple
     return questions, asked
 
 
+def reference_of(
+    model: GPTConfig, params: Params, compute: Compute, temperature: float
 ) -> Callable[[Batch], jax.Array]:
     """The log-probabilities `[accumulation, rows, T]` of a batch's targets for a copy of `params`."""
     kept = jax.tree.map(jnp.copy, params)
