@@ -123,14 +123,14 @@ class GPT(nnx.Module):
         self.blocks = nnx.List([Block(config, window, rngs=rngs) for window in config.windows])
         self.head = Linear(config.width, config.padded_vocab_size, rngs=rngs, zeros=True)
 
-    def __call__(self, tokens: Int[Array, "B T"], compute: Compute):
+    def __call__(self, tokens: Int[Array, "B T"], compute: Compute, documents: Int[Array, "B T"] | None = None):
         positions = jnp.arange(tokens.shape[1])[None]  # the same for all rows
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_base)
         # Left to itself, the compiler splits the residual stream as fsdp splits the embedding's rows, and moves it
         # between devices in each block instead of the weights.
         x = rms_norm(split_rows(compute.mesh, self.embed(tokens, compute.dtype)))
-        border, documents = self.config.border_token, None
-        if border is not None:
+        border = self.config.border_token
+        if documents is None and border is not None:
             documents = jnp.cumsum(tokens == border, axis=1)
         for block in self.blocks:
             graph, weights = nnx.split(block)
@@ -194,10 +194,18 @@ def init_params(config: GPTConfig, key: PRNGKeyArray) -> Params:
 
 
 def hidden_states(
-    config: GPTConfig, params: Params, tokens: Int[Array, "B T"], compute: Compute = FP32
+    config: GPTConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    compute: Compute = FP32,
+    documents: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Causal forward pass over whole rows; a token's index in its row is its position."""
-    return _bind(config, params)(tokens, compute)
+    """Causal forward pass over whole rows; a token's index in its row is its position.
+
+    With `documents`, the number of each token's document in its row, each document is computed as if it had the row to
+    itself: RoPE depends on distances only. They take the place of those that a border token begins.
+    """
+    return _bind(config, params)(tokens, compute, documents)
 
 
 def logits(config: GPTConfig, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from jaxchat.devices.mesh import BATCH_SPEC
 from jaxchat.model.config import GPTConfig
@@ -22,7 +22,8 @@ from jaxchat.train.loss import LossConfig, Objective, cross_entropy_sum, measure
 State = dict[str, Any]  # {"params", "opt_state", "step"}
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]  # a batch before there is one
 # {"inputs", "targets"} and, with an objective, "shares" and what it needs of the targets: each [accumulation, rows, T];
-# a scalar "rate", where the rates of the optimizer come with the batch
+# "documents" of that shape, where several share a row; scalars "rate", where the rates of the optimizer come with the
+# batch, and "micro_batches", where only the first so many are computed
 Batch = dict[str, jax.Array]
 MICRO_BATCH_SPEC = PartitionSpec(None, *BATCH_SPEC)  # how a batch is laid out on the mesh
 
@@ -56,7 +57,8 @@ def make_train_step(
     by their count in the whole batch, over all micro-batches and devices: never a mean of means. Without targets, loss
     and gradient are 0. With an objective it is Σ share · loss: the batch says what each target's loss is divided by.
 
-    A batch's "rate", if it has one, multiplies the optimizer's learning rates.
+    A batch's "rate", if it has one, multiplies the optimizer's learning rates. With "micro_batches" the others have no
+    targets. With "documents" (their numbers in each row, from 1 on) a token attends to its own document only.
 
     A batch with an objective whose gradient is zero changes nothing, as in RL when all samples of each question earn
     the same reward. The optimizer would otherwise keep moving along earlier gradients, and Muon by a full step.
@@ -68,8 +70,11 @@ def make_train_step(
 
     def micro_loss(params, batch, scale):
         batch = dict(batch)
-        hidden = hidden_states(config, params, batch.pop("inputs"), compute)
+        documents = batch.get("documents")
+        hidden = hidden_states(config, params, batch.pop("inputs"), compute, documents)
         head, targets = params["head"]["kernel"], batch.pop("targets")
+        if documents is not None:
+            batch["documents"] = documents.astype(jnp.float32)  # as everything that an objective knows of the targets
         if objective is not None:
             return objective_sum(hidden, head, targets, batch, objective, loss_config)
         weights = jnp.ones(targets.shape, jnp.float32)
@@ -77,7 +82,7 @@ def make_train_step(
 
     def step(state: State, batch: Batch):
         batch = dict(batch)
-        params, rate = state["params"], batch.pop("rate", None)
+        params, rate, computed = state["params"], batch.pop("rate", None), batch.pop("micro_batches", None)
         count = jnp.sum(batch["targets"] >= 0)
         scale = 1.0 / jnp.maximum(count, 1).astype(jnp.float32)
         loss_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
@@ -90,7 +95,13 @@ def make_train_step(
 
             names = [] if objective is None else measures(objective, batch.keys() - {"inputs", "targets"})
             nothing = (jnp.zeros(()), {name: jnp.zeros(()) for name in names})
-            ((loss, sums), grads), _ = jax.lax.scan(accumulate, (nothing, jax.tree.map(jnp.zeros_like, params)), batch)
+            start = (nothing, jax.tree.map(jnp.zeros_like, params))
+            if computed is None:
+                ((loss, sums), grads), _ = jax.lax.scan(accumulate, start, batch)
+            else:
+                (loss, sums), grads = jax.lax.fori_loop(
+                    0, computed, lambda i, total: accumulate(total, micro_batch(batch, i))[0], start
+                )
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state["opt_state"], params)
@@ -107,6 +118,11 @@ def make_train_step(
 
     out_shardings = None if state_shardings is None else (state_shardings, None)
     return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def micro_batch(batch: Batch, number: Int[Array, ""]) -> Batch:
+    """One of the micro-batches, traced, of a batch without scalars."""
+    return {name: jax.lax.dynamic_index_in_dim(array, number, keepdims=False) for name, array in batch.items()}
 
 
 def _unless(nothing: Bool[Array, ""], new: Array, old: Array) -> Array:
