@@ -154,7 +154,7 @@ class RLConfig(TrainConfig):
     eval_questions: Annotated[int, COUNT] = 400
     """Questions of an evaluation, at most, of the validation split: as many of each task."""
     pass_k: Annotated[int, Range(at_least=1, at_most=1024)] = 8
-    """Answers that are sampled to each of them, besides a greedy one: pass@1 and pass@k, of this k, follow from them."""
+    """Answers that are sampled to each of them, beside a greedy one: pass@1 and pass@k, of this k, follow from them."""
     eval_every: Annotated[int, EVERY] = 60
     save_every: Annotated[int, EVERY] = 60
 

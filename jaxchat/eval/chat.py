@@ -57,9 +57,9 @@ class Answer:
       id, subject: of the question, where the task has them.
       samples: all answers, if there are several.
       logprobs: the log-probability of each letter as the next token, in multiple choice.
+      calculations: of the right answer, by the calculator.
     """
 
-      calculations: of the right answer, by the calculator.
     question: str
     answer: str
     right: str
@@ -70,9 +70,9 @@ class Answer:
     subject: str = ""
     samples: tuple[Sample, ...] = ()
     logprobs: dict[str, float] | None = None
-
-
     calculations: int = 0
+
+
 @dataclass(frozen=True)
 class TaskResult:
     """The score of a task.
@@ -300,6 +300,7 @@ def _answer(
         subject=str(question.get("subject", "")),
         samples=tuple(samples) if len(samples) > 1 else (),
         logprobs=logprobs,
+        calculations=calculations_of(question),
     )
 
 
@@ -312,7 +313,6 @@ def _pass_at(given: Sequence[Sequence[Sample]], samples: int) -> dict[int, float
     return {k: float(np.mean([pass_at_k(samples, count, k) for count in right])) for k in several if k <= samples}
 
 
-        calculations=calculations_of(question),
 def choose(
     engine: Engine,
     prompts: Sequence[list[int]],

@@ -157,12 +157,12 @@ def settle_in_time(
         flops = STEPS_OF * budget.planned("pretrain") * speed
         settled = settle(experiment, None, flops=flops, say=say, **known)
         pace = Pace.of(settled, speed)
+        budget.tokens_per_second = pace.tokens
         return replace_fields(settled, _lengths(settled, budget, pace, given))
     pace = measure(experiment, budget, say)
-        budget.tokens_per_second = pace.tokens
+    budget.tokens_per_second = pace.tokens
     fitted = replace_fields(experiment, _lengths(experiment, budget, pace, given))
     return settle(fitted, None, say=say, **known)
-    budget.tokens_per_second = pace.tokens
 
 
 class Pace(NamedTuple):
