@@ -1,4 +1,4 @@
-"""Compares jaxchat and nanochat on this machine: the speed of training, and what evaluation says of the same weights.
+"""Compares jaxchat and nanochat on this machine: the speed of training and RL, and what evaluation says.
 
     git clone https://github.com/karpathy/nanochat
     python benchmarks/against_nanochat.py --checkout nanochat --python nanochat/.venv/bin/python --depth 12 20
@@ -13,6 +13,10 @@ Evaluation, item by item (`evaluation_against_nanochat.py`); `core --help` and s
     python benchmarks/against_nanochat.py core --checkout nanochat --run runs/d6 --data data/eval/eval_bundle
     python benchmarks/against_nanochat.py chat --checkout nanochat --run runs/d6 --data data
     python benchmarks/against_nanochat.py bpb --checkout nanochat --run runs/d6 --data data/pretrain
+
+Reinforcement learning, a step of sampling, scoring and updating (`rl_against_nanochat.py`):
+
+    python benchmarks/against_nanochat.py rl --checkout nanochat --tokenizer runs/d12 --data data
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import evaluation_against_nanochat
+import rl_against_nanochat
 from timing import run, say, table
 
 from jaxchat.devices.machine import device_peak_flops
@@ -45,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in EVALUATIONS:
         return evaluation_against_nanochat.main(argv[0], argv[1:])
+    if argv and argv[0] == "rl":
+        return rl_against_nanochat.main(argv[1:])
     options = _parser().parse_args(argv[1:] if argv[:1] == ["train"] else argv)
     try:
         _check(options)
