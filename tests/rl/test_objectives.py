@@ -74,14 +74,14 @@ def gradient_of(table, rows, tokens, objective, config, chunk_bytes):
     return loss, gradient, sums
 
 
-def expected_estimate(how, method, behaviour=TABLE, **settings):
-    """The mean, over all pairs of answers that `behaviour` may give, of the descent that the objective takes."""
+def expected_estimate(how, method, size=2, behaviour=TABLE, **settings):
+    """The mean, over all groups of answers that `behaviour` may give, of the descent that the objective takes."""
     probability = np.exp(np.asarray(log_p_of(behaviour), np.float64))
-    rows = np.array(list(itertools.product(range(len(ANSWERS)), repeat=2)))
+    rows = np.array(list(itertools.product(range(len(ANSWERS)), repeat=size)))
     advantages = ADVANTAGES[how](REWARDS[rows])
     weights = np.prod(probability[rows], axis=1)
     flat = rows.reshape(-1)
-    each = np.repeat(weights / 2, 2)[:, None] * np.ones(LONGEST)
+    each = np.repeat(weights / size, size)[:, None] * np.ones(LONGEST)
     tokens = {
         "advantages": np.broadcast_to(advantages.reshape(-1)[:, None], each.shape),
         "behaviour": np.asarray(token_log_p(behaviour))[flat],
@@ -114,6 +114,11 @@ def test_the_mean_estimate_is_the_policy_gradient(method):
     wanted = jax.grad(lambda table: jnp.sum(jnp.exp(log_p_of(table)) * REWARDS))(TABLE)
     close(expected_estimate("centred", method), 0.5 * wanted)
     close(expected_estimate("leave_one_out", method), wanted)
+
+
+def test_the_mean_estimate_of_groups_of_three():
+    wanted = jax.grad(lambda table: jnp.sum(jnp.exp(log_p_of(table)) * REWARDS))(TABLE)
+    close(expected_estimate("centred", "reinforce", size=3), 2 / 3 * wanted)
 
 
 @pytest.mark.parametrize("how", ["standardised", "maximum_likelihood"])
@@ -167,6 +172,9 @@ def test_after_an_update_losses_are_the_published_formulas(method, average):
     log_p, old = token_log_p(TABLE), token_log_p(OTHER)
     count = there.sum()
     np.testing.assert_allclose(sums["logprob_difference"] / count, jnp.abs(log_p - old).sum() / count, rtol=1e-4)
+    ratios = jnp.exp(log_p - old)
+    moved = jnp.where(TARGETS >= 0, ratios - 1 - jnp.log(ratios), 0.0)
+    np.testing.assert_allclose(sums["kl_from_sampling"], moved.sum(), rtol=1e-3)
     outside = (TARGETS >= 0) & (jnp.abs(jnp.exp(log_p - old) - 1) > 0.1)
     assert int(sums["ratio_outside"]) == int(outside.sum()) > 0
     p = jnp.exp(jax.nn.log_softmax(TABLE[:, :VOCAB]))[STATES]
@@ -183,7 +191,8 @@ def test_at_the_sampling_parameters_all_are_reinforce(method):
     everything = np.arange(len(ANSWERS))
     _, gradient, sums = table_gradient(PolicyObjective(method=method), everything, tokens)
     close(gradient, table_gradient(PolicyObjective(), everything, tokens)[1], 1e-6)
-    assert sums["logprob_difference"] == 0 and sums["ratio_outside"] == 0 and sums.get("clipped", 0) == 0
+    assert sums["logprob_difference"] == 0 == sums["kl_from_sampling"]
+    assert sums["ratio_outside"] == 0 and sums.get("clipped", 0) == 0
 
 
 def test_the_clip_stops_exactly_what_has_gone_far_enough():
@@ -232,6 +241,35 @@ def test_kl_has_the_gradient_of_the_kl():
     close(jax.grad(lambda table: jnp.sum(p * kl_loss(log_p_of(table)[None], reference[None])[0]))(TABLE), wanted)
     of_k1 = jax.grad(lambda table: jnp.sum(p * (log_p_of(table) - reference)))(TABLE)
     assert float(jnp.abs(of_k1).max()) < 1e-3 * float(jnp.abs(wanted).max())
+
+
+def test_inside_the_loss_kl_is_that_of_each_tokens_distribution():
+    """After the beginning that it follows: how often beginnings come has no gradient. Its value is that of answers."""
+    p = np.exp(np.asarray(log_p_of(TABLE), np.float64))
+
+    def after(table):
+        return jax.nn.log_softmax((CAP * jnp.tanh(table / CAP))[:, :VOCAB])
+
+    came = np.zeros(len(BEGINNINGS))  # the probability of each beginning
+    for states, targets, chance in zip(STATES, TARGETS, p, strict=True):
+        np.add.at(came, states[targets >= 0], chance)
+
+    def kl(table):
+        log_p = after(table)
+        return jnp.sum(came[:, None] * jnp.exp(log_p) * (log_p - after(OTHER)))
+
+    tokens = {
+        "advantages": jnp.zeros(TARGETS.shape),
+        "behaviour": token_log_p(TABLE),
+        "reference": token_log_p(OTHER),
+        "shares": jnp.asarray(p[:, None] * np.ones(TARGETS.shape), jnp.float32),
+    }
+    _, gradient, _ = table_gradient(PolicyObjective(kl=1.0), np.arange(len(ANSWERS)), tokens)
+    close(gradient, jax.grad(kl)(TABLE))
+    log_p, reference = log_p_of(TABLE), log_p_of(OTHER)
+    of_tokens = kl_value(token_log_p(TABLE), tokens["reference"]).sum(axis=1)
+    np.testing.assert_allclose(jnp.sum(p * of_tokens), jnp.sum(p * (log_p - reference)), rtol=1e-4)
+    np.testing.assert_allclose(kl(TABLE), jnp.sum(p * (log_p - reference)), rtol=1e-4)
 
 
 def test_kl_and_entropy_inside_the_loss():
