@@ -49,8 +49,13 @@ def score(
     completions: list[Completion],
     tokenizer: BaseTokenizer,
     own: OwnReward | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
-    """The reward of each completion, as an answer to the question at the same index; by `own`, or else by its task."""
+    """The reward of each completion, as an answer to the question at the same index; by `own`, or else by its task.
+
+    Args:
+      progress: of the tasks' scores, as for `task_scores`.
+    """
     answers = [tokenizer.decode(completion.tokens) for completion in completions]
     if own is not None:
         return own.score(
@@ -63,7 +68,8 @@ def score(
         [
             (task, conversation, answer, not completion.finished)
             for (task, conversation), completion, answer in zip(questions, completions, answers, strict=True)
-        ]
+        ],
+        progress,
     )
 
 
@@ -84,6 +90,9 @@ class Rollouts(Source):
       reference: gives the log-probabilities of a batch's targets for the parameters that the training began with.
       own: scores the answers in the tasks' place.
       record: keeps the answers for people to read.
+
+    Attributes:
+      progress: called with the number of answers that are scored and of all, where that takes seconds.
     """
 
     samples = True
@@ -104,6 +113,7 @@ class Rollouts(Source):
         self.config, self.questions, self.engine, self.mesh, self.seed = config, questions, engine, mesh, seed
         self.objective, self.reference, self.own = PolicyObjective.of(config), reference, own
         self.tokenizer = engine.tokenizer
+        self.progress: Callable[[int, int], None] = lambda done, total: None
         parallel = data_shards(mesh)
         # Of a device: the last micro-batch may have rows without targets.
         rollouts = math.ceil(config.questions_per_step * config.samples_per_question / parallel)
@@ -166,7 +176,7 @@ class Rollouts(Source):
         seed = self.seed * 1_000_003 + number + 1
         completions = self.engine.generate(prompts, **sampling(config), seed=seed, logprobs=True)
         # Scored once for all processes: where a clock decides, each could find another reward.
-        scores = on_process_zero(lambda: score(asked, completions, self.tokenizer, self.own))
+        scores = on_process_zero(lambda: score(asked, completions, self.tokenizer, self.own, self.progress))
         rewards = np.array(scores).reshape(-1, config.samples_per_question)
         rewards[~np.isfinite(rewards)] = np.nan
         unscored = float(np.isnan(rewards).mean())
