@@ -1,0 +1,227 @@
+"""Measures what reinforcement learning teaches, and how sure that is.
+
+    python benchmarks/rl.py proof runs/proof
+    python benchmarks/rl.py objectives runs/objectives --run runs/d12 --tasks word_problems_2 --seconds 60
+
+proof: the quickstart with several seeds of SFT and RL, from one model after midtraining. SFT is short, so that about
+half of the longer sums are wrong after it, and RL asks them most. The same held-out questions of all tasks are asked
+before and after RL, greedily, more of them than the quickstart has. A change counts question by question: with b
+questions that are answered right only after RL, and c only before it, z = (b - c) / sqrt(b + c) (McNemar 1947).
+
+objectives: RL from one model with one objective or advantage after the other, each within the same --budget, and what
+the model answers to the questions for validation before and after.
+
+The first argument is a folder for the runs; what is finished there is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from timing import run, table
+
+from jaxchat.cli.experiments import load_experiment
+from jaxchat.data.synthetic import QUESTION_MAKERS
+from jaxchat.data.synthetic.world import build_world
+from jaxchat.errors import UserError
+from jaxchat.eval.changes import change_of
+from jaxchat.runs.metrics import read_metrics
+
+Scores = tuple[list[float], list[float]]  # of the same questions, before and after
+LAUNCH = Path(__file__).parent.parent / "launch.py"
+HARD = "long_sums"
+OTHERS = ("sums", "letters", "facts")
+LEAST_RISE, LEAST_Z, MOST_CHANGE = 20.0, 5.0, 2.0  # percentage points, of the hard task and of each other one
+PASS_K = 8  # answers to each question for validation, besides the greedy one
+OBJECTIVES: dict[str, list[str]] = {
+    "reinforce, centred": [],
+    "reinforce, leave one out": ["--rl.advantage=leave_one_out"],
+    "reinforce, standardised": ["--rl.advantage=standardised"],
+    "reinforce, maximum likelihood": ["--rl.advantage=maximum_likelihood"],
+    "best of n": ["--rl.method=best_of_n"],
+    "clipped, 4 updates": ["--rl.method=clipped", "--rl.updates-per-batch=4"],
+    "cispo, 4 updates": ["--rl.method=cispo", "--rl.updates-per-batch=4"],
+    "gspo, 4 updates": ["--rl.method=gspo", "--rl.average=answers", "--rl.updates-per-batch=4"],
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table. Returns 1 if the proof fails, 2 if a run does."""
+    options = _parser().parse_args(argv)
+    try:
+        found = {"proof": prove, "objectives": compare}[options.work](options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        settings = {**vars(options), "date": date.today().isoformat()}
+        Path(options.json).write_text(json.dumps({**settings, **found}, indent=1, default=str))
+    return 0 if found.get("proven", True) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="work", required=True)
+    proof = commands.add_parser("proof", help="several seeds of the quickstart", allow_abbrev=False)
+    objectives = commands.add_parser("objectives", help="objectives and advantages at equal time", allow_abbrev=False)
+    for add in (proof.add_argument, objectives.add_argument):
+        add("directory", type=Path, metavar="DIR", help="folder for the runs")
+        add("--json", metavar="FILE", help="write all figures to FILE")
+    add = proof.add_argument
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of SFT and RL (default 0 1 2)")
+    add("--sft-steps", type=int, default=40, help="(default 40)")
+    add("--rl-steps", type=int, default=20, help="(default 20)")
+    add("--questions", type=int, default=500, help="held-out ones of each task, as far as there are (default 500)")
+    add = objectives.add_argument
+    add("--run", required=True, metavar="DIR", help="the run whose last model RL begins with")
+    add("--experiment", default="d12", help="whose settings hold otherwise (default d12)")
+    add("--data", metavar="DIR", help="the data folder, where the tasks need one")
+    add("--tasks", nargs="+", required=True, help="that ask and reward")
+    add("--seconds", type=int, default=60, help="of each run, with its start and evaluations (default 60)")
+    add("--questions", type=int, default=400, help="for validation, at most (default 400)")
+    add("--only", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), metavar="NAME", help="which objectives")
+    return parser
+
+
+def _launch(name: str, *arguments: object) -> None:
+    """Runs `launch.py`, which goes on where it was stopped."""
+    run(name, [sys.executable, str(LAUNCH), *map(str, arguments)], dict(os.environ), None, show=True)
+
+
+# --- proof ------------------------------------------------------------------------------------------------------------
+
+
+def prove(options: argparse.Namespace) -> dict[str, Any]:
+    """The changes of each task by seed, those of all seeds together, and whether they are as large as asked."""
+    base, data = options.directory / "base", options.directory / "data"
+    _launch("base", "--experiment=quickstart", f"--run-dir={base}", "--stages=tokenizer,pretrain,midtrain")
+    if not data.exists():
+        write_questions(base / "data", data, options.questions)
+    answered: dict[int, dict[str, Scores]] = {}
+    for seed in options.seeds:
+        directory = options.directory / f"seed-{seed}"
+        _launch(
+            f"seed {seed}", "--experiment=quickstart", f"--init-from={base}", f"--run-dir={directory}",
+            f"--data={data}", f"--seed={seed}", "--stages=sft,rl,evaluate", f"--sft.num-iterations={options.sft_steps}",
+            f"--rl.num-iterations={options.rl_steps}", "--rl.eval-every=0", "--rl.eval-questions=50",
+            "--rl.tasks", HARD, "sums:300", "letters:100", "facts",
+            "--evaluate.of=sft,rl", f"--evaluate.limit={options.questions}",
+        )  # fmt: skip
+        answered[seed] = {task: scores(directory, task) for task in (HARD, *OTHERS)}
+    groups = {**{str(seed): [found] for seed, found in answered.items()}, "all": list(answered.values())}
+    found = {
+        name: {task: change_of_all([one[task] for one in group]) for task in (HARD, *OTHERS)}
+        for name, group in groups.items()
+    }
+    proven = all(map(holds, found.values()))
+    head = ["seed", "task", "questions", "before", "after", "points", "wrong to right", "right to wrong", "z"]
+    rows = [
+        [name, task, one["count"], f"{one['before']:.1%}", f"{one['after']:.1%}", f"{_points(one):+.1f}",
+         one["gained"], one["lost"], f"{one['z']:+.1f}"]
+        for name, changes in found.items()
+        for task, one in changes.items()
+    ]  # fmt: skip
+    table(head, rows)
+    print(f"\n{HARD} rises by at least {LEAST_RISE:g} points with z above {LEAST_Z:g}, and every other task changes by "
+          f"at most {MOST_CHANGE:g} points, with each seed: {'yes' if proven else 'no'}")  # fmt: skip
+    return {"seeds": found, "proven": proven}
+
+
+def write_questions(generated: Path, folder: Path, count: int) -> None:
+    """A data folder with the generated conversations and questions, and with up to `count` test questions a task."""
+    seed = load_experiment("quickstart").seed
+    shutil.copytree(generated, folder, ignore=shutil.ignore_patterns("pretrain", "complete"))
+    for name, make in QUESTION_MAKERS.items():
+        items = make(build_world(seed), random.Random(f"{name} test {seed}"), "test", count)
+        lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+        (folder / "eval" / name / "test.jsonl").write_text(lines, encoding="utf-8")
+
+
+def scores(directory: Path, task: str) -> Scores:
+    """The scores of each question before and after RL."""
+    found = []
+    for stage in ("sft", "rl"):
+        with (directory / "evaluate" / stage / f"{task}.jsonl").open(encoding="utf-8") as lines:
+            found.append([json.loads(line)["score"] for line in lines])
+    return found[0], found[1]
+
+
+def change_of_all(answered: Sequence[Scores]) -> dict[str, float]:
+    """`change_of` the questions of several seeds together."""
+    before, after = ([score for one in answered for score in one[side]] for side in (0, 1))
+    return change_of(before, after)
+
+
+def holds(found: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether the hard task rises as far and as surely as asked, and the others stay where they were."""
+    hard = found[HARD]
+    stays = all(abs(_points(found[task])) <= MOST_CHANGE for task in OTHERS)
+    return stays and _points(hard) >= LEAST_RISE and hard["z"] > LEAST_Z
+
+
+def _points(change: Mapping[str, float]) -> float:
+    """In percent, without the rounding of the shares."""
+    return round(100 * (change["after"] - change["before"]), 6)
+
+
+# --- objectives at equal time -----------------------------------------------------------------------------------------
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """What each objective made of the same model in the same time, by name."""
+    found = {}
+    for name in options.only:
+        directory = options.directory / name.replace(", ", "-").replace(" ", "_")
+        _launch(
+            name, f"--experiment={options.experiment}", f"--init-from={options.run}", f"--run-dir={directory}",
+            f"--data={options.data}" if options.data else "--data.download=", "--stages=rl",
+            f"--budget={options.seconds}s", "--rl.tasks", *options.tasks, f"--rl.eval-questions={options.questions}",
+            f"--rl.pass-k={PASS_K}", "--rl.eval-every=0", *OBJECTIVES[name],
+        )  # fmt: skip
+        found[name] = result([line for line in read_metrics(directory) if line["stage"] == "rl"])
+    best = f"pass@{PASS_K}"
+    head = ["", "batches", "updates", "seconds", "pass@1, before", "after", "95 %", "z", "greedy"]
+    head += [f"{best}, before", "after"]
+    rows = [
+        [name, one["batches"], one["updates"], f"{one['seconds']:.0f}", _percent(one["before"]["pass_1"]),
+         _percent(one["after"]["pass_1"]),
+         f"{100 * one['after']['pass_1_low']:.1f} to {100 * one['after']['pass_1_high']:.1f}",
+         f"{one['after']['pass_1_z']:+.1f}", _percent(one["after"]["greedy"]),
+         *(_percent(one[when][f"pass_{PASS_K}"]) for when in ("before", "after"))]
+        for name, one in found.items()
+    ]  # fmt: skip
+    print(f"\n{options.run}, {', '.join(options.tasks)}; up to {options.questions} questions for validation")
+    table(head, rows)
+    return {"objectives": found}
+
+
+def result(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the metrics of a stage say: its evaluations before and after, and its steps."""
+    evaluations = [dict(line) for line in lines if "pass_1" in line]
+    steps = [line for line in lines if "step_seconds" in line]
+    return {
+        "batches": sum("reward" in line for line in steps),
+        "updates": len(steps),
+        "seconds": sum(line["step_seconds"] for line in steps),
+        "before": evaluations[0],
+        "after": evaluations[-1],
+    }
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The benchmarks of reinforcement learning alone: the proof's verdict, its questions, and the objectives compared."""
+
+import importlib
+import json
+
+import pytest
+
+from jaxchat.cli.experiments import load_experiment
+from jaxchat.cli.options import configure
+from jaxchat.data.synthetic import write_synthetic
+
+SEED = load_experiment("quickstart").seed
+
+
+def load(name):
+    return importlib.import_module(name)
+
+
+def test_scores_become_changes_question_by_question(tmp_path):
+    rl = load("rl")
+    for stage, scores in (("sft", "100010"), ("rl", "011110")):
+        (tmp_path / "evaluate" / stage).mkdir(parents=True)
+        lines = "".join(json.dumps({"question": "?", "score": float(score)}) + "\n" for score in scores)
+        (tmp_path / "evaluate" / stage / "sums.jsonl").write_text(lines)
+    found = rl.change_of_all([rl.scores(tmp_path, "sums")])
+    assert (found["count"], found["gained"], found["lost"]) == (6, 3, 1) and found["z"] == 1.0
+    twice = rl.change_of_all([rl.scores(tmp_path, "sums")] * 4)
+    assert (twice["count"], twice["gained"], twice["lost"], twice["z"]) == (24, 12, 4, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("hard", "other", "proven"),
+    [((0.5, 0.75, 9.0), 0.0, True), ((0.5, 0.69, 9.0), 0.0, False), ((0.5, 0.75, 4.9), 0.0, False),
+     ((0.5, 0.75, 9.0), -0.021, False), ((0.5, 0.75, 9.0), 0.021, False), ((0.5, 0.75, 9.0), -0.02, True)],
+)  # fmt: skip
+def test_the_verdict_needs_the_rise_its_certainty_and_the_other_tasks(hard, other, proven):
+    rl = load("rl")
+    found = {task: {"before": 0.9, "after": 0.9, "z": 0.0} for task in rl.OTHERS}
+    found[rl.HARD] = dict(zip(("before", "after", "z"), hard, strict=True))
+    found[rl.OTHERS[-1]]["after"] += other
+    assert rl.holds(found) is proven
+
+
+def test_more_questions_are_asked_and_none_is_trained_on(tmp_path):
+    rl = load("rl")
+    write_synthetic(tmp_path / "made", seed=SEED, documents=100, conversations=300)
+    rl.write_questions(tmp_path / "made", tmp_path / "data", 300)
+    assert not (tmp_path / "data" / "pretrain").exists()
+    for task in (rl.HARD, *rl.OTHERS):
+        old, new = (read(folder / "eval" / task / "test.jsonl") for folder in (tmp_path / "made", tmp_path / "data"))
+        assert len(new) > len(old) and len(new) == len(set(map(json.dumps, new)))
+        asked = {item["messages"][0]["content"] for item in new}
+        trained = {item["messages"][0]["content"] for item in read(tmp_path / "data" / "eval" / task / "train.jsonl")}
+        assert not asked & trained
+    assert (tmp_path / "data" / "chat" / "train.jsonl").exists()
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_settings_of_the_objectives_are_valid():
+    for name, options in load("rl").OBJECTIVES.items():
+        rl = configure("d12", options, None, []).rl
+        assert name.startswith(rl.method.replace("_", " ")), name
+        assert (rl.updates_per_batch > 1) == ("updates" in name)
