@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -12,6 +13,7 @@ from jaxchat.errors import closest
 
 TRAINED = ("pretrain", "midtrain", "sft", "rl")  # the stages that leave parameters, in order
 MOST_ANSWERS = 1 << 20
+BY_SIGNAL = "signal"  # in place of weights
 _RUNS_PROGRAMS = re.compile(r"((nanochat_)?humaneval|(unseen_)?programs_\d)(:.*)?")
 COUNT, EVERY = Range(at_least=1), Range(at_least=0)
 STEPS = Range(at_least=1, at_most=10**9)
@@ -133,6 +135,9 @@ class RLConfig(TrainConfig):
     """Weight of the entropy of the tokens' distributions, in nats, which keeps answers varied."""
     tasks: Annotated[tuple[str, ...], UserPath()] = ("gsm8k",)
     """Tasks that ask and reward: NAME or NAME:EXAMPLES."""
+    task_weights: tuple[str, ...] = ()
+    """How many of the questions are each task's, in proportion: NAME:WEIGHT, 1 for tasks that are not named. signal
+    alone: as many as the share of its last questions that taught something. (): as many as the task has questions."""
     reward: Annotated[str | None, UserPath()] = None
     """A Python function of your own that rewards the answers: module:function or file.py:function. None: the tasks'."""
     humaneval: bool = False
@@ -142,6 +147,12 @@ class RLConfig(TrainConfig):
     """With humaneval: run programs even where this machine cannot contain them."""
     questions_per_step: Annotated[int, AT_ONCE] = 16
     """Questions of an optimizer step."""
+    refill: Annotated[int, Range(at_least=1, at_most=1024)] = 1
+    """Where some questions have nothing to teach since all their answers earn the same, others are asked in their
+    place: up to refill times questions-per-step in all. 1: none are, and the step has fewer."""
+    retire: Annotated[float | Literal["auto"] | None, Range(above=0)] = "auto"
+    """A question is no longer asked once its answers earn this much on average, 1 being right. auto: 0.9; with a reward
+    of your own, None. None: all questions are always asked."""
     samples_per_question: Annotated[int, Range(at_least=2, at_most=1 << 16)] = 16
     """Answers that are sampled for each question."""
     max_new_tokens: Annotated[int, LENGTH] = 256
@@ -173,12 +184,48 @@ class RLConfig(TrainConfig):
             "tokens were sampled to be those of the whole vocabulary; leave top-k out, or set it to None",
         )
         self.check(len(self.tasks) > 0, "tasks is empty; name at least one task, such as gsm8k")
-        answers = self.questions_per_step * self.samples_per_question
+        answers = self.questions_per_step * self.samples_per_question * self.refill
+        refilled = f", with refill {self.refill}" if self.refill > 1 else ""
         self.check(
             answers <= MOST_ANSWERS,
-            f"questions-per-step is {self.questions_per_step} and samples-per-question is {self.samples_per_question}; "
-            f"a step can sample at most {MOST_ANSWERS:,} answers, not {answers:,}",
+            f"questions-per-step is {self.questions_per_step} and samples-per-question is {self.samples_per_question}"
+            f"{refilled}; a step can sample at most {MOST_ANSWERS:,} answers, not {answers:,}",
         )
+        self.check(
+            self.retire in (None, "auto") or self.reward is not None or self.retire <= 1,
+            f"retire is {self.retire}, but no answer to a task earns more than 1; set it to 0.9, for example",
+        )
+        _check_weights(self)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights of the tasks that `task_weights` names."""
+        pairs = (entry.rpartition(":") for entry in self.task_weights if entry != BY_SIGNAL)
+        return {name: float(weight) for name, _, weight in pairs}
+
+
+def _check_weights(section: RLConfig) -> None:
+    """Raises `Impossible` unless each of `task_weights` is a task's, with a number above 0; or `BY_SIGNAL` is alone."""
+    if section.task_weights == (BY_SIGNAL,):
+        return
+    names = [re.sub(r":\d+$", "", entry) for entry in section.tasks]
+    seen: set[str] = set()
+    for entry in section.task_weights:
+        name, _, weight = entry.rpartition(":")
+        where = f"task-weights has {shown(entry)}"
+        section.check(entry != BY_SIGNAL, f"{where} beside others; write it alone, or a weight for each task")
+        section.check(bool(name), f"{where}; write NAME:WEIGHT, such as {entry if entry in names else names[0]}:2")
+        section.check(name in names, f"{where}, which rl.tasks does not name{closest(name, names)}")
+        section.check(name not in seen, f"{where}, a second weight of the task; leave one out")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        section.check(
+            0.001 <= value <= 1000,
+            f"{where}; a weight is a number from 0.001 to 1,000; a task that is not to be asked is left out of tasks",
+        )
+        seen.add(name)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ RECORD = Object(
         "groups_without_signal": float,
         "cut": float,
         "steps_without_signal": int,
+        "questions_retired": float,
         "imported": Object({"from": str}),
         "fingerprint": (None, Object()),
         "text": Object(

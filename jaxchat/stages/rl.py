@@ -68,7 +68,7 @@ def _train(workspace: Workspace, tasks: list[Task], own: OwnReward | None) -> No
     parent = workspace.parent_of("rl")
     params, step = workspace.load_params(parent, model)
     steps = config.num_iterations or max(1, len(questions) // config.questions_per_step) * config.updates_per_batch
-    objective = PolicyObjective.of(config)
+    drawn = tokenizer.without_output  # what a tool answers is forced in, and never sampled
     training = Training(
         workspace,
         "rl",
@@ -77,16 +77,16 @@ def _train(workspace: Workspace, tasks: list[Task], own: OwnReward | None) -> No
         tokenizer,
         steps,
         parent={"stage": parent, "step": step},
-        objective=objective,
+        objective=PolicyObjective.of(config, drawn),
     )
     record = Record(workspace.directory.rollouts, tokenizer, enabled=jax.process_index() == 0)
     source = Rollouts(
         config,
         questions,
-        training.engine(params),
+        training.engine(params, drawn),
         mesh=workspace.mesh,
         seed=experiment.seed,
-        reference=reference_of(model, params, training.compute, config.temperature) if config.kl else None,
+        reference=reference_of(model, params, training.compute, config.temperature, drawn) if config.kl else None,
         own=own,
         record=record,
     )
@@ -99,7 +99,7 @@ def _train(workspace: Workspace, tasks: list[Task], own: OwnReward | None) -> No
     def validate(metrics):
         def measure(step, params):
             progress = functools.partial(metrics.progress, "validating")
-            values = validation.measure(step, training.engine(params), progress)
+            values = validation.measure(step, training.engine(params, drawn), progress)
             metrics.note(f"step {step:,}: {describe(values)}")
             return values.items()
 
@@ -145,11 +145,13 @@ def _train(workspace: Workspace, tasks: list[Task], own: OwnReward | None) -> No
         source,
         evaluators,
         watch=watch,
-        at_end=lambda: source.signal.facts(),
+        at_end=source.facts,
         method=config.method,
     )
     record.close()
     workspace.say(f"rl        a page to read its answers in: jaxchat rollouts --run {workspace.directory}")
+    if source.chooser.rounds > 1:
+        workspace.say("rl        all questions were solved, so they were asked again: name harder --rl.tasks")
     if unscored := source.signal.unscored:
         answers = source.signal.answers + unscored
         workspace.say(f"rl        {unscored:,} of {answers:,} answers had no reward, and were left out")
@@ -180,11 +182,14 @@ def _split(workspace: Workspace, fitting: list[Question], context: int) -> tuple
 
 
 def reference_of(
-    model: GPTConfig, params: Params, compute: Compute, temperature: float
+    model: GPTConfig, params: Params, compute: Compute, temperature: float, drawn: int | None = None
 ) -> Callable[[Batch], jax.Array]:
-    """The log-probabilities `[accumulation, rows, T]` of a batch's targets for a copy of `params`."""
+    """The log-probabilities `[accumulation, rows, T]` of a batch's targets for a copy of `params`.
+
+    Temperature and the ids that can be drawn are those of `PolicyObjective`.
+    """
     kept = jax.tree.map(jnp.copy, params)
-    config = LossConfig.of(model, compute.mesh)._replace(logit_cap=model.logit_cap / temperature)
+    config = LossConfig(drawn or model.vocab_size, model.logit_cap / temperature, compute.mesh)
 
     @jax.jit
     def log_probabilities(params, inputs, targets):
