@@ -2,9 +2,9 @@
 
 No row depends on its companions, nor on the program that it is in: what is added up over a row are integers, whose sum
 is the same in any order, and every other number comes from one id or from a maximum. The ids that can be drawn are
-those from some logit on, so the vocabulary is never sorted: that logit is found by its bits (`_highest`). One of them
-is drawn by Gumbel's noise (arXiv:1611.01144), first a block of `BLOCK` ids by its share of the probability, then an id
-of the block, which takes V / BLOCK + BLOCK random numbers a row instead of V.
+those from some logit on, so the vocabulary is never sorted: that logit is found by its bits (`lowest_within`). One of
+them is drawn by Gumbel's noise (arXiv:1611.01144), first a block of `BLOCK` ids by its share of the probability, then
+an id of the block, which takes V / BLOCK + BLOCK random numbers a row instead of V.
 
 The settings are applied in the order of `Sampling`'s attributes, which is that of Hugging Face's `transformers`. Equal
 logits share one fate: top-k and top-p keep all ids whose logit equals the last one kept, as its top-k does.
@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 from jaxchat.errors import check
 from jaxchat.infer.request import Sampling
 from jaxchat.ops.cross_entropy import NEVER
+from jaxchat.ops.lowest_within import Mass, lowest_within, total_mass
 
 # What a program can do, from the fewest passes over the logits to the most; the token is the same at each level that
 # serves the row.
@@ -38,9 +39,6 @@ MOST_BIASES = 300  # ids with a bias in a request
 BLOCK = 32  # ids: with 65,536 of them, as many blocks as `SMALL_TOP_K` blocks have ids
 RUN = 128  # ids whose weights are added up first
 ONE = 2.0**24  # the highest weight as an integer: a run's sum fits 32 bits, and fp32 holds each weight exactly
-# Bits of a logit that a pass over the vocabulary finds, by comparing with 2^bits - 1 bounds. A CPU, which waits for
-# comparisons rather than for memory and launches, finds one.
-DIGIT = 3
 
 
 class Settings(NamedTuple):
@@ -302,12 +300,6 @@ def _weights(blocks: Float[Array, "B N K"], tops: Float[Array, "B N"], limits: _
     return jnp.where(_kept(blocks, limits), weights, 0)
 
 
-def _ordered(logits: Float[Array, "..."]) -> UInt32[Array, "..."]:
-    """The logits' bits, so that they have the order of the logits as unsigned integers."""
-    bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
-    return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
-
-
 def _by_platform(
     find: Callable[..., Float[Array, " B"]], used: Bool[Array, " B"], unused: Array, *arrays: Any
 ) -> Array:
@@ -344,10 +336,8 @@ def _kth_of_few(
 
 def _kth(logits: Float[Array, "B V"], top_k: Int32[Array, " B"], *, on_cpu: bool) -> Float[Array, " B"]:
     """The `top_k`-th highest logit of each row, or the lowest one if it has fewer."""
-    runs = _blocks(logits, RUN)
-    weights, shares = jnp.ones(runs.shape, jnp.uint32), jnp.ones(runs.shape[:2])
     needed = jnp.clip(top_k, 1, logits.shape[1]).astype(jnp.float32)
-    return _highest(runs, weights, shares, needed, on_cpu)
+    return lowest_within(_blocks(logits, RUN), None, needed, on_cpu=on_cpu)
 
 
 def _nucleus(
@@ -356,68 +346,8 @@ def _nucleus(
     """The highest logit from which on the probabilities of what `limits` allow make up `top_p`, which is below 1."""
     runs = _blocks(logits, RUN)
     tops = runs.max(axis=-1)
-    weights, shares = _weights(runs, tops, limits), jnp.exp(_scaled(tops, limits.highest, limits))
-    (whole,) = _masses(_ordered(runs), weights, shares, [jnp.zeros(len(runs), jnp.uint32)])
-    return _highest(runs, weights, shares, top_p * whole, on_cpu)
-
-
-def _highest(
-    runs: Float[Array, "B N K"],
-    weights: UInt32[Array, "B N K"],
-    shares: Float[Array, "B N"],
-    needed: Float[Array, " B"],
-    on_cpu: bool,
-) -> Float[Array, " B"]:
-    """The highest logit from which on the mass reaches `needed`, which that of all logits must."""
-    known = _ordered(runs), weights, shares, needed
-    found = jnp.zeros(len(runs), jnp.uint32)
-    if on_cpu:
-        found = jax.lax.fori_loop(0, 32, lambda i, found: _digit(found, 31 - i, 1, *known), found)
-    else:  # a loop would cost launches of its own
-        for shift in reversed(range(0, 32, DIGIT)):
-            found = _digit(found, jnp.int32(shift), min(DIGIT, 32 - shift), *known)
-    return jax.lax.bitcast_convert_type(jnp.where(found >> 31, found ^ jnp.uint32(1 << 31), ~found), jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnums=2)  # to be traced once for all digits
-def _digit(
-    found: UInt32[Array, " B"],
-    shift: Int32[Array, ""],
-    bits: int,
-    ordered: UInt32[Array, "B N K"],
-    weights: UInt32[Array, "B N K"],
-    shares: Float[Array, "B N"],
-    needed: Float[Array, " B"],
-) -> UInt32[Array, " B"]:
-    """The bound `found` with its next `bits` bits, the last of them at `shift`: the highest that reaches `needed`."""
-    places = [jnp.uint32(value) << shift.astype(jnp.uint32) for value in range(1, 2**bits)]
-    masses = _masses(ordered, weights, shares, [found | place for place in places])
-    return found | (sum((mass >= needed).astype(jnp.uint32) for mass in masses) << shift.astype(jnp.uint32))
-
-
-def _masses(
-    ordered: UInt32[Array, "B N K"],
-    weights: UInt32[Array, "B N K"],
-    shares: Float[Array, "B N"],
-    bounds: Sequence[UInt32[Array, " B"]],
-) -> list[Float[Array, " B"]]:
-    """The sum of weight · share of the logits from each bound on, `shares` being those of the runs."""
-    sums = _sums([jnp.where(ordered >= bound[:, None, None], weights, 0) for bound in bounds])
-    whole = [(total.astype(jnp.float32) * shares).astype(jnp.uint32) for total in sums]
-    halves = _sums([half for number in whole for half in (number >> 16, number & 0xFFFF)])
-    return [
-        high.astype(jnp.float32) * 2.0**16 + low.astype(jnp.float32)
-        for high, low in zip(halves[::2], halves[1::2], strict=True)
-    ]
-
-
-def _sums(arrays: Sequence[UInt32[Array, "*N K"]]) -> Sequence[UInt32[Array, "*N"]]:
-    """The sums over the last axis, in one pass over what the arrays have in common."""
-
-    def add(left, right):
-        return [x + y for x, y in zip(left, right, strict=True)]
-
-    return jax.lax.reduce(list(arrays), [jnp.uint32(0)] * len(arrays), add, (arrays[0].ndim - 1,))
+    mass = Mass(_weights(runs, tops, limits), jnp.exp(_scaled(tops, limits.highest, limits)))
+    return lowest_within(runs, mass, top_p * total_mass(runs, mass), on_cpu=on_cpu)
 
 
 # --- log-probabilities --------------------------------------------------------------------------------------------

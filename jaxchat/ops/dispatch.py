@@ -55,6 +55,13 @@ def highest_level(dtype: DTypeLike, fp8: bool = False) -> Level:
     return Level.TRITON if triton.INTERPRET or (bf16 and capability() >= 8.0) else Level.PLAIN
 
 
+def on_one_device() -> bool:
+    """Whether no axis of a mesh is left to the compiler, which would gather the weights for a kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return all(size == 1 for size, kind in axes if kind != jax.sharding.AxisType.Manual)
+
+
 class Operation:
     """A formula and its kernels. Calling it runs one of them, chosen by the dtype of the first array and by `fp8`."""
 

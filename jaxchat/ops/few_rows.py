@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from jaxchat.devices.gpu import multiprocessors
-from jaxchat.ops.dispatch import Level, operation
+from jaxchat.ops.dispatch import Level, on_one_device, operation
 from jaxchat.ops.linear import Quantized, products
 from jaxchat.ops.lowering import lowered_once
 from jaxchat.ops.norm import NORM_EPS, rms_norm
@@ -77,7 +77,7 @@ def _fits(x: Array, *weights: Array | Quantized) -> bool:
     return (
         len(x) <= MOST_ROWS
         and (len(x) < 8 or len(x) % 8 == 0)
-        and _on_one_device()
+        and on_one_device()
         and all(
             not isinstance(weight, Quantized)
             and weight.dtype == x.dtype
@@ -86,13 +86,6 @@ def _fits(x: Array, *weights: Array | Quantized) -> bool:
             for weight in weights
         )
     )
-
-
-def _on_one_device() -> bool:
-    """Whether no axis of a mesh is left to the compiler, which would gather the weights for a kernel."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    return all(size == 1 for size, kind in axes if kind != jax.sharding.AxisType.Manual)
 
 
 @norm_product.kernel(Level.HOPPER, accepts=_fits)
