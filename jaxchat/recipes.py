@@ -62,7 +62,8 @@ def on_text(
             tasks=SCORED,
             tasks_every=200,
         ),
-        rl=RLConfig(schedule=ScheduleConfig(decay_ratio=1.0)),
+        # Muon's step is as long after a weak signal as after a strong one, and small models solve few of the problems.
+        rl=RLConfig(schedule=ScheduleConfig(decay_ratio=1.0), refill=4),
         evaluate=EvaluateConfig(tasks=("arc_easy", "arc_challenge", "mmlu", "gsm8k", "identity")),
         cost=CostConfig(device="NVIDIA H100", devices=devices, expected_mfu=mfu),
     )

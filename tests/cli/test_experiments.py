@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from jaxchat.cli import experiments
@@ -16,6 +17,7 @@ from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.devices.machine import device_peak_flops
 from jaxchat.errors import UserError
 from jaxchat.model.parameters import count_parameters
+from jaxchat.optim.schedules import multiplier
 from jaxchat.stages.workspace import planned_model
 from jaxchat.train.budget import flops_per_token, training_length
 from tests.tiny import ROOT, refusal
@@ -65,6 +67,19 @@ def test_an_evening_on_a_graphics_card(name, gigabytes):
     (text,) = [request for request in parse_requests(experiment.data.download) if request.is_text]
     assert text.shards * 53e6 * 0.8 < tokens < text.shards * 53e6  # nothing twice, nothing downloaded in vain
     assert "rl" not in experiment.stages and experiment.cost.devices == 1
+
+
+@pytest.mark.parametrize("name", ["d6", "d12", "speedrun", "d32"])
+def test_reinforcement_learning_trains_on_what_it_samples(name):
+    """And fills up its batches for a model that solves as much of GSM8K as nanochat's d20 does before RL, 4.55 %."""
+    rl = load_experiment(name).rl
+    assert (rl.method, rl.advantage, rl.average, rl.updates_per_batch) == ("reinforce", "centred", "tokens", 1)
+    assert (rl.temperature, rl.top_k, rl.kl, rl.entropy) == (1.0, None, 0.0, 0.0)
+    rates = np.asarray(multiplier(rl.schedule, 443)(np.arange(443)))
+    assert rates[0] == 1 and np.all(np.diff(rates) < 0) and rates.mean() == pytest.approx(0.5, abs=0.01)
+    wrong, right = (share**rl.samples_per_question for share in (1 - 0.0455, 0.0455))
+    teach = 1 - wrong - right  # share of questions with answers of both kinds
+    assert teach < 0.6 and rl.refill * teach > 1
 
 
 def test_files_that_are_not_experiments(tmp_path, monkeypatch):
