@@ -22,6 +22,7 @@ from jaxchat.infer.engine import Engine
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import init_params
 from jaxchat.rl.evaluation import SEED, Validation, describe, hold_out_questions, measures, spread_over_tasks
+from jaxchat.rl.reward import OwnReward
 from jaxchat.rl.rollouts import sampling, score
 from jaxchat.tasks.base import ListTask, calculations_of, question_and_answer
 from jaxchat.tokenizer import Tokenizer
@@ -157,11 +158,11 @@ class TestMeasures:
         assert calculations_of(question_and_answer("?", "4")) == 0
 
 
-class Own:
+class Own(OwnReward):
     """Rewards by length; the first answer has none."""
 
-    def score(self, asked):
-        return [math.nan, *(float(len(text)) for _, text, _ in asked[1:])]
+    def score(self, calls):
+        return [math.nan, *(float(len(text)) for _, text, _ in calls[1:])]
 
 
 class TestValidation:
@@ -195,8 +196,8 @@ class TestValidation:
         assert "greedy_z" not in later.measure(4, engines[1])
 
     def test_an_own_reward_stands_beside_the_tasks_scores(self, tokenizer, engines, tmp_path):
-        folder = epath.Path(tmp_path)
-        values = Validation(CONFIG, questions("even", TEXTS), tokenizer, folder, Own()).measure(0, engines[0])
+        folder, own = epath.Path(tmp_path), Own("mine:reward", print)
+        values = Validation(CONFIG, questions("even", TEXTS), tokenizer, folder, own).measure(0, engines[0])
         given = [s for line in (folder / "0.jsonl").read_text().splitlines() for s in json.loads(line)["samples"]]
         assert [sample["reward"] for sample in given] == [None, *(len(s["answer"]) for s in given[1:])]
         assert values["reward_eval"] == pytest.approx(np.mean([sample["reward"] for sample in given[1:]]))
