@@ -8,7 +8,8 @@
     FOLDER/text.jsonl            all documents whose bits per byte were measured
 
 A figure that is there already is kept if it was made with the same settings; everything is written as soon as it is
-known, so that a command that was stopped goes on where it was.
+known, so that a command that was stopped goes on where it was. Several processes measure together; process 0 alone
+reads and writes the folder, and shows how far they are.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from typing import Any, Literal
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
-from jaxchat.config import MeshConfig
 from jaxchat.data.text.given import GivenFile
 from jaxchat.devices.machine import machine_info
-from jaxchat.devices.mesh import make_mesh
+from jaxchat.devices.processes import on_process_zero
 from jaxchat.errors import check
 from jaxchat.eval import page
 from jaxchat.eval.chat import evaluate_task
@@ -40,7 +41,7 @@ from jaxchat.eval.tables import interval, model_line, tables
 from jaxchat.eval.text_bpb import text_bpb
 from jaxchat.infer.engine import Engine
 from jaxchat.infer.trained import TrainedModel
-from jaxchat.model.parameters import count_parameters, shardings
+from jaxchat.model.parameters import count_parameters
 from jaxchat.ops.compute import Compute
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.files import Object, free_name, read_json, read_lines, write_bytes, write_json
@@ -86,10 +87,15 @@ class Wanted:
     dtype: str
 
 
-def evaluate(trained: TrainedModel, run: str, folder: epath.Path, wanted: Wanted, say: Say) -> dict[str, Any]:
+def evaluate(
+    trained: TrainedModel, mesh: Mesh | None, run: str, folder: epath.Path, wanted: Wanted, say: Say
+) -> dict[str, Any]:
     """Measures what is wanted, and leaves it in `folder`, beside what is there of the same model.
 
+    Of several processes each must make the same call.
+
     Args:
+      mesh: what the model is on; None for a single device.
       run: the run directory as the user names it.
       say: takes lines for the user.
 
@@ -97,7 +103,7 @@ def evaluate(trained: TrainedModel, run: str, folder: epath.Path, wanted: Wanted
     """
     for task in wanted.bundle.tasks if wanted.bundle else ():
         order_of(task, wanted.core_per_task)  # refuses what would be refused after all else was measured
-    evaluation = _Evaluation(trained, run, folder, wanted, say)
+    evaluation = _Evaluation(trained, mesh, run, folder, wanted, say)
     # A GPU would else round the operands of fp32 products to TF32.
     exact = jax.default_matmul_precision("highest") if wanted.dtype == "float32" else contextlib.nullcontext()
     evaluation.write()  # what is interrupted is continued only in a folder that has a report
@@ -109,14 +115,12 @@ def evaluate(trained: TrainedModel, run: str, folder: epath.Path, wanted: Wanted
 
 
 class _Evaluation:
-    def __init__(self, trained: TrainedModel, run: str, folder: epath.Path, wanted: Wanted, say: Say):
+    def __init__(
+        self, trained: TrainedModel, mesh: Mesh | None, run: str, folder: epath.Path, wanted: Wanted, say: Say
+    ):
         self.trained, self.folder, self.wanted, self.say = trained, folder, wanted, say
-        mesh = make_mesh(MeshConfig()) if jax.device_count() > 1 else None
         self.compute = Compute(wanted.dtype, mesh)
-        self.params = (
-            trained.params if mesh is None else jax.device_put(trained.params, shardings(mesh, trained.params))
-        )
-        self.report = self._open(run)
+        self.report: dict[str, Any] = on_process_zero(lambda: self._open(run))
 
     def _open(self, run: str) -> dict[str, Any]:
         """The report that is in the folder, if it is of this model, or a new one."""
@@ -142,6 +146,9 @@ class _Evaluation:
 
     def write(self) -> None:
         """Writes the report, its tables and the page."""
+        on_process_zero(self._write)
+
+    def _write(self) -> None:
         write_json(self.folder / "report.json", self.report)
         write_bytes(self.folder / "report.md", f"{tables(self.report)}\n".encode())
         model = self.report["model"]
@@ -159,10 +166,13 @@ class _Evaluation:
             settings = self._settings(task, limit)
             path = self._answers(task.name)
             before = tasks.get(task.name, {})
-            if all(before.get(name) == value for name, value in settings.items()) and path.exists():
+            same = all(before.get(name) == value for name, value in settings.items())
+            if same and on_process_zero(path.exists):
                 self.say(f"{task.name}: the same questions were asked before; {path} has the answers")
                 continue
-            engine = engine or Engine(self.trained.model, self.params, self.trained.tokenizer, dtype=wanted.dtype)
+            engine = engine or Engine(
+                self.trained.model, self.trained.params, self.trained.tokenizer, dtype=wanted.dtype
+            )
             began = time.perf_counter()
             with _progress(task.name) as show:
                 result = evaluate_task(
@@ -208,7 +218,7 @@ class _Evaluation:
         with _progress("CORE") as show:
             result = evaluate_core(
                 self.trained.model,
-                self.params,
+                self.trained.params,
                 self.trained.tokenizer,
                 bundle,
                 compute=self.compute,
@@ -239,7 +249,7 @@ class _Evaluation:
         with _progress("text") as show:
             found = text_bpb(
                 self.trained.model,
-                self.params,
+                self.trained.params,
                 self.trained.tokenizer,
                 documents,
                 compute=self.compute,
@@ -284,12 +294,18 @@ def _interval(entry: dict[str, Any]) -> str:
 
 
 def _write_lines(path: epath.Path, values: Sequence[dict[str, Any]]) -> None:
-    write_bytes(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode())
+    def write() -> None:
+        write_bytes(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode())
+
+    on_process_zero(write)
 
 
 @contextlib.contextmanager
 def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A function that shows on stderr how much of how much is done, and the time left."""
+    """A function that shows on stderr how much of how much is done, and the time left; on process 0 alone."""
+    if jax.process_index() > 0:
+        yield lambda done, total: None
+        return
     line = LiveLine("eval", None)
     try:
         yield functools.partial(line.show_progress, name)

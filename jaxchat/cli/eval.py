@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxchat.cli.answering import add_answering_model
+from jaxchat.cli.exits import processes, several_processes
 from jaxchat.cli.places import check_place
+from jaxchat.cli.several import add_several_processes, cluster_of
 from jaxchat.cli.values import number, path, whole, words
-from jaxchat.config import DataConfig, Experiment, Range
+from jaxchat.config import DataConfig, Experiment, MeshConfig, Range
 from jaxchat.errors import MissingData, UserError, check
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from jaxchat.tasks import Task
 
 Entries = list[tuple[str, int | None]]
+Say = Callable[[str], None]
 
 
 def add_command(commands: Any) -> None:
@@ -32,7 +35,7 @@ def add_command(commands: Any) -> None:
         "CORE; measures the bits per byte of texts, by document and by file. Without --tasks, --core and --text it "
         "measures what the run's evaluate stage measures for this stage. Prints tables, and keeps in a folder all "
         "answers, the figures (report.json, report.md), and answers.html, a page to read answers and failures in. "
-        "Started again, it measures only what is not there yet.",
+        "Started again, it measures only what is not there yet. Several processes share the work.",
     )
     add = parser.add_argument
     add_answering_model(add)
@@ -105,6 +108,7 @@ def add_command(commands: Any) -> None:
         help="With --humaneval: run programs even where this machine cannot contain them.",
     )
     add("--out", type=path, metavar="DIR", help="Folder for the results. (default RUN/eval/STAGE-STEP)")
+    add_several_processes(parser)
     parser.set_defaults(command=_eval)
 
 
@@ -112,6 +116,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     entries = _entries(arguments)
     if arguments.out is not None:
         check_place(arguments.out, "--out")
+    cluster = cluster_of(arguments, alone_if_unsure=True)
     from jaxchat.runs.directory import RunDirectory  # slow to import, as what follows
     from jaxchat.storage import is_folder
 
@@ -119,24 +124,33 @@ def _eval(arguments: argparse.Namespace) -> int:
     check(is_folder(directory.path), f"there is no run directory {arguments.run}; give --run the folder of a run")
     experiment = directory.read_config()
     data = _data(experiment, arguments.data)
-    texts = _texts(arguments.text, data, directory)
 
-    from etils import epath  # with JAX, which --help and bad options need not wait for
+    import jax  # which --help and bad options need not wait for
+    from etils import epath
 
     from jaxchat.analysis.evaluation import Wanted, evaluate
     from jaxchat.devices.compile_cache import keep_compiled
+    from jaxchat.devices.mesh import make_mesh
     from jaxchat.eval.tables import tables
     from jaxchat.infer.trained import load_model
     from jaxchat.ops.compute import compute_dtype
     from jaxchat.storage import to_path
 
     keep_compiled()
+    processes().start(cluster)
+    first = jax.process_index() == 0
+    say = _say if first else _say_nothing
+    if arguments.humaneval:
+        _check_contained(arguments.uncontained, say)
+    texts = _texts(arguments.text, data, directory, say)
     bundle = None if arguments.core is None else _bundle(arguments.core, data)
-    given = _load(entries, data, directory, experiment, given=True) if entries is not None else []
-    trained = load_model(arguments.run, arguments.stage, arguments.step)
+    given = _load(entries, data, directory, experiment, say, given=True) if entries is not None else []
+    mesh = make_mesh(MeshConfig()) if jax.device_count() > 1 else None
+    trained = load_model(arguments.run, arguments.stage, arguments.step, mesh=mesh)
     config = experiment.evaluate
     if entries is None and arguments.core is None and arguments.text is None:
-        given = _load(_default_entries(trained.stage, arguments, experiment), data, directory, experiment, given=False)
+        entries = _default_entries(trained.stage, arguments, experiment, say)
+        given = _load(entries, data, directory, experiment, say, given=False)
         bundle = _default_bundle(trained.stage, data, experiment)
         check(
             bool(given) or bundle is not None,
@@ -158,14 +172,21 @@ def _eval(arguments: argparse.Namespace) -> int:
     )
     out = arguments.out or f"{arguments.run.rstrip('/')}/eval/{trained.stage}-{trained.step}"
     check_place(out, "--out")
-    report = evaluate(trained, arguments.run, epath.Path(to_path(out)), wanted, _say)
-    print(tables(report))
-    _say(f"\n{out} has all answers; {out}/answers.html is a page to read them in")
+    report = evaluate(trained, mesh, arguments.run, epath.Path(to_path(out)), wanted, say)
+    if first:
+        print(tables(report))
+        say(f"\n{out} has all answers; {out}/answers.html is a page to read them in")
+    if several_processes():
+        processes().finish()
     return 0
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _say_nothing(line: str) -> None:
+    """For processes other than the first, which says all."""
 
 
 def _name(dtype: Any) -> str:
@@ -208,8 +229,6 @@ def _entries(arguments: argparse.Namespace) -> Entries | None:
                 arguments.humaneval or not _runs_programs(name),
                 f"{name} runs programs that the model writes; add --humaneval if they may run here (docs/programs.md)",
             )
-    if arguments.humaneval:
-        _check_contained(arguments.uncontained)
     return entries if arguments.tasks else None
 
 
@@ -225,7 +244,7 @@ def _runs_programs(entry: str) -> bool:
     return entry.partition(":")[0] in PROGRAMS
 
 
-def _check_contained(uncontained: bool) -> None:
+def _check_contained(uncontained: bool, say: Say) -> None:
     from jaxchat.tools.python import containment, listed, possible
 
     if possible() and not uncontained:
@@ -233,7 +252,7 @@ def _check_contained(uncontained: bool) -> None:
             f"this machine cannot contain the programs of a model: they could {listed(possible(), 'and')}; add "
             "--uncontained to run them all the same (docs/programs.md), or leave --humaneval out"
         )
-    _say(f"what the model writes runs in processes of its own: {containment()}")
+    say(f"what the model writes runs in processes of its own: {containment()}")
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -249,7 +268,7 @@ def _data(experiment: Experiment, folder: str | None) -> DataConfig:
     return dataclasses.replace(experiment.data, path=folder)
 
 
-def _texts(paths: Sequence[str] | None, data: DataConfig, directory: RunDirectory) -> list[GivenFile]:
+def _texts(paths: Sequence[str] | None, data: DataConfig, directory: RunDirectory, say: Say) -> list[GivenFile]:
     """The text to measure: what the user names, or the run's validation text."""
     if paths is None:
         return []
@@ -257,9 +276,9 @@ def _texts(paths: Sequence[str] | None, data: DataConfig, directory: RunDirector
     from jaxchat.data.text.given import GivenFile, given_files
 
     if paths:
-        files = given_files(paths, _say)
+        files = given_files(paths, say)
         for name in _trained_on(files, directory):
-            _say(f"{name} was trained on: how well it is predicted says nothing about other text")
+            say(f"{name} was trained on: how well it is predicted says nothing about other text")
         return files
     folder = data.folder or directory.generated_data
     check(
@@ -267,7 +286,7 @@ def _texts(paths: Sequence[str] | None, data: DataConfig, directory: RunDirector
         "the run has no data folder with validation text; name files or folders with --text, or a data folder with "
         "--data",
     )
-    text = find_text(folder, data.val_shard, on_bad="refuse", say=_say).val
+    text = find_text(folder, data.val_shard, on_bad="refuse", say=say).val
     return [
         GivenFile(f"{file.name} (validation)", file, dataclasses.replace(text, files=(file,))) for file in text.files
     ]
@@ -298,7 +317,7 @@ def _bundle(named: str, data: DataConfig) -> Bundle:
 
 
 def _load(
-    entries: Entries, data: DataConfig, directory: RunDirectory, experiment: Experiment, *, given: bool
+    entries: Entries, data: DataConfig, directory: RunDirectory, experiment: Experiment, say: Say, *, given: bool
 ) -> list[tuple[Task, int | None]]:
     """The tasks, from the data folder or the run's generated corpus.
 
@@ -311,7 +330,7 @@ def _load(
 
     generated = to_path(directory.generated_data)
     source = TaskSource(data, (lambda: generated) if generated.is_dir() else None)
-    findings, found = Findings(experiment.data.on_bad, _say), []
+    findings, found = Findings(experiment.data.on_bad, say), []
     for name, limit in entries:
         try:
             found.append((source.load(name, "test", None, findings), limit))
@@ -320,11 +339,11 @@ def _load(
             dataset = dataset_of(name)
             get = f"'jaxchat data get {dataset}' downloads it, and " if dataset else ""
             check(not given, f"{why}; {get}--data names the folder that has it")
-            _say(f"left out: {why}")
+            say(f"left out: {why}")
     return found
 
 
-def _default_entries(stage: str, arguments: argparse.Namespace, experiment: Experiment) -> Entries:
+def _default_entries(stage: str, arguments: argparse.Namespace, experiment: Experiment, say: Say) -> Entries:
     """The tasks of the run's evaluate stage, if it measures `stage`."""
     from jaxchat.tasks import parse_mixture
 
@@ -336,7 +355,7 @@ def _default_entries(stage: str, arguments: argparse.Namespace, experiment: Expe
     allowed = []
     for entry in entries:
         if _runs_programs(entry[0]) and not arguments.humaneval:
-            _say(f"left out: {entry[0]}, which runs programs that the model writes; --humaneval allows it")
+            say(f"left out: {entry[0]}, which runs programs that the model writes; --humaneval allows it")
         else:
             allowed.append(entry)
     if arguments.humaneval and not any(_runs_programs(name) for name, _ in allowed):

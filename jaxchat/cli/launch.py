@@ -31,10 +31,11 @@ from jaxchat.cli.field_help import add_fields
 from jaxchat.cli.options import configure, named_fields
 from jaxchat.cli.parser import HelpFormatter, Parser, option_strings
 from jaxchat.cli.places import check_place
-from jaxchat.cli.values import budget, path, whole, words
-from jaxchat.config import STAGES, Experiment, Range
+from jaxchat.cli.several import add_several_processes, cluster_of
+from jaxchat.cli.values import budget, path, words
+from jaxchat.config import STAGES, Experiment
 from jaxchat.config.amount import Amount
-from jaxchat.devices.launchers import Cluster, find_cluster
+from jaxchat.devices.launchers import Cluster
 from jaxchat.errors import check
 from jaxchat.verbatim import one_line
 
@@ -67,7 +68,7 @@ def _run(argv: list[str], began: float) -> int:
     begun = None if options.fresh else _begun(directory)
     experiment = _keep_sizes(experiment, begun, given, budgeted=options.budget is not None)
     check_start(experiment, directory, redo=redo, fresh=options.fresh, init=start is not None)
-    cluster = find_cluster(os.environ, options.coordinator, options.num_processes, options.process_id)
+    cluster = cluster_of(options)
     prepare_jax()
     if options.dry_run:
         check(options.budget is None, "--dry-run measures nothing, as a --budget has to; leave one of them out")
@@ -133,14 +134,7 @@ def launch_parser() -> Parser:
         metavar="A,B",
         help="Do these stages again, and those that were made from them; what they left is renamed, not deleted.",
     )
-    several = parser.add_argument_group(
-        "several processes", "Needed only where no launcher sets them: see deploy/README.md."
-    ).add_argument
-    several("--coordinator", metavar="HOST:PORT", help="Host of process 0, and a free port there.")
-    several(
-        "--num-processes", metavar="N", type=whole(Range(at_least=1)), help="Number of processes; 1 to train alone."
-    )
-    several("--process-id", metavar="I", type=whole(Range(at_least=0)), help="Number of this process, from 0.")
+    add_several_processes(parser)
     return parser
 
 

@@ -42,11 +42,17 @@ def find_cluster(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    *,
+    alone_if_unsure: bool = False,
 ) -> Cluster | None:
     """The cluster given by flags or by the environment; None for a single process.
 
     `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` may replace the flags. In a Kubernetes job the
     id is the pod's JOB_COMPLETION_INDEX. Open MPI takes precedence over Slurm, which may have started its `mpirun`.
+
+    Args:
+      alone_if_unsure: a process works alone, instead of being refused, in a Slurm job of several tasks without `srun`,
+        and as a pod that does not know the others.
 
     Raises:
       UserError: something is missing or impossible.
@@ -60,11 +66,11 @@ def find_cluster(
         if "OMPI_COMM_WORLD_SIZE" in environ:
             return _open_mpi(environ, coordinator)
         if "SLURM_JOB_ID" in environ:
-            return _slurm(environ, coordinator)
+            return _slurm(environ, coordinator, alone_if_unsure)
     index = _number(environ, "JOB_COMPLETION_INDEX")
     if num_processes is None and process_id is None and coordinator is None:
         check(
-            not index,
+            not index or alone_if_unsure,
             f"this is pod {index} of a Kubernetes job, but the other pods are unknown: set JAX_NUM_PROCESSES and "
             "JAX_COORDINATOR_ADDRESS as deploy/jobset.yaml does",
         )
@@ -87,7 +93,7 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
 
 def _numbers(environ: Mapping[str, str], launcher: str, *names: str) -> list[int]:
     missing = [name for name in names if name not in environ]
-    check(not missing, f"{launcher} has not set {' and '.join(missing)}; use --num-processes=1 to train in one process")
+    check(not missing, f"{launcher} has not set {' and '.join(missing)}; use --num-processes=1 to work in one process")
     return [_number(environ, name) or 0 for name in names]
 
 
@@ -109,13 +115,13 @@ def _open_mpi(environ: Mapping[str, str], coordinator: str | None) -> Cluster | 
     return Cluster(coordinator or f"{host}:{_port(job)}", size, rank, _local_devices(environ, here, local))
 
 
-def _slurm(environ: Mapping[str, str], coordinator: str | None) -> Cluster | None:
+def _slurm(environ: Mapping[str, str], coordinator: str | None, alone_if_unsure: bool) -> Cluster | None:
     tasks = _number(environ, "SLURM_NTASKS") or 1
     if "SLURM_STEP_NODELIST" not in environ:  # the batch script itself, or the shell of salloc
         check(
-            tasks == 1,
+            tasks == 1 or alone_if_unsure,
             f"this Slurm job has {tasks} tasks, but the process was not started by srun; write srun before the "
-            "command, or use --num-processes=1 to train in one process",
+            "command, or use --num-processes=1 to work in one process",
         )
         return None
     names = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")

@@ -1,4 +1,4 @@
-"""Several processes that train as one: how they connect, agree, and stop. A single process does none of this.
+"""Several processes that train or evaluate as one: how they connect, agree, and stop. A single one does none of this.
 
 The processes share the run directory. Process 0 alone writes everything in it but checkpoints, and reads what decisions
 depend on: `on_process_zero` hands its answer to the others, which need not see the same files at the same moment.
@@ -42,7 +42,7 @@ LEAVE_SECONDS = (
 # JAX's own timeout, after which it ends the remaining processes with a stack trace: the last resort. JAX may take a
 # process for lost after half of it, which must still be later than LOST_SECONDS.
 JAX_TIMEOUT_SECONDS = 100
-RESUME = "the same command resumes from the last checkpoint"
+RESUME = "the same command resumes from what is saved"
 FOREVER_MS = 7 * 24 * 3600 * 1000
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,6 +18,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, Float, Int
 
+from jaxchat.devices.processes import exchange
 from jaxchat.errors import UserError, check
 from jaxchat.eval.statistics import pass_at_k, wilson_interval
 from jaxchat.infer.capacity import MOST_ROWS
@@ -179,8 +181,8 @@ def evaluate_task(
     else:
         rows = [i for i in fitting for _ in range(samples)]
 
-        def score(row: int, answer: str, cut: bool) -> Sample:
-            return Sample(answer, task.score(questions[rows[row]], answer, cut=cut), cut)
+        def score(row: int, answer: str, cut: bool) -> float:
+            return task.score(questions[rows[row]], answer, cut=cut)
 
         most = MOST_ROWS if batch_size == "auto" else batch_size  # the cache has room for as many as fit
         written = _write(engine, [prompts[i] for i in rows], score, progress, max_batch=most, **options)
@@ -247,18 +249,23 @@ def _with_room(engine: Engine, task: Task, tokens: int) -> tuple[Engine, int]:
 def _write(
     engine: Engine,
     prompts: Sequence[list[int]],
-    score: Callable[[int, str, bool], Sample],
+    score: Callable[[int, str, bool], float],
     progress: Progress | None,
     **options: Any,
 ) -> list[Sample]:
     """The answer to each prompt; each is scored when it has ended, beside those that are still written.
 
-    `score` gets the index of the prompt, the answer, and whether it had no room to end.
+    Several processes share the scoring, and all get every score: of a program with a deadline, each could find another.
+
+    Args:
+      score: gets the index of the prompt, the answer, and whether it had no room to end.
     """
+    here, processes = jax.process_index(), jax.process_count()
     room = [min(options["max_new_tokens"], engine.model_config.sequence_len - len(prompt)) for prompt in prompts]
     tokens: list[list[int]] = [[] for _ in prompts]
-    scored: dict[int, Future[Sample]] = {}
-    done: list[Future[Sample]] = []
+    answers: dict[int, tuple[str, bool]] = {}
+    scored: dict[int, Future[float]] = {}
+    done: list[Future[float]] = []
     pool = ThreadPoolExecutor(SCORERS)
     try:
         for written in engine.stream(prompts, **options):
@@ -267,20 +274,25 @@ def _write(
                 if not stopped:
                     tokens[row].append(token)
                 if stopped or len(tokens[row]) == room[row]:
-                    scored[row] = pool.submit(score, row, engine.tokenizer.decode(tokens[row]), not stopped)
-                    scored[row].add_done_callback(done.append)
+                    answers[row] = engine.tokenizer.decode(tokens[row]), not stopped
+                    if row % processes == here:
+                        scored[row] = pool.submit(score, row, *answers[row])
+                        scored[row].add_done_callback(done.append)
             if progress is not None:
-                progress(len(done), len(prompts))
+                progress(min(len(done) * processes, len(prompts)), len(prompts))
         while waiting := [future for future in scored.values() if not future.done()]:
             raise_if_asked()
             wait(waiting, timeout=1.0)
             if progress is not None:
-                progress(len(scored) - len(waiting), len(prompts))
+                progress(min((len(scored) - len(waiting)) * processes, len(prompts)), len(prompts))
     finally:
         pool.shutdown(cancel_futures=True)  # of an evaluation that is broken off, the programs that have not begun
+    own = [float(scored[row].result()) for row in range(here, len(prompts), processes)]
+    shares = [json.loads(share) for share in exchange(json.dumps(own))]
     if progress is not None:
         progress(len(prompts), len(prompts))
-    return [scored[row].result() for row in range(len(prompts))]
+    scores = [shares[row % processes][row // processes] for row in range(len(prompts))]
+    return [Sample(answers[row][0], score, answers[row][1]) for row, score in enumerate(scores)]
 
 
 def _answer(

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from etils import epath
+from jax.sharding import Mesh
 
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import Experiment
+from jaxchat.devices.processes import on_process_zero
 from jaxchat.errors import UserError, check, closest
 from jaxchat.infer.engine import Engine
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, abstract_params
+from jaxchat.model.parameters import abstract_on
 from jaxchat.ops.compute import compute_dtype
 from jaxchat.runs.directory import EARLIER, TRAINED, RunDirectory
 from jaxchat.runs.files import Damaged, read_bytes
@@ -21,7 +24,7 @@ from jaxchat.tokenizer.base import FILE_NAME
 
 
 class TrainedModel(NamedTuple):
-    """The model of `stage` after `step` steps; `params` are on one device."""
+    """The model of `stage` after `step` steps; `params` are on one device, or on a mesh that was asked for."""
 
     experiment: Experiment
     model: GPTConfig
@@ -35,11 +38,16 @@ class TrainedModel(NamedTuple):
         return Engine(self.model, self.params, self.tokenizer, dtype=compute_dtype(self.experiment), **options)
 
 
-def load_model(run_dir: epath.PathLike, stage: str | None = None, step: str | None = None) -> TrainedModel:
+def load_model(
+    run_dir: epath.PathLike, stage: str | None = None, step: str | None = None, *, mesh: Mesh | None = None
+) -> TrainedModel:
     """The model that is the result of `stage` of a run, by default of the last finished stage that trains.
+
+    Of several processes each must make the same call.
 
     Args:
       step: another step whose checkpoint was kept, or `best` for the one that the stage's evaluation found best.
+      mesh: whose devices get the parameters; by default they are on one of this process.
 
     Raises:
       UserError: there is no such run, stage or step, or the stage is not finished; the message lists those that are.
@@ -50,6 +58,22 @@ def load_model(run_dir: epath.PathLike, stage: str | None = None, step: str | No
         is_folder(directory.path), f"there is no run directory {run_dir}; train one with launch.py --run-dir {run_dir}"
     )
     experiment = directory.read_config()
+    stage = str(on_process_zero(lambda: _finished_stage(directory, run_dir, stage)))
+    experiment = directory.config_of(stage) or experiment
+    tokenizer = load_tokenizer_of(directory)
+    _check_learned(directory, stage)
+    model = GPTConfig.of(experiment.model, tokenizer.vocab_size)
+    checkpoints = Checkpoints(directory.checkpoints(stage))
+    if step is None:
+        at = on_process_zero(lambda: directory.result_step(stage))
+    else:
+        at = _checkpoint_step(checkpoints, step)
+    params = checkpoints.restore_params(abstract_params(model) if mesh is None else abstract_on(mesh, model), at)
+    return TrainedModel(experiment, model, tokenizer, params, stage, at)
+
+
+def _finished_stage(directory: RunDirectory, run_dir: epath.PathLike, stage: str | None) -> str:
+    """The stage, if it is finished; of None the last finished one that trains."""
     finished = directory.stages_with_model()
     there = f"finished: {', '.join(finished)}" if finished else "no stage that trains is finished yet"
     check(
@@ -58,15 +82,7 @@ def load_model(run_dir: epath.PathLike, stage: str | None = None, step: str | No
     )
     check(bool(finished) or stage is not None, f"{run_dir} has no model yet: {there}")
     check(stage is None or directory.leaves_model(stage), f"stage {stage!r} of {run_dir} is not finished; {there}")
-    stage = stage or finished[-1]
-    experiment = directory.config_of(stage) or experiment
-    tokenizer = load_tokenizer_of(directory)
-    _check_learned(directory, stage)
-    model = GPTConfig.of(experiment.model, tokenizer.vocab_size)
-    checkpoints = Checkpoints(directory.checkpoints(stage))
-    at = directory.result_step(stage) if step is None else _checkpoint_step(checkpoints, step)
-    params = checkpoints.restore_params(abstract_params(model), at)
-    return TrainedModel(experiment, model, tokenizer, params, stage, at)
+    return stage or finished[-1]
 
 
 def load_tokenizer_of(directory: RunDirectory) -> BaseTokenizer:

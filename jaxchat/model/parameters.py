@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.model.config import GPTConfig
-from jaxchat.model.gpt import abstract_params
+from jaxchat.model.gpt import Params, abstract_params
 
 Group = Literal["matrix", "embedding", "head"]
 GROUPS: tuple[Group, ...] = ("matrix", "embedding", "head")
@@ -124,6 +124,16 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
         return NamedSharding(mesh, P(*axes))
 
     return jax.tree.map_with_path(place, tree)
+
+
+def abstract_on(mesh: Mesh, config: GPTConfig) -> Params:
+    """The parameters as `jax.ShapeDtypeStruct`s, laid out on the mesh."""
+    abstract = abstract_params(config)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract,
+        shardings(mesh, abstract),
+    )
 
 
 def _divides(mesh: Mesh, axis: str | None, size: int) -> bool:

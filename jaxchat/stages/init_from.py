@@ -5,8 +5,9 @@ from __future__ import annotations
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.export.incoming import place_model
 from jaxchat.infer.trained import load_tokenizer_of
+from jaxchat.model.parameters import abstract_on
 from jaxchat.runs.init_from import STAGE, StartingModel
-from jaxchat.stages.workspace import Workspace, abstract_on
+from jaxchat.stages.workspace import Workspace
 
 
 def place_start(workspace: Workspace, start: StartingModel) -> None:

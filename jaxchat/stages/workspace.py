@@ -6,14 +6,12 @@ Of several processes, which must share the run directory, only process 0 writes 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 from etils import epath
-from jax.sharding import Mesh
 
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import Experiment, SupervisedConfig
@@ -27,8 +25,8 @@ from jaxchat.devices.processes import on_process_zero
 from jaxchat.errors import MissingData, check
 from jaxchat.infer.trained import load_tokenizer_of
 from jaxchat.model.config import GPTConfig
-from jaxchat.model.gpt import Params, abstract_params
-from jaxchat.model.parameters import shardings
+from jaxchat.model.gpt import Params
+from jaxchat.model.parameters import abstract_on
 from jaxchat.ops.compute import Compute, compute_dtype
 from jaxchat.runs.directory import TRAINED, RunDirectory
 from jaxchat.runs.metrics import Metrics
@@ -322,13 +320,6 @@ class Workspace:
             total_steps=total_steps,
             enabled=jax.process_index() == 0,
         )
-
-
-def abstract_on(mesh: Mesh, config: GPTConfig) -> Params:
-    """The parameters as `jax.ShapeDtypeStruct`s, laid out on the mesh."""
-    abstract = abstract_params(config)
-    place = functools.partial(jax.tree.map, lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where))
-    return place(abstract, shardings(mesh, abstract))
 
 
 def planned_model(experiment: Experiment) -> GPTConfig:

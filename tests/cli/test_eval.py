@@ -20,10 +20,30 @@ from jaxchat.model.gpt import init_params
 from jaxchat.runs.config_json import to_json
 from jaxchat.stages.generated import write_generated
 from jaxchat.tokenizer import Tokenizer
+from tests.devices.test_processes import start_several
 from tests.eval.core.conftest import MULTIPLE_CHOICE, entry, write_bundle
 from tests.tiny import refusal
 
 STEPS = 150
+# `jaxchat eval` that sends itself SIGTERM when it asks a task, in process 1 alone.
+PROGRAM = """
+import os, signal, sys
+from jaxchat import stopping
+stopping.begin()
+import jax
+from jaxchat.analysis import evaluation
+from jaxchat.cli.main import main
+
+real = evaluation.evaluate_task
+
+def evaluate_task(engine, task, **options):
+    if (task.name, jax.process_index()) == (sys.argv[1], 1):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(engine, task, **options)
+
+evaluation.evaluate_task = evaluate_task
+sys.exit(main(["eval", *sys.argv[2:]]))
+"""
 STORY = "The old fox slept under the tree.\n\nThe rain fell on the leaves all night long."
 
 
@@ -272,3 +292,34 @@ def test_bfloat16_is_not_float32(run, tmp_path):
         nats[precision] = report(tmp_path / precision)["text"]["total"]["bits_per_byte"]
     assert nats["bfloat16"] != nats["float32"] and nats["bfloat16"] == pytest.approx(nats["float32"], rel=0.02)
     assert jnp.dtype(report(tmp_path / "bfloat16")["text"]["dtype"]) == jnp.bfloat16
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does_and_go_on_where_they_were_stopped(run, tmp_path):
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": STORY[: 9 * i]}) + "\n" for i in range(1, 9)))
+    bundle = write_bundle(tmp_path / "bundle", [(entry("copa", "multiple_choice", 0), MULTIPLE_CHOICE)])
+    command = ["--run", run, "--tasks", "sums:6", "letters:5", "--samples=2", "--max-new-tokens=4"]
+    command = [*map(str, command), "--text", str(tmp_path / "texts.jsonl"), "--core", str(bundle)]
+    code, _, err = evaluate(*command, "--out", tmp_path / "one")
+    assert code == 0, err
+
+    two = tmp_path / "two"
+    ends = start_several((PROGRAM, "letters"), [*command, f"--out={two}"])
+    assert [code for code, _ in ends] == [75, 75] and all("stopped by SIGTERM" in said for _, said in ends), ends
+    assert list(report(two)["tasks"]) == ["sums"] and report(two)["core"] is None
+    ends = start_several((PROGRAM, "none"), [*command, f"--out={two}"])
+    assert [code for code, _ in ends] == [0, 0], ends
+    for said in ("sums: the same questions were asked before", "letters: ", "eval  CORE", "| letters | ", "is a page"):
+        assert [text.count(said) > 0 for _, text in ends] == [True, False], ends
+
+    mine, theirs = report(two), report(tmp_path / "one")
+    for name in ("sums", "letters"):
+        assert {**mine["tasks"][name], "seconds": 0} == {**theirs["tasks"][name], "seconds": 0}
+        assert lines(two / "answers" / f"{name}.jsonl") == lines(tmp_path / "one" / "answers" / f"{name}.jsonl")
+    assert mine["text"]["total"] == pytest.approx(theirs["text"]["total"], rel=1e-5)
+    assert [one["index"] for one in lines(two / "text.jsonl")] == list(range(8))
+    assert mine["core"]["tasks"] == theirs["core"]["tasks"]
+    decisions = [[line["right"] for line in lines(folder / mine["core"]["answers"] / "copa.jsonl")]
+                 for folder in (two, tmp_path / "one")]  # fmt: skip
+    assert decisions[0] == decisions[1]

@@ -89,6 +89,8 @@ def test_within_a_slurm_job_without_srun():
     with pytest.raises(UserError, match="was not started by srun; write srun before the command"):
         find_cluster(job)
     assert find_cluster({**job, "SLURM_NTASKS": "1"}) is None
+    assert find_cluster(job, alone_if_unsure=True) is None
+    assert find_cluster(SLURM, alone_if_unsure=True) == find_cluster(SLURM)
     with pytest.raises(UserError, match="Slurm has not set SLURM_LOCALID; use --num-processes=1"):
         find_cluster({name: value for name, value in SLURM.items() if name != "SLURM_LOCALID"})
 
@@ -113,6 +115,7 @@ def test_kubernetes():
     assert find_cluster(POD) == Cluster("jaxchat-train-0-0.jaxchat:61440", 2, 1)
     with pytest.raises(UserError, match="pod 1 of a Kubernetes job, .* set JAX_NUM_PROCESSES"):
         find_cluster({"JOB_COMPLETION_INDEX": "1"})
+    assert find_cluster({"JOB_COMPLETION_INDEX": "1"}, alone_if_unsure=True) is None
     with pytest.raises(UserError, match="the environment variable JAX_NUM_PROCESSES is 'two'"):
         find_cluster({**POD, "JAX_NUM_PROCESSES": "two"})
 

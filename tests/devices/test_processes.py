@@ -149,7 +149,7 @@ def test_when_one_is_killed_the_others_end_and_the_job_resumes(whole, tmp_path, 
     (killed, _), (code, err) = ends[lost], ends[1 - lost]
     assert killed == -signal.SIGKILL and code == LOST, err
     assert last_line(err).startswith(f"error: process {1 - lost} stops: process {lost} is lost"), err
-    assert last_line(err).endswith("the same command resumes from the last checkpoint")
+    assert last_line(err).endswith("the same command resumes from what is saved")
     if lost == 0:
         code, _, err = start(run, "--stages=pretrain")
         assert code == 0, err
