@@ -286,7 +286,7 @@ class TestResume:
     )
     def test_interrupted_rl_is_the_uninterrupted_one(self, finished, tmp_path, monkeypatch, step, options):
         # After so little training no answer is right; these rewards give it something to learn.
-        def score(asked, completions, tokenizer, own=None):
+        def score(asked, completions, tokenizer, own=None, progress=None):
             return [sum(c.tokens) % 7 / 6 for c in completions]
 
         for module in ("jaxchat.rl.rollouts", "jaxchat.rl.evaluation"):
