@@ -9,7 +9,8 @@ before and after RL, greedily, more of them than the quickstart has. A change co
 questions that are answered right only after RL, and c only before it, z = (b - c) / sqrt(b + c) (McNemar 1947).
 
 objectives: RL from one model with one objective or advantage after the other, each within the same --budget, and what
-the model answers to the questions for validation before and after.
+the model answers to the questions for validation before and after. Each method is run once before, so that its programs
+are compiled.
 
 The first argument is a folder for the runs; what is finished there is not done again.
 """
@@ -41,6 +42,7 @@ LAUNCH = Path(__file__).parent.parent / "launch.py"
 HARD = "long_sums"
 OTHERS = ("sums", "letters", "facts")
 LEAST_RISE, LEAST_Z, MOST_CHANGE = 20.0, 5.0, 2.0  # percentage points, of the hard task and of each other one
+LEAST_SECONDS = 36  # for a budget of RL alone
 PASS_K = 8  # answers to each question for validation, besides the greedy one
 OBJECTIVES: dict[str, list[str]] = {
     "reinforce, centred": [],
@@ -180,15 +182,14 @@ def _points(change: Mapping[str, float]) -> float:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """What each objective made of the same model in the same time, by name."""
-    found = {}
+    found, compiled = {}, set()
     for name in options.only:
+        method = next((part for part in OBJECTIVES[name] if part.startswith("--rl.method=")), "--rl.method=reinforce")
+        if method not in compiled:  # for all that follow
+            compiled.add(method)
+            _reinforce(options, name, options.directory / f"compiled-{method.partition('=')[2]}", LEAST_SECONDS)
         directory = options.directory / name.replace(", ", "-").replace(" ", "_")
-        _launch(
-            name, f"--experiment={options.experiment}", f"--init-from={options.run}", f"--run-dir={directory}",
-            f"--data={options.data}" if options.data else "--data.download=", "--stages=rl",
-            f"--budget={options.seconds}s", "--rl.tasks", *options.tasks, f"--rl.eval-questions={options.questions}",
-            f"--rl.pass-k={PASS_K}", "--rl.eval-every=0", *OBJECTIVES[name],
-        )  # fmt: skip
+        _reinforce(options, name, directory, options.seconds)
         found[name] = result([line for line in read_metrics(directory) if line["stage"] == "rl"])
     best = f"pass@{PASS_K}"
     head = ["", "batches", "updates", "seconds", "pass@1, before", "after", "95 %", "z", "greedy"]
@@ -204,6 +205,15 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     print(f"\n{options.run}, {', '.join(options.tasks)}; up to {options.questions} questions for validation")
     table(head, rows)
     return {"objectives": found}
+
+
+def _reinforce(options: argparse.Namespace, name: str, directory: Path, seconds: int) -> None:
+    _launch(
+        name, f"--experiment={options.experiment}", f"--init-from={options.run}", f"--run-dir={directory}",
+        f"--data={options.data}" if options.data else "--data.download=", "--stages=rl", f"--budget={seconds}s",
+        "--rl.tasks", *options.tasks, f"--rl.eval-questions={options.questions}", f"--rl.pass-k={PASS_K}",
+        "--rl.eval-every=0", *OBJECTIVES[name],
+    )  # fmt: skip
 
 
 def result(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
