@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
 from jaxchat.config import RLConfig
-from jaxchat.devices.mesh import data_shards, put_whole
+from jaxchat.devices.mesh import put_whole
 from jaxchat.devices.processes import on_process_zero
 from jaxchat.eval.chat import prompts_of
 from jaxchat.infer.engine import Completion, Engine
@@ -26,14 +26,14 @@ from jaxchat.rl.objectives import PolicyObjective
 from jaxchat.rl.questions import Chooser
 from jaxchat.rl.record import Record
 from jaxchat.rl.reward import OwnReward
-from jaxchat.rl.rows import Row, arrays_of, row_length, row_of
+from jaxchat.rl.rows import NOWHERE, Packed, Packing, Row, row_of
 from jaxchat.rl.scoring import task_scores
 from jaxchat.rl.signal import Signal
 from jaxchat.tasks import Conversation, Task
 from jaxchat.tokenizer import BaseTokenizer
-from jaxchat.train.budget import BatchPlan, plans_of_rows
+from jaxchat.train.budget import BatchPlan
 from jaxchat.train.loop import Source
-from jaxchat.train.step import MICRO_BATCH_SPEC, AbstractBatch, Batch, abstract_batch
+from jaxchat.train.step import MICRO_BATCH_SPEC, AbstractBatch, Batch
 
 Question = tuple[Task, Conversation]  # with the task that scores it
 
@@ -139,14 +139,9 @@ class Rollouts(Source):
         self.tokenizer = engine.tokenizer
         self.progress: Callable[[int, int], None] = lambda done, total: None
         self.chooser = Chooser([task.name for task, _ in questions], config, seed=seed)
-        parallel = data_shards(mesh)
-        # Of a device: the last micro-batch may have rows without targets.
-        rollouts = math.ceil(config.questions_per_step * config.samples_per_question / parallel)
-        if config.device_rows == "auto":
-            self.plans = plans_of_rows(rollouts, parallel)
-        else:
-            rows = min(config.device_rows, rollouts)
-            self.plans = (BatchPlan(rows, rows * parallel, math.ceil(rollouts / rows)),)
+        prompt = max(len(self.tokenizer.render_for_completion(conversation)) for _, conversation in questions)
+        self.packing = Packing(config, self.objective, mesh, engine.model_config.sequence_len, prompt)
+        self.plans = self.packing.plans()
         self.plan = self.plans[0]
         self.taken = 0  # updates so far: random numbers follow from this number
         self.signal = Signal()
@@ -178,24 +173,25 @@ class Rollouts(Source):
 
     def abstract(self, plan: BatchPlan) -> AbstractBatch:
         """The largest batch that `next_batch` returns with `plan`, as ShapeDtypeStructs."""
-        prompt = max(len(self.tokenizer.render_for_completion(conversation)) for _, conversation in self.questions)
-        length = row_length(prompt + self.config.max_new_tokens, self.engine.model_config.sequence_len)
-        shape = (plan.accumulation, plan.rows, length)
-        return abstract_batch(self.mesh, shape, self.objective.tokens)
+        return self.packing.abstract(plan)
 
     def next_batch(self, step: int, params) -> tuple[Batch, dict[str, float]]:
         """The batch and, if it is a new one, its metrics.
 
         They are those of `Signal.add` and of `Chooser.metrics`, `questions_asked` and `questions_used` (their numbers),
         `reward/TASK` (the mean, where there are several tasks), `completion_tokens` (mean number),
-        `sampled_tokens_per_second`, `forged`, the share of answers in which the model wrote a tool's output itself, and
-        `unscored`, that of those whose reward is no finite number, if there are any: they are left out.
+        `sampled_tokens_per_second`, `utilisation`, the share of the devices' positions that hold a token, `forged`, the
+        share of answers in which the model wrote a tool's output itself, and `unscored`, that of those whose reward is
+        no finite number, if there are any: they are left out.
         """
         metrics = {}
         if self.taken % self.config.updates_per_batch == 0:
             self._batch, self._rows, metrics = None, *self._sample(step, params)
         if self._batch is None:
-            self._batch = self._on_devices(self._rows)
+            packed = self.packing.batch(self._rows, self.plan)
+            self._batch = self._on_devices(packed)
+            if packed.positions and metrics:
+                metrics["utilisation"] = packed.tokens / packed.positions
         self.taken += 1
         return self._batch, metrics
 
@@ -307,12 +303,12 @@ class Rollouts(Source):
         for refill in itertools.count(1):
             yield int(np.random.SeedSequence((self.seed, update, refill)).generate_state(1)[0])
 
-    def _on_devices(self, rows: list[Row]) -> Batch:
-        batch = {name: put_whole(self.mesh, array, MICRO_BATCH_SPEC) for name, array in self._arrays(rows).items()}
+    def _on_devices(self, packed: Packed) -> Batch:
+        batch = {
+            name: put_whole(self.mesh, array, MICRO_BATCH_SPEC if array.ndim else NOWHERE)
+            for name, array in packed.arrays.items()
+        }
         if self.objective.kl:
             assert self.reference is not None, "an objective with a KL divergence needs a reference"
             batch["reference"] = self.reference(batch)
         return batch
-
-    def _arrays(self, rows: list[Row]) -> dict[str, np.ndarray]:
-        return arrays_of(rows, self.config, self.plan, self.engine.model_config.sequence_len)

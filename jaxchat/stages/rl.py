@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxchat.errors import check
 from jaxchat.model.config import GPTConfig
@@ -27,7 +28,7 @@ from jaxchat.tasks import Task, parse_mixture
 from jaxchat.tasks.items import spread
 from jaxchat.train.loop import Evaluator
 from jaxchat.train.loss import LossConfig, token_nll
-from jaxchat.train.step import Batch
+from jaxchat.train.step import MICRO_BATCH_SPEC, Batch, micro_batch
 
 SAMPLES = 3
 LOOKED_AT = 200  # questions, for how much room the context leaves for their answers
@@ -191,13 +192,16 @@ def reference_of(
     kept = jax.tree.map(jnp.copy, params)
     config = LossConfig(drawn or model.vocab_size, model.logit_cap / temperature, compute.mesh)
 
-    @jax.jit
-    def log_probabilities(params, inputs, targets):
-        def of_rows(rows):
-            inputs, targets = rows
-            hidden = hidden_states(model, params, inputs, compute) / temperature
-            return -token_nll(hidden, params["head"]["kernel"], targets, config)
+    place = None if compute.mesh is None else NamedSharding(compute.mesh, MICRO_BATCH_SPEC)
 
-        return jax.lax.map(of_rows, (inputs, targets))
+    @functools.partial(jax.jit, out_shardings=place)
+    def log_probabilities(params, batch, computed):
+        def add(number, found):
+            micro = micro_batch(batch, number)
+            hidden = hidden_states(model, params, micro["inputs"], compute, micro["documents"]) / temperature
+            return found.at[number].set(-token_nll(hidden, params["head"]["kernel"], micro["targets"], config))
 
-    return lambda batch: log_probabilities(kept, batch["inputs"], batch["targets"])
+        return jax.lax.fori_loop(0, computed, add, jnp.zeros(batch["targets"].shape))
+
+    names = ("inputs", "targets", "documents")
+    return lambda batch: log_probabilities(kept, {name: batch[name] for name in names}, batch["micro_batches"])
