@@ -190,6 +190,8 @@ def _rl_facts(entry: dict[str, Any]) -> list[str]:
                          "were worth the same.")  # fmt: skip
     if cut:
         sentences.append(f"{cut:.1%} of its answers had no room to end.")
+    if retired := entry.get("questions_retired"):
+        sentences.append(f"{retired:.1%} of all its questions were solved, and not asked again.")
     return [" ".join(sentences)] if sentences else []
 
 

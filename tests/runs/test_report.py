@@ -84,7 +84,7 @@ def run_dir(tmp_path_factory):
         for step in range(8):
             metrics.log(step, loss=0.01 * (-1) ** step, reward=0.2 + 0.05 * step)
         metrics.log(8, reward_eval=0.5)
-    taught = {"groups_without_signal": 0.25, "cut": 0.125, "steps_without_signal": 1}
+    taught = {"groups_without_signal": 0.25, "cut": 0.125, "steps_without_signal": 1, "questions_retired": 0.5}
     finish(path, "rl", seconds=1164, steps=8, tokens=512, **taught)
     with Metrics(path, "evaluate", live=False) as metrics:
         metrics.log(10, of="sft", **{"score/sums": 0.5, "score/arc_easy": 0.25})
@@ -178,6 +178,7 @@ def test_report_md_tells_the_story(run_dir):
 def test_report_md_says_what_rl_had_to_teach(run_dir, tmp_path):
     text = " ".join((run_dir / "report.md").read_text().split())
     assert "25.0% of the questions taught nothing: all answers to one were worth the same. 12.5% of its answers" in text
+    assert "50.0% of all its questions were solved, and not asked again." in text
     begin(tmp_path)
     finish(tmp_path, "rl", seconds=1, steps=3, groups_without_signal=1.0, cut=0.0, steps_without_signal=3)
     write(tmp_path)
