@@ -3,10 +3,11 @@
     python benchmarks/rl.py proof runs/proof
     python benchmarks/rl.py objectives runs/objectives --run runs/d12 --tasks word_problems_2 --seconds 60
 
-proof: the quickstart with several seeds of SFT and RL, from one model after midtraining. SFT is short, so that about
-half of the longer sums are wrong after it, and RL asks them most. The same held-out questions of all tasks are asked
-before and after RL, greedily, more of them than the quickstart has. A change counts question by question: with b
-questions that are answered right only after RL, and c only before it, z = (b - c) / sqrt(b + c) (McNemar 1947).
+proof: the quickstart with several seeds of SFT and RL, from one model after midtraining. SFT is short and shows none of
+the longer sums, so that many of them are wrong after it, and RL asks them most. The same held-out questions of all
+tasks are asked before and after RL, greedily, more of them than the quickstart has. A change counts question by
+question: with b questions that are answered right only after RL, and c only before it, z = (b - c) / sqrt(b + c)
+(McNemar 1947).
 
 objectives: RL from one model with one objective or advantage after the other, each within the same --budget, and what
 the model answers to the questions for validation before and after. Each method is run once before, so that its programs
@@ -21,6 +22,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -40,6 +42,7 @@ from jaxchat.runs.metrics import read_metrics
 Scores = tuple[list[float], list[float]]  # of the same questions, before and after
 LAUNCH = Path(__file__).parent.parent / "launch.py"
 HARD = "long_sums"
+LONG_SUM = re.compile(r"\b\d{4} [-+] \d{4}\b")
 OTHERS = ("sums", "letters", "facts")
 LEAST_RISE, LEAST_Z, MOST_CHANGE = 20.0, 5.0, 2.0  # percentage points, of the hard task and of each other one
 LEAST_SECONDS = 36  # for a budget of RL alone
@@ -82,9 +85,9 @@ def _parser() -> argparse.ArgumentParser:
         add("--json", metavar="FILE", help="write all figures to FILE")
     add = proof.add_argument
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of SFT and RL (default 0 1 2)")
-    add("--sft-steps", type=int, default=40, help="(default 40)")
-    add("--rl-steps", type=int, default=20, help="(default 20)")
-    add("--questions", type=int, default=500, help="held-out ones of each task, as far as there are (default 500)")
+    add("--sft-steps", type=int, default=30, help="(default 30)")
+    add("--rl-steps", type=int, default=16, help="(default 16)")
+    add("--questions", type=int, default=400, help="held-out ones of each task, as far as there are (default 400)")
     add = objectives.add_argument
     add("--run", required=True, metavar="DIR", help="the run whose last model RL begins with")
     add("--experiment", default="d12", help="whose settings hold otherwise (default d12)")
@@ -141,9 +144,12 @@ def prove(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_questions(generated: Path, folder: Path, count: int) -> None:
-    """A data folder with the generated conversations and questions, and with up to `count` test questions a task."""
+    """A data folder of the generated conversations, without longer sums, and up to `count` test questions a task."""
     seed = load_experiment("quickstart").seed
     shutil.copytree(generated, folder, ignore=shutil.ignore_patterns("pretrain", "complete"))
+    chats = folder / "chat" / "train.jsonl"
+    lines = chats.read_text(encoding="utf-8").splitlines(keepends=True)
+    chats.write_text("".join(line for line in lines if not LONG_SUM.search(line)), encoding="utf-8")
     for name, make in QUESTION_MAKERS.items():
         items = make(build_world(seed), random.Random(f"{name} test {seed}"), "test", count)
         lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)

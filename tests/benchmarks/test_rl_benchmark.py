@@ -43,7 +43,7 @@ def test_the_verdict_needs_the_rise_its_certainty_and_the_other_tasks(hard, othe
 
 def test_more_questions_are_asked_and_none_is_trained_on(tmp_path):
     rl = load("rl")
-    write_synthetic(tmp_path / "made", seed=SEED, documents=100, conversations=300)
+    write_synthetic(tmp_path / "made", seed=SEED, documents=100, conversations=2000)
     rl.write_questions(tmp_path / "made", tmp_path / "data", 300)
     assert not (tmp_path / "data" / "pretrain").exists()
     for task in (rl.HARD, *rl.OTHERS):
@@ -52,7 +52,17 @@ def test_more_questions_are_asked_and_none_is_trained_on(tmp_path):
         asked = {item["messages"][0]["content"] for item in new}
         trained = {item["messages"][0]["content"] for item in read(tmp_path / "data" / "eval" / task / "train.jsonl")}
         assert not asked & trained
-    assert (tmp_path / "data" / "chat" / "train.jsonl").exists()
+    chats, shown = (read(tmp_path / name / "chat" / "train.jsonl") for name in ("made", "data"))
+    left_out = [chat for chat in chats if chat not in shown]
+    assert 0 < len(left_out) < 60 and all(map(has_long_sum, left_out)) and not any(map(has_long_sum, shown))
+
+
+def has_long_sum(chat):
+    parts = [
+        part for message in chat["messages"] if isinstance(message["content"], list) for part in message["content"]
+    ]
+    terms = [part["text"].split() for part in parts if part["type"] == "python"]
+    return any(len(term) == 3 and min(len(term[0]), len(term[2])) == 4 for term in terms)
 
 
 def read(file):
