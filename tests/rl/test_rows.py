@@ -146,7 +146,7 @@ GSPO = {"method": "gspo", "clip_low": 0.2, "clip_high": 0.3, "average": "answers
 # By settings: on how many devices, in rows of how many at once, and by which factor longer; then the shapes and how
 # many of the micro-batches have answers.
 LAYOUTS = [
-    (GSPO, {(1, 12, 1): (1, 12, 32, 1), (1, 4, 2): (3, 2, 64, 2), (2, 2, 1): (3, 4, 32, 2)}),
+    (GSPO, {(1, 4, 2): (3, 2, 64, 2), (2, 2, 1): (3, 4, 32, 2)}),
     ({"method": "reinforce", "average": "length"}, {(1, 1, 1): (12, 1, 32, 5)}),
 ]
 
