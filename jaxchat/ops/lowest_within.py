@@ -3,8 +3,8 @@
 It is found by its bits, the first ones first: whether a bound reaches what is needed is asked of all logits at once,
 and nothing is sorted. All sums are of integers, so that no order of adding changes them.
 
-On a GPU one kernel finds all bits of a row, which stays in the GPU's cache meanwhile. In plain JAX each pass over the
-vocabulary finds some.
+On a GPU one kernel finds all bits of many rows, which stay in the GPU's cache meanwhile. In plain JAX each pass over
+the vocabulary finds some.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from jaxchat.ops.dispatch import on_one_device
 DIGIT = 3
 KERNEL_DIGIT = 2
 CHUNK = 32  # runs that the kernel reads at once
+FEWEST = 64  # rows for the kernel, in which each has one multiprocessor; plain JAX spreads fewer over all of them
 LOWEST = -(1 << 31)
 
 
@@ -50,7 +51,7 @@ def lowest_within(
       runs: the rows' logits in runs of K, which are added up first.
       mass: what they count; None: each 1.
     """
-    if not on_cpu and _kernel_runs():
+    if not on_cpu and len(runs) >= FEWEST and _kernel_runs():
         return _from_bits(_kernel(runs, mass, needed))
     weights, shares = mass or (jnp.ones(runs.shape, jnp.uint32), jnp.ones(runs.shape[:2]))
     known = _ordered(runs), weights, shares, needed
