@@ -239,7 +239,8 @@ class Training:
             loop.checkpoints.close()
         facts |= self._data_facts(source.whole_state(source.get_state())) | at_end()
         if horizon is not None and horizon.steps == horizon.most:
-            workspace.say(f"{self.stage:<9} ends before its time is up: to read its data more often would teach nothing")
+            why = "to read its data more often would teach nothing"
+            workspace.say(f"{self.stage:<9} ends before its time is up: {why}")
         if line := describe_data(facts):
             workspace.say(f"{self.stage:<9} {line}")
         workspace.finish(
