@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Collection
 from typing import Any
 
 import jax.numpy as jnp
@@ -81,7 +82,8 @@ def run(workspace: Workspace) -> None:
         if bundle is not None:  # last: on a CPU it takes hours
             for stage, settings in missing_core.items():
                 _measure_core(workspace, model, stage, bundle, settings, metrics)
-    for line in on_process_zero(lambda: _changes(workspace)):
+    asked = {(stage, task.name) for stage, of_stage in missing.items() for task, _ in of_stage}
+    for line in on_process_zero(lambda: _changes(workspace, asked)):
         workspace.say(line)
     workspace.finish("evaluate", parent=None, seconds=time.time() - began, started=began)
 
@@ -206,12 +208,13 @@ def _keep_answers(workspace: Workspace, stage: str, result: TaskResult) -> None:
     write_bytes(workspace.directory.answers(stage, result.name), "".join(lines).encode())
 
 
-def _changes(workspace: Workspace) -> list[str]:
-    """What became of each task's answers from the model of one stage to that of the next."""
+def _changes(workspace: Workspace, asked: Collection[tuple[str, str]]) -> list[str]:
+    """What became of the answers from the model of one stage to that of the next, where one of them was asked now."""
     return [
         f"evaluate  {stage:<9} {task:<14} since {found['before']} {describe(change)}"
         for stage, found in changes(workspace.directory).items()
         for task, change in found["tasks"].items()
+        if not {(stage, task), (found["before"], task)}.isdisjoint(asked)
     ]
 
 

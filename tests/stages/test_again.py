@@ -61,7 +61,8 @@ class TestOtherQuestions:
         once = ("--stages=evaluate", "--evaluate.of=sft")
         (run / "evaluate" / "sft" / "sums.jsonl").unlink()
         code, out, err = start(run, *once)
-        assert code == 0 and out.count("evaluate  sft") == 1, err
+        assert code == 0 and out.count("evaluate  sft") == out.count(" since ") == 2, err
+        assert "letters" not in out  # what is new is compared with the stage before, and with the one after
         shutil.rmtree(run / "evaluate")
         code, out, err = start(run, *once)
         assert code == 0 and out.count("evaluate  sft") == 2 and (run / "evaluate" / "sft" / "sums.jsonl").exists(), err

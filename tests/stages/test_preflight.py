@@ -127,7 +127,7 @@ def test_many_bad_lines_are_counted_and_only_some_are_said(tmp_path):
 
 def test_bad_questions_of_rl_and_evaluation_are_found(tmp_path):
     bad = [*SHORT, {"question": "2+2?", "answer": "4"}]
-    for stage, name in (("rl", "train"), ("rl", "test"), ("evaluate", "test")):
+    for stage, name in (("rl", "train"), ("evaluate", "test")):
         good = {"eval/gsm8k/train.jsonl": SHORT}
         folder = write(tmp_path / stage / name, good | {f"eval/gsm8k/{name}.jsonl": bad})
         sections = {"rl": RLConfig(tasks=("gsm8k",)), "evaluate": EvaluateConfig(tasks=("gsm8k",))}
