@@ -16,6 +16,7 @@ from jaxchat.errors import check
 AXES = ("data", "fsdp", "tensor")
 # How the rows of a batch are split: fsdp is data parallelism too, with sharded parameters.
 BATCH_SPEC = P(("data", "fsdp"))
+NOWHERE = P()  # how what is not split is laid out, such as a scalar: each device has it
 
 
 def set_xla_flags(*flags: str) -> None:

@@ -30,8 +30,8 @@ _SHOWN = 3  # different causes that are told; messages may hold parts of the ans
 _ROOT = Path(__file__).parents[2]
 # The function's own folders come first, but only once all that the process itself needs is there.
 _START = """
-import sys
-root, *folders = sys.argv.pop(1).split(":")
+import json, sys
+root, *folders = json.loads(sys.argv.pop(1))
 sys.path.insert(0, root)
 from jaxchat.rl.reward_process import main
 sys.path[:0] = folders
@@ -194,7 +194,7 @@ class _Process:
         alone = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         place = where.rpartition(":")[0]
         beside = [os.path.dirname(os.path.abspath(place))] if place.endswith(".py") else []
-        paths = os.pathsep.join([str(_ROOT), *beside, os.getcwd()])
+        paths = json.dumps([str(_ROOT), *beside, os.getcwd()])
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", _START, paths, str(os.getpid()), where],
             env=os.environ | alone,

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
 from jaxchat.config import RLConfig
-from jaxchat.devices.mesh import put_whole
+from jaxchat.devices.mesh import NOWHERE, put_whole
 from jaxchat.devices.processes import on_process_zero
 from jaxchat.eval.chat import prompts_of
 from jaxchat.infer.engine import Completion, Engine
@@ -26,7 +26,7 @@ from jaxchat.rl.objectives import PolicyObjective
 from jaxchat.rl.questions import Chooser
 from jaxchat.rl.record import Record
 from jaxchat.rl.reward import OwnReward
-from jaxchat.rl.rows import NOWHERE, Packed, Packing, Row, row_of
+from jaxchat.rl.rows import Packed, Packing, Row, row_of
 from jaxchat.rl.scoring import task_scores
 from jaxchat.rl.signal import Signal
 from jaxchat.tasks import Conversation, Task

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jaxchat.config import RLConfig
-from jaxchat.devices.mesh import data_shards
+from jaxchat.devices.mesh import NOWHERE, data_shards
 from jaxchat.infer.engine import Completion
 from jaxchat.rl.objectives import PolicyObjective, shares
 from jaxchat.train.budget import BatchPlan, plans_of_rows
@@ -27,7 +27,6 @@ PARTS = 64  # micro-batches of the largest batch, or more: half of one stays emp
 SHORTEST = 128  # positions of a row, unless the context is shorter: the kernels need whole blocks of them
 FACTORS = (1, 2, 4)  # of the length that the longest answer needs: answers just over half of it leave the rest empty
 FULL = 0.8  # share of the positions with tokens from which no longer row is tried
-NOWHERE = PartitionSpec()  # how a scalar is laid out on the mesh: each device has it
 
 
 class Row(NamedTuple):

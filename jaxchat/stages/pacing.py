@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from jaxchat.config import ScheduleConfig
 from jaxchat.data.positions import epoch
-from jaxchat.devices.mesh import put_whole
+from jaxchat.devices.mesh import NOWHERE, put_whole
 from jaxchat.stages.workspace import Workspace
 from jaxchat.train.budget import BatchPlan
 from jaxchat.train.horizon import PASSES, Horizon
@@ -21,7 +21,6 @@ from jaxchat.train.loop import Evaluator, Source
 from jaxchat.train.step import AbstractBatch, Batch
 
 CHAT_PASSES = 4  # over conversations, at most: they are few, and their answers are soon learnt by heart
-NOWHERE = PartitionSpec()  # how a scalar is laid out on the mesh: each device has it
 
 
 class Paced(Source):
