@@ -203,15 +203,16 @@ def test_a_function_that_cannot_be_used_is_refused_in_one_line(folder, where, me
     assert "\n" not in str(error.value)
 
 
-def test_a_file_may_import_from_beside_it(folder, monkeypatch):
-    (folder / "deep").mkdir()
-    (folder / "deep" / "helper.py").write_text("def value():\n    raise ValueError('no')")
-    (folder / "deep" / "mine.py").write_text("from helper import value\ndef f(q, a, c):\n    return value()")
-    check_reward("deep/mine.py:f")
+@pytest.mark.parametrize("name", ["deep", "2026-11-30 09:15"])
+def test_a_file_may_import_from_beside_it(folder, name):
+    (folder / name).mkdir()
+    (folder / name / "helper.py").write_text("def value():\n    raise ValueError('no')")
+    (folder / name / "mine.py").write_text("from helper import value\ndef f(q, a, c):\n    return value()")
+    check_reward(f"{name}/mine.py:f")
     notes = []
-    with own_reward("deep/mine.py:f", notes.append) as own:
+    with own_reward(f"{name}/mine.py:f", notes.append) as own:
         assert own is not None and math.isnan(own.score(calls("x"))[0])
-    assert notes[0].endswith("ValueError: no (deep/helper.py, line 2)")
+    assert notes[0].endswith(f"ValueError: no ({name}/helper.py, line 2)")
 
 
 def test_a_file_that_breaks_during_the_training_ends_it(folder):
