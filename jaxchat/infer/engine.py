@@ -206,6 +206,14 @@ class Engine:
         """
         self._opened().runner.warm_up(progress)
 
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Makes the cache, unless it exists, for `rows` rows of up to `tokens` tokens or as much as there is room for.
+
+        Lists of prompts that differ in number and length then run the same programs.
+        """
+        if self._turns is None:
+            self._open(rows, tokens)
+
     def release(self) -> None:
         """Frees the cache. The next request makes another one.
 

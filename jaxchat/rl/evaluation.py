@@ -21,7 +21,7 @@ from jaxchat.infer.answers import Completion
 from jaxchat.infer.engine import Engine
 from jaxchat.rl.record import question_of, right_answer
 from jaxchat.rl.reward import OwnReward
-from jaxchat.rl.rollouts import Question, sampling, score
+from jaxchat.rl.rollouts import MOST_ROWS, Question, sampling, score
 from jaxchat.runs.files import Object, read_lines, write_bytes
 from jaxchat.runs.tables import interval
 from jaxchat.tasks.base import calculations_of
@@ -112,6 +112,9 @@ class Validation:
           UserError: the answers cannot be kept.
         """
         each, options = self.config.pass_k, sampling(self.config)
+        longest = max(map(len, self.prompts)) + options["max_new_tokens"]
+        # One cache for both lists, which differ in length: their programs are compiled once.
+        engine.reserve(min(MOST_ROWS, each * len(self.prompts)), min(longest, engine.model_config.sequence_len))
         several, total = [prompt for prompt in self.prompts for _ in range(each)], (1 + each) * len(self.prompts)
         sampled = _write(engine, several, lambda done: progress(done, total), **options, seed=SEED)
         greedy = _write(

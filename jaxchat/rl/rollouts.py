@@ -35,6 +35,7 @@ from jaxchat.train.budget import BatchPlan
 from jaxchat.train.loop import Source
 from jaxchat.train.step import MICRO_BATCH_SPEC, AbstractBatch, Batch
 
+MOST_ROWS = 256  # answers that are written at once: more do not make it faster
 Question = tuple[Task, Conversation]  # with the task that scores it
 
 
@@ -140,7 +141,8 @@ class Rollouts(Source):
         self.progress: Callable[[int, int], None] = lambda done, total: None
         self.chooser = Chooser([task.name for task, _ in questions], config, seed=seed)
         prompt = max(len(self.tokenizer.render_for_completion(conversation)) for _, conversation in questions)
-        self.packing = Packing(config, self.objective, mesh, engine.model_config.sequence_len, prompt)
+        self.context = engine.model_config.sequence_len
+        self.packing = Packing(config, self.objective, mesh, self.context, prompt)
         self.plans = self.packing.plans()
         self.plan = self.plans[0]
         self.taken = 0  # updates so far: random numbers follow from this number
@@ -206,6 +208,9 @@ class Rollouts(Source):
     def _sample(self, step: int, params) -> tuple[list[Row], dict[str, float]]:
         """Answers to the next questions, as rows, and their metrics."""
         self.engine.params = params
+        # One cache for all that this step asks: a refill of a few questions would compile programs of its own.
+        at_once = min(MOST_ROWS, self.config.questions_per_step * self.config.samples_per_question)
+        self.engine.reserve(at_once, min(self.packing.prompt + self.config.max_new_tokens, self.context))
         answers = self._ask(self.taken // self.config.updates_per_batch)
         del self.engine.params
         of_rewards = best_of_n if self.config.method == "best_of_n" else ADVANTAGES[self.config.advantage]
@@ -241,6 +246,7 @@ class Rollouts(Source):
                 **sampling(config),
                 seed=seed,
                 logprobs=True,
+                max_batch=MOST_ROWS,
             )
             seconds = time.perf_counter() - began
             rewards = self._score(asked, completions).reshape(-1, each)
