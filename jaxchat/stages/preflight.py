@@ -145,7 +145,7 @@ class _Preflight:
         if missing and (found or stage not in ("midtrain", "sft")):
             self.say(left_out(stage, missing))
         if stage not in ("midtrain", "sft"):
-            self._check_questions(stage, [task for _, _, task in found if task is not None])
+            self._check_questions(stage, [(task, limit) for _, limit, task in found if task is not None])
             for name in names if stage == "rl" else ():
                 with contextlib.suppress(MissingData):
                     self._load(name, "val")  # asked to measure the progress
@@ -188,7 +188,7 @@ class _Preflight:
                 self.say(f"{stage:<9} not scored, no question fits into model.sequence-len {self.sequence_len}: "
                          f"{', '.join(without_room)}")  # fmt: skip
             tasks = [task for task in tasks if task.name not in without_room]
-        self._check_questions(stage, tasks)
+        self._check_questions(stage, [(task, None) for task in tasks])
 
     def _find(
         self, stage: str, name_of_field: str, split: Split
@@ -252,20 +252,22 @@ class _Preflight:
             why = held_out.why_not(self.sequence_len) or "none is held out"
             self.say(f"{stage:<9} has no conversation to validate with ({why}): bpb is not measured")
 
-    def _check_questions(self, stage: str, tasks: list[Task]) -> None:
-        for task in tasks:
+    def _check_questions(self, stage: str, tasks: list[tuple[Task, int | None]]) -> None:
+        """Checks tasks with the most of their questions that are asked; none if all are."""
+        for task, limit in tasks:
             check(len(task) > 0, f"{stage}: {task.name} has no questions; leave it out of {stage}.tasks")
             if task.mode is not None:  # its questions are asked at their full length
                 continue
-            longer = len(task) - sum(fits(task, self.tokenizer, self.sequence_len))
+            asked = spread(task, limit)
+            longer = len(asked) - sum(fits(asked, self.tokenizer, self.sequence_len))
             check(
-                longer < len(task),
+                longer < len(asked),
                 f"{stage}: none of the {longer:,} questions of {task.name} fits into model.sequence-len "
                 f"{self.sequence_len}; raise it, or leave {task.name} out of {stage}.tasks",
             )
             if longer:
                 effect = "are not asked" if stage == "rl" else "score 0"
-                self.say(f"{stage:<9} {longer:,} of {len(task):,} questions of {task.name} do not fit into "
+                self.say(f"{stage:<9} {longer:,} of {len(asked):,} questions of {task.name} do not fit into "
                          f"model.sequence-len {self.sequence_len}, and {effect}")  # fmt: skip
 
 

@@ -197,6 +197,7 @@ def test_questions_that_do_not_fit_are_said_and_refused_if_none_fits(tmp_path):
     assert checked(tmp_path, stages=("evaluate",), **sections) == [
         "evaluate  1 of 2 questions of gsm8k do not fit into model.sequence-len 64, and score 0"
     ]
+    assert checked(tmp_path, stages=("evaluate",), evaluate=EvaluateConfig(tasks=("gsm8k:1",))) == []  # asks the first
 
 
 def test_a_task_of_which_every_question_is_left_out_is_refused(tmp_path):
