@@ -9,9 +9,9 @@ tasks are asked before and after RL, greedily, more of them than the quickstart 
 question: with b questions that are answered right only after RL, and c only before it, z = (b - c) / sqrt(b + c)
 (McNemar 1947).
 
-objectives: RL from one model with one objective or advantage after the other, each within the same --budget, and what
-the model answers to the questions for validation before and after. Each method is run once before, so that its programs
-are compiled.
+objectives: RL from one model with one objective or advantage after the other, each for as long (sampling and training,
+without the start and the evaluations), and what the model answers to the questions for validation before and after. A
+few batches of each method, run before, compile its programs and tell its pace.
 
 The first argument is a folder for the runs; what is finished there is not done again.
 """
@@ -24,6 +24,7 @@ import os
 import random
 import re
 import shutil
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -45,7 +46,7 @@ HARD = "long_sums"
 LONG_SUM = re.compile(r"\b\d{4} [-+] \d{4}\b")
 OTHERS = ("sums", "letters", "facts")
 LEAST_RISE, LEAST_Z, MOST_CHANGE = 20.0, 5.0, 2.0  # percentage points, of the hard task and of each other one
-LEAST_SECONDS = 36  # for a budget of RL alone
+PACED = 5  # batches that tell a method's pace, of which the first does not count
 PASS_K = 8  # answers to each question for validation, besides the greedy one
 OBJECTIVES: dict[str, list[str]] = {
     "reinforce, centred": [],
@@ -67,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.json:
-        settings = {**vars(options), "date": date.today().isoformat()}
-        Path(options.json).write_text(json.dumps({**settings, **found}, indent=1, default=str))
+    _write(options, found)
     return 0 if found.get("proven", True) else 1
 
 
@@ -93,10 +92,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--experiment", default="d12", help="whose settings hold otherwise (default d12)")
     add("--data", metavar="DIR", help="the data folder, where the tasks need one")
     add("--tasks", nargs="+", required=True, help="that ask and reward")
-    add("--seconds", type=int, default=60, help="of each run, with its start and evaluations (default 60)")
+    add("--seconds", type=int, default=60, help="of sampling and training in each run (default 60)")
     add("--questions", type=int, default=400, help="for validation, at most (default 400)")
+    add("--max-new-tokens", type=int, help="of an answer (default: the experiment's)")
     add("--only", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), metavar="NAME", help="which objectives")
     return parser
+
+
+def _write(options: argparse.Namespace, found: Mapping[str, Any]) -> None:
+    if options.json:
+        settings = {**vars(options), "date": date.today().isoformat()}
+        Path(options.json).write_text(json.dumps({**settings, **found}, indent=1, default=str))
 
 
 def _launch(name: str, *arguments: object) -> None:
@@ -188,15 +194,17 @@ def _points(change: Mapping[str, float]) -> float:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """What each objective made of the same model in the same time, by name."""
-    found, compiled = {}, set()
+    found, paces = {}, {}
     for name in options.only:
         method = next((part for part in OBJECTIVES[name] if part.startswith("--rl.method=")), "--rl.method=reinforce")
-        if method not in compiled:  # for all that follow
-            compiled.add(method)
-            _reinforce(options, name, options.directory / f"compiled-{method.partition('=')[2]}", LEAST_SECONDS)
+        if method not in paces:  # for all that follow
+            directory = options.directory / f"pace-{method.partition('=')[2]}"
+            _reinforce(options, name, directory, PACED, questions=len(options.tasks))
+            paces[method] = pace(_steps(_lines(directory)))
         directory = options.directory / name.replace(", ", "-").replace(" ", "_")
-        _reinforce(options, name, directory, options.seconds)
-        found[name] = result([line for line in read_metrics(directory) if line["stage"] == "rl"])
+        _reinforce(options, name, directory, max(1, round(options.seconds / paces[method])), options.questions)
+        found[name] = result(_lines(directory))
+        _write(options, {"objectives": found})  # what follows takes minutes, and may be stopped
     best = f"pass@{PASS_K}"
     head = ["", "batches", "updates", "seconds", "pass@1, before", "after", "95 %", "z", "greedy"]
     head += [f"{best}, before", "after"]
@@ -213,19 +221,30 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     return {"objectives": found}
 
 
-def _reinforce(options: argparse.Namespace, name: str, directory: Path, seconds: int) -> None:
+def _reinforce(options: argparse.Namespace, name: str, directory: Path, batches: int, questions: int) -> None:
+    updates = next((int(part.partition("=")[2]) for part in OBJECTIVES[name] if "updates-per-batch" in part), 1)
     _launch(
         name, f"--experiment={options.experiment}", f"--init-from={options.run}", f"--run-dir={directory}",
-        f"--data={options.data}" if options.data else "--data.download=", "--stages=rl", f"--budget={seconds}s",
-        "--rl.tasks", *options.tasks, f"--rl.eval-questions={options.questions}", f"--rl.pass-k={PASS_K}",
-        "--rl.eval-every=0", *OBJECTIVES[name],
+        *([f"--data={options.data}"] if options.data else []), "--data.download=", "--stages=rl",
+        f"--rl.num-iterations={batches * updates}", "--rl.tasks", *options.tasks, f"--rl.eval-questions={questions}",
+        f"--rl.pass-k={PASS_K}", "--rl.eval-every=0", "--rl.save-every=0", *OBJECTIVES[name],
+        *([] if options.max_new_tokens is None else [f"--rl.max-new-tokens={options.max_new_tokens}"]),
     )  # fmt: skip
+
+
+def pace(steps: Sequence[Mapping[str, Any]]) -> float:
+    """The seconds of a batch with all its updates: the median over all batches but the first, which compiles."""
+    batches: list[float] = []
+    for step in steps:
+        if "reward" in step:
+            batches.append(0.0)
+        batches[-1] += step["step_seconds"]
+    return statistics.median(batches[1:])
 
 
 def result(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the metrics of a stage say: its evaluations before and after, and its steps."""
-    evaluations = [dict(line) for line in lines if "pass_1" in line]
-    steps = [line for line in lines if "step_seconds" in line]
+    evaluations, steps = [dict(line) for line in lines if "pass_1" in line], _steps(lines)
     return {
         "batches": sum("reward" in line for line in steps),
         "updates": len(steps),
@@ -233,6 +252,14 @@ def result(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "before": evaluations[0],
         "after": evaluations[-1],
     }
+
+
+def _lines(directory: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(directory) if line["stage"] == "rl"]
+
+
+def _steps(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [line for line in lines if "step_seconds" in line]
 
 
 def _percent(share: float) -> str:

@@ -76,15 +76,21 @@ def test_settings_of_the_objectives_are_valid():
         assert (rl.updates_per_batch > 1) == ("updates" in name)
 
 
-def test_objectives_are_compared_after_a_run_that_compiles_each_method(tmp_path, monkeypatch, capsys):
+def test_objectives_have_as_much_time_each(tmp_path, monkeypatch, capsys):
     rl, runs = load("rl"), []
 
-    def reinforce(options, name, directory, seconds):
-        runs.append((directory.name, seconds))
+    def reinforce(options, name, directory, batches, questions):
+        runs.append((directory.name, batches, questions))
         directory.mkdir()
         evaluation = {"stage": "rl", "pass_1": 0.2, "pass_8": 0.5, "greedy": 0.3, "pass_1_low": 0.1, "pass_1_high": 0.4}
         after = {**evaluation, "pass_1": 0.4, "pass_8": 0.75, "greedy": 0.45, "pass_1_z": 3.21}
-        steps = [{"stage": "rl", "step_seconds": 2.0, **({} if step % 2 else {"reward": 0.1})} for step in range(4)]
+        updates = 4 if "clipped" in directory.name else 1
+        seconds = [30.0, 1.5, 2.0, 2.5]  # of batches; the first compiles
+        steps = [
+            {"stage": "rl", "step_seconds": took / updates, **({} if update else {"reward": 0.1})}
+            for took in seconds
+            for update in range(updates)
+        ]
         lines = [{"time": 1.0, "step": place, **line} for place, line in enumerate([evaluation, *steps, after])]
         (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -92,13 +98,14 @@ def test_objectives_are_compared_after_a_run_that_compiles_each_method(tmp_path,
     file, names = tmp_path / "all.json", ["reinforce, centred", "clipped, 4 updates", "reinforce, standardised"]
     given = ["--run", "runs/d6", "--tasks", "sums", "--json", str(file), "--only", *names]
     assert rl.main(["objectives", str(tmp_path), *given]) == 0
-    assert [name for name, seconds in runs if seconds == rl.LEAST_SECONDS] == ["compiled-reinforce", "compiled-clipped"]
-    assert [name for name, seconds in runs if seconds == 60] == [
-        "reinforce-centred",
-        "clipped-4_updates",
-        "reinforce-standardised",
+    assert runs == [
+        ("pace-reinforce", rl.PACED, 1),
+        ("reinforce-centred", 30, 400),
+        ("pace-clipped", rl.PACED, 1),
+        ("clipped-4_updates", 30, 400),
+        ("reinforce-standardised", 30, 400),
     ]
     found = json.loads(file.read_text())["objectives"]["clipped, 4 updates"]
-    assert (found["batches"], found["updates"], found["seconds"]) == (2, 4, 8.0)
-    line = "| clipped, 4 updates | 2 | 4 | 8 | 20.0% | 40.0% | 10.0 to 40.0 | +3.2 | 45.0% | 50.0% | 75.0% |"
+    assert (found["batches"], found["updates"], found["seconds"]) == (4, 16, 36.0)
+    line = "| clipped, 4 updates | 4 | 16 | 36 | 20.0% | 40.0% | 10.0 to 40.0 | +3.2 | 45.0% | 50.0% | 75.0% |"
     assert line in capsys.readouterr().out
