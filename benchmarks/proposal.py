@@ -1,13 +1,15 @@
 """Compares the sizes that are proposed for a text with a small grid around them, each run as long as the others.
 
-    python benchmarks/proposal.py DIR                                # as long as the proposal itself takes
-    python benchmarks/proposal.py DIR --seconds 60 --json FILE       # sizes proposed for so many seconds of steps
-    python benchmarks/proposal.py DIR --seconds 40 --by flops        # equal FLOPs, for a machine that others use too
+    python benchmarks/proposal.py DIR --json FILE                    # as long as the proposal itself takes
+    python benchmarks/proposal.py DIR --seconds 60                   # sizes proposed for so many seconds of steps
+    python benchmarks/proposal.py DIR --by flops                     # equal FLOPs, for a machine that others use too
+    python benchmarks/proposal.py DIR --flops 3e16 --only 0 2 4      # a part of the grid, the rest on another device
 
-The grid changes one size of the proposal at a time: the depth, the vocabulary, the batch. A smaller model reads the
-text more often in the same time. Each run is a tokenizer and a pretraining as launch.py does them, whose number of
-steps follows from the speed of its first ones. Compiling, evaluations and checkpoints do not count. Bits per byte are
-those of the whole validation text, which is comparable across vocabularies.
+The grid changes one size of the proposal at a time: the depth, the vocabulary, the batch. Number 0 is the proposal
+itself. A smaller model reads the text more often in the same time. Each run is a pretraining as launch.py does it,
+whose number of steps follows from the speed of its first ones. Compiling, evaluations and checkpoints do not count.
+Bits per byte are those of the whole validation text, which is comparable across vocabularies. `to the best` is the
+distance to the best last score, `to its best` that to the best one seen in the same run.
 """
 
 from __future__ import annotations
@@ -15,33 +17,38 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from timing import say, table
 
 from jaxchat.config import DataConfig, Experiment, Impossible, ModelConfig
 from jaxchat.data.text.folder import find_text
 from jaxchat.devices.compile_cache import keep_compiled
 from jaxchat.devices.mesh import data_shards, make_mesh, set_xla_flags
-from jaxchat.errors import UserError
+from jaxchat.errors import UserError, check
 from jaxchat.planning.proposal import Proposal, flops_per_token, propose
 from jaxchat.planning.settle import changes_of, replace_fields, training_speed
 from jaxchat.planning.text_amount import TextAmount, measure_text
 from jaxchat.runs.metrics import read_metrics
+from jaxchat.runs.time_budget import TimeBudget
 from jaxchat.stages import pretrain, tokenizer
 from jaxchat.stages.workspace import Workspace
 
-FIRST_STEPS = 12  # of which the speed is measured, the first ones left out
+FIRST_STEPS = 24  # of which the speed is measured, the first ones left out
 EVALUATIONS = 8
-HEADINGS = ["sizes", "steps", "passes", "ms a step", "seconds", "bpb", "best seen", "to the best"]
+HEADINGS = ["number", "sizes", "steps", "passes", "ms a step", "seconds", "bpb", "to the best", "to its best"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,16 +56,20 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     set_xla_flags()
     keep_compiled()
+    records = []
     try:
-        records = compare(options.folder, options.seconds, by_flops=options.by == "flops", most=options.runs)
+        with contextlib.ExitStack() as files:
+            file = files.enter_context(open(options.json, "w")) if options.json else None
+            for record in compare(options.folder, options):
+                records.append(record)
+                result = f"{record['bpb']:.4f} after {record['all_seconds']:.0f} s in all"
+                say(f"{record['number']}: {record['name']}: {result}")
+                if file:
+                    print(json.dumps(record), file=file, flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     table(HEADINGS, _rows(records))
-    distance = records[0]["bpb"] / min(record["bpb"] for record in records) - 1
-    print(f"the proposal is {distance:.2%} above the best of {len(records)}")
-    if options.json:
-        Path(options.json).write_text("".join(json.dumps(record) + "\n" for record in records))
     return 0
 
 
@@ -68,14 +79,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("folder", metavar="DIR", help="folder of text, as for --data")
-    add("--seconds", type=float, metavar="S", help="of training steps in each run (default: the proposal's own)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, metavar="S",
+        help="of training steps in each run (default: the proposal's own)")  # fmt: skip
+    length.add_argument("--flops", type=float, metavar="N",
+        help="FLOPs of the proposal's run, which then does not depend on the speed that is measured")  # fmt: skip
     add("--by", choices=("time", "flops"), default="time", help="what is equal (default time)")
-    add("--runs", type=int, default=100, metavar="N", help="the first N of the grid, the proposal included")
-    add("--json", metavar="FILE", help="write all figures to FILE, one JSON object per line")
+    add("--only", type=int, nargs="+", metavar="N", help="numbers of the grid, in the order to run them (default all)")
+    add("--json", metavar="FILE", help="write all figures to FILE, one JSON object per line, as each run ends")
     return parser
 
 
-def compare(folder: str, seconds: float | None, *, by_flops: bool, most: int) -> list[dict[str, Any]]:
+def compare(folder: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Trains the proposal and the grid; a record for each, the proposal's first.
 
     Raises:
@@ -89,36 +104,27 @@ def compare(folder: str, seconds: float | None, *, by_flops: bool, most: int) ->
     )
     text = find_text(folder)
     amount = measure_text(text.train, say=say)
-    shards = data_shards(make_mesh(base.mesh))
-    speed, on_cpu = training_speed()
-    place: dict[str, Any] = {"shards": shards, "on_cpu": on_cpu}
-    proposal = propose(amount, None if seconds is None else seconds * speed, **place)
-    say(f"{amount.bytes / 1e6:,.1f} MB; proposed {_name(proposal)}")
+    place: dict[str, Any] = {"shards": data_shards(make_mesh(base.mesh)), "on_cpu": jax.default_backend() == "cpu"}
     with tempfile.TemporaryDirectory() as scratch:
-        step = _step_seconds(base, proposal, scratch)
-        if seconds is not None:  # once more, with the speed that was measured
-            speed = proposal.batch_tokens * _flops(proposal) / step
-            again = propose(amount, seconds * speed, **place)
-            step = step if again == proposal else _step_seconds(base, again, scratch)
-            proposal = again
-        else:
-            seconds = proposal.steps * step
-        flops = seconds / step * proposal.batch_tokens * _flops(proposal)
-        records = []
-        for one in list(_grid(proposal, amount, place))[:most]:
+        flops = options.flops if options.seconds is None else options.seconds * training_speed()[0]
+        proposal = propose(amount, flops, **place)
+        if options.seconds is not None:  # once more, with the speed that its steps have
+            speed = proposal.batch_tokens * _flops(proposal) / _step_seconds(base, proposal, scratch)
+            proposal = propose(amount, options.seconds * speed, **place)
+        say(f"{amount.bytes / 1e6:,.1f} MB; proposed {_name(proposal)}, {proposal.steps:,} steps")
+        step = _step_flops if options.by == "flops" else lambda one: _step_seconds(base, one, scratch)
+        length = proposal.steps * step(proposal)
+        grid = list(_grid(proposal, amount, place))
+        for number in options.only or range(len(grid)):
+            check(0 <= number < len(grid), f"--only has {number}; the grid has the numbers 0 to {len(grid) - 1}")
+            one, began = grid[number], time.perf_counter()
             try:
-                step = _step_seconds(base, one, scratch)
-                each = one.batch_tokens * _flops(one) * seconds / flops if by_flops else step
-                steps = max(1, round(seconds / each))
-                if one is proposal:
-                    steps = min(steps, proposal.steps)  # it may end before the time does
+                steps = proposal.steps if one is proposal else max(1, round(length / step(one)))
                 record = _train(base, dataclasses.replace(one, steps=steps), scratch)
-            except (UserError, Impossible) as error:
-                say(f"{_name(one)}: {error}")
+            except (UserError, Impossible) as error:  # too large for the memory, for example
+                say(f"{number}: {_name(one)}: {error}")
                 continue
-            records.append({"name": _name(one), "proposed": one is proposal, "step_seconds": step, **record})
-            say(f"{_name(one)}: {record['bpb']:.4f}")
-        return records
+            yield {"number": number, "name": _name(one), **record, "all_seconds": time.perf_counter() - began}
 
 
 def _grid(proposal: Proposal, amount: TextAmount, place: dict[str, Any]) -> Iterator[Proposal]:
@@ -144,6 +150,10 @@ def _flops(proposal: Proposal) -> int:
     return flops_per_token(proposal.depth, proposal.vocab_size, proposal.sequence_len)
 
 
+def _step_flops(proposal: Proposal) -> int:
+    return proposal.batch_tokens * _flops(proposal)
+
+
 def _name(proposal: Proposal) -> str:
     return (
         f"d{proposal.depth}, vocabulary {proposal.vocab_size:,}, context {proposal.sequence_len:,}, batch "
@@ -154,44 +164,75 @@ def _name(proposal: Proposal) -> str:
 def _step_seconds(base: Experiment, proposal: Proposal, scratch: str) -> float:
     """The median of the first steps."""
     lines = _run(base, dataclasses.replace(proposal, steps=FIRST_STEPS), scratch, evaluations=0)
-    return statistics.median([line["step_seconds"] for line in lines if "step_seconds" in line][FIRST_STEPS // 3 :])
+    return statistics.median(_times(lines)[FIRST_STEPS // 3 :])
 
 
 def _train(base: Experiment, proposal: Proposal, scratch: str) -> dict[str, Any]:
     """What a whole training gives."""
     lines = _run(base, proposal, scratch, evaluations=EVALUATIONS)
-    scores = [line["bpb"] for line in lines if "bpb" in line]
-    times = [line["step_seconds"] for line in lines if "step_seconds" in line]
+    scores, step = [line["bpb"] for line in lines if "bpb" in line], statistics.median(_times(lines))
     return {
         **dataclasses.asdict(proposal),
-        **{"passes": proposal.passes, "seconds": statistics.median(times) * proposal.steps},
+        **{"flops": proposal.steps * _step_flops(proposal), "passes": proposal.passes},
+        **{"step_seconds": step, "seconds": step * proposal.steps},
         **{"bpb": scores[-1], "best_bpb": min(scores), "curve": scores},
     }
 
 
+def _times(lines: list[dict[str, Any]]) -> list[float]:
+    return [line["step_seconds"] for line in lines if "step_seconds" in line]
+
+
+class _InSteps(Workspace):
+    """A workspace whose budget counts steps in place of seconds.
+
+    With a budget, rates come with the batches, and the number of steps is no part of the compiled program: the one that
+    measures the speed is the one that trains.
+    """
+
+    def __init__(self, experiment: Experiment, directory: Path, steps: int):
+        self.begun = 0  # steps
+        budget = TimeBudget("", steps + 0.5, ["pretrain"], began=0, now=lambda: self.begun)  # shares are rounded
+        super().__init__(experiment, directory, say=lambda line: None, budget=budget)
+
+    def keep_time(self, every: float = 0.0) -> None:
+        """Called as each step begins."""
+        self.begun += 1
+
+
 def _run(base: Experiment, proposal: Proposal, scratch: str, *, evaluations: int) -> list[dict[str, Any]]:
     """Trains once; returns the lines of its metrics."""
+    gc.collect()  # of what the run before has left in memory
     experiment = replace_fields(base, changes_of(proposal, base))
-    every = max(1, proposal.steps // evaluations) if evaluations else 0
-    longest = 10_000_000 if evaluations else proposal.batch_tokens
-    changes = {"eval_every": every, "eval_tokens": longest, "sample_every": 0, "save_every": 0}
-    experiment = replace_fields(experiment, {f"pretrain.{name}": value for name, value in changes.items()})
+    kept = Path(scratch) / f"tokenizer {proposal.vocab_size}"
+    changes = {
+        "pretrain.eval_every": max(1, proposal.steps // evaluations) if evaluations else 0,
+        "pretrain.eval_tokens": 10_000_000 if evaluations else proposal.batch_tokens,
+        "pretrain.sample_every": 0,
+        "pretrain.save_every": 0,
+        **({"tokenizer.path": str(kept)} if kept.exists() else {}),
+    }
+    experiment = replace_fields(experiment, changes)
     with tempfile.TemporaryDirectory(dir=scratch) as folder, contextlib.redirect_stderr(io.StringIO()):
-        workspace = Workspace(experiment, Path(folder) / "run", say=lambda line: None)
+        workspace = _InSteps(experiment, Path(folder) / "run", proposal.steps)
         tokenizer.run(workspace)
+        if not kept.exists():
+            shutil.copytree(workspace.directory.tokenizer, kept)
         workspace.begin("pretrain")
+        assert workspace.budget, "it counts the steps"
+        workspace.budget.begin("pretrain")
         pretrain.run(workspace)
         return read_metrics(workspace.directory.path)
 
 
 def _rows(records: list[dict[str, Any]]) -> list[list[str]]:
-    best = min(record["bpb"] for record in records)
+    best = min((record["bpb"] for record in records), default=0.0)
     return [
         [
-            record["name"] + (" (proposed)" if record["proposed"] else ""),
+            *(str(record["number"]), record["name"] + ("" if record["number"] else " (proposed)")),
             *(f"{record['steps']:,}", f"{record['passes']:.1f}", f"{1000 * record['step_seconds']:.1f}"),
-            *(f"{record['seconds']:.0f}", f"{record['bpb']:.4f}", f"{record['best_bpb']:.4f}"),
-            f"{record['bpb'] / best - 1:+.2%}",
+            *(f"{record['seconds']:.0f}", f"{record['bpb']:.4f}", f"{record['bpb'] / best - 1:+.2%}"),
+            f"{record['bpb'] / record['best_bpb'] - 1:+.2%}",
         ]
         for record in records
     ]
