@@ -224,6 +224,21 @@ def test_new_parameters_compile_nothing(config, engine, clever, tokenizer, promp
     assert compilations() == before
 
 
+def test_lists_of_any_length_share_a_reserved_cache_and_its_programs(config, random_params, engine, tokenizer, prompts):
+    reserving = Engine(config, random_params, tokenizer, dtype=jnp.float32)
+    reserving.reserve(8, config.sequence_len)
+    options = {"max_new_tokens": 12, "temperature": 1.0}
+    answers = reserving.generate(prompts, **options)
+    assert reserving.generate(prompts, **options) == answers  # copies what is cached of them
+    before = compilations()
+    for count in (3, 5):
+        assert reserving.generate(prompts[:count], **options) == answers[:count]
+    assert compilations() == before
+    assert engine.generate(prompts[:5], **options) == answers[:5]
+    reserving.release()
+    assert reserving.generate(prompts[:5], **options) == answers[:5]
+
+
 def test_parameters_are_held_in_the_computation_dtype(config, random_params, tokenizer, prompts):
     engine = Engine(config, random_params, tokenizer, dtype=jnp.bfloat16)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(engine.params)} == {"bfloat16"}
