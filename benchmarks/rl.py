@@ -9,9 +9,9 @@ tasks are asked before and after RL, greedily, more of them than the quickstart 
 question: with b questions that are answered right only after RL, and c only before it, z = (b - c) / sqrt(b + c)
 (McNemar 1947).
 
-objectives: RL from one model with one objective or advantage after the other, each for as long (sampling and training,
-without the start and the evaluations), and what the model answers to the questions for validation before and after. A
-few batches of each method, run before, compile its programs and tell its pace.
+objectives: RL from one model with one objective or advantage after the other, each for as long, and what the model
+answers to the questions for validation before and after. The time is that of sampling and training, without the start,
+compilation and the evaluations: a few batches of each method, run before, tell its pace.
 
 The first argument is a folder for the runs; what is finished there is not done again.
 """
@@ -46,7 +46,7 @@ HARD = "long_sums"
 LONG_SUM = re.compile(r"\b\d{4} [-+] \d{4}\b")
 OTHERS = ("sums", "letters", "facts")
 LEAST_RISE, LEAST_Z, MOST_CHANGE = 20.0, 5.0, 2.0  # percentage points, of the hard task and of each other one
-PACED = 5  # batches that tell a method's pace, of which the first does not count
+PACED = 5  # batches that tell a method's pace
 PASS_K = 8  # answers to each question for validation, besides the greedy one
 OBJECTIVES: dict[str, list[str]] = {
     "reinforce, centred": [],
@@ -200,7 +200,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         if method not in paces:  # for all that follow
             directory = options.directory / f"pace-{method.partition('=')[2]}"
             _reinforce(options, name, directory, PACED, questions=len(options.tasks))
-            paces[method] = pace(_steps(_lines(directory)))
+            paces[method] = statistics.median(batch_seconds(_steps(_lines(directory))))
         directory = options.directory / name.replace(", ", "-").replace(" ", "_")
         _reinforce(options, name, directory, max(1, round(options.seconds / paces[method])), options.questions)
         found[name] = result(_lines(directory))
@@ -232,14 +232,14 @@ def _reinforce(options: argparse.Namespace, name: str, directory: Path, batches:
     )  # fmt: skip
 
 
-def pace(steps: Sequence[Mapping[str, Any]]) -> float:
-    """The seconds of a batch with all its updates: the median over all batches but the first, which compiles."""
+def batch_seconds(steps: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Of each batch with all its updates. The first compiles programs: it counts as the median of the others."""
     batches: list[float] = []
     for step in steps:
         if "reward" in step:
             batches.append(0.0)
         batches[-1] += step["step_seconds"]
-    return statistics.median(batches[1:])
+    return [min(batches[0], statistics.median(batches[1:])), *batches[1:]] if len(batches) > 1 else batches
 
 
 def result(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -248,7 +248,7 @@ def result(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "batches": sum("reward" in line for line in steps),
         "updates": len(steps),
-        "seconds": sum(line["step_seconds"] for line in steps),
+        "seconds": sum(batch_seconds(steps)),
         "before": evaluations[0],
         "after": evaluations[-1],
     }
