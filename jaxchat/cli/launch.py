@@ -60,10 +60,14 @@ def _run(argv: list[str], began: float) -> int:
     if options.help:
         return _help(parser, options.experiment)
     experiment = configure(options.experiment, overrides, options.data, option_strings(parser), options.identity)
+    from jaxchat.stages.own_conversations import ask_what_is_taught  # slow to import
+
+    given = named_fields(overrides)
+    experiment = ask_what_is_taught(experiment, given)
     if options.stages is not None:
         experiment = dataclasses.replace(experiment, stages=options.stages)
     directory = options.run_dir or f"runs/{experiment.name}"
-    redo, given = options.redo or (), named_fields(overrides)
+    redo = options.redo or ()
     experiment, start = _start_from(options, experiment, directory, given)
     begun = None if options.fresh else _begun(directory)
     experiment = _keep_sizes(experiment, begun, given, budgeted=options.budget is not None)

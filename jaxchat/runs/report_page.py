@@ -135,6 +135,8 @@ def _can_do(report: dict[str, Any], plots: list[str]) -> str:
         parts.append(_table([[row[i] for i in known] for row in [header, *rows]]))
         if any("low" in facts for found in report.get("scores", {}).values() for facts in found.values()):
             parts.append("In parentheses: the interval that holds the score of such questions with 95 % confidence.")
+    elif report["stages"].get("evaluate", {}).get("skipped"):
+        parts.append("No questions were asked: nothing was taught whose answers can be checked.")
     if changes := report.get("changes"):
         parts.append(changes_table(*list(changes.items())[-1]))
     if chat_core := report.get("chat_core"):

@@ -48,12 +48,16 @@ def complete(workspace: Workspace) -> bool:
 def run(workspace: Workspace) -> None:
     """Scores the experiment's tasks with the model of each stage that it names; scores that are there are kept.
 
-    The same for CORE, where the data folder has its bundle. Leaves the answers in `RUN/evaluate/STAGE/TASK.jsonl`, and
-    the decisions of CORE in `RUN/evaluate/STAGE/core/TASK.jsonl`.
+    The same for CORE, where the data folder has its bundle; skipped if there is nothing to ask. Leaves the answers in
+    `RUN/evaluate/STAGE/TASK.jsonl`, and the decisions of CORE in `RUN/evaluate/STAGE/core/TASK.jsonl`.
     """
     config, tokenizer, began = workspace.experiment.evaluate, workspace.tokenizer(), time.time()
     model = workspace.model_config(tokenizer)
     tasks, bundle = _load_tasks(workspace), _load_bundle(workspace)
+    if not tasks and bundle is None:
+        workspace.say("evaluate  skipped: nothing is taught here whose answers can be checked")
+        workspace.finish("evaluate", parent=None, seconds=0.0, started=began, skipped=True)
+        return
     if workspace.budget is not None and workspace.budget.questions is None and tasks:
         _fit_questions(workspace, tasks)
     missing, missing_core = _missing(workspace, tasks), _missing_core(workspace, bundle)

@@ -15,6 +15,7 @@ from jaxchat.rl.reward import check_reward
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.metrics import check_installed
 from jaxchat.stages.own_conversations import names_files_alone
+from jaxchat.stages.task_source import has_chats
 from jaxchat.tasks import PROGRAMS, check_scorable, parse_mixture
 from jaxchat.tools.python import containment, listed, possible
 
@@ -47,9 +48,11 @@ def check_settings(experiment: Experiment) -> None:
                 )
         if stage in ("rl", "evaluate"):
             tasks = getattr(experiment, stage).tasks
-            by_core = stage == "evaluate" and measures_core(experiment)
+            # Conversations of the user's may leave nothing to ask.
+            may_be_empty = stage == "evaluate" and (measures_core(experiment) or has_chats(experiment.data))
             check(
-                bool(tasks) or by_core, f"{stage}.tasks is empty; name at least one, or leave {stage} out of --stages"
+                bool(tasks) or may_be_empty,
+                f"{stage}.tasks is empty; name at least one, or leave {stage} out of --stages",
             )
             with naming(f"{stage}.tasks"):
                 check_scorable(tasks)

@@ -57,7 +57,7 @@ class TaskSource:
                 if self.downloading(name):
                     raise NotYet from None
                 # The generated facts are about a world that the user's text does not know.
-                if name not in GENERATED or name == "facts" or (name == "chat" and self._has_chats()):
+                if name not in GENERATED or name == "facts" or (name == "chat" and has_chats(self.data)):
                     raise
         if self.generated is None:
             if name not in (*GENERATED, "spelling"):
@@ -68,8 +68,10 @@ class TaskSource:
             return ChatsAs(task, parse_identity(self.data.identity))
         return task
 
-    def _has_chats(self) -> bool:
-        return self.data.folder is not None and (to_path(self.data.folder) / "chat").exists()
+
+def has_chats(data: DataConfig) -> bool:
+    """Whether the user's folder has conversations."""
+    return data.folder is not None and (to_path(data.folder) / "chat").exists()
 
 
 def dataset_of(task: str) -> str | None:
