@@ -117,7 +117,10 @@ def longest(workspace: Workspace) -> float:
     config = workspace.experiment.evaluate
     if workspace.experiment.data.download or "evaluate" not in workspace.experiment.stages:
         return math.inf
-    answers = sum(len(task.subset(config.limit)) for task in _load_tasks(workspace, quiet=True)) * len(config.of)
+    tasks = _load_tasks(workspace, quiet=True)
+    if not tasks and _load_bundle(workspace) is None:
+        return 0.0
+    answers = sum(len(task.subset(config.limit)) for task in tasks) * len(config.of)
     return LEAST["evaluate"] + ANSWER_SECONDS * answers
 
 

@@ -4,14 +4,18 @@ import json
 import random
 
 import pytest
+from etils import epath
 
 from jaxchat.cli.launch import main as launch
 from jaxchat.cli.main import main as jaxchat
 from jaxchat.cli.options import configure, named_fields
 from jaxchat.data.synthetic.stories import write_document
 from jaxchat.data.synthetic.world import build_world
+from jaxchat.runs.directory import RunDirectory
+from jaxchat.stages import evaluate
 from jaxchat.stages.own_conversations import ask_what_is_taught
 from jaxchat.stages.settings import check_settings
+from jaxchat.stages.workspace import Workspace
 from tests.tiny import refusal
 
 
@@ -62,6 +66,8 @@ def test_a_run_without_anything_to_ask_says_so(folder, tmp_path, capsys):
     page, report = (run / "report.md").read_text(), json.loads((run / "report.json").read_text())
     assert "No questions were asked: nothing was taught whose answers can be checked." in page
     assert "| evaluate | skipped |" in page and report["config"]["evaluate"]["tasks"] == []
+    workspace = Workspace(RunDirectory(epath.Path(run)).read_config(), run)
+    assert evaluate.longest(workspace) == 0  # of a budget, which is for the other stages
     assert launch(options) == 0 and "evaluate  already finished; skipped" in capsys.readouterr().out
     code = jaxchat(["eval", "--run", str(run)])
     assert "there is nothing to measure of sft; name --tasks" in refusal((code, *capsys.readouterr()))
