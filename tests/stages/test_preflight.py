@@ -1,6 +1,7 @@
 """What a run would stop at hours later is refused before its first stage, and what it leaves out is said."""
 
 import json
+import math
 
 import pytest
 
@@ -46,6 +47,12 @@ def refused(folder, **settings):
 
 
 MANY = [talk(f"the cat {i}") for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def however_slow(monkeypatch):
+    """A slow machine is not told how long the checks took."""
+    monkeypatch.setattr("jaxchat.stages.preflight.SLOW", math.inf)
 
 
 def test_what_is_read_is_said(tmp_path):
