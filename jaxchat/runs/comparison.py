@@ -1,9 +1,9 @@
-"""Before and after in the report: what training has changed, on the same questions."""
+"""Scores side by side in the report: of the stages, and before and after training, on the same questions."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,20 +68,58 @@ def validation_table(validation: Mapping[str, Mapping[str, Mapping[str, float]]]
     return f"{table(header, rows)}\n\n{note} In parentheses: intervals of 95 %. {_Z}"
 
 
-def changes_table(stage: str, found: Mapping[str, Any]) -> str:
+def changes_table(tasks: Mapping[str, Any], before: str, after: str) -> str:
     """What became of the test's answers, by task and its calculations.
 
     Args:
-      found: of `jaxchat.eval.changes.changes`, for `stage`.
+      tasks: of `jaxchat.eval.changes.changes`.
+      before, after: when the two models answered, in words such as "after sft".
     """
     rows = []
-    for task, change in found["tasks"].items():
+    for task, change in tasks.items():
         rows.append([_part_name(task), f"{change['count']:,}", *_before_after(change)])
         for number, own in change.get("calculations", {}).items():
             rows.append([_part_name(f"{task}/{number}"), f"{own['count']:,}", *_before_after(own)])
-    header = ["held-out questions", "asked", f"after {found['before']}", f"after {stage}", "wrong → right",
-              "right → wrong", "z"]  # fmt: skip
-    return f"From {found['before']} to {stage}, question by question:\n\n{table(header, rows)}\n\n{_Z}"
+    header = ["held-out questions", "asked", before, after, "wrong → right", "right → wrong", "z"]
+    return f"Question by question, {before} and {after}:\n\n{table(header, rows)}\n\n{_Z}"
+
+
+def scores_table(
+    scores: Mapping[str, Mapping[str, float]], facts: Mapping[str, Mapping[str, Any]], moments: Sequence[str]
+) -> str:
+    """The scores of each task by stage: a row for each way in which it was asked, so that those in one row compare.
+
+    Args:
+      scores: of the stages, by task.
+      facts: what else is known of a stage's score, by task: `count`, `low` and `high`, `cut` and so on.
+      moments: when each stage's model answered, in words such as "after sft".
+    """
+    tasks = dict.fromkeys(task for found in scores.values() for task in found)
+    rows = [row for task in tasks for row in _score_rows(task, scores, facts)]
+    return table(["held-out questions", *moments, "asked", "cut", "longest answer"], rows)
+
+
+def _score_rows(task: str, scores: Mapping[str, Any], facts: Mapping[str, Any]) -> list[list[str]]:
+    ways: dict[tuple, dict[str, Any]] = {}
+    for stage in scores:
+        if task in scores[stage]:
+            entry = {"score": scores[stage][task], **facts.get(stage, {}).get(task, {})}
+            way = tuple(entry.get(name) for name in ("count", "questions", "max_new_tokens", "temperature"))
+            ways.setdefault(way, {})[stage] = entry
+    rows = []
+    for (count, _, longest, _), entries in ways.items():
+        shares = [_share(entries[stage]) if stage in entries else "" for stage in scores]
+        cut = ", ".join(f"{entries[stage].get('cut') or 0:,}" for stage in entries)
+        cut = cut if any(entry.get("cut") for entry in entries.values()) else ""
+        asked = f"{count:,}" if count is not None else ""
+        rows.append([task.replace("_", " "), *shares, asked, cut, f"{longest:,} tokens" if longest else ""])
+    return rows
+
+
+def _share(entry: dict[str, Any]) -> str:
+    """A score in percent, with its interval where that is known."""
+    ends = interval(entry.get("low"), entry.get("high"))
+    return f"{entry['score']:.1%}" + (f" ({ends})" if ends else "")
 
 
 def _part_name(part: str) -> str:

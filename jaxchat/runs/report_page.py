@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.config import model_width
-from jaxchat.runs.comparison import changes_table, validation_table
+from jaxchat.runs.comparison import changes_table, scores_table, validation_table
 from jaxchat.runs.progress import format_count, format_duration, format_left_out
-from jaxchat.runs.tables import core_means, core_table, interval
+from jaxchat.runs.tables import core_means, core_table
 from jaxchat.runs.time_budget import describe as describe_budget
 from jaxchat.verbatim import without_controls
 
@@ -83,7 +83,8 @@ def _story(report: dict[str, Any]) -> str:
         facts = report.get("scores", {}).get(stage, {})
         asked = {task: f" of {facts[task]['count']:,}" if "count" in facts.get(task, {}) else "" for task in found}
         results = ", ".join(f"{task.replace('_', ' ')} {score:.0%}{asked[task]}" for task, score in found.items())
-        sentences.append(f"After {stage} it answers these shares of held-out questions correctly: {results}.")
+        when = _after(stage, report).capitalize()
+        sentences.append(f"{when} it answers these shares of held-out questions correctly: {results}.")
     if stages:
         sentences.append(
             f"All of it took {format_duration(report['seconds'])}{_on(report['machine'])}{_for(report['cost'])}."
@@ -100,6 +101,11 @@ def _origin(entry: dict[str, Any]) -> str:
         return f"the {imported['stage']} model of {Path(imported['run']).name}"
     program = {"hf": "transformers"}.get(imported["from"], imported["from"])
     return f"a model of {program} ({Path(imported.get('file') or '').name})"
+
+
+def _after(stage: str, report: dict[str, Any]) -> str:
+    """When the model of a stage answered, in words: one that was imported in the stage's place was there before."""
+    return "at the start" if report["stages"].get(stage, {}).get("imported") else f"after {stage}"
 
 
 def _on(machine: dict[str, Any]) -> str:
@@ -128,27 +134,25 @@ def _can_do(report: dict[str, Any], plots: list[str]) -> str:
     scores = _scores(report["evaluation"])
     parts = []
     if scores:
-        tasks = list(dict.fromkeys(task for found in scores.values() for task in found))
-        rows = [row for task in tasks for row in _score_rows(task, scores, report.get("scores", {}))]
-        known = [i for i in range(len(rows[0])) if i <= len(scores) or any(row[i] for row in rows)]
-        header = ["held-out questions", *(f"after {stage}" for stage in scores), *_SETTINGS]
-        parts.append(_table([[row[i] for i in known] for row in [header, *rows]]))
+        moments = [_after(stage, report) for stage in scores]
+        parts.append(scores_table(scores, report.get("scores", {}), moments))
         if any("low" in facts for found in report.get("scores", {}).values() for facts in found.values()):
             parts.append("In parentheses: the interval that holds the score of such questions with 95 % confidence.")
     elif report["stages"].get("evaluate", {}).get("skipped"):
         parts.append("No questions were asked: nothing was taught whose answers can be checked.")
     if changes := report.get("changes"):
-        parts.append(changes_table(*list(changes.items())[-1]))
+        stage, found = list(changes.items())[-1]
+        parts.append(changes_table(found["tasks"], _after(found["before"], report), _after(stage, report)))
     if chat_core := report.get("chat_core"):
-        values = ", ".join(f"{value:.4f} after {stage}" for stage, value in chat_core.items())
+        values = ", ".join(f"{value:.4f} {_after(stage, report)}" for stage, value in chat_core.items())
         parts.append(f"ChatCORE, the mean of how far above chance nanochat's five tasks are: {values}.")
     if "evaluation.png" in plots:
         parts.append(_plot("evaluation.png"))
-    parts += [f"CORE, after {stage}:\n\n{core_table(core)}" for stage, core in report.get("core", {}).items()]
+    parts += [f"CORE, {_after(stage, report)}:\n\n{core_table(core)}" for stage, core in report.get("core", {}).items()]
     # Two sentences: a byte of what the assistant says is far easier to predict than one of a book.
     for stages, what in ((("pretrain",), "text"), (("midtrain", "sft"), "what the assistant says in conversations")):
         bpb = {stage: report["evaluation"].get(stage, {}).get("bpb") for stage in stages}
-        values = ", ".join(f"{value:.3f} after {stage}" for stage, value in bpb.items() if value is not None)
+        values = ", ".join(f"{value:.3f} {_after(stage, report)}" for stage, value in bpb.items() if value is not None)
         if values:
             parts.append(f"Bits per byte of {what}, held out: {values}.")
     measured = report["stages"].get("pretrain", {}).get("metrics", {})
@@ -197,33 +201,12 @@ def _rl_facts(entry: dict[str, Any]) -> list[str]:
     return [" ".join(sentences)] if sentences else []
 
 
-_SETTINGS = ("asked", "cut", "longest answer")
-
-
-def _score_rows(task: str, scores: dict[str, Any], facts: dict[str, Any]) -> list[list[str]]:
-    """A row for each way in which the task was asked: scores in one row can be compared."""
-    ways: dict[tuple, dict[str, Any]] = {}
-    for stage in scores:
-        if task in scores[stage]:
-            entry = {"score": scores[stage][task], **facts.get(stage, {}).get(task, {})}
-            way = tuple(entry.get(name) for name in ("count", "questions", "max_new_tokens", "temperature"))
-            ways.setdefault(way, {})[stage] = entry
-    rows = []
-    for (count, _, longest, _), entries in ways.items():
-        shares = [_share(entries[stage]) if stage in entries else "" for stage in scores]
-        cut = ", ".join(f"{entries[stage].get('cut') or 0:,}" for stage in entries)
-        cut = cut if any(entry.get("cut") for entry in entries.values()) else ""
-        asked = f"{count:,}" if count is not None else ""
-        rows.append([task.replace("_", " "), *shares, asked, cut, f"{longest:,} tokens" if longest else ""])
-    return rows
-
-
 def _answers(report: dict[str, Any]) -> str:
     parts = []
     for stage, tasks in report.get("answers", {}).items():
         for task, answers in tasks.items():
             shown = "\n\n".join(_answer_text(answer) for answer in answers)
-            parts.append(f"{task.replace('_', ' ').capitalize()}, after {stage}:\n\n{shown}")
+            parts.append(f"{task.replace('_', ' ').capitalize()}, {_after(stage, report)}:\n\n{shown}")
     return "\n\n".join(["## What it answers", *parts]) if parts else ""
 
 
@@ -395,12 +378,6 @@ def _table(rows: list[list[str]], left: int = 1) -> str:
     header, *body = rows
     rule = ["---" if i < left else "---:" for i in range(len(header))]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *body])
-
-
-def _share(entry: dict[str, Any]) -> str:
-    """A score in percent, with its interval where that is known."""
-    ends = interval(entry.get("low"), entry.get("high"))
-    return f"{entry['score']:.1%}" + (f" ({ends})" if ends else "")
 
 
 def _scores(evaluation: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

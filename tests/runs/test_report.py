@@ -241,6 +241,25 @@ def test_report_md_compares_before_and_after(tmp_path):
         test_plots_are_not_blank(tmp_path, name)
 
 
+def test_a_model_that_was_there_before_is_not_called_after_a_stage(tmp_path):
+    begin(tmp_path)
+    finish(tmp_path, "pretrain", imported={"from": "jaxchat", "run": "runs/taught", "stage": "sft"})
+    finish(tmp_path, "rl", seconds=1, steps=8)
+    with Metrics(tmp_path, "evaluate", live=False) as metrics:
+        for stage, score in (("pretrain", 0.25), ("rl", 0.5)):
+            metrics.log(8, of=stage, **{"score/sums": score, "count/sums": 200})
+    change = {"count": 200, "gained": 50, "lost": 0, "z": 7.1, "before": 0.25, "after": 0.5}
+    change |= dict.fromkeys(("before_low", "before_high", "after_low", "after_high"), 0.5)
+    changes = {"rl": {"before": "pretrain", "tasks": {"sums": change}}}
+    write_report(RunDirectory(tmp_path), vocab_size=4096, parameters=1, changes=changes)
+    text = (tmp_path / "report.md").read_text()
+    assert "began as the sft model of taught" in " ".join(text.split())
+    assert "| held-out questions | at the start | after rl | asked |" in text
+    assert "Question by question, at the start and after rl:" in text
+    assert "| held-out questions | asked | at the start | after rl | wrong → right" in text
+    assert "after pretrain" not in text
+
+
 def test_report_md_says_which_text_was_read_as_what(tmp_path):
     begin(tmp_path)
     text = {
