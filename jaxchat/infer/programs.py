@@ -1,9 +1,9 @@
-"""What the engine runs on its devices: four programs, each compiled for a few sizes.
+"""What the engine runs on its devices: five programs, each compiled for a few sizes.
 
-`decode` draws tokens for some rows, `read` puts the tokens of prompts into the cache, `copy_pages` copies pages, and
-`set_seen` writes what a row has seen. Everything that the host decides (which rows decode, their settings, pages and
-limits) comes as arrays with each call. Everything that the devices decide stays there: see `Carried`. So a call can be
-made before the last one's result is read.
+`read` puts the tokens of prompts into the cache, `begin` draws the tokens that follow them, `decode` draws those after
+these, `copy_pages` copies pages, and `set_seen` writes what a row has seen. Everything that the host decides (which
+rows decode, their settings, pages and limits) comes as arrays with each call. Everything that the devices decide stays
+there: see `Carried`. So a call can be made before the last one's result is read.
 
 On a mesh each shard of the data and fsdp axes has rows and pages of its own, numbered from 0, and runs the program for
 them by itself; a call gathers the parameters that fsdp splits, once.
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxchat.devices.mesh import BATCH_SPEC
 from jaxchat.infer.request import MOST_ALTERNATIVES, Sampling
@@ -41,7 +41,7 @@ class Carried(NamedTuple):
 
     This is the place for what a model needs of a row's past besides its keys and values: a field here, a value for it
     in `Lanes` where the host sets it (a row that begins to decode, or goes on after a tool), and its next value in
-    `_decode_step`. `read` needs no state: the host knows all tokens before a chunk, and can send what it needs of them.
+    `_drawn`. `read` needs no state: the host knows all tokens before a chunk, and can send what it needs of them.
     """
 
     token: Int[Array, " S"]  # the newest token, not yet in the cache
@@ -50,21 +50,25 @@ class Carried(NamedTuple):
     status: Int[Array, " S"]
 
 
+# For every slot, the final hidden state of the last token that its row has read.
+States = Float[Array, "S D"]
+
+
 class Lanes(NamedTuple):
-    """The rows that decode, and what the host knows about them.
+    """The rows that draw tokens, and what the host knows about them.
 
     Attributes:
       slot: of the shard; one beyond the last for a lane that no row uses.
-      fresh: whether token, position and count are given here, and not carried.
+      source, position, count: for `begin`: the slot whose state the row's next token is drawn from, the place of its
+        last token, and the tokens of its answer. Later they are carried.
       limit: of `count`.
       pause: the token that the row waits at for a tool; -1 for none.
       stops: tokens that end the row; -1 where there are fewer.
-      table: the row's pages.
+      table: the row's pages, for `decode`.
     """
 
     slot: Int[Array | np.ndarray, " B"]
-    fresh: Bool[Array | np.ndarray, " B"]
-    token: Int[Array | np.ndarray, " B"]
+    source: Int[Array | np.ndarray, " B"]
     position: Int[Array | np.ndarray, " B"]
     count: Int[Array | np.ndarray, " B"]
     limit: Int[Array | np.ndarray, " B"]
@@ -77,21 +81,19 @@ class Lanes(NamedTuple):
 def packed(lanes: Lanes) -> Int[np.ndarray, "B W"]:
     """All lanes' values as the bits of one array: the host puts one on a device in far less time than many."""
     columns = [values.reshape(len(values), -1) for values in jax.tree.leaves(lanes)]
-    return np.concatenate([c.astype(np.int32) if c.dtype == bool else c.view(np.int32) for c in columns], axis=1)
+    return np.concatenate([column.view(np.int32) for column in columns], axis=1)
 
 
 def _unpacked(bits: Int[Array, "B W"], level: Level) -> Lanes:
     """What `packed` was given; the table takes the width that nothing else has."""
     one = np.zeros(1, np.int32)
     settings = without_biases(settings_of([Sampling()]), level)
-    lanes = Lanes(one, one == 1, one, one, one, one, one, np.zeros((1, STOPS), np.int32), one[:0], settings)
+    lanes = Lanes(one, one, one, one, one, one, np.zeros((1, STOPS), np.int32), one[:0], settings)
     width = bits.shape[1] - sum(values.size for values in jax.tree.leaves(lanes))
     leaves, tree = jax.tree.flatten(lanes._replace(table=np.zeros((1, width), np.int32)))
     columns = jnp.split(bits, np.cumsum([leaf.size for leaf in leaves])[:-1].tolist(), axis=1)
     values = [
-        (column == 1 if leaf.dtype == bool else jax.lax.bitcast_convert_type(column, leaf.dtype)).reshape(
-            len(bits), *leaf.shape[1:]
-        )
+        jax.lax.bitcast_convert_type(column, leaf.dtype).reshape(len(bits), *leaf.shape[1:])
         for column, leaf in zip(columns, leaves, strict=True)
     ]
     return jax.tree.unflatten(tree, values)
@@ -147,11 +149,41 @@ _join = jax.jit(join_qkv)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def new_cache(setup: Setup, pages: int, slots: int, dtype: Any) -> tuple[list[Pages], Carried]:
+def new_cache(setup: Setup, pages: int, slots: int, dtype: Any) -> tuple[list[Pages], Carried, States]:
     """Empty pages and rows: so many for each shard."""
-    whole = init_pages(setup.config, pages * setup.shards, dtype)
-    carried = Carried(*(jnp.zeros(slots * setup.shards, jnp.int32) for _ in Carried._fields))
-    return _constrain(setup.pages_sharding, whole), _constrain(setup.sharding(), carried)
+    whole, rows = init_pages(setup.config, pages * setup.shards, dtype), slots * setup.shards
+    carried = Carried(*(jnp.zeros(rows, jnp.int32) for _ in Carried._fields))
+    states = jnp.zeros((rows, setup.config.width), setup.dtype)
+    return _constrain(setup.pages_sharding, whole), *_constrain(setup.sharding(), (carried, states))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
+def begin(
+    setup: Setup,
+    level: Level,
+    params: Params,
+    carried: Carried,
+    seen: Seen | None,
+    states: States,
+    lanes: Int[Array, "L W"],
+) -> tuple[Carried, Seen | None, Int[Array, "1 lanes ..."]]:
+    """Draws a token for each of the `packed` lanes from the state of its source; returns it as `decode` does."""
+
+    def run(params, carried, seen, states, bits):
+        lanes = _unpacked(bits, level)
+        idle = lanes.slot >= len(carried.status)
+        status = jnp.where(idle, DONE, RUNNING)
+        rows = Carried(jnp.zeros_like(lanes.slot), jnp.asarray(lanes.position), jnp.asarray(lanes.count), status)
+        hidden = states.at[lanes.source].get(mode="clip")
+        row_seen = None if seen is None else seen.at[lanes.slot].get(mode="clip")
+        rows, row_seen, written = _drawn(setup, level, params, lanes, rows, row_seen, hidden)
+        return *_kept(lanes, carried, rows, seen, row_seen), written[None]
+
+    split = P(*BATCH_SPEC)
+    carried, seen, written = _on_shards(
+        setup, run, (P(), split, split, split, split), (split, split, P(None, *BATCH_SPEC))
+    )(params, carried, seen, states, lanes)
+    return *_constrain(setup.sharding(), (carried, seen)), _everywhere(setup, written)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5, 6))
@@ -175,9 +207,7 @@ def decode(
     def run(weights, pages, carried, seen, bits):
         lanes: Any = _unpacked(bits, level)
         idle = lanes.slot >= len(carried.status)
-        held = Carried(*(values.at[lanes.slot].get(mode="clip") for values in carried))
-        given = Carried(lanes.token, lanes.position, lanes.count, jnp.full_like(lanes.slot, RUNNING))
-        rows = Carried(*(jnp.where(lanes.fresh, new, old) for new, old in zip(given, held, strict=True)))
+        rows = Carried(*(values.at[lanes.slot].get(mode="clip") for values in carried))
         rows = rows._replace(status=jnp.where(idle, DONE, rows.status))
         row_seen = None if seen is None else seen.at[lanes.slot].get(mode="clip")
 
@@ -185,25 +215,36 @@ def decode(
             return _decode_step(setup, level, weights, lanes, state)
 
         (pages, rows, row_seen), written = jax.lax.scan(step, (pages, rows, row_seen), length=steps)
-        carried = Carried(*(old.at[lanes.slot].set(new, mode="drop") for old, new in zip(carried, rows, strict=True)))
-        seen = None if seen is None else seen.at[lanes.slot].set(row_seen, mode="drop")
-        return pages, carried, seen, written
+        return pages, *_kept(lanes, carried, rows, seen, row_seen), written
 
     split = P(*BATCH_SPEC)
     pages, carried, seen, written = _on_shards(
         setup, run, (P(), split, split, split, split), (split, split, split, P(None, *BATCH_SPEC))
     )(weights, pages, carried, seen, lanes)
-    pages, carried = _constrain(setup.pages_sharding, pages), _constrain(setup.sharding(), carried)
-    return pages, carried, _constrain(setup.sharding(), seen), _everywhere(setup, written)
+    pages = _constrain(setup.pages_sharding, pages)
+    return pages, *_constrain(setup.sharding(), (carried, seen)), _everywhere(setup, written)
+
+
+def _kept(lanes: Lanes, carried: Carried, rows: Carried, seen: Seen | None, row_seen: Any):
+    """What all slots carry, and have seen, after the lanes' rows have drawn."""
+    slots: Any = lanes.slot
+    carried = Carried(*(old.at[slots].set(new, mode="drop") for old, new in zip(carried, rows, strict=True)))
+    return carried, None if seen is None else seen.at[slots].set(row_seen, mode="drop")
 
 
 def _decode_step(setup: Setup, level: Level, weights: Weights, lanes: Lanes, state):
     """Puts each running row's newest token into the cache, and draws the next."""
     (params, joint), (pages, rows, seen) = weights, state
-    running = rows.status == RUNNING
-    place = Place(lanes.table, rows.position, running.astype(jnp.int32))
+    place = Place(lanes.table, rows.position, (rows.status == RUNNING).astype(jnp.int32))
     hidden, pages = paged_hidden(setup.config, params, rows.token[:, None], place, pages, setup.dtype, joint)
-    scores = logits(setup.config, params, hidden[:, 0])
+    rows, seen, written = _drawn(setup, level, params, lanes, rows, seen, hidden[:, 0])
+    return (pages, rows, seen), written
+
+
+def _drawn(setup: Setup, level: Level, params: Params, lanes: Lanes, rows: Carried, seen, hidden: Float[Array, "B D"]):
+    """The rows after each that runs has drawn a token, what they have seen, and the tokens as `decode` returns them."""
+    running = rows.status == RUNNING
+    scores = logits(setup.config, params, hidden)
     if setup.drawn is not None:
         scores = jnp.where(jnp.arange(scores.shape[1]) < setup.drawn, scores, NEVER)
     token = draw(scores, lanes.settings, rows.count, seen, level=level)
@@ -226,44 +267,52 @@ def _decode_step(setup: Setup, level: Level, weights: Weights, lanes: Lanes, sta
         written = _with_logprobs(written, *logprobs(scores, token, MOST_ALTERNATIVES))
     if seen is not None:
         seen = add_seen(seen, token, running)
-    return (pages, rows, seen), written
+    return rows, seen, written
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
 def read(
     setup: Setup,
     scored: bool,
     params: Params,
     pages: list[Pages],
+    states: States,
     chunks: Int[Array, "N W"],
-) -> tuple[list[Pages], Int[Array, "N Q _"] | None]:
-    """Reads chunks of prompts into the pages.
+) -> tuple[list[Pages], States, Int[Array, "N Q _"] | None]:
+    """Reads chunks of prompts into the pages, and keeps the states of last tokens.
 
-    A row of `chunks` has the place of a chunk (its table, start and count), its tokens and, if `scored`, the token that
-    comes after each of them. For the latter it returns then what `decode` returns at level "full".
+    A row of `chunks` has the place of a chunk (its table, start and count), the slot of the state after its last token
+    (one beyond the last slot if more of the row's tokens follow), its tokens and, if `scored`, the token that comes
+    after each of them. For the latter it returns then what `decode` returns at level "full".
     """
     width = -(-setup.config.sequence_len // PAGE)
 
-    def run(params, pages, chunks):
-        place = Place(chunks[:, :width], chunks[:, width], chunks[:, width + 1])
-        tokens, *following = jnp.split(chunks[:, width + 2 :], 2 if scored else 1, axis=1)
-        hidden, pages = paged_hidden(setup.config, params, tokens, place, pages, setup.dtype)
+    def run(params, pages, states, chunks):
+        place, slot = Place(chunks[:, :width], chunks[:, width], chunks[:, width + 1]), chunks[:, width + 2]
+        tokens, *following = jnp.split(chunks[:, width + 3 :], 2 if scored else 1, axis=1)
+        hidden, pages = paged_hidden(setup.config, params, tokens, place, pages, setup.dtype, last=not scored)
+        last = hidden[:, 0]
+        if scored:
+            last = hidden[jnp.arange(len(hidden)), jnp.maximum(place.count - 1, 0)]
+        states = states.at[slot].set(last, mode="drop")
         if not scored:
-            return pages, None
+            return pages, states, None
         # The logits of some positions at a time: those of all would take far more memory than the rest.
         at_once = min(SCORED, tokens.size)
-        states = hidden.reshape(-1, at_once, hidden.shape[-1])
+        batches = hidden.reshape(-1, at_once, hidden.shape[-1])
 
         def score(batch: tuple[Float[Array, "S D"], Int[Array, " S"]]) -> Int[Array, "S _"]:
-            states, ids = batch
-            return _with_logprobs(ids, *logprobs(logits(setup.config, params, states), ids, MOST_ALTERNATIVES))
+            hidden, ids = batch
+            return _with_logprobs(ids, *logprobs(logits(setup.config, params, hidden), ids, MOST_ALTERNATIVES))
 
-        scores = jax.lax.map(score, (states, following[0].reshape(-1, at_once)))
-        return pages, scores.reshape(*tokens.shape, -1)
+        scores = jax.lax.map(score, (batches, following[0].reshape(-1, at_once)))
+        return pages, states, scores.reshape(*tokens.shape, -1)
 
     split = P(*BATCH_SPEC)
-    pages, scores = _on_shards(setup, run, (P(), split, split), (split, split))(params, pages, chunks)
-    return _constrain(setup.pages_sharding, pages), _everywhere(setup, scores)
+    pages, states, scores = _on_shards(setup, run, (P(), split, split, split), (split, split, split))(
+        params, pages, states, chunks
+    )
+    return _constrain(setup.pages_sharding, pages), _constrain(setup.sharding(), states), _everywhere(setup, scores)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -64,7 +64,7 @@ class Runner:
         self.page_count, self.cache_dtype = pages, jnp.dtype(cache_dtype)
         self.use(params)
         self.table_width = -(-setup.config.sequence_len // PAGE)
-        self.pages, self.carried = programs.new_cache(setup, pages, slots, self.cache_dtype)
+        self.pages, self.carried, self.states = programs.new_cache(setup, pages, slots, self.cache_dtype)
         self.seen: Array | None = None
         self.warm = False
         self.on_cpu = next(iter(self.carried.token.devices())).platform == "cpu"
@@ -112,20 +112,28 @@ class Runner:
         args = self._all_seen(), np.int32(self._index(row)), values
         self.seen = self._program(programs.set_seen, (), args)(*args)
 
-    def decode(self, lanes: Sequence[Sequence[Row]], level: Level, steps: int) -> Array:
-        """Draws up to `steps` tokens for the rows of each shard; returns [steps, lanes, ...], still being computed."""
-        level, size = self._choose(level, max(map(len, lanes)), steps)
+    def begin(self, lanes: Sequence[Sequence[Row]], level: Level) -> Array:
+        """Draws the token after what rows of each shard have read; returns [1, lanes, ...], still being computed."""
+        level, size = self._choose(programs.begin, (), level, max(map(len, lanes)))
+        args = self._begin_args(level, self._begin_lanes(lanes, size, level))
+        self.carried, seen, written = self._program(programs.begin, (level,), args, size)(*args)
+        self.seen = self.seen if seen is None else seen
+        written.copy_to_host_async()
+        return written
+
+    def decode(self, lanes: Sequence[Sequence[Row]], level: Level) -> Array:
+        """Draws up to `STEPS` tokens for the rows of each shard; returns [STEPS, lanes, ...], still being computed."""
+        level, size = self._choose(programs.decode, (STEPS,), level, max(map(len, lanes)))
         args = self._decode_args(level, self._lanes(lanes, size, level))
-        self.pages, self.carried, seen, written = self._program(programs.decode, (level, steps), args, size)(*args)
+        self.pages, self.carried, seen, written = self._program(programs.decode, (level, STEPS), args, size)(*args)
         self.seen = self.seen if seen is None else seen
         for row in (row for rows in lanes for row in rows):
-            row.ahead += steps
-            row.fresh = False
+            row.ahead += STEPS
         written.copy_to_host_async()
         return written
 
     def lane_rows(self, lanes: Sequence[Sequence[Row]], written: np.ndarray) -> list[tuple[Row, np.ndarray]]:
-        """Each row with what `decode` has written for it: [steps, 1 or more]."""
+        """Each row with what `begin` or `decode` has written for it: [steps, 1 or more]."""
         written = written if written.ndim == 3 else written[:, :, None]
         size = written.shape[1] // self.setup.shards
         return [(row, written[:, shard * size + i]) for shard, rows in enumerate(lanes) for i, row in enumerate(rows)]
@@ -133,15 +141,18 @@ class Runner:
     def read(self, chunks: Sequence[Chunk], scored: bool) -> Array | None:
         """Reads chunks; if `scored`, returns [N, Q, ...] for `chunk_rows`."""
         args, size = self._read_args(chunks, scored)
-        self.pages, scores = self._program(programs.read, (scored,), args, size)(*args)
+        self.pages, self.states, scores = self._program(programs.read, (scored,), args, size)(*args)
         if scores is not None:
             scores.copy_to_host_async()
         return scores
 
     def chunk_rows(self, chunks: Sequence[Chunk], scores: np.ndarray) -> list[tuple[Chunk, np.ndarray]]:
-        """Each chunk with the scores of the tokens that follow its own."""
+        """Each chunk with the scores of the prompt's tokens that follow its own."""
         places = self._chunk_places(chunks, len(scores) // self.setup.shards)
-        return [(chunk, scores[at, : chunk.count]) for chunk, at in zip(chunks, places, strict=True)]
+        return [
+            (chunk, scores[at, : max(0, min(chunk.count, chunk.row.prompt - 1 - chunk.start))])
+            for chunk, at in zip(chunks, places, strict=True)
+        ]
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copies pages."""
@@ -153,8 +164,7 @@ class Runner:
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles what serves every row; `progress` gets how many programs are done, and how many there are.
 
-        On a CPU one level serves all, and every other size is left out: compiling takes longer there than they save. A
-        single step, for a row's first token, has the smallest and the largest size: empty lanes cost little on a GPU.
+        On a CPU one level serves all, and every other size is left out: compiling takes longer there than they save.
         """
         work: list[tuple[Callable, tuple, Callable[[], tuple], int]] = []
         nobody: list[list[Any]] = [[] for _ in range(self.setup.shards)]
@@ -162,9 +172,12 @@ class Runner:
         if self.on_cpu:
             sizes, levels = sorted({*sizes[::2], sizes[-1]}), LEVELS[-1:]
         for level in levels:
-            for steps, size in [*((1, size) for size in {sizes[0], sizes[-1]}), *((STEPS, size) for size in sizes)]:
+            for size in self._begin_sizes():
+                args = partial(self._begin_args, level, self._begin_lanes(nobody, size, level))
+                work.append((programs.begin, (level,), args, size))
+            for size in sizes:
                 args = partial(self._decode_args, level, self._lanes(nobody, size, level))
-                work.append((programs.decode, (level, steps), args, size))
+                work.append((programs.decode, (level, STEPS), args, size))
         for scored, count in [(True, self.budget.scored), *((False, size) for size in self._read_sizes())]:
             args = partial(self._read_args, [], scored, count)
             work.append((programs.read, (scored,), lambda args=args: args()[0], args()[1]))
@@ -188,8 +201,11 @@ class Runner:
         if function is programs.decode:
             self.pages, self.carried, seen, _ = program(*args)
             self.seen = self.seen if seen is None else seen
+        elif function is programs.begin:
+            self.carried, seen, _ = program(*args)
+            self.seen = self.seen if seen is None else seen
         elif function is programs.read:
-            self.pages, _ = program(*args)
+            self.pages, self.states, _ = program(*args)
         else:
             self.pages = program(*args)
 
@@ -210,19 +226,20 @@ class Runner:
     def _known(self, function: Callable, static: tuple, size: int) -> bool:
         return self._key(function, static, size) in _compiled
 
-    def _choose(self, level: Level, rows: int, steps: int) -> tuple[Level, int]:
-        """The level and size for rows that decode: what is compiled, if it serves."""
-        sizes = [size for size in self._row_sizes() if size >= rows]
+    def _choose(self, function: Callable, static: tuple, level: Level, rows: int) -> tuple[Level, int]:
+        """The level and size for rows that draw tokens: what is compiled, if it serves."""
+        sizes = self._begin_sizes() if function is programs.begin else self._row_sizes()
+        sizes = [size for size in sizes if size >= rows]
         for other in serving(level) if self.warm else (level,):
             for size in sizes:
-                if self._known(programs.decode, (other, steps), size):
+                if self._known(function, (other, *static), size):
                     return other, size
-        return level, sizes[0] if steps > 1 or rows == 1 else sizes[-1]
+        return level, sizes[0]
 
-    def can_step(self, level: Level, rows: int) -> bool:
-        """Whether a single step pays: on a CPU its program takes longer to compile than it saves."""
-        level, size = self._choose(level, rows, 1)
-        return not self.on_cpu or self._known(programs.decode, (level, 1), size)
+    def _begin_sizes(self) -> list[int]:
+        """Numbers of lanes of `begin`: empty ones cost little."""
+        sizes = self._row_sizes()
+        return sorted({sizes[0], sizes[-1]})
 
     def _row_sizes(self) -> list[int]:
         """Numbers of lanes. A GPU has 1 or multiples of 8: its tensor cores multiply 8 rows at once."""
@@ -256,34 +273,50 @@ class Runner:
     def _decode_args(self, level: Level, lanes: Array) -> tuple:
         return self.weights, self.pages, self.carried, self._all_seen() if level == "full" else None, lanes
 
+    def _begin_args(self, level: Level, lanes: Array) -> tuple:
+        seen = self._all_seen() if level == "full" else None
+        return {"head": self.params["head"]}, self.carried, seen, self.states, lanes
+
+    def _begin_lanes(self, lanes: Sequence[Sequence[Row]], size: int, level: Level) -> Array:
+        at, given = self._slots_of(lanes, size), np.zeros((3, len(lanes) * size), np.int32)
+        for shard, rows in enumerate(lanes):
+            given[:, shard * size : shard * size + len(rows)] = [
+                [row.source for row in rows],
+                [len(row.tokens) - 1 for row in rows],
+                [row.written for row in rows],
+            ]
+        return self._put(programs.packed(self._given(at, level, given, self._table[at, :0])))
+
     def _lanes(self, lanes: Sequence[Sequence[Row]], size: int, level: Level) -> Array:
+        at = self._slots_of(lanes, size)
+        key = (level, at.tobytes(), self._joined[at].tobytes())
+        if self._last is None or self._last[0] != key:
+            nothing = np.zeros((3, len(at)), np.int32)
+            self._last = key, self._put(programs.packed(self._given(at, level, nothing, self._table[at])))
+        return self._last[1]
+
+    def _slots_of(self, lanes: Sequence[Sequence[Row]], size: int) -> np.ndarray:
+        """The lanes' rows, over all shards; -1 where there is none."""
         at = np.full((len(lanes), size), -1)
         for shard, rows in enumerate(lanes):
             at[shard, : len(rows)] = [self._index(row) for row in rows]
-        at = at.reshape(-1)
-        fresh = [(shard * size + i, row) for shard, rows in enumerate(lanes) for i, row in enumerate(rows) if row.fresh]
-        key = (level, at.tobytes(), self._joined[at].tobytes())
-        if not fresh and self._last is not None and self._last[0] == key:
-            return self._last[1]
-        given = np.zeros((4, len(at)), np.int32)
-        for i, row in fresh:
-            given[:, i] = 1, row.tokens[-1], len(row.tokens) - 1, row.written
-        settings = jax.tree.map(lambda values: values[at], programs.without_biases(self._settings, level))
-        arrays = Lanes(
+        return at.reshape(-1)
+
+    def _given(self, at: np.ndarray, level: Level, given: np.ndarray, table: np.ndarray) -> Lanes:
+        """The lanes of the rows `at`; `given` are the fields that only `begin` reads."""
+        source, position, count = given
+        settings = programs.without_biases(self._settings, level)
+        return Lanes(
             slot=np.where(at < 0, self.slots, at % self.slots).astype(np.int32),
-            fresh=given[0] == 1,
-            token=given[1],
-            position=given[2],
-            count=given[3],
+            source=source,
+            position=position,
+            count=count,
             limit=self._limit[at],
             pause=self._pause[at],
             stops=self._stops[at],
-            table=self._table[at],
-            settings=settings,
+            table=table,
+            settings=jax.tree.map(lambda values: values[at], settings),
         )
-        put = self._put(programs.packed(arrays))
-        self._last = None if fresh else (key, put)
-        return put
 
     def _chunk_places(self, chunks: Sequence[Chunk], size: int) -> list[int]:
         """Which of the program's rows each chunk is in: `size` of them for each shard."""
@@ -300,17 +333,20 @@ class Runner:
             near = [size for size in enough[:2] if self._known(programs.read, (scored,), size)]
             size = self.budget.scored if scored else (near or enough)[0]
         rows, length = size * self.setup.shards, self.budget.chunk
-        # As `programs.read` has it: table, start, count, tokens and, if scored, the tokens that follow.
+        # As `programs.read` has it: table, start, count, slot, tokens and, if scored, the tokens that follow.
         width = self.table_width
-        packed = np.zeros((rows, width + 2 + (2 if scored else 1) * length), np.int32)
-        tokens, following = packed[:, width + 2 :], packed[:, width + 2 + length :]
+        packed = np.zeros((rows, width + 3 + (2 if scored else 1) * length), np.int32)
+        packed[:, width + 2] = self.slots
+        tokens, following = packed[:, width + 3 :], packed[:, width + 3 + length :]
         for at, (row, start, count) in zip(self._chunk_places(chunks, size), chunks, strict=True):
-            tokens[at, :count] = row.tokens[start : start + count]
+            end = start + count
+            tokens[at, :count] = row.tokens[start:end]
             if scored:
-                following[at, :count] = row.tokens[start + 1 : start + 1 + count]
+                after = row.tokens[start + 1 : end + 1]
+                following[at, : len(after)] = after
             packed[at, :width] = self._table[self._index(row)]
-            packed[at, width : width + 2] = start, count
-        return (self.params, self.pages, self._put(packed)), size
+            packed[at, width : width + 3] = start, count, row.slot if end == len(row.tokens) else self.slots
+        return (self.params, self.pages, self.states, self._put(packed)), size
 
     def _copy_args(self, copies: Sequence[Sequence[Copy]]) -> tuple:
         source = np.zeros((len(copies), self.copies), np.int32)

@@ -1,8 +1,9 @@
 """Which rows read their prompts and which decode, turn by turn. Plain Python, without JAX.
 
-A row is a request that is being worked on. Its newest token is never in the cache: decoding puts it there, and draws
-the next one. So a row first reads all tokens but the last (of its prompt, or of a prompt's end after what is cached, or
-of a tool's answer), in chunks, and decodes from there.
+A row is a request that is being worked on. It reads its tokens (of its prompt, or of a prompt's end after what is
+cached, or of a tool's answer) in chunks, and draws the next token from the state that reading has left: it begins. From
+there it decodes: its newest token is never in the cache, decoding puts it there, and draws the next one. Samples of one
+prompt begin with the state that the first of them has left.
 
 Requests are taken in order, as soon as there is a place for a row and pages for the prompt and the longest answer: a
 row that runs always runs to its end. The decisions depend on the requests and on what the rows wrote, never on time, so
@@ -19,6 +20,9 @@ from typing import Any, NamedTuple
 
 from jaxchat.infer.pages import Match, PagePool
 
+FEW = 4  # rows that may wait for the first token of one
+WAITS = 4  # turns in a row that they may
+
 
 @dataclass(eq=False)
 class Row:
@@ -33,8 +37,8 @@ class Row:
       shard, slot: where the row lives: among the rows of this shard of the devices.
       pages: of the shard, for the prompt and the longest answer.
       cached: how many tokens have their keys and values in the pages, once the work planned so far is done.
-      fresh: whether the device has yet to be told the newest token.
-      ahead: steps of decoding that were planned and whose result is not known yet.
+      source: the slot of the row, of the same shard, whose state after its last token this one begins with.
+      ahead: tokens that were planned and are not known yet.
       paused: a tool is at work for the row.
     """
 
@@ -47,7 +51,7 @@ class Row:
     slot: int = -1
     pages: list[int] = field(default_factory=list)
     cached: int = 0
-    fresh: bool = True
+    source: int = -1
     ahead: int = 0
     paused: bool = False
 
@@ -81,6 +85,7 @@ class Plan(NamedTuple):
       scored: whether log-probabilities are wanted of them.
       copies: of pages, afterwards.
       joined: rows that have got their place in this turn.
+      begun: for each shard, the rows that draw a token from what was read.
       lanes: for each shard, the rows that decode.
     """
 
@@ -88,6 +93,7 @@ class Plan(NamedTuple):
     scored: bool
     copies: list[Copy]
     joined: list[Row]
+    begun: list[list[Row]]
     lanes: list[list[Row]]
 
 
@@ -108,6 +114,19 @@ class Budget:
     scored: int
 
 
+class _Place(NamedTuple):
+    """Where a row can be.
+
+    Attributes:
+      match: what is cached there of its prompt.
+      source: the slot whose state it can begin with; None if it has to read.
+    """
+
+    shard: int
+    match: Match
+    source: int | None
+
+
 class Scheduler:
     """The rows at work and those that wait.
 
@@ -125,6 +144,9 @@ class Scheduler:
         self.decoding: list[Row] = []
         self.queries = self.hits = 0  # tokens of prompts, and those that were cached
         self._free = [list(range(slots - 1, -1, -1)) for _ in self.pools]
+        self._begun: list[Row] = []  # in the turn that is planned
+        self._read_last: list[tuple[list[int], int] | None] = [None] * len(self.pools)  # tokens, and slot of the state
+        self._waited = 0  # turns
 
     @property
     def running(self) -> int:
@@ -156,10 +178,10 @@ class Scheduler:
         self.decoding.remove(row)
 
     def resume(self, row: Row, answer: Sequence[int]) -> None:
-        """The row reads its newest token and `answer` up to the last token, and decodes from there."""
-        row.paused, row.fresh = False, True
+        """The row reads its newest token and `answer`, and goes on from there."""
+        row.paused = False
         row.tokens.extend(answer)
-        (self.reading if row.cached < len(row.tokens) - 1 else self.decoding).append(row)
+        self.reading.append(row)
 
     def leave(self, row: Row) -> None:
         """Takes a row out, finished or not: its place is free, and what it cached can be shared."""
@@ -172,11 +194,15 @@ class Scheduler:
         pool = self.pools[row.shard]
         pool.learn(row.tokens[: row.cached], row.pages)
         pool.release(row.pages)
+        last = self._read_last[row.shard]
+        if last is not None and last[1] == row.slot:  # the next row there may read in the same turn as another begins
+            self._read_last[row.shard] = None
         self._free[row.shard].append(row.slot)
         row.pages = []
 
     def forget_cached(self) -> None:
         """Forgets all pages that no row holds, and shares none of the others: the parameters have changed."""
+        self._read_last = [None] * len(self.pools)
         for pool in self.pools:
             pool.forget_all()
 
@@ -188,7 +214,8 @@ class Scheduler:
         joined: list[Row] = []
         donors: list[tuple[PagePool, int]] = []
         copied: set[Row] = set()  # their pages are copied after this turn's chunks are read
-        scored, idle, begun = False, not self.decoding, True
+        scored, idle = False, not self.decoding
+        self._begun = []
         while True:
             for row in [row for row in self.reading if row not in copied]:
                 if chunks and scored != row.scored:
@@ -202,13 +229,10 @@ class Scheduler:
                 break
             row = self.waiting[0]
             place = self._place(row)
-            if place is None:
+            # Rows that begin with what is read now join in the next turn: planning them takes as long as reading it.
+            if place is None or (idle and chunks and place.source is not None):
                 break
-            if idle and chunks and self._cached(row, place[1]) == len(row.tokens) - 1:
-                # Rows that share what is read now join in the next turn: planning them takes as long as reading it.
-                begun = False
-                break
-            copy = self._admit(row, *place)
+            copy = self._admit(row, place)
             joined.append(row)
             if copy is not None:
                 copies.append(copy)
@@ -216,55 +240,82 @@ class Scheduler:
                 donors.append((self.pools[copy.shard], copy.source))
         for pool, page in donors:
             pool.release([page])
+        return Plan(chunks, scored, copies, joined, self._by_shard(self._begun), self._by_shard(self._lanes()))
+
+    def _lanes(self) -> list[Row]:
+        """The rows that decode. While many begin, for a few turns none does, so that first tokens come soon."""
+        if self._begun and FEW * len(self._begun) >= len(self.decoding) and self._waited < WAITS:
+            self._waited += 1
+            return []
+        self._waited = 0
+        return [row for row in self.decoding if row.written + row.ahead < row.limit]
+
+    def _by_shard(self, rows: Sequence[Row]) -> list[list[Row]]:
         lanes: list[list[Row]] = [[] for _ in self.pools]
-        for row in self.decoding if begun else ():
-            if row.written + row.ahead < row.limit:
-                lanes[row.shard].append(row)
-        return Plan(chunks, scored, copies, joined, lanes)
+        for row in rows:
+            lanes[row.shard].append(row)
+        return lanes
 
     def _chunks_at_once(self) -> int:
         return self.budget.busy if self.decoding else self.budget.idle
 
     def _read(self, row: Row, room: list[int]) -> list[Chunk]:
         """The chunks of a row that there is room for."""
-        chunks, end = [], len(row.tokens) - 1
+        chunks, end = [], len(row.tokens)
         while row.cached < end and room[row.shard] > 0:
             chunk = Chunk(row, row.cached, min(self.budget.chunk, end - row.cached))
             chunks.append(chunk)
             row.cached += chunk.count
             room[row.shard] -= 1
         # The devices work in order: what reads these pages is planned later, and so is done later.
-        self.pools[row.shard].learn(row.tokens[: row.cached], row.pages)
+        tokens = row.tokens[: row.cached]
+        self.pools[row.shard].learn(tokens, row.pages)
         if row.cached == end:
             self.reading.remove(row)
-            self.decoding.append(row)
+            self._read_last[row.shard] = tokens, row.slot
+            self._begin(row, row.slot)
         return chunks
 
-    def _place(self, row: Row) -> tuple[int, Match] | None:
-        """The shard with a place and pages for a row, and what is cached there of its prompt; None if there is none.
+    def _begin(self, row: Row, source: int) -> None:
+        """The row draws its next token in this turn, and decodes from then on."""
+        row.source = source
+        row.ahead += 1
+        self._begun.append(row)
+        self.decoding.append(row)
 
-        Of several it is the one with the fewest rows.
-        """
+    def _place(self, row: Row) -> _Place | None:
+        """A place in the shard with the fewest rows, of those with a slot and pages for one; None if there is none."""
         if self.running >= self.most_rows:
             return None
         need = self.pages_for(row)
-        # The newest token is read by decoding. If the prompt's log-probabilities are wanted, all of it is read.
-        cacheable = () if row.scored else row.tokens[:-1]
         for shard in sorted(range(len(self.pools)), key=lambda shard: -len(self._free[shard])):
             pool = self.pools[shard]
-            match = pool.match(cacheable)
+            place = self._beside(row, shard)
+            if place is None:
+                # One token at least is read. If the prompt's log-probabilities are wanted, all of it is.
+                place = _Place(shard, pool.match(() if row.scored else row.tokens[:-1]), None)
             # Pages that other rows hold now take none of the available ones.
-            if self._free[shard] and need <= pool.available + sum(map(pool.is_held, match.pages)):
-                return shard, match
+            if self._free[shard] and need <= pool.available + sum(map(pool.is_held, place.match.pages)):
+                return place
         return None
 
-    def _admit(self, row: Row, shard: int, match: Match) -> Copy | None:
-        """Gives a row its place and its pages; the copy that begins its first page of its own, if that pays."""
+    def _beside(self, row: Row, shard: int) -> _Place | None:
+        """The row's place in a shard that has read the same tokens last, and has them all in its cache."""
+        last, pool = self._read_last[shard], self.pools[shard]
+        if row.scored or last is None or last[0] != row.tokens:
+            return None
+        match = pool.match(row.tokens)
+        whole = len(match.pages) * pool.size + match.common == len(row.tokens)
+        return _Place(shard, match, last[1]) if whole else None
+
+    def _admit(self, row: Row, place: _Place) -> Copy | None:
+        """Gives a row its slot and its pages; the copy that begins its first page of its own, if that pays."""
         self.waiting.popleft()
+        shard, match, source = place
         row.shard, row.slot, pool = shard, self._free[shard].pop(), self.pools[shard]
         pool.hold(match.pages)
         row.cached = len(match.pages) * pool.size
-        donor = match.donor if self._copy_pays(row, match) else None
+        donor = match.donor if source is not None or self._copy_pays(row, match) else None
         need = self.pages_for(row) - len(match.pages)
         if donor is not None:
             pool.hold([donor])
@@ -277,15 +328,14 @@ class Scheduler:
         if donor is not None:
             row.cached += match.common
         self.hits += row.cached
-        (self.reading if row.cached < len(row.tokens) - 1 else self.decoding).append(row)
+        if source is not None and row.cached == len(row.tokens):
+            self._begin(row, source)
+        else:
+            self.reading.append(row)
         return None if donor is None else Copy(shard, donor, own[0])
-
-    def _cached(self, row: Row, match: Match) -> int:
-        """How many tokens of a row are cached once it has its place."""
-        return len(match.pages) * self.pools[0].size + (match.common if self._copy_pays(row, match) else 0)
 
     def _copy_pays(self, row: Row, match: Match) -> bool:
         """Whether there are fewer chunks to read after the donor's part of a page was copied."""
-        left = len(row.tokens) - 1 - len(match.pages) * self.pools[0].size
+        left = len(row.tokens) - len(match.pages) * self.pools[0].size
         chunk = self.budget.chunk
         return match.donor is not None and math.ceil((left - match.common) / chunk) < math.ceil(left / chunk)

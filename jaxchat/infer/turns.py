@@ -13,16 +13,15 @@ from jaxtyping import Array
 from jaxchat.infer.answers import Answer
 from jaxchat.infer.request import MOST_ALTERNATIVES, NewToken, NoOutput
 from jaxchat.infer.runner import STEPS, Runner
-from jaxchat.infer.sampling import joint_level, needs_seen
+from jaxchat.infer.sampling import Level, joint_level, needs_seen
 from jaxchat.infer.scheduler import Chunk, Row, Scheduler
 from jaxchat.tools.calculator import calculate
 
-FEW = 4  # rows that may wait for the first token of one
 TOOL_WAIT = 0.02  # seconds that a turn waits for a tool, if there is nothing else to do
 
 
 class _Call(NamedTuple):
-    """A program's result that the host has not read: of `decode` with lanes, else of `read`."""
+    """A program's result that the host has not read: of `begin` or `decode` with lanes, else of `read`."""
 
     result: Array
     lanes: list[list[Row]]
@@ -74,30 +73,26 @@ class Turns:
                 self._calls.append(_Call(scores, [], 0, plan.chunks))
         if plan.copies:
             runner.copy(plan.copies)
-        rows = [row for rows in plan.lanes for row in rows]
-        if rows:
-            self._decode(runner, plan.lanes, rows)
-        idle = not (rows or plan.chunks or plan.copies or self._calls)
+        if any(plan.begun):
+            self._begin(runner, plan.begun)
+        decodes = any(plan.lanes)
+        if decodes:
+            self._calls.append(_Call(runner.decode(plan.lanes, _level(plan.lanes)), plan.lanes, STEPS, []))
+        idle = not (decodes or plan.chunks or plan.copies or self._calls)
         if idle and self._tools:
             wait(self._tools, TOOL_WAIT, FIRST_COMPLETED)
             return self._collect_tools()
-        # First tokens are read at once, unless there are prompts to be read meanwhile.
-        at_once = not rows or (self._calls[-1].steps == 1 and not (scheduler.reading or scheduler.waiting))
+        # First tokens are taken at once, unless there are prompts to be read meanwhile.
+        at_once = not decodes and not (any(plan.begun) and (scheduler.reading or scheduler.waiting))
         while len(self._calls) > (0 if at_once else self.lookahead):
             self._take(runner, self._calls.popleft())
         return True
 
-    def _decode(self, runner: Runner, lanes: list[list[Row]], rows: list[Row]) -> None:
-        for row in rows:
-            if row.fresh and needs_seen(row.owner.request.sampling):
+    def _begin(self, runner: Runner, lanes: list[list[Row]]) -> None:
+        for row in (row for rows in lanes for row in rows):
+            if needs_seen(row.owner.request.sampling):
                 runner.set_seen(row)
-        level = joint_level(row.owner.level for row in rows)
-        longest = max(row.limit - row.written - row.ahead for row in rows)
-        # First tokens are drawn alone, where that does not hold up many other rows.
-        first = FEW * sum(row.written + row.ahead == 0 for row in rows) >= len(rows)
-        first = first and runner.can_step(level, max(map(len, lanes)))
-        steps = 1 if first or longest == 1 else STEPS
-        self._calls.append(_Call(runner.decode(lanes, level, steps), lanes, steps, []))
+        self._calls.append(_Call(runner.begin(lanes, _level(lanes)), lanes, 1, []))
 
     def _take(self, runner: Runner, call: _Call) -> None:
         """Reads a result, and gives every request its tokens."""
@@ -156,6 +151,10 @@ class Turns:
                 answer.add(NewToken(token, sampled=False))
         if answer.finish is not None:
             self.leave(answer)
+
+
+def _level(lanes: list[list[Row]]) -> Level:
+    return joint_level(row.owner.level for rows in lanes for row in rows)
 
 
 def _tokens(details: np.ndarray, alternatives: int | None, sampled: bool = True) -> list[NewToken]:

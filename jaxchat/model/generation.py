@@ -50,11 +50,14 @@ def paged_hidden(
     pages: list[Pages],
     dtype: DTypeLike = jnp.float32,
     joint: list[Any] | None = None,
-) -> tuple[Float[Array, "R Q D"], list[Pages]]:
+    *,
+    last: bool = False,
+) -> tuple[Float[Array, "R _ D"], list[Pages]]:
     """Forward pass over the next Q tokens of each row, whose keys and values are added to its pages.
 
     Rows with one table may hold consecutive parts of one text: what all rows write is there before any of them reads.
-    With Q = 1, `joint` is the result of `join_qkv`, if the caller keeps it.
+    With Q = 1, `joint` is the result of `join_qkv`, if the caller keeps it. With `last`, which needs Q > 1, what is
+    returned is of each row's last real token alone, [R, 1, D].
     """
     positions = place.start[:, None] + jnp.arange(tokens.shape[1])
     rope = rope_tables(positions, config.head_dim, config.rope_base)
@@ -64,9 +67,10 @@ def paged_hidden(
         return rms_norm(x)[:, None], pages
     new = []
     for i, (window, of_layer) in enumerate(zip(config.windows, pages, strict=True)):
-        x, of_layer = _read(window, x, _Weights.of(params["blocks"][str(i)]), rope, of_layer, place)
+        alone = last and i == len(pages) - 1
+        x, of_layer = _read(window, alone, x, _Weights.of(params["blocks"][str(i)]), rope, of_layer, place)
         new.append(of_layer)
-    return norm_branch(x)[1], new
+    return rms_norm(x)[:, None] if last else norm_branch(x)[1], new
 
 
 class _Weights(NamedTuple):
@@ -85,9 +89,9 @@ class _Weights(NamedTuple):
         return cls(q, k, v, o, block["mlp"]["up"]["kernel"], block["mlp"]["down"]["kernel"])
 
 
-@functools.partial(jax.jit, static_argnums=0)  # blocks with the same window have equal shapes, and are lowered once
-def _read(window: int | None, x, weights: _Weights, rope, pages: Pages, place: Place):
-    """A block over chunks of prompts."""
+@functools.partial(jax.jit, static_argnums=(0, 1))  # blocks with one window have equal shapes, and are lowered once
+def _read(window: int | None, last: bool, x, weights: _Weights, rope, pages: Pages, place: Place):
+    """A block over chunks of prompts; with `last` it returns what becomes of each row's last token, [R, D]."""
     rows, count, width = x.shape
     # To the kernels of what comes before and after attention, all tokens are one row.
     x, cos, sin = (array.reshape(1, rows * count, *array.shape[2:]) for array in (x, *rope))
@@ -95,6 +99,9 @@ def _read(window: int | None, x, weights: _Weights, rope, pages: Pages, place: P
     q, k, v = (array.reshape(rows, count, *array.shape[2:]) for array in heads)
     pages = write_pages(k, v, pages, place)
     mixed = attend_pages(q, pages, place, window).reshape(1, rows * count, -1)
+    if last:
+        at = jnp.arange(rows) * count + jnp.maximum(place.count - 1, 0)
+        return after_attention(x[0, at], mixed[0, at], weights.o, weights.up, weights.down), pages
     x = add_mlp(add_product(x, mixed, weights.o), weights.up, weights.down)
     return x.reshape(rows, count, width), pages
 
