@@ -85,7 +85,8 @@ def test_objectives_have_as_much_time_each(tmp_path, monkeypatch, capsys):
         evaluation = {"stage": "rl", "pass_1": 0.2, "pass_8": 0.5, "greedy": 0.3, "pass_1_low": 0.1, "pass_1_high": 0.4}
         after = {**evaluation, "pass_1": 0.4, "pass_8": 0.75, "greedy": 0.45, "pass_1_z": 3.21}
         updates = 4 if "clipped" in directory.name else 1
-        seconds = [30.0, 1.5, 2.0, 2.5]  # of batches; the first compiles
+        pace = 3.0 if directory.name.startswith("clipped") else 2.0  # slower than its short run was
+        seconds = [30.0, pace - 0.5, *[pace] * (batches - 3), pace + 0.5]  # of batches; the first compiles
         steps = [
             {"stage": "rl", "step_seconds": took / updates, **({} if update else {"reward": 0.1})}
             for took in seconds
@@ -100,12 +101,13 @@ def test_objectives_have_as_much_time_each(tmp_path, monkeypatch, capsys):
     assert rl.main(["objectives", str(tmp_path), *given]) == 0
     assert runs == [
         ("pace-reinforce", rl.PACED, 1),
-        ("reinforce-centred", 30, 400),
+        ("reinforce-centred-1", 30, 400),
         ("pace-clipped", rl.PACED, 1),
-        ("clipped-4_updates", 30, 400),
-        ("reinforce-standardised", 30, 400),
+        ("clipped-4_updates-1", 30, 400),
+        ("clipped-4_updates-2", 20, 400),
+        ("reinforce-standardised-1", 30, 400),
     ]
     found = json.loads(file.read_text())["objectives"]["clipped, 4 updates"]
-    assert (found["batches"], found["updates"], found["seconds"]) == (4, 16, 8.0)
-    line = "| clipped, 4 updates | 4 | 16 | 8 | 20.0% | 40.0% | 10.0 to 40.0 | +3.2 | 45.0% | 50.0% | 75.0% |"
+    assert (found["batches"], found["updates"], found["seconds"]) == (20, 80, 60.0)
+    line = "| clipped, 4 updates | 20 | 80 | 60 | 20.0% | 40.0% | 10.0 to 40.0 | +3.2 | 45.0% | 50.0% | 75.0% |"
     assert line in capsys.readouterr().out
