@@ -46,8 +46,8 @@ from jaxchat.tools.calculator import calculate
 SHORTEST_PROMPT = 16
 TURNS = 8  # at most in a step that has nothing to tell yet
 
-_ON_CPU = Budget(chunk=32, idle=64, busy=16, scored=16)
-_ON_ACCELERATOR = Budget(chunk=64, idle=256, busy=256, scored=16)
+_ON_CPU = Budget(chunk=32, idle=64, busy=16, scored=16, sizes=(1, 4, 16, 64))
+_ON_ACCELERATOR = Budget(chunk=64, idle=256, busy=256, scored=16, sizes=(1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256))
 
 Written = list[tuple[int, int, bool]]
 
@@ -422,7 +422,13 @@ class Engine:
 
     def _submit(self, request: Request, *, with_text: bool) -> int:
         turns, limit = self._opened(), self._limit(request)
-        row = Row(list(request.prompt), len(request.prompt), limit, scored=request.prompt_logprobs)
+        row = Row(
+            list(request.prompt),
+            len(request.prompt),
+            limit,
+            scored=request.prompt_logprobs,
+            pauses=request.tool is not None,
+        )
         pages, most = turns.scheduler.pages_for(row), turns.scheduler.pools[0].count
         check(
             pages <= most,

@@ -178,7 +178,7 @@ class Runner:
             for size in sizes:
                 args = partial(self._decode_args, level, self._lanes(nobody, size, level))
                 work.append((programs.decode, (level, STEPS), args, size))
-        for scored, count in [(True, self.budget.scored), *((False, size) for size in self._read_sizes())]:
+        for scored, count in [(True, self.budget.scored), *((False, size) for size in self.budget.sizes)]:
             args = partial(self._read_args, [], scored, count)
             work.append((programs.read, (scored,), lambda args=args: args()[0], args()[1]))
         work.append((programs.copy_pages, (), partial(self._copy_args, nobody), 0))
@@ -247,13 +247,6 @@ class Runner:
         if self.on_cpu or self.slots == 1:
             return [*powers, self.slots]
         return [size for size in powers if size not in (2, 4)] + [-(-self.slots // 8) * 8]
-
-    def _read_sizes(self) -> list[int]:
-        """Sizes of `read`. A CPU has fewer: compiling takes longer there than they save."""
-        sizes, growth = [1], 4 if self.on_cpu else 2
-        while sizes[-1] < self.budget.idle:
-            sizes.append(sizes[-1] * growth)
-        return sizes
 
     # --- arrays for the devices ---------------------------------------------------------------------------------------
 
@@ -329,7 +322,7 @@ class Runner:
     def _read_args(self, chunks: Sequence[Chunk], scored: bool, size: int | None = None) -> tuple[tuple, int]:
         if size is None:
             count = np.bincount([chunk.row.shard for chunk in chunks]).max()
-            enough = [size for size in self._read_sizes() if size >= count]
+            enough = [size for size in self.budget.sizes if size >= count]
             near = [size for size in enough[:2] if self._known(programs.read, (scored,), size)]
             size = self.budget.scored if scored else (near or enough)[0]
         rows, length = size * self.setup.shards, self.budget.chunk

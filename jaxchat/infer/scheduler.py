@@ -33,6 +33,7 @@ class Row:
       prompt: how many of them are the prompt's.
       limit: the most tokens of the answer.
       scored: whether the prompt's log-probabilities are wanted, so that all of it must be read.
+      pauses: whether a tool may interrupt the answer.
       owner: whatever the engine knows about the request.
       shard, slot: where the row lives: among the rows of this shard of the devices.
       pages: of the shard, for the prompt and the longest answer.
@@ -46,6 +47,7 @@ class Row:
     prompt: int
     limit: int
     scored: bool = False
+    pauses: bool = False
     owner: Any = None
     shard: int = 0
     slot: int = -1
@@ -106,12 +108,14 @@ class Budget:
       idle: the most chunks while no row decodes.
       busy: the most chunks while rows decode, which wait for them.
       scored: the most chunks whose log-probabilities are wanted.
+      sizes: numbers of chunks that programs read, up to the most; fewer chunks are padded to the next one.
     """
 
     chunk: int
     idle: int
     busy: int
     scored: int
+    sizes: tuple[int, ...]
 
 
 class _Place(NamedTuple):
@@ -147,6 +151,7 @@ class Scheduler:
         self._begun: list[Row] = []  # in the turn that is planned
         self._read_last: list[tuple[list[int], int] | None] = [None] * len(self.pools)  # tokens, and slot of the state
         self._waited = 0  # turns
+        self._replaced: set[Row] = set()  # rows whose last tokens are planned, and whose place others have got
 
     @property
     def running(self) -> int:
@@ -185,15 +190,21 @@ class Scheduler:
 
     def leave(self, row: Row) -> None:
         """Takes a row out, finished or not: its place is free, and what it cached can be shared."""
+        if row in self._replaced:
+            self._replaced.remove(row)
+            return
         if row.slot < 0:
             self.waiting.remove(row)
             return
         for rows in (self.reading, self.decoding):
             if row in rows:
                 rows.remove(row)
-        pool = self.pools[row.shard]
-        pool.learn(row.tokens[: row.cached], row.pages)
-        pool.release(row.pages)
+        self.pools[row.shard].learn(row.tokens[: row.cached], row.pages)
+        self._clear(row)
+
+    def _clear(self, row: Row) -> None:
+        """Frees the row's slot and pages."""
+        self.pools[row.shard].release(row.pages)
         last = self._read_last[row.shard]
         if last is not None and last[1] == row.slot:  # the next row there may read in the same turn as another begins
             self._read_last[row.shard] = None
@@ -229,6 +240,8 @@ class Scheduler:
                 break
             row = self.waiting[0]
             place = self._place(row)
+            if place is None and self._replace_ending():
+                place = self._place(row)
             # Rows that begin with what is read now join in the next turn: planning them takes as long as reading it.
             if place is None or (idle and chunks and place.source is not None):
                 break
@@ -244,11 +257,26 @@ class Scheduler:
 
     def _lanes(self) -> list[Row]:
         """The rows that decode. While many begin, for a few turns none does, so that first tokens come soon."""
-        if self._begun and FEW * len(self._begun) >= len(self.decoding) and self._waited < WAITS:
-            self._waited += 1
+        begun, rows = len(self._begun), len(self.decoding)
+        if begun and FEW * begun >= rows and self._waited < WAITS:
+            self._waited += begun < rows
             return []
         self._waited = 0
         return [row for row in self.decoding if row.written + row.ahead < row.limit]
+
+    def _replace_ending(self) -> bool:
+        """Takes the places of the rows whose last tokens are planned; returns whether there were any.
+
+        The devices work in order: the next rows write there after these have written, though nobody knows what yet.
+        """
+        busy = {(row.shard, slot) for row in self._begun for slot in (row.slot, row.source)}  # in this turn
+        rows = [row for row in self.decoding if not row.pauses and (row.shard, row.slot) not in busy]
+        ending = [row for row in rows if row.written + row.ahead >= row.limit]
+        for row in ending:
+            self.decoding.remove(row)
+            self._replaced.add(row)
+            self._clear(row)
+        return bool(ending)
 
     def _by_shard(self, rows: Sequence[Row]) -> list[list[Row]]:
         lanes: list[list[Row]] = [[] for _ in self.pools]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxchat.infer.pages import PagePool
-from jaxchat.infer.scheduler import WAITS, Budget, Row, Scheduler
+from jaxchat.infer.scheduler import FEW, WAITS, Budget, Row, Scheduler
 
 PAGE, STEPS, STOP, PAUSE, WORDS = 4, 3, 0, 1, 12
 
@@ -84,7 +84,7 @@ class Devices:
 
 
 def new_scheduler(shards=1, pages=24, slots=4, **budget):
-    budget = Budget(**{"chunk": 3, "idle": 6, "busy": 2, "scored": 1} | budget)
+    budget = Budget(**{"chunk": 3, "idle": 6, "busy": 2, "scored": 1, "sizes": (1, 2, 6)} | budget)
     return Scheduler([PagePool(pages, PAGE) for _ in range(shards)], slots, budget)
 
 
@@ -140,7 +140,8 @@ def test_every_row_reads_its_own_text_and_no_page_is_lost(seed, shards, lookahea
         owner = {"key": chance.randrange(3), "tool": tool}
         if rows and chance.random() < 0.3:  # a sample of the same prompt
             prompt = rows[-1].tokens[: rows[-1].prompt]
-        rows.append(Row(prompt[:], len(prompt), chance.randrange(1, 20), scored=chance.random() < 0.2, owner=owner))
+        scored = chance.random() < 0.2
+        rows.append(Row(prompt[:], len(prompt), chance.randrange(1, 20), scored=scored, pauses=bool(tool), owner=owner))
     scheduler = new_scheduler(shards)
     finished = serve(scheduler, Devices(shards, 24, 4), list(rows), chance, lookahead)
     for row in finished:
@@ -148,7 +149,7 @@ def test_every_row_reads_its_own_text_and_no_page_is_lost(seed, shards, lookahea
         assert row.tokens[row.prompt :] == expected
     assert len(finished) > 10
     assert scheduler.running == 0 and not scheduler.waiting and scheduler.usage == 0
-    assert all(pool.available == pool.count for pool in scheduler.pools)
+    assert all(pool.available == pool.count for pool in scheduler.pools) and not scheduler._replaced
 
 
 def add(scheduler, *prompts, limit=4, **options):
@@ -196,13 +197,36 @@ def test_no_sample_begins_with_what_may_be_gone(change):
 def test_running_rows_wait_for_first_tokens_only_for_some_turns():
     scheduler = new_scheduler(pages=64, slots=10)
     lanes = []
-    for i in range(WAITS + 1):
+    for i in range(WAITS + 2):
         add(scheduler, [4, i], limit=40)
-        lanes.append(scheduler.plan().lanes)
-    assert lanes == [[[]]] * WAITS + [[scheduler.decoding]]
-    (late,) = add(scheduler, [4, 9])
+        lanes.append(len(scheduler.plan().lanes[0]))
+        for row in scheduler.decoding[:-2]:
+            scheduler.leave(row)
+    assert lanes == [0] * (WAITS + 1) + [3]  # the first of them waits for nobody
+
+
+def test_one_first_token_holds_up_only_a_few_rows():
+    scheduler = new_scheduler(pages=64, slots=10)
+    rows = add(scheduler, *([2, i] for i in range(FEW)), limit=9)
+    scheduler.plan()
+    (late,) = add(scheduler, [3, 3])
     plan = scheduler.plan()
-    assert plan.begun == [[late]] and plan.lanes == [scheduler.decoding]  # one holds up no more than `FEW`
+    assert plan.begun == [[late]] and plan.lanes == [[*rows, late]]
+
+
+def test_the_next_row_takes_the_place_of_one_whose_last_tokens_are_planned():
+    for pauses in (False, True):
+        scheduler = new_scheduler(slots=1)
+        first, second = add(scheduler, [2, 3], [4, 5], limit=2)
+        first.pauses = pauses
+        scheduler.plan()
+        assert scheduler.plan().lanes == [[first]]
+        first.ahead += STEPS
+        assert scheduler.plan().joined == ([] if pauses else [second])
+        for token in (7, 8):
+            scheduler.wrote(first, token)
+        scheduler.leave(first)
+        assert scheduler.running == (0 if pauses else 1)
 
 
 def test_a_copy_comes_before_what_is_read_after_it():
