@@ -165,10 +165,10 @@ def test_training_knows_that_outputs_are_never_sampled(params):
     assert metrics["logprob_difference"] < 2e-5 and abs(metrics["kl_from_sampling"]) < 1e-6
     everything = dataclasses.replace(source.objective, drawn=None)
     assert measured(everything, batch, params)["logprob_difference"] > 0.02
-    # The samples of a question read it once, but for the last token of the prompt, which is read by decoding.
+    # The samples of a question read it once.
     lengths = [len(TOKENIZER.render_for_completion(conversation)) for _, conversation in source.questions]
     engine = source.engine
-    assert (engine.prefix_queries, engine.prefix_hits) == (4 * sum(lengths), 3 * (sum(lengths) - 3))
+    assert (engine.prefix_queries, engine.prefix_hits) == (4 * sum(lengths), 3 * sum(lengths))
 
 
 def test_the_precision_of_sampling_is_measured():
