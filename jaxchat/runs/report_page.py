@@ -12,7 +12,7 @@ from typing import Any
 from jaxchat.config import model_width
 from jaxchat.runs.comparison import changes_table, scores_table, validation_table
 from jaxchat.runs.progress import format_count, format_duration, format_left_out
-from jaxchat.runs.tables import core_means, core_table
+from jaxchat.runs.tables import core_means, core_table, table
 from jaxchat.runs.time_budget import describe as describe_budget
 from jaxchat.verbatim import without_controls
 
@@ -277,8 +277,6 @@ def _road(report: dict[str, Any]) -> str:
         ])  # fmt: skip
     total = ["**all**", "", "", "", f"**{format_duration(report['seconds'])}**", "", "", ""]
     rows.append([*total, f"**${report['cost']:,.2f}**" if report["cost"] else ""])
-    used = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    table = _table([[row[i] for i in used] for row in [header, *rows]], left=2)
     price = report["config"]["cost"]["dollars_per_device_hour"]
     note = f"\n\nCost at ${price:,.2f} per device-hour." if report["cost"] else ""
     waited = ", ".join(
@@ -301,7 +299,8 @@ def _road(report: dict[str, Any]) -> str:
     lines = [f"- {stage}: {line}." for stage, line in described if line]
     data = "\n\nIts data:\n\n" + "\n".join(lines) if lines else ""
     budget = f"\n\nOf its budget, {describe_budget(report['budget'])}." if report.get("budget") else ""
-    return f"## How it got there\n\n{table}{note}{budget}{waits}{unfinished}{diverged}{turned}{data}"
+    road = table(header, rows, left=2)
+    return f"## How it got there\n\n{road}{note}{budget}{waits}{unfinished}{diverged}{turned}{data}"
 
 
 def _text(entry: dict[str, Any]) -> str:
@@ -366,18 +365,11 @@ def _settings(report: dict[str, Any]) -> str:
         host = "" if machine["platform"] == "cpu" else f"; host with {machine['cores']} CPU cores"
         rows.append(["machine", f"{_device(machine)}{host}, {machine['memory_bytes'] / 2**30:.0f} GiB of memory"])
         rows.append(["software", f"JAX {machine['jax']}, Python {machine['python']}"])
-    return "## Settings\n\n" + _table([["", ""], *rows], left=2) + "\n\n`config.json` has all settings."
+    return "## Settings\n\n" + table(["", ""], rows, left=2) + "\n\n`config.json` has all settings."
 
 
 def _plot(name: str) -> str:
     return f"![{name.removesuffix('.png').replace('_', ' ')}](plots/{name})\n\n*{_CAPTIONS[name]}*"
-
-
-def _table(rows: list[list[str]], left: int = 1) -> str:
-    """A Markdown table. The first row is the header; all but the first `left` columns are right-aligned."""
-    header, *body = rows
-    rule = ["---" if i < left else "---:" for i in range(len(header))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *body])
 
 
 def _scores(evaluation: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -9,10 +9,10 @@ from typing import Any
 VERSIONS = ("core_v1", "core_v2")
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table without the columns that are empty; all but the first are aligned to the right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """A table without the columns that are empty; all but the first `left` are aligned to the right."""
     used = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    lines = [[header[i] for i in used], ["---" if i == 0 else "---:" for i in used]]
+    lines = [[header[i] for i in used], ["---" if i < left else "---:" for i in used]]
     return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, *([row[i] for i in used] for row in rows)])
 
 
