@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -153,6 +154,8 @@ def _compile(engine: Engine) -> None:
         lines[0].update(done, {})
 
     engine.warm_up(show)
+    gc.collect()
+    gc.freeze()  # as the server does
     for line in lines:
         line.close()
 

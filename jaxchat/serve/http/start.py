@@ -7,6 +7,7 @@ its own from the beginning, so that /health can be asked while the model is load
 from __future__ import annotations
 
 import errno
+import gc
 import ipaddress
 import os
 import socket
@@ -202,6 +203,9 @@ def _answer(options: Options, server: Server, service: Service, web: Web) -> Non
     progress = Progress("compiling", time.monotonic())
     engine.warm_up(progress.show)
     progress.end()
+    # Compiling leaves so many objects that the collector's look through them all takes up to a quarter of a second.
+    gc.collect()
+    gc.freeze()
     service.engine = engine
     server.served = served = Served.of(
         engine,
