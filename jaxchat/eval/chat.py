@@ -269,10 +269,10 @@ def _write(
     pool = ThreadPoolExecutor(SCORERS)
     try:
         for written in engine.stream(prompts, **options):
-            for row, token, own in written:
-                stopped = own and token in engine.stops
+            for row, token in written:
+                stopped = engine.is_stop(token)
                 if not stopped:
-                    tokens[row].append(token)
+                    tokens[row].append(token.id)
                 if stopped or len(tokens[row]) == room[row]:
                     answers[row] = engine.tokenizer.decode(tokens[row]), not stopped
                     if row % processes == here:

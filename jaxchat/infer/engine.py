@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -49,8 +48,6 @@ TURNS = 8  # at most in a step that has nothing to tell yet
 
 _ON_CPU = Budget(chunk=32, idle=64, busy=16, scored=16, sizes=(1, 4, 16, 64))
 _ON_ACCELERATOR = Budget(chunk=64, idle=256, busy=256, scored=16, sizes=(1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256))
-
-Written = list[tuple[int, int, bool]]
 
 
 class Engine:
@@ -130,6 +127,10 @@ class Engine:
         """The ids that end a row."""
         return tuple(map(self.tokenizer.encode_special, ("<|assistant_end|>", "<|bos|>")))
 
+    def is_stop(self, token: NewToken) -> bool:
+        """Whether a token ends its row: not where a tool wrote it."""
+        return token.sampled and token.id in self.stops
+
     @property
     def mesh(self) -> Mesh | None:
         """The mesh that the parameters are on; None if they are on a single device."""
@@ -203,14 +204,9 @@ class Engine:
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Makes the cache, and compiles every program that requests can need; afterwards nothing is compiled.
 
-        Python's collector looks no longer at what there is by then.
-
         `progress` is called with the number of programs that are compiled, and the number of all.
         """
         self._opened().runner.warm_up(progress)
-        # Compiling leaves so many objects that looking through them all takes up to a quarter of a second.
-        gc.collect()
-        gc.freeze()
 
     def reserve(self, rows: int, tokens: int) -> None:
         """Makes the cache, unless it exists, for `rows` rows of up to `tokens` tokens or as much as there is room for.
@@ -234,23 +230,33 @@ class Engine:
 
     # --- a fixed list of prompts --------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, logprobs: bool = False, **options) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        progress: Callable[[int], None] | None = None,
+        **options,
+    ) -> list[Completion]:
         """The completions of `prompts`, in their order. Options and errors are those of `stream`.
 
-        With `logprobs`, each sampled token comes with its log-probability at the temperature at which it was sampled,
-        over the whole vocabulary; at temperature 0 it is that of the model.
+        `progress` is called with the number of those that have ended.
         """
         rows: list[list[NewToken]] = [[] for _ in prompts]
-        for written in self._written(prompts, logprobs=logprobs, **options):
+        room = [min(max_new_tokens, self.model_config.sequence_len - len(prompt)) for prompt in prompts]
+        done = 0
+        for written in self.stream(prompts, max_new_tokens=max_new_tokens, **options):
             for row, token in written:
                 rows[row].append(token)
+                done += self.is_stop(token) or len(rows[row]) == room[row]
+            if progress is not None:
+                progress(done)
         completions = []
         for row in rows:
+            scores = [math.nan if token.logprob is None else token.logprob for token in row]
+            stop = row.pop().id if self.is_stop(row[-1]) else None
             ids, own = [token.id for token in row], [token.sampled for token in row]
-            stop = ids[-1] if own[-1] and ids[-1] in self.stops else None
-            end = len(ids) if stop is None else -1
-            scores = [math.nan if token.logprob is None else token.logprob for token in row] if logprobs else []
-            completions.append(Completion(ids[:end], own[:end], stop, scores))
+            completions.append(Completion(ids, own, stop, scores if options.get("logprobs") else []))
         return completions
 
     def stream(
@@ -264,8 +270,9 @@ class Engine:
         tools: bool = True,
         tool: Tool = calculate,
         max_batch: int = 256,
-    ) -> Iterator[Written]:
-        """Yields tokens as they are generated, as lists of (row, token, sampled); the tokens of a row come in order.
+        logprobs: bool = False,
+    ) -> Iterator[list[tuple[int, NewToken]]]:
+        """Yields tokens as they are generated, each with the number of its row; those of a row come in order.
 
         A row ends with a stop token (<|assistant_end|> or <|bos|>, yielded as its last), after `max_new_tokens`, or
         when the context of `sequence_len` tokens is full.
@@ -279,35 +286,12 @@ class Engine:
         tokens the row has written: not on other rows, nor on `max_batch`, the most rows that are worked on at once.
         Prompts that begin alike share the cache of their beginning.
 
+        With `logprobs`, each sampled token comes with its log-probability at the temperature at which it was sampled,
+        over the whole vocabulary; at temperature 0 it is that of the model.
+
         Raises:
           UserError: a prompt is empty or fills the context, or an option is out of range.
         """
-        for written in self._written(
-            prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            seed=seed,
-            tools=tools,
-            tool=tool,
-            max_batch=max_batch,
-        ):
-            yield [(row, token.id, token.sampled) for row, token in written]
-
-    def _written(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int = 0,
-        tools: bool = True,
-        tool: Tool = calculate,
-        max_batch: int = 256,
-        logprobs: bool = False,
-    ) -> Iterator[list[tuple[int, NewToken]]]:
-        """What `stream` yields, with the log-probabilities of `generate`."""
         check(max_batch >= 1, f"max_batch is {max_batch}; it must be at least 1")
         sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
         request = Request((), max_new_tokens, sampling, tool=tool if tools else None, instant=True)

@@ -116,13 +116,12 @@ class Validation:
         # One cache for both lists, which differ in length: their programs are compiled once.
         engine.reserve(min(MOST_ROWS, each * len(self.prompts)), min(longest, engine.model_config.sequence_len))
         several, total = [prompt for prompt in self.prompts for _ in range(each)], (1 + each) * len(self.prompts)
-        sampled = _write(engine, several, lambda done: progress(done, total), **options, seed=SEED)
-        greedy = _write(
-            engine,
+        sampled = engine.generate(several, **options, seed=SEED, progress=lambda done: progress(done, total))
+        greedy = engine.generate(
             self.prompts,
-            lambda done: progress(len(several) + done, total),
             max_new_tokens=options["max_new_tokens"],
             temperature=0.0,
+            progress=lambda done: progress(len(several) + done, total),
         )
         # Scored once for all processes: where a clock decides, each could find another score.
         return on_process_zero(lambda: self._results(step, greedy, sampled, progress))
@@ -166,27 +165,6 @@ class Validation:
     def _answer(self, completion: Completion, score: float) -> Answer:
         text = self.tokenizer.decode(completion.tokens)
         return {"answer": text, "score": float(score), "cut": not completion.finished}
-
-
-def _write(
-    engine: Engine, prompts: Sequence[list[int]], progress: Callable[[int], None], **options: Any
-) -> list[Completion]:
-    """The completions of the prompts; `progress` is called with the number of those that have ended."""
-    written: list[list[tuple[int, bool]]] = [[] for _ in prompts]
-    room = [min(options["max_new_tokens"], engine.model_config.sequence_len - len(prompt)) for prompt in prompts]
-    done = 0
-    for tokens in engine.stream(prompts, **options):
-        for row, token, own in tokens:
-            written[row].append((token, own))
-            done += (own and token in engine.stops) or len(written[row]) == room[row]
-        progress(done)
-    completions = []
-    for row in written:
-        token, own = row[-1]
-        stop = token if own and token in engine.stops else None
-        row = row if stop is None else row[:-1]
-        completions.append(Completion([token for token, _ in row], [own for _, own in row], stop))
-    return completions
 
 
 def _finite(reward: float) -> float | None:

@@ -97,8 +97,8 @@ def test_stream_is_generate(engine, prompts):
     options = {"max_new_tokens": 21, "temperature": 1.0, "seed": 3}
     rows = {}
     for chunk in engine.stream(prompts, **options, max_batch=3):
-        for row, token, sampled in chunk:
-            rows.setdefault(row, []).append((token, sampled))
+        for row, token in chunk:
+            rows.setdefault(row, []).append((token.id, token.sampled))
     for row, completion in enumerate(engine.generate(prompts, **options)):
         ended = [(rows[row][-1][0], True)] if completion.finished else []
         assert not ended or ended[0][0] in engine.stops
