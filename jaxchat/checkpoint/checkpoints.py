@@ -24,7 +24,7 @@ from jaxchat.checkpoint import step_folder
 from jaxchat.checkpoint.device_copy import DeviceCopies
 from jaxchat.checkpoint.manifest import find_damage, write_manifest
 from jaxchat.checkpoint.retention import Retention
-from jaxchat.checkpoint.step_folder import ITEMS, META, PARAMS, leaf_types
+from jaxchat.checkpoint.step_folder import DATA, ITEMS, META, PARAMS, leaf_types
 from jaxchat.config import CheckpointConfig
 from jaxchat.devices.processes import exchange, on_process_zero
 from jaxchat.errors import UserError, check
@@ -260,6 +260,12 @@ class Checkpoints:
         self._verify_files(step, (PARAMS, META))
         self._verify_types(step, {PARAMS: abstract_params})
         return step_folder.read_params(self._folder(step), abstract_params)
+
+    def read_position(self) -> dict:
+        """`data` of the newest step. Raises `UserError` as `restore` does."""
+        step = self._existing(None)
+        self._verify_files(step, (DATA,))
+        return step_folder.read_position(self._folder(step))
 
     def _folder(self, step: int) -> epath.Path:
         return self.directory / str(step)

@@ -130,6 +130,11 @@ def read_params(folder: epath.Path, abstract_params: Any) -> Any:
     return _from_nested_dict(abstract_params, restored.params)
 
 
+def read_position(folder: epath.Path) -> dict:
+    """Only the position in the training data in the folder of a step."""
+    return _read(folder, data=ocp.args.JsonRestore()).data
+
+
 def read_leaf_types(folder: epath.Path) -> dict[str, str]:
     """The `leaf_types` of the state that was saved in the folder of a step."""
     return _read(folder, meta=ocp.args.JsonRestore()).meta["arrays"]

@@ -66,3 +66,30 @@ class Experiment(Section):
         )
         lanes, rows = self.data.lanes, self.pretrain.batch_tokens // self.model.sequence_len
         self.check(rows % lanes == 0, f"data.lanes is {lanes}; it must divide the {rows} rows of pretraining's batch")
+        self._check_text_fractions()
+
+    def reads_text(self, stage: str) -> bool:
+        """Whether `stage` reads the pretraining text."""
+        return stage in ("tokenizer", "pretrain") or (
+            stage in ("midtrain", "sft") and getattr(self, stage).text_fraction > 0
+        )
+
+    def _check_text_fractions(self) -> None:
+        """Raises `Impossible` where a step is too small to have both text and conversations in it."""
+        lanes = self.data.lanes
+        for stage in ("midtrain", "sft"):
+            config = getattr(self, stage)
+            rows = config.batch_tokens // self.model.sequence_len
+            most = max(0, rows - 1) // lanes * lanes
+            if config.text_fraction == 0 or 0 < config.text_rows(rows, lanes) <= most:
+                continue
+            name, value = f"{stage}.text-fraction", f"{config.text_fraction:g}"
+            self.check(
+                most > 0,
+                f"{name} is {value}, but a step has only {rows} rows{f' for {lanes} lanes' if lanes > 1 else ''}; "
+                f"raise {stage}.batch-tokens, or set {name} to 0",
+            )
+            nearest = (lanes if config.text_rows(rows, lanes) == 0 else most) / rows
+            self.check(False, f"{name} is {value}, which of the {rows} rows of a step leaves none for "
+                       f"{'text' if config.text_rows(rows, lanes) == 0 else 'conversations'}; the nearest that works "
+                       f"is {nearest:.4g}")  # fmt: skip

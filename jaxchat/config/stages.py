@@ -73,7 +73,7 @@ class PretrainConfig(SupervisedConfig):
 
 @dataclass(frozen=True)
 class FinetuneConfig(SupervisedConfig):
-    """Fine-tuning on conversations; only what the assistant writes is trained on."""
+    """Fine-tuning on conversations: midtraining and SFT."""
 
     of_a_stage = True
 
@@ -83,6 +83,12 @@ class FinetuneConfig(SupervisedConfig):
     """Tasks to train on: NAME or NAME:EXAMPLES, or the path of a .jsonl file with conversations."""
     epochs: Annotated[float, Range(above=0, at_most=10_000)] = 1.0
     """Passes over the mixture, unless num-iterations is set."""
+    targets: Literal["assistant", "all"] = "assistant"
+    """Which tokens of the conversations are trained on: those that the assistant writes (assistant), or also the
+    users', the tools' and what separates them, as of text (all). Validation is on what the assistant writes."""
+    text_fraction: Annotated[float, Range(at_least=0, below=1)] = 0.0
+    """Share of each step's rows that are text of pretraining, read on from where the stage before stopped; the others
+    are conversations."""
     eval_tokens: Annotated[int, COUNT] = 1_048_576
     """Validation tokens of an evaluation."""
     tasks: Annotated[tuple[str, ...], UserPath()] = ()
@@ -99,6 +105,10 @@ class FinetuneConfig(SupervisedConfig):
         names = [re.sub(r":\d+$", "", entry) for entry in self.tasks]
         for name in names:
             self.check(names.count(name) == 1, f"tasks names {shown(name)} more than once; a score is made once")
+
+    def text_rows(self, rows: int, lanes: int) -> int:
+        """How many of a step's `rows` are text: as near to `text_fraction` of them as `lanes` divides."""
+        return round(self.text_fraction * rows / lanes) * lanes
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The two loaders: iterators of batches from text and from conversations, prepared by a thread ahead of the training.
+"""The loaders: iterators of batches of text, of conversations, and of both, prepared by a thread ahead of the training.
 
 A file becomes a batch in these steps, one module each:
 
@@ -8,7 +8,8 @@ A file becomes a batch in these steps, one module each:
     text/rows.py     documents to tokens, tokens to rows
     text/lanes.py    rows to batches
 
-Conversations take a shorter way: tasks/ reads them, chat/packing.py renders them and packs them into rows.
+Conversations take a shorter way: tasks/ reads them, chat/packing.py renders them and packs them into rows. mixed.py
+lays rows of text among them.
 
 `get_state` returns a position as JSON (see `positions`), from which any number of processes can resume: it tells where
 to continue, never how much was read, and knows nothing of devices. Together, any number of processes make the same
@@ -27,6 +28,7 @@ import grain.python as grain
 from grain.experimental import ThreadPrefetchDatasetIterator
 
 from jaxchat.data.chat.packing import ChatBatches, ConversationPacker, RenderedConversations
+from jaxchat.data.mixed import MixedBatches, text_places
 from jaxchat.data.positions import Json
 from jaxchat.data.shuffle import EpochOrder
 from jaxchat.data.text.lanes import LaneBatches, place_in_epoch
@@ -167,6 +169,29 @@ def chat_batches(
         return ChatBatches(_packer(rendered, seed, epochs), rendered, rows, process_index, process_count)
 
     return iter(_Prefetched(open_iterator))
+
+
+def mixed_batches(
+    chats: grain.DatasetIterator,
+    text: grain.DatasetIterator,
+    *,
+    text_rows: int,
+    rows: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> MixedBatches:
+    """Batches with rows of text among those of conversations, equally many in each.
+
+    Args:
+      chats, text: the global batches of `chat_batches` and of `pretrain_batches`, as one process alone gets them: they
+        have `rows * process_count - text_rows` and `text_rows` rows.
+      text_rows: rows of text in a global batch.
+      rows: rows of this process's batches.
+
+    Returns:
+      As `chat_batches`; its state is the `ChatPosition` of `chats` with the position of `text`.
+    """
+    return MixedBatches(chats, text, text_places(text_rows, rows * process_count), rows, process_index)
 
 
 def count_rows(

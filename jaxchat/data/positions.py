@@ -3,6 +3,7 @@
 A position tells where to continue, never how much was read, so that any number of processes can resume from it. Each
 loader has one type of position: `TextPosition` for `pretrain_batches`, `ChatPosition` for `chat_batches`. `to_json` and
 `from_json` convert to and from the dicts in checkpoints; `from_json` also reads the formats of earlier versions.
+That of `mixed_batches` is the dict of a `ChatPosition` with the one of a `TextPosition` as `text`.
 """
 
 from __future__ import annotations
@@ -123,6 +124,13 @@ class ChatPosition:
     def from_json(cls, state: Json) -> ChatPosition:
         place = {name: state[name] for name in ("epoch", "taken", "waiting", "conversations")}
         return cls(**place, packed=state.get("packed", {}))
+
+
+def text_position(state: Json) -> Json | None:
+    """The part of a position that is a `TextPosition`; None if there is none in it."""
+    if "text" in state:
+        return state["text"]
+    return state if "lanes" in state or "block" in state else None
 
 
 def join_positions(states: Sequence[Json]) -> Json:

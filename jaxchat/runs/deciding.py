@@ -43,7 +43,9 @@ def deciding(experiment: Experiment, stage: str, *, finished: bool) -> dict[str,
         fields |= _TEXT if own else {"synthetic_documents"}
     elif not own:
         fields.add("synthetic_conversations")
-    if stage == "pretrain":
+    if stage in ("midtrain", "sft") and experiment.reads_text(stage):
+        fields |= _TEXT if own else {"synthetic_documents"}
+    if stage != "tokenizer" and experiment.reads_text(stage):
         fields |= _ORDER
     if stage != "tokenizer":
         fields.add("mask_borders")  # a part of the model

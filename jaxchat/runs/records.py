@@ -24,6 +24,7 @@ RECORD = Object(
         "packing": Object(others=float),
         "left_out": Object(others=int),
         "mixture": Object(others=int),
+        "text_fraction": float,
         "metrics": Object(others=(None, float)),
         "samples": [Object({"prompt": str, "completion": str})],
         "method": str,

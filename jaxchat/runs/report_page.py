@@ -73,7 +73,8 @@ def _story(report: dict[str, Any]) -> str:
     if sets:
         source = f"text ({sets[0].partition(':')[0]})"
     read = stages.get("pretrain", {}).get("tokens")
-    heard = sum(stages.get(stage, {}).get("tokens") or 0 for stage in ("midtrain", "sft"))
+    later = [stages.get(stage, {}) for stage in ("midtrain", "sft")]
+    heard = round(sum((entry.get("tokens") or 0) * (1 - entry.get("text_fraction", 0)) for entry in later))
     if read:
         then = f", then {format_count(heard)} tokens of conversations" if heard else ""
         sentences.append(f"It has read {format_count(read)} tokens of {source}{then}.")
@@ -324,6 +325,8 @@ def describe_data(entry: dict[str, Any]) -> str:
         if packing.get("documents"):
             cut = packing.get("cut", 0) / packing["documents"]
             parts.append(f"0 tokens cropped, {cut:.1%} of documents cut into pieces")
+    if share := entry.get("text_fraction"):
+        parts.append(f"{share:.1%} of the rows are text of pretraining")
     if left_out := entry.get("left_out"):
         parts.append(f"left out: {format_left_out(left_out)}")
     return "; ".join(parts)

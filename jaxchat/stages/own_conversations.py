@@ -42,6 +42,8 @@ def check_conversations(experiment: Experiment) -> None:
 def names_files_alone(experiment: Experiment) -> bool:
     """Whether it trains on its identity, generated problems and files that it names alone, and needs no data folder."""
     stages = [stage for stage in ("midtrain", "sft") if stage in experiment.stages]
+    if any(experiment.reads_text(stage) for stage in stages):
+        return False
     entries = [entry for stage in stages for entry in parse_mixture(getattr(experiment, stage).mixture)]
     return bool(entries) and all(is_file(name) or name in ("identity", *WITHOUT_DATA) for name, _ in entries)
 

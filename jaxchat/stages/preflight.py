@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection
 
 from jaxchat.config import Experiment
+from jaxchat.data import Trained
 from jaxchat.data.chat.targets import Targets, count_targets, fits
 from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.data.text.reading import Findings
@@ -83,7 +84,7 @@ def check_planned_data(experiment: Experiment, given: Collection[str] = (), say:
     """
     data, requests = experiment.data, parse_requests(experiment.data.download)
     downloads = [request.dataset.name for request in requests]
-    reads_text = not {"tokenizer", "pretrain"}.isdisjoint(experiment.stages)
+    reads_text = any(experiment.reads_text(stage) for stage in experiment.stages)
     if reads_text and (text := text_that_is_there(experiment, say)) is not None:
         check_text(experiment, text, say)
     tokenizer = None if experiment.tokenizer.path is None else load_tokenizer(experiment.tokenizer.path)
@@ -131,7 +132,7 @@ class _Preflight:
         self.experiment, self.source, self.tokenizer, self.given, self.say = experiment, source, tokenizer, given, say
         self.sequence_len = experiment.model.sequence_len
         self.loaded: dict[tuple[str, Split], Task | None] = {}  # None: still to come
-        self.counted: dict[tuple[str, Split, int | None], Targets] = {}
+        self.counted: dict[tuple[str, Split, int | None, Trained], Targets] = {}
         self.items = 0
         self.bad: set[str] = set()
 
@@ -228,16 +229,17 @@ class _Preflight:
                 self.say(f"data      {name}: {bad.count:,} left out")
         return self.loaded[name, split]
 
-    def _count(self, name: str, split: Split, limit: int | None) -> Targets:
-        key = name, split, limit
+    def _count(self, name: str, split: Split, limit: int | None, trained: Trained = "assistant") -> Targets:
+        key = name, split, limit, trained
         if key not in self.counted:
             task = self._load(name, split)
-            self.counted[key] = count_targets(spread(task or (), limit), self.tokenizer, self.sequence_len)
+            self.counted[key] = count_targets(spread(task or (), limit), self.tokenizer, self.sequence_len, trained)
         return self.counted[key]
 
     def _check_training(self, stage: str, entries: list[tuple[str, int | None]]) -> None:
-        parts = {name: self._count(name, "train", limit) for name, limit in entries}
-        targets = sum((self._count(name, "train", limit) for name, limit in entries), Targets())
+        trained = getattr(self.experiment, stage).targets
+        parts = {name: self._count(name, "train", limit, trained) for name, limit in entries}
+        targets = sum((self._count(name, "train", limit, trained) for name, limit in entries), Targets())
         check_targets(stage, targets, self.sequence_len, self.say)
         for name in (name for name, part in parts.items() if part.total and not part.trainable):
             self.say(f"{stage:<9} {name} has nothing to train on: {parts[name].why_not(self.sequence_len)}")
@@ -246,8 +248,8 @@ class _Preflight:
             with contextlib.suppress(MissingData):
                 held_out += self._count(name, "val", limit)
         named = ", ".join(f"{name} {part.trainable:,}" for name, part in parts.items())
-        trained = f"{format_number(targets.trainable, 'conversation')} to train on ({named})"
-        self.say(f"{stage:<9} {trained}, {held_out.trainable:,} to validate with")
+        to_train_on = f"{format_number(targets.trainable, 'conversation')} to train on ({named})"
+        self.say(f"{stage:<9} {to_train_on}, {held_out.trainable:,} to validate with")
         if held_out.trainable == 0:
             why = held_out.why_not(self.sequence_len) or "none is held out"
             self.say(f"{stage:<9} has no conversation to validate with ({why}): bpb is not measured")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 
+import grain.python as grain
+
 from jaxchat.data.loader import pretrain_batches
 from jaxchat.data.text.describe import text_record
 from jaxchat.data.text.fingerprint import fingerprint, what_changed
@@ -66,24 +68,38 @@ def run(workspace: Workspace) -> None:
 
 def training_batches(workspace: Workspace, tokenizer: BaseTokenizer, text: TextSplits) -> Batches:
     """The batches of pretraining, from the first one on."""
-    experiment = workspace.experiment
-    plans = workspace.batch_plans(experiment.pretrain)
+    plans = workspace.batch_plans(workspace.experiment.pretrain)
     index, count = batch_share(workspace.mesh)
-    batches = pretrain_batches(
+    rows = plans[0].rows * plans[0].accumulation // count
+    batches = text_batches(workspace, tokenizer, text, rows, process_index=index, process_count=count)
+    return Batches(workspace, plans, batches)
+
+
+def text_batches(
+    workspace: Workspace,
+    tokenizer: BaseTokenizer,
+    text: TextSplits,
+    rows: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """The training text as the experiment reads it, `rows` rows a batch, from its beginning; see `pretrain_batches`."""
+    experiment = workspace.experiment
+    return pretrain_batches(
         text.train,
         tokenizer,
-        rows=plans[0].rows * plans[0].accumulation // count,
+        rows=rows,
         sequence_len=experiment.model.sequence_len,
         seed=experiment.seed,
         shuffle=experiment.data.shuffle,
         packing=experiment.data.packing,
         mask_borders=experiment.data.mask_borders in ("loss", "both"),
         lanes=experiment.data.lanes,
-        process_index=index,
-        process_count=count,
+        process_index=process_index,
+        process_count=process_count,
         fingerprint=fingerprint(text),
     )
-    return Batches(workspace, plans, batches)
 
 
 def _say_if_changed(workspace: Workspace, text: TextSplits) -> None:

@@ -138,7 +138,7 @@ class Workspace:
 
         What it says, it says once. With the run's tokenizer, or the user's, it knows exactly what is too long.
         """
-        if not {"tokenizer", "pretrain"}.isdisjoint(stages):
+        if any(self.experiment.reads_text(stage) for stage in stages):
             text = self.text()
             on_process_zero(lambda: self._check_text(text))
         source = TaskSource(self.experiment.data, self._write_generated, self.is_downloading)

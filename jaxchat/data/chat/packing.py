@@ -11,7 +11,7 @@ import grain.python as grain
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from jaxchat.data import IGNORE
+from jaxchat.data import IGNORE, Trained
 from jaxchat.data.positions import ChatPosition
 from jaxchat.errors import UserError, check
 
@@ -25,14 +25,27 @@ class RenderedConversations:
     Lengths are kept for good, tokens up to a limit, beyond which conversations are rendered again. Share one object
     between `count_rows` and `chat_batches`.
 
+    Args:
+      trained: which tokens are trained on: those that the assistant writes, or all.
+      mask_borders: leaves out `<|bos|>` all the same, as `pretrain_batches` does.
+
     Raises:
       UserError: there are no conversations; one cannot be rendered (when it is asked for).
     """
 
-    def __init__(self, conversations: Sequence[dict], tokenizer: Any, sequence_len: int):
+    def __init__(
+        self,
+        conversations: Sequence[dict],
+        tokenizer: Any,
+        sequence_len: int,
+        *,
+        trained: Trained = "assistant",
+        mask_borders: bool = False,
+    ):
         self.tokenizer = tokenizer
         self.sequence_len = sequence_len
         self._conversations = conversations
+        self._trained, self._mask_borders = trained, mask_borders
         self._lengths = np.full(len(conversations), -1, np.int32)
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._cached_tokens = 0
@@ -59,6 +72,8 @@ class RenderedConversations:
         try:
             if conversation["messages"]:
                 ids, mask = self.tokenizer.render_conversation(conversation, max_tokens=self.sequence_len + 1)
+                if self._trained == "all":
+                    mask = [int(not self._mask_borders), *[1] * (len(ids) - 1)]
             else:  # it takes the place of one that was left out
                 ids, mask = [self.tokenizer.bos_token_id], [0]
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Whether there is anything to train on in conversations: an answer of the assistant that begins within the context."""
+"""Whether there is anything to train on in conversations: usually an answer that begins within the context."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxchat.data import Trained
 from jaxchat.tokenizer.conversation import PARTS
 
 CHUNK = 1024  # conversations whose prompts are encoded together
@@ -46,12 +47,17 @@ class Targets:
         return ", ".join(reasons)
 
 
-def count_targets(conversations: Iterable[dict[str, Any]], tokenizer: Any | None, sequence_len: int) -> Targets:
+def count_targets(
+    conversations: Iterable[dict[str, Any]], tokenizer: Any | None, sequence_len: int, trained: Trained = "assistant"
+) -> Targets:
     """Counts what can be trained on in rows of `sequence_len` tokens; those without messages count for nothing.
 
-    Without a tokenizer, only prompts with more words than that are known to be too long.
+    Without a tokenizer, only prompts with more words than that are known to be too long. Where all tokens are trained
+    on, any conversation has some.
     """
     total, source = Targets(), (conversation for conversation in conversations if conversation["messages"])
+    if trained == "all":
+        return Targets(trainable=sum(1 for _ in source))
     while chunk := list(itertools.islice(source, CHUNK)):
         found = trainable(chunk, tokenizer, sequence_len)
         total += Targets(found.count(True), found.count(None), found.count(False))

@@ -112,3 +112,56 @@ def test_bad_conversations_are_named():
     twice = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}
     with pytest.raises(UserError, match=r"\Athe chat data: conversation 1 cannot be used: .*\Z"):
         RenderedConversations([conversation("a", "b"), twice], TOKENIZER, 40).length(1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(
+        st.lists(st.sampled_from(["the cat", "sat", "on the mat " * 3]), min_size=1, max_size=4), min_size=1
+    ),
+    sequence_len=st.integers(2, 60),
+    mask_borders=st.booleans(),
+)
+def test_all_tokens_are_targets_if_they_are_to_be(texts, sequence_len, mask_borders):
+    chats = [conversation(*contents) for contents in texts]
+    rendered = RenderedConversations(chats, TOKENIZER, sequence_len, trained="all", mask_borders=mask_borders)
+    packer = ConversationPacker(lambda epoch, place: place, len(chats), rendered.length, sequence_len + 1, epochs=1)
+    plan = list(iter(packer.next_row, None))
+    inputs, targets = pack_conversations(plan, rendered, len(plan) + 1)
+    special = TOKENIZER.special_tokens
+    for i, row in enumerate([*plan, []]):
+        written = ""
+        for chat in (chats[index] for index in row):
+            whole = ["<|bos|>"]
+            for message in chat["messages"]:
+                whole += [f"<|{message['role']}_start|>", message["content"], f"<|{message['role']}_end|>"]
+            tokens = [token for part in whole for token in ([special[part]] if part in special else
+                                                            TOKENIZER.encode(part))]  # fmt: skip
+            written += "".join(f"{token} " for token in tokens[: sequence_len + 1])
+        ids = np.array([int(token) for token in written.split()], np.int32)
+        expected = np.full(sequence_len, -1)
+        expected[: max(0, len(ids) - 1)] = ids[1:]
+        if mask_borders:
+            expected[expected == TOKENIZER.bos_token_id] = -1
+        np.testing.assert_array_equal(targets[i], expected)
+        np.testing.assert_array_equal(inputs[i][: len(ids)], ids[:sequence_len])
+
+
+def test_what_tools_return_is_a_target_only_if_all_tokens_are():
+    parts = [{"type": "python", "text": "2*3"}, {"type": "python_output", "text": "6"}]
+    chat = {"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": parts}]}
+    learned = {}
+    for trained in ("assistant", "all"):
+        _, targets = pack_conversations([[0]], RenderedConversations([chat], TOKENIZER, 40, trained=trained), 1)
+        learned[trained] = TOKENIZER.decode([token for token in targets[0].tolist() if token != -1])
+    called = "<|python_start|>2*3<|python_end|>"
+    assert learned["assistant"] == f"{called}<|assistant_end|>"
+    assert learned["all"] == (
+        f"<|user_start|>the<|user_end|><|assistant_start|>{called}<|output_start|>6<|output_end|><|assistant_end|>"
+    )
+
+
+def test_a_conversation_that_was_left_out_trains_on_nothing_of_all_tokens():
+    rendered = RenderedConversations([conversation("the cat", "sat"), conversation()], TOKENIZER, 40, trained="all")
+    _, targets = pack_conversations([[1, 1], []], rendered, rows=2)
+    assert (targets == -1).all()

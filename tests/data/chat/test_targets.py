@@ -58,3 +58,10 @@ def test_counts_say_why():
 @pytest.mark.parametrize("length", [8, 300])
 def test_nothing_to_count(length):
     assert count_targets([], TOKENIZER, length) == Targets() and list(fits([], TOKENIZER, length)) == []
+
+
+def test_where_all_tokens_are_trained_on_every_conversation_has_some():
+    chat = [{"role": "user", "content": "the cat " * 40}]
+    chats = [{"messages": chat}, {"messages": []}, {"messages": chat}]
+    assert count_targets(chats, TOKENIZER, 40, "all") == Targets(trainable=2)
+    assert count_targets(chats, None, 40, "all") == Targets(trainable=2)
