@@ -143,7 +143,7 @@ def _measure(work: Work, began: float, directory: str) -> dict[str, Any]:
     if work.only_first:
         return figures
 
-    state, warm, _ = _window(step, state, source, WARM_UP)
+    state, warm, _ = run_steps(step, state, source, WARM_UP)
     count = max(LEAST, min(work.steps, int(work.seconds / statistics.median(warm))))
     kept: list[dict] = []
     if workspace.experiment.data.path is not None:
@@ -151,11 +151,11 @@ def _measure(work: Work, began: float, directory: str) -> dict[str, Any]:
     before = len(compilations)
     windows: dict[str, list[list[float]]] = {"": [], "ready_": []}
     for _ in range(work.windows):
-        state, window, metrics = _window(step, state, source, count)
+        state, window, metrics = run_steps(step, state, source, count)
         windows[""].append(window)
         if kept:
             # The same batches again, this time without reading, tokenizing and packing them.
-            state, window, metrics = _window(step, state, Batches(workspace, (source.plan,), iter(kept)), count)
+            state, window, metrics = run_steps(step, state, Batches(workspace, (source.plan,), iter(kept)), count)
             windows["ready_"].append(window)
             kept.clear()
     for name, measured in windows.items():
@@ -214,7 +214,7 @@ def _keep(iterator: Iterator[dict], kept: list[dict]) -> Iterator[dict]:
         yield batch
 
 
-def _window(step, state, source, count: int):
+def run_steps(step, state, source, count: int):
     """Runs `count` steps as the training loop does, each dispatched before the metrics of the previous one are read.
 
     Returns the state, the seconds of each step and the last metrics, once the device is done.

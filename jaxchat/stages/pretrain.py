@@ -17,7 +17,7 @@ from jaxchat.eval.bpb import evaluate_bpb
 from jaxchat.stages.samples import fixed_prompts, is_english, prompts_of_texts
 from jaxchat.stages.scores import core_scores
 from jaxchat.stages.training import Batches, Training, fresh_params
-from jaxchat.stages.validation import in_batches, keep_rows, smallest_share
+from jaxchat.stages.validation import Rows, in_batches, keep_rows, smallest_share
 from jaxchat.stages.workspace import Workspace
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.budget import training_length
@@ -34,18 +34,7 @@ def run(workspace: Workspace) -> None:
     on_process_zero(lambda: _say_if_changed(workspace, text))
     training = Training(workspace, "pretrain", config, model, tokenizer, training_length(config, model))
     batches = training_batches(workspace, tokenizer, text)
-    index, count = batch_share(workspace.mesh)
-    held_out = pretrain_batches(
-        text.val,
-        tokenizer,
-        rows=smallest_share(workspace.mesh),
-        sequence_len=model.sequence_len,
-        seed=experiment.seed,
-        repeat=False,
-        process_index=index,
-        process_count=count,
-    )
-    validation = keep_rows(held_out, config.eval_tokens // count)
+    validation, count = validation_rows(workspace, tokenizer, text), batch_share(workspace.mesh)[1]
 
     def validate(step, params):
         at_once = in_batches(validation, batches.plan.rows // count)
@@ -100,6 +89,23 @@ def text_batches(
         process_count=process_count,
         fingerprint=fingerprint(text),
     )
+
+
+def validation_rows(workspace: Workspace, tokenizer: BaseTokenizer, text: TextSplits) -> Rows:
+    """This process's rows of the text for validation that each evaluation of pretraining uses."""
+    experiment = workspace.experiment
+    index, count = batch_share(workspace.mesh)
+    held_out = pretrain_batches(
+        text.val,
+        tokenizer,
+        rows=smallest_share(workspace.mesh),
+        sequence_len=experiment.model.sequence_len,
+        seed=experiment.seed,
+        repeat=False,
+        process_index=index,
+        process_count=count,
+    )
+    return keep_rows(held_out, experiment.pretrain.eval_tokens // count)
 
 
 def _say_if_changed(workspace: Workspace, text: TextSplits) -> None:
