@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from jaxchat import stopping
 from jaxchat.config import ScheduleConfig
 from jaxchat.errors import check
-from jaxchat.model.parameters import GROUPS, groups_of
+from jaxchat.model.parameters import Group, groups_of
 from jaxchat.runs.plots import RangeCurve, lr_range_plot
 from jaxchat.runs.progress import LiveLine
 from jaxchat.stages import tokenizer
@@ -34,6 +34,7 @@ from jaxchat.stages.training import Training, fresh_params
 from jaxchat.stages.workspace import Workspace
 from jaxchat.train.step import State, init_state
 
+GROUPS: tuple[Group, ...] = ("matrix", "embedding", "head")  # that are tested; the others keep their rates
 MIN_STEPS = 20
 SPAN = 1000.0  # by default, rates from the configured one divided by this to the configured one times this
 DIVERGED = 4.0  # times the lowest smoothed loss: a loss above that ends the test
@@ -63,7 +64,7 @@ def with_factors(optimizer: optax.GradientTransformation, steps: int) -> optax.G
     def update(updates, state, params=None):
         updates, inner = optimizer.update(updates, state.inner, params)
         factors = dict(zip(GROUPS, state.table[state.count], strict=True))
-        updates = jax.tree.map(lambda update, group: factors[group] * update, updates, groups_of(updates))
+        updates = jax.tree.map(lambda update, group: factors.get(group, 1.0) * update, updates, groups_of(updates))
         return updates, Factors(state.count + 1, state.table, inner)
 
     return optax.GradientTransformation(init, update)

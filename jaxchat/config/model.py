@@ -51,6 +51,22 @@ class ModelConfig(Section):
     """Base of the rotary position embeddings' wavelengths."""
     logit_cap: Annotated[float, Range(at_least=0.01)] = 15.0
     """Bound c of the logits, which become c * tanh(logits / c)."""
+    attention_scale: Annotated[float, Range(above=0, at_most=100)] = 1.0
+    """Factor of attention's scores beside 1 / sqrt(head size)."""
+    residual_scales: bool = False
+    """Before each block, the residual stream times a learned scale plus the embedded input times another."""
+    value_embeddings: bool = False
+    """Every other layer, the last one included, adds an embedding of the token to its values, by learned gates."""
+    smear: bool = False
+    """Each embedded token takes in some of the one before it in its document, by a learned gate."""
+    backout: bool = False
+    """The last norm's input is less a learned part of the residual stream in the middle of the blocks."""
+    embedding_std: Annotated[float, Range(above=0, at_most=100)] = 1.0
+    """Standard deviation of the embedding's initial values."""
+    up_factor: Annotated[float, Range(above=0, at_most=100)] = 1.0
+    """Factor of the initial values of each MLP's first matrix."""
+    head_std: Annotated[float, Range(at_least=0, at_most=100)] = 0.0
+    """Standard deviation of the head's initial values."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -91,6 +107,11 @@ class ModelConfig(Section):
         """For each layer, the number of tokens before itself that a token sees; None for all of them."""
         letters = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth - 1)] + ["L"]
         return tuple(self.sequence_len // 4 if letter == "S" else None for letter in letters)
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """The layers with value embeddings: every other one, the last included."""
+        return tuple(range((self.depth - 1) % 2, self.depth, 2)) if self.value_embeddings else ()
 
 
 @dataclass(frozen=True)

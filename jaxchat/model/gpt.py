@@ -1,6 +1,6 @@
 """The GPT in plain JAX: built once with `flax.nnx`, then pure functions over a plain tree of fp32 arrays.
 
-params = init_params(config, key)                                     {"embed", "blocks", "head"}
+params = init_params(config, key)                                     {"embed", "blocks", "head", ...}
 hidden = hidden_states(config, params, tokens, compute)               training: causal over whole rows
 scores = logits(config, params, hidden)
 
@@ -30,31 +30,33 @@ from jaxchat.ops.linear import Quantized
 from jaxchat.ops.mlp import add_mlp
 from jaxchat.ops.norm import norm_branch, rms_norm
 from jaxchat.ops.qkv import norm_qkv
+from jaxchat.ops.residual import GATE_INPUTS, SMEAR_INPUTS, add_values, back_out, mix, smear
 from jaxchat.ops.rope import rope_tables
 
 Params = dict[str, Any]
 # What each block keeps for the backward pass besides its input, by level of recomputation and by the names that
 # `checkpoint_name` gives. The rest is recomputed, except what cuDNN's attention returns: that is slow and small.
 KEPT = {"mlp": ("qkv", "attention", "residual"), "full": ("attention",)}
+GATE_START = 0.02  # the largest initial value of a gate's weights
 
 
 class Linear(nnx.Module):
     """The matrix W of y = x W: fp32 `[fan_in, fan_out]`, no bias.
 
-    Initialised to N(0, σ) with σ = min(1, √(fan_out/fan_in)) / √fan_in (spectral condition, arXiv:2310.17813), or to
-    zeros.
+    Initialised to N(0, σ²) with σ = `std` or else `factor` · min(1, √(fan_out/fan_in)) / √fan_in (spectral condition,
+    arXiv:2310.17813).
     """
 
-    def __init__(self, fan_in: int, fan_out: int, *, rngs: nnx.Rngs, zeros: bool = False):
-        sigma = 0.0 if zeros else min(1.0, (fan_out / fan_in) ** 0.5) / fan_in**0.5
+    def __init__(self, fan_in: int, fan_out: int, *, rngs: nnx.Rngs, factor: float = 1.0, std: float | None = None):
+        sigma = factor * min(1.0, (fan_out / fan_in) ** 0.5) / fan_in**0.5 if std is None else std
         self.kernel = nnx.Param(_normal(rngs.params(), (fan_in, fan_out), sigma))
 
 
 class Embedding(nnx.Module):
-    """A table of fp32 rows, initialised to N(0, 1)."""
+    """A table of fp32 rows, initialised to N(0, `std`²)."""
 
-    def __init__(self, count: int, width: int, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(_normal(rngs.params(), (count, width), 1.0))
+    def __init__(self, count: int, width: int, *, rngs: nnx.Rngs, std: float = 1.0):
+        self.embedding = nnx.Param(_normal(rngs.params(), (count, width), std))
 
     @jax.named_scope("embed")
     def __call__(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
@@ -71,15 +73,15 @@ class Attention(nnx.Module):
         self.q = Linear(config.width, config.width, rngs=rngs)
         self.k = Linear(config.width, kv_width, rngs=rngs)
         self.v = Linear(config.width, kv_width, rngs=rngs)
-        self.o = Linear(config.width, config.width, rngs=rngs, zeros=True)
+        self.o = Linear(config.width, config.width, rngs=rngs, std=0.0)
 
 
 class MLP(nnx.Module):
     """The matrices of width → 4·width → width; the second one starts at zero."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.up = Linear(width, 4 * width, rngs=rngs)
-        self.down = Linear(4 * width, width, rngs=rngs, zeros=True)
+    def __init__(self, width: int, *, rngs: nnx.Rngs, up_factor: float = 1.0):
+        self.up = Linear(width, 4 * width, rngs=rngs, factor=up_factor)
+        self.down = Linear(4 * width, width, rngs=rngs, std=0.0)
 
 
 class Block(nnx.Module):
@@ -90,8 +92,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: GPTConfig, window: int | None, *, rngs: nnx.Rngs):
         self.window = window
+        self.attention_scale = config.attention_scale
         self.attn = Attention(config, rngs=rngs)
-        self.mlp = MLP(config.width, rngs=rngs)
+        self.mlp = MLP(config.width, rngs=rngs, up_factor=config.up_factor)
 
     def __call__(
         self,
@@ -100,11 +103,17 @@ class Block(nnx.Module):
         documents: Int[Array, "B T"] | None = None,
         fp8: bool = False,
         mesh: Mesh | None = None,
+        values: tuple[Array, Array] | None = None,
     ) -> Float[Array, "B T D"]:
-        """The residual stream after the block; attention stays within each token's document if they are given."""
+        """The residual stream after the block; attention stays within each token's document if they are given.
+
+        `values`: the tokens' value embeddings [B, T, K·H] and the matrix of their gates, if the block has them.
+        """
         q, k, v, o = (getattr(self.attn, name).kernel[...] for name in "qkvo")
         x, q, k, v = norm_qkv(x, q, k, v, rope, fp8=fp8)
-        mixed = attend(q, k, v, window=self.window, documents=documents, mesh=mesh)
+        if values is not None:
+            v = add_values(v, x, *values)
+        mixed = attend(q, k, v, window=self.window, documents=documents, mesh=mesh, scale=self.attention_scale)
         x = add_product(x, merge_heads(mixed), o, fp8=fp8)
         return add_mlp(x, self.mlp.up.kernel[...], self.mlp.down.kernel[...], fp8=fp8)
 
@@ -114,42 +123,119 @@ def merge_heads(heads: Any) -> Any:
     return jax.tree.map(lambda y: y.reshape(*y.shape[:2], -1) if y.ndim else y, heads)
 
 
+class ValueEmbeddings(nnx.Module):
+    """A table of values for each of `count` layers, in one array, and the matrices of their gates."""
+
+    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+        count, kv_width = len(config.value_layers), config.kv_heads * config.head_dim
+        shape = count, config.padded_vocab_size, kv_width
+        self.embedding = nnx.Param(_normal(rngs.params(), shape, config.width**-0.5))
+        self.gate = nnx.Param(_uniform(rngs.params(), (count, GATE_INPUTS, config.kv_heads), GATE_START))
+
+    @jax.named_scope("value_embedding")
+    def __call__(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "count B T KH"]:
+        """The rows of all tables by one gather, cast after it: as in `Embedding`."""
+        return self.embedding[...][:, tokens].astype(dtype)
+
+
+class ResidualScales(nnx.Module):
+    """For each block, the scales of the residual stream and of the embedded input, of which the stream then is the sum.
+
+    Arrays over the blocks, so that these differ in no constant. Both fall from the first block to the last.
+    """
+
+    def __init__(self, depth: int):
+        self.residual = nnx.Param(jnp.linspace(1.15, 1.05, depth))
+        self.input = nnx.Param(jnp.linspace(0.20, 0.05, depth))
+
+
+class Smear(nnx.Module):
+    """The gate by which an embedded token takes in the one before it; it starts closed."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.gate = nnx.Param(_uniform(rngs.params(), (SMEAR_INPUTS,), GATE_START))
+        self.scale = nnx.Param(jnp.zeros(()))
+
+    def __call__(self, x: Float[Array, "B T D"], documents: Int[Array, "B T"] | None) -> Float[Array, "B T D"]:
+        joined = jnp.arange(x.shape[1])[None] > 0
+        if documents is not None:
+            joined &= documents == jnp.roll(documents, 1, axis=1)
+        return smear(x, jnp.roll(x, 1, axis=1), self.gate[...], self.scale[...], joined)
+
+
+class Backout(nnx.Module):
+    """The part of the middle of the residual stream that is taken away before the last norm."""
+
+    def __init__(self):
+        self.scale = nnx.Param(jnp.full((), 0.2))
+
+
 class GPT(nnx.Module):
     """Embedding, blocks, untied head. `__call__` returns the hidden states after the final norm."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.embed = Embedding(config.padded_vocab_size, config.width, rngs=rngs)
+        self.embed = Embedding(config.padded_vocab_size, config.width, rngs=rngs, std=config.embedding_std)
         self.blocks = nnx.List([Block(config, window, rngs=rngs) for window in config.windows])
-        self.head = Linear(config.width, config.padded_vocab_size, rngs=rngs, zeros=True)
+        self.head = Linear(config.width, config.padded_vocab_size, rngs=rngs, std=config.head_std)
+        # Last, so that what is drawn for the others does not depend on which of these there are.
+        if config.residual_scales:
+            self.residual_scales = ResidualScales(config.depth)
+        if config.value_embeddings:
+            self.value_embeddings = ValueEmbeddings(config, rngs=rngs)
+        if config.smear:
+            self.smear = Smear(rngs=rngs)
+        if config.backout:
+            self.backout = Backout()
 
     def __call__(self, tokens: Int[Array, "B T"], compute: Compute, documents: Int[Array, "B T"] | None = None):
+        config = self.config
         positions = jnp.arange(tokens.shape[1])[None]  # the same for all rows
-        rope = rope_tables(positions, self.config.head_dim, self.config.rope_base)
+        rope = rope_tables(positions, config.head_dim, config.rope_base)
         # Left to itself, the compiler splits the residual stream as fsdp splits the embedding's rows, and moves it
         # between devices in each block instead of the weights.
         x = rms_norm(split_rows(compute.mesh, self.embed(tokens, compute.dtype)))
-        border = self.config.border_token
+        border = config.border_token
         if documents is None and border is not None:
             documents = jnp.cumsum(tokens == border, axis=1)
-        for block in self.blocks:
+        if config.smear:
+            x = self.smear(x, documents)
+        x0 = middle = x
+        rows = self.value_embeddings(tokens, compute.dtype) if config.value_embeddings else ()
+        for i, block in enumerate(self.blocks):
             graph, weights = nnx.split(block)
-            x = _run_block(graph, compute, weights, x, rope, documents)
+            values = scaled = None
+            if i in config.value_layers:
+                table = config.value_layers.index(i)
+                values = rows[table], self.value_embeddings.gate[...][table]
+            if config.residual_scales:
+                scales = self.residual_scales
+                scaled = x0, scales.residual[...][i], scales.input[...][i]
+            x = _run_block(graph, compute, weights, x, rope, documents, values, scaled)
+            if i == config.depth // 2:
+                middle = x
+        if config.backout:
+            x = back_out(x, middle, self.backout.scale[...])
         return norm_branch(x)[1]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_block(graph, compute: Compute, weights, x, rope, documents):
-    """One block. Blocks with the same window have equal graphs and shapes, so that this inner jit traces and lowers one
-    of them instead of `depth`."""
+def _run_block(graph, compute: Compute, weights, x, rope, documents, values, scaled):
+    """One block. Blocks with the same window have equal graphs and, if all or none of them have value embeddings, equal
+    shapes, so that this inner jit traces and lowers one of them instead of `depth`.
 
-    def run(weights, x, rope, documents):
-        return nnx.merge(graph, weights)(x, rope, documents, compute.fp8, compute.mesh)
+    `values`: as `Block` takes them; `scaled`: x0 and the scales of `mix`, or None.
+    """
+
+    def run(weights, x, rope, documents, values, scaled):
+        if scaled is not None:
+            x = mix(x, *scaled)
+        return nnx.merge(graph, weights)(x, rope, documents, compute.fp8, compute.mesh, values)
 
     if compute.remat != "none":
         named = jax.checkpoint_policies.save_only_these_names(*KEPT[compute.remat])
         run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_from_both_policies(_is_cudnn_attention, named))
-    return run(weights, x, rope, documents)
+    return run(weights, x, rope, documents, values, scaled)
 
 
 def _is_cudnn_attention(primitive, *_, **__) -> bool:
@@ -158,9 +244,13 @@ def _is_cudnn_attention(primitive, *_, **__) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _normal(key, shape: tuple[int, int], sigma: float) -> Array:
+def _normal(key, shape: tuple[int, ...], sigma: float) -> Array:
     # One program for each shape: a program that draws all parameters takes a GPU's compiler most of a minute.
     return sigma * jax.random.normal(key, shape, jnp.float32)
+
+
+def _uniform(key, shape: tuple[int, ...], end: float) -> Array:
+    return jax.random.uniform(key, shape, jnp.float32, maxval=end)
 
 
 # --- the model as functions of its parameters -------------------------------------------------------------------------

@@ -18,8 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, abstract_params
 
-Group = Literal["matrix", "embedding", "head"]
-GROUPS: tuple[Group, ...] = ("matrix", "embedding", "head")
+Group = Literal["matrix", "embedding", "head", "value_embedding", "gate", "residual_scale", "input_scale", "scalar"]
 
 
 @dataclass(frozen=True)
@@ -31,14 +30,14 @@ class Parameter:
       group: the optimizer group. "matrix" is Muon's, and takes matrices only; the others are AdamW's, each with a
         learning rate of its own.
       spec: how the array is split over the mesh.
-      export: the name of the weight in transformers' NanoChat; {i} as above.
+      export: the name of the weight in transformers' NanoChat, {i} as above; None where that has no such weight.
       counted: whether the parameter counts towards the training horizon (tokens a parameter).
     """
 
     path: str
     group: Group
     spec: P
-    export: str
+    export: str | None
     counted: bool = True
 
     def match(self, path: str) -> re.Match[str] | None:
@@ -58,6 +57,14 @@ TABLE = (
     Parameter("blocks/{i}/mlp/up/kernel", "matrix", INTO, "model.layers.{i}.mlp.fc1.weight"),
     Parameter("blocks/{i}/mlp/down/kernel", "matrix", OUT_OF, "model.layers.{i}.mlp.fc2.weight"),
     Parameter("head/kernel", "head", INTO, "lm_head.weight"),
+    # Values are split as the matrix v splits them; the tables' rows over fsdp.
+    Parameter("value_embeddings/embedding", "value_embedding", P(None, "fsdp", "tensor"), None, counted=False),
+    Parameter("value_embeddings/gate", "gate", P(), None, counted=False),
+    Parameter("residual_scales/residual", "residual_scale", P(), None, counted=False),
+    Parameter("residual_scales/input", "input_scale", P(), None, counted=False),
+    Parameter("smear/gate", "scalar", P(), None, counted=False),
+    Parameter("smear/scale", "scalar", P(), None, counted=False),
+    Parameter("backout/scale", "scalar", P(), None, counted=False),
 )
 
 
@@ -83,6 +90,8 @@ def export_name(path: str) -> str:
     row = row_of(path)
     found = row.match(path)
     assert found, "row_of gives a row that matches"
+    if row.export is None:
+        raise LookupError(f"transformers' NanoChat has no parameter like {path}")
     return row.export.format(**found.groupdict())
 
 
@@ -153,7 +162,9 @@ class ParameterCount:
 def count_parameters(config: GPTConfig) -> ParameterCount:
     """The exact numbers of parameters, by the table."""
     sizes = [(row_of(path), leaf.size) for path, leaf in named_parameters(abstract_params(config))]
-    matrices, embedding, head = (sum(size for row, size in sizes if row.group == group) for group in GROUPS)
+    embedding, matrices, head = (
+        sum(size for row, size in sizes if row.group == group) for group in ("embedding", "matrix", "head")
+    )
     return ParameterCount(embedding, matrices, head, sum(size for row, size in sizes if row.counted))
 
 

@@ -36,30 +36,67 @@ def unseen(layer, length, config: GPTConfig):
     return hidden
 
 
-def attention(weights, x, layer, config: GPTConfig):
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def smeared(weights, x, documents):
+    """Embedded tokens [T, D], each with a share of the one before it in its document."""
+    out = np.array(x)
+    for t in range(1, len(x)):
+        if documents[t] == documents[t - 1]:
+            out[t] += weights["scale"] * sigmoid(weights["gate"] @ x[t, :24]) * x[t - 1]
+    return out
+
+
+def embedded_values(weights, x, layer, tokens, config: GPTConfig):
+    """What a layer's value embeddings add to its values [T, K·H], from the layer's normed input."""
+    if layer % 2 != (config.depth - 1) % 2:
+        return 0.0
+    gates = 3 * sigmoid(x[:, :12] @ weights["gate"][layer // 2])
+    return np.repeat(gates, config.head_dim, axis=1) * weights["embedding"][layer // 2][tokens]
+
+
+def attention(weights, x, added, layer, documents, config: GPTConfig):
     size, group = config.head_dim, config.num_heads // config.kv_heads
     q, k, v = (x @ weights[name]["kernel"] for name in "qkv")
+    v = v + added
+    hidden = unseen(layer, len(x), config) | (documents[:, None] != documents[None, :])
     outputs = []
     for head in range(config.num_heads):
         shared = head // group
         mine, theirs = slice(head * size, (head + 1) * size), slice(shared * size, (shared + 1) * size)
         query = norm(rotate(q[:, mine], config.rope_base))
         key = norm(rotate(k[:, theirs], config.rope_base))
-        scores = query @ key.T / np.sqrt(size)
-        scores[unseen(layer, len(x), config)] = -np.inf
+        scores = config.attention_scale * query @ key.T / np.sqrt(size)
+        scores[hidden] = -np.inf
         probabilities = np.exp(scores - scores.max(-1, keepdims=True))
         probabilities /= probabilities.sum(-1, keepdims=True)
         outputs.append(probabilities @ v[:, theirs])
     return np.concatenate(outputs, -1) @ weights["o"]["kernel"]
 
 
-def logits(config: GPTConfig, params, tokens):
-    """Logits [T, V] of one row of tokens, without the padded ids."""
+def logits(config: GPTConfig, params, tokens, documents=None):
+    """Logits [T, V] of one row of tokens, without the padded ids; `documents` has the number of each token's."""
+    documents = np.zeros(len(tokens), int) if documents is None else documents
     x = norm(params["embed"]["embedding"][tokens])
+    if config.smear:
+        x = smeared(params["smear"], x, documents)
+    start = middle = x
     for layer in range(config.depth):
         block = params["blocks"][str(layer)]
-        x = x + attention(block["attn"], norm(x), layer, config)
+        if config.residual_scales:
+            scales = params["residual_scales"]
+            x = scales["residual"][layer] * x + scales["input"][layer] * start
+        added = 0.0
+        if config.value_embeddings:
+            added = embedded_values(params["value_embeddings"], norm(x), layer, tokens, config)
+        x = x + attention(block["attn"], norm(x), added, layer, documents, config)
         hidden = np.maximum(norm(x) @ block["mlp"]["up"]["kernel"], 0) ** 2
         x = x + hidden @ block["mlp"]["down"]["kernel"]
+        if layer == config.depth // 2:
+            middle = x
+    if config.backout:
+        x = x - params["backout"]["scale"] * middle
     scores = norm(x) @ params["head"]["kernel"]
     return (config.logit_cap * np.tanh(scores / config.logit_cap))[:, : config.vocab_size]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
@@ -42,8 +43,9 @@ def attend(
     window: int | None = None,
     documents: Int[Array, "B T"] | None = None,
     mesh: Mesh | None = None,
+    scale: float = 1.0,
 ) -> Float[Array, "B T N H"] | Bounded:
-    """Scaled dot-product attention, softmax(q kᵀ / √H) v. K may divide N (grouped queries).
+    """Scaled dot-product attention, softmax(scale · q kᵀ / √H) v. K may divide N (grouped queries).
 
     Causal: a token sees itself and all tokens before it or, with a `window`, the `window` tokens before it. With
     `documents`, the number of each token's document in its row, a token sees only its own document.
@@ -56,30 +58,30 @@ def attend(
     """
     if isinstance(v, Bounded):
         # The result is a weighted mean of the values: what bounds them bounds it.
-        mixed = attend(q, k, v.array, window=window, documents=documents, mesh=mesh)
+        mixed = attend(q, k, v.array, window=window, documents=documents, mesh=mesh, scale=scale)
         return checkpoint_name(dataclasses.replace(v, array=mixed), KEPT)
     length = q.shape[1]
     if window is not None and window >= length - 1:
         window = None
     kernel = attention_kernel(q.dtype, q.shape[-1], mesh)
     if kernel == "splash" and splash.fits(length, q.shape[0], mesh):
-        return splash.attend(q, k, v, window=window, documents=documents, mesh=mesh, kept=KEPT)
+        return splash.attend(q, k, v, window=window, documents=documents, mesh=mesh, scale=scale, kept=KEPT)
     if kernel == "splash" or length % 2:
         kernel = "xla"  # JAX lets cuDNN train only on rows of even length
-    return checkpoint_name(_attend_whole(q, k, v, window, documents, kernel), KEPT)
+    return checkpoint_name(_attend_whole(q, k, v, window, documents, kernel, scale / math.sqrt(q.shape[-1])), KEPT)
 
 
-def _attend_whole(q, k, v, window: int | None, documents: Array | None, kernel: Literal["cudnn", "xla"]):
+def _attend_whole(q, k, v, window: int | None, documents: Array | None, kernel: Literal["cudnn", "xla"], scale: float):
     """Attention by XLA or cuDNN; the compiler splits it over the devices."""
     length = q.shape[1]
     if kernel == "xla" and length > BLOCK and length % BLOCK == 0:
-        return _attend_in_blocks(q, k, v, window, documents)
+        return _attend_in_blocks(q, k, v, window, documents, scale)
     # `is_causal` together with the window: without it cuDNN would see the future.
     local = None if window is None else (window, 0)
     # For cuDNN the mask becomes a T x T bias: it has no other way to express borders that differ from row to row.
     mask = None if documents is None else (documents[:, :, None] == documents[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=True, local_window_size=local, implementation=kernel
+        q, k, v, mask=mask, scale=scale, is_causal=True, local_window_size=local, implementation=kernel
     )
 
 
@@ -89,7 +91,7 @@ def _sees(query: Int[Array, "..."], key: Int[Array, "..."], window: int | None) 
     return past if window is None else past & (key >= query - window)
 
 
-def _attend_in_blocks(q, k, v, window: int | None, documents: Array | None):
+def _attend_in_blocks(q, k, v, window: int | None, documents: Array | None, scale: float):
     """Causal attention for one block of queries after another; the backward pass recomputes a block's scores."""
     batch, length, heads, size = q.shape
     reach = length if window is None else min(length, window + BLOCK)  # keys that a block can see
@@ -105,7 +107,7 @@ def _attend_in_blocks(q, k, v, window: int | None, documents: Array | None):
             own = jax.lax.dynamic_slice_in_dim(documents, start, BLOCK, axis=1)
             others = jax.lax.dynamic_slice_in_dim(documents, first, reach, axis=1)
             sees = sees & (own[:, :, None] == others[:, None, :])[:, None]
-        return jax.nn.dot_product_attention(queries, keys, values, mask=sees)
+        return jax.nn.dot_product_attention(queries, keys, values, mask=sees, scale=scale)
 
     blocks = jnp.moveaxis(q.reshape(batch, -1, BLOCK, heads, size), 1, 0)
     out = jax.lax.map(block, (jnp.arange(0, length, BLOCK), blocks))

@@ -42,6 +42,7 @@ def attend(
     window: int | None = None,
     documents: Int[Array, "B T"] | None = None,
     mesh: Mesh | None = None,
+    scale: float = 1.0,
     kept: str,
 ) -> Float[Array, "B T N H"]:
     """As `jaxchat.ops.attention.attend`, each device for its rows and, where `tensor` divides K, for its heads.
@@ -55,7 +56,7 @@ def attend(
     def part(q, k, v, documents):
         kernel = _kernel(splash, q.shape[1], q.shape[2], window, kept)
         # The kernel does not divide the scores by √H, and its arrays are one row's, [N, T, H].
-        rows = ((q * q.shape[-1] ** -0.5).swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2))
+        rows = ((q * (scale * q.shape[-1] ** -0.5)).swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2))
         segments = None if documents is None else splash.SegmentIds(documents, documents)
         return jax.vmap(kernel)(*rows, segments).swapaxes(1, 2)
 

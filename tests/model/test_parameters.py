@@ -31,11 +31,12 @@ from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.train.step import init_state, make_train_step
 
 CONFIG = GPTConfig(depth=4, sequence_len=16, vocab_size=250, num_kv_heads=1)
+PARTS = dict.fromkeys(("residual_scales", "value_embeddings", "smear", "backout"), True)
 COLUMN, ROW = P("fsdp", "tensor"), P("tensor", "fsdp")
 
 
 def test_every_parameter_has_one_row_and_every_row_a_parameter():
-    rows = [row_of(path) for path, _ in named_parameters(abstract_params(CONFIG))]
+    rows = [row_of(path) for path, _ in named_parameters(abstract_params(dataclasses.replace(CONFIG, **PARTS)))]
     assert set(rows) == set(TABLE)
 
 
@@ -53,7 +54,7 @@ def test_a_parameter_without_a_row_is_an_error(path):
 
 
 def test_a_parameter_with_two_rows_is_an_error(monkeypatch):
-    monkeypatch.setattr(parameters, "TABLE", (*TABLE, dataclasses.replace(TABLE[-1])))
+    monkeypatch.setattr(parameters, "TABLE", (*TABLE, row_of("head/kernel")))
     with pytest.raises(LookupError, match="head/kernel has 2 rows"):
         groups_of(abstract_params(CONFIG))
 
@@ -153,8 +154,8 @@ class Scale(gpt.Block):
 class Shift(gpt.Embedding):
     """An embedding with a second table, of what is added to each token's row."""
 
-    def __init__(self, count, width, *, rngs):
-        super().__init__(count, width, rngs=rngs)
+    def __init__(self, count, width, *, rngs, std):
+        super().__init__(count, width, rngs=rngs, std=std)
         self.shift = nnx.Param(jnp.zeros((count, width)))
 
     def __call__(self, tokens, dtype):
