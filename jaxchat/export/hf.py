@@ -34,10 +34,10 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16)}
 # How the model answers where nothing else is asked for: as `jaxchat chat` does.
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 50}
 SHARD_BYTES = 2 * 10**9  # of one file, all of which is in memory twice while it is written
-# The fields of GPTConfig that NanoChat can express, or, like `border_token`, that only training knows.
+# The fields of GPTConfig that NanoChat can express, or that only training knows, like `border_token`.
 _EXPRESSED = {
     *("depth", "sequence_len", "window_pattern", "num_kv_heads", "rope_base", "logit_cap", "vocab_size"),
-    "border_token",
+    *("embedding_std", "up_factor", "head_std", "border_token"),
 }
 
 
