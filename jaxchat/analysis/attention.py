@@ -12,12 +12,13 @@ from jaxtyping import Array, Float
 
 from jaxchat.analysis.computation import Computation, padded
 from jaxchat.model.config import GPTConfig
-from jaxchat.model.gpt import Params, merge_heads
+from jaxchat.model.gpt import Params, Scaled, Values, bind, merge_heads
 from jaxchat.ops.add_product import add_product
 from jaxchat.ops.attention import attend
+from jaxchat.ops.compute import Compute
 from jaxchat.ops.mlp import add_mlp
-from jaxchat.ops.norm import rms_norm
 from jaxchat.ops.qkv import norm_qkv
+from jaxchat.ops.residual import add_values, mix
 from jaxchat.ops.rope import rope_tables
 
 MOST = 256  # tokens on each side of a map
@@ -26,7 +27,8 @@ MOST = 256  # tokens on each side of a map
 def attention_maps(
     config: GPTConfig, params: Params, tokens: list[int], layer: int, *, start: int = 0, dtype: DTypeLike
 ) -> Computation[Float[np.ndarray, "N S S"]]:
-    """softmax(q kᵀ / √H) of each of a layer's N heads, over at most `MOST` tokens from `start` on.
+    """softmax(c q kᵀ / √H) of each of a layer's N heads, over at most `MOST` tokens from `start` on; c is the model's
+    attention scale.
 
     Row i, column j: how much of its attention token start + i gives to token start + j. The softmax runs over all that
     a token sees, so that a row sums to less than 1 if it also attends to tokens before `start`. The scores are fp32;
@@ -47,7 +49,7 @@ def _maps(config: GPTConfig, dtype: str, side: int, params: Params, tokens, laye
     reach = jnp.array([len(tokens) if window is None else window for window in config.windows])
     q = jax.lax.dynamic_slice_in_dim(q[layer], first, side).astype(jnp.float32)
     k = jnp.repeat(k[layer].astype(jnp.float32), config.num_heads // config.kv_heads, axis=1)
-    scores = jnp.einsum("thd,shd->hts", q, k, precision="highest") / config.head_dim**0.5
+    scores = jnp.einsum("thd,shd->hts", q, k, precision="highest") * (config.attention_scale / config.head_dim**0.5)
     query, key = first + jnp.arange(side)[:, None], jnp.arange(len(tokens))
     sees = (key <= query) & (key >= query - reach[layer])
     weights = jax.nn.softmax(jnp.where(sees, scores, -jnp.inf), axis=-1)
@@ -57,16 +59,23 @@ def _maps(config: GPTConfig, dtype: str, side: int, params: Params, tokens, laye
 def _queries_and_keys(config: GPTConfig, params: Params, tokens, dtype: str) -> list[tuple[Array, Array]]:
     """Queries [T, N, H] and keys [T, K, H] of each layer, rotated and normed, by the operations of the model."""
     rope = rope_tables(jnp.arange(len(tokens))[None], config.head_dim, config.rope_base)
-    x = rms_norm(params["embed"]["embedding"][tokens][None].astype(dtype))
+    model = bind(config, params)
+    x = model.embedded(tokens[None], Compute(dtype))
+    if config.smear:
+        x = model.smear(x, None)
     found = []
-    for layer, window in enumerate(config.windows):
-        x, q, k = _block(window, params["blocks"][str(layer)], x, rope)
+    for layer, (window, beside) in enumerate(zip(config.windows, model.beside(tokens[None], x), strict=True)):
+        x, q, k = _block(window, config.attention_scale, params["blocks"][str(layer)], x, rope, *beside)
         found.append((q[0], k[0]))
     return found
 
 
-@functools.partial(jax.jit, static_argnums=0)  # blocks with the same window are lowered once
-def _block(window: int | None, block: Params, x, rope):
+@functools.partial(jax.jit, static_argnums=(0, 1))  # blocks with the same window are lowered once
+def _block(window: int | None, scale: float, block: Params, x, rope, values: Values, scaled: Scaled):
+    if scaled is not None:
+        x = mix(x, *scaled)
     x, q, k, v = norm_qkv(x, *(block["attn"][name]["kernel"] for name in "qkv"), rope)
-    x = add_product(x, merge_heads(attend(q, k, v, window=window)), block["attn"]["o"]["kernel"])
+    if values is not None:
+        v = add_values(v, x, *values)
+    x = add_product(x, merge_heads(attend(q, k, v, window=window, scale=scale)), block["attn"]["o"]["kernel"])
     return add_mlp(x, block["mlp"]["up"]["kernel"], block["mlp"]["down"]["kernel"]), q, k

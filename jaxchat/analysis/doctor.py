@@ -75,7 +75,7 @@ def space_needed(experiment: Experiment, directory: str) -> int:
     """Bytes of the checkpoints that this run has still to write to its directory, roughly, with one being replaced."""
     count = count_parameters(planned_model(experiment))
     # fp32; Muon has one moment for each parameter of a matrix, AdamW two for each other one.
-    checkpoint = 8 * count.matrices + 12 * (count.embedding + count.head)
+    checkpoint = 8 * count.matrices + 12 * (count.total - count.matrices)
     run = RunDirectory(to_run_directory(directory))
     stages = sum(stage in experiment.stages and not run.made(stage) for stage in TRAINED)
     return checkpoint * (experiment.checkpoints.keep * stages + 1)

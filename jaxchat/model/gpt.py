@@ -34,6 +34,8 @@ from jaxchat.ops.residual import GATE_INPUTS, SMEAR_INPUTS, add_values, back_out
 from jaxchat.ops.rope import rope_tables
 
 Params = dict[str, Any]
+Values = tuple[Array, Array] | None  # the tokens' value embeddings [B, T, K·H], and the matrix of their gates
+Scaled = tuple[Array, Array, Array] | None  # the first residual stream, and the scales of `mix`
 # What each block keeps for the backward pass besides its input, by level of recomputation and by the names that
 # `checkpoint_name` gives. The rest is recomputed, except what cuDNN's attention returns: that is slow and small.
 KEPT = {"mlp": ("qkv", "attention", "residual"), "full": ("attention",)}
@@ -103,12 +105,9 @@ class Block(nnx.Module):
         documents: Int[Array, "B T"] | None = None,
         fp8: bool = False,
         mesh: Mesh | None = None,
-        values: tuple[Array, Array] | None = None,
+        values: Values = None,
     ) -> Float[Array, "B T D"]:
-        """The residual stream after the block; attention stays within each token's document if they are given.
-
-        `values`: the tokens' value embeddings [B, T, K·H] and the matrix of their gates, if the block has them.
-        """
+        """The residual stream after the block; attention stays within each token's document if they are given."""
         q, k, v, o = (getattr(self.attn, name).kernel[...] for name in "qkvo")
         x, q, k, v = norm_qkv(x, q, k, v, rope, fp8=fp8)
         if values is not None:
@@ -192,40 +191,45 @@ class GPT(nnx.Module):
         config = self.config
         positions = jnp.arange(tokens.shape[1])[None]  # the same for all rows
         rope = rope_tables(positions, config.head_dim, config.rope_base)
-        # Left to itself, the compiler splits the residual stream as fsdp splits the embedding's rows, and moves it
-        # between devices in each block instead of the weights.
-        x = rms_norm(split_rows(compute.mesh, self.embed(tokens, compute.dtype)))
-        border = config.border_token
-        if documents is None and border is not None:
-            documents = jnp.cumsum(tokens == border, axis=1)
+        x = self.embedded(tokens, compute)
+        if documents is None and config.border_token is not None:
+            documents = jnp.cumsum(tokens == config.border_token, axis=1)
         if config.smear:
             x = self.smear(x, documents)
-        x0 = middle = x
-        rows = self.value_embeddings(tokens, compute.dtype) if config.value_embeddings else ()
-        for i, block in enumerate(self.blocks):
+        middle = None
+        for i, (block, beside) in enumerate(zip(self.blocks, self.beside(tokens, x), strict=True)):
             graph, weights = nnx.split(block)
-            values = scaled = None
-            if i in config.value_layers:
-                table = config.value_layers.index(i)
-                values = rows[table], self.value_embeddings.gate[...][table]
-            if config.residual_scales:
-                scales = self.residual_scales
-                scaled = x0, scales.residual[...][i], scales.input[...][i]
-            x = _run_block(graph, compute, weights, x, rope, documents, values, scaled)
-            if i == config.depth // 2:
+            x = _run_block(graph, compute, weights, x, rope, documents, *beside)
+            if config.backout and i == config.depth // 2:
                 middle = x
-        if config.backout:
+        if middle is not None:
             x = back_out(x, middle, self.backout.scale[...])
         return norm_branch(x)[1]
 
+    def embedded(self, tokens: Int[Array, "B T"], compute: Compute) -> Float[Array, "B T D"]:
+        """The normed rows of the embedding."""
+        # Left to itself, the compiler splits the residual stream as fsdp splits the embedding's rows, and moves it
+        # between devices in each block instead of the weights.
+        return rms_norm(split_rows(compute.mesh, self.embed(tokens, compute.dtype)))
+
+    def beside(self, tokens: Int[Array, "B T"], x: Float[Array, "B T D"]) -> list[tuple[Values, Scaled]]:
+        """What each block takes besides the residual stream, which starts as x."""
+        config = self.config
+        values: dict[int, Values] = {}
+        if config.value_embeddings:
+            rows, gates = self.value_embeddings(tokens, x.dtype), self.value_embeddings.gate[...]
+            values = {layer: (rows[i], gates[i]) for i, layer in enumerate(config.value_layers)}
+        scaled: list[Scaled] = [None] * config.depth
+        if config.residual_scales:
+            residual, of_input = self.residual_scales.residual[...], self.residual_scales.input[...]
+            scaled = [(x, residual[i], of_input[i]) for i in range(config.depth)]
+        return [(values.get(i), scaled[i]) for i in range(config.depth)]
+
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_block(graph, compute: Compute, weights, x, rope, documents, values, scaled):
+def _run_block(graph, compute: Compute, weights, x, rope, documents, values: Values, scaled: Scaled):
     """One block. Blocks with the same window have equal graphs and, if all or none of them have value embeddings, equal
-    shapes, so that this inner jit traces and lowers one of them instead of `depth`.
-
-    `values`: as `Block` takes them; `scaled`: x0 and the scales of `mix`, or None.
-    """
+    shapes, so that this inner jit traces and lowers one of them instead of `depth`."""
 
     def run(weights, x, rope, documents, values, scaled):
         if scaled is not None:
@@ -267,7 +271,8 @@ def _graph(config: GPTConfig):
     return graph, _name_blocks(nnx.to_pure_dict(state))
 
 
-def _bind(config: GPTConfig, params: Params) -> GPT:
+def bind(config: GPTConfig, params: Params) -> GPT:
+    """The model with these parameters."""
     numbered = {**params, "blocks": {int(i): block for i, block in params["blocks"].items()}}
     return nnx.merge(_graph(config)[0], numbered)
 
@@ -295,7 +300,7 @@ def hidden_states(
     With `documents`, the number of each token's document in its row, each document is computed as if it had the row to
     itself: RoPE depends on distances only. They take the place of those that a border token begins.
     """
-    return _bind(config, params)(tokens, compute, documents)
+    return bind(config, params)(tokens, compute, documents)
 
 
 def logits(config: GPTConfig, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

@@ -151,21 +151,38 @@ def _divides(mesh: Mesh, axis: str | None, size: int) -> bool:
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """The number of parameters of each optimizer group, with the padded vocabulary, and of those that are `counted`."""
+    """The number of parameters of the large optimizer groups and of all others together, with the padded vocabulary.
+
+    `counted` is the number of those that count towards the training horizon.
+    """
 
     embedding: int
     matrices: int
     head: int
-    total: int
+    value_embedding: int
+    others: int
+    counted: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.matrices + self.head + self.value_embedding + self.others
 
 
 def count_parameters(config: GPTConfig) -> ParameterCount:
     """The exact numbers of parameters, by the table."""
     sizes = [(row_of(path), leaf.size) for path, leaf in named_parameters(abstract_params(config))]
-    embedding, matrices, head = (
-        sum(size for row, size in sizes if row.group == group) for group in ("embedding", "matrix", "head")
-    )
-    return ParameterCount(embedding, matrices, head, sum(size for row, size in sizes if row.counted))
+
+    def of(group: Group) -> int:
+        return sum(size for row, size in sizes if row.group == group)
+
+    large = {
+        "embedding": of("embedding"),
+        "matrices": of("matrix"),
+        "head": of("head"),
+        "value_embedding": of("value_embedding"),
+    }
+    others = sum(size for _, size in sizes) - sum(large.values())
+    return ParameterCount(**large, others=others, counted=sum(size for row, size in sizes if row.counted))
 
 
 def named_parameters(params: Any) -> Iterator[tuple[str, Any]]:

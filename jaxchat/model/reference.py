@@ -44,7 +44,7 @@ def smeared(weights, x, documents):
     """Embedded tokens [T, D], each with a share of the one before it in its document."""
     out = np.array(x)
     for t in range(1, len(x)):
-        if documents[t] == documents[t - 1]:
+        if documents is None or documents[t] == documents[t - 1]:
             out[t] += weights["scale"] * sigmoid(weights["gate"] @ x[t, :24]) * x[t - 1]
     return out
 
@@ -57,11 +57,13 @@ def embedded_values(weights, x, layer, tokens, config: GPTConfig):
     return np.repeat(gates, config.head_dim, axis=1) * weights["embedding"][layer // 2][tokens]
 
 
-def attention(weights, x, added, layer, documents, config: GPTConfig):
+def attention(weights, x, layer, config: GPTConfig, added=0.0, documents=None):
     size, group = config.head_dim, config.num_heads // config.kv_heads
     q, k, v = (x @ weights[name]["kernel"] for name in "qkv")
     v = v + added
-    hidden = unseen(layer, len(x), config) | (documents[:, None] != documents[None, :])
+    hidden = unseen(layer, len(x), config)
+    if documents is not None:
+        hidden |= documents[:, None] != documents[None, :]
     outputs = []
     for head in range(config.num_heads):
         shared = head // group
@@ -78,7 +80,6 @@ def attention(weights, x, added, layer, documents, config: GPTConfig):
 
 def logits(config: GPTConfig, params, tokens, documents=None):
     """Logits [T, V] of one row of tokens, without the padded ids; `documents` has the number of each token's."""
-    documents = np.zeros(len(tokens), int) if documents is None else documents
     x = norm(params["embed"]["embedding"][tokens])
     if config.smear:
         x = smeared(params["smear"], x, documents)
@@ -91,7 +92,7 @@ def logits(config: GPTConfig, params, tokens, documents=None):
         added = 0.0
         if config.value_embeddings:
             added = embedded_values(params["value_embeddings"], norm(x), layer, tokens, config)
-        x = x + attention(block["attn"], norm(x), added, layer, documents, config)
+        x = x + attention(block["attn"], norm(x), layer, config, added, documents)
         hidden = np.maximum(norm(x) @ block["mlp"]["up"]["kernel"], 0) ** 2
         x = x + hidden @ block["mlp"]["down"]["kernel"]
         if layer == config.depth // 2:

@@ -23,7 +23,8 @@ def attended_keys(length: int, window: int | None) -> int:
 def flops_per_token(model: GPTConfig) -> int:
     """FLOPs of training on one token of a full sequence, forward and backward.
 
-    6 for each parameter in a matrix product (2 forward, 4 backward; the embedding is only looked up), and for the two
+    6 for each parameter in a matrix product (2 forward, 4 backward; embeddings are only looked up, and the
+    gates of values too small to count), and for the two
     products of attention 12 * heads * head_dim for each key that a token sees. A layer without a window counts
     `sequence_len` keys, as if attention were not causal: Chowdhery et al., "PaLM" (2022), appendix B. nanochat
     counts in the same way, so that MFU is comparable. A window counts w tokens on both sides, which keeps the two kinds
@@ -41,13 +42,13 @@ def training_length(config: PretrainConfig, model: GPTConfig) -> int:
     """The number of optimizer steps of pretraining, at least 1: as set, or from FLOPs, or from tokens per parameter.
 
     20 tokens per parameter is about compute-optimal: Hoffmann et al., "Training Compute-Optimal Large Language Models"
-    (2022).
+    (2022). Value embeddings and the parameters that are no matrices do not count.
     """
     if config.num_iterations is not None:
         return config.num_iterations
     if config.target_flops is not None:
         return max(1, round(config.target_flops / (flops_per_token(model) * config.batch_tokens)))
-    return max(1, int(config.tokens_per_param * count_parameters(model).total // config.batch_tokens))
+    return max(1, int(config.tokens_per_param * count_parameters(model).counted // config.batch_tokens))
 
 
 def check_length(config: PretrainConfig, model: GPTConfig) -> None:
@@ -63,7 +64,7 @@ def check_length(config: PretrainConfig, model: GPTConfig) -> None:
         of_a_step = flops_per_token(model) * config.batch_tokens
     else:
         name, value = "tokens-per-param", config.tokens_per_param
-        of_a_step = config.batch_tokens / count_parameters(model).total
+        of_a_step = config.batch_tokens / count_parameters(model).counted
     problem = f"pretrain.{name} is {value:g}, but a step of {config.batch_tokens:,} tokens takes {of_a_step:.3g}"
     if value < of_a_step:
         raise UserError(f"{problem}; raise it, or set pretrain.num-iterations")

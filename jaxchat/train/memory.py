@@ -149,8 +149,12 @@ def plan_step(
         )
 
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
-    layers = config.depth * config.width * jnp.dtype(compute.dtype).itemsize
-    return PlannedStep(state, make_step, {name: kept * layers + KEPT_BYTES for name, kept in KEPT_NUMBERS.items()})
+    itemsize = jnp.dtype(compute.dtype).itemsize
+    layers = config.depth * config.width * itemsize
+    of_values = len(config.value_layers) * config.kv_heads * config.head_dim * itemsize  # looked up before the blocks
+    kept = KEPT_NUMBERS | ({"none": KEPT_NUMBERS["none"] + 1} if config.residual_scales else {})
+    besides = KEPT_BYTES + of_values
+    return PlannedStep(state, make_step, {name: numbers * layers + besides for name, numbers in kept.items()})
 
 
 def bytes_per_device(tree: Any) -> int:
