@@ -96,3 +96,24 @@ def test_documents_that_are_short_need_no_long_context():
     text = english(10**10)
     short = TextAmount(text.bytes, text.documents, True, text.bytes_per_token, 200)
     assert propose(short).sequence_len < propose(text).sequence_len == 2048
+
+
+# What was best or within a percent of it beside its neighbours: benchmarks/RESULTS.md, "Sizes for a text".
+@pytest.mark.parametrize(
+    "size, flops, on_cpu, depth, vocab_size, batch",
+    [
+        (10**6, None, True, 2, 8192, 4096),
+        (28 * 10**6, None, False, 4, 16_384, 32_768),
+        (403 * 10**6, 8e15, False, 6, 32_768, 65_536),
+    ],
+)
+def test_the_sizes_that_were_measured(size, flops, on_cpu, depth, vocab_size, batch):
+    found = propose(english(size), flops, on_cpu=on_cpu)
+    assert (found.depth, found.vocab_size, found.batch_tokens) == (depth, vocab_size, batch)
+
+
+@given(sizes, compute)
+def test_widths_are_whole_tiles_on_a_gpu(size, flops):
+    depth = propose(english(size), flops, on_cpu=False).depth
+    assert ModelConfig(depth=depth).width % 128 == 0
+    assert propose(english(size), flops, fixed={"depth": 7}, on_cpu=False).depth == 7
