@@ -1,9 +1,11 @@
-"""What changes with the step: the learning-rate multiplier and Muon's momentum.
+"""What changes with the step: the learning-rate multiplier, Muon's momentum and its weight decay.
 
-Both are optax schedules, functions of the number of updates done so far (0 at the first).
+All are optax schedules, functions of the number of updates done so far (0 at the first).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +25,9 @@ def multiplier(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
     decay_steps = round(config.decay_ratio * total_steps)
 
     def schedule(count):
-        # A Python int is answered on the host: a log line must not queue behind the steps that the device still has.
-        xp = jnp if isinstance(count, jax.Array) else np
+        xp = _numpy_for(count)
         warmup = xp.minimum((count + 1) / max(1, warmup_steps), 1.0)
-        left = xp.clip((total_steps - count) / max(1, decay_steps), 0.0, 1.0)
+        left = _left(xp, count, total_steps, decay_steps)
         if config.decay == "cosine":
             left = (1.0 - xp.cos(xp.pi * left)) / 2.0
         decay = config.final_fraction + (1.0 - config.final_fraction) * left
@@ -35,6 +36,47 @@ def multiplier(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
     return schedule
 
 
-def muon_momentum(config: OptimizerConfig) -> optax.Schedule:
-    """Muon's momentum: linear from `muon_momentum_start` to `muon_momentum` over `muon_momentum_steps` updates."""
-    return optax.linear_schedule(config.muon_momentum_start, config.muon_momentum, config.muon_momentum_steps)
+def muon_momentum(
+    config: OptimizerConfig, schedule: ScheduleConfig | None = None, total_steps: int | None = None
+) -> optax.Schedule:
+    """Muon's momentum: linear from `muon_momentum_start` to `muon_momentum` over `muon_momentum_steps` updates.
+
+    With `muon_momentum_ratio` it rises over that part of `total_steps` instead. With `muon_momentum_end` it falls to
+    that linearly while the learning rates fall by `schedule`; until the falling line is below the rising one it still
+    rises, so that short trainings have no jump. Where the number of steps is not known, it does neither.
+    """
+    start, peak, end = config.muon_momentum_start, config.muon_momentum, config.muon_momentum_end
+    rising = config.muon_momentum_steps
+    if config.muon_momentum_ratio is not None and total_steps is not None:
+        rising = round(config.muon_momentum_ratio * total_steps)
+        start = start if rising else peak
+    rise = optax.linear_schedule(start, peak, rising)
+    if end is None or schedule is None or total_steps is None:
+        return rise
+    decay_steps = round(schedule.decay_ratio * total_steps)
+    return lambda count: jnp.minimum(rise(count), end + (peak - end) * _left(jnp, count, total_steps, decay_steps))
+
+
+def matrix_decay(config: OptimizerConfig, total_steps: int | None = None) -> optax.Schedule:
+    """Muon's weight decay: half a cosine from `matrix_weight_decay` to 0 at the end of `total_steps`.
+
+    Where the number of steps is not known, it is constant.
+    """
+    if total_steps is None:
+        return optax.constant_schedule(config.matrix_weight_decay)
+
+    def decay(count):
+        xp = _numpy_for(count)
+        return config.matrix_weight_decay * (1 + xp.cos(xp.pi * count / total_steps)) / 2
+
+    return decay
+
+
+def _left(xp: Any, count: Any, total_steps: int, decay_steps: int) -> Any:
+    """The part that is left of the steps in which the rates fall; 1 before them."""
+    return xp.clip((total_steps - count) / max(1, decay_steps), 0.0, 1.0)
+
+
+def _numpy_for(count: Any) -> Any:
+    """A Python int is answered on the host: a log line must not queue behind the steps that the device still has."""
+    return jnp if isinstance(count, jax.Array) else np

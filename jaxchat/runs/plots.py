@@ -31,7 +31,16 @@ COLOURS = {"pretrain": "#0072B2", "midtrain": "#E69F00", "sft": "#009E73", "rl":
 TASK_COLOURS = (*COLOURS.values(), "#56B4E9", "#D55E00", "#000000")
 _SUGGESTED = "#D55E00"
 GREY = "#555555"
-_LEARNING_RATES = {"lr_matrix": "matrices (Muon)", "lr_embedding": "embedding (Adam)", "lr_head": "head (Adam)"}
+_LEARNING_RATES = {
+    "lr_matrix": "matrices (Muon)",
+    "lr_embedding": "embedding (Adam)",
+    "lr_head": "head (Adam)",
+    "lr_value_embedding": "value emb. (Adam)",
+    "lr_gate": "gates (Adam)",
+    "lr_residual_scale": "residual (Adam)",
+    "lr_input_scale": "input (Adam)",
+    "lr_scalar": "scalars (Adam)",
+}
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,

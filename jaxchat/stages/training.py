@@ -24,7 +24,7 @@ from jaxchat.model.gpt import Params, init_params
 from jaxchat.model.parameters import shardings
 from jaxchat.ops.compute import for_training
 from jaxchat.optim.optimizer import learning_rates, make_optimizer
-from jaxchat.optim.schedules import multiplier
+from jaxchat.optim.schedules import matrix_decay, multiplier, muon_momentum
 from jaxchat.runs.metrics import Metrics
 from jaxchat.runs.report_page import describe_data, describe_turn
 from jaxchat.stages.pacing import Paced, horizon_of, timed
@@ -105,12 +105,15 @@ class Training:
     def __post_init__(self):
         workspace = self.workspace
         self.horizon = horizon_of(workspace, self.stage, self.config.schedule)
+        schedules = self._schedules(self.num_steps if self.horizon is None else None)
         self.schedule = multiplier(self.config.schedule, self.num_steps)
         self.optimizer = make_optimizer(
             workspace.experiment.optimizer,
             self.model,
             self.schedule if self.horizon is None else optax.constant_schedule(1.0),
             lr_fraction=self.config.lr_fraction if self.horizon is None else 1.0,
+            momentum=schedules["momentum"],
+            decay=schedules["decay"],
             mesh=workspace.mesh,
             newton_schulz_dtype=workspace.compute.dtype,
         )
@@ -273,10 +276,23 @@ class Training:
         self.workspace.say(f"{self.stage:<9} {describe_turn(facts)}; {remedy}")
         return facts
 
+    def _schedules(self, num_steps: int | None) -> dict[str, optax.Schedule]:
+        """Muon's momentum and weight decay in a training of so many steps; None where time decides."""
+        optimizer = self.workspace.experiment.optimizer
+        return {
+            "momentum": muon_momentum(optimizer, self.config.schedule, num_steps),
+            "decay": matrix_decay(optimizer, num_steps),
+        }
+
     def _same_course(self, done: int, num_steps: int) -> bool:
-        """Whether the first `done` of `num_steps` steps have the learning rates that they have in this training."""
-        before, steps = multiplier(self.config.schedule, num_steps), np.arange(done)
-        return done <= self.num_steps and bool(np.all(before(steps) == self.schedule(steps)))
+        """Whether the first `done` of `num_steps` steps go as they do in this training: rates, momentum and decay."""
+
+        def course(total: int) -> list[np.ndarray]:
+            schedules = multiplier(self.config.schedule, total), *self._schedules(total).values()
+            return [np.broadcast_to(schedule(np.arange(done)), done) for schedule in schedules]
+
+        here = zip(course(num_steps), course(self.num_steps), strict=True)
+        return done <= self.num_steps and all(np.array_equal(before, now) for before, now in here)
 
     def _how(self) -> dict[str, Any]:
         """How the steps were computed, for stage.json."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxchat.config import MeshConfig
 from jaxchat.devices.mesh import make_mesh
 from jaxchat.model.parameters import shardings
-from jaxchat.optim.muon import newton_schulz, scale_by_muon
+from jaxchat.optim.muon import Direction, newton_schulz, scale_by_muon
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 SHAPES = {"attn": {"q": (16, 16), "k": (16, 4), "v": (16, 4), "o": (16, 16)}, "mlp": {"up": (16, 64), "down": (64, 16)}}
@@ -65,7 +65,7 @@ def numpy_run(steps):
 )
 def test_equals_numpy_on_any_mesh(mesh_config):
     mesh = mesh_config and make_mesh(mesh_config)
-    muon = scale_by_muon(lambda n: 0.5 + 0.1 * n, steps=5, coefficients=QUINTIC, dtype=jnp.float32, mesh=mesh)
+    muon = scale_by_muon(lambda n: 0.5 + 0.1 * n, Direction(5 * (QUINTIC,), dtype=jnp.float32), mesh=mesh)
     params = tree(lambda shape: jnp.zeros(shape, jnp.float32))
     if mesh:
         params = jax.device_put(params, shardings(mesh, params))
@@ -89,7 +89,7 @@ def test_equals_numpy_on_any_mesh(mesh_config):
 def test_collectives_are_per_stack_not_per_matrix(config, most):
     """18 matrices make five stacks: gathered once over data; there and back again over each axis that shards them."""
     mesh = make_mesh(config)
-    muon = scale_by_muon(lambda n: 0.9, steps=5, coefficients=QUINTIC, mesh=mesh)
+    muon = scale_by_muon(lambda n: 0.9, Direction(5 * (QUINTIC,)), mesh=mesh)
     params = tree(lambda shape: jnp.zeros(shape, jnp.float32))
     params = jax.device_put(params, shardings(mesh, params))
     hlo = jax.jit(muon.update).lower(params, jax.jit(muon.init)(params)).compile().as_text()
@@ -102,7 +102,7 @@ def test_work_is_shared_out():
     params = tree(lambda shape: jnp.zeros(shape, jnp.float32))
 
     def flops(mesh):
-        muon = scale_by_muon(lambda n: 0.9, steps=5, coefficients=QUINTIC, dtype=jnp.float32, mesh=mesh)
+        muon = scale_by_muon(lambda n: 0.9, Direction(5 * (QUINTIC,), dtype=jnp.float32), mesh=mesh)
         placed = jax.device_put(params, shardings(mesh, params)) if mesh else params
         return jax.jit(muon.update).lower(placed, muon.init(placed)).compile().cost_analysis()["flops"]
 
@@ -120,7 +120,7 @@ def test_singular_values_come_near_one_and_vectors_stay(shape, seed, scale, dtyp
     u, _, vt = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
     values = rng.uniform(0.05, 1.0, size=8)
     matrix = jnp.asarray(10**scale * (u * values) @ vt, jnp.float32)
-    result = np.asarray(newton_schulz(matrix[None], 5, QUINTIC, dtype)[0].astype(jnp.float32))
+    result = np.asarray(newton_schulz(matrix[None], 5 * (QUINTIC,), dtype)[0].astype(jnp.float32))
     singular = np.linalg.svd(result, compute_uv=False)
     assert singular.min() > 0.6 and singular.max() < 1.3
     aligned = u.T @ result @ vt.T
@@ -149,7 +149,7 @@ def test_rounding_to_bf16_does_no_harm(spectrum, size):
     for _ in range(5):
         values = a * values + b * values**3 + c * values**5
     expected = (u * values) @ vt
-    actual = np.asarray(newton_schulz(matrix[None], 5, QUINTIC)[0].astype(jnp.float32))
+    actual = np.asarray(newton_schulz(matrix[None], 5 * (QUINTIC,))[0].astype(jnp.float32))
     assert np.linalg.norm(actual - expected) < 0.06 * np.linalg.norm(expected)
     assert np.linalg.norm(actual, 2) < 1.25
 
@@ -158,16 +158,16 @@ def test_cubic_iteration_through_the_coefficients():
     """3/2 X - 1/2 X X^T X, run long enough, gives the polar factor itself."""
     matrix = np.random.default_rng(1).normal(size=(6, 10)).astype(np.float32)
     u, _, vt = np.linalg.svd(matrix, full_matrices=False)
-    got = newton_schulz(jnp.asarray(matrix)[None], 30, (1.5, -0.5, 0.0), jnp.float32)[0]
+    got = newton_schulz(jnp.asarray(matrix)[None], 30 * ((1.5, -0.5, 0.0),), jnp.float32)[0]
     np.testing.assert_allclose(got, u @ vt, atol=1e-5)
 
 
 def test_zero_matrix_stays_zero():
-    assert not newton_schulz(jnp.zeros((2, 4, 4)), 5, QUINTIC).any()
+    assert not newton_schulz(jnp.zeros((2, 4, 4)), 5 * (QUINTIC,)).any()
 
 
 def test_count_drives_the_schedule_and_momentum_is_fp32():
-    muon = scale_by_muon(optax.linear_schedule(0.0, 1.0, 2), steps=5, coefficients=QUINTIC)
+    muon = scale_by_muon(optax.linear_schedule(0.0, 1.0, 2), Direction(5 * (QUINTIC,)))
     grads = {"w": jnp.ones((4, 4), jnp.bfloat16)}
     state = muon.init(grads)
     assert state.count == 0 and state.momentum["w"].dtype == jnp.float32
