@@ -258,6 +258,13 @@ def _settle_in_time(
     return settle_in_time(experiment, begun, budget, given=given, starts_from_model=start is not None), budget
 
 
+def _say_rules(experiment: Experiment) -> None:
+    from jaxchat.planning.rules import rules_lines
+
+    for line in rules_lines(experiment):
+        print(f"rules     {line}")
+
+
 def _list() -> int:
     for name, summary in summaries().items():
         print(one_line(f"{name:<12} {summary}"))
@@ -295,6 +302,7 @@ def _dry_run(
     from jaxchat.stages.preflight import check_planned_data
     from jaxchat.stages.settings import describe_programs
 
+    _say_rules(experiment)
     experiment = _settle(experiment, given, begun, start)
     check_possible(experiment)
     check_planned_data(experiment, given)
@@ -323,6 +331,7 @@ def _train(
     from jaxchat.stages.workspace import Workspace
 
     say_problems(experiment, directory)
+    processes().on_process_zero(lambda: _say_rules(experiment))
     if allowed is None:
         experiment, budget = _settle(experiment, given, begun, start), None
     else:

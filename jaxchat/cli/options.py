@@ -32,7 +32,7 @@ INSTEAD = {
 def configure(
     name: str | None, overrides: list[str], data: str | None, options: Sequence[str], identity: str | None = None
 ) -> Experiment:
-    """Experiment `name` with the user's overrides, data folder and identity.
+    """Experiment `name` with the user's overrides, data folder and identity, and with what its rules decide.
 
     Args:
       name: None, with a data folder, for the experiment that suits any text.
@@ -51,6 +51,10 @@ def configure(
         meant = next((word for word in overrides if word in names), "|".join(names))
         raise UserError(f"no experiment given; write --experiment={meant}")
     experiment = _with_identity(override(load_experiment(name), overrides, options), identity)
+    if experiment.rules != "none":
+        from jaxchat.planning.rules import follow_rules
+
+        experiment = follow_rules(experiment, named_fields(overrides))
     folder = experiment.data.path if data is None else data
     if folder is None:
         return experiment

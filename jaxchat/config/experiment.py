@@ -36,6 +36,9 @@ class Experiment(Section):
     sizes: Literal["fixed", "auto"] = "fixed"
     """Where the sizes of pretraining come from. fixed: from this experiment. auto: depth, vocabulary, context, batch
     and steps that are not set follow from the amount of text."""
+    rules: Literal["none", "nanochat"] = "none"
+    """Where batch, steps, learning rates and Muon's weight decay of pretraining come from, as far as they are not set.
+    none: from this experiment. nanochat: from the depth, by the rules of nanochat of July 2026."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -59,6 +62,10 @@ class Experiment(Section):
             )
         order = [STAGES.index(stage) for stage in self.stages]
         self.check(order == sorted(set(order)), f"stages must be in order, each once: {', '.join(STAGES)}")
+        self.check(
+            self.rules == "none" or self.sizes == "fixed",
+            f"rules is {self.rules}, which starts from the depth, and sizes is auto, which finds it; choose one",
+        )
         heads, tensor = self.model.kv_heads, self.mesh.tensor
         self.check(
             heads % tensor == 0,

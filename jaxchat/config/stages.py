@@ -61,6 +61,9 @@ class PretrainConfig(SupervisedConfig):
     """Training compute in FLOPs, such as 1e19. None: tokens-per-param decides."""
     tokens_per_param: Annotated[float, Range(above=0, at_most=1_000_000)] = 20.0
     """Training tokens for each parameter; 20 is about compute-optimal."""
+    tokens_per_matrix_param: Annotated[float, Range(above=0, at_most=1_000_000)] = 12.0
+    """With --rules: training tokens for each parameter of the blocks' matrices and the head, in place of
+    tokens-per-param."""
     eval_tokens: Annotated[int, COUNT] = 10_485_760
     """Validation tokens of an evaluation."""
     sample_every: Annotated[int, EVERY] = 2000

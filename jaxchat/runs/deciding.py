@@ -20,7 +20,7 @@ _FREE = {
 # Where tasks are only scored; reinforcement learning trains on its own.
 _FREE_OF = {"midtrain": {"tasks"}, "sft": {"tasks"}}
 # How long a stage trains: fixed when it is finished; before that `jaxchat.stages.training` checks what is possible.
-_LENGTH = {"num_iterations", "target_flops", "tokens_per_param", "epochs"}
+_LENGTH = {"num_iterations", "target_flops", "tokens_per_param", "tokens_per_matrix_param", "epochs"}
 _TEXT = {"download", "val_shard"}  # which text the tokenizer and pretraining read
 _ORDER = {"shuffle", "packing", "lanes"}  # and how pretraining reads it
 # Values that earlier versions had where nobody chose one, and those of today: a finished stage is the same with both.

@@ -1,0 +1,117 @@
+"""Rules by which horizon, batch, learning rates and weight decay follow from the depth alone.
+
+Those of nanochat, July 2026 (scripts/base_train.py, nanochat/gpt.py). Its constants are tuned for 12 layers and 524,288
+tokens a step; larger and smaller trainings follow from these. Where the number of steps is set by hand, the decay is
+that of the whole horizon. Nothing here is measured, and nothing needs JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection
+from typing import Any
+
+from jaxchat.config import Experiment, ModelConfig
+from jaxchat.model.config import VOCAB_MULTIPLE
+
+REFERENCE_DEPTH = 12
+REFERENCE_BATCH = 1 << 19
+# Bergsma et al. (2025), arXiv:2505.13738: the best batch grows with the tokens of the training to this power.
+BATCH_EXPONENT = 0.383
+# The square root is that of Adam's theory (Malladi et al. 2022, arXiv:2205.10287); for Muon it is taken on trust.
+RATE_EXPONENT = 0.5
+# At `REFERENCE_BATCH`; those of embeddings and head for a width of 768, from which the optimizer scales them. nanochat
+# gives gates to Muon; the rate for AdamW moves their entries about as far.
+RATES = {
+    "matrix_lr": 0.02,
+    "embedding_lr": 0.3,
+    "head_lr": 0.008,
+    "value_embedding_lr": 0.15,
+    "residual_scale_lr": 0.005,
+    "input_scale_lr": 0.5,
+    "gate_lr": 0.006,
+}
+FIXED_RATES = {"scalar_lr": 0.2}  # whatever the batch
+# The time in which weights forget, B / (rate x decay), is kept in proportion to the tokens of the training: Wang and
+# Aitchison (2024), arXiv:2405.13698. The rate grows with sqrt(B), so the decay does too.
+REFERENCE_DECAY = 0.28
+DECAY_BATCH_EXPONENT, DECAY_TOKENS_EXPONENT = 0.5, -1.0
+LENGTHS = ("pretrain.num_iterations", "pretrain.target_flops", "pretrain.tokens_per_param")
+
+
+def scaling_parameters(model: ModelConfig, vocab_size: int) -> int:
+    """The parameters in matrix products: those of the blocks, and the head; no embeddings."""
+    width, kv_width = model.width, model.kv_heads * model.head_dim
+    block = 2 * width * width + 2 * width * kv_width + 8 * width * width
+    return model.depth * block + width * (-(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE)
+
+
+def relative_horizon(model: ModelConfig, vocab_size: int) -> float:
+    """The tokens of the training as a multiple of those of a model of `REFERENCE_DEPTH` layers, by one ratio."""
+    reference = ModelConfig(depth=REFERENCE_DEPTH)
+    return scaling_parameters(model, vocab_size) / scaling_parameters(reference, vocab_size)
+
+
+def best_batch(horizon: float) -> int:
+    """Tokens of a step, a power of two, for a training of so many times the reference's tokens."""
+    return 1 << round(math.log2(REFERENCE_BATCH * horizon**BATCH_EXPONENT))
+
+
+def rates_of(batch_tokens: int) -> dict[str, float]:
+    """The rates of a batch, by their fields in `OptimizerConfig`."""
+    factor = (batch_tokens / REFERENCE_BATCH) ** RATE_EXPONENT
+    return {**{name: factor * rate for name, rate in RATES.items()}, **FIXED_RATES}
+
+
+def decay_of(batch_tokens: int, horizon: float) -> float:
+    """Muon's weight decay."""
+    batch = (batch_tokens / REFERENCE_BATCH) ** DECAY_BATCH_EXPONENT
+    return REFERENCE_DECAY * batch * horizon**DECAY_TOKENS_EXPONENT
+
+
+def follow_rules(experiment: Experiment, given: Collection[str] = ()) -> Experiment:
+    """`experiment` with what its `rules` decide; itself where it has none.
+
+    Args:
+      given: the fields that the user has set, such as `pretrain.batch_tokens`, which stay; the others follow from them
+        too.
+
+    Raises:
+      Impossible: a value that its field cannot have.
+    """
+    if experiment.rules == "none":
+        return experiment
+    vocab_size, pretrain = experiment.tokenizer.vocab_size, experiment.pretrain
+    horizon = relative_horizon(experiment.model, vocab_size)
+    batch = pretrain.batch_tokens if "pretrain.batch_tokens" in given else best_batch(horizon)
+    length: dict[str, Any] = {}
+    if set(LENGTHS).isdisjoint(given):
+        tokens = pretrain.tokens_per_matrix_param * scaling_parameters(experiment.model, vocab_size)
+        length = {"num_iterations": max(1, round(tokens / batch))}
+    chosen = {**rates_of(batch), "matrix_weight_decay": decay_of(batch, horizon)}
+    chosen = {name: value for name, value in chosen.items() if f"optimizer.{name}" not in given}
+    return dataclasses.replace(
+        experiment,
+        pretrain=dataclasses.replace(pretrain, batch_tokens=batch, **length),
+        optimizer=dataclasses.replace(experiment.optimizer, **chosen),
+    )
+
+
+def rules_lines(experiment: Experiment) -> list[str]:
+    """What the rules have decided, for the user; [] without any."""
+    if experiment.rules == "none":
+        return []
+    config, optimizer = experiment.pretrain, experiment.optimizer
+    there = scaling_parameters(experiment.model, experiment.tokenizer.vocab_size)
+    length = "as long as you have set"
+    if config.num_iterations is not None:
+        tokens = config.num_iterations * config.batch_tokens
+        length = f"{config.num_iterations:,} steps, {tokens:,} tokens, {tokens / there:.3g} for each"
+    names = ("matrix_lr", "embedding_lr", "head_lr")
+    rates = ", ".join(f"{name.removesuffix('_lr')} {getattr(optimizer, name):.3g}" for name in names)
+    return [
+        f"{there:,} parameters in matrices and head; batch {config.batch_tokens:,} tokens; {length}",
+        f"learning rates at {config.batch_tokens / REFERENCE_BATCH:.3g} of the reference batch: {rates}; Muon's weight "
+        f"decay {optimizer.matrix_weight_decay:.3g}",
+    ]

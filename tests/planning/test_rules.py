@@ -1,0 +1,99 @@
+"""Horizon, batch, rates and decay by rules: against the figures that nanochat's own runs have."""
+
+import pytest
+
+from jaxchat.cli.launch import main
+from jaxchat.cli.options import configure
+from jaxchat.config import Experiment, Impossible, ModelConfig, TokenizerConfig
+from jaxchat.errors import UserError
+from jaxchat.model.config import GPTConfig
+from jaxchat.model.parameters import count_parameters
+from jaxchat.optim.optimizer import adamw_groups
+from jaxchat.planning.rules import RATES, decay_of, follow_rules, relative_horizon, rules_lines, scaling_parameters
+
+VOCABULARY = 32_768
+
+
+def by_rules(depth, given=(), **changes):
+    experiment = Experiment(
+        rules="nanochat", model=ModelConfig(depth=depth), tokenizer=TokenizerConfig(vocab_size=VOCABULARY), **changes
+    )
+    return follow_rules(experiment, given)
+
+
+@pytest.mark.parametrize("depth", [6, 12, 20])
+@pytest.mark.parametrize("kv", [None, 1])
+def test_the_parameters_are_those_of_the_model(depth, kv):
+    model = ModelConfig(depth=depth, num_kv_heads=kv, value_embeddings=True)
+    count = count_parameters(GPTConfig.of(model, 50_000))
+    assert scaling_parameters(model, 50_000) == count.matrices + count.head
+
+
+@pytest.mark.parametrize(
+    "depth, exponent", [(6, 18), (12, 19), (14, 19), (16, 19), (18, 20), (24, 20), (26, 20), (32, 21)]
+)
+def test_batches(depth, exponent):
+    assert by_rules(depth).pretrain.batch_tokens == 1 << exponent
+
+
+@pytest.mark.parametrize("depth, decay", [(12, 0.28), (16, 0.131), (20, 0.100), (24, 0.060)])
+def test_decays(depth, decay):
+    assert by_rules(depth).optimizer.matrix_weight_decay == pytest.approx(decay, rel=0.01)
+
+
+def test_at_the_reference_the_rates_are_the_tables_and_the_horizon_12_tokens_a_parameter():
+    experiment = by_rules(12)
+    assert {name: getattr(experiment.optimizer, name) for name in RATES} == RATES
+    assert experiment.pretrain.num_iterations == 2520
+    assert experiment.pretrain.num_iterations * 524_288 == pytest.approx(
+        12 * scaling_parameters(experiment.model, VOCABULARY), rel=1e-3
+    )
+
+
+def test_rates_follow_the_root_of_the_batch():
+    small, large = by_rules(6).optimizer, by_rules(24).optimizer
+    for name in RATES:
+        assert getattr(small, name) == pytest.approx(RATES[name] * 0.5**0.5)
+        assert getattr(large, name) == pytest.approx(RATES[name] * 2**0.5)
+    assert small.scalar_lr == large.scalar_lr == 0.2
+    assert {*RATES, "scalar_lr"} == {"matrix_lr", *(f"{name}_lr" for name in adamw_groups(small))}
+
+
+def test_what_the_user_sets_stays_and_the_rest_follows_from_it():
+    options = ["--pretrain.batch-tokens=131072", "--pretrain.num-iterations=400", "--optimizer.head-lr=0.005"]
+    experiment = configure("d12", ["--rules=nanochat", *options], None, ())
+    assert (experiment.pretrain.batch_tokens, experiment.pretrain.num_iterations) == (131_072, 400)
+    assert experiment.optimizer.matrix_lr == pytest.approx(0.01) and experiment.optimizer.head_lr == 0.005
+    # Of a short training the decay is that of a long one.
+    assert experiment.optimizer.matrix_weight_decay == pytest.approx(0.14) == decay_of(131_072, 1.0)
+    assert relative_horizon(experiment.model, VOCABULARY) == 1
+    flops = configure("d12", ["--rules=nanochat", "--pretrain.target-flops=1e18"], None, ())
+    assert flops.pretrain.num_iterations is None and flops.pretrain.target_flops == 1e18
+    shorter = configure("d12", ["--rules=nanochat", "--pretrain.tokens-per-matrix-param=8"], None, ())
+    assert shorter.pretrain.num_iterations == 1680
+
+
+def test_without_rules_nothing_changes():
+    experiment = configure("d12", [], None, ())
+    assert follow_rules(experiment) is experiment and rules_lines(experiment) == []
+
+
+def test_following_twice_is_following_once():
+    once = by_rules(20)
+    assert follow_rules(once) == once
+
+
+def test_rules_and_sizes_contradict_each_other():
+    with pytest.raises(Impossible, match="rules is nanochat, which starts from the depth, and sizes is auto"):
+        Experiment(rules="nanochat", sizes="auto")
+    with pytest.raises(UserError, match="--rules=nanoch: the value must be one of none, nanochat"):
+        configure("d12", ["--rules=nanoch"], None, ())
+
+
+def test_the_dry_run_says_what_they_decided(capsys):
+    tiny = ["--model.depth=2", "--model.sequence-len=64", "--tokenizer.vocab-size=300", "--pretrain.device-rows=8"]
+    assert main(["--experiment=quickstart", "--rules=nanochat", "--dry-run", *tiny]) == 0
+    said = capsys.readouterr().out
+    assert "rules     442,368 parameters in matrices and head; batch 65,536 tokens; 81 steps" in said
+    assert "rules     learning rates at 0.125 of the reference batch: matrix 0.00707" in said
+    assert "Muon's weight decay" in said
