@@ -1,4 +1,4 @@
-"""Compares jaxchat and nanochat on this machine: the speed of training and RL, and what evaluation says.
+"""Compares jaxchat and nanochat on this machine: speed of training and RL, what is learned, what evaluation says.
 
     git clone https://github.com/karpathy/nanochat
     python benchmarks/against_nanochat.py --checkout nanochat --python nanochat/.venv/bin/python --depth 12 20
@@ -13,6 +13,10 @@ Evaluation, item by item (`evaluation_against_nanochat.py`); `core --help` and s
     python benchmarks/against_nanochat.py core --checkout nanochat --run runs/d6 --data data/eval/eval_bundle
     python benchmarks/against_nanochat.py chat --checkout nanochat --run runs/d6 --data data
     python benchmarks/against_nanochat.py bpb --checkout nanochat --run runs/d6 --data data/pretrain
+
+Quality, bits per byte after so many steps and seconds (`quality_against_nanochat.py`):
+
+    python benchmarks/against_nanochat.py quality --checkout nanochat --data data --recipe guide: --peer "its own rule:"
 
 Reinforcement learning, a step of sampling, scoring and updating (`rl_against_nanochat.py`):
 
@@ -32,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import evaluation_against_nanochat
+import quality_against_nanochat
 import rl_against_nanochat
 from timing import run, say, table
 
@@ -50,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in EVALUATIONS:
         return evaluation_against_nanochat.main(argv[0], argv[1:])
+    if argv and argv[0] == "quality":
+        return quality_against_nanochat.main(argv[1:])
     if argv and argv[0] == "rl":
         return rl_against_nanochat.main(argv[1:])
     options = _parser().parse_args(argv[1:] if argv[:1] == ["train"] else argv)
