@@ -49,7 +49,7 @@ def limits(cls, name, kind):
 def build(cls, name, value):
     """A section with one field set to `value`, or to as many of them as it takes."""
     current = getattr(cls(), name)
-    return cls(**{name: (value,) * len(current) if isinstance(current, tuple) else value})
+    return cls(**{name: (value,) * max(1, len(current)) if isinstance(current, tuple) else value})
 
 
 def refusal_of(cls, name, value):
@@ -121,8 +121,9 @@ def places(cls, name):
         value = getattr(QUICKSTART, section.name)
         if type(value) is cls:
             yield (section.name, name)
-        if hasattr(value, "schedule") and cls is type(value.schedule):
-            yield (section.name, "schedule", name)
+        for nested in ("schedule", "phases"):
+            if cls is type(getattr(value, nested, None)):
+                yield (section.name, nested, name)
     if cls is Experiment:
         yield (name,)
 
@@ -151,9 +152,9 @@ def test_a_number_out_of_range_is_named_with_its_section(path, value):
     """On the command line and in config.json, with one wording."""
     option = ".".join(path).replace("_", "-")
     for_the_command_line = value == "-1e9" and path[-1] in NAMED
-    cls, kind = next((cls, kind) for cls, name, kind in NUMBERS if name == path[-1])
+    cls, kind = next((cls, kind) for cls, name, kind in NUMBERS if path in places(cls, name))
     current = getattr(cls(), path[-1])
-    several = len(current) if isinstance(current, tuple) else 0
+    several = max(1, len(current)) if isinstance(current, tuple) else 0
     if kind is int:
         value = {"-1e9": "-1000000000"}.get(value, value)
     if for_the_command_line:  # slow

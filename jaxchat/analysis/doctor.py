@@ -45,7 +45,7 @@ from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.progress import format_roughly
 from jaxchat.stages.workspace import planned_model
 from jaxchat.storage import first_line, is_remote, to_run_directory
-from jaxchat.train.budget import flops_per_token, training_length
+from jaxchat.train.budget import pretraining_flops_per_token, training_tokens
 
 START_PATIENCE = 3.0  # seconds for the hub at the start of a run
 SLOW = 24 * 3600.0  # seconds of pretraining that are worth a word
@@ -266,7 +266,8 @@ def _pretraining(experiments: dict[str, Experiment], speed: float, peak: float |
         if "pretrain" not in experiment.stages or experiment.sizes == "auto":
             continue
         model = planned_model(experiment)
-        flops = training_length(experiment.pretrain, model) * experiment.pretrain.batch_tokens * flops_per_token(model)
+        config = experiment.pretrain
+        flops = training_tokens(config, model) * pretraining_flops_per_token(config, model)
         reached = min(speed, experiment.cost.expected_mfu * peak) if peak else SHARE * speed
         seconds[name] = flops / (reached * jax.device_count())
     yield from sorted(seconds.items(), key=lambda entry: entry[1])

@@ -17,7 +17,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from jaxchat.analysis.planned_devices import planned_chips, quick_compilation
-from jaxchat.config import Experiment
+from jaxchat.config import Experiment, PretrainConfig
 from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.data.hub.download import jobs_of
 from jaxchat.devices.machine import device_memory, device_peak_flops, lacks_bf16
@@ -29,7 +29,13 @@ from jaxchat.ops.compute import for_training
 from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.stages.tokenizer import load_users_tokenizer
 from jaxchat.stages.workspace import planned_model
-from jaxchat.train.budget import batch_plans, flops_per_token, training_length
+from jaxchat.train.budget import (
+    flops_per_token,
+    plans_of_stage,
+    pretraining_flops_per_token,
+    training_length,
+    training_tokens,
+)
 from jaxchat.train.choice import Choice, by_preference
 from jaxchat.train.memory import (
     GIB,
@@ -43,6 +49,7 @@ from jaxchat.train.memory import (
     plan_step,
     usable_memory,
 )
+from jaxchat.train.phases import Phases, sizes
 from jaxchat.train.step import abstract_batch
 from jaxchat.verbatim import Style, write
 
@@ -71,6 +78,7 @@ def dry_run(experiment: Experiment) -> None:
          f"{parameters.matrices:,}, head {parameters.head:,}{of_values})")  # fmt: skip
     _say(f"FLOPs a token {flops_per_token(model):.4g} (forward and backward)")
     _print_windows(model)
+    _print_phases(experiment.pretrain, model)
     _print_data(experiment)
     if missing is not None:
         _say(f"note          {missing}; a CPU's stands for it")
@@ -117,6 +125,22 @@ def _print_windows(model: GPTConfig) -> None:
              "attention in all")  # fmt: skip
 
 
+def _print_phases(config: PretrainConfig, model: GPTConfig) -> None:
+    phases = Phases(config, training_length(config, model))
+    if config.phases.count > 1:
+        begins = ", ".join(f"{step:,}" for step in phases.begins)
+        _say(f"phases        {config.phases.count}, from step {begins}")
+    if config.phases.windows:
+        shares = ", ".join(f"{share:.0%}" for share in (*config.phases.windows, 1))
+        less = 1 - pretraining_flops_per_token(config, model) / flops_per_token(model)
+        _say(f"              windows of {shares} of their size: {less:.1%} fewer FLOPs than with whole ones")
+    if phases.grows:
+        tokens = ", ".join(f"{size:,}" for size in sizes(config))
+        _say(f"              steps of {tokens} tokens")
+    if config.phases.ahead:
+        _say(f"tokens ahead  {len(config.phases.ahead)} beside the next one, in the first {phases.steps_ahead:,} steps")
+
+
 def _print_data(experiment: Experiment) -> None:
     requests = parse_requests(experiment.data.download)
     if requests:
@@ -138,16 +162,17 @@ def _print_stages(experiment: Experiment, model: GPTConfig, parallel: int, step:
         if stage not in experiment.stages:
             continue
         config = getattr(experiment, stage)
-        plans = batch_plans(config.batch_tokens, config.device_rows, model.sequence_len, parallel)
+        plans = plans_of_stage(config, model.sequence_len, parallel)
         # Rows take the same in all these stages, where they have the same length.
         plan = next((plan for plan in plans if plan.device_rows <= step.choice.device_rows), plans[0])
         rows = f"{plan.rows} x {plan.accumulation}"
-        steps = training_length(config, model) if stage == "pretrain" else config.num_iterations
+        pretrains = isinstance(config, PretrainConfig)
+        steps = training_length(config, model) if pretrains else config.num_iterations
         if steps is None:
             table.add_row(stage, f"{config.epochs:g} x the data", "", rows, "", "", "")
             continue
-        tokens = steps * config.batch_tokens
-        flops = tokens * flops_per_token(model)
+        tokens = training_tokens(config, model) if pretrains else steps * config.batch_tokens
+        flops = tokens * (pretraining_flops_per_token(config, model) if pretrains else flops_per_token(model))
         taken = price.hours(flops, peak) if peak else None
         dollars = f"${price.dollars(taken):,.2f}" if taken is not None else "unknown"
         table.add_row(
@@ -196,7 +221,7 @@ def compile_pretraining(
     On CPUs that stand for accelerators, with the rows that these may be expected to have room for.
     """
     config = experiment.pretrain
-    plans = batch_plans(config.batch_tokens, config.device_rows, model.sequence_len, data_shards(mesh))
+    plans = plans_of_stage(config, model.sequence_len, data_shards(mesh))
     shape = {plan.device_rows: (plan.accumulation, plan.rows, model.sequence_len) for plan in plans}
     planned, length = _plan(experiment, model, mesh), model.sequence_len
     choices = by_preference(shape, length, levels(experiment.remat, mesh))

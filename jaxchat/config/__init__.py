@@ -10,6 +10,7 @@ from jaxchat.config.data import MIN_VOCAB, NUM_BYTES, DataConfig, TokenizerConfi
 from jaxchat.config.experiment import Experiment
 from jaxchat.config.model import LARGEST_HEAD, WIDTH_PER_LAYER, MeshConfig, ModelConfig, head_count, model_width
 from jaxchat.config.optimizer import OptimizerConfig, ScheduleConfig
+from jaxchat.config.phases import PhasesConfig
 from jaxchat.config.ranges import (
     STAGES,
     Impossible,
@@ -35,7 +36,7 @@ from jaxchat.config.stages import (
 __all__ = [
     "LARGEST_HEAD", "MIN_VOCAB", "NUM_BYTES", "STAGES", "TRAINED", "WIDTH_PER_LAYER", "CheckpointConfig", "CostConfig",
     "DataConfig", "EvaluateConfig", "Experiment", "FinetuneConfig", "Impossible", "LoggingConfig", "MeshConfig",
-    "ModelConfig", "OptimizerConfig", "PretrainConfig", "RLConfig", "Range", "ScheduleConfig", "Section",
-    "SupervisedConfig", "TokenizerConfig", "TrainConfig", "checked_path", "declared", "declared_range",
+    "ModelConfig", "OptimizerConfig", "PhasesConfig", "PretrainConfig", "RLConfig", "Range", "ScheduleConfig",
+    "Section", "SupervisedConfig", "TokenizerConfig", "TrainConfig", "checked_path", "declared", "declared_range",
     "describe", "head_count", "model_width", "shown",
 ]  # fmt: skip

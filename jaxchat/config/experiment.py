@@ -71,7 +71,7 @@ class Experiment(Section):
             heads % tensor == 0,
             f"mesh.tensor is {tensor}; it must divide the {heads} heads of keys and values, which it splits",
         )
-        lanes, rows = self.data.lanes, self.pretrain.batch_tokens // self.model.sequence_len
+        lanes, rows = self.data.lanes, self.pretrain.unit_tokens // self.model.sequence_len
         self.check(rows % lanes == 0, f"data.lanes is {lanes}; it must divide the {rows} rows of pretraining's batch")
         self._check_text_fractions()
 

@@ -193,7 +193,8 @@ def describe(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"{'one of ' if len(parts) > 1 else ''}{', '.join(parts)}"
     if get_origin(kind) is tuple:
-        return "words" if parts[-1] is Ellipsis else f"{len(parts)} numbers separated by spaces"
+        many = "words" if parts[0] is str else "numbers"
+        return many if parts[-1] is Ellipsis else f"{len(parts)} numbers separated by spaces"
     return " or ".join(map(describe, parts))
 
 

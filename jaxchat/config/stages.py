@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from jaxchat.config.optimizer import RATE, ScheduleConfig
+from jaxchat.config.phases import PhasesConfig, check_batches
 from jaxchat.config.ranges import Range, Section, UserPath, shown
 from jaxchat.errors import closest
 
@@ -48,6 +49,11 @@ class SupervisedConfig(TrainConfig):
     batch_tokens: Annotated[int, Range(at_least=1, at_most=1 << 30)] = 524_288
     """Tokens of an optimizer step, on all devices together."""
 
+    @property
+    def unit_tokens(self) -> int:
+        """Tokens of which each step has a whole multiple."""
+        return self.batch_tokens
+
 
 @dataclass(frozen=True)
 class PretrainConfig(SupervisedConfig):
@@ -72,6 +78,15 @@ class PretrainConfig(SupervisedConfig):
     0: never."""
     core_per_task: Annotated[int, Range(at_least=11)] = 500
     """Items of each task of CORE in that sample, at most. A prompt has up to 10 others as examples."""
+    phases: PhasesConfig = field(default_factory=PhasesConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_batches(self.phases, self.batch_tokens)
+
+    @property
+    def unit_tokens(self) -> int:
+        return math.gcd(self.batch_tokens, *self.phases.batch_tokens)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,14 @@ def capped_logits(
 
 
 def nll_of(capped: Float[Array, "... V"], targets: Int[Array, "..."]) -> tuple[Array, Array]:
-    """The logarithm of the sum of exp(logits), and -log p(target) in nats, which is 0 where the target is negative."""
+    """The logarithm of the sum of exp(logits), and -log p(target) in nats, which is 0 where the target is negative.
+
+    With an axis more than the logits have positions, `targets` are several to a position: [B, T, K].
+    """
+    if targets.ndim == capped.ndim:
+        log_sum = jax.nn.logsumexp(capped, axis=-1)
+        target_scores = jnp.take_along_axis(capped, jnp.maximum(targets, 0), axis=-1)
+        return log_sum, jnp.where(targets >= 0, log_sum[..., None] - target_scores, 0.0)
     target_score = jnp.take_along_axis(capped, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     log_sum = jax.nn.logsumexp(capped, axis=-1)
     return log_sum, jnp.where(targets >= 0, log_sum - target_score, 0.0)
@@ -52,25 +59,26 @@ class Weighed(NamedTuple):
 
     Attributes:
       loss: over all targets.
-      weights: its derivatives for the targets' -log p; 0 where there is no target.
+      weights: its derivatives for the targets' -log p; 0 where there is no target. Of several targets to a position
+        they are constants, whatever -log p is.
       entropy_weights: minus its derivatives for the entropies, if these are trained; 0 where there is no target.
       sums: of what is measured, over all targets.
     """
 
     loss: Float[Array, ""]
-    weights: Float[Array, "B T"]
+    weights: Float[Array, "B T *K"]
     entropy_weights: Float[Array, "B T"] | None
     sums: dict[str, Float[Array, ""]]
 
 
-Weigh = Callable[[Float[Array, "B T"], Float[Array, "B T"] | None], Weighed]  # from -log p and entropies, in nats
+Weigh = Callable[[Float[Array, "B T *K"], Float[Array, "B T"] | None], Weighed]  # from -log p and entropies, in nats
 
 
 @operation
 def loss_and_gradients(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "D V"],
-    targets: Int[Array, "B T"],
+    targets: Int[Array, "B T *K"],
     weigh: Weigh,
     entropy: Entropy,
     vocab_size: int,
@@ -78,7 +86,8 @@ def loss_and_gradients(
 ) -> tuple[Float[Array, ""], Float[Array, "B T D"], Float[Array, "D V"], dict[str, Float[Array, ""]]]:
     """What `weigh` makes of the targets that are not negative: the loss, its gradients for `hidden` and `head`, sums.
 
-    `head` has the dtype of `hidden`; its gradient is fp32. The logits of all positions are held at once.
+    `head` has the dtype of `hidden`; its gradient is fp32. The logits of all positions are held at once. Several
+    targets to a position, [B, T, K], share its logits, and so cost no products; they come without entropies.
     """
     capped = capped_logits(hidden, head, vocab_size, cap)
     log_sum, nll = nll_of(capped, targets)
@@ -89,7 +98,11 @@ def loss_and_gradients(
     hit = jnp.arange(head.shape[1]) == targets[..., None]
     # d(cap · tanh(s / cap))/ds = 1 - tanh²; a padded id's softmax is exactly zero, so its column gets no gradient.
     slope = jnp.where(capped > NEVER, 1.0 - jnp.square(capped / cap), 0.0)
-    grad = (p - hit) * slope * weighed.weights[..., None]
+    if targets.ndim == hidden.ndim:
+        weights = weighed.weights[..., None]
+        grad = (p * jnp.sum(weights, axis=-2) - jnp.sum(weights * hit, axis=-2)) * slope
+    else:
+        grad = (p - hit) * slope * weighed.weights[..., None]
     if weighed.entropy_weights is not None and entropies is not None:
         # The entropy's derivative for a logit is -p (log p + entropy).
         grad += p * (log_p + entropies[..., None]) * slope * weighed.entropy_weights[..., None]
@@ -106,8 +119,8 @@ def _head_gradient(hidden, grad):
 
 @loss_and_gradients.kernel(
     Level.TRITON,
-    # A trained entropy needs another pass over the row.
-    accepts=lambda *operands: operands[-1] <= KERNEL_CAP and operands[-3] != "trained",
+    # A trained entropy needs another pass over the row; several targets to a position are not its task.
+    accepts=lambda *operands: operands[-1] <= KERNEL_CAP and operands[-3] != "trained" and operands[2].ndim == 2,
 )
 def _(hidden, head, targets, weigh, entropy, vocab_size, cap):
     # With an entropy the answers were sampled, from fp32 logits: rounded ones would be those of another policy.

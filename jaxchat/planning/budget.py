@@ -15,6 +15,7 @@ from jaxchat.config import Experiment
 from jaxchat.config.amount import Amount
 from jaxchat.devices.mesh import data_shards, make_mesh
 from jaxchat.devices.processes import on_process_zero
+from jaxchat.errors import check
 from jaxchat.planning.known_text import find_amount
 from jaxchat.planning.settle import Say, replace_fields, settle, training_speed
 from jaxchat.planning.text_amount import TextAmount
@@ -113,6 +114,11 @@ def open_budget(
     )
     record = on_process_zero(lambda: None if begun is None else read_record(begun.path))
     budget = resumed(budget, record)
+    check(
+        not experiment.pretrain.phases.change or "pretrain" in budget.fixed or "pretrain" not in budget.stages,
+        "pretrain.phases are shares of a known number of steps, which a budget of time does not have; set "
+        "--pretrain.num-iterations, or leave out --budget",
+    )
     on_process_zero(budget.check_enough)
     return budget
 

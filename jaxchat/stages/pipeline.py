@@ -21,7 +21,7 @@ from jaxchat.stages import evaluate, finetune, pretrain, report, rl, tokenizer
 from jaxchat.stages.init_from import place_start
 from jaxchat.stages.settings import check_settings, describe_programs, naming
 from jaxchat.stages.workspace import Workspace, planned_model
-from jaxchat.train.budget import batch_plans, check_length
+from jaxchat.train.budget import check_length, plans_of_stage
 from jaxchat.train.memory import OutOfMemory
 
 LESS = 0.9  # of the memory that a step was to take and did not get, what the next may take
@@ -51,7 +51,7 @@ def check_possible(experiment: Experiment) -> None:
         if stage in experiment.stages:
             config = getattr(experiment, stage)
             with naming(stage):
-                batch_plans(config.batch_tokens, config.device_rows, experiment.model.sequence_len, data_shards(mesh))
+                plans_of_stage(config, experiment.model.sequence_len, data_shards(mesh))
     if "pretrain" in experiment.stages:
         check_length(experiment.pretrain, planned_model(experiment))
 

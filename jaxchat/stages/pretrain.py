@@ -14,6 +14,7 @@ from jaxchat.data.text.shards import iterate_texts
 from jaxchat.devices.mesh import batch_share
 from jaxchat.devices.processes import on_process_zero
 from jaxchat.eval.bpb import evaluate_bpb
+from jaxchat.stages.phases import PhasedBatches
 from jaxchat.stages.samples import fixed_prompts, is_english, prompts_of_texts
 from jaxchat.stages.scores import core_scores
 from jaxchat.stages.training import Batches, Training, fresh_params
@@ -22,6 +23,7 @@ from jaxchat.stages.workspace import Workspace
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.budget import training_length
 from jaxchat.train.loop import Evaluator
+from jaxchat.train.phases import Phases
 
 SAMPLES = 2
 
@@ -32,8 +34,10 @@ def run(workspace: Workspace) -> None:
     config, model = experiment.pretrain, workspace.model_config(tokenizer)
     text = workspace.text()
     on_process_zero(lambda: _say_if_changed(workspace, text))
-    training = Training(workspace, "pretrain", config, model, tokenizer, training_length(config, model))
-    batches = training_batches(workspace, tokenizer, text)
+    steps = training_length(config, model)
+    phases = Phases(config, steps) if config.phases.change else None
+    training = Training(workspace, "pretrain", config, model, tokenizer, steps, phases=phases)
+    batches = training_batches(workspace, tokenizer, text, phases)
     validation, count = validation_rows(workspace, tokenizer, text), batch_share(workspace.mesh)[1]
 
     def validate(step, params):
@@ -55,13 +59,17 @@ def run(workspace: Workspace) -> None:
     )
 
 
-def training_batches(workspace: Workspace, tokenizer: BaseTokenizer, text: TextSplits) -> Batches:
-    """The batches of pretraining, from the first one on."""
-    plans = workspace.batch_plans(workspace.experiment.pretrain)
+def training_batches(
+    workspace: Workspace, tokenizer: BaseTokenizer, text: TextSplits, phases: Phases | None = None
+) -> Batches:
+    """The batches of pretraining, from the first one on; without `phases` as those of the last one."""
+    config = workspace.experiment.pretrain
+    plans = workspace.batch_plans(config)
+    tokens = config.batch_tokens if phases is None else config.unit_tokens
     index, count = batch_share(workspace.mesh)
-    rows = plans[0].rows * plans[0].accumulation // count
+    rows = tokens // workspace.experiment.model.sequence_len // count
     batches = text_batches(workspace, tokenizer, text, rows, process_index=index, process_count=count)
-    return Batches(workspace, plans, batches)
+    return Batches(workspace, plans, batches) if phases is None else PhasedBatches(workspace, plans, batches, phases)
 
 
 def text_batches(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ from jaxchat.train.memory import (
     plan_step,
     usable_memory,
 )
+from jaxchat.train.phases import Phases
 from jaxchat.train.selection import find_turn
 from jaxchat.train.step import MICRO_BATCH_SPEC, AbstractBatch, Batch, State, abstract_batch, init_state
 
@@ -66,6 +68,10 @@ class Batches(Source):
         # processes that read a part of it.
         parts = array.reshape(-1, self.plan.accumulation, array.shape[-1]).swapaxes(0, 1)
         return put_batch(self.workspace.mesh, parts, MICRO_BATCH_SPEC)
+
+    def others(self) -> list[AbstractBatch]:
+        """What else `next_batch` returns, each for a program of its own."""
+        return []
 
     def abstract(self, plan: BatchPlan) -> AbstractBatch:
         """What `next_batch` returns with `plan`, as ShapeDtypeStructs."""
@@ -89,7 +95,7 @@ class Training:
     It has `num_steps` steps, unless the run has a budget of time: then `horizon` finds their number while it trains.
     `parent` is the stage and step whose parameters it starts from, as stage.json records it; None for fresh ones.
     `knows_data` tells that the parent was trained on some of this stage's data. `objective` is that of the step; None
-    for cross-entropy.
+    for cross-entropy. `phases` of pretraining change what its steps do.
     """
 
     workspace: Workspace
@@ -101,17 +107,22 @@ class Training:
     parent: dict | None = None
     knows_data: bool = False
     objective: Objective | None = None
+    phases: Phases | None = None
 
     def __post_init__(self):
-        workspace = self.workspace
+        workspace, phases = self.workspace, self.phases
         self.horizon = horizon_of(workspace, self.stage, self.config.schedule)
         schedules = self._schedules(self.num_steps if self.horizon is None else None)
-        self.schedule = multiplier(self.config.schedule, self.num_steps)
+        self.schedule: Any = multiplier(self.config.schedule, self.num_steps)
+        if phases is not None and phases.grows:
+            self.schedule = lambda step: phases(step).rate  # of Python ints: the rates come with the batches
+        # Whether rates come with the batches, the stage's fraction included.
+        with_batches = self.horizon is not None or (phases is not None and phases.grows)
         self.optimizer = make_optimizer(
             workspace.experiment.optimizer,
             self.model,
-            self.schedule if self.horizon is None else optax.constant_schedule(1.0),
-            lr_fraction=self.config.lr_fraction if self.horizon is None else 1.0,
+            optax.constant_schedule(1.0) if with_batches else self.schedule,
+            lr_fraction=1.0 if with_batches else self.config.lr_fraction,
             momentum=schedules["momentum"],
             decay=schedules["decay"],
             mesh=workspace.mesh,
@@ -158,6 +169,11 @@ class Training:
         limit = self.workspace.within(limit)
         step = TrainStep(planned, levels(remat, self.workspace.mesh), limit, self._accept)
         choose_plan(self.workspace, self.stage, step, source)
+        if isinstance(source, Batches):
+            chosen = self.choice
+            for batch in source.others():
+                step.compile(batch)
+            self.choice = chosen  # it says the rows of all, and is the one that a later start compiles first
         return self._begin(start, planned.state), step
 
     def _planned(self, start: Callable[[], Any]) -> PlannedStep:
@@ -212,7 +228,7 @@ class Training:
         state, step_fn = self.compiled(start, source)
         if self.choice is not None:
             keep_choice(workspace, self.stage, self.choice)
-        optimizer = workspace.experiment.optimizer
+        optimizer, flops = workspace.experiment.optimizer, functools.cache(flops_per_token)
         rates = learning_rates(optimizer, self.model, schedule, lr_fraction=self.config.lr_fraction)
         with workspace.metrics(self.stage, self.num_steps if horizon is None else None) as metrics:
             evaluated = evaluators(metrics)
@@ -225,7 +241,7 @@ class Training:
                 metrics=metrics,
                 checkpoints=workspace.checkpoints(self.stage),
                 schedule_values=lambda step: {name: float(rate) for name, rate in rates(step).items()},
-                flops_per_token=flops_per_token(self.model),
+                flops_per_token=lambda step: flops(self._model_at(step)),
                 save_every=self.config.save_every,
                 evaluators=evaluated,
                 watch=lambda values: watch(metrics, values),
@@ -284,13 +300,20 @@ class Training:
             "decay": matrix_decay(optimizer, num_steps),
         }
 
+    def _model_at(self, step: int) -> GPTConfig:
+        return self.model if self.phases is None else dataclasses.replace(self.model, reach=self.phases(step).reach)
+
     def _same_course(self, done: int, num_steps: int) -> bool:
-        """Whether the first `done` of `num_steps` steps go as they do in this training: rates, momentum and decay."""
+        """Whether the first `done` of `num_steps` steps go as they do in this training: rates, momentum, decay, phases."""
 
         def course(total: int) -> list[np.ndarray]:
             schedules = multiplier(self.config.schedule, total), *self._schedules(total).values()
             return [np.broadcast_to(schedule(np.arange(done)), done) for schedule in schedules]
 
+        if self.phases is not None:
+            other = dataclasses.replace(self.phases, num_steps=num_steps)
+            if done > self.num_steps or any(other(step) != self.phases(step) for step in range(done)):
+                return False
         here = zip(course(num_steps), course(self.num_steps), strict=True)
         return done <= self.num_steps and all(np.array_equal(before, now) for before, now in here)
 

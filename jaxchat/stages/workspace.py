@@ -40,7 +40,7 @@ from jaxchat.storage import AnyPath, is_folder, to_path, to_run_directory
 from jaxchat.tasks import Task, parse_mixture
 from jaxchat.tasks.base import Split
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
-from jaxchat.train.budget import BatchPlan, batch_plans
+from jaxchat.train.budget import BatchPlan, plans_of_stage
 
 KEEP_SECONDS = 10.0  # of a budget, that a run which is killed may spend without a record
 
@@ -215,10 +215,9 @@ class Workspace:
         """How an optimizer step of the stage with `config` may be split over devices and micro-batches.
 
         Raises:
-          UserError: as `batch_plans`.
+          UserError: as `split_batch`.
         """
-        sequence_len = self.experiment.model.sequence_len
-        return batch_plans(config.batch_tokens, config.device_rows, sequence_len, data_shards(self.mesh))
+        return plans_of_stage(config, self.experiment.model.sequence_len, data_shards(self.mesh))
 
     def within(self, limit: int | None) -> int | None:
         """The bytes that a step may take, of `limit` by the devices' own account, after one ran out of memory."""

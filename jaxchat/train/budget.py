@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from jaxchat.config import PretrainConfig
+from jaxchat.config import PretrainConfig, SupervisedConfig
 from jaxchat.errors import UserError
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.parameters import count_parameters
+from jaxchat.train.phases import Phases, mean_batch_tokens, models
 
 MOST_STEPS = 10**9  # which pretrain.num-iterations may be at most
 
@@ -38,6 +39,14 @@ def flops_per_token(model: GPTConfig) -> int:
     return 6 * (parameters.matrices + parameters.head) + attention
 
 
+def pretraining_flops_per_token(config: PretrainConfig, model: GPTConfig) -> float:
+    """`flops_per_token` of pretraining: its mean, where windows grow."""
+    if not config.phases.windows:
+        return flops_per_token(model)
+    each = zip(config.phases.shares, models(config, model), strict=True)
+    return sum(share * flops_per_token(of_phase) for share, of_phase in each)
+
+
 def training_length(config: PretrainConfig, model: GPTConfig) -> int:
     """The number of optimizer steps of pretraining, at least 1: as set, or from FLOPs, or from tokens per parameter.
 
@@ -47,8 +56,14 @@ def training_length(config: PretrainConfig, model: GPTConfig) -> int:
     if config.num_iterations is not None:
         return config.num_iterations
     if config.target_flops is not None:
-        return max(1, round(config.target_flops / (flops_per_token(model) * config.batch_tokens)))
-    return max(1, int(config.tokens_per_param * count_parameters(model).counted // config.batch_tokens))
+        of_a_step = pretraining_flops_per_token(config, model) * mean_batch_tokens(config)
+        return max(1, round(config.target_flops / of_a_step))
+    return max(1, int(config.tokens_per_param * count_parameters(model).counted // mean_batch_tokens(config)))
+
+
+def training_tokens(config: PretrainConfig, model: GPTConfig) -> int:
+    """The tokens of pretraining."""
+    return Phases(config, training_length(config, model)).tokens
 
 
 def check_length(config: PretrainConfig, model: GPTConfig) -> None:
@@ -61,11 +76,13 @@ def check_length(config: PretrainConfig, model: GPTConfig) -> None:
         return
     if config.target_flops is not None:
         name, value = "target-flops", config.target_flops
-        of_a_step = flops_per_token(model) * config.batch_tokens
+        of_a_step = pretraining_flops_per_token(config, model) * mean_batch_tokens(config)
     else:
         name, value = "tokens-per-param", config.tokens_per_param
-        of_a_step = config.batch_tokens / count_parameters(model).counted
-    problem = f"pretrain.{name} is {value:g}, but a step of {config.batch_tokens:,} tokens takes {of_a_step:.3g}"
+        of_a_step = mean_batch_tokens(config) / count_parameters(model).counted
+    problem = (
+        f"pretrain.{name} is {value:g}, but a step of {round(mean_batch_tokens(config)):,} tokens takes {of_a_step:.3g}"
+    )
     if value < of_a_step:
         raise UserError(f"{problem}; raise it, or set pretrain.num-iterations")
     if value / of_a_step > MOST_STEPS:
@@ -133,6 +150,17 @@ def batch_plans(
             f"sequence-len {sequence_len}); nearest that work: batch-tokens {_either(batches)}"
         )
     return plans_of_rows(device_total, data_parallel)
+
+
+def plans_of_stage(config: SupervisedConfig, sequence_len: int, data_parallel: int) -> tuple[BatchPlan, ...]:
+    """The ways to split a batch of the stage with `config`. Where batches grow, each of them is whole micro-batches.
+
+    Raises:
+      UserError: as `split_batch`.
+    """
+    units = config.batch_tokens // config.unit_tokens
+    plans = batch_plans(config.unit_tokens, config.device_rows, sequence_len, data_parallel)
+    return tuple(replace(plan, accumulation=units * plan.accumulation) for plan in plans)
 
 
 def plans_of_rows(device_total: int, data_parallel: int) -> tuple[BatchPlan, ...]:

@@ -92,7 +92,7 @@ class Loop:
     metrics: Metrics
     checkpoints: Checkpoints
     schedule_values: Callable[[int], dict[str, float]]
-    flops_per_token: float
+    flops_per_token: Callable[[int], float]  # at a step
     save_every: int = 0
     evaluators: tuple[Evaluator, ...] = ()
     watch: Callable[[dict[str, float]], None] = lambda values: None  # is given the metrics of each step
@@ -190,7 +190,7 @@ class Loop:
         }
         peak = device_peak_flops(jax.devices()[0].device_kind)
         if peak:
-            values["mfu"] = batch_tokens / training * self.flops_per_token / (peak * jax.device_count())
+            values["mfu"] = batch_tokens / training * self.flops_per_token(step) / (peak * jax.device_count())
         self.metrics.log(step, **values)
         # Counted last: an interruption above leaves the whole step unlogged, and it is logged again.
         self.train_seconds += seconds
@@ -219,8 +219,8 @@ class Loop:
         check(
             meta["num_steps"] == self.num_steps or self.same_course(step, meta["num_steps"]),
             f"{self.checkpoints.directory} holds a training of {meta['num_steps']} steps, not {self.num_steps}, and of "
-            f"its first {step} at least one would have had another learning rate; leave data and settings as they "
-            f"were, or do the stage again with --redo={self.checkpoints.directory.parent.name}",
+            f"its first {step} at least one would have had another learning rate or phase; leave data and settings as "
+            f"they were, or do the stage again with --redo={self.checkpoints.directory.parent.name}",
         )
         self.source.set_state(position)
         forget_scores(self.checkpoints, step, meta, self.meta)

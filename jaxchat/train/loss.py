@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -31,7 +32,7 @@ from jaxchat.ops.cross_entropy import (
 
 CHUNK_BYTES = 1 << 30  # logits held at a time, on one device
 BATCH_AXES = ("data", "fsdp")
-Tokens = dict[str, Float[Array, "B T"]]  # what an objective knows of the targets
+Tokens = dict[str, Float[Array, "B T *K"]]  # what an objective knows of the targets
 
 
 class LossConfig(NamedTuple):
@@ -70,7 +71,7 @@ class Objective(Protocol):
     def entropy(self) -> float | None: ...
     @property
     def drawn(self) -> int | None: ...
-    def __call__(self, log_p: Float[Array, "B T"], tokens: Tokens) -> tuple[Float[Array, "B T"], Tokens]: ...
+    def __call__(self, log_p: Float[Array, "B T *K"], tokens: Tokens) -> tuple[Float[Array, "B T *K"], Tokens]: ...
 
 
 class CrossEntropy(NamedTuple):
@@ -88,6 +89,39 @@ class CrossEntropy(NamedTuple):
 CROSS_ENTROPY = CrossEntropy()
 
 
+@dataclass(frozen=True)
+class TokensAhead:
+    """-log p of several targets to a position, the next token and those after it, for one prediction.
+
+    As in multi-token prediction (Gloeckle et al. 2024, arXiv:2404.19737), but with one head and one distribution: all
+    share its logits. It measures the loss of the next token alone, as "next".
+    """
+
+    by_rows: bool = False
+    temperature: float = 1.0
+    entropy: float | None = None
+    drawn: int | None = None
+
+    def __call__(self, log_p: Float[Array, "*B K"], tokens: Tokens) -> tuple[Float[Array, "*B K"], Tokens]:
+        return -log_p, {"next": jnp.where(jnp.arange(log_p.shape[-1]) == 0, -log_p, 0.0)}
+
+
+TOKENS_AHEAD = TokensAhead()
+
+
+def targets_ahead(targets: Int[Array, "B T"], count: int) -> Int[Array, "B T K"]:
+    """The targets of each position and of the `count` positions after it in its row.
+
+    -1 where the row ends, and from the first position on that has none: beyond the border of two documents, if that is
+    no target.
+    """
+    found = [targets]
+    for _ in range(count):
+        later = jnp.pad(found[-1][:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+        found.append(jnp.where(targets >= 0, later, -1))
+    return jnp.stack(found, axis=-1)
+
+
 def measures(objective: Objective, tokens: Iterable[str]) -> list[str]:
     """The names of what an objective measures of targets of which it gets `tokens`."""
     of = {name: jax.ShapeDtypeStruct((1, 1), jnp.float32) for name in (*tokens, "targets") if name != "shares"}
@@ -95,7 +129,7 @@ def measures(objective: Objective, tokens: Iterable[str]) -> list[str]:
     return [*found, *(["entropy"] if objective.entropy is not None else [])]
 
 
-def _weigh(objective: Objective, targets: Int[Array, "B T"], tokens: Tokens) -> Weigh:
+def _weigh(objective: Objective, targets: Int[Array, "B T *K"], tokens: Tokens) -> Weigh:
     counts = targets >= 0
     # Whatever stands where there is no target, infinities included, must not reach the gradient.
     tokens = {name: jnp.where(counts, values, 0.0) for name, values in tokens.items()}
@@ -144,7 +178,7 @@ def _loss_and_grads(
     hidden, head, targets, tokens, objective: Objective, config: LossConfig, axes: tuple[str, ...] = ()
 ):
     head = head.astype(hidden.dtype)
-    batch, length = targets.shape
+    batch, length = targets.shape[:2]
     entropy: Entropy = "unused" if objective.entropy is None else "trained" if objective.entropy else "measured"
     cap = config.logit_cap / objective.temperature
     # With both divided by it, cap · tanh(logits / cap) is too.
@@ -195,12 +229,14 @@ def _sharded_loss_and_grads(hidden, head, targets, tokens, objective: Objective,
 def objective_sum(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "D V"],
-    targets: Int[Array, "B T"],
+    targets: Int[Array, "B T *K"],
     tokens: Tokens,
     objective: Objective,
     config: LossConfig,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Σ share · loss of `objective` over the targets that are not negative, and the sums of what it measures of them.
+
+    With `TOKENS_AHEAD` there are several targets to a position, each with its share.
 
     `tokens` has the "shares", and what else the objective needs. The loss is differentiable in `hidden` and `head`.
     """

@@ -283,7 +283,7 @@ class OutOfMemory(UserError):
 
 
 class TrainStep:
-    """The training step as a function of state and batch, compiled by `compile_step` once per shape of batch.
+    """The training step as a function of state and batch, compiled by `compile_step` once per form of batch.
 
     `on_compiled` is called with each CompiledStep before it runs, and may refuse it by raising. A state with another
     layout than the first one's is an error, never a silent recompilation.
@@ -361,4 +361,5 @@ def _device_shape(batch: Batch | AbstractBatch) -> tuple[int, int]:
 
 
 def _shapes(batch: Batch | AbstractBatch) -> tuple:
-    return tuple((name, batch[name].shape) for name in sorted(batch))
+    arrays, structure = jax.tree.flatten(batch)
+    return structure, *(array.shape for array in arrays)

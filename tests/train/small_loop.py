@@ -49,7 +49,7 @@ def loop(directory, *, num_steps=7, source=None, step_fn=step_fn, log=None, **se
         metrics=metrics,
         checkpoints=Checkpoints(directory / "pretrain" / "checkpoints"),
         schedule_values=lambda step: {"lr": 1.0 - step / num_steps},
-        flops_per_token=1.0,
+        flops_per_token=lambda step: 1.0,
         **settings,
     )
 
