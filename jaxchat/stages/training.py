@@ -304,7 +304,7 @@ class Training:
         return self.model if self.phases is None else dataclasses.replace(self.model, reach=self.phases(step).reach)
 
     def _same_course(self, done: int, num_steps: int) -> bool:
-        """Whether the first `done` of `num_steps` steps go as they do in this training: rates, momentum, decay, phases."""
+        """Whether the first `done` of `num_steps` steps go as in this training: rates, momentum, decay, phases."""
 
         def course(total: int) -> list[np.ndarray]:
             schedules = multiplier(self.config.schedule, total), *self._schedules(total).values()

@@ -92,7 +92,7 @@ def test_the_weights_of_tokens_ahead_fall_to_nothing():
 )
 def test_length_in_tokens_or_compute(phases):
     whole = config(384, **phases)
-    wanted = 20 * count_parameters(MODEL).total
+    wanted = 20 * count_parameters(MODEL).counted
     assert training_tokens(whole, MODEL) == pytest.approx(wanted, abs=3 * 384)
     check_length(whole, MODEL)
     compute = PretrainConfig(batch_tokens=384, target_flops=1e12, phases=PhasesConfig(**phases))
