@@ -79,7 +79,7 @@ class Phases:
         counts = [max(0, end - begin) for begin, end in zip(self.begins, ends, strict=True)]
         return sum(count * size for count, size in zip(counts, sizes(self.config), strict=True))
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """The tokens of all steps."""
         return self.tokens_before(self.num_steps)
