@@ -60,9 +60,8 @@ def _queries_and_keys(config: GPTConfig, params: Params, tokens, dtype: str) -> 
     """Queries [T, N, H] and keys [T, K, H] of each layer, rotated and normed, by the operations of the model."""
     rope = rope_tables(jnp.arange(len(tokens))[None], config.head_dim, config.rope_base)
     model = bind(config, params)
-    x = model.embedded(tokens[None], Compute(dtype))
-    if config.smear:
-        x = model.smear(x, None)
+    compute = Compute(dtype)
+    x = model.with_previous(model.embedded(tokens[None], compute), tokens[None], compute)
     found = []
     for layer, (window, beside) in enumerate(zip(config.windows, model.beside(tokens[None], x), strict=True)):
         x, q, k = _block(window, config.attention_scale, params["blocks"][str(layer)], x, rope, *beside)

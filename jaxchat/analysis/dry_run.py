@@ -73,9 +73,9 @@ def dry_run(experiment: Experiment) -> None:
     _say(experiment.name, "bold", end="")
     _say(f": d{model.depth}, width {model.width}, {model.num_heads} heads, "
          f"context {model.sequence_len:,}, vocabulary {model.vocab_size:,}")  # fmt: skip
-    of_values = f", value embeddings {parameters.value_embedding:,}" if parameters.value_embedding else ""
+    tables = f", other tables {parameters.value_embedding:,}" if parameters.value_embedding else ""
     _say(f"parameters    {parameters.total:,} (embedding {parameters.embedding:,}, blocks "
-         f"{parameters.matrices:,}, head {parameters.head:,}{of_values})")  # fmt: skip
+         f"{parameters.matrices:,}, head {parameters.head:,}{tables})")  # fmt: skip
     _say(f"FLOPs a token {flops_per_token(model):.4g} (forward and backward)")
     _print_windows(model)
     _print_phases(experiment.pretrain, model)

@@ -59,6 +59,8 @@ class ModelConfig(Section):
     """Every other layer, the last one included, adds an embedding of the token to its values, by learned gates."""
     smear: bool = False
     """Each embedded token takes in some of the one before it in its document, by a learned gate."""
+    bigrams: bool = False
+    """To each embedded token is added a learned row for it and the token before it, found by a hash of both."""
     backout: bool = False
     """The last norm's input is less a learned part of the residual stream in the middle of the blocks."""
     embedding_std: Annotated[float, Range(above=0, at_most=100)] = 1.0

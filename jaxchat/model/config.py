@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from jaxchat.config import ModelConfig
 
 VOCAB_MULTIPLE = 128
+BIGRAM_ROWS = 5  # times the vocabulary, as in modded-nanogpt
 
 
 @dataclass(frozen=True)
@@ -40,3 +41,8 @@ class GPTConfig(ModelConfig):
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def bigram_rows(self) -> int:
+        """Rows of the table of bigrams, which pairs of tokens share by chance."""
+        return BIGRAM_ROWS * self.padded_vocab_size

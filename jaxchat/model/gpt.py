@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxchat.devices.mesh import split_rows
 from jaxchat.model.config import GPTConfig
@@ -30,7 +30,7 @@ from jaxchat.ops.linear import Quantized
 from jaxchat.ops.mlp import add_mlp
 from jaxchat.ops.norm import norm_branch, rms_norm
 from jaxchat.ops.qkv import norm_qkv
-from jaxchat.ops.residual import GATE_INPUTS, SMEAR_INPUTS, add_values, back_out, mix, smear
+from jaxchat.ops.residual import GATE_INPUTS, SMEAR_INPUTS, add_values, back_out, bigram_index, mix, smear
 from jaxchat.ops.rope import rope_tables
 
 Params = dict[str, Any]
@@ -155,10 +155,7 @@ class Smear(nnx.Module):
         self.gate = nnx.Param(_uniform(rngs.params(), (SMEAR_INPUTS,), GATE_START))
         self.scale = nnx.Param(jnp.zeros(()))
 
-    def __call__(self, x: Float[Array, "B T D"], documents: Int[Array, "B T"] | None) -> Float[Array, "B T D"]:
-        joined = jnp.arange(x.shape[1])[None] > 0
-        if documents is not None:
-            joined &= documents == jnp.roll(documents, 1, axis=1)
+    def __call__(self, x: Float[Array, "B T D"], joined: Bool[Array, "#B T"]) -> Float[Array, "B T D"]:
         return smear(x, jnp.roll(x, 1, axis=1), self.gate[...], self.scale[...], joined)
 
 
@@ -184,6 +181,8 @@ class GPT(nnx.Module):
             self.value_embeddings = ValueEmbeddings(config, rngs=rngs)
         if config.smear:
             self.smear = Smear(rngs=rngs)
+        if config.bigrams:
+            self.bigrams = Embedding(config.bigram_rows, config.width, rngs=rngs, std=0.0)
         if config.backout:
             self.backout = Backout()
 
@@ -194,8 +193,7 @@ class GPT(nnx.Module):
         x = self.embedded(tokens, compute)
         if documents is None and config.border_token is not None:
             documents = jnp.cumsum(tokens == config.border_token, axis=1)
-        if config.smear:
-            x = self.smear(x, documents)
+        x = self.with_previous(x, tokens, compute, documents)
         middle = None
         for i, (block, beside) in enumerate(zip(self.blocks, self.beside(tokens, x), strict=True)):
             graph, weights = nnx.split(block)
@@ -211,6 +209,27 @@ class GPT(nnx.Module):
         # Left to itself, the compiler splits the residual stream as fsdp splits the embedding's rows, and moves it
         # between devices in each block instead of the weights.
         return rms_norm(split_rows(compute.mesh, self.embed(tokens, compute.dtype)))
+
+    def with_previous(
+        self,
+        x: Float[Array, "B T D"],
+        tokens: Int[Array, "B T"],
+        compute: Compute,
+        documents: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What the first block sees: the embedded tokens x, and what each takes from the one before it."""
+        if not (self.config.smear or self.config.bigrams):
+            return x
+        joined = jnp.arange(x.shape[1])[None] > 0
+        if documents is not None:
+            joined &= documents == jnp.roll(documents, 1, axis=1)
+        if self.config.smear:
+            x = self.smear(x, joined)
+        if self.config.bigrams:
+            previous = jnp.where(joined, jnp.roll(tokens, 1, axis=1), -1)
+            rows = self.bigrams(bigram_index(tokens, previous, self.config.bigram_rows), x.dtype)
+            x = x + split_rows(compute.mesh, rows)
+        return x
 
     def beside(self, tokens: Int[Array, "B T"], x: Float[Array, "B T D"]) -> list[tuple[Values, Scaled]]:
         """What each block takes besides the residual stream, which starts as x."""

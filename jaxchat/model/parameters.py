@@ -62,6 +62,7 @@ TABLE = (
     Parameter("value_embeddings/gate", "gate", P(), None, counted=False),
     Parameter("residual_scales/residual", "residual_scale", P(), None, counted=False),
     Parameter("residual_scales/input", "input_scale", P(), None, counted=False),
+    Parameter("bigrams/embedding", "value_embedding", OUT_OF, None, counted=False),
     Parameter("smear/gate", "scalar", P(), None, counted=False),
     Parameter("smear/scale", "scalar", P(), None, counted=False),
     Parameter("backout/scale", "scalar", P(), None, counted=False),

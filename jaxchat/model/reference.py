@@ -49,6 +49,17 @@ def smeared(weights, x, documents):
     return out
 
 
+def bigram_rows(weights, tokens, documents):
+    """The row of each token [T, D] for it and the one before it in its document."""
+    table, rows = weights["embedding"], []
+    for t, token in enumerate(tokens):
+        alone = t == 0 or (documents is not None and documents[t] != documents[t - 1])
+        previous = -1 if alone else int(tokens[t - 1])
+        number = (int(token) * 2654435761 + (previous + 1) * 2246822519) % 2**32
+        rows.append(table[(number ^ (number >> 15)) % len(table)])
+    return np.stack(rows)
+
+
 def embedded_values(weights, x, layer, tokens, config: GPTConfig):
     """What a layer's value embeddings add to its values [T, K·H], from the layer's normed input."""
     if layer % 2 != (config.depth - 1) % 2:
@@ -83,6 +94,8 @@ def logits(config: GPTConfig, params, tokens, documents=None):
     x = norm(params["embed"]["embedding"][tokens])
     if config.smear:
         x = smeared(params["smear"], x, documents)
+    if config.bigrams:
+        x = x + bigram_rows(params["bigrams"], tokens, documents)
     start = middle = x
     for layer in range(config.depth):
         block = params["blocks"][str(layer)]

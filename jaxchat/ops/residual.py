@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxchat.ops.fp8 import Bounded
 from jaxchat.ops.norm import rms_norm
@@ -41,6 +41,17 @@ def smear(
     share = scale * jax.nn.sigmoid(wide[..., : len(gate)] @ gate)
     share = jnp.where(joined, share, 0.0)[..., None]
     return (wide + share * previous.astype(jnp.float32)).astype(x.dtype)
+
+
+def bigram_index(tokens: Int[Array, "B T"], previous: Int[Array, "B T"], count: int) -> Int[Array, "B T"]:
+    """For each token and the one before it, -1 where there is none, one of `count` rows.
+
+    A multiplicative hash over 32 bits, with two primes of xxHash.
+    """
+    mixed = tokens.astype(jnp.uint32) * jnp.uint32(2654435761) + (previous + 1).astype(jnp.uint32) * jnp.uint32(
+        2246822519
+    )
+    return ((mixed ^ (mixed >> 15)) % jnp.uint32(count)).astype(jnp.int32)
 
 
 @jax.named_scope("value_embedding")

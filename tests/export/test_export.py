@@ -193,6 +193,11 @@ def test_what_nanochat_cannot_express_is_refused_by_name(tokenizer, tmp_path, mo
     assert "2 heads of 128" in refusal(Wide(depth=3, vocab_size=290), tokenizer, tmp_path / "out")
     later = refusal(Later(depth=3, vocab_size=290, value_embeds=True), tokenizer, tmp_path / "out")
     assert "value-embeds True" in later
+    for part in ("residual_scales", "value_embeddings", "smear", "bigrams", "backout"):
+        message = refusal(GPTConfig(depth=3, vocab_size=290, **{part: True}), tokenizer, tmp_path / "out")
+        assert f"{part.replace('_', '-')} True" in message
+    scaled = refusal(GPTConfig(depth=3, vocab_size=290, attention_scale=1.44), tokenizer, tmp_path / "out")
+    assert "attention-scale 1.44" in scaled
     other = refusal(GPTConfig(depth=3, vocab_size=291), tokenizer, tmp_path / "out")
     assert "290" in other and "291" in other and "another run" in other
     monkeypatch.delitem(names.NANOCHAT, "blocks/{i}/mlp/up/kernel")
@@ -203,6 +208,9 @@ def test_what_nanochat_cannot_express_is_refused_by_name(tokenizer, tmp_path, mo
 def test_what_has_no_effect_is_not_refused(tokenizer):
     hf.check_expressible(GPTConfig(depth=1, window_pattern="SSSL", vocab_size=290), tokenizer)
     hf.check_expressible(Later(depth=3, vocab_size=290, border_token=281), tokenizer)
+    hf.check_expressible(
+        GPTConfig(depth=3, vocab_size=290, embedding_std=0.8, up_factor=0.4, head_std=0.001), tokenizer
+    )
 
 
 def test_every_parameter_has_a_name_in_both_forms():

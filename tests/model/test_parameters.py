@@ -31,7 +31,7 @@ from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.train.step import init_state, make_train_step
 
 CONFIG = GPTConfig(depth=4, sequence_len=16, vocab_size=250, num_kv_heads=1)
-PARTS = dict.fromkeys(("residual_scales", "value_embeddings", "smear", "backout"), True)
+PARTS = dict.fromkeys(("residual_scales", "value_embeddings", "smear", "bigrams", "backout"), True)
 COLUMN, ROW = P("fsdp", "tensor"), P("tensor", "fsdp")
 
 
@@ -114,9 +114,10 @@ def test_counts():
 
 
 def test_counts_of_the_parts():
-    """By hand: tables of 256 values for layers 1 and 3, gates of one head for each, 2 scales a block, 25 to smear."""
+    """By hand: tables of 256 values for layers 1 and 3, gates of one head for each, 2 scales a block, 25 to smear, and
+    5 times as many bigrams as tokens."""
     plain, count = count_parameters(CONFIG), count_parameters(dataclasses.replace(CONFIG, **PARTS))
-    assert count.value_embedding == 2 * 256 * 128
+    assert count.value_embedding == 2 * 256 * 128 + 5 * 256 * 256
     assert count.others == 2 * 12 + 2 * 4 + 25 + 1
     assert count.counted == plain.counted == count.total - count.value_embedding - count.others
 

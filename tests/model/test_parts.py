@@ -18,6 +18,7 @@ PARTS = {
     "residual_scales": {"residual_scales": True},
     "value_embeddings": {"value_embeddings": True},
     "smear": {"smear": True},
+    "bigrams": {"bigrams": True},
     "backout": {"backout": True},
 }
 PARTS["all"] = {name: value for part in PARTS.values() for name, value in part.items()}
@@ -92,7 +93,7 @@ def test_defaults_have_no_part_and_parts_do_not_change_what_is_drawn_for_the_oth
         np.testing.assert_array_equal(array, full[path])
     assert {path for path in full if path not in plain} == {
         "residual_scales/residual", "residual_scales/input", "value_embeddings/embedding", "value_embeddings/gate",
-        "smear/gate", "smear/scale", "backout/scale",
+        "smear/gate", "smear/scale", "bigrams/embedding", "backout/scale",
     }  # fmt: skip
 
 

@@ -78,13 +78,15 @@ def test_rematerialisation_changes_nothing(remat, params, one_device):
     assert_equal(loss_and_gradients(params, Compute(remat=remat)), one_device, rtol=1e-4, atol=1e-6)
 
 
-def test_fp8_stays_near_fp32(params, one_device):
+def test_fp8_stays_near_fp32(params, one_device, monkeypatch):
+    monkeypatch.setattr("jaxchat.ops.triton.INTERPRET", True)
     loss, grads = loss_and_gradients(params, Compute(jnp.bfloat16, fp8=True))
     assert float(loss) == pytest.approx(float(one_device[0]), rel=0.02)
     expected = dict(named_parameters(one_device[1]))
     for path, grad in named_parameters(grads):
-        error = jnp.linalg.norm(grad - expected[path]) / jnp.linalg.norm(expected[path])
-        assert error < 0.25, (path, float(error))
+        error, size = (float(jnp.linalg.norm(x)) for x in (grad - expected[path], expected[path]))
+        # The gradient of a scale sums over all tokens, where most of it cancels.
+        assert error < (0.25 * size if grad.size > 24 else 0.02), path
 
 
 def test_defaults_are_the_model_without_parts():
