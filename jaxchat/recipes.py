@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from jaxchat.config import (
     CostConfig,
@@ -11,13 +12,17 @@ from jaxchat.config import (
     Experiment,
     FinetuneConfig,
     ModelConfig,
+    OptimizerConfig,
     PretrainConfig,
     RLConfig,
     ScheduleConfig,
     TokenizerConfig,
+    model_width,
 )
 
 SCORED = ("arc_easy", "mmlu", "gsm8k")  # while midtraining and SFT learn to answer
+REFERENCE_BATCH = 1 << 19  # tokens of a step, with 12 layers and a vocabulary of 32,768: what `modern` is tuned for
+REFERENCE_VOCAB = 1 << 15
 
 
 def on_text(
@@ -29,6 +34,7 @@ def on_text(
     vocab_size: int = 32_768,
     pretrain_tokens: int = 524_288,
     midtrain_tokens: int = 131_072,
+    text: str = "fineweb-edu",
 ) -> Experiment:
     """Training on real text: 20 pretraining tokens per parameter, then midtraining and SFT, then RL on GSM8K.
 
@@ -38,11 +44,12 @@ def on_text(
     Args:
       devices: H100s that the dry run expects.
       mfu: fraction of their peak FLOP/s that it expects training to use.
-      shards: shards of FineWeb-Edu, about 53 million tokens each, to download where the user brings no text.
+      shards: shards of `text`, about 53 million tokens each of FineWeb-Edu, to download where the user brings no text.
       pretrain_tokens, midtrain_tokens: tokens of an optimizer step.
+      text: the name of the pretraining text among the data sets.
     """
     return Experiment(
-        data=DataConfig(download=(f"fineweb-edu:{shards}", "smoltalk", "mmlu", "arc", "gsm8k", "humaneval")),
+        data=DataConfig(download=(f"{text}:{shards}", "smoltalk", "mmlu", "arc", "gsm8k", "humaneval")),
         tokenizer=TokenizerConfig(vocab_size=vocab_size),
         model=ModelConfig(depth=depth),
         pretrain=PretrainConfig(batch_tokens=pretrain_tokens, core_every=2000),
@@ -90,3 +97,91 @@ def evening(depth: int, *, device: str, dollars: float, mfu: float, shards: int,
         evaluate=dataclasses.replace(long.evaluate, of=("midtrain", "sft")),
         cost=CostConfig(device=device, dollars_per_device_hour=dollars, expected_mfu=mfu),
     )
+
+
+def modern(experiment: Experiment, *, tokens_per_counted_param: float = 12.0, warmup_steps: int = 0) -> Experiment:
+    """`experiment` with what small GPTs have learnt since nanochat's recipe of 2025, on which the others are built.
+
+    The model: value embeddings in every other layer, learned scales on the residual stream and on the embedded input,
+    smear, backout, attention scores 1.44 times as large, longer wavelengths of RoPE, smaller initial values, windows of
+    a quarter of the context in three of four layers. The optimizer: Muon with Polar Express, rows and columns of equal
+    norm, and cautious decay; AdamW with rates, betas and decay by group. The schedules: rates that fall over two thirds
+    of the steps to a twentieth, and a momentum that rises before and falls with them. All values are nanochat's of July
+    2026 (92d63d4), but for batches of less than `REFERENCE_BATCH` tokens: its rule lowers their rates with the root of
+    the batch, and in runs of 400 steps of 131,072 tokens rates as high as for larger batches did better.
+
+    A parameter counts if a matrix product uses it: those of the blocks and of the head. Where the steps of pretraining
+    are not set, the experiment has `rules` too, so that all follows from the depth and the batch of the command line.
+
+    Args:
+      experiment: its depth, vocabulary, batch and, if they are set, pretraining steps stay.
+      tokens_per_counted_param: pretraining tokens for each counted parameter, if the steps are not set.
+      warmup_steps: in which the learning rates rise.
+    """
+    config, counted = experiment.pretrain, counted_parameters(experiment.model.depth, experiment.tokenizer.vocab_size)
+    steps = config.num_iterations or max(1, round(tokens_per_counted_param * counted / config.batch_tokens))
+    batch = config.batch_tokens / REFERENCE_BATCH
+    rate = math.sqrt(max(1.0, batch))
+    decay = 0.28 * math.sqrt(batch) * counted_parameters(12, REFERENCE_VOCAB) / counted
+    schedule = ScheduleConfig(
+        warmup_ratio=warmup_steps / steps, decay_ratio=min(0.65, 1 - warmup_steps / steps), final_fraction=0.05
+    )
+    return dataclasses.replace(
+        experiment,
+        rules="none" if config.num_iterations else "nanochat",
+        model=dataclasses.replace(
+            experiment.model,
+            window_pattern="SSSL",
+            rope_base=100_000.0,
+            attention_scale=1.44,
+            residual_scales=True,
+            value_embeddings=True,
+            smear=True,
+            backout=True,
+            embedding_std=0.8,
+            up_factor=0.4,
+            head_std=0.001,
+        ),
+        optimizer=OptimizerConfig(
+            matrix_lr=rounded(0.02 * rate),
+            embedding_lr=rounded(0.3 * rate),
+            head_lr=rounded(0.008 * rate),
+            value_embedding_lr=rounded(0.15 * rate),
+            residual_scale_lr=rounded(0.005 * rate),
+            input_scale_lr=rounded(0.5 * rate),
+            gate_lr=rounded(0.006 * rate),
+            scalar_lr=0.2,
+            matrix_weight_decay=rounded(decay),
+            embedding_weight_decay=0.001,
+            head_weight_decay=0.01,
+            value_embedding_weight_decay=0.01,
+            residual_scale_weight_decay=0.05,
+            embedding_betas=(0.8, 0.995),
+            head_betas=(0.8, 0.96),
+            value_embedding_betas=(0.8, 0.995),
+            input_scale_betas=(0.96, 0.95),
+            muon_momentum_start=0.85,
+            muon_momentum=0.97,
+            muon_momentum_ratio=rounded(min(0.35, 400 / steps)),
+            muon_momentum_end=0.9,
+            polar_express=True,
+            equalize_rows=True,
+            rescale=True,
+            muon_b2=0.9,
+            clip_norm=None,
+        ),
+        pretrain=dataclasses.replace(
+            config, num_iterations=steps, tokens_per_matrix_param=tokens_per_counted_param, schedule=schedule
+        ),
+    )
+
+
+def counted_parameters(depth: int, vocab_size: int) -> int:
+    """Parameters of the matrices of a model's blocks and of its head, with as many KV heads as query heads."""
+    width, vocab = model_width(depth), -(-vocab_size // 128) * 128
+    return 12 * depth * width**2 + vocab * width
+
+
+def rounded(value: float) -> float:
+    """`value` with three digits, as one would write it."""
+    return float(f"{value:.3g}")

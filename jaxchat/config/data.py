@@ -36,8 +36,9 @@ class DataConfig(Section):
     path: Annotated[str | None, UserPath()] = None
     """Folder with the user's data, the same as --data. None: data/ with downloads, else the synthetic corpus."""
     download: tuple[str, ...] = ()
-    """Data sets of "jaxchat data list" to download during training, pretraining text as NAME:SHARDS. Text of your own
-    in the data folder takes their place."""
+    """Data sets of "jaxchat data list" to download during training, pretraining text as NAME:SHARDS: fineweb-edu, or
+    climbmix, which models learn faster from (CC BY-NC 4.0: not for commercial use). Text of your own in the data
+    folder takes their place."""
     val_shard: str | None = None
     """Name of the text file that is kept for validation. None: the one that the manifest names, else what is called
     val, dev or test, else the last."""

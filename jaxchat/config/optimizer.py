@@ -17,7 +17,7 @@ FRACTION = Range(at_least=0, at_most=1)
 
 @dataclass(frozen=True)
 class OptimizerConfig(Section):
-    """Muon for the matrices of the blocks, AdamW for all other parameters, by groups."""
+    """Muon for the blocks' matrices, AdamW for all other parameters, by groups."""
 
     section = "optimizer"
 

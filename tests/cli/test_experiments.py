@@ -1,6 +1,7 @@
 """Experiments by name, from the files of a checkout, without a change to the module search path."""
 
 import ast
+import dataclasses
 import os
 import re
 import shutil
@@ -13,11 +14,14 @@ import pytest
 from jaxchat.cli import experiments
 from jaxchat.cli.experiments import experiment_names, load_experiment, summaries
 from jaxchat.cli.launch import main
+from jaxchat.config import Experiment, ModelConfig, OptimizerConfig, PretrainConfig
 from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.devices.machine import device_peak_flops
 from jaxchat.errors import UserError
 from jaxchat.model.parameters import count_parameters
 from jaxchat.optim.schedules import multiplier
+from jaxchat.planning.rules import follow_rules
+from jaxchat.recipes import counted_parameters, modern
 from jaxchat.stages.workspace import planned_model
 from jaxchat.train.budget import flops_per_token, training_length
 from tests.tiny import ROOT, refusal
@@ -49,7 +53,7 @@ def test_an_experiment_documents_its_command(name):
     assert f"python launch.py --experiment={name}" in documented(name)
 
 
-@pytest.mark.parametrize("name", ["rtx8gb", "rtx24gb", "d12", "speedrun", "d32"])
+@pytest.mark.parametrize("name", ["rtx8gb", "rtx24gb", "d12", "speedrun", "d32", "gpt2", "d12_modern"])
 def test_the_expected_hours_follow_from_the_peak(name):
     (hours,) = re.findall(r"Expected, not measured: ([\d.]+) hours (?:for|of) pretraining", documented(name))
     digits = len(hours.partition(".")[2])
@@ -69,7 +73,7 @@ def test_an_evening_on_a_graphics_card(name, gigabytes):
     assert "rl" not in experiment.stages and experiment.cost.devices == 1
 
 
-@pytest.mark.parametrize("name", ["d6", "d12", "speedrun", "d32"])
+@pytest.mark.parametrize("name", ["d6", "d12", "speedrun", "d32", "gpt2", "d12_modern"])
 def test_reinforcement_learning_trains_on_what_it_samples(name):
     """And fills up its batches for a model that solves as much of GSM8K as nanochat's d20 does before RL, 4.55 %."""
     rl = load_experiment(name).rl
@@ -80,6 +84,65 @@ def test_reinforcement_learning_trains_on_what_it_samples(name):
     wrong, right = (share**rl.samples_per_question for share in (1 - 0.0455, 0.0455))
     teach = 1 - wrong - right  # share of questions with answers of both kinds
     assert teach < 0.6 and rl.refill * teach > 1
+
+
+@pytest.mark.parametrize("name, steps, counted", [("gpt2", 5568, 729_808_896), ("d12_modern", 2520, 110_100_480)])
+def test_modern_experiments_read_as_many_tokens_as_nanochats_runs(name, steps, counted):
+    """Its sixth run took 5,568 steps of 2^20 tokens at 24 layers, and its fits say 2,520 of 2^19 at 12."""
+    experiment = load_experiment(name)
+    parameters = count_parameters(planned_model(experiment))
+    assert parameters.matrices + parameters.head == counted == counted_parameters(experiment.model.depth, 32_768)
+    assert abs(training_length(experiment.pretrain, planned_model(experiment)) - steps) <= 1
+    (text,) = [request for request in parse_requests(experiment.data.download) if request.is_text]
+    each = 59e6 if text.dataset.name == "climbmix" else 53e6
+    assert pretraining(experiment)[0] < text.shards * each
+
+
+def test_the_modern_recipe_follows_nanochats_rules():
+    gpt2, d12 = load_experiment("gpt2"), load_experiment("d12_modern")
+    for experiment in (gpt2, d12):  # the values in the file are those that the rules give
+        ruled = follow_rules(experiment)
+        assert ruled.pretrain == experiment.pretrain
+        for field in dataclasses.fields(OptimizerConfig):
+            own, found = (getattr(each.optimizer, field.name) for each in (experiment, ruled))
+            assert own == (pytest.approx(found, rel=0.005) if isinstance(found, float) else found), field.name
+    # Rates grow with the root of the batch; decay falls with the parameters that count.
+    for field in ("matrix_lr", "embedding_lr", "head_lr", "value_embedding_lr", "residual_scale_lr", "input_scale_lr"):
+        assert getattr(gpt2.optimizer, field) == pytest.approx(2**0.5 * getattr(d12.optimizer, field), rel=0.01), field
+    assert (gpt2.optimizer.matrix_weight_decay, d12.optimizer.matrix_weight_decay) == (0.0597, 0.28)
+    assert gpt2.optimizer.scalar_lr == d12.optimizer.scalar_lr == 0.2
+    # Batches below the reference do not lower the rates, and the decay as the rule has it.
+    small = modern(Experiment(pretrain=PretrainConfig(batch_tokens=131_072, num_iterations=400)))
+    assert small.optimizer.matrix_lr == 0.02 and small.optimizer.matrix_weight_decay == 0.14
+    assert small.pretrain.num_iterations == 400 and small.optimizer.muon_momentum_ratio == 0.35
+    # 400 steps, as far as the rates do not fall before.
+    ratio = gpt2.optimizer.muon_momentum_ratio
+    assert ratio is not None and ratio * 5568 == pytest.approx(400, rel=0.01)
+    rates = np.asarray(multiplier(gpt2.pretrain.schedule, 5568)(np.arange(5568)))
+    assert rates[0] == pytest.approx(1 / 40) and rates[38] < rates[39] == rates[1000] == 1 and rates[-1] < 0.0504
+    # The letters repeat, and the last layer sees everything whatever they say.
+    assert planned_model(gpt2).windows == (512, 512, 512, None) * 6
+
+
+def test_no_other_experiment_is_modern():
+    for name in set(experiment_names()) - {"gpt2", "d12_modern"}:
+        experiment = load_experiment(name)
+        assert experiment.optimizer == OptimizerConfig(), name
+        sizes = {"depth", "sequence_len"}
+        changed = {field.name for field in dataclasses.fields(ModelConfig)
+                   if getattr(experiment.model, field.name) != getattr(ModelConfig(), field.name)}  # fmt: skip
+        assert changed <= sizes, name
+
+
+@pytest.mark.parametrize("name", ["gpt2", "d12_modern"])
+def test_a_dry_run_of_a_modern_experiment(name, tmp_path, capsys):
+    """At a size that compiles in seconds: the layers keep their kinds, value embeddings and windows among them."""
+    small = ["--model.depth=4", "--model.sequence-len=128", "--pretrain.batch-tokens=1024", "--precision=auto",
+             "--tokenizer.vocab-size=512", "--midtrain.batch-tokens=1024", "--sft.batch-tokens=1024"]  # fmt: skip
+    assert main([f"--experiment={name}", "--dry-run", f"--run-dir={tmp_path}", *small]) == 0
+    out = capsys.readouterr().out
+    assert f"{name}: d4, width 256" in out and "windows       SSSL: 3 of 4 layers see 32 tokens back" in out
+    assert re.search(r"pretrain +\d", out) and "expected on" in out
 
 
 def test_files_that_are_not_experiments(tmp_path, monkeypatch):

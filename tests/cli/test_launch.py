@@ -42,10 +42,10 @@ class TestProcess:
 @pytest.mark.parametrize(
     "arguments, expected",
     {
-        "": "no experiment given; write --experiment=auto|d12|d32|d6|",
+        "": "no experiment given; write --experiment=auto|d12|d12_modern|d32|d6|",
         "quickstart": "no experiment given; write --experiment=quickstart",
         "--experiment": "--experiment needs a value",
-        "--experiment=": "unknown experiment ''. Experiments: auto, d12, d32",
+        "--experiment=": "unknown experiment ''. Experiments: auto, d12, d12_modern, d32",
         "--experiment=quickstar": "unknown experiment 'quickstar', did you mean 'quickstart'?",
         "--help --experiment=speed": "did you mean 'speedrun'?",
         "--experiment=d12 --fresh=yes": "--fresh takes no value",
