@@ -14,7 +14,7 @@ BATCH = Range(at_least=1, at_most=1 << 30)
 
 @dataclass(frozen=True)
 class PhasesConfig(Section):
-    """Pretraining in phases: windows and batches that grow, and tokens ahead that are predicted at first."""
+    """Pretraining in phases: growing windows and batches, and tokens ahead at first."""
 
     section = "pretrain.phases"
 
