@@ -11,8 +11,8 @@ question: with b questions that are answered right only after RL, and c only bef
 
 objectives: RL from one model with one objective or advantage after the other, each for as long, and what the model
 answers to the questions for validation before and after. The time is that of sampling and training, without the start,
-compilation and the evaluations: a few batches of each method, run before, tell its pace, and what takes a tenth longer
-or shorter all the same is done again.
+the evaluations and the first batch, which compiles programs: as with a budget, the number of batches follows from how
+long they take, and rates fall with the time.
 
 The first argument is a folder for the runs; what is finished there is not done again.
 """
@@ -20,14 +20,16 @@ The first argument is a folder for the runs; what is finished there is not done 
 from __future__ import annotations
 
 import argparse
+import functools
+import gc
 import json
 import os
 import random
 import re
 import shutil
-import statistics
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -35,11 +37,20 @@ from typing import Any
 from timing import run, table
 
 from jaxchat.cli.experiments import load_experiment
+from jaxchat.cli.options import configure
+from jaxchat.config import Experiment
 from jaxchat.data.synthetic import QUESTION_MAKERS
 from jaxchat.data.synthetic.world import build_world
+from jaxchat.devices.compile_cache import keep_compiled
+from jaxchat.devices.mesh import set_xla_flags
 from jaxchat.errors import UserError
 from jaxchat.eval.changes import change_of
+from jaxchat.runs.init_from import StartingModel, find_start, with_model_of
 from jaxchat.runs.metrics import read_metrics
+from jaxchat.runs.time_budget import TimeBudget
+from jaxchat.stages import rl
+from jaxchat.stages.init_from import place_start
+from jaxchat.stages.workspace import Workspace
 
 Scores = tuple[list[float], list[float]]  # of the same questions, before and after
 LAUNCH = Path(__file__).parent.parent / "launch.py"
@@ -47,8 +58,6 @@ HARD = "long_sums"
 LONG_SUM = re.compile(r"\b\d{4} [-+] \d{4}\b")
 OTHERS = ("sums", "letters", "facts")
 LEAST_RISE, LEAST_Z, MOST_CHANGE = 20.0, 5.0, 2.0  # percentage points, of the hard task and of each other one
-PACED = 12  # batches that tell a method's pace
-TOLERANCE, ATTEMPTS = 0.1, 3  # what takes longer or shorter by more is done again, at the pace that it had
 PASS_K = 8  # answers to each question for validation, besides the greedy one
 OBJECTIVES: dict[str, list[str]] = {
     "reinforce, centred": [],
@@ -194,28 +203,61 @@ def _points(change: Mapping[str, float]) -> float:
 # --- objectives at equal time -----------------------------------------------------------------------------------------
 
 
+class BatchTime(TimeBudget):
+    """A budget for the batches of RL alone, and not for the first of them, which compiles programs.
+
+    Its clock stands still until that one is asked for: what is evaluated before costs nothing.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
+        super().__init__(f"{seconds:g}s", seconds, ["rl"], began=0.0, now=lambda: self._since(0))
+        self._clock = clock
+        self._asked: list[float] = []  # when each batch was
+
+    def batch(self) -> None:
+        """Called as a batch is asked for."""
+        self._asked.append(self._clock())
+
+    def _since(self, number: int) -> float:
+        return self._clock() - self._asked[number] if number < len(self._asked) else 0.0
+
+    def left_of(self, stage: str) -> float:
+        return self.seconds - self._since(1)
+
+
+class _Timed(Workspace):
+    """A workspace with a budget for batches."""
+
+    def __init__(self, experiment: Experiment, directory: Path, seconds: float):
+        self._time, self._updates = BatchTime(seconds), 0
+        super().__init__(experiment, directory, say=functools.partial(print, flush=True), budget=self._time)
+
+    def keep_time(self, every: float = 0.0) -> None:
+        """Called as each update begins."""
+        if self._updates % self.experiment.rl.updates_per_batch == 0:
+            self._time.batch()
+        self._updates += 1
+
+
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """What each objective made of the same model in the same time, by name."""
-    found, paces = {}, {}
+    set_xla_flags()
+    keep_compiled()
+    start, found = find_start(options.run), {}
     for name in options.only:
-        method = next((part for part in OBJECTIVES[name] if part.startswith("--rl.method=")), "--rl.method=reinforce")
-        if method not in paces:  # for all that follow
-            directory = options.directory / f"pace-{method.partition('=')[2]}"
-            _reinforce(options, name, directory, PACED, questions=len(options.tasks))
-            paces[method] = statistics.mean(batch_seconds(_steps(_lines(directory))))
-        for attempt in range(1, ATTEMPTS + 1):
-            directory = options.directory / f"{name.replace(', ', '-').replace(' ', '_')}-{attempt}"
-            _reinforce(options, name, directory, max(1, round(options.seconds / paces[method])), options.questions)
-            found[name] = result(_lines(directory))
-            paces[method] = found[name]["seconds"] / found[name]["batches"]
-            if abs(found[name]["seconds"] / options.seconds - 1) <= TOLERANCE:
-                break
+        directory = options.directory / name.replace(", ", "-").replace(" ", "_")
+        if not (directory / "done.json").exists():
+            shutil.rmtree(directory, ignore_errors=True)  # what was stopped has not had its time in one piece
+            seconds = _reinforce(options, name, start, directory)
+            (directory / "done.json").write_text(json.dumps(seconds))
+        seconds = json.loads((directory / "done.json").read_text())
+        found[name] = {**result(_lines(directory)), "seconds": seconds}
         _write(options, {"objectives": found})  # what follows takes minutes, and may be stopped
     best = f"pass@{PASS_K}"
     head = ["", "batches", "updates", "seconds", "pass@1, before", "after", "95 %", "z", "greedy"]
     head += [f"{best}, before", "after"]
     rows = [
-        [name, one["batches"], one["updates"], f"{one['seconds']:.0f}", _percent(one["before"]["pass_1"]),
+        [name, one["batches"], one["updates"], f"{one['seconds']:.1f}", _percent(one["before"]["pass_1"]),
          _percent(one["after"]["pass_1"]),
          f"{100 * one['after']['pass_1_low']:.1f} to {100 * one['after']['pass_1_high']:.1f}",
          f"{one['after']['pass_1_z']:+.1f}", _percent(one["after"]["greedy"]),
@@ -227,34 +269,31 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     return {"objectives": found}
 
 
-def _reinforce(options: argparse.Namespace, name: str, directory: Path, batches: int, questions: int) -> None:
-    updates = next((int(part.partition("=")[2]) for part in OBJECTIVES[name] if "updates-per-batch" in part), 1)
-    _launch(
-        name, f"--experiment={options.experiment}", f"--init-from={options.run}", f"--run-dir={directory}",
-        *([f"--data={options.data}"] if options.data else []), "--data.download=", "--stages=rl",
-        f"--rl.num-iterations={batches * updates}", "--rl.tasks", *options.tasks, f"--rl.eval-questions={questions}",
-        f"--rl.pass-k={PASS_K}", "--rl.eval-every=0", "--rl.save-every=0", *OBJECTIVES[name],
+def _reinforce(options: argparse.Namespace, name: str, start: StartingModel, directory: Path) -> float:
+    """RL for `options.seconds`, in `directory`; returns the seconds of all batches but the first."""
+    gc.collect()  # of what the objective before has left in memory
+    print(f"\n{name}", flush=True)
+    settings = [
+        "--data.download=", "--stages=rl", "--rl.tasks", *options.tasks, f"--rl.eval-questions={options.questions}",
+        f"--rl.pass-k={PASS_K}", "--rl.eval-every=0", "--rl.save-every=0", "--rl.sample-every=0", *OBJECTIVES[name],
         *([] if options.max_new_tokens is None else [f"--rl.max-new-tokens={options.max_new_tokens}"]),
-    )  # fmt: skip
-
-
-def batch_seconds(steps: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Of each batch with all its updates. The first compiles programs: it counts as the median of the others."""
-    batches: list[float] = []
-    for step in steps:
-        if "reward" in step:
-            batches.append(0.0)
-        batches[-1] += step["step_seconds"]
-    return [min(batches[0], statistics.median(batches[1:])), *batches[1:]] if len(batches) > 1 else batches
+    ]  # fmt: skip
+    experiment = with_model_of(configure(options.experiment, settings, options.data, []), start, [])
+    workspace = _Timed(experiment, directory, options.seconds)
+    place_start(workspace, start)
+    workspace.begin("rl")
+    rl.run(workspace)
+    steps = _steps(_lines(directory))
+    counted = next((n for n, step in enumerate(steps) if n and "reward" in step), len(steps))
+    return sum(step["step_seconds"] for step in steps[counted:])
 
 
 def result(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the metrics of a stage say: its evaluations before and after, and its steps."""
+    """What the metrics of a stage say: its evaluations before and after, and how many batches and updates it had."""
     evaluations, steps = [dict(line) for line in lines if "pass_1" in line], _steps(lines)
     return {
         "batches": sum("reward" in line for line in steps),
         "updates": len(steps),
-        "seconds": sum(batch_seconds(steps)),
         "before": evaluations[0],
         "after": evaluations[-1],
     }
