@@ -56,7 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--rates", type=float, metavar="FACTOR", help="on its rates for 524,288 tokens, in place of its rule")
     add("--momentum", type=momentum_curve, metavar="START,TOP,END,RISE,FALL",
-        help="Muon's: up from START to TOP in the first RISE steps, down to END in the last FALL")  # fmt: skip
+        help="Muon's: up from START to TOP in the part RISE of the steps, down to END in the last FALL")  # fmt: skip
 
 
 def momentum_curve(text: str) -> Callable[[int, int], float]:
@@ -67,8 +67,9 @@ def momentum_curve(text: str) -> Callable[[int, int], float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not five numbers with commas") from None
 
     def at(step: int, steps: int) -> float:
-        up = min(1.0, step / rise) if rise else 1.0
-        down = max(0.0, (step - (steps - fall)) / fall) if fall else 0.0
+        done = step / steps
+        up = min(1.0, done / rise) if rise else 1.0
+        down = max(0.0, (done - (1 - fall)) / fall) if fall else 0.0
         return start + (top - start) * up + (end - top) * down
 
     return at

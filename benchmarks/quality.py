@@ -3,13 +3,14 @@
     python benchmarks/quality.py --data DIR --experiment d12 --steps 400 --at 100 200 400 --seeds 0 1 \\
         --recipe "guide:" "long warm-down:--pretrain.schedule.decay-ratio=0.65" \\
         --json quality.jsonl --png quality.png --pretrain.batch-tokens=131072 --data.packing=concat
-    python benchmarks/quality.py --data DIR --experiment d12 --steps 400 --file parts.toml --json parts.jsonl
-    python benchmarks/quality.py --data DIR --experiment d12 --tokens 52e6 --target 1.098 --file recipes.toml
+    python benchmarks/quality.py --data DIR --steps 400 --file benchmarks/modern.toml --json parts.jsonl
+    python benchmarks/quality.py --data DIR --tokens 52e6 --target 1.098 --json some.jsonl \\
+        --recipe "small:--pretrain.batch-tokens=65536" "large:--pretrain.batch-tokens=262144"
 
-A recipe is a name and options of launch.py; the options that all have may follow the benchmark's own. A file has
-recipes, or the parts of one for an ablation: each part alone and left out of the whole (`recipes.py` says how it is
-written). Each run is a pretraining as launch.py does it, without samples and checkpoints. Seconds are those of its
-steps: compiling and evaluations do not count. Bits per byte are those of the same validation rows.
+A recipe is a name and options of launch.py, --experiment=NAME included; options that all have may follow the
+benchmark's own. A file has recipes, or the parts of one for an ablation: each part alone and left out of the whole
+(`recipes.py` says how it is written). Each run is a pretraining as launch.py does it, without samples and checkpoints.
+Seconds are those of its steps: compiling and evaluations do not count. Bits per byte are those of the same rows.
 
 With --target, the steps and seconds until then are told too, between evaluations by a straight line. A run goes on to
 its last step all the same, since its learning rates are made for that many: the shortest run that ends at the target
@@ -41,6 +42,7 @@ from jaxchat.cli.parser import option_strings
 from jaxchat.errors import UserError, check
 from jaxchat.planning.settle import replace_fields
 
+BASIS = "--experiment="
 EVALUATIONS = 4  # of a run, if --at does not say after which steps
 
 
@@ -66,7 +68,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of a comparison, whichever programs it compares."""
     add = parser.add_argument
     add("--data", metavar="DIR", help="folder of text, as for launch.py (default: the experiment's)")
-    add("--experiment", default="d12", help="whose settings all recipes begin with (default d12)")
+    add("--experiment", default="d12", help="whose settings recipes begin with that name no other (default d12)")
     add("--recipe", nargs="+", action="extend", default=[], metavar="NAME:OPTIONS", help="recipes of jaxchat")
     add("--file", metavar="TOML", help="a file of recipes, or of the parts of one for an ablation")
     add("--only", nargs="+", metavar="NAME", help="only these recipes; the others can follow, or run elsewhere")
@@ -120,7 +122,9 @@ def plan(options: argparse.Namespace, given: Recipes, overrides: Sequence[str], 
 
 
 def _run(options: argparse.Namespace, recipe: Recipe, own: tuple[str, ...], names: Sequence[str]) -> Run:
-    experiment = configure(options.experiment, list(own), options.data, names)
+    name = next((option.partition("=")[2] for option in reversed(own) if option.startswith(BASIS)), options.experiment)
+    own = tuple(option for option in own if not option.startswith(BASIS))
+    experiment = configure(name, list(own), options.data, names)
     steps = experiment.pretrain.num_iterations
     if "pretrain.num_iterations" not in named_fields(own):
         given = options.tokens and max(1, int(options.tokens // experiment.pretrain.batch_tokens))
@@ -130,7 +134,7 @@ def _run(options: argparse.Namespace, recipe: Recipe, own: tuple[str, ...], name
     at = options.at or [round(steps * part / EVALUATIONS) for part in range(1, EVALUATIONS)]
     until = (*sorted({step for step in at if 0 < step < steps}), steps)
     experiment = replace_fields(experiment, {"pretrain.num_iterations": steps})
-    all_options = (f"--experiment={options.experiment}", f"--data={options.data}", f"--steps={steps}", *own)
+    all_options = (f"{BASIS}{name}", f"--data={options.data}", f"--steps={steps}", *own)
     return Run("jaxchat", recipe.name, all_options, experiment, experiment.seed, until)
 
 

@@ -2,14 +2,15 @@
 
     python benchmarks/against_nanochat.py quality --checkout nanochat --python nanochat/.venv/bin/python --data DIR \\
         --steps 400 --at 100 200 400 --seeds 0 1 --json all.jsonl --png all.png --recipe "guide:" \\
-        --peer "its own rule:" "its best:--rates=2 --warmup-steps=0 --momentum=0.85,0.97,0.9,140,260" \\
+        --peer "its own rule:" "its best:--rates=2 --warmup-steps=0 --momentum=0.85,0.97,0.9,0.35,0.65" \\
         --pretrain.batch-tokens=131072 --data.packing=concat
 
-jaxchat's recipes are those of `quality.py`, whose options hold here too. A recipe of nanochat (--peer, or [nanochat]
-in the file) is a name and options of its scripts/base_train.py; `nanochat_quality.py` has --rates and --momentum
-besides. The script runs as it is, in a process of its own, on the same files in the same order, with the same
-tokenizer. Depth, context, tokens a step, number of steps, seeds and rows for validation are those of jaxchat's first
-recipe; its --window-pattern is L unless a recipe says otherwise. It packs and crops documents in its own way.
+jaxchat's recipes are those of `quality.py`, whose options hold here too; of the parts in a file it trains the base and
+the whole. A recipe of nanochat (--peer, or [nanochat] in the file) is a name and options of its scripts/base_train.py;
+`nanochat_quality.py` has --rates and --momentum besides. The script runs as it is, in a process of its own, on the same
+files in the same order, with the same tokenizer. Depth, context, tokens a step, number of steps, seeds and rows for
+validation are those of jaxchat's first recipe; its --window-pattern is L unless a recipe says otherwise. It packs and
+crops documents in its own way.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from quality import add_options, plan, recipes_of, report, train_all
 from quality_runs import Measured, Record, Run, carry_out
-from recipes import Recipe, chosen, parse
+from recipes import Recipe, ablation, chosen, parse
 from timing import Failed, alone, run
 
 from jaxchat.cli.parser import option_strings
@@ -71,11 +72,9 @@ def compare(options: argparse.Namespace, overrides: Sequence[str], names: Sequen
     check("setup_optimizer(" in script.read_text(), f"{script} is too old; check out a commit of January 2026 or later")
     given = recipes_of(options)
     peers = (*given.nanochat, *map(parse, options.peer))
-    check(
-        bool(given.recipes), "no recipe of jaxchat is given, whose sizes nanochat's have; write --recipe NAME:OPTIONS"
-    )
+    given = dataclasses.replace(given, recipes=(*given.recipes, *ablation(given.parts)[:2]), parts=())
     wanted = [recipe.name for recipe in chosen((*given.recipes, *peers), options.only)]
-    options.only, given = None, dataclasses.replace(given, parts=())
+    options.only = None
     ours = plan(options, given, overrides, names)
     theirs = [_peer(options, one, peer) for one in ours if one.recipe == ours[0].recipe for peer in peers]
     asked = [[one for one in runs if one.recipe in wanted] for runs in (ours, theirs)]

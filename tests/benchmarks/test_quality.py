@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import quality
@@ -15,6 +16,7 @@ from jaxchat.cli.experiments import load_experiment
 from jaxchat.errors import UserError
 from tests.tiny import ARGUMENTS, start, values
 
+ROOT = Path(__file__).parents[2]
 SEED = str(load_experiment("quickstart").seed)
 PARTS = """
 common = "--pretrain.batch-tokens=512"
@@ -27,6 +29,13 @@ b = "--optimizer.head-lr=0.01 --seed=3"
 [nanochat]
 rule = "--warmup-steps=0"
 """
+
+
+def planned(*given):
+    parser = quality.argparse.ArgumentParser()
+    quality.add_options(parser)
+    options, overrides = parser.parse_known_args([*given])
+    return quality.plan(options, quality.recipes_of(options), overrides, [])
 
 
 @pytest.fixture
@@ -67,6 +76,21 @@ def test_recipes_of_a_file(file):
 def test_files_that_are_refused(file, text, message):
     with pytest.raises(UserError, match=message):
         recipes.read(file(text))
+
+
+def test_the_parts_of_the_modern_recipe_can_be_combined():
+    file = str(ROOT / "benchmarks" / "modern.toml")
+    found, runs = recipes.read(file), {run.recipe: run for run in planned("--file", file, "--steps", "400")}
+    assert len(runs) == 2 + 2 * len(found.parts) and len(found.nanochat) == 4
+    base, whole = runs["base"].experiment, runs["whole"].experiment
+    assert base.model == load_experiment("d12").model and base.pretrain.batch_tokens == 131_072
+    for part in found.parts:
+        alone, without = (runs[name].experiment for name in (recipes.alone(part.name), recipes.left_out(part.name)))
+        for one, beside in ((alone, base), (without, whole)):
+            changed = [
+                name for name in ("model", "optimizer", "pretrain") if getattr(one, name) != getattr(beside, name)
+            ]
+            assert changed and len(changed) < 3, part.name
 
 
 def test_recipes_of_the_command_line():
@@ -198,12 +222,6 @@ def test_a_recipe_is_trained_as_launch_trains_it(tmp_path, capsys):
 
 
 def test_lengths_and_options_that_are_refused(capsys):
-    def planned(*given):
-        parser = quality.argparse.ArgumentParser()
-        quality.add_options(parser)
-        options, overrides = parser.parse_known_args([*given])
-        return quality.plan(options, quality.recipes_of(options), overrides, [])
-
     sizes = ["--recipe", "a:", "b:--pretrain.batch-tokens=4096 --model.depth=4", "c:--pretrain.num-iterations=7"]
     sizes += ["--pretrain.batch-tokens=2048"]
     found = planned(*sizes, "--tokens", "81920", "--seeds", "5", "6")
@@ -216,6 +234,8 @@ def test_lengths_and_options_that_are_refused(capsys):
     assert [run.experiment.pretrain.num_iterations for run in found[:3]] == [40, 20, 7]
     assert found[0].at == (10, 20, 30, 40) and found[3].experiment.seed == 6 and found[1].experiment.model.depth == 4
     assert planned(*sizes, "--steps", "9", "--at", "4", "40")[0].at == (4, 9)
+    other = planned("--recipe", "a:", "b:--experiment=d6", "--steps", "9")
+    assert [run.experiment.model.depth for run in other] == [12, 6] and other[1].options[0] == "--experiment=d6"
     for given, message in (
         (["--recipe", "a:"], "a: nothing says how long it is"),
         (["--steps", "4"], "no recipe is given"),

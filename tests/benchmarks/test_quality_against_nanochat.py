@@ -34,7 +34,7 @@ def measure(options, script):
         times=[9.0] + [0.5] * (options.at[-1] - 1), scores=[(step, 4.0 / (options.rates or 1)) for step in options.at],
         device="none", script=script, files=[os.path.basename(os.path.realpath(file)) for file in files],
         rows=numpy.load(options.rows).tolist(), tokenizer=options.tokenizer.read_text(),
-        momentum=options.momentum and options.momentum(3, options.at[-1]),
+        momentum=options.momentum and options.momentum(3, 10 * options.at[-1]),
         sizes=[options.total_batch_size, options.device_batch_size, options.seed],
     )
 
@@ -80,7 +80,7 @@ def test_both_learn_from_the_same_text(given, here, tmp_path, capsys):
         "modern:--model.depth=2",
         "--peer",
         "rule:",
-        "best:--rates=2 --momentum=0,1,0.5,4,4",
+        "best:--rates=2 --momentum=0,1,0.5,0.3,0.3",
         "--at=6",
         "--seeds",
         "3",
@@ -98,7 +98,7 @@ def test_both_learn_from_the_same_text(given, here, tmp_path, capsys):
     assert [one["program"] for one in found] == ["jaxchat"] * 2 + ["nanochat"] * 4
     best = found[3]
     assert best["curve"] == [[6, 3.0, 2.0], [12, 6.0, 2.0]] and best["step_ms"] == 500, "the first step compiled"
-    assert best["files"] == ["a.parquet", "b.parquet", "c.parquet"] and best["momentum"] == 0.75
+    assert best["files"] == ["a.parquet", "b.parquet", "c.parquet"] and best["momentum"] == pytest.approx(1 / 12)
     assert best["script"] == ["--depth=1", "--max-seq-len=64", "--window-pattern=L"]
     assert best["sizes"] == [512, 4, 3] and found[2]["momentum"] is None and found[4]["seed"] == 5
     (tmp_path / "given").mkdir()
@@ -132,7 +132,7 @@ def test_refusals(given, here, tmp_path, capsys):
 
 
 def test_momentum_rises_and_falls():
-    at = peer.momentum_curve("0.85,0.97,0.9,140,260")
+    at = peer.momentum_curve("0.85,0.97,0.9,0.35,0.65")
     assert [round(at(step, 400), 4) for step in (0, 70, 140, 270, 400)] == [0.85, 0.91, 0.97, 0.935, 0.9]
     flat = peer.momentum_curve("0.85,0.95,0.95,0,0")
     assert flat(0, 400) == flat(399, 400) == 0.95
