@@ -105,7 +105,7 @@ def _train(options: argparse.Namespace, scratch: Path, one: Run) -> Measured:
     folder = scratch / "given"
     if not folder.exists():
         try:
-            alone(prepare, one.experiment, str(folder), environment={"JAX_PLATFORMS": "cpu"}, timeout=LONG)
+            alone(prepare, one.experiment, str(folder), timeout=LONG)
         except Failed as failure:
             raise UserError(str(failure)) from None
     result, checkout = scratch / "result.json", str(Path(options.checkout).absolute())
@@ -127,10 +127,13 @@ def prepare(experiment: Experiment, folder: str) -> None:
     Raises:
       UserError: the text is not parquet, or no single file of it is for validation.
     """
+    import jax
+
     from jaxchat.stages import tokenizer
     from jaxchat.stages.pretrain import validation_rows
     from jaxchat.stages.workspace import Workspace
 
+    jax.config.update("jax_platforms", "cpu")  # too late for JAX_PLATFORMS: it is imported before
     with tempfile.TemporaryDirectory() as directory:
         workspace = Workspace(experiment, Path(directory) / "run", say=lambda line: None)
         text = workspace.text()
