@@ -184,18 +184,26 @@ def _adjusted(logits: Float[Array, "B V"], settings: Settings, seen: Seen | None
     and answer; the other two are those of OpenAI's API, logit - count · frequency - (count > 0) · presence, over the
     answer.
     """
+
+    def adjusted(logits: Float[Array, "B N"], biases: Array | float, seen: Int32[Array, "B N"] | None):
+        scores = logits + biases
+        if seen is not None:
+            repetition, frequency, presence = (
+                setting[:, None] for setting in (settings.repetition, settings.frequency, settings.presence)
+            )
+            repeated = jnp.where(scores > 0, scores / repetition, scores * repetition)
+            scores = jnp.where(seen > 0, repeated, scores)
+            times = (seen >> 1).astype(jnp.float32)
+            scores = scores - times * frequency - jnp.where(times > 0, presence, 0)
+        return jnp.where(logits > NEVER / 2, scores, NEVER)
+
+    # The few ids with biases by themselves: adding biases to all logits first would copy these.
     rows = jnp.arange(len(logits))[:, None]
+    biased = adjusted(
+        logits[rows, settings.bias_ids], settings.bias_values, None if seen is None else seen[rows, settings.bias_ids]
+    )
     ids = jnp.where(settings.bias_ids >= 0, settings.bias_ids, logits.shape[1])
-    scores = logits.at[rows, ids].add(settings.bias_values, mode="drop")
-    if seen is not None:
-        repetition, frequency, presence = (
-            setting[:, None] for setting in (settings.repetition, settings.frequency, settings.presence)
-        )
-        repeated = jnp.where(scores > 0, scores / repetition, scores * repetition)
-        scores = jnp.where(seen > 0, repeated, scores)
-        times = (seen >> 1).astype(jnp.float32)
-        scores = scores - times * frequency - jnp.where(times > 0, presence, 0)
-    return jnp.where(logits > NEVER / 2, scores, NEVER)
+    return adjusted(logits, 0.0, seen).at[rows, ids].set(biased, mode="drop")
 
 
 # --- drawing ------------------------------------------------------------------------------------------------------
@@ -232,9 +240,7 @@ def draw(
     if level not in ("plain", "scored"):
         # One set of numbers for all passes: computed again in each, they might be rounded in another way.
         logits = jax.lax.optimization_barrier(logits)
-    blocks = _blocks(logits, BLOCK)
-    # The barrier keeps XLA from finding the highest of all in a pass of its own over the vocabulary.
-    tops = jax.lax.optimization_barrier(blocks.max(axis=-1))
+    blocks, tops = _blocks(logits, BLOCK), _tops(logits)
     highest = tops.max(axis=-1)
     greedy = settings.temperature == 0
     # What is below the smallest normal number counts as 0 on many devices, and 0 / 0 is no logit.
@@ -249,7 +255,7 @@ def draw(
         lowest = _by_platform(_kth, used, limits.lowest, logits, settings.top_k)
         limits = limits._replace(lowest=lowest)
         used = ~greedy & (settings.top_p < 1)
-        lowest = _by_platform(_nucleus, used, limits.lowest, logits, limits, settings.top_p)
+        lowest = _by_platform(_nucleus, used, limits.lowest, logits, tops, limits, settings.top_p)
         limits = limits._replace(lowest=lowest, depth=-jnp.log(settings.min_p))
     weights = _weights(blocks, tops, limits).sum(axis=-1, dtype=jnp.uint32).astype(jnp.float32)
 
@@ -266,6 +272,12 @@ def _blocks(logits: Float[Array, "B V"], size: int) -> Float[Array, "B N size"]:
     rows, ids = logits.shape
     padded = jnp.pad(logits, ((0, 0), (0, -ids % size)), constant_values=NEVER)
     return padded.reshape(rows, -1, size)
+
+
+def _tops(logits: Float[Array, "B V"]) -> Float[Array, "B N"]:
+    """The highest logit of each block."""
+    # The barrier keeps XLA from finding the highest of all in a pass of its own over the vocabulary.
+    return jax.lax.optimization_barrier(_blocks(logits, BLOCK).max(axis=-1))
 
 
 def _noise(key: UInt32[Array, "B 2"], count: Int[Array, " B"], size: int) -> Float[Array, "B size"]:
@@ -341,11 +353,11 @@ def _kth(logits: Float[Array, "B V"], top_k: Int32[Array, " B"], *, on_cpu: bool
 
 
 def _nucleus(
-    logits: Float[Array, "B V"], limits: _Limits, top_p: Float[Array, " B"], *, on_cpu: bool
+    logits: Float[Array, "B V"], tops: Float[Array, "B N"], limits: _Limits, top_p: Float[Array, " B"], *, on_cpu: bool
 ) -> Float[Array, " B"]:
     """The highest logit from which on the probabilities of what `limits` allow make up `top_p`, which is below 1."""
     runs = _blocks(logits, RUN)
-    tops = runs.max(axis=-1)
+    tops = _blocks(tops, RUN // BLOCK).max(axis=-1)
     mass = Mass(_weights(runs, tops, limits), jnp.exp(_scaled(tops, limits.highest, limits)))
     return lowest_within(runs, mass, top_p * total_mass(runs, mass), on_cpu=on_cpu)
 
@@ -353,10 +365,16 @@ def _nucleus(
 # --- log-probabilities --------------------------------------------------------------------------------------------
 
 
+def _log_sum(logits: Float[Array, "B V"], tops: Float[Array, "B N"]) -> Float[Array, " B"]:
+    """The logarithm of the sum of each row's exponentials."""
+    highest = tops.max(axis=-1)
+    return jnp.log(jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1)) + highest
+
+
 def logprob(logits: Float[Array, "B V"], ids: Int[Array, " B"]) -> Float[Array, " B"]:
     """The log-probability of each row's id, in nats."""
     own = jnp.take_along_axis(logits, ids[:, None].astype(jnp.int32), axis=-1)[:, 0]
-    return own - jax.nn.logsumexp(logits, axis=-1)
+    return own - _log_sum(logits, _tops(logits))
 
 
 def logprobs(
@@ -367,12 +385,13 @@ def logprobs(
     An id among the likeliest has the same number in both places, to the last bit. Of equal logits the lower id comes
     first; which of them come last among the `k` is not said. Padding has a log-probability of about -1e30.
     """
-    log_sum = jax.nn.logsumexp(logits, axis=-1)
+    tops = _tops(logits)
+    log_sum = _log_sum(logits, tops)
     own = jnp.take_along_axis(logits, ids[:, None].astype(jnp.int32), axis=-1)[:, 0]
     blocks = _blocks(logits, BLOCK)
     names = jnp.broadcast_to(jnp.arange(blocks.shape[1], dtype=jnp.int32), blocks.shape[:2])
     if blocks.shape[1] > k > 0:
-        _, names = jax.lax.top_k(blocks.max(axis=-1), k)
+        _, names = jax.lax.top_k(tops, k)
         names = jnp.sort(names, axis=-1)  # so that the lower of equal ids comes first
         blocks = jnp.take_along_axis(blocks, names[:, :, None], axis=1)
     highest, places = jax.lax.top_k(blocks.reshape(len(logits), -1), k)

@@ -1,6 +1,7 @@
 """Sampling against probabilities worked out in NumPy, one row at a time, by sorting."""
 
 import functools
+import math
 import re
 
 import jax
@@ -238,6 +239,20 @@ def test_the_vocabulary_is_never_sorted(level):
         assert all(int(length) <= size // 32 for _, length in sorted_shapes), sorted_shapes
 
 
+def test_the_vocabulary_is_read_once_for_its_highest_logits():
+    size = 65_536
+    logits, ids, seen = jax.eval_shape(lambda: (jnp.zeros((2, size)), jnp.zeros(2, int), jnp.zeros((2, size), int)))
+    drawn = jitted.trace(logits, settings_of([Sampling()] * 2), ids, seen, level="full")
+    scored = jax.jit(logprobs, static_argnums=2).trace(logits, ids, 20)
+    for traced, reductions in ((drawn, 1), (scored, 2)):  # for log-probabilities the exponentials are added up too
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+        shapes = re.findall(r"stablehlo\.reduce\(.*: \(tensor<([\dx]+)xf32>", program)
+        whole = [shape for shape in shapes if math.prod(map(int, shape.split("x"))) == 2 * size]
+        assert len(whole) == reductions, whole
+        # What is changed in a few places is no argument, which would be copied.
+        assert not re.search(r'"stablehlo.scatter"\(%arg', program)
+
+
 # --- greedy, the ends of the temperature, and padding -------------------------------------------------------------
 
 
@@ -294,7 +309,7 @@ def test_top_k_keeps_what_sorting_keeps(values, top_k, seed):
 @functools.partial(jax.jit, static_argnames="on_cpu")
 def nucleus(logits, top_p, on_cpu):
     limits = module._Limits(jnp.ones(1), logits.max(-1), jnp.full(1, PAD / 2))
-    return module._nucleus(logits, limits, top_p, on_cpu=on_cpu)
+    return module._nucleus(logits, module._tops(logits), limits, top_p, on_cpu=on_cpu)
 
 
 @given(st.integers(0, 2**32), st.sampled_from([0.1, 1.0, 4.0]), st.floats(0.001, 0.999), st.booleans())
