@@ -5,14 +5,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from jaxchat.config import MeshConfig
+from jaxchat.config import MeshConfig, OptimizerConfig
 from jaxchat.devices.mesh import BATCH_SPEC, make_mesh, put_whole
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params, logits
 from jaxchat.model.parameters import named_parameters, shardings
 from jaxchat.ops.compute import Compute
+from jaxchat.optim.optimizer import make_optimizer
+from jaxchat.train.step import init_state, make_train_step
 from tests.model.test_parts import PARTS
 
 PLAIN = GPTConfig(depth=4, sequence_len=16, vocab_size=200, window_pattern="SL", border_token=7)
@@ -71,6 +74,24 @@ def test_any_mesh_gives_the_loss_and_the_gradients_of_one_device(mesh, params, o
     placed = jax.device_put(params, shardings(mesh, params))
     tokens = put_whole(mesh, TOKENS, BATCH_SPEC)
     assert_equal(loss_and_gradients(placed, Compute(mesh=mesh), tokens=tokens), one_device, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+def test_three_steps_move_every_parameter_and_lower_the_loss():
+    config, mesh = dataclasses.replace(ALL, depth=2), make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    optimizer = make_optimizer(OptimizerConfig(), config, optax.constant_schedule(1.0), mesh=mesh)
+    state = init_state(init_params(config, jax.random.key(0)), optimizer)
+    placed = shardings(mesh, state)
+    before = jax.device_get(state["params"])
+    state, losses = jax.device_put(state, placed), []
+    step = make_train_step(config, optimizer, Compute(mesh=mesh), state_shardings=placed)
+    for _ in range(3):
+        state, metrics = step(state, {"inputs": TOKENS[None, :, :-1], "targets": TOKENS[None, :, 1:]})
+        losses.append(float(metrics["loss"]))
+    assert losses[2] < losses[1] < losses[0]
+    after = dict(named_parameters(state["params"]))
+    for path, array in named_parameters(before):
+        assert not np.array_equal(array, after[path]), path
 
 
 @pytest.mark.parametrize("remat", ["mlp", "full"])
