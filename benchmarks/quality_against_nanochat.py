@@ -36,6 +36,7 @@ from jaxchat.config import Experiment
 from jaxchat.errors import UserError, check
 
 HERE = Path(__file__).parent
+OF_THE_TEXT = 3  # options of a run of nanochat: they tell it apart from others, but its script has none such
 LONG = 7 * 86_400  # seconds: no run is cut short
 
 
@@ -91,9 +92,11 @@ def compare(options: argparse.Namespace, overrides: Sequence[str], names: Sequen
 
 
 def _peer(options: argparse.Namespace, ours: Run, peer: Recipe) -> Run:
-    """A run of nanochat, of the same sizes as one of jaxchat; its options are those of the process that does it."""
+    """A run of nanochat, of the sizes of one of jaxchat; the options of its process follow those of the text."""
     experiment = ours.experiment
     settings = (
+        f"--data={options.data}",
+        *(f"--vocab-size={experiment.tokenizer.vocab_size}", f"--eval-tokens={experiment.pretrain.eval_tokens}"),
         *(f"--depth={experiment.model.depth}", f"--max-seq-len={experiment.model.sequence_len}"),
         *(f"--total-batch-size={experiment.pretrain.batch_tokens}", f"--device-batch-size={options.rows}"),
         *("--window-pattern=L", *peer.options),
@@ -112,7 +115,7 @@ def _train(options: argparse.Namespace, scratch: Path, one: Run) -> Measured:
     command = [
         *(options.python, str(HERE / "nanochat_quality.py"), checkout, f"--seed={one.seed}", f"--json={result}"),
         *(f"--text={folder / 'text'}", f"--tokenizer={folder / 'tokenizer.json'}", f"--rows={folder / 'rows.npy'}"),
-        *("--at", *map(str, one.at), *one.options),
+        *("--at", *map(str, one.at), *one.options[OF_THE_TEXT:]),
     ]
     environment = {**os.environ, "PYTHONPATH": checkout, "NANOCHAT_BASE_DIR": str(scratch / "base")}
     return run("nanochat", command, environment, result)

@@ -113,6 +113,8 @@ def test_both_learn_from_the_same_text(given, here, tmp_path, capsys):
     assert "| best | 2.0000 | 2.0000 | -0.5000 | 0.0000 | 2 | 500.0 | 6.0 |" in out
     written = file.read_text()
     assert main([*given, *asked]) == 0 and file.read_text() == written and png.exists()
+    assert main([*given, *asked, "--pretrain.eval-tokens=256", "--only", "rule", "--seeds", "3"]) == 0
+    assert len(json.loads(file.read_text().splitlines()[-1])["rows"]) == 4, "other rows are another run"
 
 
 def test_refusals(given, here, tmp_path, capsys):
