@@ -50,12 +50,17 @@ def step_bytes(config: GPTConfig, params: Params, work: Work, cache_itemsize: in
     """The bytes that a step of decoding must read, in the mean over the steps of `work`."""
     matrices = jax.tree.leaves((params["blocks"], params["head"]))
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in matrices)
-    embedding = params["embed"]["embedding"]
+    tables = [params["embed"]["embedding"]]
+    if config.value_embeddings:
+        tables.append(params["value_embeddings"]["embedding"])
+    token = sum(table.size // config.padded_vocab_size * table.dtype.itemsize for table in tables)
+    if config.bigrams:
+        token += config.width * params["bigrams"]["embedding"].dtype.itemsize
     # The first token comes from the prompt; the step that makes the next one attends to the prompt and that token.
     lengths = work.context + np.arange(1, max(2, work.new))
     seen = sum(np.mean(lengths if window is None else np.minimum(lengths, window + 1)) for window in config.windows)
     cache = 2 * config.kv_heads * config.head_dim * cache_itemsize * float(seen)
-    return weights + work.rows * (config.width * embedding.dtype.itemsize + cache)
+    return weights + work.rows * (token + cache)
 
 
 def copy_speed() -> float:
@@ -85,8 +90,8 @@ def random_model(config: GPTConfig, seed: int = 0) -> tuple[Params, Tokenizer]:
     keys = (jax.random.fold_in(jax.random.key(seed), i) for i in itertools.count())
 
     def fill(leaf):
-        key = next(keys)
-        return leaf if bool(jnp.any(leaf)) else jax.random.normal(key, leaf.shape, leaf.dtype) / len(leaf) ** 0.5
+        key, size = next(keys), leaf.shape[0] if leaf.ndim else 1
+        return leaf if bool(jnp.any(leaf)) else jax.random.normal(key, leaf.shape, leaf.dtype) / size**0.5
 
     strings = (map(bytes, itertools.product(range(256), repeat=length)) for length in (1, 2, 3))
     tokens = itertools.islice(itertools.chain.from_iterable(strings), config.vocab_size - len(SPECIAL_TOKENS))

@@ -18,7 +18,7 @@ from jaxchat.eval.bpb import bits_per_byte, nats_and_bytes
 from jaxchat.infer.quantized import KVCache, Weights, cache_dtype, stored
 from jaxchat.infer.trained import TrainedModel
 from jaxchat.model.config import GPTConfig
-from jaxchat.model.generation import init_pages, paged_hidden
+from jaxchat.model.generation import init_pages, paged_hidden, reads_previous
 from jaxchat.model.gpt import Params
 from jaxchat.ops.pages import PAGE, Place
 from jaxchat.runs.directory import RunDirectory
@@ -86,5 +86,7 @@ def _sums(
     pages = -(-length // PAGE)
     table = jnp.arange(rows * pages).reshape(rows, pages)
     place = Place(table, jnp.zeros(rows, jnp.int32), jnp.full(rows, length))
-    hidden, _ = paged_hidden(config, params, inputs, place, init_pages(config, rows * pages, kept), dtype)
+    before = jnp.full(rows, -1) if reads_previous(config) else None
+    empty = init_pages(config, rows * pages, kept)
+    hidden, _ = paged_hidden(config, params, inputs, place, empty, dtype, before=before)
     return nats_and_bytes(hidden, params["head"]["kernel"].astype(dtype), targets, token_bytes, LossConfig.of(config))

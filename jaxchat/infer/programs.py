@@ -26,7 +26,7 @@ from jaxchat.devices.mesh import BATCH_SPEC
 from jaxchat.infer.request import MOST_ALTERNATIVES, Sampling
 from jaxchat.infer.sampling import Level, Seen, Settings, add_seen, draw, logprob, logprobs, settings_of
 from jaxchat.model.config import GPTConfig
-from jaxchat.model.generation import init_pages, join_qkv, paged_hidden
+from jaxchat.model.generation import init_pages, join_qkv, paged_hidden, reads_previous
 from jaxchat.model.gpt import Params, logits
 from jaxchat.ops.cross_entropy import NEVER
 from jaxchat.ops.pages import PAGE, Pages, Place, copied_pages
@@ -41,13 +41,14 @@ class Carried(NamedTuple):
 
     This is the place for what a model needs of a row's past besides its keys and values: a field here, a value for it
     in `Lanes` where the host sets it (a row that begins to decode, or goes on after a tool), and its next value in
-    `_drawn`. `read` needs no state: the host knows all tokens before a chunk, and can send what it needs of them.
+    `_drawn`. `read` needs no state: the host knows all tokens before a chunk, and sends what it needs of them.
     """
 
     token: Int[Array, " S"]  # the newest token, not yet in the cache
     position: Int[Array, " S"]  # its place in the sequence
     count: Int[Array, " S"]  # tokens of the answer
     status: Int[Array, " S"]
+    before: Int[Array, " S"] | None  # the token before the newest; None if the model does not read it
 
 
 # For every slot, the final hidden state of the last token that its row has read.
@@ -61,6 +62,7 @@ class Lanes(NamedTuple):
       slot: of the shard; one beyond the last for a lane that no row uses.
       source, position, count: for `begin`: the slot whose state the row's next token is drawn from, the place of its
         last token, and the tokens of its answer. Later they are carried.
+      last: for `begin`: the last token that was read; None if the model does not read the token before another.
       limit: of `count`.
       pause: the token that the row waits at for a tool; -1 for none.
       stops: tokens that end the row; -1 where there are fewer.
@@ -71,6 +73,7 @@ class Lanes(NamedTuple):
     source: Int[Array | np.ndarray, " B"]
     position: Int[Array | np.ndarray, " B"]
     count: Int[Array | np.ndarray, " B"]
+    last: Int[Array | np.ndarray, " B"] | None
     limit: Int[Array | np.ndarray, " B"]
     pause: Int[Array | np.ndarray, " B"]
     stops: Int[Array | np.ndarray, "B STOPS"]
@@ -84,11 +87,12 @@ def packed(lanes: Lanes) -> Int[np.ndarray, "B W"]:
     return np.concatenate([column.view(np.int32) for column in columns], axis=1)
 
 
-def _unpacked(bits: Int[Array, "B W"], level: Level) -> Lanes:
+def _unpacked(setup: Setup, bits: Int[Array, "B W"], level: Level) -> Lanes:
     """What `packed` was given; the table takes the width that nothing else has."""
     one = np.zeros(1, np.int32)
     settings = without_biases(settings_of([Sampling()]), level)
-    lanes = Lanes(one, one, one, one, one, one, np.zeros((1, STOPS), np.int32), one[:0], settings)
+    last = one if reads_previous(setup.config) else None
+    lanes = Lanes(one, one, one, one, last, one, one, np.zeros((1, STOPS), np.int32), one[:0], settings)
     width = bits.shape[1] - sum(values.size for values in jax.tree.leaves(lanes))
     leaves, tree = jax.tree.flatten(lanes._replace(table=np.zeros((1, width), np.int32)))
     columns = jnp.split(bits, np.cumsum([leaf.size for leaf in leaves])[:-1].tolist(), axis=1)
@@ -153,6 +157,8 @@ def new_cache(setup: Setup, pages: int, slots: int, dtype: Any) -> tuple[list[Pa
     """Empty pages and rows: so many for each shard."""
     whole, rows = init_pages(setup.config, pages * setup.shards, dtype), slots * setup.shards
     carried = Carried(*(jnp.zeros(rows, jnp.int32) for _ in Carried._fields))
+    if not reads_previous(setup.config):
+        carried = carried._replace(before=None)
     states = jnp.zeros((rows, setup.config.width), setup.dtype)
     return _constrain(setup.pages_sharding, whole), *_constrain(setup.sharding(), (carried, states))
 
@@ -170,10 +176,12 @@ def begin(
     """Draws a token for each of the `packed` lanes from the state of its source; returns it as `decode` does."""
 
     def run(params, carried, seen, states, bits):
-        lanes = _unpacked(bits, level)
+        lanes = _unpacked(setup, bits, level)
         idle = lanes.slot >= len(carried.status)
         status = jnp.where(idle, DONE, RUNNING)
-        rows = Carried(jnp.zeros_like(lanes.slot), jnp.asarray(lanes.position), jnp.asarray(lanes.count), status)
+        nothing = jnp.zeros_like(lanes.slot)
+        token, before = (nothing, None) if lanes.last is None else (jnp.asarray(lanes.last), nothing)
+        rows = Carried(token, jnp.asarray(lanes.position), jnp.asarray(lanes.count), status, before)
         hidden = states.at[lanes.source].get(mode="clip")
         row_seen = None if seen is None else seen.at[lanes.slot].get(mode="clip")
         rows, row_seen, written = _drawn(setup, level, params, lanes, rows, row_seen, hidden)
@@ -205,9 +213,9 @@ def decode(
     """
 
     def run(weights, pages, carried, seen, bits):
-        lanes: Any = _unpacked(bits, level)
+        lanes: Any = _unpacked(setup, bits, level)
         idle = lanes.slot >= len(carried.status)
-        rows = Carried(*(values.at[lanes.slot].get(mode="clip") for values in carried))
+        rows = jax.tree.map(lambda values: values.at[lanes.slot].get(mode="clip"), carried)
         rows = rows._replace(status=jnp.where(idle, DONE, rows.status))
         row_seen = None if seen is None else seen.at[lanes.slot].get(mode="clip")
 
@@ -228,7 +236,7 @@ def decode(
 def _kept(lanes: Lanes, carried: Carried, rows: Carried, seen: Seen | None, row_seen: Any):
     """What all slots carry, and have seen, after the lanes' rows have drawn."""
     slots: Any = lanes.slot
-    carried = Carried(*(old.at[slots].set(new, mode="drop") for old, new in zip(carried, rows, strict=True)))
+    carried = jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), carried, rows)
     return carried, None if seen is None else seen.at[slots].set(row_seen, mode="drop")
 
 
@@ -236,7 +244,8 @@ def _decode_step(setup: Setup, level: Level, weights: Weights, lanes: Lanes, sta
     """Puts each running row's newest token into the cache, and draws the next."""
     (params, joint), (pages, rows, seen) = weights, state
     place = Place(lanes.table, rows.position, (rows.status == RUNNING).astype(jnp.int32))
-    hidden, pages = paged_hidden(setup.config, params, rows.token[:, None], place, pages, setup.dtype, joint)
+    tokens = rows.token[:, None]
+    hidden, pages = paged_hidden(setup.config, params, tokens, place, pages, setup.dtype, joint, before=rows.before)
     rows, seen, written = _drawn(setup, level, params, lanes, rows, seen, hidden[:, 0])
     return (pages, rows, seen), written
 
@@ -256,6 +265,7 @@ def _drawn(setup: Setup, level: Level, params: Params, lanes: Lanes, rows: Carri
         position=rows.position + running,
         count=count,
         status=jnp.where(running, status, rows.status),
+        before=None if rows.before is None else jnp.where(running, rows.token, rows.before),
     )
     written = jnp.where(running, token, -1)
     if level in ("scored", "full"):
@@ -282,15 +292,21 @@ def read(
     """Reads chunks of prompts into the pages, and keeps the states of last tokens.
 
     A row of `chunks` has the place of a chunk (its table, start and count), the slot of the state after its last token
-    (one beyond the last slot if more of the row's tokens follow), its tokens and, if `scored`, the token that comes
-    after each of them. For the latter it returns then what `decode` returns at level "full".
+    (one beyond the last slot if more of the row's tokens follow), the token before it if the model reads that (-1 for
+    none), its tokens and, if `scored`, the token that comes after each of them. For the latter it returns then what
+    `decode` returns at level "full".
     """
     width = -(-setup.config.sequence_len // PAGE)
 
     def run(params, pages, states, chunks):
         place, slot = Place(chunks[:, :width], chunks[:, width], chunks[:, width + 1]), chunks[:, width + 2]
-        tokens, *following = jnp.split(chunks[:, width + 3 :], 2 if scored else 1, axis=1)
-        hidden, pages = paged_hidden(setup.config, params, tokens, place, pages, setup.dtype, last=not scored)
+        before, first = None, width + 3
+        if reads_previous(setup.config):
+            before, first = chunks[:, first], first + 1
+        tokens, *following = jnp.split(chunks[:, first:], 2 if scored else 1, axis=1)
+        hidden, pages = paged_hidden(
+            setup.config, params, tokens, place, pages, setup.dtype, before=before, last=not scored
+        )
         last = hidden[:, 0]
         if scored:
             last = hidden[jnp.arange(len(hidden)), jnp.maximum(place.count - 1, 0)]

@@ -5,13 +5,15 @@
 | weights | as the engine computes: bf16 or fp32 | "int8": whole numbers, and a scale for each output column |
 | kv_cache | likewise | "fp8": float8_e4m3fn, without a scale |
 
+The model's scalars and gates stay in fp32, in which they are used.
+
 What the rounding costs, in bits per byte, `jaxchat bench infer --run DIR --weights int8 --kv-cache fp8` measures.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,20 +41,26 @@ def cache_dtype(dtype: DTypeLike, kv_cache: KVCache = "auto") -> DTypeLike:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _cast(params: Params, dtype: str) -> Params:
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return jax.tree.map_with_path(lambda keys, leaf: leaf.astype(_dtype_of(keys, dtype)), params)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def quantize(params: Params, dtype: str) -> Params:
-    """`params` with the blocks' matrices and the head as `Quantized`, and the embedding as an array of `dtype`.
+    """`params` with the blocks' matrices and the head as `Quantized`, and embeddings as arrays of `dtype`.
 
-    A step reads all of the matrices and of the embedding a row a token, so that 8 bits would save nothing there.
+    A step reads all of the matrices and of an embedding a row a token, so that 8 bits would save nothing there.
     """
 
     def convert(keys, leaf):
-        return leaf.astype(dtype) if row_of(path_of(keys)).group == "embedding" else quantize_weight(leaf)
+        quantized = row_of(path_of(keys)).group in ("matrix", "head")
+        return quantize_weight(leaf) if quantized else leaf.astype(_dtype_of(keys, dtype))
 
     return jax.tree.map_with_path(convert, params)
+
+
+def _dtype_of(keys: tuple[Any, ...], dtype: str) -> str:
+    """The dtype of a parameter in an engine that computes in `dtype`."""
+    return dtype if row_of(path_of(keys)).group in ("matrix", "embedding", "head", "value_embedding") else "float32"
 
 
 def quantize_weight(weight: Float[Array, "I O"]) -> Quantized:

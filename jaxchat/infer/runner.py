@@ -25,6 +25,7 @@ from jaxchat.infer.programs import STOPS, Lanes, Setup
 from jaxchat.infer.request import Sampling
 from jaxchat.infer.sampling import LEVELS, Level, Settings, seen_of, serving, settings_of
 from jaxchat.infer.scheduler import Budget, Chunk, Copy, Row
+from jaxchat.model.generation import reads_previous
 from jaxchat.model.gpt import Params
 from jaxchat.ops.pages import PAGE
 
@@ -64,6 +65,7 @@ class Runner:
         self.page_count, self.cache_dtype = pages, jnp.dtype(cache_dtype)
         self.use(params)
         self.table_width = -(-setup.config.sequence_len // PAGE)
+        self.reads_previous = reads_previous(setup.config)
         self.pages, self.carried, self.states = programs.new_cache(setup, pages, slots, self.cache_dtype)
         self.seen: Array | None = None
         self.warm = False
@@ -271,12 +273,13 @@ class Runner:
         return {"head": self.params["head"]}, self.carried, seen, self.states, lanes
 
     def _begin_lanes(self, lanes: Sequence[Sequence[Row]], size: int, level: Level) -> Array:
-        at, given = self._slots_of(lanes, size), np.zeros((3, len(lanes) * size), np.int32)
+        at, given = self._slots_of(lanes, size), np.zeros((4, len(lanes) * size), np.int32)
         for shard, rows in enumerate(lanes):
             given[:, shard * size : shard * size + len(rows)] = [
                 [row.source for row in rows],
                 [len(row.tokens) - 1 for row in rows],
                 [row.written for row in rows],
+                [row.tokens[-1] for row in rows],
             ]
         return self._put(programs.packed(self._given(at, level, given, self._table[at, :0])))
 
@@ -284,7 +287,7 @@ class Runner:
         at = self._slots_of(lanes, size)
         key = (level, at.tobytes(), self._joined[at].tobytes())
         if self._last is None or self._last[0] != key:
-            nothing = np.zeros((3, len(at)), np.int32)
+            nothing = np.zeros((4, len(at)), np.int32)
             self._last = key, self._put(programs.packed(self._given(at, level, nothing, self._table[at])))
         return self._last[1]
 
@@ -297,13 +300,14 @@ class Runner:
 
     def _given(self, at: np.ndarray, level: Level, given: np.ndarray, table: np.ndarray) -> Lanes:
         """The lanes of the rows `at`; `given` are the fields that only `begin` reads."""
-        source, position, count = given
+        source, position, count, last = given
         settings = programs.without_biases(self._settings, level)
         return Lanes(
             slot=np.where(at < 0, self.slots, at % self.slots).astype(np.int32),
             source=source,
             position=position,
             count=count,
+            last=last if self.reads_previous else None,
             limit=self._limit[at],
             pause=self._pause[at],
             stops=self._stops[at],
@@ -326,11 +330,12 @@ class Runner:
             near = [size for size in enough[:2] if self._known(programs.read, (scored,), size)]
             size = self.budget.scored if scored else (near or enough)[0]
         rows, length = size * self.setup.shards, self.budget.chunk
-        # As `programs.read` has it: table, start, count, slot, tokens and, if scored, the tokens that follow.
-        width = self.table_width
-        packed = np.zeros((rows, width + 3 + (2 if scored else 1) * length), np.int32)
+        # As `programs.read` has it: table, start, count, slot, the token before if the model reads it, tokens and, if
+        # scored, the tokens that follow.
+        width, first = self.table_width, self.table_width + 3 + self.reads_previous
+        packed = np.zeros((rows, first + (2 if scored else 1) * length), np.int32)
         packed[:, width + 2] = self.slots
-        tokens, following = packed[:, width + 3 :], packed[:, width + 3 + length :]
+        tokens, following = packed[:, first:], packed[:, first + length :]
         for at, (row, start, count) in zip(self._chunk_places(chunks, size), chunks, strict=True):
             end = start + count
             tokens[at, :count] = row.tokens[start:end]
@@ -339,6 +344,8 @@ class Runner:
                 following[at, : len(after)] = after
             packed[at, :width] = self._table[self._index(row)]
             packed[at, width : width + 3] = start, count, row.slot if end == len(row.tokens) else self.slots
+            if self.reads_previous:
+                packed[at, width + 3] = row.tokens[start - 1] if start else -1
         return (self.params, self.pages, self.states, self._put(packed)), size
 
     def _copy_args(self, copies: Sequence[Sequence[Copy]]) -> tuple:

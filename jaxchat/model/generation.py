@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxchat.model.config import GPTConfig
-from jaxchat.model.gpt import Params
+from jaxchat.model.gpt import Params, Scaled, Values, bind
 from jaxchat.ops.add_product import add_product
 from jaxchat.ops.decode import attend_next
 from jaxchat.ops.few_rows import after_attention, between_attentions, norm_product
@@ -25,6 +25,7 @@ from jaxchat.ops.mlp import add_mlp
 from jaxchat.ops.norm import norm_branch, rms_norm
 from jaxchat.ops.pages import Pages, Place, attend_pages, new_pages, write_pages
 from jaxchat.ops.qkv import norm_qkv
+from jaxchat.ops.residual import add_values, back_out, bigram_index, mix, smear
 from jaxchat.ops.rope import rope_tables
 
 
@@ -42,6 +43,11 @@ def join_qkv(params: Params) -> list[Any]:
     ]
 
 
+def reads_previous(config: GPTConfig) -> bool:
+    """Whether a token's embedding depends on the token before it: see `before` in `paged_hidden`."""
+    return config.smear or config.bigrams
+
+
 def paged_hidden(
     config: GPTConfig,
     params: Params,
@@ -51,6 +57,7 @@ def paged_hidden(
     dtype: DTypeLike = jnp.float32,
     joint: list[Any] | None = None,
     *,
+    before: Int[Array, " R"] | None = None,
     last: bool = False,
 ) -> tuple[Float[Array, "R _ D"], list[Pages]]:
     """Forward pass over the next Q tokens of each row, whose keys and values are added to its pages.
@@ -58,19 +65,48 @@ def paged_hidden(
     Rows with one table may hold consecutive parts of one text: what all rows write is there before any of them reads.
     With Q = 1, `joint` is the result of `join_qkv`, if the caller keeps it. With `last`, which needs Q > 1, what is
     returned is of each row's last real token alone, [R, 1, D].
+
+    `before` is the token before each row's first, or -1 where a text begins; a model that `reads_previous` needs it.
     """
     positions = place.start[:, None] + jnp.arange(tokens.shape[1])
     rope = rope_tables(positions, config.head_dim, config.rope_base)
-    x = rms_norm(params["embed"]["embedding"][tokens].astype(dtype))
+    x = embedded(config, params, tokens, before, dtype)
     if tokens.shape[1] == 1:
-        x, pages = _steps(config, params, x[:, 0], rope, pages, place, joint or _apart(params))
+        beside = bind(config, params).beside(tokens.T, x.swapaxes(0, 1))
+        x, pages = _steps(config, params, x[:, 0], rope, pages, place, joint or _apart(params), beside)
         return rms_norm(x)[:, None], pages
-    new = []
+    beside, new, middle = bind(config, params).beside(tokens, x), [], x
     for i, (window, of_layer) in enumerate(zip(config.windows, pages, strict=True)):
-        alone = last and i == len(pages) - 1
-        x, of_layer = _read(window, alone, x, _Weights.of(params["blocks"][str(i)]), rope, of_layer, place)
+        kind = window, config.attention_scale, last and i == len(pages) - 1
+        weights = _Weights.of(params["blocks"][str(i)])
+        x, of_layer = _read(*kind, x, weights, *beside[i], rope, of_layer, place)
         new.append(of_layer)
+        if i == config.depth // 2:
+            middle = x
+    if config.backout and middle.ndim > x.ndim:  # it is of all tokens
+        middle = middle[jnp.arange(len(x)), _last(place)]
+    x = _backed_out(config, params, x, middle)
     return rms_norm(x)[:, None] if last else norm_branch(x)[1], new
+
+
+def embedded(
+    config: GPTConfig, params: Params, tokens: Int[Array, "B T"], before: Int[Array, " B"] | None, dtype: DTypeLike
+) -> Float[Array, "B T D"]:
+    """What the first block sees of the next tokens of each row; `before` as in `paged_hidden`."""
+
+    def of(ids):
+        return rms_norm(params["embed"]["embedding"][ids].astype(dtype))
+
+    if not reads_previous(config):
+        return of(tokens)
+    if before is None:
+        raise ValueError("the model reads the token before each row's first; it must be given")
+    x, previous = of(tokens), jnp.concatenate([before[:, None], tokens[:, :-1]], axis=1)
+    if config.smear:
+        x = smear(x, of(previous), params["smear"]["gate"], params["smear"]["scale"], previous >= 0)
+    if config.bigrams:
+        x = x + params["bigrams"]["embedding"][bigram_index(tokens, previous, config.bigram_rows)].astype(x.dtype)
+    return x
 
 
 class _Weights(NamedTuple):
@@ -89,37 +125,79 @@ class _Weights(NamedTuple):
         return cls(q, k, v, o, block["mlp"]["up"]["kernel"], block["mlp"]["down"]["kernel"])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # blocks with one window have equal shapes, and are lowered once
-def _read(window: int | None, last: bool, x, weights: _Weights, rope, pages: Pages, place: Place):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # blocks with one window have equal shapes, and are lowered once
+def _read(
+    window: int | None,
+    scale: float,
+    last: bool,
+    x: Float[Array, "R Q D"],
+    weights: _Weights,
+    values: Values,
+    scaled: Scaled,
+    rope: tuple[Array, Array],
+    pages: Pages,
+    place: Place,
+) -> tuple[Array, Pages]:
     """A block over chunks of prompts; with `last` it returns what becomes of each row's last token, [R, D]."""
     rows, count, width = x.shape
-    # To the kernels of what comes before and after attention, all tokens are one row.
-    x, cos, sin = (array.reshape(1, rows * count, *array.shape[2:]) for array in (x, *rope))
-    x, *heads = norm_qkv(x, weights.q, weights.k, weights.v, (cos, sin))
-    q, k, v = (array.reshape(rows, count, *array.shape[2:]) for array in heads)
+
+    def joined(array):
+        """To the kernels of what comes before and after attention, all tokens are one row."""
+        return array.reshape(1, rows * count, *array.shape[2:])
+
+    x, cos, sin = map(joined, (x, *rope))
+    if scaled is not None:
+        first, *scales = scaled
+        x = mix(x, joined(first), *scales)
+    x, *heads, v = norm_qkv(x, weights.q, weights.k, weights.v, (cos, sin))
+    if values is not None:
+        of_tokens, gate = values
+        v = add_values(v, x, joined(of_tokens), gate)
+    q, k, v = (array.reshape(rows, count, *array.shape[2:]) for array in (*heads, v))
     pages = write_pages(k, v, pages, place)
-    mixed = attend_pages(q, pages, place, window).reshape(1, rows * count, -1)
+    mixed = attend_pages(q, pages, place, window, scale).reshape(1, rows * count, -1)
     if last:
-        at = jnp.arange(rows) * count + jnp.maximum(place.count - 1, 0)
+        at = jnp.arange(rows) * count + _last(place)
         return after_attention(x[0, at], mixed[0, at], weights.o, weights.up, weights.down), pages
     x = add_mlp(add_product(x, mixed, weights.o), weights.up, weights.down)
     return x.reshape(rows, count, width), pages
 
 
-def _steps(config: GPTConfig, params: Params, x, rope, pages: list[Pages], place: Place, joint: list[Any]):
-    """All blocks over one token of each row: x is [R, D]."""
-    heads, new = _heads(x, joint[0]), []
+def _last(place: Place) -> Int[Array, " R"]:
+    """Where each row's last real token is among its tokens."""
+    return jnp.maximum(place.count - 1, 0)
+
+
+def _steps(
+    config: GPTConfig,
+    params: Params,
+    x: Float[Array, "R D"],
+    rope: tuple[Array, Array],
+    pages: list[Pages],
+    place: Place,
+    joint: list[Any],
+    beside: list[tuple[Values, Scaled]],
+) -> tuple[Float[Array, "R D"], list[Pages]]:
+    """All blocks over one token of each row. In `beside` these are one row of R tokens."""
+    heads, new, middle = None, [], x
     for i, (window, of_layer) in enumerate(zip(config.windows, pages, strict=True)):
-        mixed, of_layer = attend_next(heads, rope, of_layer, place, window)
+        values, scaled = beside[i]
+        if heads is None:
+            x = x if scaled is None else mix(x[None], *scaled)[0]
+            heads = _heads(x, joint[i])
+        if values is not None:
+            heads = _with_values(heads, x, *values)
+        mixed, of_layer = attend_next(heads, rope, of_layer, place, window, config.attention_scale)
         new.append(of_layer)
         weights = _Weights.of(params["blocks"][str(i)])
         operands = x, mixed, weights.o, weights.up, weights.down
-        if i + 1 < len(pages) and not isinstance(joint[i + 1], tuple):
+        if i + 1 < len(pages) and beside[i + 1][1] is None and not isinstance(joint[i + 1], tuple):
             x, heads = between_attentions(*operands, joint[i + 1])
         else:
-            x = after_attention(*operands)
-            heads = _heads(x, joint[i + 1]) if i + 1 < len(pages) else heads
-    return x, new
+            x, heads = after_attention(*operands), None
+        if i == config.depth // 2:
+            middle = x
+    return _backed_out(config, params, x, middle), new
 
 
 def _heads(x: Array, joint: Any) -> Array:
@@ -127,6 +205,22 @@ def _heads(x: Array, joint: Any) -> Array:
     if isinstance(joint, tuple):
         return jnp.concatenate([norm_product(x, weight) for weight in joint], -1)
     return norm_product(x, joint)
+
+
+def _with_values(heads: Array, x: Array, of_tokens: Array, gate: Array) -> Array:
+    """Queries, keys and values side by side, with value embeddings added to the values; `x` is the block's input."""
+    width = of_tokens.shape[-1]
+    rest, v = heads[:, :-width], heads[:, -width:]
+    v = add_values(v.reshape(1, len(x), gate.shape[-1], -1), x[None], of_tokens, gate)
+    return jnp.concatenate([rest, v.reshape(len(x), width)], -1)
+
+
+def _backed_out(config: GPTConfig, params: Params, x: Float[Array, "... D"], middle: Float[Array, "... D"]) -> Array:
+    """The input of the last norm, from the residual stream at the end and in the middle of the blocks."""
+    if not config.backout:
+        return x
+    as_one_row = 1, -1, config.width
+    return back_out(x.reshape(as_one_row), middle.reshape(as_one_row), params["backout"]["scale"]).reshape(x.shape)
 
 
 def _apart(params: Params) -> list[Any]:

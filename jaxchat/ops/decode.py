@@ -18,14 +18,20 @@ from jaxchat.ops.rope import rope_norm
 from jaxchat.ops.triton import launch, load, store
 
 LEAST_ROWS = 16  # of a tensor core's operand
+LARGEST_SCORE = 64.0  # whose exponentials still add up in fp32, over any context
 
 
 @operation
 @jax.named_scope("decode")
 def attend_next(
-    joint: Float[Array, "R _"], rope: tuple[Array, Array], pages: Pages, place: Place, window: int | None
+    joint: Float[Array, "R _"],
+    rope: tuple[Array, Array],
+    pages: Pages,
+    place: Place,
+    window: int | None,
+    scale: float = 1.0,
 ) -> tuple[Float[Array, "R _"], Pages]:
-    """Attention of each row's new token over its pages, to which its key and value are written.
+    """Attention of each row's new token over its pages, to which its key and value are written; see `attend_pages`.
 
     `joint` are the products for queries, keys and values side by side, of heads, before rope and norm; `rope` are the
     tables of `rope_tables`, [R, 1, 1, H/2]. Returns the mixed values, [R, N·H], and the pages.
@@ -34,15 +40,20 @@ def attend_next(
     heads = joint.reshape(len(joint), 1, -1, size)
     q, k, v = jnp.split(heads, [heads.shape[2] - 2 * kv_heads, heads.shape[2] - kv_heads], axis=2)
     pages = write_pages(rope_norm(k, *rope), v, pages, place)
-    return attend_pages(rope_norm(q, *rope), pages, place, window).reshape(len(joint), -1), pages
+    return attend_pages(rope_norm(q, *rope), pages, place, window, scale).reshape(len(joint), -1), pages
 
 
 # --- Triton -----------------------------------------------------------------------------------------------------------
 
 
-@attend_next.kernel(Level.TRITON, accepts=lambda joint, rope, pages, place, window: pages["k"].shape[-1] in (64, 128))
-def _(joint, rope, pages, place, window):
-    return attend(joint, rope, pages, place, window, splits_of(len(joint), pages["k"].shape[1]))
+def _accepts(joint, rope, pages, place, window, scale=1.0) -> bool:
+    size = pages["k"].shape[-1]
+    return size in (64, 128) and scale * size**0.5 <= LARGEST_SCORE
+
+
+@attend_next.kernel(Level.TRITON, accepts=_accepts)
+def _(joint, rope, pages, place, window, scale=1.0):
+    return attend(joint, rope, pages, place, window, splits_of(len(joint), pages["k"].shape[1]), scale)
 
 
 def splits_of(rows: int, kv_heads: int) -> int:
@@ -63,17 +74,19 @@ def attend(
     place: Place,
     window: int | None,
     splits: int,
+    scale: float = 1.0,
     *,
     warps: int = 4,
     stages: int = 2,
 ) -> tuple[Float[Array, "R _"], Pages]:
     """`attend_next` by a program for each row and KV head, or by `splits` of them, each for some of the keys.
 
-    The keys and values are read once, and nothing else is. Queries and keys are normed, so that no score exceeds √H:
-    exponentials need no maximum subtracted, and the parts of several programs add up.
+    The keys and values are read once, and nothing else is. Queries and keys are normed, so that no score exceeds
+    scale · √H: exponentials need no maximum subtracted, and the parts of several programs add up.
     """
     rows, joint_width = joint.shape
     pool, kv_heads, _, size = pages["k"].shape
+    factor = scale * size**-0.5
     heads, half, most = joint_width // size - 2 * kv_heads, size // 2, place.table.shape[1]
     group = heads // kv_heads
     tall = max(LEAST_ROWS, pl.next_power_of_2(group))
@@ -119,7 +132,7 @@ def attend(
             first, second = (_load(k_ref, index + offset + halves, of_half).astype(joint.dtype) for offset in (0, half))
             scores = jnp.dot(q_first, first.T, preferred_element_type=jnp.float32)
             scores += jnp.dot(q_second, second.T, preferred_element_type=jnp.float32)
-            weights = jnp.where(sees[None], jnp.exp(scores * size**-0.5), 0.0)
+            weights = jnp.where(sees[None], jnp.exp(scores * factor), 0.0)
             values = _load(v_ref, index + columns, of_head).astype(joint.dtype)
             new = jnp.dot(weights.astype(joint.dtype), values, preferred_element_type=jnp.float32)
             return total + weights, mixed + new
@@ -133,7 +146,7 @@ def attend(
         k_first, k_second, value = (y.astype(joint.dtype) for y in kept)
         wide = jnp.float32
         score = jnp.sum(q_first.astype(wide) * k_first.astype(wide), 1)
-        score = (score + jnp.sum(q_second.astype(wide) * k_second.astype(wide), 1)) * size**-0.5
+        score = (score + jnp.sum(q_second.astype(wide) * k_second.astype(wide), 1)) * factor
         weight = jnp.where(own, jnp.exp(score), 0.0)
         total = jnp.sum(total, 1) + weight
         mixed = mixed + weight[:, None] * value.astype(wide)

@@ -79,9 +79,9 @@ def in_range(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
 @operation
 @jax.named_scope("attention")
 def attend_pages(
-    q: Float[Array, "R Q N H"], pages: Pages, place: Place, window: int | None = None
+    q: Float[Array, "R Q N H"], pages: Pages, place: Place, window: int | None = None, scale: float = 1.0
 ) -> Float[Array, "R Q N H"]:
-    """softmax(q kᵀ / √H) v over the pages of each row. K may divide N (grouped queries).
+    """softmax(scale · q kᵀ / √H) v over the pages of each row. K may divide N (grouped queries).
 
     A token sees itself and all tokens before it or, with a `window`, the `window` tokens before it. Pages that no row
     sees are not read. The softmax is formed page by page (arXiv:1805.02867, arXiv:2112.05682), in fp32.
@@ -89,7 +89,7 @@ def attend_pages(
     rows, count, heads, size = q.shape
     kv_heads = pages["k"].shape[1]
     # A key's head and its page come first, so that neither is moved in memory.
-    queries = q.reshape(rows, count, kv_heads, -1, size).swapaxes(1, 2) * size**-0.5
+    queries = q.reshape(rows, count, kv_heads, -1, size).swapaxes(1, 2) * (scale * size**-0.5)
     position = (place.start[:, None] + jnp.arange(count))[:, None, :, None, None]  # [R, 1, Q, 1, 1]
     active = place.count > 0
     end = jnp.max(jnp.where(active, place.start + place.count, 0))
@@ -181,10 +181,11 @@ def _(pages, source, target):
     return {name: pool.reshape(pages[name].shape) for name, pool in zip("kv", copies, strict=True)}
 
 
-@attend_pages.kernel(Level.TRITON, accepts=lambda q, pages, place, window=None: _accepts(q, pages))
+@attend_pages.kernel(Level.TRITON, accepts=lambda q, pages, *_: _accepts(q, pages))
 @jax.named_scope("attention")
-def _(q, pages, place, window=None):
+def _(q, pages, place, window=None, scale=1.0):
     rows, count, heads, size = q.shape
+    scale *= size**-0.5
     kv_heads, most = pages["k"].shape[1], place.table.shape[1]
     tall = min(MOST_QUERIES, count & -count)
 
@@ -203,7 +204,7 @@ def _(q, pages, place, window=None):
             page = triton.load(table_ref.at[row * most + step])
             at = ((page * kv_heads + head // (heads // kv_heads)) * PAGE + keys)[:, None] * size + columns
             k, v = (triton.load(ref.at[at]).astype(own.dtype) for ref in (k_ref, v_ref))
-            scores = jnp.dot(own, k.T, preferred_element_type=jnp.float32) * size**-0.5
+            scores = jnp.dot(own, k.T, preferred_element_type=jnp.float32) * scale
             key = step * PAGE + keys
             sees = key[None] <= position[:, None]
             if window is not None:

@@ -1,5 +1,7 @@
 """A model with windows and grouped queries, and the same in NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,4 +32,20 @@ def params(config):
 
 @pytest.fixture(scope="session")
 def exact(params):
+    return in_numpy(params)
+
+
+def in_numpy(params):
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+
+
+@pytest.fixture(scope="session")
+def with_parts(config, params):
+    """The model with all optional parts: its configuration, its parameters, and these in NumPy."""
+    config = dataclasses.replace(
+        config, attention_scale=1.4, residual_scales=True, value_embeddings=True, smear=True, bigrams=True, backout=True
+    )
+    new = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    keys = iter(jax.random.split(jax.random.key(2), 100))
+    moved = jax.tree.map(lambda leaf: leaf + 0.2 * jax.random.normal(next(keys), leaf.shape), new)
+    return config, {**moved, **params}, in_numpy({**moved, **params})

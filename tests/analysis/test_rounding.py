@@ -1,5 +1,7 @@
 """Bits per byte through pages, against bits per byte of whole rows."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -48,6 +50,18 @@ def test_8_bits_cost_something_and_not_much(params, batches, options):
     rounded = paged_bpb(params, CONFIG, batches, BYTES, dtype="float32", **options)
     assert rounded != pytest.approx(expected, rel=1e-6)
     assert rounded == pytest.approx(expected, rel=0.01)
+
+
+def test_the_optional_parts_go_through_the_pages_too(batches):
+    config = dataclasses.replace(
+        CONFIG, attention_scale=1.4, residual_scales=True, value_embeddings=True, smear=True, bigrams=True, backout=True
+    )
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.2 * jax.random.normal(next(keys), leaf.shape), init_params(config, jax.random.key(0))
+    )
+    expected = evaluate_bpb(params, config, batches[:1], BYTES)
+    assert paged_bpb(params, config, batches[:1], BYTES, dtype="float32") == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_bytes_there_is_nothing_to_say(params, batches):

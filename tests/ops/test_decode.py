@@ -34,24 +34,24 @@ def close(got, expected, atol):
 
 
 @pytest.mark.parametrize(
-    ("rows", "heads", "kv_heads", "size", "window", "dtype"),
+    ("rows", "heads", "kv_heads", "size", "window", "dtype", "scale"),
     [
-        (1, 2, 2, 128, None, jnp.bfloat16),  # few rows: several programs share a row's keys
-        (3, 2, 1, 128, 70, jnp.bfloat16),
-        (70, 4, 2, 64, None, jnp.bfloat16),
-        (70, 4, 4, 64, 33, jnp.float8_e4m3fn),
+        (1, 2, 2, 128, None, jnp.bfloat16, 1.0),  # few rows: several programs share a row's keys
+        (3, 2, 1, 128, 70, jnp.bfloat16, 1.44),
+        (70, 4, 2, 64, None, jnp.bfloat16, 1.5),
+        (70, 4, 4, 64, 33, jnp.float8_e4m3fn, 1.0),
     ],
 )
-def test_a_new_token_of_each_row(rows, heads, kv_heads, size, window, dtype):
+def test_a_new_token_of_each_row(rows, heads, kv_heads, size, window, dtype, scale):
     pool, table, draw = cache(rows, kv_heads, size, 4, dtype)
     start = draw.integers(0, 4 * PAGE, rows)
     start[:3] = [PAGE, PAGE - 1, 0][:rows]
     place = Place(table, jnp.asarray(start, jnp.int32), jnp.asarray(np.arange(rows) != 2, jnp.int32))
     rope = rope_tables(place.start[:, None], size, 10_000.0)
-    operands = (numbers(20, rows, (heads + 2 * kv_heads) * size), rope, pool, place, window)
+    operands = (numbers(20, rows, (heads + 2 * kv_heads) * size), rope, pool, place, window, scale)
     kernel = attend_next.choose(*operands)
     assert kernel is not attend_next.formula
-    got, got_pool = jax.jit(kernel, static_argnums=4)(*operands)
+    got, got_pool = jax.jit(kernel, static_argnums=(4, 5))(*operands)
     expected, expected_pool = attend_next.formula(*operands)
     busy = np.arange(rows) != 2  # what is computed for an idle row means nothing
     close(got[busy], expected[busy], atol=0.08 if dtype == jnp.bfloat16 else 0.3)  # one of the 8 bits may differ
@@ -81,15 +81,16 @@ def test_the_block_differs_if_the_cache_does():
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "window", "dtype"), [(2, 2, None, jnp.bfloat16), (4, 1, 90, jnp.float8_e4m3fn)]
+    ("heads", "kv_heads", "window", "dtype", "scale"),
+    [(2, 2, None, jnp.bfloat16, 1.0), (4, 1, 90, jnp.float8_e4m3fn, 1.0), (4, 2, 40, jnp.bfloat16, 1.5)],
 )
-def test_many_tokens_of_each_row(heads, kv_heads, window, dtype):
+def test_many_tokens_of_each_row(heads, kv_heads, window, dtype, scale):
     pool, table, _ = cache(5, kv_heads, 64, 4, dtype)
     place = Place(table, jnp.array([0, 64, 100, 128, 37]), jnp.array([64, 64, 7, 0, 33]))
     q = numbers(1, 5, 64, heads, 64)
-    kernel = attend_pages.choose(q, pool, place, window)
+    kernel = attend_pages.choose(q, pool, place, window, scale)
     assert kernel is not attend_pages.formula
-    got, expected = kernel(q, pool, place, window), attend_pages.formula(q, pool, place, window)
+    got, expected = kernel(q, pool, place, window, scale), attend_pages.formula(q, pool, place, window, scale)
     real = np.arange(64) < np.asarray(place.count)[:, None]
     close(np.asarray(got)[real], np.asarray(expected)[real], atol=0.02)
     assert not np.asarray(got[3], np.float32).any()
@@ -116,6 +117,14 @@ def test_kernels_take_what_they_can_and_leave_the_rest():
         pages.attend_pages.choose(numbers(0, 1, 5, 1, 64), cache(1, 1, 64, 2, jnp.bfloat16)[0], place).__name__
         == "attend_pages"
     )
+    new = (
+        numbers(0, 1, 3 * 64),
+        rope_tables(place.start[:, None], 64, 10_000.0),
+        cache(1, 1, 64, 2, jnp.bfloat16)[0],
+        place,
+    )
+    assert attend_next.choose(*new, None, 8.0) is not attend_next.formula
+    assert attend_next.choose(*new, None, 8.5) is attend_next.formula  # without a maximum the sums might overflow
     assert set(attend_next._kernels) == set(attend_pages._kernels) == {Level.TRITON}
 
 

@@ -9,22 +9,22 @@ from jaxchat.ops.pages import PAGE, Place, attend_pages, new_pages, write_pages
 SIZE = 8
 
 
-def expected(q, k, v, window):
+def expected(q, k, v, window, scale):
     """[N, H]: one query's attention over all keys [S, K, H] given, of which the last is its own."""
     heads, kv_heads = len(q), k.shape[1]
     k, v = k[-(window + 1) :] if window is not None else k, v[-(window + 1) :] if window is not None else v
     out = []
     for head in range(heads):
         shared = head // (heads // kv_heads)
-        scores = k[:, shared] @ q[head] / np.sqrt(SIZE)
+        scores = k[:, shared] @ q[head] * scale / np.sqrt(SIZE)
         weights = np.exp(scores - scores.max())
         out.append(weights / weights.sum() @ v[:, shared])
     return np.stack(out)
 
 
 @pytest.mark.parametrize("window", [None, 1, 30, PAGE, PAGE + 1, 200])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (3, 1)])
-def test_rows_of_any_length_in_any_pages(heads, kv_heads, window):
+@pytest.mark.parametrize(("heads", "kv_heads", "scale"), [(2, 2, 1.0), (4, 2, 1.5), (3, 1, 1.0)])
+def test_rows_of_any_length_in_any_pages(heads, kv_heads, scale, window):
     draw = np.random.default_rng(heads * 7 + kv_heads)
     lengths = [3, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE + 5]
     steps = [3, 5, 1, 2, 7]  # the tokens of each row that come last, in one batch
@@ -48,11 +48,11 @@ def test_rows_of_any_length_in_any_pages(heads, kv_heads, window):
     pages = write_pages(*new, pages, place)
     *new, queries, place = batch((k, v, q), before, steps)
     pages = write_pages(*new, pages, place)
-    mixed = attend_pages(queries, pages, place, window)
+    mixed = attend_pages(queries, pages, place, window, scale)
     for row, (start, count) in enumerate(zip(before, steps, strict=True)):
         for i in range(count):
             end = start + i + 1
-            right = expected(q[row, end - 1], k[row, :end], v[row, :end], window)
+            right = expected(q[row, end - 1], k[row, :end], v[row, :end], window, scale)
             np.testing.assert_allclose(mixed[row, i], right, atol=1e-5)
 
 

@@ -14,11 +14,11 @@ from jaxtyping import Array, Float, Int
 from jaxchat.devices.mesh import BATCH_SPEC
 from jaxchat.eval.core.batches import Arrays
 from jaxchat.model.config import GPTConfig
-from jaxchat.model.generation import init_pages, paged_hidden
+from jaxchat.model.generation import init_pages, paged_hidden, reads_previous
 from jaxchat.model.gpt import Params
 from jaxchat.ops.compute import Compute
 from jaxchat.ops.cross_entropy import capped_logits, nll_of
-from jaxchat.ops.pages import Place
+from jaxchat.ops.pages import PAGE, Place
 
 AT_ONCE = 512  # positions whose logits are held
 
@@ -37,8 +37,10 @@ def score(
 
     def run(params: Params, batch: Arrays) -> tuple[Array, Array]:
         tokens, *place = map(jnp.asarray, batch[:4])
+        place = Place(*place)
         pages = init_pages(config, len(tokens), compute.dtype)
-        hidden, _ = paged_hidden(config, params, tokens, Place(*place), pages, compute.dtype)
+        before = _before(tokens, place) if reads_previous(config) else None
+        hidden, _ = paged_hidden(config, params, tokens, place, pages, compute.dtype, before=before)
         hidden = hidden.reshape(-1, hidden.shape[-1])
         head = params["head"]["kernel"].astype(compute.dtype)
         at_once = min(AT_ONCE, len(batch.places))
@@ -67,6 +69,12 @@ def score(
             run, mesh=mesh, in_specs=(P(), BATCH_SPEC), out_specs=BATCH_SPEC, axis_names=axes, check_vma=False
         )
         return jax.lax.with_sharding_constraint(split(params, batch), NamedSharding(mesh, P()))
+
+
+def _before(tokens: Int[Array, "R _"], place: Place) -> Int[Array, " R"]:
+    """The token before each row's first, the last of the page before; -1 where there is none."""
+    page = jnp.take_along_axis(place.table, place.start[:, None] // PAGE - 1, axis=1, mode="clip")[:, 0]
+    return jnp.where(place.start > 0, tokens[page, -1], -1)
 
 
 def checksums(params: Params) -> list[int]:

@@ -14,6 +14,7 @@ from jaxchat.devices.mesh import make_mesh
 from jaxchat.errors import UserError
 from jaxchat.eval.core import BASELINES, CoreResult, TaskScore, evaluate, evaluate_core, load_bundle
 from jaxchat.eval.statistics import wilson_interval
+from jaxchat.model.gpt import init_params
 from jaxchat.model.parameters import shardings
 from jaxchat.ops.compute import Compute
 from tests.eval.core.by_definition import decisions
@@ -70,6 +71,20 @@ def test_a_limit_changes_the_items_and_their_examples(config, params, tokenizer,
     expected = by_definition(config, params, tokenizer, task, limit=3)
     assert_as_defined(kept_lines(tmp_path, "winogrande"), expected, "winogrande")
     assert expected != by_definition(config, params, tokenizer, task)[:3]
+
+
+def test_the_optional_parts_of_the_model_see_what_lies_on_the_page_before(config, tokenizer, bundle, tmp_path):
+    config = dataclasses.replace(
+        config, attention_scale=1.4, residual_scales=True, value_embeddings=True, smear=True, bigrams=True, backout=True
+    )
+    keys = iter(jax.random.split(jax.random.key(2), 100))
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), init_params(config, jax.random.key(0))
+    )
+    evaluate_core(config, params, tokenizer, bundle, tasks=["piqa", "jeopardy"], keep=tmp_path)
+    for task in bundle.only(["piqa", "jeopardy"]).tasks:
+        expected = by_definition(config, params, tokenizer, task)
+        assert_as_defined(kept_lines(tmp_path, task.label), expected, task.label)
 
 
 def test_devices_share_the_items(config, params, tokenizer, bundle, whole, tmp_path, monkeypatch):
