@@ -128,3 +128,10 @@ def test_a_model_with_a_border_token_treats_documents_as_if_each_had_a_row():
     plain = dataclasses.replace(config, border_token=None)
     across = hidden_states(plain, params, jnp.concatenate([first, second], axis=1))
     assert not np.allclose(across[:, 5:], together[:, 5:], atol=1e-3)
+
+
+@pytest.mark.parametrize("length", [8, 48], ids=["whole", "in blocks"])
+def test_a_scale_multiplies_the_scores(length, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 16)
+    q, k, v = qkv(length)
+    np.testing.assert_allclose(attend(q, k, v, window=6, scale=1.44), plain(1.44 * q, k, v, 6), atol=1e-5)

@@ -90,3 +90,9 @@ def test_the_kernels_lower_for_a_tpu(window, borders):
     arrays = abstract(rows=1, length=1024)
     traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arrays)
     assert traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") >= 3
+
+
+def test_a_scale_multiplies_the_scores(interpreted):
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, LENGTH, n, 128)) for i, n in enumerate((2, 1, 1)))
+    scaled = splash.attend(q, k, v, scale=1.44, kept=KEPT)
+    np.testing.assert_allclose(scaled, formula(1.44 * q, k, v, None, None), atol=1e-4)
