@@ -160,12 +160,13 @@ def newton_schulz(
 
 def scale_by_muon(
     momentum: optax.Schedule, direction: Direction, *, mesh: Mesh | None = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Muon's update before learning rate and sign, for trees of matrices [fan_in, fan_out].
 
     With mu = momentum(count): buffer <- mu buffer + (1 - mu) g, then Nesterov's (1 - mu) g + mu buffer becomes a
     `direction` and is scaled by sqrt(max(1, fan_out / fan_in)), which keeps the size of a layer's change of output
     whatever its shape. Over a `mesh` of several devices each of them orthogonalises its share of the matrices.
+    `muon_momentum`, if the update is given one, takes the place of the schedule's.
     """
     dtype = direction.dtype
 
@@ -177,9 +178,9 @@ def scale_by_muon(
         sums = jax.tree.map(lambda p: jnp.sum(p, variance_axis(p.shape), keepdims=True), zeros)
         return NorMuonState(count, zeros, sums)
 
-    def update(updates, state, params=None):
-        del params
-        mu = momentum(state.count)
+    def update(updates, state, params=None, *, muon_momentum=None, **extra):
+        del params, extra
+        mu = momentum(state.count) if muon_momentum is None else muon_momentum
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
         buffer = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, state.momentum, grads)
         nesterov = jax.tree.map(lambda m, g: (mu * m + (1 - mu) * g).astype(dtype), buffer, grads)
@@ -193,7 +194,7 @@ def scale_by_muon(
         new = MuonState(count, buffer) if variance is None else NorMuonState(count, buffer, variance)
         return updates, new
 
-    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _directions(matrices, variances, direction, mesh):

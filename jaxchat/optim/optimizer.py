@@ -100,8 +100,10 @@ def make_optimizer(
     decay: optax.Schedule | None = None,
     mesh: Mesh | None = None,
     newton_schulz_dtype: DTypeLike = jnp.bfloat16,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Clips the gradient's global norm, then updates each group by its own method, all rates times `schedule(count)`.
+
+    An update that is given `muon_momentum` or `muon_decay` uses these in place of the schedules'.
 
     A caller that logs `optax.tree.norm(gradients)` under the same jit pays for it once: XLA merges it with the clip's.
 
@@ -141,14 +143,14 @@ def muon_direction(config: OptimizerConfig, dtype: DTypeLike = jnp.bfloat16) -> 
     )
 
 
-def _by_group(groups: dict[str, optax.GradientTransformation]) -> optax.GradientTransformation:
+def _by_group(groups: dict[str, optax.GradientTransformation]) -> optax.GradientTransformationExtraArgs:
     """Each parameter by its group's transformation; a group without parameters has no state either."""
 
     def there(params):
         names = groups_in(params)
         return optax.multi_transform({name: group for name, group in groups.items() if name in names}, groups_of)
 
-    def update(updates, state, params=None):
-        return there(updates).update(updates, state, params)
+    def update(updates, state, params=None, **extra):
+        return there(updates).update(updates, state, params, **extra)
 
-    return optax.GradientTransformation(lambda params: there(params).init(params), update)
+    return optax.GradientTransformationExtraArgs(lambda params: there(params).init(params), update)

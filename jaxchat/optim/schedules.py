@@ -46,15 +46,24 @@ def muon_momentum(
     rises, so that short trainings have no jump. Where the number of steps is not known, it does neither.
     """
     start, peak, end = config.muon_momentum_start, config.muon_momentum, config.muon_momentum_end
-    rising = config.muon_momentum_steps
-    if config.muon_momentum_ratio is not None and total_steps is not None:
-        rising = round(config.muon_momentum_ratio * total_steps)
-        start = start if rising else peak
-    rise = optax.linear_schedule(start, peak, rising)
-    if end is None or schedule is None or total_steps is None:
-        return rise
+    if schedule is None or total_steps is None or not momentum_follows_length(config):
+        return optax.linear_schedule(start, peak, config.muon_momentum_steps)
+    ratio, rising = config.muon_momentum_ratio, config.muon_momentum_steps
+    rising = rising if ratio is None else round(ratio * total_steps)
     decay_steps = round(schedule.decay_ratio * total_steps)
-    return lambda count: jnp.minimum(rise(count), end + (peak - end) * _left(jnp, count, total_steps, decay_steps))
+
+    def momentum(count):
+        xp = _numpy_for(count)
+        risen = start + (peak - start) * xp.clip(count / rising, 0.0, 1.0) if rising else peak
+        left = _left(xp, count, total_steps, decay_steps)
+        return risen + 0.0 * count if end is None else xp.minimum(risen, end + (peak - end) * left)
+
+    return momentum
+
+
+def momentum_follows_length(config: OptimizerConfig) -> bool:
+    """Whether Muon's momentum depends on how long a training is."""
+    return config.muon_momentum_ratio is not None or config.muon_momentum_end is not None
 
 
 def matrix_decay(config: OptimizerConfig, total_steps: int | None = None) -> optax.Schedule:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import NamedSharding
 
 from jaxchat.config import ScheduleConfig
@@ -27,11 +28,19 @@ class Paced(Source):
     """The batches of another source, each with the factor on the learning rates of its step.
 
     The stage's `lr_fraction` is in it, so that stages whose batches have the same shapes run the same program.
+    `moving` gives, for a number of steps, schedules of more that comes with the batches (`MOVING` of the step).
     """
 
-    def __init__(self, source: Any, horizon: Horizon, workspace: Workspace, lr_fraction: float):
+    def __init__(
+        self,
+        source: Any,
+        horizon: Horizon,
+        workspace: Workspace,
+        lr_fraction: float,
+        moving: Callable[[int], dict[str, optax.Schedule]] = lambda steps: {},
+    ):
         self.source, self.horizon, self.workspace, self.mesh = source, horizon, workspace, workspace.mesh
-        self.lr_fraction = lr_fraction
+        self.lr_fraction, self.moving = lr_fraction, moving
         self._rate: tuple[float, jax.Array] | None = None
         self._taken = 0  # steps whose batches were taken; 0 before the first one here
 
@@ -54,7 +63,7 @@ class Paced(Source):
     def abstract(self, plan: BatchPlan) -> AbstractBatch:
         """What `next_batch` returns with `plan`, as ShapeDtypeStructs."""
         rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(self.mesh, NOWHERE))
-        return {**self.source.abstract(plan), "rate": rate}
+        return {**self.source.abstract(plan), "rate": rate, **dict.fromkeys(self.moving(1), rate)}
 
     def next_batch(self, step: int, params) -> tuple[Batch, dict[str, float]]:
         self.workspace.keep_time()
@@ -62,8 +71,12 @@ class Paced(Source):
         self._taken = step + 1
         rate = self.lr_fraction * self.horizon.rates[step]
         if self._rate is None or self._rate[0] != rate:  # constant for most steps
-            self._rate = rate, put_whole(self.mesh, np.array(rate, np.float32), NOWHERE)
-        return {**batch, "rate": self._rate[1]}, extra
+            self._rate = rate, self._put(rate)
+        moving = self.moving(self.horizon.steps)
+        return {**batch, "rate": self._rate[1], **{name: self._put(f(step)) for name, f in moving.items()}}, extra
+
+    def _put(self, value: Any) -> jax.Array:
+        return put_whole(self.mesh, np.array(value, np.float32), NOWHERE)
 
     def tokens(self, batch: Batch) -> int:
         return self.source.tokens(batch)

@@ -25,7 +25,7 @@ from jaxchat.model.gpt import Params, init_params
 from jaxchat.model.parameters import shardings
 from jaxchat.ops.compute import for_training
 from jaxchat.optim.optimizer import learning_rates, make_optimizer
-from jaxchat.optim.schedules import matrix_decay, multiplier, muon_momentum
+from jaxchat.optim.schedules import matrix_decay, momentum_follows_length, multiplier, muon_momentum
 from jaxchat.runs.metrics import Metrics
 from jaxchat.runs.report_page import describe_data, describe_turn
 from jaxchat.stages.pacing import Paced, horizon_of, timed
@@ -112,7 +112,7 @@ class Training:
     def __post_init__(self):
         workspace, phases = self.workspace, self.phases
         self.horizon = horizon_of(workspace, self.stage, self.config.schedule)
-        schedules = self._schedules(self.num_steps if self.horizon is None else None)
+        schedules = self._schedules(self.num_steps) if self.horizon is None else {}
         self.schedule: Any = multiplier(self.config.schedule, self.num_steps)
         if phases is not None and phases.grows:
             self.schedule = lambda step: phases(step).rate  # of Python ints: the rates come with the batches
@@ -123,8 +123,8 @@ class Training:
             self.model,
             optax.constant_schedule(1.0) if with_batches else self.schedule,
             lr_fraction=1.0 if with_batches else self.config.lr_fraction,
-            momentum=schedules["momentum"],
-            decay=schedules["decay"],
+            momentum=schedules.get("muon_momentum"),
+            decay=schedules.get("muon_decay"),
             mesh=workspace.mesh,
             newton_schulz_dtype=workspace.compute.dtype,
         )
@@ -223,7 +223,7 @@ class Training:
         schedule: Any = self.schedule
         horizon = self.horizon
         if horizon is not None:
-            source = Paced(source, horizon, workspace, self.config.lr_fraction)
+            source = Paced(source, horizon, workspace, self.config.lr_fraction, self._schedules)
             schedule = horizon.rates.__getitem__
         state, step_fn = self.compiled(start, source)
         if self.choice is not None:
@@ -292,13 +292,15 @@ class Training:
         self.workspace.say(f"{self.stage:<9} {describe_turn(facts)}; {remedy}")
         return facts
 
-    def _schedules(self, num_steps: int | None) -> dict[str, optax.Schedule]:
-        """Muon's momentum and weight decay in a training of so many steps; None where time decides."""
+    def _schedules(self, num_steps: int) -> dict[str, optax.Schedule]:
+        """Muon's momentum and weight decay in a training of so many steps, as far as they depend on these."""
         optimizer = self.workspace.experiment.optimizer
-        return {
-            "momentum": muon_momentum(optimizer, self.config.schedule, num_steps),
-            "decay": matrix_decay(optimizer, num_steps),
-        }
+        schedules: dict[str, optax.Schedule] = {}
+        if momentum_follows_length(optimizer):
+            schedules["muon_momentum"] = muon_momentum(optimizer, self.config.schedule, num_steps)
+        if optimizer.matrix_weight_decay:
+            schedules["muon_decay"] = matrix_decay(optimizer, num_steps)
+        return schedules
 
     def _model_at(self, step: int) -> GPTConfig:
         return self.model if self.phases is None else dataclasses.replace(self.model, reach=self.phases(step).reach)
@@ -308,7 +310,7 @@ class Training:
 
         def course(total: int) -> list[np.ndarray]:
             schedules = multiplier(self.config.schedule, total), *self._schedules(total).values()
-            return [np.broadcast_to(schedule(np.arange(done)), done) for schedule in schedules]
+            return [np.asarray(schedule(np.arange(done))) for schedule in schedules]
 
         if self.phases is not None:
             other = dataclasses.replace(self.phases, num_steps=num_steps)

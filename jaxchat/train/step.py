@@ -32,9 +32,10 @@ State = dict[str, Any]  # {"params", "opt_state", "step"}
 AbstractBatch = dict[str, Any]  # a batch before there is one: ShapeDtypeStructs, and a "reach"
 # {"inputs", "targets"} and, with an objective, "shares" and what it needs of the targets: each [accumulation, rows, T];
 # "documents" of that shape, where several share a row; scalars "rate", where the rates of the optimizer come with the
-# batch, and "micro_batches", where only the first so many are computed; "ahead", the weights of the losses of tokens
-# after the next one; "reach", a `Reach`
+# batch, those of `MOVING`, and "micro_batches", where only the first so many are computed; "ahead", the weights of the
+# losses of tokens after the next one; "reach", a `Reach`
 Batch = dict[str, Any]
+MOVING = ("muon_momentum", "muon_decay")  # what the optimizer takes from a batch that has it
 MICRO_BATCH_SPEC = PartitionSpec(None, *BATCH_SPEC)  # how a batch is laid out on the mesh
 
 
@@ -111,6 +112,7 @@ def make_train_step(
         params, rate, computed = state["params"], batch.pop("rate", None), batch.pop("micro_batches", None)
         ahead, reach = batch.pop("ahead", None), batch.pop("reach", None)
         model = config if reach is None else replace(config, reach=reach.share)
+        moving = {name: batch.pop(name) for name in MOVING if name in batch}
         count = jnp.sum(batch["targets"] >= 0)
         scale = 1.0 / jnp.maximum(count, 1).astype(jnp.float32)
         loss_and_grad = jax.value_and_grad(partial(micro_loss, model=model, ahead=ahead), has_aux=True)
@@ -133,7 +135,8 @@ def make_train_step(
                 )
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
-            updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+            take_step = optax.with_extra_args_support(optimizer).update
+            updates, opt_state = take_step(grads, state["opt_state"], params, **moving)
             if rate is not None:
                 updates = jax.tree.map(lambda update: (rate * update).astype(update.dtype), updates)
             new = optax.apply_updates(params, updates), opt_state

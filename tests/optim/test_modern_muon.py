@@ -130,6 +130,25 @@ def test_without_a_known_length_they_do_not_fall():
     assert [float(decay(count)) for count in (0, 10**6)] == pytest.approx([0.7, 0.7])
 
 
+def test_an_update_takes_the_momentum_and_the_decay_that_it_is_given():
+    rng = np.random.default_rng(0)
+    params, grads = (tree(lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)) for _ in range(2))
+    scheduled, given = (
+        make_optimizer(MODERN, MODEL, lambda n: 1.0, momentum=lambda n: 0.8, decay=lambda n: 0.2),
+        make_optimizer(MODERN, MODEL, lambda n: 1.0, momentum=lambda n: 0.5, decay=lambda n: 0.9),
+    )
+    expected, _ = jax.jit(scheduled.update)(grads, scheduled.init(params), params)
+    found, _ = jax.jit(given.update)(grads, given.init(params), params, muon_momentum=0.8, muon_decay=0.2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, expected)
+
+
+def test_the_host_answers_for_the_steps_that_it_knows():
+    for schedule in (muon_momentum(MODERN, SCHEDULE, 10), matrix_decay(MODERN, 10)):
+        assert not isinstance(schedule(3), jax.Array)
+        np.testing.assert_allclose(schedule(np.arange(10)), [schedule(step) for step in range(10)])
+        np.testing.assert_allclose(jax.jit(jax.vmap(schedule))(np.arange(10)), schedule(np.arange(10)), rtol=1e-5)
+
+
 # --- the parts ------------------------------------------------------------------------------------------------------
 
 
