@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -119,19 +120,30 @@ def _head_gradient(hidden, grad):
 
 @loss_and_gradients.kernel(
     Level.TRITON,
-    # A trained entropy needs another pass over the row; several targets to a position are not its task.
-    accepts=lambda *operands: operands[-1] <= KERNEL_CAP and operands[-3] != "trained" and operands[2].ndim == 2,
+    # A trained entropy needs another pass over the row.
+    accepts=lambda *operands: operands[-1] <= KERNEL_CAP and operands[-3] != "trained",
 )
 def _(hidden, head, targets, weigh, entropy, vocab_size, cap):
     # With an entropy the answers were sampled, from fp32 logits: rounded ones would be those of another policy.
     dtype = hidden.dtype if entropy == "unused" else jnp.float32
     scores = jnp.matmul(hidden, head, preferred_element_type=dtype).reshape(-1, head.shape[1])
+    several, whole = targets.ndim == hidden.ndim, None
+    if several:  # their weights, which are constants, decide what the row's gradient is
+        weights = weigh(jnp.zeros(targets.shape), None).weights
+        whole = jnp.sum(weights, axis=-1)
+        shares = (weights / jnp.where(whole == 0, 1.0, whole)[..., None]).reshape(-1, targets.shape[-1])
     nll, factor, grad, entropies = cross_entropy_rows(
-        scores, targets.reshape(-1), vocab_size, cap, with_entropy=entropy == "measured", dtype=hidden.dtype
+        scores,
+        targets.reshape(-1, *targets.shape[2:]),
+        vocab_size,
+        cap,
+        shares=shares if several else None,
+        with_entropy=entropy == "measured",
+        dtype=hidden.dtype,
     )
     weighed = weigh(nll.reshape(targets.shape), None if entropies is None else entropies.reshape(targets.shape))
-    factor = (factor.reshape(targets.shape) * weighed.weights)[..., None]
-    grad = grad.reshape(*targets.shape, -1)
+    factor = (factor.reshape(hidden.shape[:2]) * (weighed.weights if whole is None else whole))[..., None]
+    grad = grad.reshape(*hidden.shape[:2], -1)
     # The rows' factors multiply what is narrower than the logits, on one side of each product.
     head_grad = _head_gradient((hidden * factor).astype(hidden.dtype), grad)
     return weighed.loss, ((grad @ head.T) * factor).astype(hidden.dtype), head_grad, weighed.sums
@@ -139,23 +151,29 @@ def _(hidden, head, targets, weigh, entropy, vocab_size, cap):
 
 def cross_entropy_rows(
     scores: Float[Array, "N V"],
-    targets: Int[Array, "N"],
+    targets: Int[Array, "N *K"],
     vocab_size: int,
     cap: float,
     *,
+    shares: Float[Array, "N K"] | None = None,
     with_entropy: bool = False,
     dtype: DTypeLike | None = None,
-) -> tuple[Float[Array, "N"], Float[Array, "N"], Float[Array, "N V"], Float[Array, "N"] | None]:
+) -> tuple[Float[Array, "N *K"], Float[Array, "N"], Float[Array, "N V"], Float[Array, "N"] | None]:
     """-log p(target) in nats of each row, in fp32, and its gradient for `scores`; `with_entropy` also the entropy.
 
     `scores` are raw: p is the softmax of cap · tanh(scores / cap) over the first `vocab_size` columns. The gradient
     comes as a factor for each row, in fp32, and a matrix of `dtype`, or None for that of `scores`, whose place it takes
     if the dtypes are the same. Where the target is negative, the loss and the factor are 0.
 
+    With `shares`, K targets to a row, the gradient is that of the mean of their -log p with these weights, which sum to
+    1, or to 0 where there is no target; the share of one that is negative is 0.
+
     The cap bounds the exponentials (e^±cap), so that no maximum needs to be subtracted, and their sum can be divided by
     later, as the row's factor: a program reads its row once.
     """
     rows, width = scores.shape
+    given = [] if shares is None else [shares.reshape(-1)]
+    count = 1 if shares is None else shares.shape[1]
     wide = min(2048, pl.next_power_of_2(width))
     dtype = scores.dtype if dtype is None else jnp.dtype(dtype)
 
@@ -170,12 +188,13 @@ def cross_entropy_rows(
         exponent = cap - (2.0 * cap) * r
         return exponent, jnp.exp(exponent), 4.0 * r * (1.0 - r)
 
-    def kernel(scores_ref, targets_ref, nll_ref, factor_ref, grad_ref, *entropy_refs):
+    def kernel(scores_ref, targets_ref, *refs):
+        shares_refs, (nll_ref, factor_ref, grad_ref, *entropy_refs) = refs[: len(given)], refs[len(given) :]
         row = pl.program_id(0)
-        target = triton.load(targets_ref.at[row])
-        counts = target >= 0
-        at_target = row * width + jnp.maximum(target, 0)
-        exponent_of_target, of_target, slope_of_target = exponential(load(scores_ref, at_target))
+        places = [row * count + k for k in range(count)] if given else [row]
+        found = [triton.load(targets_ref.at[place]) for place in places]
+        at_targets = [row * width + jnp.maximum(target, 0) for target in found]
+        of_targets = [exponential(load(scores_ref, at_target)) for at_target in at_targets]
 
         def part(step, sums):
             columns = step * wide + jnp.arange(wide)
@@ -191,14 +210,21 @@ def cross_entropy_rows(
         sums = jax.lax.fori_loop(0, pl.cdiv(width, wide), part, nothing)
         # The sum waits for all threads of the program, so that what they stored of the row precedes this store.
         total = jnp.sum(sums[0])
-        store(grad_ref, at_target, (of_target - total) * slope_of_target, counts)
-        store(nll_ref, row, jnp.where(counts, jnp.log(total) - exponent_of_target, 0.0))
-        store(factor_ref, row, jnp.where(counts, 1.0 / total, 0.0))
+        parts = [load(ref, place) for ref in shares_refs for place in places]
+        for k, (place, target, at_target) in enumerate(zip(places, found, at_targets, strict=True)):
+            (exponent, value, slope), counts, pull = of_targets[k], target >= 0, total
+            if parts:  # the same token may be several of the targets
+                pull *= sum(jnp.where(other == target, part, 0.0) for other, part in zip(found, parts, strict=True))
+            store(grad_ref, at_target, (value - pull) * slope, counts)
+            store(nll_ref, place, jnp.where(counts, jnp.log(total) - exponent, 0.0))
+        any_counts = functools.reduce(jnp.logical_or, [target >= 0 for target in found])
+        store(factor_ref, row, jnp.where(any_counts, 1.0 / total, 0.0))
         for entropy_ref in entropy_refs:
             store(entropy_ref, row, jnp.log(total) - jnp.sum(sums[1]) / total)
 
     of_rows = jax.ShapeDtypeStruct((rows,), jnp.float32)
-    out = [of_rows, of_rows, jax.ShapeDtypeStruct((scores.size,), dtype), *[of_rows] * with_entropy]
+    of_each = jax.ShapeDtypeStruct((rows * count,), jnp.float32)
+    out = [of_each, of_rows, jax.ShapeDtypeStruct((scores.size,), dtype), *[of_rows] * with_entropy]
     call = launch(kernel, (rows,), out, warps=8, aliases={0: 2} if scores.dtype == dtype else None)
-    nll, factor, grad, *entropies = call(scores.reshape(-1), targets)
-    return nll, factor, grad.reshape(scores.shape), entropies[0] if with_entropy else None
+    nll, factor, grad, *entropies = call(scores.reshape(-1), targets.reshape(-1), *given)
+    return nll.reshape(targets.shape), factor, grad.reshape(scores.shape), entropies[0] if with_entropy else None

@@ -21,7 +21,7 @@ from jaxchat.ops.norm import norm_branch, rms_norm
 from jaxchat.ops.rope import apply_rope, rope_norm, rope_tables
 from jaxchat.ops.stack import stack
 from jaxchat.rl.objectives import PolicyObjective
-from jaxchat.train.loss import LossConfig, cross_entropy_sum, objective_sum
+from jaxchat.train.loss import TOKENS_AHEAD, LossConfig, cross_entropy_sum, objective_sum, targets_ahead
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +111,41 @@ def test_the_rows_of_the_loss(vocab):
     without = cross_entropy_rows(scores, targets, vocab, cap)
     assert without[3] is None
     assert_same(without[:3], (nll, factor, grad), 0)
+
+
+def test_the_rows_of_several_targets():
+    rows, padded, vocab, cap = 5, 384, 300, 15.0
+    scores = 8 * draw(rows, padded)
+    targets = jnp.array([[0, 299, 7], [150, -1, -1], [-1, -1, -1], [7, 7, 7], [150, 2, 150]])
+    shares = jnp.where(targets >= 0, jnp.array([1.0, 0.5, 0.25]), 0.0)
+    shares /= jnp.maximum(shares.sum(-1, keepdims=True), 1e-9)
+
+    def loss(scores):
+        log_p = jax.nn.log_softmax(jnp.where(jnp.arange(padded) < vocab, cap * jnp.tanh(scores / cap), -jnp.inf))
+        nll = jnp.where(targets >= 0, -jnp.take_along_axis(log_p, jnp.maximum(targets, 0), -1), 0.0)
+        return jnp.sum(shares * nll), nll
+
+    expected_grad, expected = jax.grad(loss, has_aux=True)(scores)
+    nll, factor, grad, _ = cross_entropy_rows(scores, targets, vocab, cap, shares=shares)
+    assert_same((nll, factor[:, None] * grad), (expected, expected_grad))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_tokens_ahead_are_the_same_with_kernels(monkeypatch, dtype, tolerance):
+    hidden, head = (2 * draw(2, 8, 32)).astype(dtype), draw(32, 128, seed=1)
+    targets = targets_ahead(jax.random.randint(jax.random.key(3), (2, 8), -1, 120), 2)
+    shares = 0.1 * jnp.broadcast_to(jnp.array([1.0, 0.5, 0.25]), targets.shape)
+
+    @jax.default_matmul_precision("highest")
+    def loss(hidden, head):
+        return objective_sum(hidden, head, targets, {"shares": shares}, TOKENS_AHEAD, LossConfig(120, 15.0))
+
+    with_kernels = jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, head)
+    monkeypatch.setattr(triton, "INTERPRET", False)
+    jax.clear_caches()
+    without = jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, head)
+    in_fp32 = [[leaf.astype(jnp.float32) for leaf in jax.tree.leaves(each)] for each in (with_kernels, without)]
+    assert_same(*in_fp32, tolerance)
 
 
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")

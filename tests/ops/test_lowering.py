@@ -40,6 +40,10 @@ def loss_with_entropy(scores, targets):
     return cross_entropy_rows(scores, targets, 1000, 15.0, with_entropy=True, dtype=jnp.bfloat16)
 
 
+def loss_of_several(scores, targets, shares):
+    return cross_entropy_rows(scores, targets, 1000, 15.0, shares=shares)
+
+
 @pytest.mark.parametrize(
     "function, arguments, count",
     [
@@ -65,9 +69,10 @@ def test_kernels_and_their_gradients(monkeypatch, function, arguments, count):
     [
         (loss, [array(ROWS, 1024), array(ROWS, dtype=jnp.int32)]),
         (loss_with_entropy, [array(ROWS, 1024, dtype=jnp.float32), array(ROWS, dtype=jnp.int32)]),
+        (loss_of_several, [array(ROWS, 1024), array(ROWS, 3, dtype=jnp.int32), array(ROWS, 3, dtype=jnp.float32)]),
         (stack_of(3), [SQUARE] * 3),
     ],
-    ids=["loss", "loss with entropy", "stack"],
+    ids=["loss", "loss with entropy", "loss of several targets", "stack"],
 )
 def test_kernels_without_a_gradient(monkeypatch, function, arguments):
     monkeypatch.setattr(triton, "INTERPRET", False)
