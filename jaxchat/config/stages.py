@@ -88,6 +88,14 @@ class PretrainConfig(SupervisedConfig):
     def unit_tokens(self) -> int:
         return math.gcd(self.batch_tokens, *self.phases.batch_tokens)
 
+    @property
+    def mean_batch_tokens(self) -> float:
+        """A run takes as many steps as its tokens divided by this."""
+        if not self.phases.batch_tokens:
+            return self.batch_tokens
+        sizes = (*self.phases.batch_tokens, self.batch_tokens)
+        return 1 / sum(share / size for share, size in zip(self.phases.shares, sizes, strict=True))
+
 
 @dataclass(frozen=True)
 class FinetuneConfig(SupervisedConfig):

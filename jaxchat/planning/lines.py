@@ -50,7 +50,6 @@ def proposal_lines(proposal: Proposal, amount: TextAmount, flops: float | None, 
 def length_lines(experiment: Experiment, amount: TextAmount) -> list[str]:
     """How much text there is, how often pretraining reads it, and a warning if that is often."""
     from jaxchat.train.budget import training_length, training_tokens  # imports JAX
-    from jaxchat.train.phases import mean_batch_tokens
 
     config, vocab_size = experiment.pretrain, experiment.tokenizer.vocab_size
     model = GPTConfig.of(experiment.model, vocab_size)
@@ -61,7 +60,7 @@ def length_lines(experiment: Experiment, amount: TextAmount) -> list[str]:
         f"pretraining reads {format_tokens(tokens)} tokens ({steps:,} steps): {format_passes(passes)}",
     ]
     if passes > MANY:
-        fewer = int(PASSES * there // mean_batch_tokens(config))
+        fewer = int(PASSES * there // config.mean_batch_tokens)
         stop = f", and --pretrain.num-iterations={fewer} stops after {PASSES:.0f} passes" if fewer >= WORTHWHILE else ""
         worth = f"less and less, and nothing beyond about {WORTHLESS:.0f} times"
         lines.append(

@@ -88,7 +88,8 @@ def follow_rules(experiment: Experiment, given: Collection[str] = ()) -> Experim
     length: dict[str, Any] = {}
     if set(LENGTHS).isdisjoint(given):
         tokens = pretrain.tokens_per_matrix_param * scaling_parameters(experiment.model, vocab_size)
-        length = {"num_iterations": max(1, round(tokens / batch))}
+        mean = dataclasses.replace(pretrain, batch_tokens=batch).mean_batch_tokens
+        length = {"num_iterations": max(1, round(tokens / mean))}
     chosen = {**rates_of(batch), "matrix_weight_decay": decay_of(batch, horizon)}
     chosen = {name: value for name, value in chosen.items() if f"optimizer.{name}" not in given}
     return dataclasses.replace(
@@ -106,7 +107,7 @@ def rules_lines(experiment: Experiment) -> list[str]:
     there = scaling_parameters(experiment.model, experiment.tokenizer.vocab_size)
     length = "as long as you have set"
     if config.num_iterations is not None:
-        tokens = config.num_iterations * config.batch_tokens
+        tokens = round(config.num_iterations * config.mean_batch_tokens)
         length = f"{config.num_iterations:,} steps, {tokens:,} tokens, {tokens / there:.3g} for each"
     names = ("matrix_lr", "embedding_lr", "head_lr")
     rates = ", ".join(f"{name.removesuffix('_lr')} {getattr(optimizer, name):.3g}" for name in names)

@@ -10,7 +10,7 @@ from jaxchat.config import PretrainConfig, SupervisedConfig
 from jaxchat.errors import UserError
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.parameters import count_parameters
-from jaxchat.train.phases import Phases, mean_batch_tokens, models
+from jaxchat.train.phases import Phases, models
 
 MOST_STEPS = 10**9  # which pretrain.num-iterations may be at most
 
@@ -56,9 +56,9 @@ def training_length(config: PretrainConfig, model: GPTConfig) -> int:
     if config.num_iterations is not None:
         return config.num_iterations
     if config.target_flops is not None:
-        of_a_step = pretraining_flops_per_token(config, model) * mean_batch_tokens(config)
+        of_a_step = pretraining_flops_per_token(config, model) * config.mean_batch_tokens
         return max(1, round(config.target_flops / of_a_step))
-    return max(1, int(config.tokens_per_param * count_parameters(model).counted // mean_batch_tokens(config)))
+    return max(1, int(config.tokens_per_param * count_parameters(model).counted // config.mean_batch_tokens))
 
 
 def training_tokens(config: PretrainConfig, model: GPTConfig) -> int:
@@ -76,12 +76,12 @@ def check_length(config: PretrainConfig, model: GPTConfig) -> None:
         return
     if config.target_flops is not None:
         name, value = "target-flops", config.target_flops
-        of_a_step = pretraining_flops_per_token(config, model) * mean_batch_tokens(config)
+        of_a_step = pretraining_flops_per_token(config, model) * config.mean_batch_tokens
     else:
         name, value = "tokens-per-param", config.tokens_per_param
-        of_a_step = mean_batch_tokens(config) / count_parameters(model).counted
+        of_a_step = config.mean_batch_tokens / count_parameters(model).counted
     problem = (
-        f"pretrain.{name} is {value:g}, but a step of {round(mean_batch_tokens(config)):,} tokens takes {of_a_step:.3g}"
+        f"pretrain.{name} is {value:g}, but a step of {round(config.mean_batch_tokens):,} tokens takes {of_a_step:.3g}"
     )
     if value < of_a_step:
         raise UserError(f"{problem}; raise it, or set pretrain.num-iterations")

@@ -25,13 +25,6 @@ def sizes(config: PretrainConfig) -> tuple[int, ...]:
     return (*early, config.batch_tokens)
 
 
-def mean_batch_tokens(config: PretrainConfig) -> float:
-    """A run of so many tokens takes as many steps as its tokens divided by this."""
-    if not config.phases.batch_tokens:
-        return config.batch_tokens
-    return 1 / sum(share / size for share, size in zip(config.phases.shares, sizes(config), strict=True))
-
-
 def models(config: PretrainConfig, model: GPTConfig) -> tuple[GPTConfig, ...]:
     """The model with the windows of each phase."""
     reaches = config.phases.windows or (1.0,) * (config.phases.count - 1)

@@ -4,7 +4,7 @@ import pytest
 
 from jaxchat.cli.launch import main
 from jaxchat.cli.options import configure
-from jaxchat.config import Experiment, Impossible, ModelConfig, TokenizerConfig
+from jaxchat.config import Experiment, Impossible, ModelConfig, PhasesConfig, PretrainConfig, TokenizerConfig
 from jaxchat.errors import UserError
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.parameters import count_parameters
@@ -97,3 +97,10 @@ def test_the_dry_run_says_what_they_decided(capsys):
     assert "rules     442,368 parameters in matrices and head; batch 65,536 tokens; 81 steps" in said
     assert "rules     learning rates at 0.125 of the reference batch: matrix 0.00707" in said
     assert "Muon's weight decay" in said
+
+
+def test_a_batch_that_grows_takes_more_steps_for_the_same_tokens():
+    grows = by_rules(12, pretrain=PretrainConfig(phases=PhasesConfig(batch_tokens=(131_072, 262_144))))
+    assert grows.pretrain.batch_tokens == 524_288
+    assert grows.pretrain.num_iterations == pytest.approx(2520 * (4 + 2 + 1) / 3, abs=1)
+    assert f"{by_rules(12).pretrain.num_iterations * 524_288:,}"[:5] in rules_lines(grows)[0]
