@@ -118,7 +118,7 @@ class Training:
             self.schedule = lambda step: phases(step).rate  # of Python ints: the rates come with the batches
         # Whether rates come with the batches, the stage's fraction included.
         with_batches = self.horizon is not None or (phases is not None and phases.grows)
-        self.optimizer = make_optimizer(
+        self.optimizer: optax.GradientTransformation = make_optimizer(
             workspace.experiment.optimizer,
             self.model,
             optax.constant_schedule(1.0) if with_batches else self.schedule,
