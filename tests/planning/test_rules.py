@@ -90,8 +90,9 @@ def test_rules_and_sizes_contradict_each_other():
         configure("d12", ["--rules=nanoch"], None, ())
 
 
-def test_the_dry_run_says_what_they_decided(capsys):
+def test_the_dry_run_says_what_they_decided(tmp_path, capsys):
     tiny = ["--model.depth=2", "--model.sequence-len=64", "--tokenizer.vocab-size=300", "--pretrain.device-rows=8"]
+    tiny += [f"--run-dir={tmp_path}"]
     assert main(["--experiment=quickstart", "--rules=nanochat", "--dry-run", *tiny]) == 0
     said = capsys.readouterr().out
     assert "rules     442,368 parameters in matrices and head; batch 65,536 tokens; 81 steps" in said
