@@ -94,7 +94,7 @@ def plan(options: argparse.Namespace, overrides: Sequence[str], names: Sequence[
       UserError: an option that launch.py would refuse, or no run that is long enough.
     """
     from jaxchat.model.config import GPTConfig
-    from jaxchat.planning.rules import scaling_parameters
+    from jaxchat.recipes import counted_parameters
     from jaxchat.train.budget import flops_per_token, training_length
 
     runs = []
@@ -113,7 +113,7 @@ def plan(options: argparse.Namespace, overrides: Sequence[str], names: Sequence[
             continue
         facts = {
             **{"flops": flops, "depth": depth, "batch_tokens": batch, "lr_fraction": factor, "steps": steps},
-            **{"parameters": scaling_parameters(experiment.model, vocab_size), "tokens": steps * batch},
+            **{"parameters": counted_parameters(experiment.model, vocab_size), "tokens": steps * batch},
             **{"rate": factor * experiment.optimizer.matrix_lr, "decay": experiment.optimizer.matrix_weight_decay},
             **{"real_flops": float(steps * batch * flops_per_token(model))},
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from jaxchat.config import (
     CostConfig,
@@ -17,12 +18,24 @@ from jaxchat.config import (
     RLConfig,
     ScheduleConfig,
     TokenizerConfig,
-    model_width,
 )
 
 SCORED = ("arc_easy", "mmlu", "gsm8k")  # while midtraining and SFT learn to answer
-REFERENCE_BATCH = 1 << 19  # tokens of a step, with 12 layers and a vocabulary of 32,768: what `modern` is tuned for
-REFERENCE_VOCAB = 1 << 15
+# What nanochat of July 2026 is tuned for: layers, tokens of a step and vocabulary, with the decay of Muon there.
+REFERENCE_DEPTH, REFERENCE_BATCH, REFERENCE_VOCAB = 12, 1 << 19, 1 << 15
+REFERENCE_DECAY = 0.28
+# At `REFERENCE_BATCH`; those of embeddings and head for a width of 768, from which the optimizer scales them. nanochat
+# gives gates to Muon; the rate for AdamW moves their entries about as far.
+RATES = {
+    "matrix_lr": 0.02,
+    "embedding_lr": 0.3,
+    "head_lr": 0.008,
+    "value_embedding_lr": 0.15,
+    "residual_scale_lr": 0.005,
+    "input_scale_lr": 0.5,
+    "gate_lr": 0.006,
+}
+FIXED_RATES = {"scalar_lr": 0.2}  # whatever the batch
 
 
 def on_text(
@@ -118,11 +131,13 @@ def modern(experiment: Experiment, *, tokens_per_counted_param: float = 12.0, wa
       tokens_per_counted_param: pretraining tokens for each counted parameter, if the steps are not set.
       warmup_steps: in which the learning rates rise.
     """
-    config, counted = experiment.pretrain, counted_parameters(experiment.model.depth, experiment.tokenizer.vocab_size)
+    config, counted = experiment.pretrain, counted_parameters(experiment.model, experiment.tokenizer.vocab_size)
     steps = config.num_iterations or max(1, round(tokens_per_counted_param * counted / config.batch_tokens))
     batch = config.batch_tokens / REFERENCE_BATCH
     rate = math.sqrt(max(1.0, batch))
-    decay = 0.28 * math.sqrt(batch) * counted_parameters(12, REFERENCE_VOCAB) / counted
+    rates: dict[str, Any] = {name: rounded(rate * value) for name, value in RATES.items()} | FIXED_RATES
+    reference = counted_parameters(ModelConfig(depth=REFERENCE_DEPTH), REFERENCE_VOCAB)
+    decay = REFERENCE_DECAY * math.sqrt(batch) * reference / counted
     schedule = ScheduleConfig(
         warmup_ratio=warmup_steps / steps, decay_ratio=min(0.65, 1 - warmup_steps / steps), final_fraction=0.05
     )
@@ -143,14 +158,7 @@ def modern(experiment: Experiment, *, tokens_per_counted_param: float = 12.0, wa
             head_std=0.001,
         ),
         optimizer=OptimizerConfig(
-            matrix_lr=rounded(0.02 * rate),
-            embedding_lr=rounded(0.3 * rate),
-            head_lr=rounded(0.008 * rate),
-            value_embedding_lr=rounded(0.15 * rate),
-            residual_scale_lr=rounded(0.005 * rate),
-            input_scale_lr=rounded(0.5 * rate),
-            gate_lr=rounded(0.006 * rate),
-            scalar_lr=0.2,
+            **rates,
             matrix_weight_decay=rounded(decay),
             embedding_weight_decay=0.001,
             head_weight_decay=0.01,
@@ -176,10 +184,11 @@ def modern(experiment: Experiment, *, tokens_per_counted_param: float = 12.0, wa
     )
 
 
-def counted_parameters(depth: int, vocab_size: int) -> int:
-    """Parameters of the matrices of a model's blocks and of its head, with as many KV heads as query heads."""
-    width, vocab = model_width(depth), -(-vocab_size // 128) * 128
-    return 12 * depth * width**2 + vocab * width
+def counted_parameters(model: ModelConfig, vocab_size: int) -> int:
+    """The parameters in matrix products: those of the blocks, and the head; no embeddings."""
+    width, kv_width = model.width, model.kv_heads * model.head_dim
+    block = 2 * width * width + 2 * width * kv_width + 8 * width * width
+    return model.depth * block + width * (-(-vocab_size // 128) * 128)
 
 
 def rounded(value: float) -> float:

@@ -11,6 +11,7 @@ from jaxchat.config import Impossible, ModelConfig, model_width
 from jaxchat.errors import UserError
 from jaxchat.model.config import VOCAB_MULTIPLE
 from jaxchat.planning.text_amount import VOCABULARIES, TextAmount
+from jaxchat.recipes import counted_parameters
 
 # Muennighoff et al., "Scaling Data-Constrained Language Models" (2023): up to four passes over a text are nearly as
 # good as new text; beyond about sixteen, more are worth nothing.
@@ -153,7 +154,7 @@ def layer_parameters(depth: int) -> int:
 
 def matrix_parameters(depth: int, vocab_size: int) -> int:
     """Parameters in matrix products: those of the layers, and the head."""
-    return layer_parameters(depth) + model_width(depth) * _padded(vocab_size)
+    return counted_parameters(ModelConfig(depth=depth), vocab_size)
 
 
 def flops_per_token(depth: int, vocab_size: int, sequence_len: int) -> int:

@@ -13,44 +13,29 @@ from collections.abc import Collection
 from typing import Any
 
 from jaxchat.config import Experiment, ModelConfig
-from jaxchat.model.config import VOCAB_MULTIPLE
+from jaxchat.recipes import (
+    FIXED_RATES,
+    RATES,
+    REFERENCE_BATCH,
+    REFERENCE_DECAY,
+    REFERENCE_DEPTH,
+    counted_parameters,
+)
 
-REFERENCE_DEPTH = 12
-REFERENCE_BATCH = 1 << 19
 # Bergsma et al. (2025), arXiv:2505.13738: the best batch grows with the tokens of the training to this power.
 BATCH_EXPONENT = 0.383
 # The square root is that of Adam's theory (Malladi et al. 2022, arXiv:2205.10287); for Muon it is taken on trust.
 RATE_EXPONENT = 0.5
-# At `REFERENCE_BATCH`; those of embeddings and head for a width of 768, from which the optimizer scales them. nanochat
-# gives gates to Muon; the rate for AdamW moves their entries about as far.
-RATES = {
-    "matrix_lr": 0.02,
-    "embedding_lr": 0.3,
-    "head_lr": 0.008,
-    "value_embedding_lr": 0.15,
-    "residual_scale_lr": 0.005,
-    "input_scale_lr": 0.5,
-    "gate_lr": 0.006,
-}
-FIXED_RATES = {"scalar_lr": 0.2}  # whatever the batch
 # The time in which weights forget, B / (rate x decay), is kept in proportion to the tokens of the training: Wang and
 # Aitchison (2024), arXiv:2405.13698. The rate grows with sqrt(B), so the decay does too.
-REFERENCE_DECAY = 0.28
 DECAY_BATCH_EXPONENT, DECAY_TOKENS_EXPONENT = 0.5, -1.0
 LENGTHS = ("pretrain.num_iterations", "pretrain.target_flops", "pretrain.tokens_per_param")
-
-
-def scaling_parameters(model: ModelConfig, vocab_size: int) -> int:
-    """The parameters in matrix products: those of the blocks, and the head; no embeddings."""
-    width, kv_width = model.width, model.kv_heads * model.head_dim
-    block = 2 * width * width + 2 * width * kv_width + 8 * width * width
-    return model.depth * block + width * (-(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE)
 
 
 def relative_horizon(model: ModelConfig, vocab_size: int) -> float:
     """The tokens of the training as a multiple of those of a model of `REFERENCE_DEPTH` layers, by one ratio."""
     reference = ModelConfig(depth=REFERENCE_DEPTH)
-    return scaling_parameters(model, vocab_size) / scaling_parameters(reference, vocab_size)
+    return counted_parameters(model, vocab_size) / counted_parameters(reference, vocab_size)
 
 
 def best_batch(horizon: float) -> int:
@@ -87,7 +72,7 @@ def follow_rules(experiment: Experiment, given: Collection[str] = ()) -> Experim
     batch = pretrain.batch_tokens if "pretrain.batch_tokens" in given else best_batch(horizon)
     length: dict[str, Any] = {}
     if set(LENGTHS).isdisjoint(given):
-        tokens = pretrain.tokens_per_matrix_param * scaling_parameters(experiment.model, vocab_size)
+        tokens = pretrain.tokens_per_matrix_param * counted_parameters(experiment.model, vocab_size)
         mean = dataclasses.replace(pretrain, batch_tokens=batch).mean_batch_tokens
         length = {"num_iterations": max(1, round(tokens / mean))}
     chosen = {**rates_of(batch), "matrix_weight_decay": decay_of(batch, horizon)}
@@ -104,7 +89,7 @@ def rules_lines(experiment: Experiment) -> list[str]:
     if experiment.rules == "none":
         return []
     config, optimizer = experiment.pretrain, experiment.optimizer
-    there = scaling_parameters(experiment.model, experiment.tokenizer.vocab_size)
+    there = counted_parameters(experiment.model, experiment.tokenizer.vocab_size)
     length = "as long as you have set"
     if config.num_iterations is not None:
         tokens = round(config.num_iterations * config.mean_batch_tokens)

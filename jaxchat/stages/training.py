@@ -69,10 +69,6 @@ class Batches(Source):
         parts = array.reshape(-1, self.plan.accumulation, array.shape[-1]).swapaxes(0, 1)
         return put_batch(self.workspace.mesh, parts, MICRO_BATCH_SPEC)
 
-    def others(self) -> list[AbstractBatch]:
-        """What else `next_batch` returns, each for a program of its own."""
-        return []
-
     def abstract(self, plan: BatchPlan) -> AbstractBatch:
         """What `next_batch` returns with `plan`, as ShapeDtypeStructs."""
         length = self.workspace.experiment.model.sequence_len
@@ -169,11 +165,10 @@ class Training:
         limit = self.workspace.within(limit)
         step = TrainStep(planned, levels(remat, self.workspace.mesh), limit, self._accept)
         choose_plan(self.workspace, self.stage, step, source)
-        if isinstance(source, Batches):
-            chosen = self.choice
-            for batch in source.others():
-                step.compile(batch)
-            self.choice = chosen  # it says the rows of all, and is the one that a later start compiles first
+        chosen = self.choice
+        for batch in source.others():
+            step.compile(batch)
+        self.choice = chosen  # it says the rows of all, and is the one that a later start compiles first
         return self._begin(start, planned.state), step
 
     def _planned(self, start: Callable[[], Any]) -> PlannedStep:

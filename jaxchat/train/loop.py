@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -26,7 +26,7 @@ from jaxchat.stopping import Cause, Deferral, Interrupted
 from jaxchat.train.divergence import Diverged, LossWatch
 from jaxchat.train.horizon import Horizon
 from jaxchat.train.selection import forget_scores, rate, score_of
-from jaxchat.train.step import Batch, State
+from jaxchat.train.step import AbstractBatch, Batch, State
 
 MAX_RETURNS = 3  # to one checkpoint: a training that diverges more often suffers from more than bad batches
 STOP = "stop"  # in a step's results: whether and why a process was asked to stop, as a number
@@ -51,6 +51,10 @@ class Source(Protocol):
         ...
 
     def set_state(self, state: dict) -> None: ...
+
+    def others(self) -> Sequence[AbstractBatch]:
+        """What else `next_batch` returns than the first batch, each for a program of its own."""
+        return ()
 
     def whole_state(self, state: dict) -> dict:
         """The position from which any number of processes can resume, given that of this process.

@@ -91,7 +91,7 @@ def test_modern_experiments_read_as_many_tokens_as_nanochats_runs(name, steps, c
     """Its sixth run took 5,568 steps of 2^20 tokens at 24 layers, and its fits say 2,520 of 2^19 at 12."""
     experiment = load_experiment(name)
     parameters = count_parameters(planned_model(experiment))
-    assert parameters.matrices + parameters.head == counted == counted_parameters(experiment.model.depth, 32_768)
+    assert parameters.matrices + parameters.head == counted == counted_parameters(experiment.model, 32_768)
     assert abs(training_length(experiment.pretrain, planned_model(experiment)) - steps) <= 1
     (text,) = [request for request in parse_requests(experiment.data.download) if request.is_text]
     each = 59e6 if text.dataset.name == "climbmix" else 53e6

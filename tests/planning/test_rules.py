@@ -9,7 +9,8 @@ from jaxchat.errors import UserError
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.parameters import count_parameters
 from jaxchat.optim.optimizer import adamw_groups
-from jaxchat.planning.rules import RATES, decay_of, follow_rules, relative_horizon, rules_lines, scaling_parameters
+from jaxchat.planning.rules import decay_of, follow_rules, relative_horizon, rules_lines
+from jaxchat.recipes import RATES, counted_parameters
 
 VOCABULARY = 32_768
 
@@ -26,7 +27,7 @@ def by_rules(depth, given=(), **changes):
 def test_the_parameters_are_those_of_the_model(depth, kv):
     model = ModelConfig(depth=depth, num_kv_heads=kv, value_embeddings=True)
     count = count_parameters(GPTConfig.of(model, 50_000))
-    assert scaling_parameters(model, 50_000) == count.matrices + count.head
+    assert counted_parameters(model, 50_000) == count.matrices + count.head
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_at_the_reference_the_rates_are_the_tables_and_the_horizon_12_tokens_a_p
     assert {name: getattr(experiment.optimizer, name) for name in RATES} == RATES
     assert experiment.pretrain.num_iterations == 2520
     assert experiment.pretrain.num_iterations * 524_288 == pytest.approx(
-        12 * scaling_parameters(experiment.model, VOCABULARY), rel=1e-3
+        12 * counted_parameters(experiment.model, VOCABULARY), rel=1e-3
     )
 
 
