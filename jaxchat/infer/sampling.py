@@ -315,16 +315,16 @@ def _weights(blocks: Float[Array, "B N K"], tops: Float[Array, "B N"], limits: _
 def _by_platform(
     find: Callable[..., Float[Array, " B"]], used: Bool[Array, " B"], unused: Array, *arrays: Any
 ) -> Array:
-    """`find(*arrays, on_cpu=...)` for the rows that use it, `unused` for the others.
+    """`find(used, *arrays, on_cpu=...)` for the rows that use it, `unused` for the others.
 
     Where no row does, a CPU leaves it out. A GPU would wait for the host to decide, which costs more.
     """
 
     def on_cpu(used, unused, *arrays):
-        return jax.lax.cond(used.any(), functools.partial(find, on_cpu=True), lambda *_: unused, *arrays)
+        return jax.lax.cond(used.any(), functools.partial(find, on_cpu=True), lambda *_: unused, used, *arrays)
 
     def elsewhere(used, unused, *arrays):
-        return find(*arrays, on_cpu=False)
+        return find(used, *arrays, on_cpu=False)
 
     found = jax.lax.platform_dependent(used, unused, *arrays, cpu=on_cpu, default=elsewhere)
     return jnp.where(used, jnp.maximum(found, unused), unused)
@@ -346,20 +346,29 @@ def _kth_of_few(
     return jnp.take_along_axis(highest, jnp.clip(top_k, 1, highest.shape[1])[:, None] - 1, axis=1)[:, 0]
 
 
-def _kth(logits: Float[Array, "B V"], top_k: Int32[Array, " B"], *, on_cpu: bool) -> Float[Array, " B"]:
-    """The `top_k`-th highest logit of each row, or the lowest one if it has fewer."""
-    needed = jnp.clip(top_k, 1, logits.shape[1]).astype(jnp.float32)
+def _kth(
+    used: Bool[Array, " B"], logits: Float[Array, "B V"], top_k: Int32[Array, " B"], *, on_cpu: bool
+) -> Float[Array, " B"]:
+    """The `top_k`-th highest logit of each row that uses it, or the lowest one if it has fewer."""
+    needed = jnp.where(used, jnp.clip(top_k, 1, logits.shape[1]), 0).astype(jnp.float32)
     return lowest_within(_blocks(logits, RUN), None, needed, on_cpu=on_cpu)
 
 
 def _nucleus(
-    logits: Float[Array, "B V"], tops: Float[Array, "B N"], limits: _Limits, top_p: Float[Array, " B"], *, on_cpu: bool
+    used: Bool[Array, " B"],
+    logits: Float[Array, "B V"],
+    tops: Float[Array, "B N"],
+    limits: _Limits,
+    top_p: Float[Array, " B"],
+    *,
+    on_cpu: bool,
 ) -> Float[Array, " B"]:
-    """The highest logit from which on the probabilities of what `limits` allow make up `top_p`, which is below 1."""
+    """The highest logit of each row that uses it from which on what `limits` allow has `top_p` of their probability."""
     runs = _blocks(logits, RUN)
     tops = _blocks(tops, RUN // BLOCK).max(axis=-1)
     mass = Mass(_weights(runs, tops, limits), jnp.exp(_scaled(tops, limits.highest, limits)))
-    return lowest_within(runs, mass, top_p * total_mass(runs, mass), on_cpu=on_cpu)
+    needed = jnp.where(used, top_p * total_mass(runs, mass), 0)
+    return lowest_within(runs, mass, needed, on_cpu=on_cpu)
 
 
 # --- log-probabilities --------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 It is found by its bits, the first ones first: whether a bound reaches what is needed is asked of all logits at once,
 and nothing is sorted. All sums are of integers, so that no order of adding changes them.
 
-On a GPU one kernel finds all bits of many rows, which stay in the GPU's cache meanwhile. In plain JAX each pass over
-the vocabulary finds some.
+On a GPU one kernel finds all bits of many rows, which stay in the GPU's cache meanwhile; a row that asks for nothing
+takes it no time. In plain JAX each pass over the vocabulary finds some.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jaxchat.ops.dispatch import on_one_device
 # rather than for memory and launches, finds one.
 DIGIT = 3
 KERNEL_DIGIT = 2
-CHUNK = 32  # runs that the kernel reads at once
+CHUNK, BESIDE = 64, 32  # runs that the kernel reads at once, and logits of a run, which threads add up
 FEWEST = 64  # rows for the kernel, in which each has one multiprocessor; plain JAX spreads fewer over all of them
 LOWEST = -(1 << 31)
 
@@ -48,8 +48,9 @@ def lowest_within(
     """The highest logit of each row from which on the mass reaches `needed`, which that of all logits must.
 
     Args:
-      runs: the rows' logits in runs of K, which are added up first.
+      runs: the rows' logits in runs of K, a multiple of `BESIDE`; the runs are added up first.
       mass: what they count; None: each 1.
+      needed: 0 for a row that asks for nothing; its result is NaN.
     """
     if not on_cpu and len(runs) >= FEWEST and _kernel_runs():
         return _from_bits(_kernel(runs, mass, needed))
@@ -129,7 +130,10 @@ def _kernel_runs() -> bool:
 
 
 def _kernel(runs: Float[Array, "B N K"], mass: Mass | None, needed: Float[Array, " B"]) -> UInt32[Array, " B"]:
-    """The bits of the bounds. The integers in the kernel are signed: all of it, and memory, has 32 bits of them."""
+    """The bits of the bounds; 0 where `needed` is 0.
+
+    The integers in the kernel are signed: all of it, and memory, has 32 bits of them.
+    """
     rows, count, size = runs.shape
     bounds = 2**KERNEL_DIGIT - 1
 
@@ -139,22 +143,28 @@ def _kernel(runs: Float[Array, "B N K"], mass: Mass | None, needed: Float[Array,
         enough = triton.load(needed_ref.at[row])
 
         def read(chunk, tests):
-            """The sums of `CHUNK` runs from each bound on, as upper and lower 16 bits."""
+            """What `CHUNK` runs have from each bound on: counts, or sums of masses as upper and lower 16 bits."""
             run = chunk * CHUNK + jnp.arange(CHUNK)
             exists = run < count
-            index = (row * count + run)[:, None] * size + jnp.arange(size)
-            inside = jnp.broadcast_to(exists[:, None], index.shape)
-            bits = jax.lax.bitcast_convert_type(triton.load(logits_ref.at[index], mask=inside, other=0.0), jnp.int32)
-            ordered = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+            # `BESIDE` logits of each run at a time: a thread adds up those at its place by itself, before threads
+            # exchange what they have. All loads are under way at once.
+            tiles = [
+                (row * count + run)[:, None] * size + first + jnp.arange(BESIDE) for first in range(0, size, BESIDE)
+            ]
+            inside = jnp.broadcast_to(exists[:, None], (CHUNK, BESIDE))
+            logits = [triton.load(logits_ref.at[tile], mask=inside, other=0.0) for tile in tiles]
+            bits = [jax.lax.bitcast_convert_type(tile, jnp.int32) for tile in logits]
+            ordered = [jnp.where(tile < 0, tile ^ 0x7FFFFFFF, tile) for tile in bits]
             if not mass_refs:
-                return [jnp.sum((inside & (ordered >= test)).astype(jnp.int32), axis=1) for test in tests]
-            weights = triton.load(mass_refs[0].at[index], mask=inside, other=0)
+                counted = [[(inside & (tile >= test)).astype(jnp.int32) for tile in ordered] for test in tests]
+                return [functools.reduce(jnp.add, parts) for parts in counted]
+            weights = [triton.load(mass_refs[0].at[tile], mask=inside, other=0) for tile in tiles]
             share = triton.load(mass_refs[1].at[row * count + run], mask=exists, other=0.0)
             sums = []
             for test in tests:
-                counted = jnp.where(ordered >= test, weights, 0)
-                high, low = (jnp.sum(part, axis=1).astype(jnp.float32) for part in (counted >> 16, counted & 0xFFFF))
-                whole = jnp.floor((high * 2.0**16 + low) * share)  # a sum of weights may need 32 bits
+                counted = [jnp.where(tile >= test, own, 0) for tile, own in zip(ordered, weights, strict=True)]
+                total = jnp.sum(functools.reduce(jnp.add, counted), axis=1)  # 2^31, the largest, becomes -2^31
+                whole = jnp.floor(jnp.abs(total.astype(jnp.float32)) * share)
                 high = jnp.floor(whole * 2.0**-16)
                 sums += [high.astype(jnp.int32), (whole - high * 2.0**16).astype(jnp.int32)]
             return sums
@@ -162,19 +172,20 @@ def _kernel(runs: Float[Array, "B N K"], mass: Mass | None, needed: Float[Array,
         def digit(number, found):
             shift = 32 - KERNEL_DIGIT * (number + 1)
             tests = [(found | (jnp.int32(value) << shift)) ^ LOWEST for value in range(1, bounds + 1)]
-            zeros = [jnp.zeros(CHUNK, jnp.int32)] * (2 * bounds if mass_refs else bounds)
+            shape, sums = ((CHUNK,), 2 * bounds) if mass_refs else ((CHUNK, BESIDE), bounds)
 
             def add(chunk, sums):
                 return [total + more for total, more in zip(sums, read(chunk, tests), strict=True)]
 
+            zeros = [jnp.zeros(shape, jnp.int32)] * sums
             totals = [jnp.sum(total) for total in jax.lax.fori_loop(0, pl.cdiv(count, CHUNK), add, zeros)]
             numbers = [total.astype(jnp.float32) for total in totals]
             if mass_refs:
                 numbers = [high * 2.0**16 + low for high, low in zip(numbers[::2], numbers[1::2], strict=True)]
             return found | (sum((number >= enough).astype(jnp.int32) for number in numbers) << shift)
 
-        found = jax.lax.fori_loop(0, 32 // KERNEL_DIGIT, digit, jnp.int32(0))
-        triton.store(out_ref.at[row], found)
+        digits = (enough > 0).astype(jnp.int32) * (32 // KERNEL_DIGIT)
+        triton.store(out_ref.at[row], jax.lax.fori_loop(0, digits, digit, jnp.int32(0)))
 
     weighed = [] if mass is None else [mass.weights.astype(jnp.int32).reshape(-1), mass.shares.reshape(-1)]
     call = kernels.launch(kernel, (rows,), [jax.ShapeDtypeStruct((rows,), jnp.int32)], warps=16)

@@ -28,6 +28,8 @@ from jaxchat.infer.sampling import (
     seen_of,
     settings_of,
 )
+from jaxchat.ops import lowest_within as lowest
+from jaxchat.ops import triton
 
 PAD = -1e30
 DRAWS = 4096
@@ -292,7 +294,7 @@ def test_padding_is_never_drawn_however_hot(level):
 floats = st.floats(-100, 100, width=32) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, PAD])
 lists = st.lists(floats, min_size=1, max_size=40).filter(lambda values: max(values) > PAD / 2)
 kths = [jax.jit(functools.partial(module._kth, on_cpu=on_cpu)) for on_cpu in (True, False)]
-kths.append(jax.jit(lambda logits, top_k: module._kth_of_few(logits, module._blocks(logits, 32).max(-1), top_k)))
+kths.append(jax.jit(lambda _, logits, top_k: module._kth_of_few(logits, module._blocks(logits, 32).max(-1), top_k)))
 
 
 @given(lists, st.integers(1, 45), st.integers(0, 99))
@@ -303,13 +305,13 @@ def test_top_k_keeps_what_sorting_keeps(values, top_k, seed):
     logits[0, np.random.default_rng(seed).permutation(size)[: len(values)]] = values
     bound = np.sort(logits[0])[-top_k]
     for kth in kths:
-        assert kth(logits, jnp.array([top_k], jnp.int32)).tolist() == [bound]
+        assert kth(jnp.array([True]), logits, jnp.array([top_k], jnp.int32)).tolist() == [bound]
 
 
 @functools.partial(jax.jit, static_argnames="on_cpu")
-def nucleus(logits, top_p, on_cpu):
-    limits = module._Limits(jnp.ones(1), logits.max(-1), jnp.full(1, PAD / 2))
-    return module._nucleus(logits, module._tops(logits), limits, top_p, on_cpu=on_cpu)
+def nucleus(used, logits, top_p, on_cpu):
+    limits = module._Limits(jnp.ones(len(logits)), logits.max(-1), jnp.full(len(logits), PAD / 2))
+    return module._nucleus(used, logits, module._tops(logits), limits, top_p, on_cpu=on_cpu)
 
 
 @given(st.integers(0, 2**32), st.sampled_from([0.1, 1.0, 4.0]), st.floats(0.001, 0.999), st.booleans())
@@ -319,12 +321,39 @@ def test_top_p_keeps_what_sorting_keeps(seed, spread, top_p, rounded):
     logits = (spread * rng.normal(size=(1, 2000))).astype(np.float32)
     if rounded:
         logits = np.round(logits * 2) / 2
-    found, again = (float(nucleus(logits, jnp.array([top_p], jnp.float32), on_cpu)[0]) for on_cpu in (True, False))
+    given = jnp.array([True]), logits, jnp.array([top_p], jnp.float32)
+    found, again = (float(nucleus(*given, on_cpu)[0]) for on_cpu in (True, False))
     shares = probabilities(logits[0], Sampling())
     # Sums are exact to about 1e-5 of the highest probability.
     assert found == again and found in logits
     assert shares[logits[0] >= found].sum() >= top_p - 2e-5
     assert shares[logits[0] > found].sum() < top_p + 2e-5
+
+
+def bounds(used, logits, rows):
+    """The bounds of top-k and of top-p that a device other than a CPU finds for `used` rows; -1 for the others."""
+    limits = module._Limits(rows.temperature, logits.max(-1), jnp.full(len(logits), PAD / 2))
+    kth = module._kth(used, logits, rows.top_k, on_cpu=False)
+    nucleus = module._nucleus(used, logits, module._tops(logits), limits, rows.top_p, on_cpu=False)
+    return [jnp.where(used, found, -1.0) for found in (kth, nucleus)]
+
+
+@pytest.mark.parametrize("size", [384, 5000])
+def test_the_kernel_finds_the_bounds_of_the_rows_that_use_them(monkeypatch, size):
+    logits = jnp.asarray(2 * np.random.default_rng(8).normal(size=(6, size)), jnp.float32)
+    rows = settings_of([Sampling(top_k=7 + 60 * i, top_p=0.15 * (i + 1), temperature=0.5 + i) for i in range(6)])
+    rows, calls, kernel = jax.tree.map(jnp.asarray, rows), [], lowest._kernel
+    used = jnp.array([True, False, False, True, True, False])
+    expected = bounds(used, logits, rows)
+    kth = np.sort(np.asarray(logits))[np.arange(6), -np.asarray(rows.top_k)]
+    np.testing.assert_array_equal(expected[0], np.where(used, kth, -1))
+    monkeypatch.setattr(triton, "INTERPRET", True)
+    monkeypatch.setattr(lowest, "FEWEST", 1)
+    monkeypatch.setattr(lowest, "_kernel", lambda *given: calls.append(given[2]) or kernel(*given))
+    np.testing.assert_array_equal(bounds(used, logits, rows), expected)
+    assert len(calls) == 2 and all(((needed > 0) == used).all() for needed in calls)
+    for of_all, of_used in zip(bounds(used | True, logits, rows), expected, strict=True):
+        np.testing.assert_array_equal(jnp.where(used, of_all, -1), of_used)
 
 
 # --- what a row has seen ------------------------------------------------------------------------------------------
