@@ -367,7 +367,8 @@ def _nucleus(
     runs = _blocks(logits, RUN)
     tops = _blocks(tops, RUN // BLOCK).max(axis=-1)
     mass = Mass(_weights(runs, tops, limits), jnp.exp(_scaled(tops, limits.highest, limits)))
-    needed = jnp.where(used, top_p * total_mass(runs, mass), 0)
+    # Masses are whole numbers: a `top_p` so small that the product is below 1, or 0 in fp32, needs no less than 1.
+    needed = jnp.where(used, jnp.maximum(top_p * total_mass(runs, mass), 1), 0)
     return lowest_within(runs, mass, needed, on_cpu=on_cpu)
 
 

@@ -330,6 +330,17 @@ def test_top_p_keeps_what_sorting_keeps(seed, spread, top_p, rounded):
     assert shares[logits[0] > found].sum() < top_p + 2e-5
 
 
+@pytest.mark.parametrize("top_p", [1e-300, 1e-45, 1e-38, 1e-20, 1e-7])
+@pytest.mark.parametrize("fewest", [1, 100], ids=["kernel", "plain"])
+def test_the_smallest_top_p_keeps_the_highest_logit(monkeypatch, top_p, fewest):
+    rows = settings_of([Sampling(top_p=top_p, number=number) for number in range(4)])
+    assert jitted(rows_of(LOGITS, 4), rows, jnp.zeros(4, jnp.int32), level="full").tolist() == [LOGITS.argmax()] * 4
+    monkeypatch.setattr(triton, "INTERPRET", True)
+    monkeypatch.setattr(lowest, "FEWEST", fewest)
+    found = nucleus.__wrapped__(jnp.ones(4, bool), rows_of(LOGITS, 4), jnp.asarray(rows.top_p), False)
+    assert found.tolist() == [LOGITS.max()] * 4
+
+
 def bounds(used, logits, rows):
     """The bounds of top-k and of top-p that a device other than a CPU finds for `used` rows; -1 for the others."""
     limits = module._Limits(rows.temperature, logits.max(-1), jnp.full(len(logits), PAD / 2))
