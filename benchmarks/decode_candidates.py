@@ -15,23 +15,22 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from candidates import attention, lowest_within, relay
+from candidates import relay
 from timing import table
 
-from jaxchat.infer import programs, sampling
+from jaxchat.infer import programs
 from jaxchat.infer.request import Sampling
+from jaxchat.infer.sampling import settings_of
 from jaxchat.model import generation
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import abstract_params
-from jaxchat.ops import decode as in_use
 from jaxchat.ops import few_rows, triton
-from jaxchat.ops import lowest_within as lowest_in_use
-from jaxchat.ops.pages import PAGE, Place
-from jaxchat.ops.rope import rope_tables
+from jaxchat.ops.pages import PAGE
 
 ON_CPU = jax.default_backend() == "cpu"
 DTYPE = jnp.float32 if ON_CPU else jnp.bfloat16
@@ -41,22 +40,13 @@ CONFIG = (
     if ON_CPU else GPTConfig(depth=20, sequence_len=2048, vocab_size=65_536)
 )  # fmt: skip
 REPEATS, CALLS = (1, 1) if ON_CPU else (16, 5)
-MIXED = [Sampling(temperature=0)] * 4 + [
-    Sampling(seed=seed, **settings)
-    for seed, settings in enumerate((
-        {}, {"temperature": 0.8, "top_k": 50}, {"temperature": 0.6, "top_k": 10}, {"top_p": 0.95},
-        {"temperature": 0.7, "top_p": 0.9, "top_k": 100}, {"min_p": 0.05},
-        {"temperature": 0.9, "frequency_penalty": 0.5, "presence_penalty": 0.5},
-        {"repetition_penalty": 1.1, "logit_bias": {11: -5.0, 12: 2.0}},
-    ))
-]  # fmt: skip
+ROWS = (1,) if ON_CPU else range(1, relay.MOST_ROWS + 1)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the tables; returns 1 if a candidate is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"attention": compare_attention, "products": compare_products, "drawing": compare_drawing,
-             "steps": compare_steps}  # fmt: skip
+    parts = {"products": compare_products, "steps": compare_steps}
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="(default all)")
     options = parser.parse_args(argv)
     wrong = 0
@@ -98,57 +88,12 @@ def difference(got: Any, expected: Any) -> float:
     return max(float(np.max(np.abs(one - other)) / np.max(np.abs(other))) for one, other in wide)
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
-
-
-def compare_attention() -> list[list[Any]]:
-    """One layer's attention; the pages of several layers take turns."""
-    return [_attention(rows) for rows in ((3,) if ON_CPU else (1, 32, 128))]
-
-
-def _attention(rows: int) -> list[Any]:
-    heads, size, most = CONFIG.num_heads, CONFIG.head_dim, 3 if ON_CPU else 12
-    draw = np.random.default_rng(0)
-    table = jnp.asarray(draw.permutation(rows * most).reshape(rows, most), jnp.int32)
-    start = jnp.asarray(draw.integers(20, 180, rows) if ON_CPU else draw.integers(576, 704, rows), jnp.int32)
-    place, rope = Place(table, start, jnp.ones(rows, jnp.int32)), rope_tables(start[:, None], size, 1e4)
-    joint, splits = numbers(1, rows, 3 * heads * size), in_use.splits_of(rows, heads)
-    make = jax.jit(lambda: {name: numbers(i, rows * most, heads, PAGE, size) for i, name in enumerate("kv")})
-    layers = 1 if ON_CPU else 4
-
-    def run(attend, carry, beside):
-        rope, place = beside
-
-        def step(carry, _):
-            joint, pages = carry
-            pages = list(pages)
-            for i, of_layer in enumerate(pages):
-                mixed, pages[i] = attend(joint, rope, of_layer, place, None, splits)
-                joint = joint.at[:, : heads * size].add(mixed * 0.01)
-            return (joint, pages), None
-
-        return jax.lax.scan(step, carry, length=REPEATS)[0]
-
-    times = [
-        microseconds(
-            functools.partial(run, attend),
-            (joint + 0, [make() for _ in range(layers)]),
-            (rope, place),
-            REPEATS * layers,
-        )
-        for attend in (in_use.attend, attention.attend)
-    ]
-    got = jax.jit(attention.attend, static_argnums=(4, 5))(joint, rope, make(), place, None, splits)
-    expected = jax.jit(in_use.attend_next.formula, static_argnums=4)(joint, rope, make(), place, None)
-    return row("a layer", rows, times, difference(got, expected), 0.02)
-
-
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
 def compare_products() -> list[list[Any]]:
     """The products between two attentions, of all layers in turn."""
-    return [_products(rows) for rows in ((1,) if ON_CPU else (1, 2))]
+    return [_products(rows) for rows in ROWS]
 
 
 def _products(rows: int) -> list[Any]:
@@ -195,102 +140,48 @@ class Relay:
         return x, heads
 
 
-# --- drawing ----------------------------------------------------------------------------------------------------------
-
-
-def compare_drawing() -> list[list[Any]]:
-    """The cuts of top-k and top-p for a batch of mixed settings, of which a part of the rows uses each."""
-    rows, runs = 3 if ON_CPU else 128, CONFIG.vocab_size // sampling.RUN
-    logits = numbers(7, rows, runs, sampling.RUN, dtype=jnp.float32)
-    tops = logits.max(-1)
-    weights = jnp.round(jnp.exp(logits - tops[..., None]) * sampling.ONE).astype(jnp.uint32)
-    mass = lowest_in_use.Mass(weights, jnp.exp(tops - tops.max(-1, keepdims=True)))
-    used = jnp.arange(rows) % 4 == 1
-    lines = []
-    for name, counted, needed in (
-        ("top-k", None, jnp.full(rows, 50.0)), ("top-p", mass, 0.95 * lowest_in_use.total_mass(logits, mass)),
-    ):  # fmt: skip
-
-        def run(kernel, carry, beside):
-            counted, needed = beside
-
-            def step(carry, _):
-                logits, found = carry
-                # Other logits each time, so that none of the work is done but once.
-                return (logits * 1.0001, found ^ kernel(logits, counted, needed)), None
-
-            return jax.lax.scan(step, carry, length=REPEATS)[0]
-
-        times = [
-            microseconds(
-                functools.partial(run, kernel), (logits + 0, jnp.zeros(rows, jnp.uint32)), (counted, wanted), REPEATS
-            )
-            for kernel, wanted in (
-                (lowest_in_use._kernel, needed), (lowest_within.kernel, jnp.where(used, needed, 0)),
-            )
-        ]  # fmt: skip
-        expected = lowest_in_use.lowest_within(logits, counted, needed, on_cpu=True)
-        got = lowest_in_use._from_bits(lowest_within.kernel(logits, counted, needed))
-        lines.append(row(name, rows, times, float(np.max(np.asarray(got != expected))), 0.0))
-    return lines
-
-
 # --- whole steps ------------------------------------------------------------------------------------------------------
 
 
 def compare_steps() -> list[list[Any]]:
-    """Steps of the engine's program `decode`, with all kernels in use, and with the candidates in their places."""
+    """Steps of the engine's program `decode`, with the kernels in use, and with the candidate in its place."""
     setup = programs.Setup(CONFIG, DTYPE.dtype.name, None)
     leaves, tree = jax.tree.flatten(abstract_params(CONFIG))
     leaves = [(numbers(i, *leaf.shape) / leaf.shape[0] ** 0.5).astype(DTYPE) for i, leaf in enumerate(leaves)]
     weights = programs.weights_of(setup, jax.tree.unflatten(tree, leaves))
-    cases = ((1, "plain"),) if ON_CPU else ((1, "plain"), (32, "plain"), (128, "plain"), (128, "full"))
     lines = []
-    for rows, level in cases:
-        results = [_steps(setup, weights, rows, level, candidates) for candidates in (False, True)]
+    for rows in ROWS:
+        results = [_steps(setup, weights, rows, use_relay) for use_relay in (False, True)]
         times, tokens = zip(*results, strict=True)
         # Random weights make many tokens almost equally likely, and rounding then decides: no share of them is wrong.
-        lines.append(row(f"a step, {level}", rows, list(times), float(np.mean(tokens[0] != tokens[1])), 1.0))
+        lines.append(row("a step", rows, list(times), float(np.mean(tokens[0] != tokens[1])), 1.0))
     return lines
 
 
-def _steps(setup, weights, rows: int, level: Any, candidates: bool) -> tuple[float, np.ndarray]:
+def _steps(setup, weights, rows: int, use_relay: bool) -> tuple[float, np.ndarray]:
     """The time of a step, and the tokens of the first."""
     most, start, steps = (2, 20, 2) if ON_CPU else (12, 576, 8)
-    settings = [MIXED[i % len(MIXED)] if level == "full" else MIXED[0] for i in range(rows)]
     table = np.zeros((rows, -(-CONFIG.sequence_len // PAGE)), np.int32)
     table[:, :most] = np.random.default_rng(0).permutation(rows * most).reshape(rows, most)
     fill = functools.partial(np.full, rows, dtype=np.int32)
-    lanes = programs.packed(programs.Lanes(
-        np.arange(rows, dtype=np.int32), fill(0), fill(0), fill(0), fill(1 << 20), fill(-1),
-        np.full((rows, programs.STOPS), -1, np.int32), table,
-        programs.without_biases(sampling.settings_of(settings), level),
-    ))  # fmt: skip
+    lanes = jnp.asarray(programs.packed(programs.Lanes(
+        slot=np.arange(rows, dtype=np.int32), source=fill(0), position=fill(0), count=fill(0), last=None,
+        limit=fill(1 << 20), pause=fill(-1), stops=np.full((rows, programs.STOPS), -1, np.int32), table=table,
+        settings=programs.without_biases(settings_of([Sampling(temperature=0)] * rows), "plain"),
+    )))  # fmt: skip
     pages, carried, _ = programs.new_cache(setup, rows * most, rows, DTYPE)
     carried = carried._replace(
         token=jnp.arange(rows, dtype=jnp.int32), position=jnp.asarray(fill(start)), status=jnp.asarray(fill(0))
     )
-    seen = jnp.zeros((rows, CONFIG.padded_vocab_size), jnp.int32) if level == "full" else None
 
     def run(carry, weights):
-        pages, carried, seen, _ = carry
-        return programs.decode.__wrapped__(setup, level, steps, weights, pages, carried, seen, lanes)
+        pages, carried, _, _ = carry
+        return programs.decode.__wrapped__(setup, "plain", steps, weights, pages, carried, None, lanes)
 
-    replaced: list[tuple[Any, str, Any]] = []
-    if candidates:
-        replaced.append((in_use, "attend", attention.attend))
-        replaced.append((lowest_in_use, "_kernel", lowest_within.kernel))
-        if rows <= relay.MOST_ROWS:
-            replaced.append((generation, "between_attentions", Relay(CONFIG.depth - 1)))
-    kept = [(module, name, getattr(module, name)) for module, name, _ in replaced]
-    for module, name, value in replaced:
-        setattr(module, name, value)
-    try:
-        tokens = np.asarray(jax.jit(run)((pages, carried, seen, None), weights)[3])
-        return microseconds(run, (pages, carried, seen, jnp.zeros_like(tokens)), weights, steps), tokens[0]
-    finally:
-        for module, name, value in kept:
-            setattr(module, name, value)
+    between = Relay(CONFIG.depth - 1) if use_relay else generation.between_attentions
+    with mock.patch.object(generation, "between_attentions", between):
+        tokens = np.asarray(jax.jit(run)((pages, carried, None, None), weights)[3])
+        return microseconds(run, (pages, carried, None, jnp.zeros_like(tokens)), weights, steps), tokens[0]
 
 
 if __name__ == "__main__":
