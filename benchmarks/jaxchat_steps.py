@@ -214,10 +214,11 @@ def _keep(iterator: Iterator[dict], kept: list[dict]) -> Iterator[dict]:
         yield batch
 
 
-def run_steps(step, state, source, count: int):
+def run_steps(step, state, source, count: int, first: int = 0):
     """Runs `count` steps as the training loop does, each dispatched before the metrics of the previous one are read.
 
-    Returns the state, the seconds of each step and the last metrics, once the device is done.
+    The first of them has the number `first`. Returns the state, the seconds of each step and the last metrics, once the
+    device is done.
     """
     import jax
 
@@ -225,7 +226,7 @@ def run_steps(step, state, source, count: int):
     before = time.perf_counter()
     for index in range(count + 1):
         if index < count:
-            batch, _ = source.next_batch(index, state["params"])
+            batch, _ = source.next_batch(first + index, state["params"])
             state, metrics = step(state, batch)
             waiting.append(metrics)
         if len(waiting) > 1 or index == count:

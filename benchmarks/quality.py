@@ -30,7 +30,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxchat_quality import train
+from jaxchat_quality import Trainer
 from quality_runs import Record, Run, carry_out
 from quality_tables import draw, show, show_parts
 from recipes import Recipe, Recipes, ablation, chosen, parse, read
@@ -76,7 +76,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--steps", type=int, metavar="N", help="of recipes that do not say so themselves")
     length.add_argument("--tokens", type=float, metavar="N", help="the same in tokens, for batches of several sizes")
     add("--at", type=int, nargs="+", metavar="STEP",
-        help=f"steps after which to evaluate, besides the last (default: {EVALUATIONS} times, evenly)")  # fmt: skip
+        help="steps after which to evaluate, besides the last, also where a recipe's batch grows and they have fewer "
+             f"tokens at first (default: {EVALUATIONS} times, evenly)")  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="of each recipe (default 0)")
     add("--target", type=float, metavar="BPB", help="also tell the steps and seconds until then")
     add("--within", type=float, metavar="SECONDS", help="begin no run that would probably end later than that")
@@ -127,7 +128,7 @@ def _run(options: argparse.Namespace, recipe: Recipe, own: tuple[str, ...], name
     experiment = configure(name, list(own), options.data, names)
     steps = experiment.pretrain.num_iterations
     if "pretrain.num_iterations" not in named_fields(own):
-        given = options.tokens and max(1, int(options.tokens // experiment.pretrain.batch_tokens))
+        given = options.tokens and max(1, int(options.tokens // experiment.pretrain.mean_batch_tokens))
         steps = options.steps or given or steps
     if steps is None or steps < 1:
         raise UserError("nothing says how long it is; give --steps or --tokens")
@@ -143,7 +144,8 @@ def train_all(runs: Sequence[Run], file: str | None, within: float | None) -> li
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # by default a quarter of a GPU's memory is left
     prepare_jax()
     with tempfile.TemporaryDirectory() as scratch:
-        return carry_out(runs, lambda run: train(run.experiment, run.at, scratch), file, within)
+        train = Trainer(scratch)
+        return carry_out(runs, lambda run: train(run.experiment, run.at), file, within)
 
 
 def report(done: Sequence[Record | None], options: argparse.Namespace, parts: Sequence[str] = ()) -> None:

@@ -81,7 +81,7 @@ def _record(run: Run, measure: Callable[[Run], Measured]) -> Record:
     measured = measure(run)
     return {
         **{"program": run.program, "recipe": run.recipe, "options": list(run.options), "seed": run.seed},
-        **{"steps": run.at[-1], "batch_tokens": run.experiment.pretrain.batch_tokens},
+        **{"steps": run.at[-1], "batch_tokens": round(run.experiment.pretrain.mean_batch_tokens)},
         **figures(measured["times"], measured["scores"]),
         **{name: value for name, value in measured.items() if name not in ("times", "scores")},
         **{"all_seconds": time.perf_counter() - began, "date": date.today().isoformat()},

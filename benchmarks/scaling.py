@@ -1,46 +1,58 @@
 """How the best model, batch and learning rate grow with compute: trains a grid, fits the optima and their exponents.
 
-    python benchmarks/scaling.py --data DIR --out scaling --depths 6 8 10 12 --flops 1e17 3e17 1e18 \\
-        --batches 65536 131072 262144 524288 --rules=nanochat
-    python benchmarks/scaling.py --data DIR --out scaling --depths 8 --flops 3e17 --batches 131072 262144 \\
-        --rates 0.5 1 2 --rules=nanochat                       # the best rate of each batch
-    python benchmarks/scaling.py ... --plan                    # shows the runs, and trains nothing
+    python benchmarks/scaling.py --data DIR --out scaling --experiment d12_modern --depths 4 6 8 10 12 \\
+        --batches 131072 65536 262144 --flops 3e15 1e16 3e16
+    python benchmarks/scaling.py --data DIR --out rates --experiment d12_modern --depths 8 --flops 3e16 \\
+        --batches 131072 262144 --rates 0.5 1 2                # the best rate of each batch
+    python benchmarks/scaling.py ... --plan                    # shows the runs and their seconds, and trains nothing
+    for g in 0 1; do CUDA_VISIBLE_DEVICES=$g python benchmarks/scaling.py ... & done; wait
 
-Each run is a pretraining by launch.py in a process of its own, as long as its budget of FLOPs allows, evaluated at its
-end. Options of launch.py may follow the benchmark's own. With --rules the rates follow from the batch; --rates are
-factors on them. A run with few steps says nothing of a long training: those under --fewest-steps are left out.
+Each run is a pretraining as launch.py does it, as long as its budget of FLOPs allows, evaluated at its end on 2,097,152
+tokens. Options of launch.py may follow the benchmark's own. With rules, as d12_modern has them and --rules=nanochat
+sets them, the rates follow from the batch; --rates are factors on them. A run with few steps says nothing of a long
+training: those under --fewest-steps are left out.
 
-DIR/runs.jsonl gets a line for each run that is finished, which is not done again; one that was stopped goes on from its
-last checkpoint. All runs share a tokenizer. DIR/scaling.json has the records, the optima and the fits, with the
-published exponents beside them; DIR/scaling.png the curves. Only optima inside the grid count for an exponent.
+The smallest budgets come first, and of each the first batch with all depths, so that a grid that is cut off is of use.
+All runs of one depth and batch share a compiled program. Several processes may share DIR, one on each GPU or two on one
+(with XLA_PYTHON_CLIENT_MEM_FRACTION=0.45), so that one trains while the other compiles: each takes the next run that no
+other has begun.
+
+DIR/runs.jsonl gets a line for each run that is finished, which is not done again; one that was stopped is. All runs
+share a tokenizer. DIR/scaling.json has all records, the optima and the fits, with the published exponents beside them;
+DIR/scaling.png the curves. Only optima inside the grid count for an exponent.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
-import shutil
-import subprocess
+import math
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from quality_runs import read, write
+from filelock import AcquireReturnProxy, FileLock, Timeout
+from jaxchat_quality import Trainer
+from quality_runs import Measured, figures, read, write
 from scaling_fits import budget_rows, draw, fits, law_rows
 from timing import say, table
 
+from jaxchat.cli.launch import prepare_jax
 from jaxchat.cli.options import configure
 from jaxchat.cli.parser import option_strings
+from jaxchat.config import Experiment
 from jaxchat.errors import UserError, check
 
-LAUNCH = Path(__file__).parents[1] / "launch.py"
-# Nothing but training and one evaluation before the first step and after the last; the last checkpoint is deleted.
-QUIET = ("--pretrain.eval-every=0", "--pretrain.sample-every=0", "--pretrain.save-every=0", "--pretrain.core-every=0")
+# Enough to tell runs apart: the experiments' own evaluations would take longer than the shortest runs.
+EVALUATED = "--pretrain.eval-tokens=2097152"
+Measure = Callable[[Experiment, Sequence[int]], Measured]
 
 
 @dataclass(frozen=True)
@@ -49,20 +61,29 @@ class Run:
 
     name: str
     options: tuple[str, ...]
+    experiment: Experiment
     facts: dict[str, Any]
+
+    @property
+    def kind(self) -> tuple[int, int]:
+        """What it shares a compiled program with."""
+        return self.facts["depth"], self.facts["batch_tokens"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables; returns 2 for options that cannot be used, or if a run fails."""
     parser = _parser()
     options, overrides = parser.parse_known_args(argv)
+    out = Path(options.out)
     try:
         runs = plan(options, overrides, option_strings(parser))
         if options.plan:
-            _show_plan(runs)
+            _show_plan(runs, read(_records(out)))
             return 0
-        records, failed = carry_out(runs, Path(options.out), options.within)
-        report(records, Path(options.out))
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # by default a quarter of it is left
+        prepare_jax()
+        failed = carry_out(runs, out, Trainer(out / "shared"), options.within)
+        report(read(_records(out)), out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -74,107 +95,139 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--out", required=True, metavar="DIR", help="where runs, figures and curves are kept")
+    add("--out", required=True, metavar="DIR", help="where records, figures and curves are kept")
     add("--data", metavar="DIR", help="folder of text, as for launch.py (default: the experiment's)")
     add("--experiment", default="d12", help="whose other settings all runs have (default d12)")
     add("--depths", type=int, nargs="+", required=True, metavar="N", help="layers")
-    add("--batches", type=int, nargs="+", required=True, metavar="N", help="tokens of a step")
+    add("--batches", type=int, nargs="+", required=True, metavar="N", help="tokens of a step, the most important first")
     add("--flops", type=float, nargs="+", required=True, metavar="N", help="training compute of a run")
     add("--rates", type=float, nargs="+", default=[1.0], metavar="X", help="factors on all learning rates (default 1)")
     add("--fewest-steps", type=int, default=100, metavar="N", help="leave out shorter runs (default 100)")
     add("--within", type=float, metavar="SECONDS", help="begin no run that would probably end later than that")
-    add("--plan", action="store_true", help="show the runs, and train nothing")
+    add("--plan", action="store_true", help="show the runs and how long they may take, and train nothing")
     return parser
 
 
 def plan(options: argparse.Namespace, overrides: Sequence[str], names: Sequence[str] = ()) -> list[Run]:
-    """The runs of the grid, the cheapest first.
+    """The runs of the grid in their order.
 
     Raises:
       UserError: an option that launch.py would refuse, or no run that is long enough.
     """
     from jaxchat.model.config import GPTConfig
     from jaxchat.recipes import counted_parameters
-    from jaxchat.train.budget import flops_per_token, training_length
+    from jaxchat.train.budget import pretraining_flops_per_token, training_length, training_tokens
 
     runs = []
-    grid = itertools.product(sorted(options.flops), options.depths, options.batches, options.rates)
-    for flops, depth, batch, factor in grid:
+    for flops, factor, batch, depth in itertools.product(
+        sorted(options.flops), options.rates, options.batches, options.depths
+    ):
         own = (
-            *(*overrides, *QUIET, f"--model.depth={depth}", f"--pretrain.batch-tokens={batch}"),
+            *(EVALUATED, *overrides, f"--model.depth={depth}", f"--pretrain.batch-tokens={batch}"),
             *("--pretrain.num-iterations=None", f"--pretrain.target-flops={flops:g}"),
             f"--pretrain.lr-fraction={factor:g}",
         )
         experiment = configure(options.experiment, list(own), options.data, names)
-        vocab_size = experiment.tokenizer.vocab_size
+        vocab_size, config = experiment.tokenizer.vocab_size, experiment.pretrain
         model = GPTConfig.of(experiment.model, vocab_size)
-        steps = training_length(experiment.pretrain, model)
+        steps, tokens = training_length(config, model), training_tokens(config, model)
         if steps < options.fewest_steps:
             continue
         facts = {
             **{"flops": flops, "depth": depth, "batch_tokens": batch, "lr_fraction": factor, "steps": steps},
-            **{"parameters": counted_parameters(experiment.model, vocab_size), "tokens": steps * batch},
+            **{"parameters": counted_parameters(experiment.model, vocab_size), "tokens": tokens},
             **{"rate": factor * experiment.optimizer.matrix_lr, "decay": experiment.optimizer.matrix_weight_decay},
-            **{"real_flops": float(steps * batch * flops_per_token(model))},
+            **{"real_flops": float(tokens * pretraining_flops_per_token(config, model))},
         }
         place = () if options.data is None else (f"--data={options.data}",)
         name = f"{flops:g}-d{depth}-{batch}-{factor:g}"
-        runs.append(Run(name, (f"--experiment={options.experiment}", *place, *own), facts))
+        runs.append(Run(name, (f"--experiment={options.experiment}", *place, *own), experiment, facts))
     check(bool(runs), f"no run has {options.fewest_steps:,} steps or more; give more --flops or smaller --batches")
     return runs
 
 
-def carry_out(runs: Sequence[Run], out: Path, within: float | None) -> tuple[list[dict[str, Any]], bool]:
-    """The records of the runs that are finished, and whether one failed."""
-    began, file = time.perf_counter(), str(out / "runs.jsonl")
-    known, records, failed, tokenizer = read(file), [], False, out / "tokenizer"
-    for run in runs:
-        found = next((one for one in known if one["options"] == list(run.options)), None)
-        if found is None:
-            # Runs of one budget take about as long as each other.
-            alike = [one["all_seconds"] / one["flops"] * run.facts["flops"] for one in known]
-            if within is not None and time.perf_counter() - began + max(alike, default=0.0) > within:
+def carry_out(runs: Sequence[Run], out: Path, measure: Measure, within: float | None) -> bool:
+    """Trains what no process has trained or begun, and adds it to the records; returns whether a run failed.
+
+    Of one budget, the runs come first for which this process has compiled the program.
+    """
+    import jax
+
+    began, file, left, mine, failed = time.perf_counter(), _records(out), list(runs), set(), []
+    while left:
+        run = min(left, key=lambda run: (run.facts["flops"], run.kind not in mine))
+        left.remove(run)
+        claim = _claim(run, out)
+        if claim is None:
+            continue  # another process does it
+        with claim as lock:
+            known = read(file)
+            if any(one["options"] == list(run.options) for one in known):
+                continue
+            takes = expected_seconds(run, known, run.kind in mine)
+            if within is not None and time.perf_counter() - began + takes > within:
                 say(f"{run.name}: left for another time")
                 continue
-            if not (tokenizer / "tokenizer" / "stage.json").exists() and not _launch(run, tokenizer, "tokenizer"):
-                return records, True
-            found = _train(run, out / "runs" / run.name, tokenizer / "tokenizer")
-            if found is None:
-                failed = True
+            try:
+                found = _record(run, measure)
+            except KeyboardInterrupt:
+                say(f"{run.name}: stopped")
+                break
+            except (UserError, jax.errors.JaxRuntimeError) as error:
+                say(f"{run.name} failed: {error}")
+                failed.append(lock.acquire())  # kept to the end: another process would fail too
                 continue
-            write(file, found)
-            known.append(found)
-            say(f"{run.name}: {found['bpb']:.4f} bits per byte after {found['steps']:,} steps")
-        records.append(found)
-    return records, failed
+            mine.add(run.kind)
+            with FileLock(out / "lock"):
+                write(file, found)
+            bpb = "diverged" if found["bpb"] is None else f"{found['bpb']:.4f} bits per byte"
+            say(f"{run.name}: {bpb} after {found['steps']:,} steps, {found['seconds']:.1f} of "
+                f"{found['all_seconds']:.1f} s")  # fmt: skip
+    return bool(failed)
 
 
-def _train(run: Run, directory: Path, tokenizer: Path) -> dict[str, Any] | None:
-    """The record of a run; None if it failed."""
-    from jaxchat.runs.metrics import read_metrics
+def _records(out: Path) -> str:
+    return str(out / "runs.jsonl")
 
-    began = time.perf_counter()
-    if not _launch(run, directory, "tokenizer,pretrain", f"--tokenizer.path={tokenizer}"):
+
+def _claim(run: Run, out: Path) -> AcquireReturnProxy | None:
+    """A lock on the run, which ends with this process at the latest; None if another process has it."""
+    folder = out / "claims"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{run.name}-{hashlib.sha256(repr(run.options).encode()).hexdigest()[:8]}")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
         return None
-    curve = [[line["step"], 0.0, line["bpb"]] for line in read_metrics(directory) if "bpb" in line]
-    shutil.rmtree(directory / "pretrain" / "checkpoints")
+
+
+def _record(run: Run, measure: Measure) -> dict[str, Any]:
+    began = time.perf_counter()
+    measured = measure(run.experiment, (run.facts["steps"],))
+    found = figures(measured["times"], measured["scores"])
     return {
-        **{"name": run.name, "options": list(run.options), **run.facts, "bpb": curve[-1][2], "curve": curve},
+        **{"name": run.name, "options": list(run.options), **run.facts, "bpb": found["curve"][-1][2], **found},
+        **{name: measured[name] for name in ("passes", "peak_memory_bytes", "device")},
         **{"all_seconds": time.perf_counter() - began, "date": date.today().isoformat()},
     }
 
 
-def _launch(run: Run, directory: Path, stages: str, *more: str) -> bool:
-    """Runs launch.py, which goes on where it was stopped; whether it succeeded."""
-    log = Path(f"{directory}.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(LAUNCH), *run.options, *more, f"--run-dir={directory}", f"--stages={stages}"]
-    with log.open("a") as lines:
-        code = subprocess.run(command, stdout=lines, stderr=subprocess.STDOUT, check=False).returncode
-    if code:
-        last = log.read_text(errors="replace").strip().rpartition("\n")[2]
-        say(f"{run.name} failed with code {code}, see {log}: {last}")
-    return code == 0
+def expected_seconds(run: Run, known: Iterable[dict[str, Any]], compiled: bool) -> float:
+    """What a run will probably take: as the records closest in depth; without any, as its experiment expects to.
+
+    Args:
+      compiled: whether its program is.
+    """
+    from jaxchat.devices.machine import device_peak_flops
+
+    known, flops, depth = list(known), run.facts["real_flops"], run.facts["depth"]
+    if not known:
+        peak = device_peak_flops(run.experiment.cost.device)
+        return flops / (run.experiment.cost.expected_mfu * peak) if peak else 0.0
+    nearest = min(abs(one["depth"] - depth) for one in known)
+    pace = max(one["seconds"] / one["real_flops"] for one in known if abs(one["depth"] - depth) == nearest)
+    besides = [one["all_seconds"] - one["seconds"] for one in known]  # compiling, if it was to be, and evaluation
+    return pace * flops + (min(besides) if compiled else max(besides))
 
 
 def report(records: Sequence[dict[str, Any]], out: Path) -> None:
@@ -182,21 +235,28 @@ def report(records: Sequence[dict[str, Any]], out: Path) -> None:
     if not records:
         return
     found = fits(records)
-    (out / "scaling.json").write_text(json.dumps({**found, "runs": records}, indent=2) + "\n")
     head = ("FLOPs", "depth", "batch", "rate x", "bits per byte", "best parameters", "tokens for each")
     table(head, budget_rows(found))
     table(("exponent", "here", "optima", "published"), law_rows(found))
-    draw(records, found, str(out / "scaling.png"))
+    with FileLock(out / "lock"):
+        (out / "scaling.json").write_text(json.dumps({**found, "runs": records}, indent=2) + "\n")
+        draw(records, found, str(out / "scaling.png"))
     say(f"all figures are in {out / 'scaling.json'}, the curves in {out / 'scaling.png'}")
 
 
-def _show_plan(runs: Sequence[Run]) -> None:
-    rows = [
-        [run.name, *(f"{run.facts[name]:,}" for name in ("parameters", "steps", "tokens")), f"{run.facts['rate']:.3g}"]
-        for run in runs
-    ]
-    table(("run", "parameters", "steps", "tokens", "Muon's rate"), rows)
-    print(f"\n{len(runs)} runs, {sum(run.facts['real_flops'] for run in runs):.3g} FLOPs in all")
+def _show_plan(runs: Sequence[Run], known: Sequence[dict[str, Any]]) -> None:
+    rows, seconds, kinds = [], [], set()
+    for run in runs:
+        seconds.append(expected_seconds(run, known, run.kind in kinds))
+        kinds.add(run.kind)
+        counts = (f"{run.facts[name]:,}" for name in ("parameters", "steps", "tokens"))
+        rows.append([run.name, *counts, f"{run.facts['rate']:.3g}", f"{seconds[-1]:.0f}"])
+    table(("run", "parameters", "steps", "tokens", "Muon's rate", "seconds"), rows)
+    flops, cost = math.fsum(run.facts["real_flops"] for run in runs), runs[0].experiment.cost
+    basis = f"at {cost.expected_mfu:.0%} MFU of one {cost.device}, without compiling and evaluating"
+    if known:
+        basis = f"by the {len(known)} runs so far, in one process"
+    print(f"\n{len(runs)} runs, {flops:.3g} FLOPs and about {math.fsum(seconds):.0f} s in all, {basis}")
 
 
 if __name__ == "__main__":

@@ -62,8 +62,14 @@ class Paced(Source):
 
     def abstract(self, plan: BatchPlan) -> AbstractBatch:
         """What `next_batch` returns with `plan`, as ShapeDtypeStructs."""
+        return self._with_rates(self.source.abstract(plan))
+
+    def others(self) -> list[AbstractBatch]:
+        return [self._with_rates(batch) for batch in self.source.others()]
+
+    def _with_rates(self, batch: AbstractBatch) -> AbstractBatch:
         rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(self.mesh, NOWHERE))
-        return {**self.source.abstract(plan), "rate": rate, **dict.fromkeys(self.moving(1), rate)}
+        return {**batch, "rate": rate, **dict.fromkeys(self.moving(1), rate)}
 
     def next_batch(self, step: int, params) -> tuple[Batch, dict[str, float]]:
         self.workspace.keep_time()

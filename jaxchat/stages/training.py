@@ -35,6 +35,7 @@ from jaxchat.stages.workspace import Workspace
 from jaxchat.tokenizer import BaseTokenizer
 from jaxchat.train.budget import BatchPlan, flops_per_token
 from jaxchat.train.choice import Choice
+from jaxchat.train.horizon import Horizon
 from jaxchat.train.loop import Evaluator, Loop, Source
 from jaxchat.train.loss import Objective
 from jaxchat.train.memory import (
@@ -91,7 +92,8 @@ class Training:
     It has `num_steps` steps, unless the run has a budget of time: then `horizon` finds their number while it trains.
     `parent` is the stage and step whose parameters it starts from, as stage.json records it; None for fresh ones.
     `knows_data` tells that the parent was trained on some of this stage's data. `objective` is that of the step; None
-    for cross-entropy. `phases` of pretraining change what its steps do.
+    for cross-entropy. `phases` of pretraining change what its steps do. With a `horizon` of the caller's, rates,
+    momentum and decay come with the batches, so that trainings that differ in these alone run the same program.
     """
 
     workspace: Workspace
@@ -104,10 +106,11 @@ class Training:
     knows_data: bool = False
     objective: Objective | None = None
     phases: Phases | None = None
+    horizon: Horizon | None = None
 
     def __post_init__(self):
         workspace, phases = self.workspace, self.phases
-        self.horizon = horizon_of(workspace, self.stage, self.config.schedule)
+        self.horizon = self.horizon or horizon_of(workspace, self.stage, self.config.schedule)
         schedules = self._schedules(self.num_steps) if self.horizon is None else {}
         self.schedule: Any = multiplier(self.config.schedule, self.num_steps)
         if phases is not None and phases.grows:
@@ -143,13 +146,17 @@ class Training:
 
         return Evaluator(self.config.sample_every, write_samples, at_start=False)
 
+    def paced(self, source: Source, horizon: Horizon) -> Paced:
+        """The batches of `source` with what follows from the number of steps: rates, momentum, decay."""
+        return Paced(source, horizon, self.workspace, self.config.lr_fraction, self._schedules)
+
     def prepare(self, start: Callable[[], Any]) -> tuple[State, StepFunction]:
         """The state at step 0, laid out on the mesh, and the jitted step.
 
         With `remat` "auto" nothing is recomputed: only `compiled` knows what fits into memory.
         """
         planned, remat = self._planned(start), self.workspace.experiment.remat
-        return self._begin(start, planned.state), planned.make("none" if remat == "auto" else remat)
+        return self.begin(start, planned.state), planned.make("none" if remat == "auto" else remat)
 
     def compiled(self, start: Callable[[], Any], source: Source) -> tuple[State, TrainStep]:
         """The state at step 0, laid out on the mesh, and the step that fits into memory.
@@ -169,18 +176,19 @@ class Training:
         for batch in source.others():
             step.compile(batch)
         self.choice = chosen  # it says the rows of all, and is the one that a later start compiles first
-        return self._begin(start, planned.state), step
+        return self.begin(start, planned.state), step
 
-    def _planned(self, start: Callable[[], Any]) -> PlannedStep:
-        params = jax.eval_shape(start)
-        return plan_step(self.model, self.optimizer, params, self.compute, self.objective)
-
-    def _begin(self, start: Callable[[], Any], abstract: State) -> State:
+    def begin(self, start: Callable[[], Any], abstract: State) -> State:
+        """The state at step 0, laid out on the mesh as `abstract` is."""
         # The parameters are donated, not copied: a copy would keep the parent's parameters until the stage ends.
         placed = jax.tree.map(lambda x: x.sharding, abstract)
         return jax.jit(lambda params: init_state(params, self.optimizer), out_shardings=placed, donate_argnums=0)(
             start()
         )
+
+    def _planned(self, start: Callable[[], Any]) -> PlannedStep:
+        params = jax.eval_shape(start)
+        return plan_step(self.model, self.optimizer, params, self.compute, self.objective)
 
     def _accept(self, step: CompiledStep) -> None:
         """Tells the user what was chosen, if anything was; explicit settings are used even if they do not fit."""
@@ -218,8 +226,7 @@ class Training:
         schedule: Any = self.schedule
         horizon = self.horizon
         if horizon is not None:
-            source = Paced(source, horizon, workspace, self.config.lr_fraction, self._schedules)
-            schedule = horizon.rates.__getitem__
+            source, schedule = self.paced(source, horizon), horizon.rates.__getitem__
         state, step_fn = self.compiled(start, source)
         if self.choice is not None:
             keep_choice(workspace, self.stage, self.choice)

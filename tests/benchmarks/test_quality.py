@@ -5,6 +5,8 @@ import json
 import math
 from pathlib import Path
 
+import jax
+import jaxchat_quality
 import pytest
 import quality
 import quality_runs
@@ -219,6 +221,48 @@ def test_a_recipe_is_trained_as_launch_trains_it(tmp_path, capsys):
     written = file.read_text()
     assert quality.main(given) == 0 and file.read_text() == written, "it is not trained again"
     assert f"| tiny | {tiny['curve'][0][2]:.4f} |" in capsys.readouterr().out
+
+
+def test_growing_batches_are_trained_as_launch_trains_them(tmp_path):
+    grows = ["--pretrain.batch-tokens=1024", "--pretrain.phases.batch-tokens=512", "--pretrain.phases.until=0.5",
+             "--optimizer.matrix-weight-decay=0.1"]  # fmt: skip
+    code, _, err = start(tmp_path / "run", "--stages=tokenizer,pretrain", *grows)
+    assert code == 0, err
+    expected = dict(values(tmp_path / "run", "pretrain", "bpb"))
+    (run,) = planned("--experiment=quickstart", "--recipe", "tiny:", "--at=3", "--seeds", SEED, *ARGUMENTS[1:], *grows)
+    scores = jaxchat_quality.Trainer(tmp_path)(run.experiment, run.at)["scores"]
+    assert scores == [(step, pytest.approx(expected[step], rel=1e-6)) for step in (3, 6)]
+
+
+def test_rates_seeds_and_lengths_share_a_program_and_the_rows(tmp_path):
+    own = ["--optimizer.matrix-weight-decay=0.1", "--optimizer.muon-momentum-ratio=0.5"]
+    recipes = [
+        "a:",
+        "b:--pretrain.lr-fraction=0.3",
+        "c:--pretrain.num-iterations=3",
+        "d:--pretrain.schedule.decay=cosine",
+    ]
+    runs = planned("--experiment=quickstart", "--recipe", *recipes, "--at=2", *ARGUMENTS[1:], *own)
+    shared, traced = jaxchat_quality.Trainer(tmp_path / "shared"), []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, fun_name="", **rest: traced.append(fun_name) if "jaxpr_trace" in event else None
+    )
+    scores = [shared(run.experiment, run.at)["scores"] for run in runs]
+    assert traced.count("step") == 1
+    alone = [jaxchat_quality.Trainer(tmp_path / run.recipe)(run.experiment, run.at)["scores"] for run in runs]
+    assert scores == alone and len({of_run[-1] for of_run in scores}) == 4
+    assert traced.count("step") == 5
+
+
+def test_tokens_of_a_batch_that_grows(capsys):
+    grows = ["--pretrain.batch-tokens=4096", "--pretrain.phases.batch-tokens=2048"]
+    (run,) = planned("--recipe", "a:", "--tokens", "98304", *grows)
+    assert run.at[-1] == 36, "of the tokens half in steps of 2,048, half in steps of 4,096"
+    done = quality_runs.carry_out(
+        [run], lambda run: {"times": [1.0] * 36, "scores": [(36, 2.0)], "device": "none"}, None, None
+    )
+    quality_tables.show([one for one in done if one])
+    assert "2,731 tokens a step" in capsys.readouterr().out
 
 
 def test_lengths_and_options_that_are_refused(capsys):

@@ -1,16 +1,24 @@
 """The benchmark of scaling: the grid, its fits on runs whose optima are known, and that no run is done twice."""
 
+import dataclasses
+import hashlib
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import scaling
 import scaling_fits
+from filelock import FileLock
 
 from jaxchat.errors import UserError
 from jaxchat.planning.rules import RATES
-from jaxchat.runs.directory import RunDirectory
+
+ROOT = Path(__file__).parents[2]
 
 TINY = [
     "--experiment=quickstart", "--depths", "1", "--batches", "512", "1024", "--flops", "8e9", "--fewest-steps", "4",
@@ -86,7 +94,7 @@ def planned(*more):
 
 def test_the_grid(capsys):
     runs = planned("--rules=nanochat", "--rates", "0.5", "1")
-    assert [run.name for run in runs] == [f"8e+09-d1-{batch}-{rate}" for batch in (512, 1024) for rate in ("0.5", "1")]
+    assert [run.name for run in runs] == [f"8e+09-d1-{batch}-{rate}" for rate in ("0.5", "1") for batch in (512, 1024)]
     for run in runs:
         facts = run.facts
         assert facts["steps"] * facts["batch_tokens"] == facts["tokens"]
@@ -102,43 +110,101 @@ def test_the_grid(capsys):
     assert "2 runs" in capsys.readouterr().out
 
 
+class Learns:
+    """A trainer that needs no time, and fails with batches of these sizes."""
+
+    def __init__(self, *fails):
+        self.fails, self.asked = fails, []
+
+    def __call__(self, experiment, at):
+        batch = experiment.pretrain.batch_tokens
+        self.asked.append((batch, experiment.pretrain.target_flops))
+        if batch in self.fails:
+            raise UserError("out of memory")
+        return {
+            **{"times": [0.5] * at[-1], "scores": [(at[-1], 3.5)], "passes": 0},
+            **{"peak_memory_bytes": 1, "device": "none"},
+        }
+
+
 def test_a_finished_run_is_not_done_again_and_a_failed_one_is(tmp_path, monkeypatch, capsys):
-    launched, fails = [], {"8e+09-d1-1024-1"}
-
-    def launch(run, directory, stages, *more):
-        launched.append((directory.name, stages))
-        if run.name in fails and stages != "tokenizer":
-            return False
-        for stage in stages.split(","):
-            (directory / stage / "checkpoints").mkdir(parents=True)
-            (directory / stage / "stage.json").write_text("{}")
-        lines = [{"stage": "pretrain", "step": step, "time": 1.0, "bpb": bpb} for step, bpb in ((0, 6.0), (9, 3.5))]
-        RunDirectory(directory).path.joinpath("metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-        return True
-
-    monkeypatch.setattr(scaling, "_launch", launch)
+    trains = Learns(1024)
+    monkeypatch.setattr(scaling, "Trainer", lambda scratch: trains)
+    monkeypatch.setattr(scaling, "prepare_jax", lambda: None)
     assert scaling.main([f"--out={tmp_path}", *TINY]) == 2
-    assert [name for name, _ in launched] == ["tokenizer", "8e+09-d1-512-1", "8e+09-d1-1024-1"]
-    assert not (tmp_path / "runs" / "8e+09-d1-512-1" / "pretrain" / "checkpoints").exists()
-    fails.clear()
-    launched.clear()
+    assert [batch for batch, _ in trains.asked] == [512, 1024]
+    assert "8e+09-d1-1024-1 failed: out of memory" in capsys.readouterr().err
+    trains.fails = ()
+    trains.asked.clear()
     assert scaling.main([f"--out={tmp_path}", *TINY]) == 0
-    assert [name for name, _ in launched] == ["8e+09-d1-1024-1"]
-    launched.clear()
-    assert scaling.main([f"--out={tmp_path}", *TINY]) == 0
-    assert launched == []
-    written = json.loads((tmp_path / "scaling.json").read_text())
-    assert [run["bpb"] for run in written["runs"]] == [3.5, 3.5]
-    assert "too few optima inside the grid" in capsys.readouterr().out
+    assert [batch for batch, _ in trains.asked] == [1024]
+    trains.asked.clear()
     assert scaling.main([f"--out={tmp_path}", *TINY, "--depths", "2", "--within", "0"]) == 0
-    assert launched == []
+    assert trains.asked == [], "no time is left"
+    written = json.loads((tmp_path / "scaling.json").read_text())
+    assert [run["bpb"] for run in written["runs"]] == [3.5, 3.5], "all that is there"
+    assert "too few optima inside the grid" in capsys.readouterr().out
+
+
+def test_a_process_takes_what_no_other_has_begun(tmp_path):
+    first, second = planned()
+    trains = Learns()
+    with FileLock(tmp_path / "claims" / claim_name(first)):
+        assert not scaling.carry_out([first, second], tmp_path, trains, None)
+    assert trains.asked == [(1024, 8e9)]
+    code = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]): print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / "claims" / claim_name(first))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline()
+        assert scaling._claim(first, tmp_path) is None
+        other.kill()
+    assert not scaling.carry_out([first, second], tmp_path, trains, None)
+    assert trains.asked == [(1024, 8e9), (512, 8e9)], "its process is gone"
+
+
+def claim_name(run):
+    return f"{run.name}-{hashlib.sha256(repr(run.options).encode()).hexdigest()[:8]}"
+
+
+def test_the_order_of_a_grid(tmp_path):
+    runs = planned("--batches", "1024", "512", "--flops", "3e10", "1e10")
+    assert [run.facts["flops"] for run in runs] == [1e10, 1e10, 3e10, 3e10]
+    assert [run.facts["batch_tokens"] for run in runs] == [1024, 512] * 2
+    trains = Learns()
+    with FileLock(tmp_path / "claims" / claim_name(runs[0])):
+        scaling.carry_out(runs, tmp_path, trains, None)
+    assert trains.asked == [(512, 1e10), (512, 3e10), (1024, 3e10)], "what is compiled comes first"
+
+
+def test_how_long_a_run_will_take():
+    (run, _) = planned()
+    model = {"depth": 1, "seconds": 4.0, "real_flops": run.facts["real_flops"] / 2, "all_seconds": 30.0}
+    assert scaling.expected_seconds(run, [model], compiled=False) == pytest.approx(8 + 26)
+    warm, deep = {**model, "all_seconds": 5.0}, {**model, "depth": 4, "seconds": 1000.0, "all_seconds": 1010.0}
+    assert scaling.expected_seconds(run, [model, warm, deep], compiled=True) == pytest.approx(8 + 1)
+    gpu = dataclasses.replace(run.experiment.cost, device="NVIDIA H200", expected_mfu=0.5)
+    run = dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, cost=gpu))
+    assert scaling.expected_seconds(run, [], False) == pytest.approx(run.facts["real_flops"] / 494.5e12, rel=0.01)
 
 
 @pytest.mark.slow
-def test_it_trains_by_launch(tmp_path, capfd):
-    assert scaling.main([f"--out={tmp_path}", *TINY, "--rules=nanochat"]) == 0
-    written = json.loads((tmp_path / "scaling.json").read_text())
-    assert [run["batch_tokens"] for run in written["runs"]] == [512, 1024]
-    for run in written["runs"]:
-        assert run["curve"][-1][0] == run["steps"] and run["bpb"] < run["curve"][0][2]
-    assert (tmp_path / "scaling.png").exists() and "| 8e+09 | d1 |" in capfd.readouterr().out
+def test_processes_share_a_grid(tmp_path, capsys):
+    """Of the small models here two share a program: what is different of them comes with the batches."""
+    grid = [f"--out={tmp_path}", *TINY, "--flops", "8e9", "16e9", "--rules=nanochat"]
+    command = [sys.executable, "-m", "scaling", *grid]
+    folders = [str(ROOT), str(ROOT / "benchmarks")]
+    processes = [
+        subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)}) for _ in range(2)
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    written = json.loads((tmp_path / "scaling.json").read_text())["runs"]
+    runs = {run["name"]: run for run in written}
+    assert len(written) == len(runs) == 4, "each is done once"
+    for batch in (512, 1024):
+        short, long = (runs[f"{flops}-d1-{batch}-1"] for flops in ("8e+09", "1.6e+10"))
+        assert long["bpb"] < short["bpb"] < 7 and long["curve"][-1][0] == long["steps"] == long["tokens"] // batch
+        assert short["passes"] == 0 and short["seconds"] < short["all_seconds"]
+    assert len(list((tmp_path / "shared").glob("tokenizer-*/tokenizer.json"))) == 1
+    before = (tmp_path / "runs.jsonl").read_text()
+    assert scaling.main(grid) == 0 and (tmp_path / "runs.jsonl").read_text() == before
+    assert (tmp_path / "scaling.png").exists() and "| 8e+09 | d1 |" in capsys.readouterr().out

@@ -31,6 +31,13 @@ def test_the_rate_alone():
     assert set(paced().abstract(None)) == {"rate"}  # pyright: ignore[reportArgumentType]
 
 
+def test_what_else_is_compiled_has_a_rate_too():
+    source = paced()
+    source.source.others = lambda: [{"reach": 0.5}, {"reach": 1.0}]
+    found = source.others()
+    assert [batch["reach"] for batch in found] == [0.5, 1.0] and all(batch["rate"].shape == () for batch in found)
+
+
 def test_momentum_and_decay_follow_the_number_of_steps_that_is_known():
     def schedules(steps):
         return {
