@@ -38,6 +38,8 @@ MOST_ROWS = 2  # whose sums fit into registers beside the weights
 TAGS = 255  # 1 to 255: an empty mailbox has zeros
 SMALLEST, AT_ONCE = 32, 16384  # rows, at least, and numbers of a weight that are multiplied at once
 PARTS = 2  # of a long sum, for programs of their own: whoever reads it adds them up
+WIDTHS = 32, 64, 128  # columns of a program's share, the first that fit
+WARPS = 16
 AHEAD = 81_920  # numbers of a weight that are on their way before its operand is there: as many as registers hold
 
 Mailbox = Int32[Array, " W"]
@@ -79,7 +81,7 @@ def _plan(weights: Sequence[Array], programs: int) -> list[_Product] | None:
     for number, weight in enumerate(weights):
         inner, columns = weight.shape
         parts = PARTS if number in (0, 2) else 1  # the others' results are not sums: ReLU² follows, or attention
-        fits = [wide for wide in (32, 64, 128) if columns % wide == 0 and columns // wide * parts <= programs]
+        fits = [wide for wide in WIDTHS if columns % wide == 0 and columns // wide * parts <= programs]
         if not fits or largest_divisor(inner, AT_ONCE) < SMALLEST * parts:
             return None
         products.append(_Product(inner, columns, parts, fits[0], first))
@@ -134,7 +136,7 @@ def relayed(
     # An interpreter runs one program after the other: then all of a product, before the next.
     for phases in [[0], [1], [2], [3]] if kernels.INTERPRET else [range(4)]:
         kernel = functools.partial(_kernel, products, rows, x.dtype, phases)
-        call = launch(kernel, (_programs(),), out, warps=16, aliases={len(operands) + 1: 2})
+        call = launch(kernel, (_programs(),), out, warps=WARPS, aliases={len(operands) + 1: 2})
         heads, after, mail = call(*operands, tag, mail)
     assert heads is not None and after is not None
     return after.reshape(x.shape), heads.reshape(rows, -1), mail
