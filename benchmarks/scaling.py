@@ -19,7 +19,8 @@ other has begun.
 
 DIR/runs.jsonl gets a line for each run that is finished, which is not done again; one that was stopped is. All runs
 share a tokenizer. DIR/scaling.json has all records, the optima and the fits, with the published exponents beside them;
-DIR/scaling.png the curves. Only optima inside the grid count for an exponent.
+DIR/scaling.png the curves. Only optima inside the grid count for an exponent. --write-law also fits bits per byte as a
+function of parameters and tokens, and writes it where the dry run finds it; --within=0 trains nothing more before that.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from jaxchat_quality import Trainer
 from quality_runs import Measured, figures, read, write
 from scaling_fits import budget_rows, draw, fits, law_rows
+from scaling_law import fit_law, write_law
 from timing import say, table
 
 from jaxchat.cli.launch import prepare_jax
@@ -49,6 +51,7 @@ from jaxchat.cli.options import configure
 from jaxchat.cli.parser import option_strings
 from jaxchat.config import Experiment
 from jaxchat.errors import UserError, check
+from jaxchat.planning import expected_quality
 
 # Enough to tell runs apart: the experiments' own evaluations would take longer than the shortest runs.
 EVALUATED = "--pretrain.eval-tokens=2097152"
@@ -83,7 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # by default a quarter of it is left
         prepare_jax()
         failed = carry_out(runs, out, Trainer(out / "shared"), options.within)
-        report(read(_records(out)), out)
+        records = read(_records(out))
+        report(records, out)
+        if options.write_law:
+            law = fit_law(records, options.experiment, options.write_law)
+            write_law(law, expected_quality.FILE)
+            say(f"{expected_quality.FILE} has {law}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -104,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rates", type=float, nargs="+", default=[1.0], metavar="X", help="factors on all learning rates (default 1)")
     add("--fewest-steps", type=int, default=100, metavar="N", help="leave out shorter runs (default 100)")
     add("--within", type=float, metavar="SECONDS", help="begin no run that would probably end later than that")
+    add("--write-law", metavar="TEXT", help="fit the law by which the dry run expects quality; TEXT names the text")
     add("--plan", action="store_true", help="show the runs and how long they may take, and train nothing")
     return parser
 

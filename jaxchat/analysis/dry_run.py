@@ -27,6 +27,7 @@ from jaxchat.model.gpt import abstract_params
 from jaxchat.model.parameters import count_parameters
 from jaxchat.ops.compute import for_training
 from jaxchat.optim.optimizer import make_optimizer
+from jaxchat.planning.expected_quality import load_law, quality_lines
 from jaxchat.stages.tokenizer import load_users_tokenizer
 from jaxchat.stages.workspace import planned_model
 from jaxchat.train.budget import (
@@ -79,6 +80,7 @@ def dry_run(experiment: Experiment) -> None:
     _say(f"FLOPs a token {flops_per_token(model):.4g} (forward and backward)")
     _print_windows(model)
     _print_phases(experiment.pretrain, model)
+    _print_quality(experiment, model)
     _print_data(experiment)
     if missing is not None:
         _say(f"note          {missing}; a CPU's stands for it")
@@ -139,6 +141,15 @@ def _print_phases(config: PretrainConfig, model: GPTConfig) -> None:
         _say(f"              steps of {tokens} tokens")
     if config.phases.ahead:
         _say(f"tokens ahead  {len(config.phases.ahead)} beside the next one, in the first {phases.steps_ahead:,} steps")
+
+
+def _print_quality(experiment: Experiment, model: GPTConfig) -> None:
+    if "pretrain" not in experiment.stages:
+        return
+    tokens = training_tokens(experiment.pretrain, model)
+    flops = tokens * pretraining_flops_per_token(experiment.pretrain, model)
+    for number, line in enumerate(quality_lines(experiment, tokens, flops, load_law())):
+        _say(f"{'' if number else 'quality':<14}{line}")
 
 
 def _print_data(experiment: Experiment) -> None:

@@ -1,0 +1,104 @@
+"""Bits per byte as a function of parameters and tokens, fitted to the runs of `scaling.py`.
+
+The form and the way of fitting are those of approach 3 of Hoffmann et al. (2022), arXiv:2203.15556, appendix D.3: the
+Huber loss of differences of logarithms, from several starting points.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from jaxchat.errors import check
+from jaxchat.planning.expected_quality import QualityLaw
+
+HUBER = 1e-3  # the difference of logarithms from which on it counts in proportion only
+FEWEST = 8  # runs for five constants
+STARTS = (0.1, 0.3, 0.6), (0.1, 0.3, 0.6), (0.2, 0.5, 0.8)  # both exponents, and the floor as a share of the lowest bpb
+
+
+def usable(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of each budget and depth the best run, without those that diverged or read text more than once."""
+    best: dict[tuple, Mapping[str, Any]] = {}
+    for one in records:
+        place = one["flops"], one["depth"]
+        if one["bpb"] is None or one["passes"]:
+            continue
+        if place not in best or one["bpb"] < best[place]["bpb"]:
+            best[place] = one
+    return list(best.values())
+
+
+def fit_law(records: Iterable[Mapping[str, Any]], experiment: str, text: str) -> QualityLaw:
+    """The law of the usable runs of `records`.
+
+    Raises:
+      UserError: there are too few to fit it to.
+    """
+    runs = usable(records)
+    depths, budgets = ({one[name] for one in runs} for name in ("depth", "flops"))
+    check(
+        len(runs) >= FEWEST and min(len(depths), len(budgets)) >= 3,
+        f"a law needs the best runs of three depths with three budgets at least, {FEWEST} in all, which read no text "
+        f"twice; there are {len(runs)}, of {len(depths)} depths and {len(budgets)} budgets",
+    )
+    parameters, tokens, bpb = (np.array([one[name] for one in runs], float) for name in ("parameters", "tokens", "bpb"))
+    # Centred, so that a factor hardly changes with its exponent.
+    middles = np.log(parameters).mean(), np.log(tokens).mean()
+    log_n, log_d = np.log(parameters) - middles[0], np.log(tokens) - middles[1]
+
+    def terms(constants: Sequence[float]) -> np.ndarray:
+        floor, model, model_exponent, data, data_exponent = constants
+        return np.exp(floor) + np.exp(model - model_exponent * log_n) + np.exp(data - data_exponent * log_d)
+
+    fits = []
+    for model_exponent, data_exponent, share in itertools.product(*STARTS):
+        rest = math.log((1 - share) * bpb.min() / 2)
+        start = [math.log(share * bpb.min()), rest, model_exponent, rest, data_exponent]
+        fits.append(
+            least_squares(
+                lambda constants: np.log(terms(constants)) - np.log(bpb),
+                start,
+                loss="huber",
+                f_scale=HUBER,
+                bounds=([-10.0, -10.0, 0.0, -10.0, 0.0], [3.0, 3.0, 2.0, 3.0, 2.0]),
+                x_scale=[0.1, 0.1, 0.1, 0.1, 0.1],
+                ftol=1e-12,
+                xtol=1e-12,
+                gtol=1e-12,
+            )
+        )
+    best = min(fits, key=lambda fit: fit.cost).x
+    floor, model, model_exponent, data, data_exponent = map(float, best)
+
+    def range_of(name: str) -> tuple[float, float]:
+        return min(one[name] for one in runs), max(one[name] for one in runs)
+
+    return QualityLaw(
+        floor=math.exp(floor),
+        model_factor=math.exp(model + model_exponent * middles[0]),
+        model_exponent=model_exponent,
+        data_factor=math.exp(data + data_exponent * middles[1]),
+        data_exponent=data_exponent,
+        error=float(np.sqrt(np.mean((terms(best) - bpb) ** 2))),
+        runs=len(runs),
+        experiment=experiment,
+        text=text,
+        date=date.today().isoformat(),
+        flops=range_of("real_flops"),
+        parameters=range_of("parameters"),
+        tokens=range_of("tokens"),
+    )
+
+
+def write_law(law: QualityLaw, file: Path) -> None:
+    file.write_text(json.dumps(dataclasses.asdict(law), indent=2) + "\n", encoding="utf-8")
