@@ -10,7 +10,8 @@
 Each run is a pretraining as launch.py does it, as long as its budget of FLOPs allows, evaluated at its end on 2,097,152
 tokens. Options of launch.py may follow the benchmark's own. With rules, as d12_modern has them and --rules=nanochat
 sets them, the rates follow from the batch; --rates are factors on them. A run with few steps says nothing of a long
-training: those under --fewest-steps are left out.
+training: those under --fewest-steps are left out. Nor does one that reads a little text over and over say what more
+text teaches: --most-tokens leaves those out.
 
 The smallest budgets come first, and of each the first batch with all depths, so that a grid that is cut off is of use.
 All runs of one depth and batch share a compiled program. Several processes may share DIR, one on each GPU or two on one
@@ -19,8 +20,10 @@ other has begun.
 
 DIR/runs.jsonl gets a line for each run that is finished, which is not done again; one that was stopped is. All runs
 share a tokenizer. DIR/scaling.json has all records, the optima and the fits, with the published exponents beside them;
-DIR/scaling.png the curves. Only optima inside the grid count for an exponent. --write-law also fits bits per byte as a
-function of parameters and tokens, and writes it where the dry run finds it; --within=0 trains nothing more before that.
+DIR/scaling.png the curves. Only optima inside the grid count for an exponent.
+
+--write-law also fits bits per byte as a function of parameters and tokens, to the best runs that read the text up to
+four times, and writes it where the dry run finds it; with --within=0 nothing more is trained before that.
 """
 
 from __future__ import annotations
@@ -111,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--flops", type=float, nargs="+", required=True, metavar="N", help="training compute of a run")
     add("--rates", type=float, nargs="+", default=[1.0], metavar="X", help="factors on all learning rates (default 1)")
     add("--fewest-steps", type=int, default=100, metavar="N", help="leave out shorter runs (default 100)")
+    add("--most-tokens", type=float, default=math.inf, metavar="N",
+        help="leave out runs on more tokens, such as four times those of the text (default: none)")  # fmt: skip
     add("--within", type=float, metavar="SECONDS", help="begin no run that would probably end later than that")
     add("--write-law", metavar="TEXT", help="fit the law by which the dry run expects quality; TEXT names the text")
     add("--plan", action="store_true", help="show the runs and how long they may take, and train nothing")
@@ -140,7 +145,7 @@ def plan(options: argparse.Namespace, overrides: Sequence[str], names: Sequence[
         vocab_size, config = experiment.tokenizer.vocab_size, experiment.pretrain
         model = GPTConfig.of(experiment.model, vocab_size)
         steps, tokens = training_length(config, model), training_tokens(config, model)
-        if steps < options.fewest_steps:
+        if steps < options.fewest_steps or tokens > options.most_tokens:
             continue
         facts = {
             **{"flops": flops, "depth": depth, "batch_tokens": batch, "lr_fraction": factor, "steps": steps},
@@ -151,7 +156,9 @@ def plan(options: argparse.Namespace, overrides: Sequence[str], names: Sequence[
         place = () if options.data is None else (f"--data={options.data}",)
         name = f"{flops:g}-d{depth}-{batch}-{factor:g}"
         runs.append(Run(name, (f"--experiment={options.experiment}", *place, *own), experiment, facts))
-    check(bool(runs), f"no run has {options.fewest_steps:,} steps or more; give more --flops or smaller --batches")
+    few, most = f"{options.fewest_steps:,} steps or more", f" and {options.most_tokens:,.0f} tokens or fewer"
+    which = few + most * math.isfinite(options.most_tokens)
+    check(bool(runs), f"no run has {which}; give more --flops or smaller --batches")
     return runs
 
 

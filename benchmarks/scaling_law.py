@@ -20,6 +20,7 @@ from scipy.optimize import least_squares
 
 from jaxchat.errors import check
 from jaxchat.planning.expected_quality import QualityLaw
+from jaxchat.planning.proposal import PASSES
 
 HUBER = 1e-3  # the difference of logarithms from which on it counts in proportion only
 FEWEST = 8  # runs for five constants
@@ -27,11 +28,11 @@ STARTS = (0.1, 0.3, 0.6), (0.1, 0.3, 0.6), (0.2, 0.5, 0.8)  # both exponents, an
 
 
 def usable(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of each budget and depth the best run, without those that diverged or read text more than once."""
+    """Of each budget and depth the best run, without those that diverged or read the text more than `PASSES` times."""
     best: dict[tuple, Mapping[str, Any]] = {}
     for one in records:
         place = one["flops"], one["depth"]
-        if one["bpb"] is None or one["passes"]:
+        if one["bpb"] is None or one["passes"] >= PASSES:
             continue
         if place not in best or one["bpb"] < best[place]["bpb"]:
             best[place] = one
@@ -48,8 +49,8 @@ def fit_law(records: Iterable[Mapping[str, Any]], experiment: str, text: str) ->
     depths, budgets = ({one[name] for one in runs} for name in ("depth", "flops"))
     check(
         len(runs) >= FEWEST and min(len(depths), len(budgets)) >= 3,
-        f"a law needs the best runs of three depths with three budgets at least, {FEWEST} in all, which read no text "
-        f"twice; there are {len(runs)}, of {len(depths)} depths and {len(budgets)} budgets",
+        f"a law needs the best runs of three depths with three budgets at least, {FEWEST} in all, which read the "
+        f"text {PASSES:.0f} times at most; there are {len(runs)}, of {len(depths)} depths and {len(budgets)} budgets",
     )
     parameters, tokens, bpb = (np.array([one[name] for one in runs], float) for name in ("parameters", "tokens", "bpb"))
     # Centred, so that a factor hardly changes with its exponent.

@@ -21,7 +21,8 @@ class QualityLaw:
     """L(N, D) = floor + model_factor / N^model_exponent + data_factor / D^data_exponent, and what it was fitted to.
 
     That of Hoffmann et al. (2022), arXiv:2203.15556, equation 2, for validation bits per byte L, parameters in matrix
-    products N (`counted_parameters`) and training tokens D, all of them read once.
+    products N (`counted_parameters`) and training tokens D, each read a few times at most: up to four times they teach
+    almost as much as new ones (Muennighoff et al. 2023, arXiv:2305.16264).
 
     Attributes:
       error: the root mean square of its differences to the runs, in bits per byte.
@@ -65,7 +66,7 @@ def load_law() -> QualityLaw | None:
 def quality_lines(experiment: Experiment, tokens: int, flops: float, law: QualityLaw | None) -> list[str]:
     """What to expect of a pretraining on `tokens` with `flops`, and from what; [] without a law, or on generated text.
 
-    The law knows nothing of text that is read more than once, nor of other recipes and text: a line says so.
+    The law knows nothing of text that is read more often, nor of other recipes and text: a line says so.
     """
     if law is None or experiment.data.folder is None:
         return []
@@ -77,5 +78,5 @@ def quality_lines(experiment: Experiment, tokens: int, flops: float, law: Qualit
     return [
         f"about {law(parameters, tokens):.3f} bits per byte after pretraining, by a law of {law.runs} runs of "
         f"{law.experiment} with {least:.2g} to {most:.2g} FLOPs on {law.text}",
-        f"{how}; text that is read again counts for less, and another recipe or text differs",
+        f"{how}; text that is read more than four times counts for less, and another recipe or text differs",
     ]

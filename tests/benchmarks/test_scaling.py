@@ -102,8 +102,13 @@ def test_the_grid(capsys):
         root = (facts["batch_tokens"] / 2**19) ** 0.5
         assert facts["rate"] == pytest.approx(facts["lr_fraction"] * RATES["matrix_lr"] * root)
     assert len(planned("--fewest-steps", str(runs[0].facts["steps"]))) == 1  # the larger batch has fewer
-    with pytest.raises(UserError, match="no run has 1,000,000 steps or more"):
+    few = "--fewest-steps", "1", "--most-tokens", str(runs[0].facts["tokens"] - 1)
+    deeper = planned("--depths", "1", "3", *few)
+    assert {run.facts["depth"] for run in deeper} == {3}, "it takes fewer tokens for the same FLOPs"
+    with pytest.raises(UserError, match="no run has 1,000,000 steps or more; "):
         planned("--fewest-steps", "1000000")
+    with pytest.raises(UserError, match="no run has 4 steps or more and 9 tokens or fewer"):
+        planned("--most-tokens", "9")
     with pytest.raises(UserError, match=r"model.depth is 0"):
         planned("--depths", "0")
     assert scaling.main(["--out=unused", *TINY, "--plan"]) == 0

@@ -24,7 +24,7 @@ def test_what_is_said_of_an_experiment():
         f"about {0.55 + 60 / size**0.33 + 90 / 1e8**0.3:.3f} bits per byte after pretraining, by a law of 18 runs of "
         "d12 with 3e+15 to 1e+17 FLOPs on FineWeb-Edu"
     )
-    assert second.startswith("where its error is 0.0042; text that is read again counts for less")
+    assert second.startswith("where its error is 0.0042; text that is read more than four times counts for less")
     for tokens, flops in ((10**8, 1e18), (10**10, 7e16), (10**6, 7e16)):
         assert quality_lines(experiment, tokens, flops, LAW)[1].startswith("an extrapolation")
     deep = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, depth=30))
