@@ -7,10 +7,11 @@
 
 jaxchat's recipes are those of `quality.py`, whose options hold here too; of the parts in a file it trains the base and
 the whole. A recipe of nanochat (--peer, or [nanochat] in the file) is a name and options of its scripts/base_train.py;
-`nanochat_quality.py` has --rates and --momentum besides. The script runs as it is, in a process of its own, on the same
-files in the same order, with the same tokenizer. Depth, context, tokens a step, number of steps, seeds and rows for
-validation are those of jaxchat's first recipe; its --window-pattern is L unless a recipe says otherwise. It packs and
-crops documents in its own way.
+`nanochat_quality.py` has --rates, --momentum and --same-batches besides. The script runs as it is, in a process of its
+own, on the same files in the same order, with the same tokenizer. Depth, context, tokens a step, number of steps, seeds
+and rows for validation are those of jaxchat's first recipe; its --window-pattern is L unless a recipe says otherwise.
+Its loader crops documents, and so reads a text more often than jaxchat does for as many tokens; with --same-batches it
+has the batches of jaxchat's first recipe, token for token.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from jaxchat.config import Experiment
 from jaxchat.errors import UserError, check
 
 HERE = Path(__file__).parent
+SAME_BATCHES = "--same-batches"  # of a recipe of nanochat
+BATCHES = "batches.npy"
 OF_THE_TEXT = 3  # options of a run of nanochat: they tell it apart from others, but its script has none such
 LONG = 7 * 86_400  # seconds: no run is cut short
 
@@ -105,27 +108,30 @@ def _peer(options: argparse.Namespace, ours: Run, peer: Recipe) -> Run:
 
 
 def _train(options: argparse.Namespace, scratch: Path, one: Run) -> Measured:
-    folder = scratch / "given"
+    count = one.at[-1] if SAME_BATCHES in one.options else 0
+    folder = scratch / f"given-{count}"
     if not folder.exists():
         try:
-            alone(prepare, one.experiment, str(folder), timeout=LONG)
+            alone(prepare, one.experiment, str(folder), count, timeout=LONG)
         except Failed as failure:
             raise UserError(str(failure)) from None
     result, checkout = scratch / "result.json", str(Path(options.checkout).absolute())
     command = [
         *(options.python, str(HERE / "nanochat_quality.py"), checkout, f"--seed={one.seed}", f"--json={result}"),
         *(f"--text={folder / 'text'}", f"--tokenizer={folder / 'tokenizer.json'}", f"--rows={folder / 'rows.npy'}"),
-        *("--at", *map(str, one.at), *one.options[OF_THE_TEXT:]),
+        *([f"--batches={folder / BATCHES}"] if count else []),
+        *("--at", *map(str, one.at), *(option for option in one.options[OF_THE_TEXT:] if option != SAME_BATCHES)),
     ]
     environment = {**os.environ, "PYTHONPATH": checkout, "NANOCHAT_BASE_DIR": str(scratch / "base")}
     return run("nanochat", command, environment, result)
 
 
-def prepare(experiment: Experiment, folder: str) -> None:
+def prepare(experiment: Experiment, folder: str, batches: int = 0) -> None:
     """Leaves in a new folder what nanochat is given.
 
     `text` has the files of parquet in their order, the one for validation last; `tokenizer.json` jaxchat's tokenizer;
-    `rows.npy` the rows for validation, int32[rows, 2, T] of inputs and targets.
+    `rows.npy` the rows for validation, int32[rows, 2, T] of inputs and targets; `batches.npy` those of so many batches,
+    if any.
 
     Raises:
       UserError: the text is not parquet, or no single file of it is for validation.
@@ -133,7 +139,7 @@ def prepare(experiment: Experiment, folder: str) -> None:
     import jax
 
     from jaxchat.stages import tokenizer
-    from jaxchat.stages.pretrain import validation_rows
+    from jaxchat.stages.pretrain import text_batches, validation_rows
     from jaxchat.stages.workspace import Workspace
 
     jax.config.update("jax_platforms", "cpu")  # too late for JAX_PLATFORMS: it is imported before
@@ -152,3 +158,13 @@ def prepare(experiment: Experiment, folder: str) -> None:
             (written / "text" / f"{number:05d}.parquet").symlink_to(os.path.abspath(file))
         np.save(written / "rows.npy", np.stack([rows["inputs"], rows["targets"]], axis=1))
         workspace.tokenizer().save(written)
+        if batches:
+            length = experiment.model.sequence_len
+            count = experiment.pretrain.batch_tokens // length
+            source = text_batches(workspace, workspace.tokenizer(), text, count)
+            shape = batches * count, 2, length
+            kept = np.lib.format.open_memmap(written / BATCHES, mode="w+", dtype=np.int32, shape=shape)
+            for start in range(0, len(kept), count):
+                batch = next(source)
+                kept[start : start + count] = np.stack([batch["inputs"], batch["targets"]], axis=1)
+            kept.flush()

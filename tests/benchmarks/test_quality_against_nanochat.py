@@ -36,6 +36,7 @@ def measure(options, script):
         rows=numpy.load(options.rows).tolist(), tokenizer=options.tokenizer.read_text(),
         momentum=options.momentum and options.momentum(3, 10 * options.at[-1]),
         sizes=[options.total_batch_size, options.device_batch_size, options.seed],
+        batches=options.batches and numpy.load(options.batches).tolist(),
     )
 
 nanochat_quality.measure = measure
@@ -117,6 +118,24 @@ def test_both_learn_from_the_same_text(given, here, tmp_path, capsys):
     assert len(json.loads(file.read_text().splitlines()[-1])["rows"]) == 4, "other rows are another run"
 
 
+def test_both_have_the_same_batches_if_asked(given, here, tmp_path):
+    main, file = importlib.import_module("against_nanochat").main, tmp_path / "all.jsonl"
+    peers = ["--peer", "own:", "same:--same-batches --rates=2"]
+    asked = ["--recipe", "guide:", *peers, "--seeds=1", f"--json={file}", "--data.packing=concat"]
+    assert main([*given, *asked]) == 0
+    guide, own, same = [json.loads(line) for line in file.read_text().splitlines()]
+    assert guide["program"] == "jaxchat" and own["batches"] is None and "--same-batches" not in same["script"]
+    batches = np.array(same["batches"])
+    assert batches.shape == (12 * 8, 2, 64), "12 batches of 512 tokens"
+    assert (batches[:, 0, 1:] == batches[:, 1, :-1]).all()
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "tokenizer.json").write_text(same["tokenizer"])
+    tokenizer = load_tokenizer(tmp_path / "given" / "tokenizer.json")
+    first = pq.read_table(tmp_path / "text" / "a.parquet")["text"][0].as_py()
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(first)]
+    assert batches[0, 0].tolist() == ids[:64], "they begin with the first file"
+
+
 def test_refusals(given, here, tmp_path, capsys):
     main = importlib.import_module("against_nanochat").main
     assert main(["quality", "--checkout", str(tmp_path / "text")]) == 2
@@ -162,6 +181,18 @@ for step in range(7):
     optimizer.step()
     print0(f"step {step} | loss: 1.0 | dt: {1000 + step:.2f}ms | tok/sec: 1")
 """
+
+
+def test_given_batches_take_the_loaders_place(tmp_path, monkeypatch):
+    kept = np.arange(4 * 2 * 3).reshape(4, 2, 3).astype(np.int32)
+    np.save(tmp_path / "batches.npy", kept)
+    tensor = types.SimpleNamespace(from_numpy=lambda array: types.SimpleNamespace(to=lambda device: array))
+    monkeypatch.setitem(sys.modules, "torch", tensor)
+    loader = peer.loading(tmp_path / "batches.npy")(None, 2, 3, split="train", device="cpu", resume_state_dict=None)
+    seen = [next(loader) for _ in range(3)]
+    inputs = [batch[0].tolist() for batch in seen]
+    assert inputs == [kept[:2, 0].tolist(), kept[2:, 0].tolist(), kept[:2, 0].tolist()], "then from the first on"
+    assert seen[1][1].tolist() == kept[2:, 1].tolist() and seen[0][2].keys() == {"pq_idx", "rg_idx", "epoch"}
 
 
 def test_the_script_is_watched(tmp_path, monkeypatch, capsys):
