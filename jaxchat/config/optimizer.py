@@ -31,9 +31,9 @@ class OptimizerConfig(Section):
     """AdamW's learning rate of the value embeddings at a width of 768; others scale by (width / 768)^-1/2."""
     residual_scale_lr: Annotated[float, RATE] = 0.0025
     """AdamW's learning rate of the layers' factors on the residual stream."""
-    input_scale_lr: Annotated[float, RATE] = 0.25
+    input_scale_lr: Annotated[float, RATE] = 0.025
     """AdamW's learning rate of the layers' factors on the embedded input."""
-    scalar_lr: Annotated[float, RATE] = 0.2
+    scalar_lr: Annotated[float, RATE] = 0.02
     """AdamW's learning rate of the parameters of smear and backout."""
     gate_lr: Annotated[float, RATE] = 0.003
     """AdamW's learning rate of the value embeddings' gates."""

@@ -83,7 +83,7 @@ def test_files_that_are_refused(file, text, message):
 def test_the_parts_of_the_modern_recipe_can_be_combined():
     file = str(ROOT / "benchmarks" / "modern.toml")
     found, runs = recipes.read(file), {run.recipe: run for run in planned("--file", file, "--steps", "400")}
-    assert len(runs) == 2 + 2 * len(found.parts) and len(found.nanochat) == 4
+    assert len(runs) == 2 + 2 * len(found.parts) and len(found.nanochat) == 6
     base, whole = runs["base"].experiment, runs["whole"].experiment
     assert base.model == load_experiment("d12").model and base.pretrain.batch_tokens == 131_072
     for part in found.parts:

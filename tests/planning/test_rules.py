@@ -56,7 +56,7 @@ def test_rates_follow_the_root_of_the_batch():
     for name in RATES:
         assert getattr(small, name) == pytest.approx(RATES[name] * 0.5**0.5)
         assert getattr(large, name) == pytest.approx(RATES[name] * 2**0.5)
-    assert small.scalar_lr == large.scalar_lr == 0.2
+    assert small.scalar_lr == large.scalar_lr == 0.02
     assert {*RATES, "scalar_lr"} == {"matrix_lr", *(f"{name}_lr" for name in adamw_groups(small))}
 
 
