@@ -161,8 +161,8 @@ def test_each_group_has_its_own_rates_betas_and_decay(monkeypatch):
         "head": (0.004 * 2, 0.6, 0.96, 0.02, lambda tree: tree["head"]["kernel"]),
         "value_embedding": (0.075 * 2, 0.8, 0.995, 0.01, lambda tree: tree["extra"]["value_embedding"]["w"]),
         "residual_scale": (0.0025, 0.8, 0.95, 0.05, lambda tree: tree["extra"]["residual_scale"]["w"]),
-        "input_scale": (0.25, 0.96, 0.95, 0.0, lambda tree: tree["extra"]["input_scale"]["w"]),
-        "scalar": (0.2, 0.8, 0.95, 0.0, lambda tree: tree["extra"]["scalar"]["w"]),
+        "input_scale": (0.025, 0.96, 0.95, 0.0, lambda tree: tree["extra"]["input_scale"]["w"]),
+        "scalar": (0.02, 0.8, 0.95, 0.0, lambda tree: tree["extra"]["scalar"]["w"]),
         "gate": (0.003, 0.8, 0.95, 0.0, lambda tree: tree["extra"]["gate"]["w"]),
     }
     assert set(expected) == set(adamw_groups(config))
