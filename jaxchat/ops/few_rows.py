@@ -32,7 +32,7 @@ from jaxchat.ops.norm import NORM_EPS, rms_norm
 MOST_ROWS = 64  # that a warpgroup finishes at once; beyond that, cuBLAS and XLA's own kernels are as fast
 DEPTH, WIDE = 128, 64  # rows and columns of the part of a weight that a slot holds
 RING = 170 << 10  # bytes of the slots
-PARTS = 4  # blocks that share columns, at most
+PARTS = {"o": 1, "up": 1, "down": 4, "joint": 1}  # blocks that share columns, at most, in each product
 WEIGHTS, INPUTS, PRODUCTS = range(3)  # the warpgroups
 
 
@@ -91,7 +91,7 @@ def _fits(x: Array, *weights: Array | Quantized) -> bool:
 @norm_product.kernel(Level.HOPPER, accepts=_fits)
 @jax.jit  # traced once for all layers and programs: it is long
 def _(x, weight):
-    return _chain([x], [weight], [_Product.of(weight, 1, source=0, normed=True)], squares_of(x))[0]
+    return _chain([x], [weight], [_Product.of(weight, "joint", source=0, normed=True)], squares_of(x))[0]
 
 
 @after_attention.kernel(Level.HOPPER, accepts=lambda x, _, *weights: _fits(x, *weights))
@@ -103,16 +103,16 @@ def _(x, mixed, o, up, down):
 @between_attentions.kernel(Level.HOPPER, accepts=lambda x, _, *weights: _fits(x, *weights))
 @jax.jit
 def _(x, mixed, o, up, down, joint):
-    last = _Product.of(joint, 1, source=4, normed=True)
+    last = _Product.of(joint, "joint", source=4, normed=True)
     return tuple(_chain([x, mixed], [o, up, down, joint], [*_block_products(x, mixed, o, up, down), last])[2:])
 
 
 def _block_products(x: Array, mixed: Array, o: Array, up: Array, down: Array) -> list[_Product]:
     """The products after attention. Arrays are numbered: x, mixed, and the results in their order."""
     return [
-        _Product.of(o, 1, source=1, beside=0),
-        _Product.of(up, 1, source=2, normed=True, squared=True),
-        _Product.of(down, PARTS, source=3, beside=2),
+        _Product.of(o, "o", source=1, beside=0),
+        _Product.of(up, "up", source=2, normed=True, squared=True),
+        _Product.of(down, "down", source=3, beside=2),
     ]
 
 
@@ -136,10 +136,11 @@ class _Product:
     beside: int | None = None
 
     @classmethod
-    def of(cls, weight: Array, most_parts: int, **settings: Any) -> _Product:
+    def of(cls, weight: Array, name: str, **settings: Any) -> _Product:
+        """The product with a matrix of the block, whose name tells how many parts it has."""
         inner, columns = weight.shape
         parts = max(
-            n for n in range(1, most_parts + 1)
+            n for n in range(1, PARTS[name] + 1)
             if inner % (n * DEPTH) == 0 and n * (columns // WIDE) <= multiprocessors()
         )  # fmt: skip
         return cls(inner, columns, parts, **settings)
@@ -182,7 +183,7 @@ def _chain(
         if product.parts > 1:
             sums[number] = len(more)
             more.append(jax.ShapeDtypeStruct((product.parts - 1, product.columns, present), jnp.float32))
-    semaphores = len(chain) + max([product.tiles for product in chain if product.parts > 1], default=0)
+    semaphores = len(chain) + sum(product.tiles for product in chain if product.parts > 1)
 
     def run(*refs):
         refs = list(refs)
@@ -235,7 +236,8 @@ def _shared(shape: tuple[int, ...], dtype: Any):
 class _Block:
     """One block at work: arrays in memory; the ring and the barriers in shared memory.
 
-    `done` counts the tiles of each product that are in memory and, after those, the parts of each shared tile.
+    `done` counts the tiles of each product that are in memory and, after those, the parts of each product's shared
+    tiles, one product after the other.
     """
 
     def __init__(
@@ -334,15 +336,14 @@ class _Block:
         total = pl.run_scoped(functools.partial(self.add_up, product, first), accumulator)
         if scale is not None:
             total = total * lax.broadcast_in_dim(scale, total.shape, [1])
-        if product.squared:
-            total = jnp.square(jnp.maximum(total, 0.0))
         if product.beside is not None:
             plgpu.barrier_wait(self.ready)
         last = product.parts - 1
         if last == 0:
             self.finish(number, product, total, tile, column)
             return
-        sums, added = self.sums[number], self.done.at[len(self.chain) + tile]
+        before = sum(other.tiles for other in self.chain[:number] if other.parts > 1)
+        sums, added = self.sums[number], self.done.at[len(self.chain) + before + tile]
 
         @pl.when(part < last)
         def _():
@@ -377,6 +378,8 @@ class _Block:
 
     def finish(self, number, product: _Product, total, tile, column) -> None:
         present = pl.ds(0, self.present)
+        if product.squared:
+            total = jnp.square(jnp.maximum(total, 0.0))
         self.kept.at[present].transpose((1, 0))[...] = total.astype(self.kept.dtype)
         plgpu.commit_smem()
         squares = self.squares.get(self.inputs + number)

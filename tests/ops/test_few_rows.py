@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxchat.config import MeshConfig
 from jaxchat.devices.gpu import capability
 from jaxchat.devices.mesh import make_mesh
-from jaxchat.ops import dispatch
+from jaxchat.ops import dispatch, few_rows
 from jaxchat.ops.dispatch import Level
 from jaxchat.ops.few_rows import after_attention, between_attentions, norm_product
 
@@ -65,9 +65,11 @@ def test_the_kernel(rows, width, attention, hidden, heads):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="this JAX cannot lower the kernel")
-@pytest.mark.parametrize("rows", [1, 5, 24])
-def test_the_kernel_is_lowered(monkeypatch, rows):
+@pytest.mark.parametrize("rows, parts", [(1, {}), (5, {}), (24, {}), (5, {"o": 2, "up": 2, "down": 8, "joint": 2})])
+def test_the_kernel_is_lowered(monkeypatch, rows, parts):
     monkeypatch.setattr(dispatch, "highest_level", lambda *_, **__: Level.HOPPER)
+    monkeypatch.setattr(few_rows, "PARTS", few_rows.PARTS | parts)
+    jax.clear_caches()  # of traces with other parts
     arrays = operands(rows, 256, 256, 1024, 768, jnp.bfloat16)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=HOPPER)):
         lowered = jax.jit(lambda *given: between_attentions(*given)).trace(*arrays).lower(lowering_platforms=("cuda",))
