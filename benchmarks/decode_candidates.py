@@ -1,187 +1,289 @@
-"""Checks the kernels in `benchmarks/candidates` against plain formulas, and times them beside the kernels in use.
+"""Compares the kernels in `benchmarks/candidates`, with several constants, to those in use for decoding.
 
-    timeout 120 python benchmarks/decode_candidates.py
+    python benchmarks/decode_candidates.py --rows 1 32
+    python benchmarks/decode_candidates.py --rows 1 32 --profile
 
-On a GPU: d20 in bf16, rows of 576 to 704 tokens. On a CPU the kernels are interpreted, which checks them, at small
-sizes; the times mean nothing there. The folder's README.md says what each candidate is.
+For an H200: d20 in bf16, rows of 576 to 704 tokens. Everything is compiled first, by several processes at once; then
+one process measures one variant after the other. One that takes too long or fails is given up, and another process goes
+on with the rest. Tables have the fastest first. With `--profile` a profile of a step follows, with every kernel of a
+microsecond or more. On a CPU sizes are tiny, kernels are interpreted where that is possible, and times mean nothing.
+The folder's README.md says what each candidate is.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import json
+import os
+import queue
+import re
 import statistics
+import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from candidates import relay
-from timing import table
+from candidates.variants import IN_USE, VARIANTS
+from timing import say, table
 
-from jaxchat.infer import programs
-from jaxchat.infer.request import Sampling
-from jaxchat.infer.sampling import settings_of
-from jaxchat.model import generation
-from jaxchat.model.config import GPTConfig
-from jaxchat.model.gpt import abstract_params
-from jaxchat.ops import few_rows, triton
-from jaxchat.ops.pages import PAGE
-
-ON_CPU = jax.default_backend() == "cpu"
-DTYPE = jnp.float32 if ON_CPU else jnp.bfloat16
-# Layers are as many as keep the GPU's cache from helping; everything is repeated within a program of its own.
-CONFIG = (
-    GPTConfig(depth=2, sequence_len=256, vocab_size=640)
-    if ON_CPU else GPTConfig(depth=20, sequence_len=2048, vocab_size=65_536)
-)  # fmt: skip
-REPEATS, CALLS = (1, 1) if ON_CPU else (16, 5)
-ROWS = (1,) if ON_CPU else range(1, relay.MOST_ROWS + 1)
+Task = tuple[str, str, int]  # a measure, a variant of it, and rows
+CALLS = 5
+ALLOWED = {"check": 0.05, "attention": 0.02}  # the largest difference, as a share of the largest number
+UNIT = {"products": "µs a layer", "attention": "µs a layer", "step": "µs a step"}
+LONGEST_NAME = 70
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the tables; returns 1 if a candidate is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"products": compare_products, "steps": compare_steps}
-    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="(default all)")
-    options = parser.parse_args(argv)
-    wrong = 0
-    before, triton.INTERPRET = triton.INTERPRET, ON_CPU
-    try:
-        for name in options.only:
-            rows = parts[name]()
-            table([name, "rows", "in use, µs", "candidate, µs", "largest difference", ""], rows)
-            wrong += sum(row[-1] == "WRONG" for row in rows)
-    finally:
-        triton.INTERPRET = before
+    """Prints the tables; returns 1 if a variant is wrong, failed or took too long."""
+    options = _parser().parse_args(argv)
+    if options.work:
+        return _work(options.work, [tuple(task) for task in json.loads(options.tasks)])
+    tasks = [
+        (measure, name, rows)
+        for measure in options.only for rows in options.rows for name, variant in VARIANTS[measure].items()
+        if rows <= variant.most_rows and (not options.variants or name in (IN_USE, *options.variants))
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "JAX_COMPILATION_CACHE_DIR": folder,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        # What is in use goes first: others find there which cuBLAS algorithms were chosen for it.
+        for first in (True, False):
+            began = time.perf_counter()
+            part = [task for task in tasks if (task[1] == IN_USE) == first]
+            _compile(part, options.processes, environment, options.limit)
+            say(f"{len(part)} programs compiled in {time.perf_counter() - began:.0f} s")
+        found = _measure(tasks, environment, options.limit)
+        wrong = sum([_print(measure, options.rows, found) for measure in options.only])
+        if options.profile:
+            for rows in options.rows:
+                for line in _lines("profile", [("step", IN_USE, rows)], environment, 6 * options.limit):
+                    print(line.get("text", f"the profile of {rows} rows failed: {line.get('error')}"))
     return min(wrong, 1)
 
 
-def microseconds(run: Callable, carry: Any, beside: Any, work: int) -> float:
-    """The median time of carry = run(carry, beside), for each of `work` parts."""
-    compiled = jax.jit(run, donate_argnums=0)
-    carry, took = jax.block_until_ready(compiled(carry, beside)), []
-    for _ in range(CALLS):
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--rows", type=int, nargs="+", default=[1, 32], help="rows at a time (default 1 32)")
+    add("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="measures (default all)")
+    add("--variants", nargs="+", metavar="NAME", help="variants beside what is in use (default all)")
+    add("--profile", action="store_true", help="also profile a step of what is in use")
+    add("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile (default: cores less 2)")
+    add("--limit", type=float, default=15, help="seconds for a variant's measure, four times as much to start (15)")
+    add("--work", choices=["compile", "time", "profile"], help=argparse.SUPPRESS)
+    add("--tasks", help=argparse.SUPPRESS)
+    return parser
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def _compile(tasks: Sequence[Task], processes: int, environment: dict[str, str], limit: float) -> None:
+    """Fills the cache of compiled programs; what cannot be compiled is told when it is measured."""
+    shares = [tasks[number::processes] for number in range(min(processes, len(tasks)))]
+    environment = environment | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.05"}
+    with ThreadPoolExecutor(max(1, len(shares))) as pool:
+        list(pool.map(lambda share: list(_lines("compile", share, environment, 4 * limit)), shares))
+
+
+def _measure(tasks: Sequence[Task], environment: dict[str, str], limit: float) -> dict[Task, dict[str, Any]]:
+    """What was found of each task, by processes that replace each other when one fails or takes too long."""
+    found: dict[Task, dict[str, Any]] = {}
+    left = list(tasks)
+    while left:
+        for line in _lines("time", left, environment, limit):
+            task = left.pop(0)
+            found[task] = line
+            say(f"{task}: {line}")
+        # A process whose first task failed at once is replaced too, so that each round has at least one line.
+    return found
+
+
+def _lines(work: str, tasks: Sequence[Task], environment: dict[str, str], limit: float) -> Iterator[dict[str, Any]]:
+    """What a process says about each of the tasks, until it ends. The last may be an error that ended it.
+
+    A process has `limit` seconds for each line, and four times as much for the first.
+    """
+    command = [sys.executable, str(Path(__file__)), "--work", work, "--tasks", json.dumps(tasks)]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert process.stdout is not None
+        told: queue.Queue[str | None] = queue.Queue()
+
+        def listen(stream=process.stdout):
+            for line in stream:
+                told.put(line)
+            told.put(None)
+
+        threading.Thread(target=listen, daemon=True).start()
+        try:
+            for number in range(len(tasks)):
+                line = told.get(timeout=limit * (1 if number else 4))
+                if line is None:
+                    errors.seek(0)
+                    yield {"error": (errors.read().strip().splitlines() or ["the process ended"])[-1]}
+                    return
+                said = json.loads(line)
+                yield said
+                if "error" in said and work != "compile":
+                    return  # what it says later would count for the wrong task
+        except queue.Empty:
+            yield {"error": f"not done in {limit:.0f} s"}
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _work(work: str, tasks: Sequence[Task]) -> int:
+    """What a process does: a line of JSON for each task, and an end at the first error, which may have harmed more."""
+    from candidates import measures  # makes this process use the device
+
+    from jaxchat.ops import triton
+
+    triton.INTERPRET = measures.ON_CPU
+    kept: dict[tuple[str, int], Any] = {}  # what all variants of a measure share
+    for task in tasks:
+        try:
+            line = {"compile": _compiled, "time": _timed, "profile": _profiled}[work](task, kept)
+        except Exception as error:
+            text = str(error).strip() or type(error).__name__
+            print(json.dumps({"error": text.splitlines()[0][:200]}), flush=True)
+            if work == "compile":
+                continue
+            return 1
+        print(json.dumps(line), flush=True)
+    return 0
+
+
+def _program(task: Task):
+    """A measure and its compiled program."""
+    import jax
+    from candidates import measures
+
+    name, variant, rows = task
+    chosen = VARIANTS[name][variant]
+    one = measures.MEASURES[name](chosen, rows)
+    with measures.applied(chosen):
+        shapes = jax.eval_shape(one.carry), jax.eval_shape(one.beside)
+        return one, jax.jit(one.run, donate_argnums=0).lower(*shapes).compile()
+
+
+def _compiled(task: Task, kept) -> dict[str, Any]:
+    _program(task)
+    return {}
+
+
+def _timed(task: Task, kept: dict[tuple[str, int], Any]) -> dict[str, Any]:
+    """The median time, and the largest difference of the first results from what they should be."""
+    import jax
+    from candidates import measures
+
+    name, variant, rows = task
+    one, compiled = _program(task)
+    if (name, rows) not in kept:
+        kept.clear()  # variants come measure by measure
+        kept[name, rows] = _shared(name, rows)
+    beside, expected = kept[name, rows]
+    carry = one.carry()
+    carry, took = compiled(carry, beside), []
+    got = jax.tree.map(jax.device_get, one.results(carry))
+    for _ in range(CALLS if one.work else 0):
         began = time.perf_counter()
         carry = jax.block_until_ready(compiled(carry, beside))
         took.append(time.perf_counter() - began)
-    return 1e6 * statistics.median(took) / work
+    line = {"difference": measures.difference(got, expected)}
+    return line | ({"time": 1e6 * statistics.median(took) / one.work} if one.work else {})
 
 
-def numbers(seed: int, *shape: int, dtype: Any = DTYPE):
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+def _shared(name: str, rows: int) -> Any:
+    """What all variants read, and the results that they should have: those of a formula, or of what is in use."""
+    import jax
+
+    one, compiled = _program((name, IN_USE, rows))
+    beside = one.beside()
+    expected = one.expected() if one.expected else one.results(compiled(one.carry(), beside))
+    return beside, jax.tree.map(jax.device_get, expected)
 
 
-def row(name: str, rows: int, times: list[float], difference: float, allowed: float) -> list[Any]:
-    verdict = "WRONG" if not difference <= allowed else "faster" if times[1] < times[0] else ""
-    return [name, rows, *(f"{took:,.1f}" for took in times), f"{difference:.4f}", verdict]
+def _print(measure: str, rows: Sequence[int], found: dict[Task, dict[str, Any]]) -> int:
+    """A table of a measure, the fastest first, and how many variants are of no use."""
+    lines, bad = [], 0
+    for count in rows:
+        own = {task[1]: line for task, line in found.items() if task[0] == measure and task[2] == count}
+        usual = own.get(IN_USE, {}).get("time")
+        for name, line in sorted(own.items(), key=lambda item: item[1].get("time", float("inf"))):
+            took, off = line.get("time"), line.get("difference")
+            verdict = _verdict(measure, name, line, usual)
+            bad += verdict.isupper() or "error" in line
+            lines.append([
+                measure, count, name, "" if took is None else f"{took:,.1f}",
+                f"{took / usual:.3f}" if took and usual else "", "" if off is None else f"{off:.4f}", verdict,
+            ])  # fmt: skip
+    head = "share of other tokens" if measure == "step" else "largest difference"
+    table(["measure", "rows", "variant", UNIT.get(measure, ""), "of what is in use", head, "verdict"], lines)
+    return bad
 
 
-def difference(got: Any, expected: Any) -> float:
-    """The largest difference of two trees, as a share of the largest number of each array."""
-    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
-    wide = [(np.asarray(one, np.float64), np.asarray(other, np.float64)) for one, other in pairs]
-    return max(float(np.max(np.abs(one - other)) / np.max(np.abs(other))) for one, other in wide)
+def _verdict(measure: str, name: str, line: dict[str, Any], usual: float | None) -> str:
+    if "error" in line:
+        return line["error"]
+    if not line["difference"] <= ALLOWED.get(measure, float("inf")):
+        return "WRONG"
+    if measure == "check":
+        return "right"
+    if name == IN_USE or not usual:
+        return ""
+    return "faster" if line["time"] < 0.99 * usual else "slower" if line["time"] > 1.01 * usual else "as fast"
 
 
-# --- products ---------------------------------------------------------------------------------------------------------
+# --- profile ----------------------------------------------------------------------------------------------------------
 
 
-def compare_products() -> list[list[Any]]:
-    """The products between two attentions, of all layers in turn."""
-    return [_products(rows) for rows in ROWS]
+def _profiled(task: Task, kept) -> dict[str, Any]:
+    """A table of the kernels of a step, in the order of their time; those of all layers are one line."""
+    import jax
 
+    from jaxchat.analysis.trace import Program, break_down, read_trace
 
-def _products(rows: int) -> list[Any]:
-    width, layers = CONFIG.width, CONFIG.depth
-    shapes = (width, width), (width, 4 * width), (4 * width, width), (width, 3 * width)
-    weights = [
-        [(numbers(4 * i + j, *shape) / shape[0] ** 0.5).astype(DTYPE) for j, shape in enumerate(shapes)]
-        for i in range(layers)
-    ]
-
-    def run(use_relay, carry, weights):
-        def step(carry, _):
-            between = Relay(layers) if use_relay else few_rows.between_attentions
-            x, mixed = carry
-            for of_layer in weights:
-                x, heads = between(x, mixed, *of_layer)
-                x, mixed = x * 0.5, heads[:, :width]
-            return (x, mixed), None
-
-        return jax.lax.scan(step, carry, length=REPEATS)[0]
-
-    x, mixed = numbers(100, rows, width), numbers(101, rows, width)
-    times = [
-        microseconds(functools.partial(run, use_relay), (x + 0, mixed + 0), weights, REPEATS * layers)
-        for use_relay in (False, True)
-    ]
-    got = Relay(layers)(x, mixed, *weights[0])
-    exact = jax.tree.map(lambda array: array.astype(jnp.float32), (x, mixed, *weights[0]))
-    return row("a layer", rows, times, difference(got, few_rows.between_attentions.formula(*exact)), 0.02)
-
-
-class Relay:
-    """`between_attentions` by a mailbox that the `calls` of a step pass on; for one trace of a step at a time."""
-
-    def __init__(self, calls: int):
-        self._calls, self._next, self._mail = calls, 0, None
-
-    def __call__(self, *operands):
-        if self._next % self._calls == 0:
-            self._mail = relay.mailbox(operands[0], *operands[2:])
-        assert self._mail is not None, "this device does not run the kernel"
-        x, heads, self._mail = relay.relayed(*operands, self._mail, jnp.int32(self._next))
-        self._next = (self._next + 1) % self._calls
-        return x, heads
-
-
-# --- whole steps ------------------------------------------------------------------------------------------------------
-
-
-def compare_steps() -> list[list[Any]]:
-    """Steps of the engine's program `decode`, with the kernels in use, and with the candidate in its place."""
-    setup = programs.Setup(CONFIG, DTYPE.dtype.name, None)
-    leaves, tree = jax.tree.flatten(abstract_params(CONFIG))
-    leaves = [(numbers(i, *leaf.shape) / leaf.shape[0] ** 0.5).astype(DTYPE) for i, leaf in enumerate(leaves)]
-    weights = programs.weights_of(setup, jax.tree.unflatten(tree, leaves))
-    lines = []
-    for rows in ROWS:
-        results = [_steps(setup, weights, rows, use_relay) for use_relay in (False, True)]
-        times, tokens = zip(*results, strict=True)
-        # Random weights make many tokens almost equally likely, and rounding then decides: no share of them is wrong.
-        lines.append(row("a step", rows, list(times), float(np.mean(tokens[0] != tokens[1])), 1.0))
-    return lines
-
-
-def _steps(setup, weights, rows: int, use_relay: bool) -> tuple[float, np.ndarray]:
-    """The time of a step, and the tokens of the first."""
-    most, start, steps = (2, 20, 2) if ON_CPU else (12, 576, 8)
-    table = np.zeros((rows, -(-CONFIG.sequence_len // PAGE)), np.int32)
-    table[:, :most] = np.random.default_rng(0).permutation(rows * most).reshape(rows, most)
-    fill = functools.partial(np.full, rows, dtype=np.int32)
-    lanes = jnp.asarray(programs.packed(programs.Lanes(
-        slot=np.arange(rows, dtype=np.int32), source=fill(0), position=fill(0), count=fill(0), last=None,
-        limit=fill(1 << 20), pause=fill(-1), stops=np.full((rows, programs.STOPS), -1, np.int32), table=table,
-        settings=programs.without_biases(settings_of([Sampling(temperature=0)] * rows), "plain"),
-    )))  # fmt: skip
-    pages, carried, _ = programs.new_cache(setup, rows * most, rows, DTYPE)
-    carried = carried._replace(
-        token=jnp.arange(rows, dtype=jnp.int32), position=jnp.asarray(fill(start)), status=jnp.asarray(fill(0))
-    )
-
-    def run(carry, weights):
-        pages, carried, _, _ = carry
-        return programs.decode.__wrapped__(setup, "plain", steps, weights, pages, carried, None, lanes)
-
-    between = Relay(CONFIG.depth - 1) if use_relay else generation.between_attentions
-    with mock.patch.object(generation, "between_attentions", between):
-        tokens = np.asarray(jax.jit(run)((pages, carried, None, None), weights)[3])
-        return microseconds(run, (pages, carried, None, jnp.zeros_like(tokens)), weights, steps), tokens[0]
+    one, compiled = _program(task)
+    beside = one.beside()
+    carry = jax.block_until_ready(compiled(one.carry(), beside))
+    with tempfile.TemporaryDirectory() as folder:
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0
+        with jax.profiler.trace(folder, profiler_options=options):
+            for _ in range(CALLS):
+                carry = compiled(carry, beside)
+            jax.block_until_ready(carry)
+        program = Program.parse(compiled.as_text() or "")
+        devices = read_trace(next(Path(folder).glob("plugins/profile/*/*.xplane.pb")), program)
+    found, steps = break_down(devices, program), CALLS * one.work
+    alike: dict[tuple[str, str], list[float]] = {}  # XLA numbers the kernels of layers; time and runs of a step
+    for (name, _), total in found.kernels.items():
+        op = total.ops.most_common(1)[0][0]
+        place = next((instruction.path for instruction in program.find(op, name) if instruction.path), op)
+        sums = alike.setdefault((re.sub(r"[._]\d+$", "", name), place), [0.0, 0.0])
+        sums[0] += total.time / steps / 1e3
+        sums[1] += total.count / steps
+    lines = [f"\n{task[2]} rows: {found.span / steps / 1e3:,.1f} µs a step, idle {found.idle / steps / 1e3:,.1f}\n"]
+    lines += ["| µs a step | runs | µs a run | kernel | its place in the code |", "| ---: | ---: | ---: | --- | --- |"]
+    for (name, place), (took, runs) in sorted(alike.items(), key=lambda item: -item[1][0]):
+        if took >= 1:
+            shown = f"`{name[:LONGEST_NAME]}` | {place[-LONGEST_NAME:]}"
+            lines.append(f"| {took:.1f} | {runs:.1f} | {took / runs:.2f} | {shown} |")
+    short = [sums for sums in alike.values() if sums[0] < 1]
+    lines.append(f"| {sum(took for took, _ in short):.1f} | {sum(runs for _, runs in short):.1f} | | all others | |")
+    return {"text": "\n".join(lines)}
 
 
 if __name__ == "__main__":

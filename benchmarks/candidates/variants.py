@@ -1,0 +1,88 @@
+"""What is tried: candidates and constants for decoding, by name. Nothing here needs JAX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MEGABYTE = 1 << 20
+IN_USE = "in use"
+O_PARTS = {"few_rows.PARTS": {"o": 5, "up": 1, "down": 4, "joint": 1}}
+MORE_PARTS = {"few_rows.PARTS": {"o": 5, "up": 1, "down": 5, "joint": 2}}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Candidates that take the place of what is in use.
+
+    Attributes:
+      products: of the products between two attentions: "in use", "chain" or "relay".
+      attention: whether the candidate's attention takes part.
+      settings: constants of modules.
+      most_rows: with which it runs.
+    """
+
+    products: str = IN_USE
+    attention: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+    most_rows: int = 64
+
+
+def _chain(ahead: int = 0, parts: dict[str, Any] | None = None, after: int = 1) -> Variant:
+    settings = {"chain.AHEAD": ahead * MEGABYTE, "chain.AFTER": after} | (parts or {})
+    return Variant("chain", settings=settings)
+
+
+def _attention(warm: int = 0, **constants: Any) -> Variant:
+    settings = {"attention.WARM": warm * MEGABYTE} | {f"attention.{name}": value for name, value in constants.items()}
+    return Variant(attention=True, settings=settings)
+
+
+def _relay(**constants: Any) -> Variant:
+    return Variant("relay", settings={f"relay.{name}": value for name, value in constants.items()}, most_rows=2)
+
+
+def _both(products: Variant, attention: Variant) -> Variant:
+    return Variant(products.products, True, products.settings | attention.settings, products.most_rows)
+
+
+PRODUCTS = {
+    IN_USE: Variant(),
+    "o in 5 parts": Variant(settings=O_PARTS),
+    "o, down in 5 parts, joint in 2": Variant(settings=MORE_PARTS),
+    "ring of 200 KB": Variant(settings={"few_rows.RING": 200 << 10}),
+    "chain": _chain(),
+    "chain, o in 5 parts": _chain(0, O_PARTS),
+    "chain, 10 MB ahead": _chain(10),
+    "chain, 20 MB ahead": _chain(20),
+    "chain, 20 MB ahead after down": _chain(20, after=2),
+    "chain, 20 MB ahead, o in 5 parts": _chain(20, O_PARTS),
+    "chain, 30 MB ahead, o in 5 parts": _chain(30, O_PARTS),
+    "relay": _relay(),
+}
+ATTENTION = {
+    IN_USE: Variant(),
+    "adds up": _attention(),
+    "adds up, 8 splits": _attention(SPLITS=8),
+    "adds up, 4 splits": _attention(SPLITS=4),
+    "adds up, warms 10 MB": _attention(10),
+    "adds up, warms 20 MB": _attention(20),
+    "adds up, warms 20 MB, no policy": _attention(20, EVICTION=None),
+}
+STEPS = {
+    IN_USE: Variant(),
+    "o in 5 parts": Variant(settings=O_PARTS),
+    "adds up": _attention(),
+    "chain": _chain(),
+    "chain + adds up": _both(_chain(), _attention()),
+    "chain, o in 5 parts + adds up": _both(_chain(0, O_PARTS), _attention()),
+    "chain, 10 MB ahead + adds up": _both(_chain(10), _attention()),
+    "chain, 20 MB ahead + adds up": _both(_chain(20), _attention()),
+    "chain, 20 MB ahead, o in 5 parts + adds up": _both(_chain(20, O_PARTS), _attention()),
+    "chain, o in 5 parts + warms 10 MB": _both(_chain(0, O_PARTS), _attention(10)),
+    "chain, o in 5 parts + warms 20 MB": _both(_chain(0, O_PARTS), _attention(20)),
+    "relay + adds up": _both(_relay(), _attention()),
+    "relay + warms 10 MB": _both(_relay(), _attention(10)),
+}
+# `check` is no measure of time: it compares the products with the plain formula.
+VARIANTS = {"check": PRODUCTS, "products": PRODUCTS, "attention": ATTENTION, "step": STEPS}
