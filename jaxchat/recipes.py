@@ -26,8 +26,8 @@ REFERENCE_DEPTH, REFERENCE_BATCH, REFERENCE_VOCAB = 12, 1 << 19, 1 << 15
 REFERENCE_DECAY = 0.28
 # At `REFERENCE_BATCH`; those of embeddings and head for a width of 768, from which the optimizer scales them. nanochat
 # gives gates to Muon; the rate for AdamW moves their entries about as far. The rates of the input's scales and of the
-# scalars are a tenth of nanochat's: with those the scales wandered off to -6 and 4 within a hundred steps, and trainings
-# that differed in nothing but a factor of 1.4 on all rates were 0.03 bits per byte apart.
+# scalars are a tenth of nanochat's: with those, scales wandered off to -6 and 4 within a hundred steps, and trainings
+# that differed in nothing but a factor of 1.5 on all rates were 0.03 bits per byte apart.
 RATES = {
     "matrix_lr": 0.02,
     "embedding_lr": 0.3,

@@ -266,8 +266,10 @@ def _say_rules(experiment: Experiment) -> None:
 
 
 def _list() -> int:
-    for name, summary in summaries().items():
-        print(one_line(f"{name:<12} {summary}"))
+    found = summaries()
+    width = max(map(len, found), default=0)
+    for name, summary in found.items():
+        print(one_line(f"{name:<{width}} {summary}"))
     return 0
 
 

@@ -125,13 +125,24 @@ def test_the_modern_recipe_follows_nanochats_rules():
 
 
 def test_no_other_experiment_is_modern():
-    for name in set(experiment_names()) - {"gpt2", "d12_modern"}:
+    for name in set(experiment_names()) - {"gpt2", "d12_modern", "quickstart_modern"}:
         experiment = load_experiment(name)
         assert experiment.optimizer == OptimizerConfig(), name
         sizes = {"depth", "sequence_len"}
         changed = {field.name for field in dataclasses.fields(ModelConfig)
                    if getattr(experiment.model, field.name) != getattr(ModelConfig(), field.name)}  # fmt: skip
         assert changed <= sizes, name
+
+
+def test_the_modern_quickstart_differs_in_the_recipe_alone():
+    plain, recipe = load_experiment("quickstart"), load_experiment("quickstart_modern")
+    assert (recipe.data, recipe.tokenizer, recipe.evaluate) == (plain.data, plain.tokenizer, plain.evaluate)
+    assert recipe.model.value_embeddings and recipe.model.window_pattern == plain.model.window_pattern
+    assert recipe.rules == "none" and recipe.pretrain.num_iterations < plain.pretrain.num_iterations
+    for stage in ("midtrain", "sft", "rl"):
+        own, before = getattr(recipe, stage), getattr(plain, stage)
+        assert own == dataclasses.replace(before, lr_fraction=own.lr_fraction), stage
+        assert own.lr_fraction == before.lr_fraction / 2, stage
 
 
 @pytest.mark.parametrize("name", ["gpt2", "d12_modern"])
@@ -226,7 +237,8 @@ def test_the_list_marks_files_that_are_no_python(own, capsys):
     assert (code, err) == (0, "")
     assert len(out.splitlines()) == len(FILES) + len(BROKEN)
     (marked,) = [line for line in out.splitlines() if line.startswith("syntax ")]
-    assert marked == f"syntax       broken: {own}/syntax.py:2: SyntaxError: '(' was never closed"
+    width = max(map(len, [*FILES, *BROKEN]))
+    assert marked == f"{'syntax':<{width}} broken: {own}/syntax.py:2: SyntaxError: '(' was never closed"
     assert {line.split()[0] for line in out.splitlines() if " broken: " in line} >= {"syntax", "latin", "null", "deep"}
 
 
