@@ -186,7 +186,6 @@ def _compiled(task: Task, kept) -> dict[str, Any]:
 def _timed(task: Task, kept: dict[tuple[str, int], Any]) -> dict[str, Any]:
     """The median time, and the largest difference of the first results from what they should be."""
     import jax
-    from candidates import measures
 
     name, variant, rows = task
     one, compiled = _program(task)
@@ -201,7 +200,7 @@ def _timed(task: Task, kept: dict[tuple[str, int], Any]) -> dict[str, Any]:
         began = time.perf_counter()
         carry = jax.block_until_ready(compiled(carry, beside))
         took.append(time.perf_counter() - began)
-    line = {"difference": measures.difference(got, expected)}
+    line = {"difference": one.compare(got, expected)}
     return line | ({"time": 1e6 * statistics.median(took) / one.work} if one.work else {})
 
 

@@ -17,7 +17,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from candidates import attention, chain, relay
+from candidates import attention, chain, relay, shares
 from candidates.variants import Variant
 
 from jaxchat.infer import programs
@@ -90,11 +90,28 @@ class Pieces:
             assert self._mail is not None, "this device does not run the kernel"
             x, heads, self._mail = relay.relayed(*operands, self._mail, jnp.int32(layer))
             return x, heads
+        if self._variant.products == "shares":
+            if layer == 0:
+                self._mail = shares.mailbox(o, up, down, joint)
+            x, heads, self._mail = shares.shared(*operands, self._mail, jnp.int32(layer % relay.TAGS + 1))
+            return x, heads
         if self._variant.products == "chain" and not ON_CPU:
             if self._counters is None:
                 self._counters = chain.new_counters((x[:, 0] != x[:, 0]).astype(jnp.int32))
             return chain.between_attentions(*operands, self._counters, layer, self._blocks[layer + 1])
         return few_rows.between_attentions(*operands)
+
+
+def difference(got: Any, expected: Any) -> float:
+    """The largest difference of two trees, as a share of the largest number of each array."""
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
+    wide = [(np.asarray(one, np.float64), np.asarray(other, np.float64)) for one, other in pairs]
+    return max(float(np.max(np.abs(one - other)) / np.max(np.abs(other))) for one, other in wide)
+
+
+def share_of_others(got: Any, expected: Any) -> float:
+    """The share of numbers that differ."""
+    return float(np.mean(np.asarray(got) != np.asarray(expected)))
 
 
 @dataclass(frozen=True)
@@ -106,6 +123,7 @@ class Measure:
       carry, beside: make the operands; what is beside other variants can use again.
       work: parts of the program, whose time is wanted.
       results: what of the first result is compared with that of the variant in use, or with `expected`.
+      compare: compares them.
       expected: what the results should be, if another program tells.
     """
 
@@ -115,17 +133,11 @@ class Measure:
     work: int
     results: Callable[[Any], Any]
     expected: Callable[[], Any] | None = None
+    compare: Callable[[Any, Any], float] = difference
 
 
 def numbers(seed: int, *shape: int, dtype: Any = DTYPE):
     return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
-
-
-def difference(got: Any, expected: Any) -> float:
-    """The largest difference of two trees, as a share of the largest number of each array."""
-    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
-    wide = [(np.asarray(one, np.float64), np.asarray(other, np.float64)) for one, other in pairs]
-    return max(float(np.max(np.abs(one - other)) / np.max(np.abs(other))) for one, other in wide)
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
@@ -277,7 +289,9 @@ def _step(variant: Variant, rows: int) -> Measure:
         )
         return pages, carried, jnp.zeros((STEPS, rows), jnp.int32)
 
-    return Measure(run, carry, lambda: (_model(), jnp.asarray(lanes)), STEPS, lambda carry: carry[2][0])
+    return Measure(
+        run, carry, lambda: (_model(), jnp.asarray(lanes)), STEPS, lambda carry: carry[2][0], compare=share_of_others
+    )
 
 
 MEASURES: dict[str, Callable[[Variant, int], Measure]] = {

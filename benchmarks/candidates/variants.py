@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 MEGABYTE = 1 << 20
@@ -16,10 +16,10 @@ class Variant:
     """Candidates that take the place of what is in use.
 
     Attributes:
-      products: of the products between two attentions: "in use", "chain" or "relay".
+      products: of the products between two attentions: "in use", "chain", "relay" or "shares".
       attention: whether the candidate's attention takes part.
       settings: constants of modules.
-      most_rows: with which it runs.
+      most_rows: with which it is tried.
     """
 
     products: str = IN_USE
@@ -42,6 +42,15 @@ def _relay(**constants: Any) -> Variant:
     return Variant("relay", settings={f"relay.{name}": value for name, value in constants.items()}, most_rows=2)
 
 
+def _shares(**constants: Any) -> Variant:
+    return Variant("shares", settings={f"shares.{name}": value for name, value in constants.items()}, most_rows=1)
+
+
+def _one_row(variant: Variant) -> Variant:
+    """Not tried with more, to save time."""
+    return replace(variant, most_rows=1)
+
+
 def _both(products: Variant, attention: Variant) -> Variant:
     return Variant(products.products, True, products.settings | attention.settings, products.most_rows)
 
@@ -49,22 +58,25 @@ def _both(products: Variant, attention: Variant) -> Variant:
 PRODUCTS = {
     IN_USE: Variant(),
     "o in 5 parts": Variant(settings=O_PARTS),
-    "o, down in 5 parts, joint in 2": Variant(settings=MORE_PARTS),
-    "ring of 200 KB": Variant(settings={"few_rows.RING": 200 << 10}),
+    "o, down in 5 parts, joint in 2": _one_row(Variant(settings=MORE_PARTS)),
+    "ring of 200 KB": _one_row(Variant(settings={"few_rows.RING": 200 << 10})),
     "chain": _chain(),
-    "chain, o in 5 parts": _chain(0, O_PARTS),
-    "chain, 10 MB ahead": _chain(10),
+    "chain, o in 5 parts": _one_row(_chain(0, O_PARTS)),
+    "chain, 10 MB ahead": _one_row(_chain(10)),
     "chain, 20 MB ahead": _chain(20),
-    "chain, 20 MB ahead after down": _chain(20, after=2),
+    "chain, 20 MB ahead after down": _one_row(_chain(20, after=2)),
     "chain, 20 MB ahead, o in 5 parts": _chain(20, O_PARTS),
-    "chain, 30 MB ahead, o in 5 parts": _chain(30, O_PARTS),
-    "relay": _relay(),
+    "chain, 30 MB ahead, o in 5 parts": _one_row(_chain(30, O_PARTS)),
+    "relay": _one_row(_relay()),
+    "shares": _shares(),
+    "shares, nothing ahead": _shares(DOWN_AHEAD=0, JOINT_AHEAD=0),
+    "shares, more ahead": _shares(DOWN_AHEAD=2, JOINT_AHEAD=2),
+    "shares, up by columns": _shares(UP_BY_ROWS=False),
 }
 ATTENTION = {
     IN_USE: Variant(),
-    "adds up": _attention(),
-    "adds up, 8 splits": _attention(SPLITS=8),
-    "adds up, 4 splits": _attention(SPLITS=4),
+    "adds up": _one_row(_attention()),  # with 32 rows there is nothing to add up
+    "adds up, 8 splits": _one_row(_attention(SPLITS=8)),
     "adds up, warms 10 MB": _attention(10),
     "adds up, warms 20 MB": _attention(20),
     "adds up, warms 20 MB, no policy": _attention(20, EVICTION=None),
@@ -72,17 +84,17 @@ ATTENTION = {
 STEPS = {
     IN_USE: Variant(),
     "o in 5 parts": Variant(settings=O_PARTS),
-    "adds up": _attention(),
-    "chain": _chain(),
+    "adds up": _one_row(_attention()),
+    "chain": _one_row(_chain()),
     "chain + adds up": _both(_chain(), _attention()),
     "chain, o in 5 parts + adds up": _both(_chain(0, O_PARTS), _attention()),
-    "chain, 10 MB ahead + adds up": _both(_chain(10), _attention()),
     "chain, 20 MB ahead + adds up": _both(_chain(20), _attention()),
     "chain, 20 MB ahead, o in 5 parts + adds up": _both(_chain(20, O_PARTS), _attention()),
-    "chain, o in 5 parts + warms 10 MB": _both(_chain(0, O_PARTS), _attention(10)),
+    "chain, o in 5 parts + warms 10 MB": _one_row(_both(_chain(0, O_PARTS), _attention(10))),
     "chain, o in 5 parts + warms 20 MB": _both(_chain(0, O_PARTS), _attention(20)),
-    "relay + adds up": _both(_relay(), _attention()),
-    "relay + warms 10 MB": _both(_relay(), _attention(10)),
+    "shares + adds up": _both(_shares(), _attention()),
+    "shares + warms 10 MB": _both(_shares(), _attention(10)),
+    "shares + warms 20 MB": _both(_shares(), _attention(20)),
 }
 # `check` is no measure of time: it compares the products with the plain formula.
 VARIANTS = {"check": PRODUCTS, "products": PRODUCTS, "attention": ATTENTION, "step": STEPS}

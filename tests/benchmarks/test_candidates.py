@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from candidates import attention, chain, measures, relay
+from candidates import attention, chain, measures, relay, shares
 from candidates.variants import ATTENTION, IN_USE, PRODUCTS, STEPS, VARIANTS
 
 from jaxchat.ops import decode, dispatch, triton
@@ -42,6 +42,34 @@ def test_the_relay(interpreted, rows, shape):
     for again in results[1:]:
         assert all(bool(jnp.all(one == other)) for one, other in zip(results[0], again, strict=True))
     assert bool(jnp.all(mail & 0xFF == 1))  # every word has the last layer's tag
+
+
+@pytest.mark.parametrize("by_rows, ahead", [(True, 1), (False, 0), (True, 2)])
+def test_the_relay_in_equal_shares(interpreted, monkeypatch, by_rows, ahead):
+    for name, value in (("UP_BY_ROWS", by_rows), ("DOWN_AHEAD", ahead), ("JOINT_AHEAD", ahead)):
+        monkeypatch.setattr(shares, name, value)
+    jax.clear_caches()
+    given = operands(1, *FEW, jnp.bfloat16)
+    mail, results = shares.mailbox(*given[2:]), []
+    for tag in (1, 2, 255):  # with an empty mailbox, and with one that others have used
+        *result, mail = shares.shared(*given, mail, jnp.int32(tag))
+        results.append(result)
+    formula = between_attentions.formula(*(array.astype(jnp.float32) for array in given))
+    for got, expected in zip(results[0], formula, strict=True):
+        close(got, expected, atol=0.02 * float(jnp.max(jnp.abs(expected))))
+    for again in results[1:]:
+        assert all(bool(jnp.all(one == other)) for one, other in zip(results[0], again, strict=True))
+    assert bool(jnp.all(mail & 0xFF == 255))  # every word has the last tag
+
+
+def test_what_has_equal_shares(interpreted):
+    shapes = (1280, 1280), (1280, 5120), (5120, 1280), (1280, 3840)
+    o, up, _, joint = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    plan = shares._plan(o, up, joint)
+    assert (plan.parts, plan.tiles, plan.units, plan.places, plan.blocks) == (5, 20, 100, 256, 4)
+    narrow = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((768, 256), (768, 3072), (768, 2304))]
+    with pytest.raises(ValueError, match="768"):
+        shares._plan(*narrow)
 
 
 def test_what_is_not_a_number_stays_so_in_the_mailbox(interpreted):
