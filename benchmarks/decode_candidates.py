@@ -43,10 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     if options.work:
         return _work(options.work, [tuple(task) for task in json.loads(options.tasks)])
+    wanted = [IN_USE, *options.variants] if options.variants else None
     tasks = [
         (measure, name, rows)
         for measure in options.only for rows in options.rows for name, variant in VARIANTS[measure].items()
-        if rows <= variant.most_rows and (not options.variants or name in (IN_USE, *options.variants))
+        if variant.least_rows <= rows <= variant.most_rows and (wanted is None or name in wanted)
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         environment = {

@@ -27,7 +27,7 @@ from jaxchat.ops import triton as kernels
 from jaxchat.ops.pages import Pages, Place
 from jaxchat.ops.triton import largest_divisor, launch, store
 
-WARPS = 4
+WARPS, STAGES = 4, 2
 SPLITS = None  # programs that share the keys of a row and head; None: as in use
 WARM = 0  # bytes of the coming weights that are read ahead
 WARMERS = 264  # programs that read them, at most: two for each multiprocessor of an H200
@@ -73,7 +73,7 @@ def attend(
         return functools.partial(_launch, found, kernel, grid, out, aliases, settings, joint, counters, weights)
 
     with mock.patch.object(decode, "launch", wrapped):
-        mixed, pages = decode.attend(joint, rope, pages, place, window, splits, scale, warps=WARPS)
+        mixed, pages = decode.attend(joint, rope, pages, place, window, splits, scale, warps=WARPS, stages=STAGES)
     return found.get("mixed", mixed).reshape(mixed.shape), pages, found["counters"]
 
 

@@ -39,6 +39,7 @@ CONFIG = (
     if ON_CPU else GPTConfig(depth=20, sequence_len=2048, vocab_size=65_536)
 )  # fmt: skip
 REPEATS, STEPS = (1, 2) if ON_CPU else (16, 8)
+UNROLL = 1  # steps that a turn of the program's loop has
 FIRST, MOST_PAGES = (20, 2) if ON_CPU else (576, 12)  # the rows' first position, and how many pages they fill
 
 
@@ -265,6 +266,12 @@ def _step(variant: Variant, rows: int) -> Measure:
         settings=programs.without_biases(settings_of([Sampling(temperature=0)] * rows), "plain"),
     ))  # fmt: skip
 
+    scan = jax.lax.scan
+
+    def unrolled(function, carry, *rest, length=None, **settings):
+        more = {"unroll": UNROLL} if length == STEPS else {}
+        return scan(function, carry, *rest, length=length, **settings, **more)
+
     def run(carry, beside):
         weights, bits = beside
         blocks = [
@@ -275,6 +282,7 @@ def _step(variant: Variant, rows: int) -> Measure:
         with (
             mock.patch.object(generation, "between_attentions", pieces.multiply),
             mock.patch.object(generation, "attend_next", pieces.attend),
+            mock.patch.object(jax.lax, "scan", unrolled),
         ):
             pages, carried, _ = carry
             pages, carried, _, tokens = programs.decode.__wrapped__(  # pyright: ignore[reportAttributeAccessIssue]

@@ -19,12 +19,13 @@ class Variant:
       products: of the products between two attentions: "in use", "chain", "relay" or "shares".
       attention: whether the candidate's attention takes part.
       settings: constants of modules.
-      most_rows: with which it is tried.
+      least_rows, most_rows: with which it is tried.
     """
 
     products: str = IN_USE
     attention: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    least_rows: int = 1
     most_rows: int = 64
 
 
@@ -51,8 +52,13 @@ def _one_row(variant: Variant) -> Variant:
     return replace(variant, most_rows=1)
 
 
+def _many_rows(variant: Variant) -> Variant:
+    """Not tried with few, to save time."""
+    return replace(variant, least_rows=8)
+
+
 def _both(products: Variant, attention: Variant) -> Variant:
-    return Variant(products.products, True, products.settings | attention.settings, products.most_rows)
+    return replace(products, attention=True, settings=products.settings | attention.settings)
 
 
 PRODUCTS = {
@@ -77,6 +83,11 @@ ATTENTION = {
     IN_USE: Variant(),
     "adds up": _one_row(_attention()),  # with 32 rows there is nothing to add up
     "adds up, 8 splits": _one_row(_attention(SPLITS=8)),
+    "adds up, 2 splits": _many_rows(_attention(SPLITS=2)),
+    "adds up, 3 splits": _many_rows(_attention(SPLITS=3)),
+    "adds up, 4 splits": _many_rows(_attention(SPLITS=4)),
+    "adds up, 2 splits, 3 stages": _many_rows(_attention(SPLITS=2, STAGES=3)),
+    "adds up, 3 stages": _many_rows(_attention(STAGES=3)),
     "adds up, warms 10 MB": _attention(10),
     "adds up, warms 20 MB": _attention(20),
     "adds up, warms 20 MB, no policy": _attention(20, EVICTION=None),
@@ -87,14 +98,22 @@ STEPS = {
     "adds up": _one_row(_attention()),
     "chain": _one_row(_chain()),
     "chain + adds up": _both(_chain(), _attention()),
+    "two steps a turn": _one_row(Variant(settings={"measures.UNROLL": 2})),
     "chain, o in 5 parts + adds up": _both(_chain(0, O_PARTS), _attention()),
     "chain, 20 MB ahead + adds up": _both(_chain(20), _attention()),
     "chain, 20 MB ahead, o in 5 parts + adds up": _both(_chain(20, O_PARTS), _attention()),
+    "chain, o in 5 parts + adds up, 2 splits": _many_rows(_both(_chain(0, O_PARTS), _attention(SPLITS=2))),
+    "chain, o in 5 parts + adds up, 4 splits": _many_rows(_both(_chain(0, O_PARTS), _attention(SPLITS=4))),
     "chain, o in 5 parts + warms 10 MB": _one_row(_both(_chain(0, O_PARTS), _attention(10))),
     "chain, o in 5 parts + warms 20 MB": _both(_chain(0, O_PARTS), _attention(20)),
     "shares + adds up": _both(_shares(), _attention()),
     "shares + warms 10 MB": _both(_shares(), _attention(10)),
     "shares + warms 20 MB": _both(_shares(), _attention(20)),
 }
-# `check` is no measure of time: it compares the products with the plain formula.
-VARIANTS = {"check": PRODUCTS, "products": PRODUCTS, "attention": ATTENTION, "step": STEPS}
+# The products that are compared with the plain formula: one of each kind.
+CHECKED = (
+    IN_USE, "o in 5 parts", "o, down in 5 parts, joint in 2", "chain", "chain, 20 MB ahead, o in 5 parts", "relay",
+    "shares", "shares, more ahead", "shares, up by columns",
+)  # fmt: skip
+CHECK = {name: PRODUCTS[name] for name in CHECKED}
+VARIANTS = {"check": CHECK, "products": PRODUCTS, "attention": ATTENTION, "step": STEPS}
