@@ -258,7 +258,8 @@ def _drawn(setup: Setup, level: Level, params: Params, lanes: Lanes, rows: Carri
         scores = jnp.where(jnp.arange(scores.shape[1]) < setup.drawn, scores, NEVER)
     token = draw(scores, lanes.settings, rows.count, seen, level=level)
     count = rows.count + running
-    done = jnp.any(token[:, None] == lanes.stops, axis=1) | (count >= lanes.limit)
+    # Stop by stop: a reduction would be a kernel of its own, as would what depends on it.
+    done = functools.reduce(jnp.logical_or, (token == stop for stop in lanes.stops.T), count >= lanes.limit)
     status = jnp.where(done, DONE, jnp.where(token == lanes.pause, PAUSED, RUNNING))
     rows = Carried(
         token=jnp.where(running, token, rows.token),

@@ -90,13 +90,13 @@ def attend(
     heads, half, most = joint_width // size - 2 * kv_heads, size // 2, place.table.shape[1]
     group = heads // kv_heads
     tall = max(LEAST_ROWS, pl.next_power_of_2(group))
-    cos, sin = (table.reshape(rows, half) for table in rope)
+    tables = jnp.stack([table.reshape(rows, half) for table in rope])  # one kernel makes both
 
-    def kernel(joint_ref, cos_ref, sin_ref, table_ref, start_ref, count_ref, k_ref, v_ref, k_out, v_out, *out):
+    def kernel(joint_ref, tables_ref, table_ref, start_ref, count_ref, k_ref, v_ref, k_out, v_out, *out):
         row, kv_head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         start, active = triton.load(start_ref.at[row]), triton.load(count_ref.at[row]) > 0
         columns, halves, queries = jnp.arange(size), jnp.arange(half), jnp.arange(tall)
-        cos, sin = load(cos_ref, row * half + halves), load(sin_ref, row * half + halves)
+        cos, sin = (load(tables_ref, (number * rows + row) * half + halves) for number in range(2))
 
         def rotated(index, mask=None):
             """The halves of heads, rotated and normed, as they would come from memory."""
@@ -178,9 +178,9 @@ def attend(
         shapes, dtype = [(splits, rows, heads * size)] * 2, jnp.float32
     results = [jax.ShapeDtypeStruct((math.prod(shape),), dtype) for shape in shapes]
     call = launch(
-        kernel, (rows, kv_heads, splits), [*of_pool, *results], warps=warps, stages=stages, aliases={6: 0, 7: 1}
+        kernel, (rows, kv_heads, splits), [*of_pool, *results], warps=warps, stages=stages, aliases={5: 0, 6: 1}
     )
-    operands = (joint, cos, sin, place.table, place.start, place.count, pages["k"], pages["v"])
+    operands = (joint, tables, place.table, place.start, place.count, pages["k"], pages["v"])
     k, v, *mixed = call(*(array.reshape(-1) for array in operands))
     mixed = [array.reshape(shape) for array, shape in zip(mixed, shapes, strict=True)]
     if splits > 1:
