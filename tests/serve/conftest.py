@@ -64,14 +64,14 @@ def run_dir(tmp_path_factory):
     optimizer = optax.adam(3e-3)
     step = make_train_step(model, optimizer)
     state = init_state(jax.jit(init_params, static_argnums=0)(model, jax.random.key(0)), optimizer)
-    for _ in range(150):
+    for _ in range(300):
         state, metrics = step(state, {"inputs": inputs, "targets": targets})
-    assert metrics["loss"] < 0.05
+    assert metrics["loss"] < 0.01  # so that sampled answers are those that it was shown
     for stage in ("pretrain", "sft"):
         checkpoints = Checkpoints(directory / stage / "checkpoints")
-        checkpoints.save(150, state, data={}, meta={})
+        checkpoints.save(300, state, data={}, meta={})
         checkpoints.close()
-        (directory / stage / "stage.json").write_text(json.dumps({"stage": stage, "steps": 150}))
+        (directory / stage / "stage.json").write_text(json.dumps({"stage": stage, "steps": 300}))
     # A stage that was skipped for lack of data, and one that is still running.
     (directory / "rl").mkdir()
     (directory / "rl" / "stage.json").write_text(json.dumps({"stage": "rl", "steps": 0}))

@@ -200,12 +200,12 @@ def test_earlier_steps(run_dir, tmp_path):
     with contextlib.closing(
         Checkpoints(tmp_path / "sft" / "checkpoints", CheckpointConfig(keep=3, keep_best=True))
     ) as checkpoints:
-        for step, score in ((151, -1.0), (152, -2.0)):
+        for step, score in ((301, -1.0), (302, -2.0)):
             changed = jax.tree.map(lambda x, step=step: x + step, params)
             checkpoints.save(step, {"params": changed, "step": jnp.asarray(step)}, data={}, meta={})
             checkpoints.record_score(step, score)
-    (tmp_path / "sft" / "stage.json").write_text(json.dumps({"stage": "sft", "steps": 152}))
-    for step, added in ((None, 152), ("150", 0), ("151", 151), ("best", 151)):
+    (tmp_path / "sft" / "stage.json").write_text(json.dumps({"stage": "sft", "steps": 302}))
+    for step, added in ((None, 302), ("300", 0), ("301", 301), ("best", 301)):
         loaded = load_model(tmp_path, "sft", step).params
         jax.tree.map(lambda x, y, added=added: np.testing.assert_array_equal(x, y + added), loaded, params)
 
@@ -220,9 +220,9 @@ def test_earlier_steps(run_dir, tmp_path):
         (["chat", "--run", "RUN", "--stage", "stf"], "'stf' is not a stage with a model, did you mean 'sft'?"),
         (["chat", "--run", "RUN", "--stage", "midtrain"], "'midtrain' of RUN is not finished; finished: pretrain, sft"),
         (["chat", "--run", "RUN", "--stage", "rl"], "'rl' of RUN is not finished; finished: pretrain, sft"),
-        (["chat", "--run", "RUN", "--step", "7"], "no checkpoint of step 7 in RUN/sft/checkpoints, only of 150"),
+        (["chat", "--run", "RUN", "--step", "7"], "no checkpoint of step 7 in RUN/sft/checkpoints, only of 300"),
         (["chat", "--run", "RUN", "--step", "last"], "--step is 'last'; it must be a number, or best"),
-        (["chat", "--run", "RUN", "--step", "best"], "train with --checkpoints.keep-best, or name one of [150]"),
+        (["chat", "--run", "RUN", "--step", "best"], "train with --checkpoints.keep-best, or name one of [300]"),
         (["chat", "--run", "EMPTY"], "EMPTY is not a run: it has no config.json"),
         (["chat", "--run", "RUN", "--temperature", "hot"], "--temperature takes a number"),
         (["chat", "--run", "RUN", "--temperature", "-1"], "--temperature is -1.0"),
