@@ -21,8 +21,8 @@ from jaxchat.config import (
 )
 
 SCORED = ("arc_easy", "mmlu", "gsm8k")  # while midtraining and SFT learn to answer
-# What nanochat of July 2026 is tuned for: layers, tokens of a step and vocabulary, with the decay of Muon there.
-REFERENCE_DEPTH, REFERENCE_BATCH, REFERENCE_VOCAB = 12, 1 << 19, 1 << 15
+# What nanochat of July 2026 is tuned for: layers and tokens of a step, with the decay of Muon there.
+REFERENCE_DEPTH, REFERENCE_BATCH = 12, 1 << 19
 REFERENCE_DECAY = 0.28
 # At `REFERENCE_BATCH`; those of embeddings and head for a width of 768, from which the optimizer scales them. nanochat
 # gives gates to Muon; the rate for AdamW moves their entries about as far. The rates of the input's scales and of the
@@ -38,6 +38,9 @@ RATES = {
     "gate_lr": 0.006,
 }
 FIXED_RATES = {"scalar_lr": 0.02}  # whatever the batch
+# The time in which weights forget, B / (rate x decay), is kept in proportion to the tokens of the training: Wang and
+# Aitchison (2024), arXiv:2405.13698. The rate grows with sqrt(B), so the decay does too.
+DECAY_BATCH_EXPONENT, DECAY_TOKENS_EXPONENT = 0.5, -1.0
 
 
 def on_text(
@@ -139,8 +142,7 @@ def modern(experiment: Experiment, *, tokens_per_counted_param: float = 12.0, wa
     batch = config.batch_tokens / REFERENCE_BATCH
     rate = math.sqrt(max(1.0, batch))
     rates: dict[str, Any] = {name: rounded(rate * value) for name, value in RATES.items()} | FIXED_RATES
-    reference = counted_parameters(ModelConfig(depth=REFERENCE_DEPTH), REFERENCE_VOCAB)
-    decay = REFERENCE_DECAY * math.sqrt(batch) * reference / counted
+    horizon = relative_horizon(experiment.model, experiment.tokenizer.vocab_size)
     schedule = ScheduleConfig(
         warmup_ratio=warmup_steps / steps, decay_ratio=min(0.65, 1 - warmup_steps / steps), final_fraction=0.05
     )
@@ -162,7 +164,7 @@ def modern(experiment: Experiment, *, tokens_per_counted_param: float = 12.0, wa
         ),
         optimizer=OptimizerConfig(
             **rates,
-            matrix_weight_decay=rounded(decay),
+            matrix_weight_decay=rounded(decay_of(config.batch_tokens, horizon)),
             embedding_weight_decay=0.001,
             head_weight_decay=0.01,
             value_embedding_weight_decay=0.01,
@@ -192,6 +194,18 @@ def counted_parameters(model: ModelConfig, vocab_size: int) -> int:
     width, kv_width = model.width, model.kv_heads * model.head_dim
     block = 2 * width * width + 2 * width * kv_width + 8 * width * width
     return model.depth * block + width * (-(-vocab_size // 128) * 128)
+
+
+def relative_horizon(model: ModelConfig, vocab_size: int) -> float:
+    """The tokens of the training as a multiple of those of a model of `REFERENCE_DEPTH` layers, by one ratio."""
+    reference = ModelConfig(depth=REFERENCE_DEPTH)
+    return counted_parameters(model, vocab_size) / counted_parameters(reference, vocab_size)
+
+
+def decay_of(batch_tokens: int, horizon: float) -> float:
+    """Muon's weight decay, of a training of so many times the reference's tokens."""
+    batch = (batch_tokens / REFERENCE_BATCH) ** DECAY_BATCH_EXPONENT
+    return REFERENCE_DECAY * batch * horizon**DECAY_TOKENS_EXPONENT
 
 
 def rounded(value: float) -> float:

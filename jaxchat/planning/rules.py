@@ -12,30 +12,21 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from jaxchat.config import Experiment, ModelConfig
+from jaxchat.config import Experiment
 from jaxchat.recipes import (
     FIXED_RATES,
     RATES,
     REFERENCE_BATCH,
-    REFERENCE_DECAY,
-    REFERENCE_DEPTH,
     counted_parameters,
+    decay_of,
+    relative_horizon,
 )
 
 # Bergsma et al. (2025), arXiv:2505.13738: the best batch grows with the tokens of the training to this power.
 BATCH_EXPONENT = 0.383
 # The square root is that of Adam's theory (Malladi et al. 2022, arXiv:2205.10287); for Muon it is taken on trust.
 RATE_EXPONENT = 0.5
-# The time in which weights forget, B / (rate x decay), is kept in proportion to the tokens of the training: Wang and
-# Aitchison (2024), arXiv:2405.13698. The rate grows with sqrt(B), so the decay does too.
-DECAY_BATCH_EXPONENT, DECAY_TOKENS_EXPONENT = 0.5, -1.0
 LENGTHS = ("pretrain.num_iterations", "pretrain.target_flops", "pretrain.tokens_per_param")
-
-
-def relative_horizon(model: ModelConfig, vocab_size: int) -> float:
-    """The tokens of the training as a multiple of those of a model of `REFERENCE_DEPTH` layers, by one ratio."""
-    reference = ModelConfig(depth=REFERENCE_DEPTH)
-    return counted_parameters(model, vocab_size) / counted_parameters(reference, vocab_size)
 
 
 def best_batch(horizon: float) -> int:
@@ -47,12 +38,6 @@ def rates_of(batch_tokens: int) -> dict[str, float]:
     """The rates of a batch, by their fields in `OptimizerConfig`."""
     factor = (batch_tokens / REFERENCE_BATCH) ** RATE_EXPONENT
     return {**{name: factor * rate for name, rate in RATES.items()}, **FIXED_RATES}
-
-
-def decay_of(batch_tokens: int, horizon: float) -> float:
-    """Muon's weight decay."""
-    batch = (batch_tokens / REFERENCE_BATCH) ** DECAY_BATCH_EXPONENT
-    return REFERENCE_DECAY * batch * horizon**DECAY_TOKENS_EXPONENT
 
 
 def follow_rules(experiment: Experiment, given: Collection[str] = ()) -> Experiment:

@@ -9,8 +9,8 @@ from jaxchat.errors import UserError
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.parameters import count_parameters
 from jaxchat.optim.optimizer import adamw_groups
-from jaxchat.planning.rules import decay_of, follow_rules, relative_horizon, rules_lines
-from jaxchat.recipes import RATES, counted_parameters
+from jaxchat.planning.rules import follow_rules, rules_lines
+from jaxchat.recipes import RATES, counted_parameters, decay_of, relative_horizon
 
 VOCABULARY = 32_768
 
