@@ -29,6 +29,15 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(triton, "INTERPRET", True)
 
 
+def assert_right(results, given):
+    """All of the results are the same, and what the plain formula says."""
+    formula = between_attentions.formula(*(array.astype(jnp.float32) for array in given))
+    for got, expected in zip(results[0], formula, strict=True):
+        close(got, expected, atol=0.02 * float(jnp.max(jnp.abs(expected))))
+    for again in results[1:]:
+        assert all(bool(jnp.all(one == other)) for one, other in zip(results[0], again, strict=True))
+
+
 @pytest.mark.parametrize("rows, shape", [(1, FEW), (2, (384, 128, 1536, 640))])
 def test_the_relay(interpreted, rows, shape):
     given = operands(rows, *shape, jnp.bfloat16)
@@ -36,11 +45,7 @@ def test_the_relay(interpreted, rows, shape):
     for layer in (0, 1, relay.TAGS):  # with an empty mailbox, and with one that others have used
         *result, mail = relay.relayed(*given, mail, jnp.int32(layer))
         results.append(result)
-    formula = between_attentions.formula(*(array.astype(jnp.float32) for array in given))
-    for got, expected in zip(results[0], formula, strict=True):
-        close(got, expected, atol=0.02 * float(jnp.max(jnp.abs(expected))))
-    for again in results[1:]:
-        assert all(bool(jnp.all(one == other)) for one, other in zip(results[0], again, strict=True))
+    assert_right(results, given)
     assert bool(jnp.all(mail & 0xFF == 1))  # every word has the last layer's tag
 
 
@@ -54,11 +59,7 @@ def test_the_relay_in_equal_shares(interpreted, monkeypatch, by_rows, ahead):
     for tag in (1, 2, 255):  # with an empty mailbox, and with one that others have used
         *result, mail = shares.shared(*given, mail, jnp.int32(tag))
         results.append(result)
-    formula = between_attentions.formula(*(array.astype(jnp.float32) for array in given))
-    for got, expected in zip(results[0], formula, strict=True):
-        close(got, expected, atol=0.02 * float(jnp.max(jnp.abs(expected))))
-    for again in results[1:]:
-        assert all(bool(jnp.all(one == other)) for one, other in zip(results[0], again, strict=True))
+    assert_right(results, given)
     assert bool(jnp.all(mail & 0xFF == 255))  # every word has the last tag
 
 
