@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxchat.planning.rules import BATCH_EXPONENT, RATE_EXPONENT
+from jaxchat.planning.rules import BATCH_EXPONENT
+from jaxchat.recipes import RATE_BATCH_EXPONENT
 
 Record = Mapping[str, Any]
 # Exponents as published: of the model and the tokens by Hoffmann et al. (2022), the others as in planning/rules.py.
@@ -22,7 +23,7 @@ PUBLISHED = {
     "parameters against compute": 0.5,
     "tokens against compute": 0.5,
     "batch against tokens": BATCH_EXPONENT,
-    "rate against batch": RATE_EXPONENT,
+    "rate against batch": RATE_BATCH_EXPONENT,
 }
 
 

@@ -21,9 +21,9 @@ from jaxchat.config import (
 )
 
 SCORED = ("arc_easy", "mmlu", "gsm8k")  # while midtraining and SFT learn to answer
-# What nanochat of July 2026 is tuned for: layers and tokens of a step, with the decay of Muon there.
-REFERENCE_DEPTH, REFERENCE_BATCH = 12, 1 << 19
-REFERENCE_DECAY = 0.28
+# What nanochat of July 2026 is tuned for: layers, tokens of a step and steps, with Muon's decay and momentum there.
+REFERENCE_DEPTH, REFERENCE_BATCH, REFERENCE_STEPS = 12, 1 << 19, 2520
+REFERENCE_DECAY, REFERENCE_MOMENTUM = 0.28, 0.97
 # At `REFERENCE_BATCH`; those of embeddings and head for a width of 768, from which the optimizer scales them. nanochat
 # gives gates to Muon; the rate for AdamW moves their entries about as far. The rates of the input's scales and of the
 # scalars are a tenth of nanochat's: with those, scales wandered off to -6 and 4 within a hundred steps, and trainings
@@ -35,12 +35,20 @@ RATES = {
     "value_embedding_lr": 0.15,
     "residual_scale_lr": 0.005,
     "input_scale_lr": 0.05,
+    "scalar_lr": 0.02,
     "gate_lr": 0.006,
 }
-FIXED_RATES = {"scalar_lr": 0.02}  # whatever the batch
 # The time in which weights forget, B / (rate x decay), is kept in proportion to the tokens of the training: Wang and
 # Aitchison (2024), arXiv:2405.13698. The rate grows with sqrt(B), so the decay does too.
 DECAY_BATCH_EXPONENT, DECAY_TOKENS_EXPONENT = 0.5, -1.0
+# The square root is that of Adam's theory (Malladi et al. 2022, arXiv:2205.10287); for Muon it is taken on trust. The
+# best rate falls with the tokens of a training (Bjorck et al. 2024, arXiv:2409.19913): with this exponent the rates of
+# the reference become those that were best for a d12 on 26 and 52 million tokens (benchmarks/RESULTS.md).
+RATE_BATCH_EXPONENT, RATE_TOKENS_EXPONENT = 0.5, -0.32
+# A shorter training can average over fewer steps: by the bounds for Muon and its kind (Shulgin et al. 2026,
+# arXiv:2603.15958) 1 - momentum goes with the root of their number.
+MOMENTUM_STEPS_EXPONENT = -0.5
+LEAST_MOMENTUM, LAST_MOMENTUM = 0.85, 0.9  # at the first step, and after the last
 
 
 def on_text(
@@ -125,9 +133,8 @@ def modern(experiment: Experiment, *, tokens_per_counted_param: float = 12.0, wa
     a quarter of the context in three of four layers. The optimizer: Muon with Polar Express, rows and columns of equal
     norm, and cautious decay; AdamW with rates, betas and decay by group. The schedules: rates that fall over two thirds
     of the steps to a twentieth, and a momentum that rises before and falls with them. The values are nanochat's of July
-    2026 (92d63d4), but for the rates of scales and scalars, and for batches of less than `REFERENCE_BATCH` tokens: its
-    rule lowers their rates with the root of the batch, and in runs of 400 steps of 131,072 tokens rates as high as for
-    larger batches did better.
+    2026 (92d63d4), but for the rates of scales and scalars, and for short trainings, whose momentum is lower
+    (`momentum_of`). Where the steps are set, the rates of small batches are those of `REFERENCE_BATCH` tokens.
 
     A parameter counts if a matrix product uses it: those of the blocks and of the head. Where the steps of pretraining
     are not set, the experiment has `rules` too, so that all follows from the depth and the batch of the command line.
@@ -141,7 +148,8 @@ def modern(experiment: Experiment, *, tokens_per_counted_param: float = 12.0, wa
     steps = config.num_iterations or max(1, round(tokens_per_counted_param * counted / config.batch_tokens))
     batch = config.batch_tokens / REFERENCE_BATCH
     rate = math.sqrt(max(1.0, batch))
-    rates: dict[str, Any] = {name: rounded(rate * value) for name, value in RATES.items()} | FIXED_RATES
+    rates: dict[str, Any] = {name: rounded(rate * value) for name, value in RATES.items()}
+    momentum: dict[str, Any] = {name: rounded(value) for name, value in momentum_of(steps).items()}
     horizon = relative_horizon(experiment.model, experiment.tokenizer.vocab_size)
     schedule = ScheduleConfig(
         warmup_ratio=warmup_steps / steps, decay_ratio=min(0.65, 1 - warmup_steps / steps), final_fraction=0.05
@@ -173,10 +181,7 @@ def modern(experiment: Experiment, *, tokens_per_counted_param: float = 12.0, wa
             head_betas=(0.8, 0.96),
             value_embedding_betas=(0.8, 0.995),
             input_scale_betas=(0.96, 0.95),
-            muon_momentum_start=0.85,
-            muon_momentum=0.97,
-            muon_momentum_ratio=rounded(min(0.35, 400 / steps)),
-            muon_momentum_end=0.9,
+            **momentum,
             polar_express=True,
             equalize_rows=True,
             rescale=True,
@@ -206,6 +211,28 @@ def decay_of(batch_tokens: int, horizon: float) -> float:
     """Muon's weight decay, of a training of so many times the reference's tokens."""
     batch = (batch_tokens / REFERENCE_BATCH) ** DECAY_BATCH_EXPONENT
     return REFERENCE_DECAY * batch * horizon**DECAY_TOKENS_EXPONENT
+
+
+def rate_factor(batch_tokens: int, tokens: float) -> float:
+    """The rates of a training on so many tokens, as a multiple of `RATES`. Longer ones than the reference have its."""
+    reference = REFERENCE_STEPS * REFERENCE_BATCH
+    shorter = min(1.0, tokens / reference) ** RATE_TOKENS_EXPONENT
+    return (batch_tokens / REFERENCE_BATCH) ** RATE_BATCH_EXPONENT * shorter
+
+
+def momentum_of(steps: int) -> dict[str, float]:
+    """Muon's momentum in a training of so many steps, by the fields of `OptimizerConfig`.
+
+    It rises over 400 steps, or until the rates fall, and falls with them. Longer trainings than the reference have its.
+    """
+    room = (1 - REFERENCE_MOMENTUM) * min(1.0, steps / REFERENCE_STEPS) ** MOMENTUM_STEPS_EXPONENT
+    momentum = max(LEAST_MOMENTUM, 1 - room)
+    return {
+        "muon_momentum_start": LEAST_MOMENTUM,
+        "muon_momentum": momentum,
+        "muon_momentum_ratio": min(0.35, 400 / steps),
+        "muon_momentum_end": min(LAST_MOMENTUM, momentum),
+    }
 
 
 def rounded(value: float) -> float:

@@ -37,8 +37,9 @@ class Experiment(Section):
     """Where the sizes of pretraining come from. fixed: from this experiment. auto: depth, vocabulary, context, batch
     and steps that are not set follow from the amount of text."""
     rules: Literal["none", "nanochat"] = "none"
-    """Where batch, steps, learning rates and Muon's weight decay of pretraining come from, as far as they are not set.
-    none: from this experiment. nanochat: from the depth, by the rules of nanochat of July 2026."""
+    """Where batch, steps, learning rates, and Muon's momentum and weight decay of pretraining come from, as far as they
+    are not set. none: from this experiment. nanochat: from the depth, by the rules of nanochat of July 2026, and for
+    short trainings by ours."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

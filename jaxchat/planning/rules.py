@@ -1,8 +1,9 @@
-"""Rules by which horizon, batch, learning rates and weight decay follow from the depth alone.
+"""Rules by which horizon, batch, learning rates, momentum and weight decay follow from the depth alone.
 
 Those of nanochat, July 2026 (scripts/base_train.py, nanochat/gpt.py). Its constants are tuned for 12 layers and 524,288
-tokens a step; larger and smaller trainings follow from these. Where the number of steps is set by hand, the decay is
-that of the whole horizon. Nothing here is measured, and nothing needs JAX.
+tokens a step; larger and smaller trainings follow from these. Where the length is set by hand, the decay is that of the
+whole horizon. What is ours: shorter trainings have higher rates and less momentum (`rate_factor` and `momentum_of` of
+jaxchat/recipes.py).
 """
 
 from __future__ import annotations
@@ -10,22 +11,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection
-from typing import Any
 
 from jaxchat.config import Experiment
 from jaxchat.recipes import (
-    FIXED_RATES,
     RATES,
     REFERENCE_BATCH,
     counted_parameters,
     decay_of,
+    momentum_of,
+    rate_factor,
     relative_horizon,
 )
 
 # Bergsma et al. (2025), arXiv:2505.13738: the best batch grows with the tokens of the training to this power.
 BATCH_EXPONENT = 0.383
-# The square root is that of Adam's theory (Malladi et al. 2022, arXiv:2205.10287); for Muon it is taken on trust.
-RATE_EXPONENT = 0.5
 LENGTHS = ("pretrain.num_iterations", "pretrain.target_flops", "pretrain.tokens_per_param")
 
 
@@ -34,10 +33,10 @@ def best_batch(horizon: float) -> int:
     return 1 << round(math.log2(REFERENCE_BATCH * horizon**BATCH_EXPONENT))
 
 
-def rates_of(batch_tokens: int) -> dict[str, float]:
-    """The rates of a batch, by their fields in `OptimizerConfig`."""
-    factor = (batch_tokens / REFERENCE_BATCH) ** RATE_EXPONENT
-    return {**{name: factor * rate for name, rate in RATES.items()}, **FIXED_RATES}
+def rates_of(batch_tokens: int, tokens: float) -> dict[str, float]:
+    """The rates of a training, by their fields in `OptimizerConfig`."""
+    factor = rate_factor(batch_tokens, tokens)
+    return {name: factor * rate for name, rate in RATES.items()}
 
 
 def follow_rules(experiment: Experiment, given: Collection[str] = ()) -> Experiment:
@@ -55,18 +54,28 @@ def follow_rules(experiment: Experiment, given: Collection[str] = ()) -> Experim
     vocab_size, pretrain = experiment.tokenizer.vocab_size, experiment.pretrain
     horizon = relative_horizon(experiment.model, vocab_size)
     batch = pretrain.batch_tokens if "pretrain.batch_tokens" in given else best_batch(horizon)
-    length: dict[str, Any] = {}
+    pretrain = dataclasses.replace(pretrain, batch_tokens=batch)
     if set(LENGTHS).isdisjoint(given):
         tokens = pretrain.tokens_per_matrix_param * counted_parameters(experiment.model, vocab_size)
-        mean = dataclasses.replace(pretrain, batch_tokens=batch).mean_batch_tokens
-        length = {"num_iterations": max(1, round(tokens / mean))}
-    chosen = {**rates_of(batch), "matrix_weight_decay": decay_of(batch, horizon)}
+        steps = max(1, round(tokens / pretrain.mean_batch_tokens))
+        pretrain = dataclasses.replace(pretrain, num_iterations=steps)
+    steps = _steps(dataclasses.replace(experiment, pretrain=pretrain))
+    chosen = {**rates_of(batch, steps * pretrain.mean_batch_tokens), "matrix_weight_decay": decay_of(batch, horizon)}
+    if experiment.optimizer.muon_momentum_end is not None:
+        chosen |= momentum_of(steps)
     chosen = {name: value for name, value in chosen.items() if f"optimizer.{name}" not in given}
-    return dataclasses.replace(
-        experiment,
-        pretrain=dataclasses.replace(pretrain, batch_tokens=batch, **length),
-        optimizer=dataclasses.replace(experiment.optimizer, **chosen),
-    )
+    optimizer = dataclasses.replace(experiment.optimizer, **chosen)
+    return dataclasses.replace(experiment, pretrain=pretrain, optimizer=optimizer)
+
+
+def _steps(experiment: Experiment) -> int:
+    """The steps of pretraining."""
+    if experiment.pretrain.num_iterations is not None:
+        return experiment.pretrain.num_iterations
+    from jaxchat.model.config import GPTConfig  # slow to import, as what follows
+    from jaxchat.train.budget import training_length
+
+    return training_length(experiment.pretrain, GPTConfig.of(experiment.model, experiment.tokenizer.vocab_size))
 
 
 def rules_lines(experiment: Experiment) -> list[str]:
@@ -81,8 +90,10 @@ def rules_lines(experiment: Experiment) -> list[str]:
         length = f"{config.num_iterations:,} steps, {tokens:,} tokens, {tokens / there:.3g} for each"
     names = ("matrix_lr", "embedding_lr", "head_lr")
     rates = ", ".join(f"{name.removesuffix('_lr')} {getattr(optimizer, name):.3g}" for name in names)
+    factor = rate_factor(config.batch_tokens, _steps(experiment) * config.mean_batch_tokens)
+    momentum = "" if optimizer.muon_momentum_end is None else f", momentum up to {optimizer.muon_momentum:.3g}"
     return [
         f"{there:,} parameters in matrices and head; batch {config.batch_tokens:,} tokens; {length}",
-        f"learning rates at {config.batch_tokens / REFERENCE_BATCH:.3g} of the reference batch: {rates}; Muon's weight "
-        f"decay {optimizer.matrix_weight_decay:.3g}",
+        f"learning rates {factor:.3g} times the reference's: {rates}; Muon's weight decay "
+        f"{optimizer.matrix_weight_decay:.3g}{momentum}",
     ]

@@ -16,7 +16,7 @@ import scaling_fits
 from filelock import FileLock
 
 from jaxchat.errors import UserError
-from jaxchat.planning.rules import RATES
+from jaxchat.recipes import RATES, rate_factor
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,8 +99,8 @@ def test_the_grid(capsys):
         facts = run.facts
         assert facts["steps"] * facts["batch_tokens"] == facts["tokens"]
         assert facts["real_flops"] == pytest.approx(8e9, rel=0.1)
-        root = (facts["batch_tokens"] / 2**19) ** 0.5
-        assert facts["rate"] == pytest.approx(facts["lr_fraction"] * RATES["matrix_lr"] * root)
+        rate = rate_factor(facts["batch_tokens"], facts["tokens"]) * RATES["matrix_lr"]
+        assert facts["rate"] == pytest.approx(facts["lr_fraction"] * rate)
     assert len(planned("--fewest-steps", str(runs[0].facts["steps"]))) == 1  # the larger batch has fewer
     few = "--fewest-steps", "1", "--most-tokens", str(runs[0].facts["tokens"] - 1)
     deeper = planned("--depths", "1", "3", *few)
@@ -195,7 +195,7 @@ def test_how_long_a_run_will_take():
 @pytest.mark.slow
 def test_processes_share_a_grid(tmp_path, capsys):
     """Of the small models here two share a program: what is different of them comes with the batches."""
-    grid = [f"--out={tmp_path}", *TINY, "--flops", "8e9", "16e9", "--rules=nanochat"]
+    grid = [f"--out={tmp_path}", *TINY, "--flops", "8e9", "16e9", "--rules=nanochat", "--rates", "0.2"]
     command = [sys.executable, "-m", "scaling", *grid]
     folders = [str(ROOT), str(ROOT / "benchmarks")]
     processes = [
@@ -206,7 +206,7 @@ def test_processes_share_a_grid(tmp_path, capsys):
     runs = {run["name"]: run for run in written}
     assert len(written) == len(runs) == 4, "each is done once"
     for batch in (512, 1024):
-        short, long = (runs[f"{flops}-d1-{batch}-1"] for flops in ("8e+09", "1.6e+10"))
+        short, long = (runs[f"{flops}-d1-{batch}-0.2"] for flops in ("8e+09", "1.6e+10"))
         assert long["bpb"] < short["bpb"] < 7 and long["curve"][-1][0] == long["steps"] == long["tokens"] // batch
         assert short["passes"] == 0 and short["seconds"] < short["all_seconds"]
     assert len(list((tmp_path / "shared").glob("tokenizer-*/tokenizer.json"))) == 1

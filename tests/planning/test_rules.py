@@ -4,13 +4,31 @@ import pytest
 
 from jaxchat.cli.launch import main
 from jaxchat.cli.options import configure
-from jaxchat.config import Experiment, Impossible, ModelConfig, PhasesConfig, PretrainConfig, TokenizerConfig
+from jaxchat.config import (
+    Experiment,
+    Impossible,
+    ModelConfig,
+    OptimizerConfig,
+    PhasesConfig,
+    PretrainConfig,
+    TokenizerConfig,
+)
 from jaxchat.errors import UserError
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.parameters import count_parameters
 from jaxchat.optim.optimizer import adamw_groups
 from jaxchat.planning.rules import follow_rules, rules_lines
-from jaxchat.recipes import RATES, counted_parameters, decay_of, relative_horizon
+from jaxchat.recipes import (
+    RATES,
+    REFERENCE_BATCH,
+    REFERENCE_STEPS,
+    counted_parameters,
+    decay_of,
+    momentum_of,
+    rate_factor,
+    relative_horizon,
+)
+from jaxchat.train.budget import training_tokens
 
 VOCABULARY = 32_768
 
@@ -51,25 +69,56 @@ def test_at_the_reference_the_rates_are_the_tables_and_the_horizon_12_tokens_a_p
     )
 
 
-def test_rates_follow_the_root_of_the_batch():
-    small, large = by_rules(6).optimizer, by_rules(24).optimizer
+def test_rates_follow_the_root_of_the_batch_and_fall_with_the_tokens_of_trainings_shorter_than_the_reference():
+    shallow = by_rules(6)
+    small, large = shallow.optimizer, by_rules(24).optimizer
+    shorter = shallow.pretrain.num_iterations * 262_144 / (REFERENCE_STEPS * REFERENCE_BATCH)
+    assert shorter == pytest.approx(relative_horizon(shallow.model, VOCABULARY), rel=1e-3)
     for name in RATES:
-        assert getattr(small, name) == pytest.approx(RATES[name] * 0.5**0.5)
+        assert getattr(small, name) == pytest.approx(RATES[name] * 0.5**0.5 * shorter**-0.32)
         assert getattr(large, name) == pytest.approx(RATES[name] * 2**0.5)
-    assert small.scalar_lr == large.scalar_lr == 0.02
-    assert {*RATES, "scalar_lr"} == {"matrix_lr", *(f"{name}_lr" for name in adamw_groups(small))}
+    assert {*RATES} == {"matrix_lr", *(f"{name}_lr" for name in adamw_groups(small))}
+
+
+@pytest.mark.parametrize(
+    "batch, steps, lower, higher",
+    [(131_072, 400, 1.0, 2.0), (65_536, 800, 0.7, 1.4), (65_536, 400, 1.0, 2.0)],
+)
+def test_rates_of_short_trainings_lie_where_a_d12_learnt_most(batch, steps, lower, higher):
+    assert lower <= rate_factor(batch, batch * steps) <= higher
+
+
+def test_momentum_is_lower_in_short_trainings():
+    assert momentum_of(2520) == momentum_of(5000) | {"muon_momentum_ratio": pytest.approx(400 / 2520)}
+    assert momentum_of(2520)["muon_momentum"] == pytest.approx(0.97)
+    assert 1 - momentum_of(630)["muon_momentum"] == pytest.approx(2 * 0.03)
+    for steps in (1, 10, 100, 400, 1000, 10_000):
+        OptimizerConfig(**momentum_of(steps))  # refuses a start or an end above it
+        assert momentum_of(steps)["muon_momentum_ratio"] * steps <= 400.001
+
+
+def test_momentum_follows_the_rules_where_it_falls_with_the_rates():
+    options = ["--rules=nanochat", "--pretrain.num-iterations=630"]
+    plain, modern = (configure(name, options, None, ()).optimizer for name in ("d12", "d12_modern"))
+    assert plain.muon_momentum == OptimizerConfig().muon_momentum and plain.muon_momentum_ratio is None
+    assert modern.muon_momentum == pytest.approx(0.94) and modern.muon_momentum_ratio == 0.35
+    own = configure("d12_modern", [*options, "--optimizer.muon-momentum=0.96"], None, ()).optimizer
+    assert own.muon_momentum == 0.96 and own.muon_momentum_end == 0.9
 
 
 def test_what_the_user_sets_stays_and_the_rest_follows_from_it():
     options = ["--pretrain.batch-tokens=131072", "--pretrain.num-iterations=400", "--optimizer.head-lr=0.005"]
     experiment = configure("d12", ["--rules=nanochat", *options], None, ())
     assert (experiment.pretrain.batch_tokens, experiment.pretrain.num_iterations) == (131_072, 400)
-    assert experiment.optimizer.matrix_lr == pytest.approx(0.01) and experiment.optimizer.head_lr == 0.005
+    assert experiment.optimizer.matrix_lr == pytest.approx(0.02 * rate_factor(131_072, 400 * 131_072))
+    assert experiment.optimizer.head_lr == 0.005
     # Of a short training the decay is that of a long one.
     assert experiment.optimizer.matrix_weight_decay == pytest.approx(0.14) == decay_of(131_072, 1.0)
     assert relative_horizon(experiment.model, VOCABULARY) == 1
     flops = configure("d12", ["--rules=nanochat", "--pretrain.target-flops=1e18"], None, ())
     assert flops.pretrain.num_iterations is None and flops.pretrain.target_flops == 1e18
+    tokens = training_tokens(flops.pretrain, GPTConfig.of(flops.model, VOCABULARY))
+    assert flops.optimizer.matrix_lr == pytest.approx(0.02 * rate_factor(524_288, tokens)) and tokens < 1.3e9
     shorter = configure("d12", ["--rules=nanochat", "--pretrain.tokens-per-matrix-param=8"], None, ())
     assert shorter.pretrain.num_iterations == 1680
 
@@ -97,7 +146,7 @@ def test_the_dry_run_says_what_they_decided(tmp_path, capsys):
     assert main(["--experiment=quickstart", "--rules=nanochat", "--dry-run", *tiny]) == 0
     said = capsys.readouterr().out
     assert "rules     442,368 parameters in matrices and head; batch 65,536 tokens; 81 steps" in said
-    assert "rules     learning rates at 0.125 of the reference batch: matrix 0.00707" in said
+    assert "rules     learning rates 2.07 times the reference's: matrix 0.0413" in said
     assert "Muon's weight decay" in said
 
 
