@@ -3,7 +3,7 @@
 It is the pretraining of launch.py: its step, optimizer, batches and validation rows. Nothing is saved or sampled, so
 that the devices do nothing but train and evaluate. What follows from the number of steps and from
 `--pretrain.lr-fraction` comes with the batches: recipes that differ in nothing else, like seeds, run one compiled
-program.
+program. So do those whose rates differ by a common factor, as rules set them by the length of a training.
 """
 
 from __future__ import annotations
@@ -24,16 +24,39 @@ from typing import Any
 from filelock import FileLock
 from jaxchat_steps import run_steps
 
-from jaxchat.config import Experiment, ScheduleConfig
+from jaxchat.config import Experiment, OptimizerConfig, ScheduleConfig
 from jaxchat.planning.settle import replace_fields
+
+
+def by_matrix_rate(experiment: Experiment) -> Experiment:
+    """The same training with the usual rate of matrices, the other rates in proportion, and the factor in lr_fraction.
+
+    The rates keep six digits.
+    """
+    optimizer = experiment.optimizer
+    factor = optimizer.matrix_lr / OptimizerConfig().matrix_lr
+    if factor in (0, 1):
+        return experiment
+    names = [field.name for field in dataclasses.fields(optimizer) if field.name.endswith("_lr")]
+    rates = {name: float(f"{getattr(optimizer, name) / factor:.6g}") for name in names}
+    return replace_fields(
+        dataclasses.replace(experiment, optimizer=dataclasses.replace(optimizer, **rates)),
+        {"pretrain.lr_fraction": experiment.pretrain.lr_fraction * factor},
+    )
 
 
 def program(experiment: Experiment) -> str:
     """What decides the compiled program of a training, and perhaps a little more."""
+    from jaxchat.optim.schedules import momentum_follows_length
+
     training = dataclasses.replace(
         experiment.pretrain, lr_fraction=1.0, num_iterations=1, target_flops=None, schedule=ScheduleConfig()
     )
-    return repr(dataclasses.replace(experiment, seed=0, pretrain=training))
+    optimizer = experiment.optimizer
+    if momentum_follows_length(optimizer):  # it comes with the batches
+        momentum = ("muon_momentum_start", "muon_momentum", "muon_momentum_ratio", "muon_momentum_end")
+        optimizer = dataclasses.replace(optimizer, **dict.fromkeys(momentum, 0.5))
+    return repr(dataclasses.replace(experiment, seed=0, pretrain=training, optimizer=optimizer))
 
 
 class Trainer:
@@ -64,6 +87,7 @@ class Trainer:
         from jaxchat.train.budget import count_parameters
 
         gc.collect()  # of what the run before has left in the devices' memory
+        experiment = by_matrix_rate(experiment)
         self.scratch.mkdir(parents=True, exist_ok=True)
         given, kept = experiment, self.scratch / f"tokenizer-{_digest(experiment.tokenizer, experiment.data)}"
         with contextlib.ExitStack() as stack:

@@ -40,7 +40,6 @@ from jaxchat.cli.launch import prepare_jax
 from jaxchat.cli.options import configure, named_fields
 from jaxchat.cli.parser import option_strings
 from jaxchat.errors import UserError, check
-from jaxchat.planning.settle import replace_fields
 
 BASIS = "--experiment="
 EVALUATIONS = 4  # of a run, if --at does not say after which steps
@@ -134,7 +133,8 @@ def _run(options: argparse.Namespace, recipe: Recipe, own: tuple[str, ...], name
         raise UserError("nothing says how long it is; give --steps or --tokens")
     at = options.at or [round(steps * part / EVALUATIONS) for part in range(1, EVALUATIONS)]
     until = (*sorted({step for step in at if 0 < step < steps}), steps)
-    experiment = replace_fields(experiment, {"pretrain.num_iterations": steps})
+    # As an option, since rules have their say about what follows from it.
+    experiment = configure(name, [*own, f"--pretrain.num-iterations={steps}"], options.data, names)
     all_options = (f"{BASIS}{name}", f"--data={options.data}", f"--steps={steps}", *own)
     return Run("jaxchat", recipe.name, all_options, experiment, experiment.seed, until)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jaxchat_quality
+import numpy as np
 import pytest
 import quality
 import quality_runs
@@ -16,6 +17,9 @@ from quality_runs import Run
 
 from jaxchat.cli.experiments import load_experiment
 from jaxchat.errors import UserError
+from jaxchat.model.config import GPTConfig
+from jaxchat.optim.optimizer import peak_rates
+from jaxchat.optim.schedules import muon_momentum
 from tests.tiny import ARGUMENTS, start, values
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +97,17 @@ def test_the_parts_of_the_modern_recipe_can_be_combined():
                 name for name in ("model", "optimizer", "pretrain") if getattr(one, name) != getattr(beside, name)
             ]
             assert changed and len(changed) < 3, part.name
+
+
+def test_the_whole_is_the_modern_experiment():
+    file = str(ROOT / "benchmarks" / "modern.toml")
+    recipe = "rules:--experiment=d12_modern"
+    runs = planned("--file", file, "--recipe", recipe, "--only", "whole", "rules", "--steps", "400")
+    by_rules, whole = (run.experiment for run in runs)
+    assert (whole.model, whole.pretrain) == (by_rules.model, by_rules.pretrain)
+    for field in dataclasses.fields(whole.optimizer):
+        own, found = (getattr(each.optimizer, field.name) for each in (whole, by_rules))
+        assert own == (pytest.approx(found, rel=0.005) if isinstance(found, float) else found), field.name
 
 
 def test_recipes_of_the_command_line():
@@ -252,6 +267,26 @@ def test_rates_seeds_and_lengths_share_a_program_and_the_rows(tmp_path):
     alone = [jaxchat_quality.Trainer(tmp_path / run.recipe)(run.experiment, run.at)["scores"] for run in runs]
     assert scores == alone and len({of_run[-1] for of_run in scores}) == 4
     assert traced.count("step") == 5
+
+
+def test_lengths_by_the_rules_share_a_program_too():
+    own = "--experiment=d12_modern", "--pretrain.batch-tokens=131072"
+    runs = [planned("--recipe", "a:", f"--steps={steps}", *own)[0].experiment for steps in (300, 900)]
+    assert jaxchat_quality.program(runs[0]) != jaxchat_quality.program(runs[1])
+    one, other = map(jaxchat_quality.by_matrix_rate, runs)
+    assert jaxchat_quality.program(one) == jaxchat_quality.program(other)
+    for given, shared in zip(runs, (one, other), strict=True):
+        rates = [peak_rates(each.optimizer, GPTConfig(depth=1), each.pretrain.lr_fraction) for each in (given, shared)]
+        assert rates[1] == pytest.approx(rates[0], rel=1e-5) and shared.optimizer.matrix_lr == 0.02
+        rates = muon_momentum(given.optimizer, given.pretrain.schedule, 300)(np.arange(300))
+        assert np.all(rates == muon_momentum(shared.optimizer, given.pretrain.schedule, 300)(np.arange(300)))
+
+
+def test_the_length_is_known_to_the_rules():
+    recipe = "short:--experiment=d12_modern --pretrain.batch-tokens=131072"
+    rates = [planned("--recipe", recipe, f"--steps={steps}")[0].experiment.optimizer for steps in (400, 800)]
+    assert rates[0].matrix_lr == pytest.approx(2**0.32 * rates[1].matrix_lr)
+    assert rates[0].muon_momentum < rates[1].muon_momentum
 
 
 def test_tokens_of_a_batch_that_grows(capsys):
