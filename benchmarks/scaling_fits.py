@@ -15,16 +15,20 @@ from typing import Any
 import numpy as np
 
 from jaxchat.planning.rules import BATCH_EXPONENT
-from jaxchat.recipes import RATE_BATCH_EXPONENT
+from jaxchat.recipes import RATE_BATCH_EXPONENT, RATE_TOKENS_EXPONENT
 
 Record = Mapping[str, Any]
-# Exponents as published: of the model and the tokens by Hoffmann et al. (2022), the others as in planning/rules.py.
+# Exponents as published: of the model and the tokens by Hoffmann et al. (2022), the others as in planning/rules.py and
+# recipes.py; by their rules, rates do not depend on the model.
 PUBLISHED = {
     "parameters against compute": 0.5,
     "tokens against compute": 0.5,
     "batch against tokens": BATCH_EXPONENT,
     "rate against batch": RATE_BATCH_EXPONENT,
+    "rate against tokens": RATE_TOKENS_EXPONENT,
+    "rate against parameters": 0.0,
 }
+VARIES = 1.2  # the largest of several numbers as a multiple of the smallest, at least
 
 
 def optimum(points: Iterable[tuple[float, float]]) -> dict[str, Any] | None:
@@ -65,6 +69,30 @@ def power_law(points: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
     return {"exponent": float(exponent), "factor": math.exp(log_factor), "error": error, "points": len(points)}
 
 
+def joint_law(points: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, Any]:
+    """y as a product of powers of `names`, by least squares of the logarithms: each one's law as of `power_law`.
+
+    A power is None for what hardly varies in the points, and all are if there are not more points than powers.
+    """
+    laws: dict[str, Any] = dict.fromkeys(names)
+    columns = {name: [point[name] for point in points] for name in names}
+    rows = [name for name, column in columns.items() if column and max(column) >= VARIES * min(column)]
+    if len(points) <= len(rows) or not rows:
+        return laws
+    logs = np.log([[point[name] for name in rows] for point in points])
+    matrix, y = np.column_stack([logs - logs.mean(0), np.ones(len(points))]), np.log([point["y"] for point in points])
+    found, _, rank, _ = np.linalg.lstsq(matrix, y)
+    if rank < matrix.shape[1]:
+        return laws
+    free = len(points) - rank
+    rest = y - matrix @ found
+    covariance = np.linalg.inv(matrix.T @ matrix) * (rest @ rest / free) if free else None
+    for number, name in enumerate(rows):
+        error = None if covariance is None else float(np.sqrt(covariance[number, number]))
+        laws[name] = {"exponent": float(found[number]), "error": error, "points": len(points)}
+    return laws
+
+
 def fits(records: Iterable[Record]) -> dict[str, Any]:
     """The optima and the power laws through those that lie inside of what was tried."""
     records = [record for record in records if record["bpb"] is not None and math.isfinite(record["bpb"])]
@@ -86,18 +114,24 @@ def fits(records: Iterable[Record]) -> dict[str, Any]:
     for (flops, depth, batch), same in sorted(of_a_batch.items()):
         found = optimum((record["rate"], record["bpb"]) for record in same)
         assert found, "there are records"
-        rates.append({"flops": flops, "depth": depth, "batch_tokens": batch, **found})
+        tokens = sum(record["tokens"] for record in same) / len(same)
+        of_run = {"batch": batch, "tokens": tokens, "parameters": same[0]["parameters"]}
+        rates.append({"flops": flops, "depth": depth, "batch_tokens": batch, **of_run, **found})
     laws = {
         "parameters against compute": [
             (b["flops"], b["parameters"]["x"]) for b in budgets if b["parameters"]["inside"]
         ],
         "tokens against compute": [(b["flops"], b["tokens"]["x"]) for b in budgets if b["tokens"]["inside"]],
         "batch against tokens": [(b["tokens"], b["x"]) for b in batches if b["inside"]],
-        "rate against batch": [(r["batch_tokens"], r["x"]) for r in rates if r["inside"]],
     }
+    of_rates = joint_law(
+        [rate | {"y": rate["x"]} for rate in rates if rate["inside"]], ("batch", "tokens", "parameters")
+    )
+    found = {name: power_law(points) for name, points in laws.items()}
+    found |= {f"rate against {name}": law for name, law in of_rates.items()}
     return {
         **{"budgets": budgets, "batches": batches, "rates": rates},
-        "laws": {name: {"published": PUBLISHED[name], "fit": power_law(points)} for name, points in laws.items()},
+        "laws": {name: {"published": PUBLISHED[name], "fit": fit} for name, fit in found.items()},
     }
 
 

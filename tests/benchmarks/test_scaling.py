@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scaling
 import scaling_fits
@@ -56,14 +57,37 @@ def test_power_laws():
     assert noisy["exponent"] == pytest.approx(0, abs=1e-9) and noisy["error"] > 0.05
 
 
+def test_a_law_of_several():
+    rng = np.random.default_rng(0)
+    points = [{"a": a, "b": b, "c": 7.0 + i / 100, "y": 3 * a**0.5 * b**-0.3}
+              for i, (a, b) in enumerate(np.exp(rng.uniform(0, 5, (6, 2))))]  # fmt: skip
+    found = scaling_fits.joint_law(points, ("a", "b", "c"))
+    assert found["a"]["exponent"] == pytest.approx(0.5) and found["b"]["exponent"] == pytest.approx(-0.3)
+    assert found["a"]["error"] == pytest.approx(0, abs=1e-6) and found["c"] is None  # it hardly varies
+    noise = rng.normal(0, 0.1, 40)
+    noisy = [{"a": math.exp(i / 10), "y": math.exp(0.7 * i / 10 + e)} for i, e in enumerate(noise)]
+    of_noisy, alone = (
+        scaling_fits.joint_law(noisy, ["a"])["a"],
+        scaling_fits.power_law([(p["a"], p["y"]) for p in noisy]),
+    )
+    assert alone is not None and of_noisy == pytest.approx({name: alone[name] for name in of_noisy})
+    assert scaling_fits.joint_law(points[:2], ("a", "b")) == {"a": None, "b": None}
+    twice = [point | {"b": point["a"] ** 2} for point in points]
+    assert scaling_fits.joint_law(twice, ("a", "b")) == {"a": None, "b": None}, "they cannot be told apart"
+    assert scaling_fits.joint_law([], ["a"]) == {"a": None}
+
+
 def known_runs():
-    """Runs whose best model grows with compute to the 0.45, batch with tokens to 0.3, rate with the batch to 0.6."""
+    """Runs whose best model grows with compute to the 0.45, batch with tokens to 0.3, rate with the batch to 0.6.
+
+    The rate falls with the tokens to the power of 0.2.
+    """
     sizes, batches, rates = (3e6, 1e7, 3e7, 1e8, 3e8), (2**15, 2**17, 2**19, 2**21), (0.002, 0.01, 0.05)
     for flops, (depth, size), batch, rate in itertools.product((1e17, 1e18, 1e19), enumerate(sizes), batches, rates):
         tokens = flops / 6 / size
         model = math.log(size / (0.15 * flops**0.45)) ** 2
         of_batch = math.log(batch / (600 * tokens**0.3)) ** 2
-        of_rate = math.log(rate / (0.01 * (batch / 2**18) ** 0.6)) ** 2
+        of_rate = math.log(rate / (0.01 * (batch / 2**18) ** 0.6 * (tokens / 1e10) ** -0.2)) ** 2
         yield {
             **{"flops": flops, "depth": depth, "parameters": size, "batch_tokens": batch, "tokens": tokens},
             **{"rate": rate, "lr_fraction": rate / 0.02, "steps": 100},
@@ -75,7 +99,8 @@ def test_the_fits_find_the_exponents_of_known_runs(tmp_path):
     records = [*known_runs(), {**next(known_runs()), "bpb": None}]
     found = scaling_fits.fits(records)
     laws = {name: law["fit"] for name, law in found["laws"].items()}
-    assert laws["rate against batch"]["exponent"] == pytest.approx(0.6, abs=1e-6)
+    for name, exponent in {"batch": 0.6, "tokens": -0.2, "parameters": 0.0}.items():
+        assert laws[f"rate against {name}"]["exponent"] == pytest.approx(exponent, abs=1e-6)
     # The best of the other grids is only near their optimum, which moves the parabola's a little.
     assert laws["parameters against compute"]["exponent"] == pytest.approx(0.45, abs=0.06)
     assert laws["batch against tokens"]["exponent"] == pytest.approx(0.3, abs=0.06)
