@@ -24,6 +24,7 @@ from jaxchat.ops.few_rows import after_attention, between_attentions, norm_produ
 from jaxchat.ops.mlp import add_mlp
 from jaxchat.ops.norm import norm_branch, rms_norm
 from jaxchat.ops.pages import Pages, Place, attend_pages, new_pages, write_pages
+from jaxchat.ops.product_chain import new_counters
 from jaxchat.ops.qkv import norm_qkv
 from jaxchat.ops.residual import add_values, back_out, bigram_index, mix, smear
 from jaxchat.ops.rope import rope_tables
@@ -158,7 +159,8 @@ def _read(
     mixed = attend_pages(q, pages, place, window, scale).reshape(1, rows * count, -1)
     if last:
         at = jnp.arange(rows) * count + _last(place)
-        return after_attention(x[0, at], mixed[0, at], weights.o, weights.up, weights.down), pages
+        matrices = weights.o, weights.up, weights.down
+        return after_attention(x[0, at], mixed[0, at], *matrices, new_counters(1), 0)[0], pages
     x = add_mlp(add_product(x, mixed, weights.o), weights.up, weights.down)
     return x.reshape(rows, count, width), pages
 
@@ -179,7 +181,7 @@ def _steps(
     beside: list[tuple[Values, Scaled]],
 ) -> tuple[Float[Array, "R D"], list[Pages]]:
     """All blocks over one token of each row. In `beside` these are one row of R tokens."""
-    heads, new, middle = None, [], x
+    heads, new, middle, counters = None, [], x, new_counters(config.depth)
     for i, (window, of_layer) in enumerate(zip(config.windows, pages, strict=True)):
         values, scaled = beside[i]
         if heads is None:
@@ -192,9 +194,9 @@ def _steps(
         weights = _Weights.of(params["blocks"][str(i)])
         operands = x, mixed, weights.o, weights.up, weights.down
         if i + 1 < len(pages) and beside[i + 1][1] is None and not isinstance(joint[i + 1], tuple):
-            x, heads = between_attentions(*operands, joint[i + 1])
+            x, heads, counters = between_attentions(*operands, joint[i + 1], counters, i)
         else:
-            x, heads = after_attention(*operands), None
+            heads, (x, counters) = None, after_attention(*operands, counters, i)
         if i == config.depth // 2:
             middle = x
     return _backed_out(config, params, x, middle), new

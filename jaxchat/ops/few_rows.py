@@ -1,39 +1,22 @@
 """Matrix products of a few rows, for generation: what counts is how fast the weights come from memory.
 
 All products between the attention of two layers are one operation, so that a kernel can load weights of the next one
-while it computes.
-
-The Hopper kernel is written in Pallas for Mosaic GPU. A block of three warpgroups (128 threads each) stays on each
-multiprocessor. In each product it computes `WIDE` columns of the result, or none; where the inner dimension is long,
-several blocks share the columns, and the last of them adds up. One warpgroup loads weights into a ring of slots of
-shared memory, as far ahead as there are slots; one loads rows, when the product before has left them in memory; one
-multiplies. With so few rows tensor cores have little to do.
+while it computes. Its counters are cleared once a step, for all layers.
 """
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxchat.devices.gpu import multiprocessors
 from jaxchat.ops.dispatch import Level, on_one_device, operation
 from jaxchat.ops.linear import Quantized, products
-from jaxchat.ops.lowering import lowered_once
-from jaxchat.ops.norm import NORM_EPS, rms_norm
+from jaxchat.ops.norm import rms_norm
+from jaxchat.ops.product_chain import DEPTH, MOST_ROWS, WIDE, Counters, Product, product_chain
 
-MOST_ROWS = 64  # that a warpgroup finishes at once; beyond that, cuBLAS and XLA's own kernels are as fast
-DEPTH, WIDE = 128, 64  # rows and columns of the part of a weight that a slot holds
-RING = 170 << 10  # bytes of the slots
 PARTS = {"o": 1, "up": 1, "down": 4, "joint": 1}  # blocks that share columns, at most, in each product
-WEIGHTS, INPUTS, PRODUCTS = range(3)  # the warpgroups
 
 
 @operation
@@ -49,10 +32,16 @@ def after_attention(
     o: Float[Array, "A D"] | Quantized,
     up: Float[Array, "D F"] | Quantized,
     down: Float[Array, "F D"] | Quantized,
-) -> Float[Array, "R D"]:
-    """The residual stream after a block: x + mixed @ o, to which the MLP of its norm is added."""
+    counters: Counters,
+    layer: int | Int[Array, ""],
+) -> tuple[Float[Array, "R D"], Counters]:
+    """The residual stream after a block: x + mixed @ o, to which the MLP of its norm is added.
+
+    `counters` are those of `new_counters` or from another layer of the step, and are for the next one then. Each layer
+    has a number of its own, from 0.
+    """
     x = x + products(mixed[:, None], o)[0][:, 0]
-    return x + products(jnp.square(jax.nn.relu(norm_product.formula(x, up)))[:, None], down)[0][:, 0]
+    return x + products(jnp.square(jax.nn.relu(norm_product.formula(x, up)))[:, None], down)[0][:, 0], counters
 
 
 @operation
@@ -63,10 +52,12 @@ def between_attentions(
     up: Float[Array, "D F"] | Quantized,
     down: Float[Array, "F D"] | Quantized,
     joint: Float[Array, "D J"] | Quantized,
-) -> tuple[Float[Array, "R D"], Float[Array, "R J"]]:
+    counters: Counters,
+    layer: int | Int[Array, ""],
+) -> tuple[Float[Array, "R D"], Float[Array, "R J"], Counters]:
     """`after_attention`, and the `norm_product` of the next block's queries, keys and values."""
-    x = after_attention.formula(x, mixed, o, up, down)
-    return x, norm_product.formula(x, joint)
+    x, counters = after_attention.formula(x, mixed, o, up, down, counters, layer)
+    return x, norm_product.formula(x, joint), counters
 
 
 # --- Hopper -----------------------------------------------------------------------------------------------------------
@@ -91,306 +82,29 @@ def _fits(x: Array, *weights: Array | Quantized) -> bool:
 @norm_product.kernel(Level.HOPPER, accepts=_fits)
 @jax.jit  # traced once for all layers and programs: it is long
 def _(x, weight):
-    return _chain([x], [weight], [_Product.of(weight, "joint", source=0, normed=True)], squares_of(x))[0]
+    return product_chain([x], [weight], [Product.of(weight, source=0, normed=True)])[0]
 
 
-@after_attention.kernel(Level.HOPPER, accepts=lambda x, _, *weights: _fits(x, *weights))
+@after_attention.kernel(Level.HOPPER, accepts=lambda x, _, *rest: _fits(x, *rest[:-2]))
 @jax.jit
-def _(x, mixed, o, up, down):
-    return _chain([x, mixed], [o, up, down], _block_products(x, mixed, o, up, down))[2]
+def _(x, mixed, o, up, down, counters, layer):
+    chain = _block_products(o, up, down)
+    *_, x, counters = product_chain([x, mixed], [o, up, down], chain, counters, layer)
+    return x, counters
 
 
-@between_attentions.kernel(Level.HOPPER, accepts=lambda x, _, *weights: _fits(x, *weights))
+@between_attentions.kernel(Level.HOPPER, accepts=lambda x, _, *rest: _fits(x, *rest[:-2]))
 @jax.jit
-def _(x, mixed, o, up, down, joint):
-    last = _Product.of(joint, "joint", source=4, normed=True)
-    return tuple(_chain([x, mixed], [o, up, down, joint], [*_block_products(x, mixed, o, up, down), last])[2:])
+def _(x, mixed, o, up, down, joint, counters, layer):
+    chain = [*_block_products(o, up, down), Product.of(joint, PARTS["joint"], source=4, normed=True)]
+    *_, x, heads, counters = product_chain([x, mixed], [o, up, down, joint], chain, counters, layer)
+    return x, heads, counters
 
 
-def _block_products(x: Array, mixed: Array, o: Array, up: Array, down: Array) -> list[_Product]:
+def _block_products(o: Array, up: Array, down: Array) -> list[Product]:
     """The products after attention. Arrays are numbered: x, mixed, and the results in their order."""
     return [
-        _Product.of(o, "o", source=1, beside=0),
-        _Product.of(up, "up", source=2, normed=True, squared=True),
-        _Product.of(down, "down", source=3, beside=2),
+        Product.of(o, PARTS["o"], source=1, beside=0),
+        Product.of(up, PARTS["up"], source=2, normed=True, squared=True),
+        Product.of(down, PARTS["down"], source=3, beside=2),
     ]
-
-
-@dataclass(frozen=True)
-class _Product:
-    """One product of the chain: array number `source` times a weight.
-
-    Attributes:
-      parts: of the inner dimension, for blocks of their own.
-      normed: the source is normed before: each row of the result is divided by its rms.
-      squared: ReLU² follows.
-      beside: the number of an array that is added.
-    """
-
-    inner: int
-    columns: int
-    parts: int
-    source: int
-    normed: bool = False
-    squared: bool = False
-    beside: int | None = None
-
-    @classmethod
-    def of(cls, weight: Array, name: str, **settings: Any) -> _Product:
-        """The product with a matrix of the block, whose name tells how many parts it has."""
-        inner, columns = weight.shape
-        parts = max(
-            n for n in range(1, PARTS[name] + 1)
-            if inner % (n * DEPTH) == 0 and n * (columns // WIDE) <= multiprocessors()
-        )  # fmt: skip
-        return cls(inner, columns, parts, **settings)
-
-    @property
-    def tiles(self) -> int:
-        return self.columns // WIDE
-
-    @property
-    def steps(self) -> int:
-        return self.inner // self.parts // DEPTH
-
-
-def squares_of(x: Float[Array, "R D"]) -> Float[Array, "1 present"]:
-    """The sums of squares that the norm of an input needs; for up to 8 or any multiple of 8 rows."""
-    wide = x.astype(jnp.float32)
-    return jnp.pad(jnp.sum(wide * wide, axis=1), (0, _present(len(x)) - len(x)))[None]
-
-
-def _present(rows: int) -> int:
-    """Rows that are loaded and multiplied: the tensor cores take multiples of 8."""
-    return -(-rows // 8) * 8
-
-
-def _chain(
-    inputs: list[Array], weights: list[Array], chain: list[_Product], squares: Array | None = None
-) -> list[Array]:
-    """The results of all products. `squares` are those of the first input, if it is normed."""
-    rows, dtype = len(inputs[0]), inputs[0].dtype
-    present = _present(rows)
-    stages = RING // (2 * DEPTH * (present + WIDE))
-    of_norms = [] if squares is None else [squares]
-    results = [jax.ShapeDtypeStruct((rows, product.columns), dtype) for product in chain]
-    more, normed, sums = [], {}, {}
-    for number, product in enumerate(chain):
-        if product.normed and product.source >= len(inputs):
-            source = product.source - len(inputs)
-            normed[source] = len(more)
-            more.append(jax.ShapeDtypeStruct((chain[source].tiles, MOST_ROWS), jnp.float32))
-        if product.parts > 1:
-            sums[number] = len(more)
-            more.append(jax.ShapeDtypeStruct((product.parts - 1, product.columns, present), jnp.float32))
-    semaphores = len(chain) + sum(product.tiles for product in chain if product.parts > 1)
-
-    def run(*refs):
-        refs = list(refs)
-        into, matrices, norms, out, extra = (
-            [refs.pop(0) for _ in range(count)] for count in map(len, (inputs, weights, of_norms, results, more))
-        )
-        squares_refs = {len(inputs) + number: extra[at] for number, at in normed.items()} | dict(enumerate(norms))
-        sums_refs = {number: extra[at] for number, at in sums.items()}
-        done = pl.get_global(plgpu.SemaphoreType.REGULAR((semaphores,)))
-
-        def work(**memory):
-            _Block(chain, present, stages, [*into, *out], squares_refs, sums_refs, done, len(into), **memory).work(
-                matrices
-            )
-
-        pl.run_scoped(
-            work,
-            left=_shared((stages, present, DEPTH), dtype),
-            right=_shared((stages, DEPTH, WIDE), dtype),
-            side=_shared((MOST_ROWS, WIDE), dtype),
-            kept=_shared((MOST_ROWS, WIDE), dtype),
-            loaded=plgpu.Barrier(num_barriers=stages, num_arrivals=2),
-            free=plgpu.Barrier(num_barriers=stages),
-            ready=plgpu.Barrier(),
-            collective_axes="group",
-        )
-
-    call = plgpu.kernel(
-        run,
-        out_type=[*results, *more],
-        grid=(multiprocessors(),),
-        grid_names=("blocks",),
-        num_threads=3,
-        thread_name="group",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
-    )
-    return lowered_once(call, [*inputs, *weights, *of_norms], "mosaic_gpu_v2")[: len(chain)]
-
-
-def _load(ref: Any) -> Array:
-    """Numbers from memory, as each thread needs them."""
-    return plgpu.load(ref, optimized=False)  # pyright: ignore[reportCallIssue] (from JAX 0.11 on)
-
-
-def _shared(shape: tuple[int, ...], dtype: Any):
-    """Shared memory, laid out as the tensor cores and the copy engine want rows of 64 numbers of 16 bits."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
-
-
-class _Block:
-    """One block at work: arrays in memory; the ring and the barriers in shared memory.
-
-    `done` counts the tiles of each product that are in memory and, after those, the parts of each product's shared
-    tiles, one product after the other.
-    """
-
-    def __init__(
-        self, chain, present, stages, arrays, squares, sums, done, inputs,
-        *, left, right, side, kept, loaded, free, ready,
-    ):  # fmt: skip
-        self.chain, self.present, self.stages, self.arrays = chain, present, stages, arrays
-        self.squares, self.sums, self.done, self.inputs = squares, sums, done, inputs
-        self.left, self.right, self.side, self.kept = left, right, side, kept
-        self.loaded, self.free, self.ready = loaded, free, ready
-        # More rows than there are, from 0: the others read as zeros, and are not written.
-        self.rows = pl.ds(lax.axis_index("blocks") * 0, present)
-
-    def work(self, weights) -> None:
-        group, block, blocks = lax.axis_index("group"), lax.axis_index("blocks"), multiprocessors()
-
-        @pl.when(group == PRODUCTS)
-        def _():
-            plgpu.set_max_registers(232, action="increase")
-
-        @pl.when(group != PRODUCTS)
-        def _():
-            plgpu.set_max_registers(40, action="decrease")
-
-        first, offset = jnp.int32(0), 0
-        for number, (product, weight) in enumerate(zip(self.chain, weights, strict=True)):
-            unit = lax.rem(block + (blocks - offset), blocks)  # so that all products begin with idle blocks
-            units = product.tiles * product.parts
-
-            @pl.when(unit < units)
-            def _(number=number, product=product, weight=weight, first=first, unit=unit):
-                tile, part = lax.rem(unit, product.tiles), lax.div(unit, product.tiles)
-                column = pl.ds(tile * WIDE, WIDE)
-
-                @pl.when(group == WEIGHTS)
-                def _():
-                    self.load_weights(product, weight, first, part, column)
-
-                @pl.when(group == INPUTS)
-                def _():
-                    self.wait_for(number - 1)
-                    self.load_rows(product, first, part, column)
-
-                @pl.when(group == PRODUCTS)
-                def _():
-                    self.multiply(number, product, first, tile, part, column)
-
-            first = first + jnp.where(unit < units, product.steps, 0)
-            offset = (offset + units) % blocks
-
-    def wait_for(self, number: int) -> None:
-        """Returns when all of a product is in memory."""
-        if number >= 0:
-            tiles = self.chain[number].tiles
-            plgpu.semaphore_wait(self.done.at[number], tiles, decrement=False, memory_scope="gpu")
-
-    def steps(self, product: _Product, first, part, load) -> None:
-        """Calls load(slot, rows of the weight) for each step, when the slot is free."""
-
-        @pl.loop(0, product.steps)
-        def _(k):
-            slot = lax.rem(first + k, self.stages)
-
-            @pl.when(first + k >= self.stages)
-            def _():
-                plgpu.barrier_wait(self.free.at[slot])
-
-            load(slot, pl.ds((part * product.steps + k) * DEPTH, DEPTH))
-
-    def load_weights(self, product: _Product, weight, first, part, column) -> None:
-        def load(slot, inner):
-            plgpu.copy_gmem_to_smem(weight.at[inner, column], self.right.at[slot], self.loaded.at[slot])
-
-        self.steps(product, first, part, load)
-
-    def load_rows(self, product: _Product, first, part, column) -> None:
-        source = self.arrays[product.source]
-
-        def load(slot, inner):
-            plgpu.copy_gmem_to_smem(source.at[self.rows, inner], self.left.at[slot], self.loaded.at[slot])
-
-        self.steps(product, first, part, load)
-        if product.beside is not None:
-            own = self.side.at[pl.ds(0, self.present)]
-            plgpu.copy_gmem_to_smem(self.arrays[product.beside].at[self.rows, column], own, self.ready)
-
-    def multiply(self, number, product: _Product, first, tile, part, column) -> None:
-        scale = None
-        if product.normed:
-            self.wait_for(number - 1)
-            squares = self.squares[product.source]
-            present = pl.ds(0, self.present)
-            parts = [_load(squares.at[i, present]) for i in range(squares.shape[0])]
-            scale = lax.rsqrt(functools.reduce(jnp.add, parts) / product.inner + NORM_EPS)
-        accumulator = plgpu.ACC((WIDE, self.present), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
-        total = pl.run_scoped(functools.partial(self.add_up, product, first), accumulator)
-        if scale is not None:
-            total = total * lax.broadcast_in_dim(scale, total.shape, [1])
-        if product.beside is not None:
-            plgpu.barrier_wait(self.ready)
-        last = product.parts - 1
-        if last == 0:
-            self.finish(number, product, total, tile, column)
-            return
-        before = sum(other.tiles for other in self.chain[:number] if other.parts > 1)
-        sums, added = self.sums[number], self.done.at[len(self.chain) + before + tile]
-
-        @pl.when(part < last)
-        def _():
-            sums.at[part, column][...] = total
-            plgpu.semaphore_signal(added, memory_scope="gpu")
-
-        @pl.when(part == last)
-        def _():
-            plgpu.semaphore_wait(added, last, decrement=False, memory_scope="gpu")
-            others = [_load(sums.at[i, column]) for i in range(last)]
-            self.finish(number, product, functools.reduce(jnp.add, others, total), tile, column)
-
-    def add_up(self, product: _Product, first, acc):
-        """The product, transposed: what the tensor cores take 64 rows of are the columns of the weight."""
-
-        def step(k, last):
-            slot = lax.rem(first + k, self.stages)
-            plgpu.barrier_wait(self.loaded.at[slot])
-            plgpu.wgmma(acc, self.right.at[slot].transpose((1, 0)), self.left.at[slot].transpose((1, 0)))
-            plgpu.wgmma_wait(1)  # the product before this one has read its operands
-
-            @pl.when(k > 0)
-            def _():
-                plgpu.barrier_arrive(self.free.at[last])
-
-            return slot
-
-        last = lax.fori_loop(0, product.steps, step, jnp.int32(0))
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(self.free.at[last])
-        return acc[...]
-
-    def finish(self, number, product: _Product, total, tile, column) -> None:
-        present = pl.ds(0, self.present)
-        if product.squared:
-            total = jnp.square(jnp.maximum(total, 0.0))
-        self.kept.at[present].transpose((1, 0))[...] = total.astype(self.kept.dtype)
-        plgpu.commit_smem()
-        squares = self.squares.get(self.inputs + number)
-        # All rows of shared memory: what is in those that are not present goes nowhere.
-        if product.beside is not None:
-            self.kept[...] = self.kept[...] + self.side[...]
-        if squares is not None:
-            own = self.kept[...].astype(jnp.float32)
-            squares[tile] = jnp.sum(own * own, axis=1)
-        if product.beside is not None:
-            plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(self.kept.at[present], self.arrays[self.inputs + number].at[self.rows, column])
-        plgpu.wait_smem_to_gmem(0)
-        plgpu.semaphore_signal(self.done.at[number], memory_scope="gpu")

@@ -8,6 +8,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +20,17 @@ from jaxtyping import Array
 from jaxchat.devices.gpu import multiprocessors
 
 
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+# What kernels are made with: JAX, and all operations as they were when this process imported them.
+CODE = f"{jax.__version__} {jaxlib.__version__} {_digest(Path(__file__).parent)}"  # pyright: ignore[reportPrivateImportUsage]
+
+
 def lowered_once(call: Callable, operands: Sequence[Array], target: str) -> Any:
     """Runs call(*operands), where `call` is a kernel that is slow to lower to the custom call `target`.
 
@@ -28,7 +40,7 @@ def lowered_once(call: Callable, operands: Sequence[Array], target: str) -> Any:
     runs in the end is most likely the kernel for one device's part, of another shape.
     """
     jaxpr = jax.make_jaxpr(call)(*operands)
-    made_for = jax.__version__, jaxlib.__version__, multiprocessors(), jaxpr  # pyright: ignore[reportPrivateImportUsage]
+    made_for = CODE, multiprocessors(), jaxpr
     key = hashlib.sha256(" ".join(map(str, made_for)).encode()).hexdigest()
     if _shared.get() and jax.device_count() > 1:
         return _deferred.setdefault(key, jax.jit(call))(*operands)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
-import jaxlib
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxchat.ops.lowering import shared_arrays
+from jaxchat.ops.lowering import CODE, shared_arrays
 
 
 def partitioned(rule: str, whole: tuple[str, ...] = (), summed: tuple[str, ...] = ()) -> Callable:
@@ -61,7 +59,7 @@ def partitioned(rule: str, whole: tuple[str, ...] = (), summed: tuple[str, ...] 
             # A program for several devices contains only the memory address of this function, and `keep_compiled` has
             # JAX leave addresses out of the key to the programs it keeps. So that a changed kernel is not mistaken for
             # the old one, the code's digest goes into the name of a function around the call: names are in the key.
-            text = f"{_CODE} {settings} {jax.make_jaxpr(whole_call)(*arrays)}"
+            text = f"{CODE} {settings} {jax.make_jaxpr(whole_call)(*arrays)}"
             around = functools.partial(wrapped)
             around.__name__ = f"{call.__name__}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"  # pyright: ignore[reportAttributeAccessIssue]
             return jax.jit(around)(*arrays)
@@ -95,14 +93,3 @@ def _split_axes(
 
 def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-
-
-def _digest(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-# What a device's part is computed with: JAX, and all operations as they were when this process imported them.
-_CODE = f"{jax.__version__} {jaxlib.__version__} {_digest(Path(__file__).parent)}"  # pyright: ignore[reportPrivateImportUsage]

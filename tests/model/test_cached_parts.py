@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxchat.infer.quantized import quantize, stored
+from jaxchat.model import generation
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.generation import embedded, init_pages, join_qkv, paged_hidden, reads_previous
 from jaxchat.model.gpt import hidden_states, init_params, logits
@@ -201,3 +202,30 @@ def test_rounded_weights_go_through_the_cache_too(model):
     tokens, ends = tokens_of(2, 56), [18, 36, 37, 38, 56]
     expected = scores_of(ALL, exact, jax.jit(hidden_states, static_argnums=0)(ALL, exact, tokens))
     close(in_pieces(ALL, rounded, tokens, ends, joint=join_qkv(rounded)), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, joined", [("attention_scale", True), ("attention_scale", False), ("all", True)])
+def test_each_layer_of_a_step_has_counters_of_its_own(model, monkeypatch, name, joined):
+    config, seen = CONFIGS[name], []
+    params, _ = model(config)
+
+    def record(operation):
+        run = getattr(generation, operation)
+
+        def recorded(*operands):
+            *results, counters = run(*operands)
+            seen.append((operation, operands[-1], len(counters), int(counters[0, 0])))
+            return *results, counters + 1
+
+        monkeypatch.setattr(generation, operation, recorded)
+
+    record("after_attention")
+    record("between_attentions")
+    place = Place(jnp.arange(2)[:, None], jnp.array([3, 5]), jnp.ones(2, jnp.int32))
+    joint = join_qkv(params) if joined else None
+    paged_hidden(config, params, tokens_of(2, 1), place, init_pages(config, 2), joint=joint, before=jnp.array([1, 2]))
+    # All in one array, which each layer gets from the one before, and no number twice.
+    assert [call[1:] for call in seen] == [(layer, config.depth, layer) for layer in range(config.depth)]
+    fused = joined and not config.residual_scales
+    kinds = ["between_attentions" if fused else "after_attention"] * (config.depth - 1) + ["after_attention"]
+    assert [call[0] for call in seen] == kinds

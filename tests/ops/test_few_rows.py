@@ -1,6 +1,9 @@
 """Products of a few rows: their formulas against NumPy, and the kernel against the formulas where there is a Hopper GPU
 (`JAX_PLATFORMS=cuda pytest tests/ops`). Elsewhere this version of JAX lowers the kernel, which is not run."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +16,7 @@ from jaxchat.devices.mesh import make_mesh
 from jaxchat.ops import dispatch, few_rows
 from jaxchat.ops.dispatch import Level
 from jaxchat.ops.few_rows import after_attention, between_attentions, norm_product
+from jaxchat.ops.product_chain import COUNTERS, new_counters
 
 HOPPER = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 
@@ -37,10 +41,36 @@ def test_the_formulas():
     x, mixed, o, up, down, joint = (np.asarray(array, np.float64) for array in arrays)
     between = x + mixed @ o
     after = between + np.maximum(norm(between) @ up, 0) ** 2 @ down
+    counters = new_counters(1)
     np.testing.assert_allclose(norm_product(arrays[0], arrays[5]), norm(x) @ joint, atol=1e-5)
-    np.testing.assert_allclose(after_attention(*arrays[:5]), after, atol=1e-5)
-    for got, expected in zip(between_attentions(*arrays), (after, norm(after) @ joint), strict=True):
+    got, same = after_attention(*arrays[:5], counters, 0)
+    assert same is counters
+    np.testing.assert_allclose(got, after, atol=1e-5)
+    *results, same = between_attentions(*arrays, counters, 0)
+    assert same is counters
+    for got, expected in zip(results, (after, norm(after) @ joint), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def layers(x, mixed, o, up, down, joint, shared=True):
+    """Four layers, of which the third is not between two attentions, and their counters."""
+    counters, results = new_counters(4), []
+    for layer in range(4):
+        if not shared:
+            counters, layer = new_counters(1), 0
+        if len(results) == 4:
+            x, counters = after_attention(x, mixed, o, up, down, counters, layer)
+            heads = norm_product(x, joint)
+        else:
+            x, heads, counters = between_attentions(x, mixed, o, up, down, joint, counters, layer)
+        mixed = heads[:, : mixed.shape[1]]
+        results += [x, heads]
+    return results, counters
+
+
+def steps(*given):
+    """Two steps, each with counters that its layers share."""
+    return jax.lax.scan(lambda carry, _: (carry, layers(*carry)), given, length=2)[1]
 
 
 @pytest.mark.gpu
@@ -51,17 +81,37 @@ def test_the_formulas():
 )
 def test_the_kernel(rows, width, attention, hidden, heads):
     arrays = operands(rows, width, attention, hidden, heads, jnp.bfloat16)
-    for operation, given in (
-        (norm_product, (arrays[0], arrays[5])), (after_attention, arrays[:5]), (between_attentions, arrays),
+    for operation, given, more in (
+        (norm_product, (arrays[0], arrays[5]), ()), (after_attention, arrays[:5], (new_counters(1), 0)),
+        (between_attentions, arrays, (new_counters(3), 2)),
     ):  # fmt: skip
-        assert operation.choose(*given) is not operation.formula
-        results = jax.tree.leaves(jax.jit(operation)(*given))
-        formula = jax.tree.leaves(operation.formula(*(array.astype(jnp.float32) for array in given)))
+        assert operation.choose(*given, *more) is not operation.formula
+
+        def floats(results):
+            return [array for array in jax.tree.leaves(results) if array.dtype != jnp.int32]
+
+        results = floats(jax.jit(operation)(*given, *more))
+        formula = floats(operation.formula(*(array.astype(jnp.float32) for array in given), *more))
         for got, expected in zip(results, formula, strict=True):
             largest = float(jnp.max(jnp.abs(expected)))
             np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=0.02 * largest)
-        again = jax.tree.leaves(jax.jit(operation)(*given))
+        again = floats(jax.jit(operation)(*given, *more))
         assert all(bool(jnp.all(one == other)) for one, other in zip(results, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(capability() != 9.0, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("rows", [1, 32])
+def test_layers_that_share_counters(rows):
+    given = operands(rows, 1280, 1280, 5120, 3840, jnp.bfloat16)
+    results, counters = jax.jit(steps)(*given)
+    alone, _ = jax.jit(functools.partial(layers, shared=False))(*given)
+    for step in range(2):
+        for number, expected in enumerate(alone):
+            np.testing.assert_array_equal(results[number][step], expected, err_msg=f"{step}, {number}")
+        tiles = counters[step, :, :3].tolist()
+        assert tiles == [[20, 80, 20], [20, 80, 20], [20, 80, 0], [20, 80, 20]]  # nobody waits for the last product
+        assert int(counters[step, :, 3:].max()) == 3  # the parts of down that its last part waits for
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="this JAX cannot lower the kernel")
@@ -72,18 +122,24 @@ def test_the_kernel_is_lowered(monkeypatch, rows, parts):
     jax.clear_caches()  # of traces with other parts
     arrays = operands(rows, 256, 256, 1024, 768, jnp.bfloat16)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=HOPPER)):
-        lowered = jax.jit(lambda *given: between_attentions(*given)).trace(*arrays).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("mosaic_gpu_v2") == 1
+        text = jax.jit(steps).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "@mosaic_gpu_v2(" in line]
+    # The three kernels. Those that count do so in memory that they get and pass on.
+    assert len({kernel for call in calls for kernel in re.findall('kernel_hash = "(.*?)", module', call)}) == 3
+    assert [f"tensor<4x{COUNTERS}xi32>)" in call for call in calls] == [
+        "output_operand_aliases = [#" in c for c in calls
+    ]
+    assert sum("output_operand_aliases = [#" not in call for call in calls) == 1  # norm_product's
 
 
 def test_what_the_kernel_does_not_take(monkeypatch):
     monkeypatch.setattr(dispatch, "highest_level", lambda *_, **__: Level.HOPPER)
     monkeypatch.setattr("jaxchat.ops.few_rows.multiprocessors", lambda: 132)
     few = operands(2, 256, 256, 1024, 768, jnp.bfloat16)
-    assert between_attentions.choose(*few) is not between_attentions.formula
+    assert between_attentions.choose(*few, new_counters(1), 0) is not between_attentions.formula
     for rows, width, hidden in ((65, 256, 1024), (2, 192, 1024), (2, 256, 133 * 64)):
         given = operands(rows, width, 256, hidden, 768, jnp.bfloat16)
-        assert between_attentions.choose(*given) is between_attentions.formula
+        assert between_attentions.choose(*given, new_counters(1), 0) is between_attentions.formula
 
 
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
@@ -94,7 +150,7 @@ def test_weights_that_are_split_over_devices_stay_with_the_compiler(monkeypatch)
     chosen = []
 
     def choose(*arrays):
-        chosen.append(between_attentions.choose(*arrays) is not between_attentions.formula)
+        chosen.append(between_attentions.choose(*arrays, new_counters(1), 0) is not between_attentions.formula)
         return arrays
 
     for tensor, kernel in ((1, True), (2, False)):

@@ -20,7 +20,7 @@ from jaxchat.ops import norm, partition, triton
 
 triton.INTERPRET = True
 norm.NORM_EPS = float(sys.argv[1])
-partition._CODE += sys.argv[2]
+partition.CODE += sys.argv[2]
 keep_compiled()
 hits, compiled = [], []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None)
