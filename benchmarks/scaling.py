@@ -9,9 +9,9 @@
 
 Each run is a pretraining as launch.py does it, as long as its budget of FLOPs allows, evaluated at its end on 2,097,152
 tokens. Options of launch.py may follow the benchmark's own. With rules, as d12_modern has them and --rules=nanochat
-sets them, the rates follow from batch and tokens; --rates are factors on them. A run with few steps says nothing of a long
-training: those under --fewest-steps are left out. Nor does one that reads a little text over and over say what more
-text teaches: --most-tokens leaves those out.
+sets them, the rates follow from batch and tokens; --rates are factors on them. A run with few steps says nothing of a
+long training: those under --fewest-steps are left out. Nor does one that reads a little text over and over say what
+more text teaches: --most-tokens leaves those out.
 
 The smallest budgets come first, and of each the first batch with all depths, so that a grid that is cut off is of use.
 All runs of one depth and batch share a compiled program. Several processes may share DIR, one on each GPU or two on one
