@@ -1,7 +1,7 @@
 """What is measured of a variant of decoding: a program, its operands, and how right its results are.
 
-A variant says which constants and which candidate; everything else is what is in use. Each measure is a program that
-repeats its part, so that starting it does not count.
+A variant says which constants; everything else is what is in use. Each measure is a program that repeats its part, so
+that starting it does not count.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from candidates import head
 from candidates.variants import Variant
 
 from jaxchat.infer import programs
@@ -42,14 +41,12 @@ FIRST, MOST_PAGES = (20, 2) if ON_CPU else (576, 12)  # the rows' first position
 
 @contextlib.contextmanager
 def applied(variant: Variant) -> Iterator[None]:
-    """Within it, programs are traced with the constants and the candidate of this variant."""
+    """Within it, programs are traced with the constants of this variant."""
     with contextlib.ExitStack() as stack:
         for name, value in variant.settings.items():
             module, constant = name.split(".")
             place = importlib.import_module(f"jaxchat.ops.{module}")
             stack.enter_context(mock.patch.object(place, constant, value))
-        if variant.head:
-            stack.enter_context(mock.patch.object(programs, "logits", head.logits))
         jax.clear_caches()  # of functions that are traced once
         yield
     jax.clear_caches()
@@ -154,29 +151,6 @@ def _few_products(rows: int) -> Measure:
     return Measure(run, lambda: _inputs(rows), lambda: _weights()[:2], 0, lambda carry: carry, expected)
 
 
-# --- the head ---------------------------------------------------------------------------------------------------------
-
-
-def _head(rows: int) -> Measure:
-    """Logits, again and again: each time of rows that depend on the largest ones before."""
-
-    def run(carry, kernel):
-        def step(carry, _):
-            x, _ = carry
-            scores = programs.logits(CONFIG, {"head": {"kernel": kernel}}, x)
-            return (x + (1e-3 * scores.max(-1, keepdims=True)).astype(DTYPE), scores), None
-
-        return jax.lax.scan(step, carry, length=REPEATS)[0]
-
-    def carry():
-        return numbers(8, rows, CONFIG.width), jnp.zeros((rows, CONFIG.padded_vocab_size), jnp.float32)
-
-    def kernel():
-        return (numbers(9, CONFIG.width, CONFIG.padded_vocab_size) / CONFIG.width**0.5).astype(DTYPE)
-
-    return Measure(run, carry, kernel, REPEATS, lambda carry: carry[1])
-
-
 # --- whole steps ------------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +198,4 @@ def _step(rows: int) -> Measure:
     )
 
 
-MEASURES: dict[str, Callable[[int], Measure]] = {
-    "products": _products, "check": _few_products, "head": _head, "step": _step
-}  # fmt: skip
+MEASURES: dict[str, Callable[[int], Measure]] = {"products": _products, "check": _few_products, "step": _step}

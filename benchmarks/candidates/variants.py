@@ -1,4 +1,4 @@
-"""What is tried: constants and candidates for decoding, by name. Nothing here needs JAX."""
+"""What is tried: constants for decoding, by name. Nothing here needs JAX."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ class Variant:
 
     Attributes:
       settings: constants of modules of `jaxchat/ops`.
-      head: whether the candidate multiplies with the head.
       least_rows, most_rows: with which it is tried.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
-    head: bool = False
     least_rows: int = 1
     most_rows: int = 64
 
@@ -42,5 +40,4 @@ PRODUCTS = {
     "ring of 140 KB": _ring(140),
     "ring of 200 KB": _ring(200),
 }
-HEAD = {IN_USE: Variant(), "head in turns": Variant(head=True)}
-VARIANTS = {"check": PRODUCTS, "products": PRODUCTS, "head": HEAD, "step": PRODUCTS | HEAD}
+VARIANTS = {"check": PRODUCTS, "products": PRODUCTS, "step": PRODUCTS}

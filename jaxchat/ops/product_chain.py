@@ -1,10 +1,10 @@
 """Products of a few rows, one after the other, as one kernel for Hopper.
 
 The kernel is written in Pallas for Mosaic GPU. A block of three warpgroups (128 threads each) stays on each
-multiprocessor. In each product it computes `WIDE` columns of the result, or none, or several times as many, one after
-the other; where the inner dimension is long, several blocks share the columns, and the last of them adds up. One
-warpgroup loads weights into a ring of slots of shared memory, as far ahead as there are slots; one loads rows, when the
-product before has left them in memory; one multiplies. With so few rows tensor cores have little to do.
+multiprocessor. In each product it computes `WIDE` columns of the result, or none; where the inner dimension is long,
+several blocks share the columns, and the last of them adds up. One warpgroup loads weights into a ring of slots of
+shared memory, as far ahead as there are slots; one loads rows, when the product before has left them in memory; one
+multiplies. With so few rows tensor cores have little to do.
 
 Blocks tell each other what they have done by counters in memory, which begin at 0. Clearing them is a kernel of its
 own, of a microsecond: so all launches of a step have theirs in one array, a row each.
@@ -51,7 +51,6 @@ class Product:
       normed: the source is normed before: each row of the result is divided by its rms.
       squared: ReLU² follows.
       beside: the number of an array that is added.
-      flipped: the result is [columns, present] in fp32, which no other product can read.
     """
 
     inner: int
@@ -61,17 +60,16 @@ class Product:
     normed: bool = False
     squared: bool = False
     beside: int | None = None
-    flipped: bool = False
 
     @classmethod
     def of(cls, weight: Array, most_parts: int = 1, **settings: Any) -> Product:
         """The product with a matrix, in as many parts as there are multiprocessors for, and at most `most_parts`."""
         inner, columns = weight.shape
-        parts = (
-            n for n in range(2, most_parts + 1)
+        parts = max(
+            n for n in range(1, most_parts + 1)
             if inner % (n * DEPTH) == 0 and n * (columns // WIDE) <= multiprocessors()
         )  # fmt: skip
-        return cls(inner, columns, max(parts, default=1), **settings)
+        return cls(inner, columns, parts, **settings)
 
     @property
     def tiles(self) -> int:
@@ -98,11 +96,7 @@ def product_chain(
     stages = RING // (2 * DEPTH * (present + WIDE))
     of_norms = [_squares(inputs[0])] if chain[0].normed else []
     counting = [] if counters is None else [jnp.full(1, launch, jnp.int32), counters]
-    results = [
-        jax.ShapeDtypeStruct((product.columns, present), jnp.float32) if product.flipped
-        else jax.ShapeDtypeStruct((rows, product.columns), dtype)
-        for product in chain
-    ]  # fmt: skip
+    results = [jax.ShapeDtypeStruct((rows, product.columns), dtype) for product in chain]
     more, normed, sums = [], {}, {}
     for number, product in enumerate(chain):
         if product.normed and product.source >= len(inputs):
@@ -240,7 +234,8 @@ class _Block:
             unit = lax.rem(block + (blocks - offset), blocks)  # so that all products begin with idle blocks
             units = product.tiles * product.parts
 
-            def share(first, unit, number=number, product=product, weight=weight):
+            @pl.when(unit < units)
+            def _(number=number, product=product, weight=weight, first=first, unit=unit):
                 tile, part = lax.rem(unit, product.tiles), lax.div(unit, product.tiles)
                 column = pl.ds(tile * WIDE, WIDE)
 
@@ -257,22 +252,8 @@ class _Block:
                 def _():
                     self.multiply(number, product, first, tile, part, column)
 
-            if units <= blocks:
-                pl.when(unit < units)(functools.partial(share, first, unit))
-                first = first + jnp.where(unit < units, product.steps, 0)
-            else:
-                assert product.beside is None, "there is room for what is added to one share"
-                turns = lax.div(units - unit + (blocks - 1), blocks)
-                self.in_turn(turns, product, share, first, unit)
-                first = first + turns * product.steps
+            first = first + jnp.where(unit < units, product.steps, 0)
             offset = (offset + units) % blocks
-
-    def in_turn(self, turns, product: Product, share, first, unit) -> None:
-        """Does so many shares of a product, one after the other."""
-
-        @pl.loop(0, turns)
-        def _(turn):
-            share(first + turn * product.steps, unit + turn * multiprocessors())
 
     def wait_for(self, number: int) -> None:
         """Returns when all of a product is in memory."""
@@ -366,9 +347,6 @@ class _Block:
         present = pl.ds(0, self.present)
         if product.squared:
             total = jnp.square(jnp.maximum(total, 0.0))
-        if product.flipped:
-            self.arrays[self.inputs + number].at[column][...] = total
-            return
         self.kept.at[present].transpose((1, 0))[...] = total.astype(self.kept.dtype)
         plgpu.commit_smem()
         squares = self.squares.get(self.inputs + number)

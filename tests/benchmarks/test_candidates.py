@@ -3,23 +3,15 @@
 import os
 
 import decode_candidates
-import jax
-import jax.numpy as jnp
-import numpy as np
-import pytest
-from candidates import head, measures
-from candidates.variants import IN_USE, VARIANTS
+from candidates import measures
+from candidates.variants import IN_USE, PRODUCTS, VARIANTS
 
-from jaxchat.model.gpt import logits
 from jaxchat.ops import few_rows, product_chain
-from tests.ops.test_few_rows import HOPPER
-
-STEPS = VARIANTS["step"]
 
 
 def test_constants_of_variants_are_those_of_modules():
     before = few_rows.PARTS, product_chain.RING
-    for variant in STEPS.values():
+    for variant in PRODUCTS.values():
         with measures.applied(variant):
             changed = (few_rows.PARTS, product_chain.RING) != before
         assert changed == bool(variant.settings) and (few_rows.PARTS, product_chain.RING) == before
@@ -29,10 +21,10 @@ def test_constants_of_variants_are_those_of_modules():
 
 def test_the_comparison(capsys):
     """In the processes that it runs on a GPU too."""
-    command = ["--rows", "1", "--only", "check", "head", "step", "--processes", "2", "--limit", "60"]
-    assert decode_candidates.main([*command, "--variants", "o in 5 parts", "head in turns"]) == 0
+    command = ["--rows", "1", "--only", "check", "step", "--processes", "2", "--limit", "60"]
+    assert decode_candidates.main([*command, "--variants", "o in 5 parts"]) == 0
     told = capsys.readouterr()
-    for line in ("| check | 1 | o in 5 parts |", "| head | 1 | head in turns |", "| step | 1 | in use |"):
+    for line in ("| check | 1 | o in 5 parts |", "| step | 1 | o in 5 parts |", "| step | 1 | in use |"):
         assert line in told.out
     assert "programs compiled" in told.err
 
@@ -48,24 +40,6 @@ def test_right_and_wrong_products(capsys, monkeypatch):
     monkeypatch.setitem(decode_candidates.ALLOWED, "check", -1.0)
     assert decode_candidates._print("check", [1], {("check", name, 1): right}) == 1
     assert "WRONG" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="this JAX cannot lower the kernel")
-@pytest.mark.parametrize("rows", [1, 32])
-def test_the_head_is_lowered(monkeypatch, rows):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, 256), (256, 140 * 64))]  # 132 take 140
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=HOPPER)):
-        lowered = jax.jit(head.scores).trace(*given).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("@mosaic_gpu_v2(") == 1
-    assert lowered.out_info.shape == (rows, 140 * 64) and lowered.out_info.dtype == jnp.float32
-
-
-def test_the_candidate_s_logits_are_those_of_the_model():
-    config = measures.CONFIG
-    hidden = measures.numbers(0, 3, config.width)
-    params = {"head": {"kernel": measures.numbers(1, config.width, config.padded_vocab_size)}}
-    np.testing.assert_array_equal(head.logits(config, params, hidden), logits(config, params, hidden))
 
 
 def test_one_that_hangs_does_not_keep_the_others(monkeypatch):

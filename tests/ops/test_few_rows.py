@@ -16,7 +16,7 @@ from jaxchat.devices.mesh import make_mesh
 from jaxchat.ops import dispatch, few_rows
 from jaxchat.ops.dispatch import Level
 from jaxchat.ops.few_rows import after_attention, between_attentions, norm_product
-from jaxchat.ops.product_chain import COUNTERS, Product, new_counters, product_chain
+from jaxchat.ops.product_chain import COUNTERS, new_counters
 
 HOPPER = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 
@@ -112,17 +112,6 @@ def test_layers_that_share_counters(rows):
         tiles = counters[step, :, :3].tolist()
         assert tiles == [[20, 80, 20], [20, 80, 20], [20, 80, 0], [20, 80, 20]]  # nobody waits for the last product
         assert int(counters[step, :, 3:].max()) == 3  # the parts of down that its last part waits for
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(capability() != 9.0, reason="needs a Hopper GPU")
-@pytest.mark.parametrize("rows, normed", [(1, True), (32, False), (64, True)])
-def test_more_columns_than_blocks_take_at_once(rows, normed):
-    x, weight = draw(0, rows, 256, dtype=jnp.bfloat16), draw(2, 256, 20_480, dtype=jnp.bfloat16)
-    product = Product.of(weight, source=0, normed=normed, flipped=True)
-    got = jax.jit(lambda x, weight: product_chain([x], [weight], [product])[0][:, :rows].T)(x, weight)
-    wide = np.asarray(x, np.float64)
-    np.testing.assert_allclose(got, (norm(wide) if normed else wide) @ np.asarray(weight, np.float64), atol=1e-3)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="this JAX cannot lower the kernel")
