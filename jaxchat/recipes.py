@@ -45,8 +45,8 @@ DECAY_BATCH_EXPONENT, DECAY_TOKENS_EXPONENT = 0.5, -1.0
 # best rate falls with the tokens of a training (Bjorck et al. 2024, arXiv:2409.19913): with this exponent the rates of
 # the reference become those that were best for a d12 on 26 and 52 million tokens (benchmarks/RESULTS.md).
 RATE_BATCH_EXPONENT, RATE_TOKENS_EXPONENT = 0.5, -0.32
-# A shorter training can average over fewer steps: by the bounds for Muon and its kind (Shulgin et al. 2026,
-# arXiv:2603.15958) 1 - momentum goes with the root of their number.
+# A shorter training can average over fewer steps. That 1 - momentum falls with the root of their number is how bounds
+# for Muon and its kind have it (Shulgin et al. 2026, arXiv:2603.15958); 0.9 to 0.95 were best in runs of 400 steps.
 MOMENTUM_STEPS_EXPONENT = -0.5
 LEAST_MOMENTUM, LAST_MOMENTUM = 0.85, 0.9  # at the first step, and after the last
 
@@ -214,7 +214,10 @@ def decay_of(batch_tokens: int, horizon: float) -> float:
 
 
 def rate_factor(batch_tokens: int, tokens: float) -> float:
-    """The rates of a training on so many tokens, as a multiple of `RATES`. Longer ones than the reference have its."""
+    """The learning rates of a training on so many tokens, as a multiple of `RATES`.
+
+    A training longer than the reference has as high rates as one of its length.
+    """
     reference = REFERENCE_STEPS * REFERENCE_BATCH
     shorter = min(1.0, tokens / reference) ** RATE_TOKENS_EXPONENT
     return (batch_tokens / REFERENCE_BATCH) ** RATE_BATCH_EXPONENT * shorter
@@ -223,7 +226,8 @@ def rate_factor(batch_tokens: int, tokens: float) -> float:
 def momentum_of(steps: int) -> dict[str, float]:
     """Muon's momentum in a training of so many steps, by the fields of `OptimizerConfig`.
 
-    It rises over 400 steps, or until the rates fall, and falls with them. Longer trainings than the reference have its.
+    It rises over 400 steps, or until the rates fall, and falls with them. A training longer than the reference has as
+    much momentum as the reference.
     """
     room = (1 - REFERENCE_MOMENTUM) * min(1.0, steps / REFERENCE_STEPS) ** MOMENTUM_STEPS_EXPONENT
     momentum = max(LEAST_MOMENTUM, 1 - room)
