@@ -45,8 +45,9 @@ DECAY_BATCH_EXPONENT, DECAY_TOKENS_EXPONENT = 0.5, -1.0
 # best rate falls with the tokens of a training (Bjorck et al. 2024, arXiv:2409.19913): with this exponent the rates of
 # the reference become those that were best for a d12 on 26 and 52 million tokens (benchmarks/RESULTS.md).
 RATE_BATCH_EXPONENT, RATE_TOKENS_EXPONENT = 0.5, -0.32
-# A shorter training can average over fewer steps. That 1 - momentum falls with the root of their number is how bounds
-# for Muon and its kind have it (Shulgin et al. 2026, arXiv:2603.15958); 0.9 to 0.95 were best in runs of 400 steps.
+# A shorter training can average over fewer steps. For normalized SGD, whose steps are as long after any gradient, as
+# Muon's are, the bound of Cutkosky and Mehta (2020), arXiv:2002.03305, has 1 - momentum fall with the root of their
+# number; 0.9 to 0.95 were best in runs of 400 steps.
 MOMENTUM_STEPS_EXPONENT = -0.5
 LEAST_MOMENTUM, LAST_MOMENTUM = 0.85, 0.9  # at the first step, and after the last
 
