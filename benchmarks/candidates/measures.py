@@ -1,7 +1,7 @@
 """What is measured of a variant of decoding: a program, its operands, and how right its results are.
 
-A variant says which constants; everything else is what is in use. Each measure is a program that repeats its part, so
-that starting it does not count.
+A variant says which products and constants; everything else is what is in use. Each measure is a program that repeats
+its part, so that starting it does not count.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from candidates.variants import Variant
+from candidates import readers
+from candidates.variants import IN_USE, Variant
 
 from jaxchat.infer import programs
 from jaxchat.infer.request import Sampling
 from jaxchat.infer.sampling import settings_of
+from jaxchat.model import generation
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import abstract_params
 from jaxchat.ops import few_rows
@@ -39,14 +41,21 @@ REPEATS, STEPS = (1, 2) if ON_CPU else (16, 8)
 FIRST, MOST_PAGES = (20, 2) if ON_CPU else (576, 12)  # the rows' first position, and how many pages they fill
 
 
+def place(name: str) -> tuple[Any, str]:
+    """The module of a setting, and its name there."""
+    module, constant = name.split(".")
+    return readers if module == "readers" else importlib.import_module(f"jaxchat.ops.{module}"), constant
+
+
 @contextlib.contextmanager
 def applied(variant: Variant) -> Iterator[None]:
-    """Within it, programs are traced with the constants of this variant."""
+    """Within it, programs are traced with the products and constants of this variant."""
     with contextlib.ExitStack() as stack:
         for name, value in variant.settings.items():
-            module, constant = name.split(".")
-            place = importlib.import_module(f"jaxchat.ops.{module}")
-            stack.enter_context(mock.patch.object(place, constant, value))
+            stack.enter_context(mock.patch.object(*place(name), value))
+        if variant.products != IN_USE:
+            for module in (few_rows, generation):
+                stack.enter_context(mock.patch.object(module, "between_attentions", readers.between_attentions))
         jax.clear_caches()  # of functions that are traced once
         yield
     jax.clear_caches()

@@ -1,31 +1,76 @@
-"""The comparison of constants for decoding, run dry."""
+"""The comparison of a candidate and constants for decoding, run dry."""
 
 import os
 
 import decode_candidates
-from candidates import measures
-from candidates.variants import IN_USE, PRODUCTS, VARIANTS
+import jax
+import jax.numpy as jnp
+import pytest
+from candidates import measures, readers
+from candidates.variants import DIAGNOSES, IN_USE, VARIANTS
 
-from jaxchat.ops import few_rows, product_chain
+from jaxchat.model import generation
+from jaxchat.ops import dispatch, few_rows
+from jaxchat.ops.dispatch import Level
+from jaxchat.ops.product_chain import new_counters
 
 
-def test_constants_of_variants_are_those_of_modules():
-    before = few_rows.PARTS, product_chain.RING
-    for variant in PRODUCTS.values():
+def test_settings_of_variants_are_those_of_modules():
+    in_use = few_rows.between_attentions
+    for variant in VARIANTS["products"].values():
+        places = {name: measures.place(name) for name in variant.settings}
+        before = {name: getattr(*place) for name, place in places.items()}
         with measures.applied(variant):
-            changed = (few_rows.PARTS, product_chain.RING) != before
-        assert changed == bool(variant.settings) and (few_rows.PARTS, product_chain.RING) == before
-        assert set(variant.settings.get("few_rows.PARTS", before[0])) == set(before[0])
+            assert {name: getattr(*place) for name, place in places.items()} == variant.settings
+            taken = readers.between_attentions if variant.products == "readers" else in_use
+            assert few_rows.between_attentions is generation.between_attentions is taken
+        assert {name: getattr(*place) for name, place in places.items()} == before
+        for name, value in variant.settings.items():
+            assert not name.endswith("PARTS") or set(value) == set(few_rows.PARTS)
+    assert few_rows.between_attentions is generation.between_attentions is in_use
     assert all(next(iter(variants)) == IN_USE for variants in VARIANTS.values())
+
+
+def test_what_is_wrong_is_not_compared_and_not_called_wrong():
+    assert not any(variant.right for variant in DIAGNOSES.values())
+    assert all(variant.right for measure in ("check", "step") for variant in VARIANTS[measure].values())
+    line = {"difference": float("nan"), "time": 1.0}
+    assert decode_candidates._verdict("products", "no waiting", line, 2.0) == "only its time counts"
+    assert decode_candidates._verdict("products", "readers", line, 2.0) == "WRONG"
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="this JAX cannot lower the kernel")
+@pytest.mark.parametrize(
+    "name", [IN_USE, "readers", "readers, ring of 200 KB", *DIAGNOSES], ids=lambda name: name.replace(" ", "-")
+)
+def test_kernels_are_lowered(monkeypatch, name):
+    """The candidate's, which is for one row, has the sums of all parts in memory."""
+    monkeypatch.setattr(dispatch, "highest_level", lambda *_, **__: Level.HOPPER)
+    hopper = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    shapes = (1, 256), (1, 512), (512, 256), (256, 1024), (1024, 256), (256, 768)
+    arrays = [jnp.zeros(shape, jnp.bfloat16) for shape in shapes]
+    variant, texts = VARIANTS["products"][name], {}
+    for rows in (1, 2):
+        given = [jnp.tile(array, (rows, 1)) for array in arrays[:2]] + arrays[2:] + [new_counters(1)]
+        mesh = jax.sharding.AbstractMesh((), (), abstract_device=hopper)
+        with measures.applied(variant), jax.sharding.use_abstract_mesh(mesh):
+            traced = jax.jit(lambda *operands: few_rows.between_attentions(*operands, 0)).trace(*given)
+            texts[rows] = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for rows, text in texts.items():
+        (call,) = [line for line in text.splitlines() if "@mosaic_gpu_v2(" in line]
+        own = [f"tensor<{shape}xf32>" in call for shape in ("2x256", "1x1024", "4x256")]
+        assert own == [variant.products == "readers" and rows == 1] * 3
+        counts = "product_chain._signal" not in variant.settings
+        assert ("output_operand_aliases = [#" in call) == counts  # in memory that it gets and passes on
 
 
 def test_the_comparison(capsys):
     """In the processes that it runs on a GPU too."""
     command = ["--rows", "1", "--only", "check", "step", "--processes", "2", "--limit", "60"]
-    assert decode_candidates.main([*command, "--variants", "o in 5 parts"]) == 0
+    assert decode_candidates.main([*command, "--variants", "o in 5 parts", "readers"]) == 0
     told = capsys.readouterr()
-    for line in ("| check | 1 | o in 5 parts |", "| step | 1 | o in 5 parts |", "| step | 1 | in use |"):
-        assert line in told.out
+    for name in ("o in 5 parts", "readers", "in use"):
+        assert f"| check | 1 | {name} |" in told.out and f"| step | 1 | {name} |" in told.out
     assert "programs compiled" in told.err
 
 
