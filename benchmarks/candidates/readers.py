@@ -63,8 +63,9 @@ def between_attentions(
     layer: int | Int[Array, ""],
 ) -> tuple[Float[Array, "R D"], Float[Array, "R J"], Counters]:
     """`few_rows.between_attentions`: by the candidate for one row, where the kernel in use would run."""
-    operands = x, mixed, o, up, down, joint, counters, layer
-    if _in_use.choose(*operands) is _in_use.formula or len(x) > 1 or any(len(w) % AT_ONCE for w in (o, up, down, joint)):
+    operands, weights = (x, mixed, o, up, down, joint, counters, layer), (o, up, down, joint)
+    by_formula = _in_use.choose(*operands) is _in_use.formula
+    if by_formula or len(x) > 1 or any(len(weight) % AT_ONCE for weight in weights):
         return _in_use(*operands)
     return _one_row(*operands)
 
