@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxchat.ops.dispatch import Level, operation
@@ -184,7 +185,12 @@ def attend(
     k, v, *mixed = call(*(array.reshape(-1) for array in operands))
     mixed = [array.reshape(shape) for array, shape in zip(mixed, shapes, strict=True)]
     if splits > 1:
-        # Not as reductions, which would be kernels of their own.
-        total, parts = (functools.reduce(jnp.add, array) for array in mixed)
-        mixed = [(parts / jnp.maximum(total, 1e-30)).astype(joint.dtype)]
+        mixed = [add_splits(mixed[0], mixed[1], joint.dtype)]
     return mixed[0], {name: array.reshape(pages[name].shape) for name, array in (("k", k), ("v", v))}
+
+
+def add_splits(weights: Float[Array, "S R _"], values: Float[Array, "S R _"], dtype: DTypeLike) -> Float[Array, "R _"]:
+    """Mixed values, of each split's sums: of weights, beside each number, and of values times weights."""
+    # Not as reductions, which would be kernels of their own.
+    weight, value = (functools.reduce(jnp.add, array) for array in (weights, values))
+    return (value / jnp.maximum(weight, 1e-30)).astype(dtype)
