@@ -26,7 +26,7 @@ from jaxchat.infer.sampling import settings_of
 from jaxchat.model import generation
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import abstract_params
-from jaxchat.ops import few_rows
+from jaxchat.ops import decode, few_rows
 from jaxchat.ops.pages import PAGE
 from jaxchat.ops.product_chain import new_counters
 
@@ -38,6 +38,7 @@ CONFIG = (
     if ON_CPU else GPTConfig(depth=20, sequence_len=2048, vocab_size=65_536)
 )  # fmt: skip
 REPEATS, STEPS = (1, 2) if ON_CPU else (16, 8)
+SPLITS = 16  # of attention
 FIRST, MOST_PAGES = (20, 2) if ON_CPU else (576, 12)  # the rows' first position, and how many pages they fill
 
 
@@ -54,8 +55,13 @@ def applied(variant: Variant) -> Iterator[None]:
         for name, value in variant.settings.items():
             stack.enter_context(mock.patch.object(*place(name), value))
         if variant.products != IN_USE:
-            for module in (few_rows, generation):
-                stack.enter_context(mock.patch.object(module, "between_attentions", readers.between_attentions))
+            taken = (
+                (few_rows, "between_attentions"),
+                (generation, "between_attentions"),
+                (generation, "after_attention"),
+            )
+            for module, name in taken:
+                stack.enter_context(mock.patch.object(module, name, getattr(readers, name)))
         jax.clear_caches()  # of functions that are traced once
         yield
     jax.clear_caches()
@@ -143,10 +149,12 @@ def _inputs(rows: int) -> tuple[Any, Any]:
 
 
 def _few_products(rows: int) -> Measure:
-    """The products of two layers, which the plain formula tells too."""
+    """The products of two layers, which the plain formula tells too; attention's result comes in splits."""
 
     def run(carry, weights):
-        return _through(*carry, weights)
+        x, mixed = carry
+        shares = jax.random.uniform(jax.random.key(102), (SPLITS, *mixed.shape), minval=0.5)
+        return _through(x, decode.add_splits(shares, shares * mixed, DTYPE), weights)
 
     def expected():
         results, (x, mixed) = [], _inputs(rows)

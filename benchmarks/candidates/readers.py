@@ -7,6 +7,9 @@ on 100 multiprocessors instead of 20, and nothing but the four products waits. O
 read all of it: 128 threads read 10 columns each. They also sum up the squares for the norm, and nobody needs the
 residual stream between attention and MLP in memory.
 
+What attention's splits have for their row can be added up the same way, by who reads it: then `mixed` is what
+`decode.add_splits` takes, and the kernel that does so is not needed.
+
 All rows go from memory to shared memory through registers; the copy engine brings weights only. What orders writes
 and reads:
 
@@ -38,7 +41,7 @@ from jaxlib.mlir.dialects import arith, memref, nvvm, vector
 from jaxtyping import Array, Float, Int
 
 from jaxchat.devices.gpu import multiprocessors
-from jaxchat.ops import few_rows, product_chain
+from jaxchat.ops import decode, few_rows, product_chain
 from jaxchat.ops.lowering import lowered_once
 from jaxchat.ops.norm import NORM_EPS
 from jaxchat.ops.product_chain import DEPTH, INPUTS, PRODUCTS, WEIGHTS, WIDE, Counters, Product
@@ -49,12 +52,14 @@ THREADS, PAIR = 128, 2  # of a warpgroup; numbers that a thread reads and writes
 AT_ONCE = THREADS * PAIR  # numbers, of two slots
 WARPS = 4
 
-_in_use = few_rows.between_attentions
+Mixed = Float[Array, "R A"] | tuple[Float[Array, "S R A"], Float[Array, "S R A"]]
+
+_in_use, _last_in_use, _add_splits = few_rows.between_attentions, few_rows.after_attention, decode.add_splits
 
 
 def between_attentions(
     x: Float[Array, "R D"],
-    mixed: Float[Array, "R A"],
+    mixed: Mixed,
     o: Float[Array, "A D"],
     up: Float[Array, "D F"],
     down: Float[Array, "F D"],
@@ -66,8 +71,18 @@ def between_attentions(
     operands, weights = (x, mixed, o, up, down, joint, counters, layer), (o, up, down, joint)
     by_formula = _in_use.choose(*operands) is _in_use.formula
     if by_formula or len(x) > 1 or any(len(weight) % AT_ONCE for weight in weights):
-        return _in_use(*operands)
-    return _one_row(*operands)
+        return _in_use(x, _added(mixed, x), *operands[2:])
+    splits = [array.reshape(-1, array.shape[-1]) for array in jax.tree.leaves(mixed)]
+    return _one_row(x, splits, *operands[2:])
+
+
+def after_attention(x: Float[Array, "R D"], mixed: Mixed, *rest: Any) -> tuple[Float[Array, "R D"], Counters]:
+    """`few_rows.after_attention`."""
+    return _last_in_use(x, _added(mixed, x), *rest)
+
+
+def _added(mixed: Mixed, x: Array) -> Float[Array, "R A"]:
+    return _add_splits(*mixed, x.dtype) if isinstance(mixed, tuple) else mixed
 
 
 def _product(weight: Array, most_parts: int, **settings: bool) -> Product:
@@ -81,7 +96,7 @@ def _product(weight: Array, most_parts: int, **settings: bool) -> Product:
 
 
 @jax.jit  # traced once for all layers
-def _one_row(x, mixed, o, up, down, joint, counters, layer):
+def _one_row(x, splits, o, up, down, joint, counters, layer):
     chain = [
         _product(o, PARTS["o"]),
         _product(up, PARTS["up"], normed=True, squared=True),
@@ -92,11 +107,12 @@ def _one_row(x, mixed, o, up, down, joint, counters, layer):
     results = [jax.ShapeDtypeStruct((1, o.shape[1]), x.dtype), jax.ShapeDtypeStruct((1, joint.shape[1]), x.dtype)]
     sums = [jax.ShapeDtypeStruct((product.parts, product.columns), jnp.float32) for product in chain[:-1]]
 
-    def run(x, mixed, o, up, down, joint, launch, counters, after, heads, *sums):
+    def run(x, *refs):
+        mixed, (o, up, down, joint, launch, counters, after, heads, *sums) = refs[: len(splits)], refs[len(splits) :]
         done = counters.at[product_chain._load(launch.at[0])]
 
         def work(**memory):
-            block = _Block(chain, stages, x.at[0], mixed.at[0], after.at[0], [*sums, heads], done, **memory)
+            block = _Block(chain, stages, x.at[0], mixed, after.at[0], [*sums, heads], done, **memory)
             block.work([o, up, down, joint])
 
         pl.run_scoped(
@@ -124,8 +140,8 @@ def _one_row(x, mixed, o, up, down, joint, counters, layer):
         return *kernel(*operands[:-1], changed)[:2], jax.freeze(changed)
 
     # XLA makes one fusion of a kernel and a slice that it reads, and forgets there whose memory the counters are.
-    x, mixed = lax.optimization_barrier([x, mixed])
-    operands = [x, mixed, o, up, down, joint, jnp.full(1, layer, jnp.int32), counters]
+    x, *splits = lax.optimization_barrier([x, *splits])
+    operands = [x, *splits, o, up, down, joint, jnp.full(1, layer, jnp.int32), counters]
     after, heads, counters = lowered_once(call, operands, "mosaic_gpu_v2")
     return after, heads, counters
 
@@ -176,18 +192,18 @@ class _Block(product_chain._Block):
         """Fills the slots with what the product multiplies, and leaves the sums of its squares."""
         own, dtype = pl.ds(part * product.steps * DEPTH, product.steps * DEPTH), self.x.dtype
         if number == 0:
-            row = _row(self.mixed.at[own])
+            row = self.attended(own)
         elif number == 2:
             self.wait_for(1)
-            row = self.parts(1, own).astype(dtype)
+            row = _row_sum(self.sums[1], own).astype(dtype)
         else:
             before = _row(self.x).astype(jnp.float32)  # asked for before the wait
             self.wait_for(0)
-            row = (before + self.parts(0)).astype(dtype)
+            row = (before + _row_sum(self.sums[0])).astype(dtype)
             if number == 3:
                 before = row.astype(jnp.float32)
                 self.wait_for(2)
-                row = (before + self.parts(2)).astype(dtype)
+                row = (before + _row_sum(self.sums[2])).astype(dtype)
         self.fill(product, first, row, lambda: self.note_squares(number, row) if product.normed else None)
         if number == 3:
 
@@ -195,10 +211,12 @@ class _Block(product_chain._Block):
             def _():
                 self.after[...] = row
 
-    def parts(self, number: int, own=slice(None)) -> Array:
-        """The sum of all parts of a product's result."""
-        sums = self.sums[number]
-        return functools.reduce(jnp.add, [_row(sums.at[i, own]) for i in range(sums.shape[0])])
+    def attended(self, own) -> Array:
+        """What the first product multiplies: the result of attention, or of its splits."""
+        if len(self.mixed) == 1:
+            return _row(self.mixed[0].at[0, own])
+        weight, value = (_row_sum(array, own) for array in self.mixed)
+        return (value / jnp.maximum(weight, 1e-30)).astype(self.x.dtype)
 
     def fill(self, product: Product, first, row: Array, before_last) -> None:
         """Writes the row into slots, as many at once as need no others of this product to be free again."""
@@ -260,6 +278,11 @@ def _strided(row: Array) -> Any:
 def _row(ref: Any) -> Array:
     """A row from memory: each thread its pairs."""
     return plgpu.load(ref, layout=_strided(ref), optimized=False)  # pyright: ignore[reportCallIssue] (from JAX 0.11 on)
+
+
+def _row_sum(ref: Any, own: Any = slice(None)) -> Array:
+    """The sum of all rows of an array, or of the same part of each."""
+    return functools.reduce(jnp.add, [_row(ref.at[i, own]) for i in range(ref.shape[0])])
 
 
 def _thread() -> Any:

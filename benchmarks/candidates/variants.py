@@ -40,6 +40,11 @@ def _readers(settings: dict[str, Any] | None = None, **more: int) -> Variant:
     return Variant("readers", parts | (settings or {}), most_rows=1)
 
 
+def _as_they_are(weights: Any, values: Any, _: Any) -> Any:
+    """Instead of adding up what attention's splits have."""
+    return weights, values
+
+
 def _nothing(*_: Any) -> None:
     """Instead of waiting or signalling."""
 
@@ -65,6 +70,10 @@ READERS = {
     "readers, down in 5 parts": _readers(down=5),
     "readers, ring of 200 KB": _readers(_ring(200)),
 }
+OF_SPLITS = {
+    "readers, of splits": _readers({"decode.add_splits": _as_they_are}),
+    "readers, of splits, down in 5 parts": _readers({"decode.add_splits": _as_they_are}, down=5),
+}
 DIAGNOSES = {
     "no waiting": _wrong(Variant(), _wait=_nothing),
     "no waiting, no signals": _wrong(Variant(), _wait=_nothing, _signal=_nothing),
@@ -72,4 +81,4 @@ DIAGNOSES = {
     "readers, no waiting, no signals": _wrong(_readers(), _wait=_nothing, _signal=_nothing),
 }
 RIGHT = CONSTANTS | READERS
-VARIANTS = {"check": RIGHT, "products": RIGHT | DIAGNOSES, "step": RIGHT}
+VARIANTS = {"check": RIGHT | OF_SPLITS, "products": RIGHT | DIAGNOSES, "step": RIGHT | OF_SPLITS}
