@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
@@ -261,6 +262,14 @@ def test_checkpoints_in_googles_storage(tmp_path, monkeypatch):
     monkeypatch.setattr(
         emulator, "server", SimpleNamespace(**vars(emulator.server) | {"HTTPServer": ThreadingHTTPServer})
     )
+    # But what the requests change is not made for several threads.
+    handle, alone = emulator.Router.handle, threading.Lock()
+
+    def handle_alone(router, method):
+        with alone:
+            handle(router, method)
+
+    monkeypatch.setattr(emulator.Router, "handle", handle_alone)
     server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
     server.start()
     forget()
