@@ -1,7 +1,7 @@
 """What is measured of a variant of decoding: a program, its operands, and how right its results are.
 
-A variant says which products and constants; everything else is what is in use. Each measure is a program that repeats
-its part, so that starting it does not count.
+A variant says which constants, or functions, are others than those in use. Each measure is a program that repeats its
+part, so that starting it does not count.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from candidates import readers
-from candidates.variants import IN_USE, Variant
+from candidates.variants import Variant
 
 from jaxchat.infer import programs
 from jaxchat.infer.request import Sampling
 from jaxchat.infer.sampling import settings_of
-from jaxchat.model import generation
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import abstract_params
-from jaxchat.ops import decode, few_rows
+from jaxchat.ops import few_rows
+from jaxchat.ops.decode import Splits
 from jaxchat.ops.pages import PAGE
 from jaxchat.ops.product_chain import new_counters
 
@@ -45,23 +44,15 @@ FIRST, MOST_PAGES = (20, 2) if ON_CPU else (576, 12)  # the rows' first position
 def place(name: str) -> tuple[Any, str]:
     """The module of a setting, and its name there."""
     module, constant = name.split(".")
-    return readers if module == "readers" else importlib.import_module(f"jaxchat.ops.{module}"), constant
+    return importlib.import_module(f"jaxchat.ops.{module}"), constant
 
 
 @contextlib.contextmanager
 def applied(variant: Variant) -> Iterator[None]:
-    """Within it, programs are traced with the products and constants of this variant."""
+    """Within it, programs are traced with the settings of this variant."""
     with contextlib.ExitStack() as stack:
         for name, value in variant.settings.items():
             stack.enter_context(mock.patch.object(*place(name), value))
-        if variant.products != IN_USE:
-            taken = (
-                (few_rows, "between_attentions"),
-                (generation, "between_attentions"),
-                (generation, "after_attention"),
-            )
-            for module, name in taken:
-                stack.enter_context(mock.patch.object(module, name, getattr(readers, name)))
         jax.clear_caches()  # of functions that are traced once
         yield
     jax.clear_caches()
@@ -154,7 +145,7 @@ def _few_products(rows: int) -> Measure:
     def run(carry, weights):
         x, mixed = carry
         shares = jax.random.uniform(jax.random.key(102), (SPLITS, *mixed.shape), minval=0.5)
-        return _through(x, decode.add_splits(shares, shares * mixed, DTYPE), weights)
+        return _through(x, Splits(shares, shares * mixed), weights)
 
     def expected():
         results, (x, mixed) = [], _inputs(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,31 @@ LEAST_ROWS = 16  # of a tensor core's operand
 LARGEST_SCORE = 64.0  # whose exponentials still add up in fp32, over any context
 
 
+class Splits(NamedTuple):
+    """What S programs have of the same rows, each of some of the keys: sums that are still to be added up.
+
+    Attributes:
+      weights: the sums of the keys' weights, beside each number.
+      values: the sums of values times weights.
+    """
+
+    weights: Float[Array, "S R A"]
+    values: Float[Array, "S R A"]
+
+
+Mixed = Float[Array, "R A"] | Splits
+
+
+@jax.named_scope("decode")
+def add_splits(mixed: Mixed, dtype: DTypeLike) -> Float[Array, "R A"]:
+    """The values that attention mixed for each row, whether or not they come in splits."""
+    if not isinstance(mixed, Splits):
+        return mixed
+    # Not as reductions, which would be kernels of their own.
+    weight, value = (functools.reduce(jnp.add, array) for array in mixed)
+    return (value / jnp.maximum(weight, 1e-30)).astype(dtype)
+
+
 @operation
 @jax.named_scope("decode")
 def attend_next(
@@ -31,11 +57,12 @@ def attend_next(
     place: Place,
     window: int | None,
     scale: float = 1.0,
-) -> tuple[Float[Array, "R _"], Pages]:
+) -> tuple[Mixed, Pages]:
     """Attention of each row's new token over its pages, to which its key and value are written; see `attend_pages`.
 
     `joint` are the products for queries, keys and values side by side, of heads, before rope and norm; `rope` are the
-    tables of `rope_tables`, [R, 1, 1, H/2]. Returns the mixed values, [R, N·H], and the pages.
+    tables of `rope_tables`, [R, 1, 1, H/2]. Returns the mixed values, [R, N·H], and the pages. Where several programs
+    share a row's keys, the values come as `Splits`: what reads them may add them up itself.
     """
     size, kv_heads = pages["k"].shape[-1], pages["k"].shape[1]
     heads = joint.reshape(len(joint), 1, -1, size)
@@ -79,7 +106,7 @@ def attend(
     *,
     warps: int = 4,
     stages: int = 2,
-) -> tuple[Float[Array, "R _"], Pages]:
+) -> tuple[Mixed, Pages]:
     """`attend_next` by a program for each row and KV head, or by `splits` of them, each for some of the keys.
 
     The keys and values are read once, and nothing else is. Queries and keys are normed, so that no score exceeds
@@ -184,13 +211,5 @@ def attend(
     operands = (joint, tables, place.table, place.start, place.count, pages["k"], pages["v"])
     k, v, *mixed = call(*(array.reshape(-1) for array in operands))
     mixed = [array.reshape(shape) for array, shape in zip(mixed, shapes, strict=True)]
-    if splits > 1:
-        mixed = [add_splits(mixed[0], mixed[1], joint.dtype)]
-    return mixed[0], {name: array.reshape(pages[name].shape) for name, array in (("k", k), ("v", v))}
-
-
-def add_splits(weights: Float[Array, "S R _"], values: Float[Array, "S R _"], dtype: DTypeLike) -> Float[Array, "R _"]:
-    """Mixed values, of each split's sums: of weights, beside each number, and of values times weights."""
-    # Not as reductions, which would be kernels of their own.
-    weight, value = (functools.reduce(jnp.add, array) for array in (weights, values))
-    return (value / jnp.maximum(weight, 1e-30)).astype(dtype)
+    pages = {name: array.reshape(pages[name].shape) for name, array in (("k", k), ("v", v))}
+    return Splits(*mixed) if splits > 1 else mixed[0], pages

@@ -11,10 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxchat.devices.gpu import multiprocessors
+from jaxchat.ops import one_row
+from jaxchat.ops.decode import Mixed, add_splits
 from jaxchat.ops.dispatch import Level, on_one_device, operation
 from jaxchat.ops.linear import Quantized, products
 from jaxchat.ops.norm import rms_norm
-from jaxchat.ops.product_chain import DEPTH, MOST_ROWS, WIDE, Counters, Product, product_chain
+from jaxchat.ops.product_chain import DEPTH, WIDE, Counters, Product
+from jaxchat.ops.several_rows import MOST_ROWS, rows_chain
 
 PARTS = {"o": 1, "up": 1, "down": 4, "joint": 1}  # blocks that share columns, at most, in each product
 
@@ -28,7 +31,7 @@ def norm_product(x: Float[Array, "R D"], weight: Float[Array, "D O"] | Quantized
 @operation
 def after_attention(
     x: Float[Array, "R D"],
-    mixed: Float[Array, "R A"],
+    mixed: Mixed,
     o: Float[Array, "A D"] | Quantized,
     up: Float[Array, "D F"] | Quantized,
     down: Float[Array, "F D"] | Quantized,
@@ -37,17 +40,17 @@ def after_attention(
 ) -> tuple[Float[Array, "R D"], Counters]:
     """The residual stream after a block: x + mixed @ o, to which the MLP of its norm is added.
 
-    `counters` are those of `new_counters` or from another layer of the step, and are for the next one then. Each layer
-    has a number of its own, from 0.
+    `mixed` is what `attend_next` returns. `counters` are those of `new_counters` or from another layer of the step, and
+    are for the next one then. Each layer has a number of its own, from 0.
     """
-    x = x + products(mixed[:, None], o)[0][:, 0]
+    x = x + products(add_splits(mixed, x.dtype)[:, None], o)[0][:, 0]
     return x + products(jnp.square(jax.nn.relu(norm_product.formula(x, up)))[:, None], down)[0][:, 0], counters
 
 
 @operation
 def between_attentions(
     x: Float[Array, "R D"],
-    mixed: Float[Array, "R A"],
+    mixed: Mixed,
     o: Float[Array, "A D"] | Quantized,
     up: Float[Array, "D F"] | Quantized,
     down: Float[Array, "F D"] | Quantized,
@@ -82,29 +85,33 @@ def _fits(x: Array, *weights: Array | Quantized) -> bool:
 @norm_product.kernel(Level.HOPPER, accepts=_fits)
 @jax.jit  # traced once for all layers and programs: it is long
 def _(x, weight):
-    return product_chain([x], [weight], [Product.of(weight, source=0, normed=True)])[0]
+    return rows_chain([x], [weight], [Product.of(weight, normed=True)])[0]
 
 
 @after_attention.kernel(Level.HOPPER, accepts=lambda x, _, *rest: _fits(x, *rest[:-2]))
-@jax.jit
 def _(x, mixed, o, up, down, counters, layer):
-    chain = _block_products(o, up, down)
-    *_, x, counters = product_chain([x, mixed], [o, up, down], chain, counters, layer)
-    return x, counters
+    return _chain(x, mixed, [o, up, down], counters, layer)
 
 
 @between_attentions.kernel(Level.HOPPER, accepts=lambda x, _, *rest: _fits(x, *rest[:-2]))
-@jax.jit
 def _(x, mixed, o, up, down, joint, counters, layer):
-    chain = [*_block_products(o, up, down), Product.of(joint, PARTS["joint"], source=4, normed=True)]
-    *_, x, heads, counters = product_chain([x, mixed], [o, up, down, joint], chain, counters, layer)
-    return x, heads, counters
+    return _chain(x, mixed, [o, up, down, joint], counters, layer)
 
 
-def _block_products(o: Array, up: Array, down: Array) -> list[Product]:
-    """The products after attention. Arrays are numbered: x, mixed, and the results in their order."""
-    return [
+def _chain(x: Array, mixed: Mixed, weights: list[Array], counters: Counters, layer: int | Array) -> tuple[Array, ...]:
+    """By the kernel for one row, which adds up attention's splits itself, or by that for several."""
+    if one_row.fits(x, weights):
+        return one_row.row_chain(x, jax.tree.leaves(mixed), weights, counters, layer)
+    return _several_rows(x, add_splits(mixed, x.dtype), weights, counters, layer)
+
+
+@jax.jit  # as `norm_product`'s
+def _several_rows(x, mixed, weights, counters, layer):
+    o, up, down, *joint = weights
+    chain = [  # arrays are numbered: x, mixed, and the results in their order
         Product.of(o, PARTS["o"], source=1, beside=0),
         Product.of(up, PARTS["up"], source=2, normed=True, squared=True),
         Product.of(down, PARTS["down"], source=3, beside=2),
+        *(Product.of(weight, PARTS["joint"], source=4, normed=True) for weight in joint),
     ]
+    return tuple(rows_chain([x, mixed], weights, chain, counters, layer)[2:])

@@ -1,4 +1,4 @@
-"""The comparison of a candidate and constants for decoding, run dry."""
+"""The comparison of constants for decoding, run dry."""
 
 import os
 
@@ -6,28 +6,24 @@ import decode_candidates
 import jax
 import jax.numpy as jnp
 import pytest
-from candidates import measures, readers
-from candidates.variants import DIAGNOSES, IN_USE, OF_SPLITS, VARIANTS
+from candidates import measures
+from candidates.variants import DIAGNOSES, IN_USE, VARIANTS
 
-from jaxchat.model import generation
-from jaxchat.ops import decode, dispatch, few_rows
+from jaxchat.ops import dispatch, few_rows
+from jaxchat.ops.decode import Splits
 from jaxchat.ops.dispatch import Level
 from jaxchat.ops.product_chain import new_counters
 
 
 def test_settings_of_variants_are_those_of_modules():
-    in_use = few_rows.between_attentions
-    for variant in (VARIANTS["products"] | OF_SPLITS).values():
+    for variant in VARIANTS["products"].values():
         places = {name: measures.place(name) for name in variant.settings}
         before = {name: getattr(*place) for name, place in places.items()}
         with measures.applied(variant):
             assert {name: getattr(*place) for name, place in places.items()} == variant.settings
-            taken = readers.between_attentions if variant.products == "readers" else in_use
-            assert few_rows.between_attentions is generation.between_attentions is taken
         assert {name: getattr(*place) for name, place in places.items()} == before
         for name, value in variant.settings.items():
-            assert not name.endswith("PARTS") or set(value) == set(few_rows.PARTS)
-    assert few_rows.between_attentions is generation.between_attentions is in_use
+            assert not name.endswith("PARTS") or set(value) == set(before[name])
     assert all(next(iter(variants)) == IN_USE for variants in VARIANTS.values())
 
 
@@ -36,23 +32,23 @@ def test_what_is_wrong_is_not_compared_and_not_called_wrong():
     assert all(variant.right for measure in ("check", "step") for variant in VARIANTS[measure].values())
     line = {"difference": float("nan"), "time": 1.0}
     assert decode_candidates._verdict("products", "no waiting", line, 2.0) == "only its time counts"
-    assert decode_candidates._verdict("products", "readers", line, 2.0) == "WRONG"
+    assert decode_candidates._verdict("products", "ring of 140 KB", line, 2.0) == "WRONG"
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="this JAX cannot lower the kernel")
 @pytest.mark.parametrize(
-    "name", [IN_USE, "readers, ring of 200 KB", *OF_SPLITS, *DIAGNOSES], ids=lambda name: name.replace(" ", "-")
+    "name", [IN_USE, "as several rows", "ring of 200 KB", *DIAGNOSES], ids=lambda name: name.replace(" ", "-")
 )
 def test_kernels_are_lowered(monkeypatch, name):
-    """The candidate's, which is for one row, has the sums of all parts in memory."""
+    """That for one row gets attention's splits."""
     monkeypatch.setattr(dispatch, "highest_level", lambda *_, **__: Level.HOPPER)
     hopper = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     shapes = (512, 256), (256, 1024), (1024, 256), (256, 768)
     weights = [jnp.zeros(shape, jnp.bfloat16) for shape in shapes]
-    variant, texts = (VARIANTS["products"] | OF_SPLITS)[name], {}
+    variant, texts = VARIANTS["products"][name], {}
 
     def run(x, splits, *rest):
-        return few_rows.between_attentions(x, decode.add_splits(splits, splits, x.dtype), *rest, 0)
+        return few_rows.between_attentions(x, Splits(splits, splits), *rest, 0)
 
     for rows in (1, 2):
         given = jnp.zeros((rows, 256), jnp.bfloat16), jnp.ones((4, rows, 512)), *weights, new_counters(1)
@@ -61,9 +57,7 @@ def test_kernels_are_lowered(monkeypatch, name):
             texts[rows] = jax.jit(run).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
     for rows, text in texts.items():
         (call,) = [line for line in text.splitlines() if "@mosaic_gpu_v2(" in line]
-        own = [f"tensor<{shape}xf32>" in call for shape in ("2x256", "1x1024", "4x256")]
-        assert own == [variant.products == "readers" and rows == 1] * 3
-        assert ("tensor<4x512xf32>" in call) == (name in OF_SPLITS and rows == 1)
+        assert ("tensor<4x512xf32>" in call) == (rows == 1 and name != "as several rows")
         counts = "product_chain._signal" not in variant.settings
         assert ("output_operand_aliases = [#" in call) == counts  # in memory that it gets and passes on
 
@@ -71,9 +65,9 @@ def test_kernels_are_lowered(monkeypatch, name):
 def test_the_comparison(capsys):
     """In the processes that it runs on a GPU too."""
     command = ["--rows", "1", "--only", "check", "step", "--processes", "2", "--limit", "60"]
-    assert decode_candidates.main([*command, "--variants", "o in 5 parts", "readers, of splits"]) == 0
+    assert decode_candidates.main([*command, "--variants", "as several rows", "ring of 140 KB"]) == 0
     told = capsys.readouterr()
-    for name in ("o in 5 parts", "readers, of splits", "in use"):
+    for name in ("as several rows", "ring of 140 KB", "in use"):
         assert f"| check | 1 | {name} |" in told.out and f"| step | 1 | {name} |" in told.out
     assert "programs compiled" in told.err
 

@@ -7,7 +7,7 @@ import pytest
 
 from jaxchat.devices.gpu import capability
 from jaxchat.ops import decode, pages, triton
-from jaxchat.ops.decode import attend_next
+from jaxchat.ops.decode import Splits, add_splits, attend_next
 from jaxchat.ops.dispatch import Level
 from jaxchat.ops.pages import PAGE, Place, attend_pages, copied_pages, write_pages
 from jaxchat.ops.rope import rope_tables
@@ -52,6 +52,9 @@ def test_a_new_token_of_each_row(rows, heads, kv_heads, size, window, dtype, sca
     kernel = attend_next.choose(*operands)
     assert kernel is not attend_next.formula
     got, got_pool = jax.jit(kernel, static_argnums=(4, 5))(*operands)
+    assert isinstance(got, Splits) == (decode.splits_of(rows, kv_heads) > 1)
+    got = add_splits(got, jnp.bfloat16)
+    assert got.dtype == jnp.bfloat16
     expected, expected_pool = attend_next.formula(*operands)
     busy = np.arange(rows) != 2  # what is computed for an idle row means nothing
     close(got[busy], expected[busy], atol=0.08 if dtype == jnp.bfloat16 else 0.3)  # one of the 8 bits may differ
@@ -72,7 +75,7 @@ def test_the_block_differs_if_the_cache_does():
     rope = rope_tables(place.start[:, None], 64, 10_000.0)
 
     def mixed(pool):
-        return np.asarray(decode.attend(joint, rope, pool, place, 20, 2)[0], np.float32)
+        return np.asarray(add_splits(decode.attend(joint, rope, pool, place, 20, 2)[0], jnp.float32))
 
     for position in (0, 49, 50, 63, 64, 69, 70, 71):
         page, slot = int(table[0, position // PAGE]), position % PAGE
@@ -107,6 +110,17 @@ def test_many_tokens_are_written_where_they_belong(dtype):
     for name in "kv":
         close(got[name], expected[name], atol=0)
         assert (np.asarray(got[name], np.float32) != np.asarray(pool[name], np.float32)).any((1, 3)).sum() > 60
+
+
+def test_splits_are_added_up():
+    weights, values = np.random.default_rng(0).uniform(size=(2, 3, 5, 4)).astype(np.float32)
+    weights[:, 1] = 0  # an idle row
+    added = add_splits(Splits(jnp.asarray(weights), jnp.asarray(values * (weights > 0))), jnp.float32)
+    busy = np.arange(5) != 1
+    np.testing.assert_allclose(added[busy], (values.sum(0) / weights.sum(0).clip(1e-9))[busy], rtol=1e-6)
+    assert not np.asarray(added[1]).any()
+    alone = numbers(0, 3, 4)
+    assert add_splits(alone, jnp.float32) is alone
 
 
 def test_kernels_take_what_they_can_and_leave_the_rest():

@@ -1,5 +1,5 @@
 """Products of a few rows: their formulas against NumPy, and the kernel against the formulas where there is a Hopper GPU
-(`JAX_PLATFORMS=cuda pytest tests/ops`). Elsewhere this version of JAX lowers the kernel, which is not run."""
+(`JAX_PLATFORMS=cuda pytest tests/ops`). Elsewhere this version of JAX lowers the kernels, which are not run."""
 
 import functools
 import re
@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from jaxchat.config import MeshConfig
 from jaxchat.devices.gpu import capability
 from jaxchat.devices.mesh import make_mesh
-from jaxchat.ops import dispatch, few_rows
+from jaxchat.ops import dispatch, few_rows, one_row
+from jaxchat.ops.decode import Splits
 from jaxchat.ops.dispatch import Level
 from jaxchat.ops.few_rows import after_attention, between_attentions, norm_product
 from jaxchat.ops.product_chain import COUNTERS, new_counters
@@ -32,6 +33,13 @@ def operands(rows, width, attention, hidden, heads, dtype=jnp.float32):
     return [draw(seed, *shape, dtype=dtype) for seed, shape in enumerate(shapes)]
 
 
+def split(mixed):
+    """Three splits of attention, whose values these are."""
+    weights = jnp.asarray([0.5, 0.0, 3.0])[:, None, None] + jnp.arange(mixed.shape[1]) / mixed.shape[1]
+    rest = jnp.asarray([1.0, -0.25, -0.75])[:, None, None]
+    return Splits(jnp.broadcast_to(weights, (3, *mixed.shape)), mixed.astype(jnp.float32) * weights + rest)
+
+
 def norm(x):
     return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-6)
 
@@ -43,19 +51,22 @@ def test_the_formulas():
     after = between + np.maximum(norm(between) @ up, 0) ** 2 @ down
     counters = new_counters(1)
     np.testing.assert_allclose(norm_product(arrays[0], arrays[5]), norm(x) @ joint, atol=1e-5)
-    got, same = after_attention(*arrays[:5], counters, 0)
-    assert same is counters
-    np.testing.assert_allclose(got, after, atol=1e-5)
-    *results, same = between_attentions(*arrays, counters, 0)
-    assert same is counters
-    for got, expected in zip(results, (after, norm(after) @ joint), strict=True):
-        np.testing.assert_allclose(got, expected, atol=1e-4)
+    for attended in (arrays[1], split(arrays[1])):
+        got, same = after_attention(arrays[0], attended, *arrays[2:5], counters, 0)
+        assert same is counters
+        np.testing.assert_allclose(got, after, atol=1e-5)
+        *results, same = between_attentions(arrays[0], attended, *arrays[2:], counters, 0)
+        assert same is counters
+        for got, expected in zip(results, (after, norm(after) @ joint), strict=True):
+            np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
 def layers(x, mixed, o, up, down, joint, shared=True):
-    """Four layers, of which the third is not between two attentions, and their counters."""
+    """Four layers and their counters. The third is not between two attentions; to it and the second come splits."""
     counters, results = new_counters(4), []
     for layer in range(4):
+        if layer in (1, 2):
+            mixed = split(mixed)
         if not shared:
             counters, layer = new_counters(1), 0
         if len(results) == 4:
@@ -63,7 +74,7 @@ def layers(x, mixed, o, up, down, joint, shared=True):
             heads = norm_product(x, joint)
         else:
             x, heads, counters = between_attentions(x, mixed, o, up, down, joint, counters, layer)
-        mixed = heads[:, : mixed.shape[1]]
+        mixed = heads[:, : len(o)]
         results += [x, heads]
     return results, counters
 
@@ -77,13 +88,18 @@ def steps(*given):
 @pytest.mark.skipif(capability() != 9.0, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(
     "rows, width, attention, hidden, heads",
-    [(1, 256, 256, 1024, 768), (5, 384, 128, 1536, 640), (32, 1280, 1280, 5120, 3840), (64, 512, 1024, 2048, 1536)],
-)
+    [
+        (1, 256, 256, 1024, 768), (1, 384, 128, 1536, 640), (1, 512, 1024, 2560, 1536), (1, 1280, 1280, 5120, 3840),
+        (5, 384, 128, 1536, 640), (32, 1280, 1280, 5120, 3840), (64, 512, 1024, 2048, 1536),
+    ],
+)  # fmt: skip
 def test_the_kernel(rows, width, attention, hidden, heads):
     arrays = operands(rows, width, attention, hidden, heads, jnp.bfloat16)
+    in_splits = [arrays[0], split(arrays[1]), *arrays[2:]]
     for operation, given, more in (
-        (norm_product, (arrays[0], arrays[5]), ()), (after_attention, arrays[:5], (new_counters(1), 0)),
-        (between_attentions, arrays, (new_counters(3), 2)),
+        (norm_product, (arrays[0], arrays[5]), ()),
+        (after_attention, arrays[:5], (new_counters(1), 0)), (after_attention, in_splits[:5], (new_counters(2), 1)),
+        (between_attentions, arrays, (new_counters(3), 2)), (between_attentions, in_splits, (new_counters(1), 0)),
     ):  # fmt: skip
         assert operation.choose(*given, *more) is not operation.formula
 
@@ -91,7 +107,7 @@ def test_the_kernel(rows, width, attention, hidden, heads):
             return [array for array in jax.tree.leaves(results) if array.dtype != jnp.int32]
 
         results = floats(jax.jit(operation)(*given, *more))
-        formula = floats(operation.formula(*(array.astype(jnp.float32) for array in given), *more))
+        formula = floats(operation.formula(*jax.tree.map(lambda array: array.astype(jnp.float32), given), *more))
         for got, expected in zip(results, formula, strict=True):
             largest = float(jnp.max(jnp.abs(expected)))
             np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=0.02 * largest)
@@ -109,9 +125,13 @@ def test_layers_that_share_counters(rows):
     for step in range(2):
         for number, expected in enumerate(alone):
             np.testing.assert_array_equal(results[number][step], expected, err_msg=f"{step}, {number}")
-        tiles = counters[step, :, :3].tolist()
-        assert tiles == [[20, 80, 20], [20, 80, 20], [20, 80, 0], [20, 80, 20]]  # nobody waits for the last product
-        assert int(counters[step, :, 3:].max()) == 3  # the parts of down that its last part waits for
+        counted, more = counters[step, :, :3].tolist(), int(counters[step, :, 3:].max())
+        if rows == 1:
+            assert counted == [[100, 80, 80]] * 4  # the blocks of each product, but for the heads
+            assert more == 0
+        else:
+            assert counted == [[20, 80, 20], [20, 80, 20], [20, 80, 0], [20, 80, 20]]  # nobody waits for the last
+            assert more == 3  # the parts of down that its last part waits for
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="this JAX cannot lower the kernel")
@@ -120,16 +140,20 @@ def test_the_kernel_is_lowered(monkeypatch, rows, parts):
     monkeypatch.setattr(dispatch, "highest_level", lambda *_, **__: Level.HOPPER)
     monkeypatch.setattr(few_rows, "PARTS", few_rows.PARTS | parts)
     jax.clear_caches()  # of traces with other parts
-    arrays = operands(rows, 256, 256, 1024, 768, jnp.bfloat16)
+    arrays = operands(rows, 256, 512, 1024, 768, jnp.bfloat16)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=HOPPER)):
         text = jax.jit(steps).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "@mosaic_gpu_v2(" in line]
-    # The three kernels. Those that count do so in memory that they get and pass on.
-    assert len({kernel for call in calls for kernel in re.findall('kernel_hash = "(.*?)", module', call)}) == 3
-    assert [f"tensor<4x{COUNTERS}xi32>)" in call for call in calls] == [
-        "output_operand_aliases = [#" in c for c in calls
-    ]
-    assert sum("output_operand_aliases = [#" not in call for call in calls) == 1  # norm_product's
+    # The three kernels; for one row, that between two attentions with and without splits. Those that count do so in
+    # memory that they get and pass on.
+    kernels = {kernel for call in calls for kernel in re.findall('kernel_hash = "(.*?)", module', call)}
+    assert len(kernels) == (4 if rows == 1 else 3)
+    counting = [call for call in calls if "output_operand_aliases = [#" in call]
+    assert [f"tensor<4x{COUNTERS}xi32>)" in call for call in calls] == [call in counting for call in calls]
+    assert len(calls) == len(counting) + 1  # norm_product's
+    for shape in ("2x256", "1x1024", "4x256"):  # of one row, all parts of each product are in memory
+        assert {f"tensor<{shape}xf32>" in call for call in counting} == {rows == 1}
+    assert sum("tensor<3x512xf32>" in call for call in calls) == (2 if rows == 1 else 0)  # splits
 
 
 def test_what_the_kernel_does_not_take(monkeypatch):
@@ -140,6 +164,29 @@ def test_what_the_kernel_does_not_take(monkeypatch):
     for rows, width, hidden in ((65, 256, 1024), (2, 192, 1024), (2, 256, 133 * 64)):
         given = operands(rows, width, 256, hidden, 768, jnp.bfloat16)
         assert between_attentions.choose(*given, new_counters(1), 0) is between_attentions.formula
+
+
+@pytest.mark.parametrize(
+    "rows, width, attention, alone",
+    [(1, 256, 256, True), (2, 256, 256, False), (1, 384, 256, False), (1, 256, 128, False)],
+)
+def test_one_row_has_a_kernel_of_its_own_where_threads_can_read_it_in_pairs(monkeypatch, rows, width, attention, alone):
+    monkeypatch.setattr(dispatch, "highest_level", lambda *_, **__: Level.HOPPER)
+    monkeypatch.setattr(few_rows, "multiprocessors", lambda: 132)
+    taken = []
+
+    def take(x, mixed, *_):
+        taken.append([array.shape for array in jax.tree.leaves(mixed)])
+        return (x,)
+
+    monkeypatch.setattr(*((one_row, "row_chain") if alone else (few_rows, "_several_rows")), take)
+    x, mixed, *weights = operands(rows, width, attention, 1024, 768, jnp.bfloat16)
+    for attended in (mixed, split(mixed)):
+        after_attention(x, attended, *weights[:3], new_counters(1), 0)
+        between_attentions(x, attended, *weights, new_counters(1), 0)
+    one = [(rows, attention)]
+    splits = [(3, rows, attention)] * 2 if alone else one
+    assert taken == [one, one, splits, splits]
 
 
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")

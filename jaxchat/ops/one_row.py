@@ -1,0 +1,298 @@
+"""The products between two attentions for one row, as one kernel for Hopper: who reads a result adds up its parts.
+
+The kernel for several rows (`several_rows`) ends a product whose columns several blocks share with a wait of its own:
+the last of these blocks waits for the sums of the others. Here each part writes its sums in fp32 and goes on; the
+blocks of the next product wait for all parts and add them up, with the residual stream, each for itself. So o can be in
+five parts, on 100 multiprocessors instead of 20, and nothing but the products waits. One row is so short that everybody
+can read all of it: 128 threads read 10 columns each of a row of 1,280. They also sum up the squares for the norm, and
+nobody needs the residual stream between attention and MLP in memory. What attention's splits have is added up the same
+way, by the blocks of o.
+
+All rows go from memory to shared memory through registers; the copy engine brings weights only. What orders writes
+and reads:
+
+- Sums: 128 threads write them, meet, and one of them counts up with a release for the whole GPU (`signal`). One thread
+  of a reader sees the count, acquires, and meets the 127 others (`wait_for`), who then read. All are plain writes and
+  reads: no other proxy is between them.
+- Rows in slots: each thread writes its numbers, makes its own writes visible to the tensor cores (`fence.proxy.async`),
+  and arrives at `loaded`, a release, for which PRODUCTS waits, an acquire. It arrives at `free` when the tensor cores
+  have read a slot; only then it is written again. Rows 1 to 7 of a slot have what was there before: a row of the
+  operand makes a row of the result, and these are not looked at.
+- The sums of squares: written before the last arrival at `loaded`, read after it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, memref, nvvm, vector
+from jaxtyping import Array, Float, Int
+
+from jaxchat.devices.gpu import multiprocessors
+from jaxchat.ops.norm import NORM_EPS
+from jaxchat.ops.product_chain import DEPTH, INPUTS, WIDE, Block, Counters, Product, launched, ring
+
+PARTS = {"o": 5, "down": 4}  # blocks that share columns, at most
+OUT, UP, DOWN, JOINT = range(4)  # the products
+LOADED = 8  # rows of a slot: the least that the tensor cores take
+THREADS, PAIR = 128, 2  # of a warpgroup; numbers that a thread reads and writes at once
+AT_ONCE = THREADS * PAIR  # numbers, of two slots
+WARPS = 4
+
+
+def fits(x: Float[Array, "R D"], weights: Sequence[Array]) -> bool:
+    """Whether the kernel takes what that for several rows takes: a single row, which threads can read in pairs."""
+    return len(x) == 1 and all(len(weight) % AT_ONCE == 0 for weight in weights)
+
+
+@jax.jit  # traced once for all layers and programs: it is long
+def row_chain(
+    x: Float[Array, "1 D"],
+    mixed: list[Array],
+    weights: list[Float[Array, "_ _"]],
+    counters: Counters,
+    layer: int | Int[Array, ""],
+) -> tuple[Array, ...]:
+    """The residual stream after a block; with a fourth matrix, its product with the norm of that; the counters then.
+
+    `mixed` is the result of attention, [1, A], or the two arrays of its splits, [S, 1, A]. The matrices are o, up, down
+    and the joint one of the next block's queries, keys and values.
+    """
+    o, up, down, *joint = weights
+    chain = [
+        Product.of(o, PARTS["o"], AT_ONCE),
+        Product.of(up, normed=True, squared=True),
+        Product.of(down, PARTS["down"], AT_ONCE),
+        *(Product.of(weight, normed=True) for weight in joint),
+    ]
+    mixed = [array.reshape(-1, array.shape[-1]) for array in mixed]
+    results = [jax.ShapeDtypeStruct((1, product.columns), x.dtype) for product in (chain[DOWN], *chain[JOINT:])]
+    sums = [jax.ShapeDtypeStruct((product.parts, product.columns), jnp.float32) for product in chain[:JOINT]]
+
+    def body(done, x, *refs):
+        refs = list(refs)
+        into, matrices, (after, *heads), parts = (
+            [refs.pop(0) for _ in range(count)] for count in map(len, (mixed, weights, results, sums))
+        )
+
+        def work(**memory):
+            _Row(chain, done, x.at[0], into, after.at[0], [*parts, *heads], **memory).work(matrices)
+
+        squares = plgpu.SMEM((len(chain), WARPS), jnp.float32)
+        pl.run_scoped(work, **ring(LOADED, x.dtype), squares=squares, collective_axes="group")
+
+    return tuple(launched(body, [x, *mixed], weights, results, sums, counters, layer))
+
+
+class _Row(Block):
+    """A block of the kernel.
+
+    `sums` are the arrays that the products write, [parts, columns]; the last may be the heads. `done` counts the blocks
+    that have written theirs of each product, but for the heads, which no block reads.
+    """
+
+    def __init__(self, chain, done, x, mixed, after, sums, *, squares, **memory):
+        super().__init__(chain, LOADED, done, **memory)
+        self.x, self.mixed, self.after, self.sums, self.squares = x, mixed, after, sums, squares
+
+    def work(self, weights) -> None:
+        super().work(weights)
+        if len(self.chain) == JOINT:  # no product reads what down has written
+            after_down = sum(product.units for product in self.chain) % multiprocessors()  # a block idle meanwhile
+
+            @pl.when((lax.axis_index("group") == INPUTS) & (lax.axis_index("blocks") == after_down))
+            def _():
+                self.after[...] = self.stream(OUT, DOWN)
+
+    def wait_for_all(self, number: int) -> None:
+        """Returns when all parts of a product are in memory."""
+        self.wait_for(number, self.chain[number].units)
+
+    # --- INPUTS -------------------------------------------------------------------------------------------------------
+
+    def load_inputs(self, number, product: Product, first, tile, part, column) -> None:
+        """Fills the slots with what the product multiplies, and leaves the sums of its squares."""
+        own = pl.ds(part * product.steps * DEPTH, product.steps * DEPTH)
+        if number == OUT:
+            row = self.attended(own)
+        elif number == DOWN:
+            self.wait_for_all(UP)
+            row = _row_sum(self.sums[UP], own).astype(self.x.dtype)
+        else:
+            row = self.stream(OUT) if number == UP else self.stream(OUT, DOWN)
+        self.fill(product, first, row, lambda: self.note_squares(number, row) if product.normed else None)
+        if number == JOINT:
+
+            @pl.when(tile == 0)
+            def _():
+                self.after[...] = row
+
+    def attended(self, own) -> Array:
+        """A part of the result of attention, or of its splits: `add_splits`."""
+        if len(self.mixed) == 1:
+            return _row(self.mixed[0].at[0, own])
+        weight, value = (_row_sum(array, own) for array in self.mixed)
+        return (value / jnp.maximum(weight, 1e-30)).astype(self.x.dtype)
+
+    def stream(self, *added: int) -> Array:
+        """The residual stream, when these products have been added."""
+        row = _row(self.x)
+        for number in added:
+            before = row.astype(jnp.float32)  # asked for before the wait
+            self.wait_for_all(number)
+            row = (before + _row_sum(self.sums[number])).astype(self.x.dtype)
+        return row
+
+    def fill(self, product: Product, first, row: Array, before_last) -> None:
+        """Writes the row into slots, as many at once as need no others of this product to be free again."""
+        at_once = (self.stages - 1) // 2 * 2
+        for start in range(0, product.steps, at_once):
+            steps = range(start, min(start + at_once, product.steps))
+            for k in steps:
+
+                @pl.when(first + k >= self.stages)
+                def _(k=k):
+                    plgpu.barrier_wait(self.free.at[lax.rem(first + k, self.stages)])
+
+            _write(self.left, row, [lax.rem(first + k, self.stages) for k in steps], start)
+            if steps[-1] == product.steps - 1:
+                before_last()
+            for k in steps:
+                plgpu.barrier_arrive(self.loaded.at[lax.rem(first + k, self.stages)])
+
+    def note_squares(self, number: int, row: Array) -> None:
+        """Leaves the sum of each warp's squares for PRODUCTS."""
+        wide = row.astype(jnp.float32)
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _strided(row)))
+        def note(_, ref, squares):
+            total = functools.reduce(
+                arith.addf, [_at(register, i) for register in squares.registers.flat for i in range(PAIR)]
+            )
+            for distance in (16, 8, 4, 2, 1):
+                total = arith.addf(total, utils.shfl_bfly(total, distance))
+            thread, i32 = _thread(), ir.IntegerType.get_signless(32)
+            first_lane = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(thread, utils.c(32, i32)), utils.c(0, i32))
+            place = utils.getelementptr(utils.memref_ptr(ref), [arith.divui(thread, utils.c(32, i32))], total.type)
+            _ptx("st.shared.f32 [$0], $1;", place, total, predicate=first_lane)
+
+        note(self.squares.at[number], wide * wide)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
+
+    # --- PRODUCTS -----------------------------------------------------------------------------------------------------
+
+    def multiply(self, number, product: Product, first, tile, part, column) -> None:
+        accumulator = plgpu.ACC((WIDE, LOADED), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+        total = pl.run_scoped(functools.partial(self.add_up, product, first), accumulator)
+        if product.normed:  # the last slot was full: so the squares are there
+            total = total * lax.rsqrt(_sum(self.squares.at[number]) / product.inner + NORM_EPS)
+        if product.squared:
+            total = jnp.square(jnp.maximum(total, 0.0))
+        _write_first(self.sums[number].at[part, column], total)
+        if number < JOINT:
+            self.signal(number)
+
+
+# --- what Pallas has no words for -------------------------------------------------------------------------------------
+
+
+def _strided(row: Any) -> Any:
+    """The layout in which a thread has pairs of neighbours, `AT_ONCE` from one to the next."""
+    return plgpu.Layout.WG_STRIDED(row.shape, vec_size=PAIR)
+
+
+def _row(ref: Any) -> Array:
+    """A row from memory: each thread its pairs."""
+    return plgpu.load(ref, layout=_strided(ref), optimized=False)  # pyright: ignore[reportCallIssue] (from JAX 0.11 on)
+
+
+def _row_sum(ref: Any, own: Any = slice(None)) -> Array:
+    """The sum of all rows of an array, or of the same part of each."""
+    return functools.reduce(jnp.add, [_row(ref.at[i, own]) for i in range(ref.shape[0])])
+
+
+def _ptx(text: str, *operands: Any, **settings: Any) -> Any:
+    """An instruction of PTX."""
+    return utils.inline_ptx(text, *operands, **settings)  # pyright: ignore[reportAttributeAccessIssue] (from JAX 0.11 on)
+
+
+def _thread() -> Any:
+    """The number of a thread in its warpgroup."""
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.remui(utils.thread_idx(), utils.c(THREADS, i32))
+
+
+def _at(pair: Any, i: int) -> Any:
+    return vector.extract(pair, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+
+
+def _write(left: Any, row: Array, slots: Sequence[Array], start: int) -> None:
+    """Writes the part of a row that belongs to steps from `start` on into the first row of their slots.
+
+    A slot has two tiles of 8 rows and 64 columns; of a tile's first row nothing is permuted.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(
+            plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))),
+            _strided(row), [plgpu.Layout.WG_SPLAT] * len(slots),
+        )
+    )  # fmt: skip
+    def write(_, ref, values, slots):
+        i32 = ir.IntegerType.get_signless(32)
+        number, thread = (lambda value: utils.c(value, i32)), _thread()
+        second = arith.cmpi(arith.CmpIPredicate.uge, thread, number(THREADS // 2))
+        tile = arith.remui(arith.divui(thread, number(32)), number(2))
+        in_tile = arith.muli(arith.remui(thread, number(32)), number(4))
+        inside = arith.addi(arith.muli(tile, number(LOADED * 64 * 2)), in_tile)
+        for i in range(0, len(slots), 2):
+            slot = arith.select(second, *(slots[i + more].registers.item() for more in (1, 0)))
+            offset = arith.addi(arith.muli(slot, number(LOADED * DEPTH * 2)), inside)
+            place = utils.getelementptr(utils.memref_ptr(ref), [offset], ir.IntegerType.get_signless(8))
+            word = utils.bitcast(values.registers.flat[(start + i) // 2], i32)
+            _ptx("st.shared.b32 [$0], $1;", place, word)
+        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+
+    write(left, row, list(slots))  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
+
+
+def _sum(ref: Any) -> Array:
+    """The sum of all numbers of an array in shared memory."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.float32, layout=plgpu.Layout.WG_SPLAT),
+    )
+    def add(_, ref):
+        f32 = ir.F32Type.get()
+        places = [utils.getelementptr(utils.memref_ptr(ref), [i], f32) for i in range(WARPS)]
+        numbers = [_ptx("ld.shared.f32 $0, [$1];", place, result_types=f32, has_side_effects=True) for place in places]
+        return mgpu.FragmentedArray.splat(functools.reduce(arith.addf, numbers), ())
+
+    return add(ref)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
+
+
+def _write_first(ref: Any, total: Float[Array, "C 8"]) -> None:
+    """Writes the first column of a tile, as numbers of the array's dtype."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+    def write(_, ref, total):
+        zero, wanted = utils.c(0, ir.IndexType.get()), ir.MemRefType(ref.type).element_type
+
+        def one(value, place):
+            row, column = place
+            with utils.when(arith.cmpi(arith.CmpIPredicate.eq, column, zero)):
+                memref.store(value if value.type == wanted else arith.truncf(wanted, value), ref, [row])
+
+        total.foreach(one)
+
+    write(ref, total)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
