@@ -54,6 +54,11 @@ def _wrong(**functions: Any) -> Variant:
 RIGHT = {
     IN_USE: Variant(),
     "as several rows": Variant({"one_row.fits": _never}, most_rows=1),
+    "attention apart": Variant({"one_row.attends": _never}, most_rows=1),
+    "one kernel after the other": Variant({"product_chain.EARLY": False}),
+    "attention apart, one kernel after the other": Variant(
+        {"one_row.attends": _never, "product_chain.EARLY": False}, most_rows=1
+    ),
     "one row, o in 1 part": _of_one_row(o=1),
     "one row, down in 5 parts": _of_one_row(down=5),
     "o in 5 parts": _of_several(o=5),

@@ -19,8 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, Scaled, Values, bind
 from jaxchat.ops.add_product import add_product
-from jaxchat.ops.decode import attend_next
-from jaxchat.ops.few_rows import after_attention, between_attentions, norm_product
+from jaxchat.ops.few_rows import after_attention, decode_block, norm_product
 from jaxchat.ops.mlp import add_mlp
 from jaxchat.ops.norm import norm_branch, rms_norm
 from jaxchat.ops.pages import Pages, Place, attend_pages, new_pages, write_pages
@@ -189,14 +188,13 @@ def _steps(
             heads = _heads(x, joint[i])
         if values is not None:
             heads = _with_values(heads, x, *values)
-        mixed, of_layer = attend_next(heads, rope, of_layer, place, window, config.attention_scale)
-        new.append(of_layer)
         weights = _Weights.of(params["blocks"][str(i)])
-        operands = x, mixed, weights.o, weights.up, weights.down
-        if i + 1 < len(pages) and beside[i + 1][1] is None and not isinstance(joint[i + 1], tuple):
-            x, heads, counters = between_attentions(*operands, joint[i + 1], counters, i)
-        else:
-            heads, (x, counters) = None, after_attention(*operands, counters, i)
+        straight = i + 1 < len(pages) and beside[i + 1][1] is None and not isinstance(joint[i + 1], tuple)
+        x, heads, of_layer, counters = decode_block(
+            x, heads, rope, of_layer, place, window, config.attention_scale,
+            weights.o, weights.up, weights.down, joint[i + 1] if straight else None, counters, i,
+        )  # fmt: skip
+        new.append(of_layer)
         if i == config.depth // 2:
             middle = x
     return _backed_out(config, params, x, middle), new

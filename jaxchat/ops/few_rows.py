@@ -12,10 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxchat.devices.gpu import multiprocessors
 from jaxchat.ops import one_row
-from jaxchat.ops.decode import Mixed, add_splits
+from jaxchat.ops.decode import Mixed, add_splits, attend_next
 from jaxchat.ops.dispatch import Level, on_one_device, operation
 from jaxchat.ops.linear import Quantized, products
 from jaxchat.ops.norm import rms_norm
+from jaxchat.ops.pages import Pages, Place
 from jaxchat.ops.product_chain import DEPTH, WIDE, Counters, Product
 from jaxchat.ops.several_rows import MOST_ROWS, rows_chain
 
@@ -63,6 +64,34 @@ def between_attentions(
     return x, norm_product.formula(x, joint), counters
 
 
+@operation
+def decode_block(
+    x: Float[Array, "R D"],
+    heads: Float[Array, "R J"],
+    rope: tuple[Array, Array],
+    pages: Pages,
+    place: Place,
+    window: int | None,
+    scale: float,
+    o: Float[Array, "A D"] | Quantized,
+    up: Float[Array, "D F"] | Quantized,
+    down: Float[Array, "F D"] | Quantized,
+    joint: Float[Array, "D J"] | Quantized | None,
+    counters: Counters,
+    layer: int | Int[Array, ""],
+) -> tuple[Float[Array, "R D"], Float[Array, "R J"] | None, Pages, Counters]:
+    """`attend_next`, and `between_attentions` or, without `joint`, `after_attention`: a block for one token a row.
+
+    `heads` are what the last block or `norm_product` made of its queries, keys and values.
+    """
+    mixed, pages = attend_next(heads, rope, pages, place, window, scale)
+    if joint is None:
+        x, counters = after_attention(x, mixed, o, up, down, counters, layer)
+        return x, None, pages, counters
+    x, heads, counters = between_attentions(x, mixed, o, up, down, joint, counters, layer)
+    return x, heads, pages, counters
+
+
 # --- Hopper -----------------------------------------------------------------------------------------------------------
 
 
@@ -96,6 +125,20 @@ def _(x, mixed, o, up, down, counters, layer):
 @between_attentions.kernel(Level.HOPPER, accepts=lambda x, _, *rest: _fits(x, *rest[:-2]))
 def _(x, mixed, o, up, down, joint, counters, layer):
     return _chain(x, mixed, [o, up, down, joint], counters, layer)
+
+
+def _attends(x, heads, rope, pages, place, window, scale, *rest) -> bool:
+    weights = [weight for weight in rest[:-2] if weight is not None]
+    return _fits(x, *weights) and one_row.fits(x, weights) and one_row.attends(heads, pages, window, scale)
+
+
+@decode_block.kernel(Level.HOPPER, accepts=_attends)
+def _(x, heads, rope, pages, place, window, scale, o, up, down, joint, counters, layer):
+    weights = [o, up, down] if joint is None else [o, up, down, joint]
+    (x, *heads), pages, counters = one_row.attention_chain(
+        x, heads, rope, pages, place, weights, counters, layer, window=window, scale=scale
+    )
+    return x, heads[0] if heads else None, pages, counters
 
 
 def _chain(x: Array, mixed: Mixed, weights: list[Array], counters: Counters, layer: int | Array) -> tuple[Array, ...]:

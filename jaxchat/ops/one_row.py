@@ -35,19 +35,22 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref, nvvm, vector
+from jaxlib.mlir.dialects import arith, memref, nvvm
 from jaxtyping import Array, Float, Int
 
 from jaxchat.devices.gpu import multiprocessors
+from jaxchat.ops.decode import LARGEST_SCORE
 from jaxchat.ops.norm import NORM_EPS
-from jaxchat.ops.product_chain import DEPTH, INPUTS, WIDE, Block, Counters, Product, launched, ring
+from jaxchat.ops.one_row_attention import SIZE, Attention, splits_of
+from jaxchat.ops.pages import PAGE, Pages, Place
+from jaxchat.ops.product_chain import DEPTH, INPUTS, PRODUCTS, WIDE, Block, Counters, Product, launched, ring
+from jaxchat.ops.warpgroup import THREADS, WARPS, at, i32, ptx, thread
 
 PARTS = {"o": 5, "down": 4}  # blocks that share columns, at most
-OUT, UP, DOWN, JOINT = range(4)  # the products
+OUT, UP, DOWN, JOINT, ATTENTION = range(5)  # the products, and what comes before them
 LOADED = 8  # rows of a slot: the least that the tensor cores take
-THREADS, PAIR = 128, 2  # of a warpgroup; numbers that a thread reads and writes at once
+PAIR = 2  # numbers that a thread reads and writes at once
 AT_ONCE = THREADS * PAIR  # numbers, of two slots
-WARPS = 4
 
 
 def fits(x: Float[Array, "R D"], weights: Sequence[Array]) -> bool:
@@ -68,6 +71,69 @@ def row_chain(
     `mixed` is the result of attention, [1, A], or the two arrays of its splits, [S, 1, A]. The matrices are o, up, down
     and the joint one of the next block's queries, keys and values.
     """
+    chain, results, sums = _plan(x, weights)
+    mixed = [array.reshape(-1, array.shape[-1]) for array in mixed]
+
+    def body(done, x, *refs):
+        into, matrices, out, parts = _groups(refs, mixed, weights, results, sums)
+        _run(chain, x, matrices, out, parts, done, into)
+
+    return tuple(launched(body, [x, *mixed], weights, results, sums, counters, layer))
+
+
+def attends(joint: Float[Array, "1 J"], pages: Pages, window: int | None, scale: float) -> bool:
+    """Whether the kernel computes attention too: of as many heads for keys as for queries, of 128 numbers."""
+    keys = pages["k"]
+    heads, size = keys.shape[1], keys.shape[3]
+    return (
+        size == SIZE
+        and joint.shape[1] == 3 * heads * size
+        and keys.dtype == joint.dtype
+        and heads <= multiprocessors()
+        and scale * size**0.5 <= LARGEST_SCORE
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("window", "scale"))  # traced once for all layers with the same window
+def attention_chain(
+    x: Float[Array, "1 D"],
+    joint: Float[Array, "1 J"],
+    rope: tuple[Array, Array],
+    pages: Pages,
+    place: Place,
+    weights: list[Float[Array, "_ _"]],
+    counters: Counters,
+    layer: int | Int[Array, ""],
+    *,
+    window: int | None,
+    scale: float,
+) -> tuple[list[Array], Pages, Counters]:
+    """`row_chain`'s results after `decode.attend_next`, the pages and the counters then, all by one kernel."""
+    chain, results, sums = _plan(x, weights)
+    pools = [pages[name].reshape(-1, PAGE * SIZE) for name in "kv"]
+    width = joint.shape[1] // 3
+    splits = [jax.ShapeDtypeStruct((splits_of(width // SIZE), width), jnp.float32)] * 2
+    tables = jnp.stack([table.reshape(-1) for table in rope])  # one kernel makes both
+    of_row = [joint[0], tables, place.table[0], place.start, place.count]
+
+    def body(done, x, *refs):
+        given, matrices, memory, out, parts, into = _groups(refs, of_row, weights, pools, results, sums, splits)
+        (heads, tables, table, start, count), (keys, values), (added, mixed) = given, memory, into
+        attention = Attention(
+            heads, tables, table, start, count, keys, values, added, mixed, window, scale * SIZE**-0.5
+        )
+        _run(chain, x, matrices, out, parts, done, into, attention)
+
+    *out, k, v, counters = launched(
+        body, [x, *of_row], weights, results, [*sums, *splits], counters, layer, changed=pools
+    )
+    return out, {name: pool.reshape(pages[name].shape) for name, pool in (("k", k), ("v", v))}, counters
+
+
+def _plan(
+    x: Array, weights: list[Array]
+) -> tuple[list[Product], list[jax.ShapeDtypeStruct], list[jax.ShapeDtypeStruct]]:
+    """The products, the results, and the sums that products leave for those after them."""
     o, up, down, *joint = weights
     chain = [
         Product.of(o, PARTS["o"], AT_ONCE),
@@ -75,42 +141,53 @@ def row_chain(
         Product.of(down, PARTS["down"], AT_ONCE),
         *(Product.of(weight, normed=True) for weight in joint),
     ]
-    mixed = [array.reshape(-1, array.shape[-1]) for array in mixed]
     results = [jax.ShapeDtypeStruct((1, product.columns), x.dtype) for product in (chain[DOWN], *chain[JOINT:])]
     sums = [jax.ShapeDtypeStruct((product.parts, product.columns), jnp.float32) for product in chain[:JOINT]]
+    return chain, results, sums
 
-    def body(done, x, *refs):
-        refs = list(refs)
-        into, matrices, (after, *heads), parts = (
-            [refs.pop(0) for _ in range(count)] for count in map(len, (mixed, weights, results, sums))
-        )
 
-        def work(**memory):
-            _Row(chain, done, x.at[0], into, after.at[0], [*parts, *heads], **memory).work(matrices)
+def _groups(refs: Sequence[Any], *arrays: Sequence[Any]) -> list[list[Any]]:
+    """The refs of each of these lists of arrays, one list after the other."""
+    refs = list(refs)
+    return [[refs.pop(0) for _ in group] for group in arrays]
 
-        squares = plgpu.SMEM((len(chain), WARPS), jnp.float32)
-        pl.run_scoped(work, **ring(LOADED, x.dtype), squares=squares, collective_axes="group")
 
-    return tuple(launched(body, [x, *mixed], weights, results, sums, counters, layer))
+def _run(chain, x, matrices, out, parts, done, mixed, attention=None) -> None:
+    def work(**memory):
+        _Row(chain, done, x.at[0], mixed, out[0].at[0], [*parts, *out[1:]], attention, **memory).work(matrices)
+
+    memory = {"squares": plgpu.SMEM((len(chain), WARPS), jnp.float32)}
+    if attention is not None:
+        memory["scratch"] = plgpu.SMEM((2, WARPS, SIZE), jnp.float32)
+    pl.run_scoped(work, **ring(LOADED, x.dtype), **memory, collective_axes="group")
 
 
 class _Row(Block):
     """A block of the kernel.
 
     `sums` are the arrays that the products write, [parts, columns]; the last may be the heads. `done` counts the blocks
-    that have written theirs of each product, but for the heads, which no block reads.
+    that have written theirs of each product, but for the heads, which no block reads; and those of attention.
     """
 
-    def __init__(self, chain, done, x, mixed, after, sums, *, squares, **memory):
+    def __init__(self, chain, done, x, mixed, after, sums, attention, *, squares, scratch=None, **memory):
         super().__init__(chain, LOADED, done, **memory)
         self.x, self.mixed, self.after, self.sums, self.squares = x, mixed, after, sums, squares
+        self.attention, self.scratch = attention, scratch
 
     def work(self, weights) -> None:
+        group, block = lax.axis_index("group"), lax.axis_index("blocks")
+        if self.attention is not None:
+
+            @pl.when((group == PRODUCTS) & (block < self.attention.units))
+            def _():
+                self.attention.work(block, self.scratch)
+                self.signal(ATTENTION)
+
         super().work(weights)
         if len(self.chain) == JOINT:  # no product reads what down has written
             after_down = sum(product.units for product in self.chain) % multiprocessors()  # a block idle meanwhile
 
-            @pl.when((lax.axis_index("group") == INPUTS) & (lax.axis_index("blocks") == after_down))
+            @pl.when((group == INPUTS) & (block == after_down))
             def _():
                 self.after[...] = self.stream(OUT, DOWN)
 
@@ -139,6 +216,8 @@ class _Row(Block):
 
     def attended(self, own) -> Array:
         """A part of the result of attention, or of its splits: `add_splits`."""
+        if self.attention is not None:
+            self.wait_for(ATTENTION, self.attention.units)
         if len(self.mixed) == 1:
             return _row(self.mixed[0].at[0, own])
         weight, value = (_row_sum(array, own) for array in self.mixed)
@@ -177,14 +256,14 @@ class _Row(Block):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _strided(row)))
         def note(_, ref, squares):
             total = functools.reduce(
-                arith.addf, [_at(register, i) for register in squares.registers.flat for i in range(PAIR)]
+                arith.addf, [at(register, i) for register in squares.registers.flat for i in range(PAIR)]
             )
             for distance in (16, 8, 4, 2, 1):
                 total = arith.addf(total, utils.shfl_bfly(total, distance))
-            thread, i32 = _thread(), ir.IntegerType.get_signless(32)
-            first_lane = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(thread, utils.c(32, i32)), utils.c(0, i32))
-            place = utils.getelementptr(utils.memref_ptr(ref), [arith.divui(thread, utils.c(32, i32))], total.type)
-            _ptx("st.shared.f32 [$0], $1;", place, total, predicate=first_lane)
+            own = thread()
+            first_lane = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(own, i32(32)), i32(0))
+            place = utils.getelementptr(utils.memref_ptr(ref), [arith.divui(own, i32(32))], total.type)
+            ptx("st.shared.f32 [$0], $1;", place, total, predicate=first_lane)
 
         note(self.squares.at[number], wide * wide)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
 
@@ -220,21 +299,6 @@ def _row_sum(ref: Any, own: Any = slice(None)) -> Array:
     return functools.reduce(jnp.add, [_row(ref.at[i, own]) for i in range(ref.shape[0])])
 
 
-def _ptx(text: str, *operands: Any, **settings: Any) -> Any:
-    """An instruction of PTX."""
-    return utils.inline_ptx(text, *operands, **settings)  # pyright: ignore[reportAttributeAccessIssue] (from JAX 0.11 on)
-
-
-def _thread() -> Any:
-    """The number of a thread in its warpgroup."""
-    i32 = ir.IntegerType.get_signless(32)
-    return arith.remui(utils.thread_idx(), utils.c(THREADS, i32))
-
-
-def _at(pair: Any, i: int) -> Any:
-    return vector.extract(pair, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
-
-
 def _write(left: Any, row: Array, slots: Sequence[Array], start: int) -> None:
     """Writes the part of a row that belongs to steps from `start` on into the first row of their slots.
 
@@ -248,18 +312,17 @@ def _write(left: Any, row: Array, slots: Sequence[Array], start: int) -> None:
         )
     )  # fmt: skip
     def write(_, ref, values, slots):
-        i32 = ir.IntegerType.get_signless(32)
-        number, thread = (lambda value: utils.c(value, i32)), _thread()
-        second = arith.cmpi(arith.CmpIPredicate.uge, thread, number(THREADS // 2))
-        tile = arith.remui(arith.divui(thread, number(32)), number(2))
-        in_tile = arith.muli(arith.remui(thread, number(32)), number(4))
-        inside = arith.addi(arith.muli(tile, number(LOADED * 64 * 2)), in_tile)
+        own = thread()
+        second = arith.cmpi(arith.CmpIPredicate.uge, own, i32(THREADS // 2))
+        tile = arith.remui(arith.divui(own, i32(32)), i32(2))
+        in_tile = arith.muli(arith.remui(own, i32(32)), i32(4))
+        inside = arith.addi(arith.muli(tile, i32(LOADED * 64 * 2)), in_tile)
         for i in range(0, len(slots), 2):
             slot = arith.select(second, *(slots[i + more].registers.item() for more in (1, 0)))
-            offset = arith.addi(arith.muli(slot, number(LOADED * DEPTH * 2)), inside)
+            offset = arith.addi(arith.muli(slot, i32(LOADED * DEPTH * 2)), inside)
             place = utils.getelementptr(utils.memref_ptr(ref), [offset], ir.IntegerType.get_signless(8))
-            word = utils.bitcast(values.registers.flat[(start + i) // 2], i32)
-            _ptx("st.shared.b32 [$0], $1;", place, word)
+            word = utils.bitcast(values.registers.flat[(start + i) // 2], ir.IntegerType.get_signless(32))
+            ptx("st.shared.b32 [$0], $1;", place, word)
         nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
 
     write(left, row, list(slots))  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
@@ -275,7 +338,7 @@ def _sum(ref: Any) -> Array:
     def add(_, ref):
         f32 = ir.F32Type.get()
         places = [utils.getelementptr(utils.memref_ptr(ref), [i], f32) for i in range(WARPS)]
-        numbers = [_ptx("ld.shared.f32 $0, [$1];", place, result_types=f32, has_side_effects=True) for place in places]
+        numbers = [ptx("ld.shared.f32 $0, [$1];", place, result_types=f32, has_side_effects=True) for place in places]
         return mgpu.FragmentedArray.splat(functools.reduce(arith.addf, numbers), ())
 
     return add(ref)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)

@@ -31,6 +31,7 @@ DEPTH, WIDE = 128, 64  # rows and columns of the part of a weight that a slot ho
 RING = 170 << 10  # bytes of the slots
 COUNTERS = 512  # of a launch: more than any needs
 WEIGHTS, INPUTS, PRODUCTS = range(3)  # the warpgroups
+EARLY = True  # whether the kernel after this one may begin where blocks have ended, and load weights
 
 Counters = Int32[Array, "L C"]  # of L launches
 
@@ -94,19 +95,30 @@ def launched(
     more: Sequence[jax.ShapeDtypeStruct],
     counters: Counters | None = None,
     launch: int | Int[Array, ""] = 0,
+    changed: Sequence[Array] = (),
 ) -> list[Array]:
-    """The results of body(done, *refs) by three warpgroups of each multiprocessor, and the counters then.
+    """The results of body(done, *refs) by three warpgroups of each multiprocessor, and what it has changed.
 
-    `refs` are those of the inputs, of what is beside them, of the results and of `more`, which nobody reads afterwards;
-    `done` is the launch's row of the counters.
+    `refs` are those of the inputs, of what is beside them, of what is changed, of the results and of `more`, which
+    nobody reads afterwards; `done` is the launch's row of the counters. What is beside the inputs are weights: they may
+    be read while the kernel before still runs. After the results come `changed` and, if they are given, the counters.
     """
-    counting = [] if counters is None else [jnp.full(1, launch, jnp.int32), counters]
+    counting = [] if counters is None else [jnp.full(1, launch, jnp.int32)]
+    in_place = [*changed] if counters is None else [*changed, counters]
+    given = len(inputs) + len(beside)
 
     def run(*refs):
-        given = len(inputs) + len(beside)
-        counts = refs[given : given + len(counting)]
-        done = counts[1].at[read(counts[0].at[0])] if counts else None
-        body(done, *refs[:given], *refs[given + len(counting) :])
+        if EARLY:
+            plgpu.griddepcontrol_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue] (from JAX 0.11 on)
+
+            @pl.when(lax.axis_index("group") != WEIGHTS)
+            def _():
+                plgpu.griddepcontrol_wait()  # pyright: ignore[reportAttributeAccessIssue] (as above)
+
+        refs = list(refs)
+        number = [refs.pop(given) for _ in counting]
+        done = refs.pop(given + len(changed)).at[read(number[0].at[0])] if counting else None
+        body(done, *refs)
 
     kernel = plgpu.kernel(
         run,
@@ -119,14 +131,15 @@ def launched(
     )
 
     def call(*operands):
-        if not counting:
-            return kernel(*operands)[: len(results)]
-        changed = jax.new_ref(operands[-1])  # the kernel gets the memory of the counters themselves
-        return *kernel(*operands[:-1], changed)[: len(results)], jax.freeze(changed)
+        fixed = len(operands) - len(in_place)
+        memory = [jax.new_ref(array) for array in operands[fixed:]]  # the kernel gets the arrays' own memory
+        return *kernel(*operands[:fixed], *memory)[: len(results)], *map(jax.freeze, memory)
 
-    # XLA makes one fusion of a kernel and a slice that it reads, and forgets there whose memory the counters are.
+    # XLA makes one fusion of a kernel and a slice that it reads or that its results become, and forgets there whose
+    # memory an array is.
     inputs = lax.optimization_barrier(inputs)
-    return list(lowered_once(call, [*inputs, *beside, *counting], "mosaic_gpu_v2"))
+    results_then = lowered_once(call, [*inputs, *beside, *counting, *in_place], "mosaic_gpu_v2")
+    return list(lax.optimization_barrier(results_then))
 
 
 def read(ref: Any) -> Array:

@@ -12,6 +12,7 @@ from jaxchat.model import generation
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.generation import embedded, init_pages, join_qkv, paged_hidden, reads_previous
 from jaxchat.model.gpt import hidden_states, init_params, logits
+from jaxchat.ops.few_rows import decode_block
 from jaxchat.ops.linear import Quantized
 from jaxchat.ops.pages import PAGE, Place
 
@@ -209,23 +210,17 @@ def test_each_layer_of_a_step_has_counters_of_its_own(model, monkeypatch, name, 
     config, seen = CONFIGS[name], []
     params, _ = model(config)
 
-    def record(operation):
-        run = getattr(generation, operation)
+    def recorded(*operands):
+        *results, counters = decode_block(*operands)
+        *_, following, given, layer = operands
+        seen.append((layer, len(given), int(given[0, 0]), following is not None))
+        return *results, counters + 1
 
-        def recorded(*operands):
-            *results, counters = run(*operands)
-            seen.append((operation, operands[-1], len(counters), int(counters[0, 0])))
-            return *results, counters + 1
-
-        monkeypatch.setattr(generation, operation, recorded)
-
-    record("after_attention")
-    record("between_attentions")
+    monkeypatch.setattr(generation, "decode_block", recorded)
     place = Place(jnp.arange(2)[:, None], jnp.array([3, 5]), jnp.ones(2, jnp.int32))
     joint = join_qkv(params) if joined else None
     paged_hidden(config, params, tokens_of(2, 1), place, init_pages(config, 2), joint=joint, before=jnp.array([1, 2]))
     # All in one array, which each layer gets from the one before, and no number twice.
-    assert [call[1:] for call in seen] == [(layer, config.depth, layer) for layer in range(config.depth)]
-    fused = joined and not config.residual_scales
-    kinds = ["between_attentions" if fused else "after_attention"] * (config.depth - 1) + ["after_attention"]
-    assert [call[0] for call in seen] == kinds
+    assert [call[:3] for call in seen] == [(layer, config.depth, layer) for layer in range(config.depth)]
+    straight = joined and not config.residual_scales  # nothing is between this block and the next one's product
+    assert [call[3] for call in seen] == [straight] * (config.depth - 1) + [False]

@@ -16,8 +16,10 @@ from jaxchat.devices.mesh import make_mesh
 from jaxchat.ops import dispatch, few_rows, one_row
 from jaxchat.ops.decode import Splits
 from jaxchat.ops.dispatch import Level
-from jaxchat.ops.few_rows import after_attention, between_attentions, norm_product
+from jaxchat.ops.few_rows import after_attention, between_attentions, decode_block, norm_product
+from jaxchat.ops.pages import PAGE, Place
 from jaxchat.ops.product_chain import COUNTERS, new_counters
+from jaxchat.ops.rope import rope_tables
 
 HOPPER = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 
@@ -134,6 +136,84 @@ def test_layers_that_share_counters(rows):
             assert more == 3  # the parts of down that its last part waits for
 
 
+SIZE = 128  # of a head
+
+
+def block(seed, heads, width, hidden):
+    """A block's x and heads of one row, and its o, up and down, with the next block's joint matrix."""
+    x, mixed, *weights = operands(1, width, heads * SIZE, hidden, 3 * heads * SIZE, jnp.bfloat16)
+    return x, draw(seed, 1, 3 * heads * SIZE, dtype=jnp.bfloat16), weights
+
+
+def pool(heads, start, window, unseen):
+    """Pages whose tokens that a row does not see are `unseen`, and the row's place."""
+    count = start // PAGE + 1
+    table = np.random.default_rng(3).permutation(count + 2)[:count]
+    position = np.full((count + 2) * PAGE, -1)
+    position.reshape(-1, PAGE)[table] = np.arange(count * PAGE).reshape(-1, PAGE)
+    seen = (position >= (0 if window is None else start - window)) & (position >= 0) & (position < start)
+    seen = jnp.asarray(seen.reshape(-1, 1, PAGE, 1))
+    pages = {name: draw(i, count + 2, heads, PAGE, SIZE, dtype=jnp.bfloat16) for i, name in enumerate("kv")}
+    table = np.pad(table, (0, 5), constant_values=table[0])[None]
+    place = Place(jnp.asarray(table, jnp.int32), jnp.array([start], jnp.int32), jnp.array([1], jnp.int32))
+    return {name: jnp.where(seen, array, unseen) for name, array in pages.items()}, place
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(capability() != 9.0, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    "heads, start, window, scale",
+    [
+        (2, 0, None, 1.0), (2, 63, None, 1.44), (4, 64, None, 1.0), (10, 700, None, 1.0), (10, 2047, None, 1.44),
+        (10, 2047, 500, 1.0), (10, 300, 1, 1.0), (6, 1500, 64, 1.44), (22, 130, None, 1.0),
+    ],
+)  # fmt: skip
+def test_a_block_of_one_row_with_its_attention(heads, start, window, scale):
+    """By one kernel, which adds nothing of what the row does not see."""
+    width, hidden = 1280, 2560
+    x, joint, (o, up, down, following) = block(4, heads, width, hidden)
+    identity = jnp.eye(heads * SIZE, width, dtype=jnp.bfloat16)
+    clean, place = pool(heads, start, window, 0.0)
+    dirty, _ = pool(heads, start, window, jnp.nan)
+    rope = rope_tables(place.start[:, None], SIZE, 10_000.0)
+
+    def run(function, pages, x, o, down, following):
+        return function(x, joint, rope, pages, place, window, scale, o, up, down, following, new_counters(2), 1)
+
+    # The last of these has attention's values alone as its result.
+    for given in ((x, o, down, following), (x, o, down, None), (0 * x, identity, 0 * down, None)):
+        chosen = run(decode_block.choose, dirty, *given)
+        assert chosen is not decode_block.formula
+        got = jax.jit(functools.partial(run, chosen))(dirty, *given)
+        expected = jax.jit(functools.partial(run, decode_block.formula))(clean, *given)
+        for one, other in zip(got[:2], expected[:2], strict=True):
+            if other is not None:
+                largest = float(jnp.max(jnp.abs(other)))
+                np.testing.assert_allclose(
+                    np.asarray(one, np.float32), np.asarray(other, np.float32), atol=0.02 * largest
+                )
+        page, slot = int(place.table[0, start // PAGE]), start % PAGE
+        for name in "kv":
+            own = np.asarray(got[2][name][page, :, slot], np.float32)
+            np.testing.assert_allclose(own, np.asarray(expected[2][name][page, :, slot], np.float32), atol=0.03)
+            kept = got[2][name].at[page, :, slot].set(dirty[name][page, :, slot])
+            np.testing.assert_array_equal(np.asarray(kept, np.float32), np.asarray(dirty[name], np.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(capability() != 9.0, reason="needs a Hopper GPU")
+def test_an_idle_row_writes_nothing():
+    x, joint, (o, up, down, following) = block(4, 10, 1280, 5120)
+    pages, place = pool(10, 700, None, 0.0)
+    place = place._replace(count=jnp.zeros(1, jnp.int32), start=jnp.array([10_000], jnp.int32))
+    rope = rope_tables(place.start[:, None], SIZE, 10_000.0)
+    given = x, joint, rope, pages, place, None, 1.0, o, up, down, following, new_counters(1), 0
+    assert decode_block.choose(*given) is not decode_block.formula
+    _, _, got, _ = jax.jit(lambda pages: decode_block(*given[:3], pages, *given[4:]))(pages)
+    for name in "kv":
+        np.testing.assert_array_equal(np.asarray(got[name], np.float32), np.asarray(pages[name], np.float32))
+
+
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="this JAX cannot lower the kernel")
 @pytest.mark.parametrize("rows, parts", [(1, {}), (5, {}), (24, {}), (5, {"o": 2, "up": 2, "down": 8, "joint": 2})])
 def test_the_kernel_is_lowered(monkeypatch, rows, parts):
@@ -154,6 +234,42 @@ def test_the_kernel_is_lowered(monkeypatch, rows, parts):
     for shape in ("2x256", "1x1024", "4x256"):  # of one row, all parts of each product are in memory
         assert {f"tensor<{shape}xf32>" in call for call in counting} == {rows == 1}
     assert sum("tensor<3x512xf32>" in call for call in calls) == (2 if rows == 1 else 0)  # splits
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="this JAX cannot lower the kernel")
+def test_attention_is_lowered_with_the_products(monkeypatch):
+    monkeypatch.setattr(dispatch, "highest_level", lambda *_, **__: Level.HOPPER)
+    x, joint, (o, up, down, following) = block(4, 2, 256, 1024)
+    pages, place = pool(2, 100, None, 0.0)
+    rope = rope_tables(place.start[:, None], SIZE, 10_000.0)
+
+    def run(pages, after):
+        return decode_block(x, joint, rope, pages, place, None, 1.0, o, up, down, after, new_counters(1), 0)
+
+    for after in (following, None):
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=HOPPER)):
+            text = jax.jit(run).trace(pages, after).lower(lowering_platforms=("cuda",)).as_text()
+        (call,) = [line for line in text.splitlines() if "@mosaic_gpu_v2(" in line]
+        assert call.count("#stablehlo.output_operand_alias<") == 3  # of keys, values and counters
+
+
+def test_what_attention_in_the_kernel_is_not_for(monkeypatch):
+    monkeypatch.setattr(dispatch, "highest_level", lambda *_, **__: Level.HOPPER)
+    monkeypatch.setattr("jaxchat.ops.few_rows.multiprocessors", lambda: 132)
+    monkeypatch.setattr("jaxchat.ops.product_chain.multiprocessors", lambda: 132)
+    monkeypatch.setattr("jaxchat.ops.one_row.multiprocessors", lambda: 132)
+    x, joint, weights = block(4, 2, 256, 1024)
+    pages, place = pool(2, 100, None, 0.0)
+
+    def chosen(joint=joint, pages=pages, scale=1.0, x=x):
+        given = x, joint, None, pages, place, None, scale, *weights, new_counters(1), 0
+        return decode_block.choose(*given) is not decode_block.formula
+
+    assert chosen()
+    assert not chosen(scale=8.0)  # exponentials would overflow
+    assert not chosen(joint=joint[:, : 4 * SIZE], pages={name: array[:, :1] for name, array in pages.items()})  # groups
+    assert not chosen(pages={name: array.astype(jnp.float8_e4m3fn) for name, array in pages.items()})
+    assert not chosen(x=jnp.repeat(x, 2, 0))
 
 
 def test_what_the_kernel_does_not_take(monkeypatch):
