@@ -27,7 +27,6 @@ from jaxchat.model.gpt import abstract_params
 from jaxchat.ops import few_rows
 from jaxchat.ops.decode import Splits
 from jaxchat.ops.pages import PAGE
-from jaxchat.ops.product_chain import new_counters
 
 ON_CPU = jax.default_backend() == "cpu"
 DTYPE = jnp.dtype(jnp.float32 if ON_CPU else jnp.bfloat16)
@@ -111,7 +110,7 @@ def _weights() -> list[tuple[Any, ...]]:
 
 def _through(x: Any, mixed: Any, weights: list[tuple[Any, ...]]) -> list[tuple[Any, Any]]:
     """What comes after each of the layers: the residual stream, and queries, keys and values."""
-    counters, results = new_counters(len(weights)), []
+    counters, results = few_rows.new_counters(len(weights), x, *weights[0][:2]), []
     for layer, of_layer in enumerate(weights):
         x, heads, counters = few_rows.between_attentions(x, mixed, *of_layer, counters, layer)
         results.append((x, heads))
@@ -151,7 +150,8 @@ def _few_products(rows: int) -> Measure:
         results, (x, mixed) = [], _inputs(rows)
         for of_layer in _weights()[:2]:
             exact = jax.tree.map(lambda array: array.astype(jnp.float32), (x, mixed, *of_layer))
-            x, heads, _ = jax.jit(few_rows.between_attentions.formula)(*exact, new_counters(1), 0)
+            counters = few_rows.new_counters(1, exact[0], *exact[2:4])
+            x, heads, _ = jax.jit(few_rows.between_attentions.formula)(*exact, counters, 0)
             x = x.astype(DTYPE)
             results.append((x, heads))
         return results

@@ -48,7 +48,8 @@ def _nothing(*_: Any) -> None:
 
 def _wrong(**functions: Any) -> Variant:
     """A diagnosis: what this costs in time. Blocks read what others have not written yet, and results are wrong."""
-    return Variant({f"product_chain.{name}": function for name, function in functions.items()}, right=False)
+    settings = {f"product_chain.{name}": function for name, function in functions.items()}
+    return Variant(settings, right=False, least_rows=2)
 
 
 RIGHT = {

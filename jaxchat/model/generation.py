@@ -19,11 +19,10 @@ from jaxtyping import Array, Float, Int
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params, Scaled, Values, bind
 from jaxchat.ops.add_product import add_product
-from jaxchat.ops.few_rows import after_attention, decode_block, norm_product
+from jaxchat.ops.few_rows import after_attention, decode_block, new_counters, norm_product
 from jaxchat.ops.mlp import add_mlp
 from jaxchat.ops.norm import norm_branch, rms_norm
 from jaxchat.ops.pages import Pages, Place, attend_pages, new_pages, write_pages
-from jaxchat.ops.product_chain import new_counters
 from jaxchat.ops.qkv import norm_qkv
 from jaxchat.ops.residual import add_values, back_out, bigram_index, mix, smear
 from jaxchat.ops.rope import rope_tables
@@ -159,7 +158,8 @@ def _read(
     if last:
         at = jnp.arange(rows) * count + _last(place)
         matrices = weights.o, weights.up, weights.down
-        return after_attention(x[0, at], mixed[0, at], *matrices, new_counters(1), 0)[0], pages
+        x, counters = x[0, at], new_counters(1, x[0, at], weights.o, weights.up)
+        return after_attention(x, mixed[0, at], *matrices, counters, 0)[0], pages
     x = add_mlp(add_product(x, mixed, weights.o), weights.up, weights.down)
     return x.reshape(rows, count, width), pages
 
@@ -180,7 +180,9 @@ def _steps(
     beside: list[tuple[Values, Scaled]],
 ) -> tuple[Float[Array, "R D"], list[Pages]]:
     """All blocks over one token of each row. In `beside` these are one row of R tokens."""
-    heads, new, middle, counters = None, [], x, new_counters(config.depth)
+    heads, new, middle = None, [], x
+    first = _Weights.of(params["blocks"]["0"])
+    counters = new_counters(config.depth, x, first.o, first.up)
     for i, (window, of_layer) in enumerate(zip(config.windows, pages, strict=True)):
         values, scaled = beside[i]
         if heads is None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxchat.devices.gpu import multiprocessors
-from jaxchat.ops import one_row
+from jaxchat.ops import one_row, product_chain
 from jaxchat.ops.decode import Mixed, add_splits, attend_next
 from jaxchat.ops.dispatch import Level, on_one_device, operation
 from jaxchat.ops.linear import Quantized, products
@@ -21,6 +21,14 @@ from jaxchat.ops.product_chain import DEPTH, WIDE, Counters, Product
 from jaxchat.ops.several_rows import MOST_ROWS, rows_chain
 
 PARTS = {"o": 1, "up": 1, "down": 4, "joint": 1}  # blocks that share columns, at most, in each product
+
+
+def new_counters(
+    launches: int, x: Float[Array, "R D"], o: Float[Array, "A D"] | Quantized, up: Float[Array, "D F"] | Quantized
+) -> Counters:
+    """What the kernels of so many layers of a step count in, and leave numbers for each other in: cleared at once."""
+    places = one_row.places(x.shape[1], o.shape[0], up.shape[1]) if len(x) == 1 else 0
+    return product_chain.new_counters(launches, places)
 
 
 @operation

@@ -6,14 +6,12 @@ blocks of the next product wait for all parts and add them up, with the residual
 five parts, on 100 multiprocessors instead of 20, and nothing but the products waits. One row is so short that everybody
 can read all of it: 128 threads read 10 columns each of a row of 1,280. They also sum up the squares for the norm, and
 nobody needs the residual stream between attention and MLP in memory. What attention's splits have is added up the same
-way, by the blocks of o.
+way, by the blocks of o; attention itself is the kernel's first phase (`one_row_attention`), or another kernel's.
 
 All rows go from memory to shared memory through registers; the copy engine brings weights only. What orders writes
 and reads:
 
-- Sums: 128 threads write them, meet, and one of them counts up with a release for the whole GPU (`signal`). One thread
-  of a reader sees the count, acquires, and meets the 127 others (`wait_for`), who then read. All are plain writes and
-  reads: no other proxy is between them.
+- Sums: their memory says itself whether they are there (`warpgroup.awaited`).
 - Rows in slots: each thread writes its numbers, makes its own writes visible to the tensor cores (`fence.proxy.async`),
   and arrives at `loaded`, a release, for which PRODUCTS waits, an acquire. It arrives at `free` when the tensor cores
   have read a slot; only then it is written again. Rows 1 to 7 of a slot have what was there before: a row of the
@@ -29,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
@@ -41,13 +40,13 @@ from jaxtyping import Array, Float, Int
 from jaxchat.devices.gpu import multiprocessors
 from jaxchat.ops.decode import LARGEST_SCORE
 from jaxchat.ops.norm import NORM_EPS
-from jaxchat.ops.one_row_attention import SIZE, Attention, splits_of
+from jaxchat.ops.one_row_attention import MOST_SPLITS, SIZE, Attention, Left, splits_of
 from jaxchat.ops.pages import PAGE, Pages, Place
-from jaxchat.ops.product_chain import DEPTH, INPUTS, PRODUCTS, WIDE, Block, Counters, Product, launched, ring
-from jaxchat.ops.warpgroup import THREADS, WARPS, at, i32, ptx, thread
+from jaxchat.ops.product_chain import COUNTERS, DEPTH, INPUTS, PRODUCTS, WIDE, Block, Counters, Product, launched, ring
+from jaxchat.ops.warpgroup import THREADS, WARPS, at, awaited, i32, leave, ptx, thread
 
 PARTS = {"o": 5, "down": 4}  # blocks that share columns, at most
-OUT, UP, DOWN, JOINT, ATTENTION = range(5)  # the products, and what comes before them
+OUT, UP, DOWN, JOINT = range(4)  # the products
 LOADED = 8  # rows of a slot: the least that the tensor cores take
 PAIR = 2  # numbers that a thread reads and writes at once
 AT_ONCE = THREADS * PAIR  # numbers, of two slots
@@ -71,14 +70,14 @@ def row_chain(
     `mixed` is the result of attention, [1, A], or the two arrays of its splits, [S, 1, A]. The matrices are o, up, down
     and the joint one of the next block's queries, keys and values.
     """
-    chain, results, sums = _plan(x, weights)
+    chain, results = _plan(x, weights)
     mixed = [array.reshape(-1, array.shape[-1]) for array in mixed]
 
-    def body(done, x, *refs):
-        into, matrices, out, parts = _groups(refs, mixed, weights, results, sums)
-        _run(chain, x, matrices, out, parts, done, into)
+    def body(row, x, *refs):
+        into, matrices, out = _groups(refs, mixed, weights, results)
+        _run(chain, _Places(row), x, matrices, out, into)
 
-    return tuple(launched(body, [x, *mixed], weights, results, sums, counters, layer))
+    return tuple(launched(body, [x, *mixed], weights, results, [], counters, layer))
 
 
 def attends(joint: Float[Array, "1 J"], pages: Pages, window: int | None, scale: float) -> bool:
@@ -109,31 +108,30 @@ def attention_chain(
     scale: float,
 ) -> tuple[list[Array], Pages, Counters]:
     """`row_chain`'s results after `decode.attend_next`, the pages and the counters then, all by one kernel."""
-    chain, results, sums = _plan(x, weights)
+    chain, results = _plan(x, weights)
     pools = [pages[name].reshape(-1, PAGE * SIZE) for name in "kv"]
-    width = joint.shape[1] // 3
-    splits = [jax.ShapeDtypeStruct((splits_of(width // SIZE), width), jnp.float32)] * 2
     tables = jnp.stack([table.reshape(-1) for table in rope])  # one kernel makes both
     of_row = [joint[0], tables, place.table[0], place.start, place.count]
+    heads, factor = joint.shape[1] // (3 * SIZE), scale * SIZE**-0.5
 
-    def body(done, x, *refs):
-        given, matrices, memory, out, parts, into = _groups(refs, of_row, weights, pools, results, sums, splits)
-        (heads, tables, table, start, count), (keys, values), (added, mixed) = given, memory, into
-        attention = Attention(
-            heads, tables, table, start, count, keys, values, added, mixed, window, scale * SIZE**-0.5
-        )
-        _run(chain, x, matrices, out, parts, done, into, attention)
+    def body(row, x, *refs):
+        given, matrices, memory, out = _groups(refs, of_row, weights, pools, results)
+        places = _Places(row)
+        left = [places.take(splits_of(heads), heads * SIZE) for _ in range(2)]
+        attention = Attention(*given, *memory, *left, window, factor)  # pyright: ignore[reportCallIssue]
+        _run(chain, places, x, matrices, out, [], attention)
 
-    *out, k, v, counters = launched(
-        body, [x, *of_row], weights, results, [*sums, *splits], counters, layer, changed=pools
-    )
+    *out, k, v, counters = launched(body, [x, *of_row], weights, results, [], counters, layer, changed=pools)
     return out, {name: pool.reshape(pages[name].shape) for name, pool in (("k", k), ("v", v))}, counters
 
 
-def _plan(
-    x: Array, weights: list[Array]
-) -> tuple[list[Product], list[jax.ShapeDtypeStruct], list[jax.ShapeDtypeStruct]]:
-    """The products, the results, and the sums that products leave for those after them."""
+def places(width: int, attention: int, hidden: int) -> int:
+    """How many numbers the blocks of a launch leave each other, at most."""
+    return sum(PARTS.values()) * width + hidden + 2 * MOST_SPLITS * attention
+
+
+def _plan(x: Array, weights: list[Array]) -> tuple[list[Product], list[jax.ShapeDtypeStruct]]:
+    """The products and the results."""
     o, up, down, *joint = weights
     chain = [
         Product.of(o, PARTS["o"], AT_ONCE),
@@ -141,9 +139,7 @@ def _plan(
         Product.of(down, PARTS["down"], AT_ONCE),
         *(Product.of(weight, normed=True) for weight in joint),
     ]
-    results = [jax.ShapeDtypeStruct((1, product.columns), x.dtype) for product in (chain[DOWN], *chain[JOINT:])]
-    sums = [jax.ShapeDtypeStruct((product.parts, product.columns), jnp.float32) for product in chain[:JOINT]]
-    return chain, results, sums
+    return chain, [jax.ShapeDtypeStruct((1, product.columns), x.dtype) for product in (chain[DOWN], *chain[JOINT:])]
 
 
 def _groups(refs: Sequence[Any], *arrays: Sequence[Any]) -> list[list[Any]]:
@@ -152,9 +148,12 @@ def _groups(refs: Sequence[Any], *arrays: Sequence[Any]) -> list[list[Any]]:
     return [[refs.pop(0) for _ in group] for group in arrays]
 
 
-def _run(chain, x, matrices, out, parts, done, mixed, attention=None) -> None:
+def _run(chain, places, x, matrices, out, mixed, attention=None) -> None:
+    after, *heads = out
+    sums = [places.take(product.parts, product.columns) for product in chain[:JOINT]]
+
     def work(**memory):
-        _Row(chain, done, x.at[0], mixed, out[0].at[0], [*parts, *out[1:]], attention, **memory).work(matrices)
+        _Row(chain, x.at[0], mixed, sums, after.at[0], heads, attention, **memory).work(matrices)
 
     memory = {"squares": plgpu.SMEM((len(chain), WARPS), jnp.float32)}
     if attention is not None:
@@ -162,17 +161,25 @@ def _run(chain, x, matrices, out, parts, done, mixed, attention=None) -> None:
     pl.run_scoped(work, **ring(LOADED, x.dtype), **memory, collective_axes="group")
 
 
+class _Places:
+    """The places in a launch's row of the counters, given out one array after the other."""
+
+    def __init__(self, row):
+        self.row, self.first = row, COUNTERS
+
+    def take(self, parts: int, columns: int) -> Left:
+        first, self.first = self.first, self.first + parts * columns
+        assert self.first <= self.row.shape[0], "the counters are for a smaller model"
+        return Left(self.row, first, parts, columns)
+
+
 class _Row(Block):
-    """A block of the kernel.
+    """A block of the kernel. `sums` are what the products leave, but for the heads, which no block reads."""
 
-    `sums` are the arrays that the products write, [parts, columns]; the last may be the heads. `done` counts the blocks
-    that have written theirs of each product, but for the heads, which no block reads; and those of attention.
-    """
-
-    def __init__(self, chain, done, x, mixed, after, sums, attention, *, squares, scratch=None, **memory):
-        super().__init__(chain, LOADED, done, **memory)
-        self.x, self.mixed, self.after, self.sums, self.squares = x, mixed, after, sums, squares
-        self.attention, self.scratch = attention, scratch
+    def __init__(self, chain, x, mixed, sums, after, heads, attention, *, squares, scratch=None, **memory):
+        super().__init__(chain, LOADED, None, **memory)
+        self.x, self.mixed, self.sums, self.after, self.heads = x, mixed, sums, after, heads
+        self.attention, self.squares, self.scratch = attention, squares, scratch
 
     def work(self, weights) -> None:
         group, block = lax.axis_index("group"), lax.axis_index("blocks")
@@ -181,7 +188,6 @@ class _Row(Block):
             @pl.when((group == PRODUCTS) & (block < self.attention.units))
             def _():
                 self.attention.work(block, self.scratch)
-                self.signal(ATTENTION)
 
         super().work(weights)
         if len(self.chain) == JOINT:  # no product reads what down has written
@@ -191,10 +197,6 @@ class _Row(Block):
             def _():
                 self.after[...] = self.stream(OUT, DOWN)
 
-    def wait_for_all(self, number: int) -> None:
-        """Returns when all parts of a product are in memory."""
-        self.wait_for(number, self.chain[number].units)
-
     # --- INPUTS -------------------------------------------------------------------------------------------------------
 
     def load_inputs(self, number, product: Product, first, tile, part, column) -> None:
@@ -203,8 +205,7 @@ class _Row(Block):
         if number == OUT:
             row = self.attended(own)
         elif number == DOWN:
-            self.wait_for_all(UP)
-            row = _row_sum(self.sums[UP], own).astype(self.x.dtype)
+            row = _left_sum(self.sums[UP], own).astype(self.x.dtype)
         else:
             row = self.stream(OUT) if number == UP else self.stream(OUT, DOWN)
         self.fill(product, first, row, lambda: self.note_squares(number, row) if product.normed else None)
@@ -216,20 +217,20 @@ class _Row(Block):
 
     def attended(self, own) -> Array:
         """A part of the result of attention, or of its splits: `add_splits`."""
-        if self.attention is not None:
-            self.wait_for(ATTENTION, self.attention.units)
         if len(self.mixed) == 1:
             return _row(self.mixed[0].at[0, own])
-        weight, value = (_row_sum(array, own) for array in self.mixed)
+        if self.attention is None:
+            weight, value = (_row_sum(array, own) for array in self.mixed)
+        else:
+            weight, value = _left_sums([self.attention.weights, self.attention.mixed], own)
         return (value / jnp.maximum(weight, 1e-30)).astype(self.x.dtype)
 
     def stream(self, *added: int) -> Array:
         """The residual stream, when these products have been added."""
         row = _row(self.x)
         for number in added:
-            before = row.astype(jnp.float32)  # asked for before the wait
-            self.wait_for_all(number)
-            row = (before + _row_sum(self.sums[number])).astype(self.x.dtype)
+            total = _left_sum(self.sums[number], pl.ds(0, row.shape[0]))
+            row = (row.astype(jnp.float32) + total).astype(self.x.dtype)
         return row
 
     def fill(self, product: Product, first, row: Array, before_last) -> None:
@@ -276,9 +277,10 @@ class _Row(Block):
             total = total * lax.rsqrt(_sum(self.squares.at[number]) / product.inner + NORM_EPS)
         if product.squared:
             total = jnp.square(jnp.maximum(total, 0.0))
-        _write_first(self.sums[number].at[part, column], total)
         if number < JOINT:
-            self.signal(number)
+            _leave_first(self.sums[number].part(part, column), total)
+        else:
+            _write_first(self.heads[0].at[0, column], total)
 
 
 # --- what Pallas has no words for -------------------------------------------------------------------------------------
@@ -297,6 +299,41 @@ def _row(ref: Any) -> Array:
 def _row_sum(ref: Any, own: Any = slice(None)) -> Array:
     """The sum of all rows of an array, or of the same part of each."""
     return functools.reduce(jnp.add, [_row(ref.at[i, own]) for i in range(ref.shape[0])])
+
+
+def _left_sum(left: Left, own: Any) -> Array:
+    """The sum of all parts, of some columns, when they are there."""
+    return _left_sums([left], own)[0]
+
+
+def _left_sums(arrays: Sequence[Left], own: Any) -> Sequence[Array]:
+    """`_left_sum` of several arrays, for which threads wait at once."""
+    parts = [[left.part(part, own) for part in range(left.parts)] for left in arrays]
+    layout = plgpu.Layout.WG_STRIDED((own.size,), vec_size=PAIR)
+
+    @plgpu.inline_mgpu(
+        arg_types=jax.tree.map(lambda _: plgpu.RefType(), (parts,)),
+        return_type=[plgpu.ShapeDtypeStruct((own.size,), jnp.float32, layout=layout) for _ in arrays],
+    )
+    def add(_, parts):
+        first = arith.muli(thread(), i32(PAIR))
+        columns = [arith.addi(first, i32(start)) for start in range(0, own.size, AT_ONCE)]
+        places = [
+            utils.getelementptr(utils.memref_ptr(part), [column], ir.F32Type.get())
+            for array in parts for part in array for column in columns
+        ]  # fmt: skip
+        pairs, results = iter(awaited(places)), []
+        for array in parts:
+            totals = [next(pairs) for _ in columns]
+            for _ in array[1:]:
+                totals = [arith.addf(total, next(pairs)) for total in totals]
+            registers = np.empty(len(columns), dtype=object)
+            registers[:] = totals
+            of_array = mgpu.WGStridedFragLayout((own.size,), PAIR)
+            results.append(mgpu.FragmentedArray(_registers=registers, _layout=of_array, _is_signed=None))
+        return results
+
+    return add(parts)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
 
 
 def _write(left: Any, row: Array, slots: Sequence[Array], start: int) -> None:
@@ -342,6 +379,23 @@ def _sum(ref: Any) -> Array:
         return mgpu.FragmentedArray.splat(functools.reduce(arith.addf, numbers), ())
 
     return add(ref)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
+
+
+def _leave_first(ref: Any, total: Float[Array, "C 8"]) -> None:
+    """Leaves the first column of a tile for other blocks."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+    def write(_, ref, total):
+        base, zero = utils.memref_ptr(ref), utils.c(0, ir.IndexType.get())
+
+        def one(value, place):
+            row, column = place
+            here = utils.getelementptr(base, [arith.index_cast(ir.IntegerType.get_signless(32), row)], value.type)
+            leave(here, value, arith.cmpi(arith.CmpIPredicate.eq, column, zero))
+
+        total.foreach(one)
+
+    write(ref, total)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
 
 
 def _write_first(ref: Any, total: Float[Array, "C 8"]) -> None:

@@ -31,17 +31,32 @@ from jaxchat.devices.gpu import multiprocessors
 from jaxchat.ops.norm import NORM_EPS
 from jaxchat.ops.pages import PAGE
 from jaxchat.ops.product_chain import read
-from jaxchat.ops.warpgroup import THREADS, WARPS, at, i32, ptx, thread
+from jaxchat.ops.warpgroup import THREADS, WARPS, at, i32, leave, ptx, thread
 
 SIZE = 128  # of a head
 NEIGHBOURS = 8  # numbers that a thread reads at once: 16 bytes
 READERS = SIZE // NEIGHBOURS  # threads that read a key
 AT_ONCE = THREADS // READERS  # keys
+MOST_SPLITS = 16  # of a head's pages: who adds up what they leave has it all in registers
 STATE = AT_ONCE * SIZE  # a number for each column of each of these keys
 
 Page = BFloat16[Array, "8192"]
 Heads = Float[Array, "1024"]  # the same head for each of the keys
 Sums = tuple[Float[Array, "128"], Heads]  # of weights, each thread's, and of values times weights
+
+
+@dataclass(frozen=True)
+class Left:
+    """An array [parts, columns], fp32, that blocks leave for others, in the memory of `row` from `first` on."""
+
+    row: Any
+    first: int
+    parts: int
+    columns: int
+
+    def part(self, part: int | Array, columns: Any) -> Any:
+        """Some columns of a part; `columns` is a `pl.ds`."""
+        return self.row.at[pl.ds(self.first + part * self.columns + columns.start, columns.size)]
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,7 @@ class Attention:
       rope: tables of cosines and sines, [2, 64].
       table, start, count: of the row's place, [T], [1] and [1].
       keys, values: the pages, [P·N, 64·128].
-      weights, mixed: `decode.Splits`, [S, N·128].
+      weights, mixed: as of `decode.Splits`, left for the blocks of o.
       window: how many tokens the new one sees before itself.
       factor: of the scores.
     """
@@ -65,8 +80,8 @@ class Attention:
     count: Any
     keys: Any
     values: Any
-    weights: Any
-    mixed: Any
+    weights: Left
+    mixed: Left
     window: int | None
     factor: float
 
@@ -76,7 +91,7 @@ class Attention:
 
     @property
     def splits(self) -> int:
-        return self.weights.shape[0]
+        return self.mixed.parts
 
     @property
     def units(self) -> int:
@@ -110,10 +125,11 @@ class Attention:
         )
         cos, sin = _halves(self.rope.at[0]), _halves(self.rope.at[1])
         q, own_key = (_rotated(x, cos, sin) for x in (q, own_key))
-        wide = q.astype(jnp.float32)
+        # In what is traced, which says what kernel this is; the instruction takes powers of 2.
+        wide = q.astype(jnp.float32) * (self.factor * math.log2(math.e))
 
         def add(state, of_keys, position, low, high):
-            return _add(state, wide, of_keys, (position, low, high), self.factor)
+            return _add(state, wide, of_keys, (position, low, high))
 
         def step(number, state):
             return add(state, page(number), number * PAGE, seen_from, seen_until)
@@ -134,12 +150,12 @@ class Attention:
                 _store_head(pool.at[place(last), own], x)
 
         columns = pl.ds(head * SIZE, SIZE)
-        _store_sums(state, scratch, self.weights.at[split, columns], self.mixed.at[split, columns])
+        _leave_sums(state, scratch, self.weights.part(split, columns), self.mixed.part(split, columns))
 
 
 def splits_of(heads: int) -> int:
     """How many blocks share a head's pages."""
-    return multiprocessors() // heads
+    return min(MOST_SPLITS, multiprocessors() // heads)
 
 
 def _rotated(x: Heads, cos: Heads, sin: Heads) -> Heads:
@@ -260,7 +276,7 @@ def _dot(x: Any, y: Any) -> Any:
     return total
 
 
-def _add(state: Sums, q: Heads, of_keys: tuple[Array, Array], bounds: tuple[Any, Any, Any], factor: float) -> Sums:
+def _add(state: Sums, q: Heads, of_keys: tuple[Array, Array], bounds: tuple[Any, Any, Any]) -> Sums:
     """The sums of weights and of values times weights, when some keys and their values are added.
 
     `bounds` are the position of the first of these keys and, of those that count, the first and the one after the last.
@@ -284,8 +300,7 @@ def _add(state: Sums, q: Heads, of_keys: tuple[Array, Array], bounds: tuple[Any,
             sees = arith.andi(
                 arith.cmpi(arith.CmpIPredicate.sge, here, low), arith.cmpi(arith.CmpIPredicate.slt, here, high)
             )
-            exponent = arith.mulf(score, utils.c(factor * math.log2(math.e), f32))
-            weight = ptx("ex2.approx.ftz.f32 $0, $1;", exponent, result_types=f32)
+            weight = ptx("ex2.approx.ftz.f32 $0, $1;", score, result_types=f32)
             weight = arith.select(sees, weight, nothing)
             # What nobody has written yet may be anything, even no number.
             value = arith.select(sees, value, vector.broadcast(value.type, utils.c(0.0, ir.BF16Type.get())))
@@ -312,8 +327,8 @@ def _store_head(ref: Any, x: Heads) -> None:
     store(ref, x)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
 
 
-def _store_sums(state: Sums, scratch: Any, totals: Any, sums: Any) -> None:
-    """Writes the sums over all threads that have the same columns: of weights beside each column, and of values."""
+def _leave_sums(state: Sums, scratch: Any, totals: Any, sums: Any) -> None:
+    """Leaves the sums over all threads that have the same columns: of weights beside each column, and of values."""
 
     @plgpu.inline_mgpu(arg_types=((_layout(THREADS), _layout(STATE)), *[plgpu.RefType()] * 3))
     def store(_, state, scratch, totals, sums):
@@ -335,6 +350,6 @@ def _store_sums(state: Sums, scratch: Any, totals: Any, sums: Any) -> None:
                 for first in range(kind * WARPS * SIZE, (kind + 1) * WARPS * SIZE, SIZE)
             ]
             added = arith.addf(arith.addf(parts[0], parts[1]), arith.addf(parts[2], parts[3]))
-            llvm.store(added, utils.getelementptr(utils.memref_ptr(ref), [own], f32))
+            leave(utils.getelementptr(utils.memref_ptr(ref), [own], f32), added)
 
     store(state, scratch, totals, sums)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)

@@ -26,6 +26,7 @@ from jaxtyping import Array, Int, Int32
 
 from jaxchat.devices.gpu import multiprocessors
 from jaxchat.ops.lowering import lowered_once
+from jaxchat.ops.warpgroup import NOTHING
 
 DEPTH, WIDE = 128, 64  # rows and columns of the part of a weight that a slot holds
 RING = 170 << 10  # bytes of the slots
@@ -36,9 +37,13 @@ EARLY = True  # whether the kernel after this one may begin where blocks have en
 Counters = Int32[Array, "L C"]  # of L launches
 
 
-def new_counters(launches: int) -> Counters:
-    """Counters for so many launches of a chain, each with a row of its own."""
-    return jnp.zeros((launches, COUNTERS), jnp.int32)
+def new_counters(launches: int, places: int = 0) -> Counters:
+    """Counters for so many launches of a chain, and places for numbers that blocks leave each other.
+
+    Each launch has a row of its own: the counters, which are 0, and then the places, which hold `NOTHING`.
+    """
+    row = jnp.where(jnp.arange(COUNTERS + places) < COUNTERS, 0, NOTHING)
+    return jnp.broadcast_to(row, (launches, COUNTERS + places))
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from jaxchat.devices.mesh import make_mesh
 from jaxchat.ops import dispatch, few_rows, one_row
 from jaxchat.ops.decode import Splits
 from jaxchat.ops.dispatch import Level
-from jaxchat.ops.few_rows import after_attention, between_attentions, decode_block, norm_product
+from jaxchat.ops.few_rows import after_attention, between_attentions, decode_block, new_counters, norm_product
 from jaxchat.ops.pages import PAGE, Place
-from jaxchat.ops.product_chain import COUNTERS, new_counters
+from jaxchat.ops.product_chain import COUNTERS
 from jaxchat.ops.rope import rope_tables
+from jaxchat.ops.warpgroup import NOTHING
 
 HOPPER = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 
@@ -51,7 +52,7 @@ def test_the_formulas():
     x, mixed, o, up, down, joint = (np.asarray(array, np.float64) for array in arrays)
     between = x + mixed @ o
     after = between + np.maximum(norm(between) @ up, 0) ** 2 @ down
-    counters = new_counters(1)
+    counters = new_counters(1, arrays[0], *arrays[2:4])
     np.testing.assert_allclose(norm_product(arrays[0], arrays[5]), norm(x) @ joint, atol=1e-5)
     for attended in (arrays[1], split(arrays[1])):
         got, same = after_attention(arrays[0], attended, *arrays[2:5], counters, 0)
@@ -65,12 +66,12 @@ def test_the_formulas():
 
 def layers(x, mixed, o, up, down, joint, shared=True):
     """Four layers and their counters. The third is not between two attentions; to it and the second come splits."""
-    counters, results = new_counters(4), []
+    counters, results = new_counters(4, x, o, up), []
     for layer in range(4):
         if layer in (1, 2):
             mixed = split(mixed)
         if not shared:
-            counters, layer = new_counters(1), 0
+            counters, layer = new_counters(1, x, o, up), 0
         if len(results) == 4:
             x, counters = after_attention(x, mixed, o, up, down, counters, layer)
             heads = norm_product(x, joint)
@@ -98,10 +99,11 @@ def steps(*given):
 def test_the_kernel(rows, width, attention, hidden, heads):
     arrays = operands(rows, width, attention, hidden, heads, jnp.bfloat16)
     in_splits = [arrays[0], split(arrays[1]), *arrays[2:]]
+    counters = new_counters(3, arrays[0], *arrays[2:4])
     for operation, given, more in (
         (norm_product, (arrays[0], arrays[5]), ()),
-        (after_attention, arrays[:5], (new_counters(1), 0)), (after_attention, in_splits[:5], (new_counters(2), 1)),
-        (between_attentions, arrays, (new_counters(3), 2)), (between_attentions, in_splits, (new_counters(1), 0)),
+        (after_attention, arrays[:5], (counters, 0)), (after_attention, in_splits[:5], (counters, 1)),
+        (between_attentions, arrays, (counters, 2)), (between_attentions, in_splits, (counters, 0)),
     ):  # fmt: skip
         assert operation.choose(*given, *more) is not operation.formula
 
@@ -127,10 +129,11 @@ def test_layers_that_share_counters(rows):
     for step in range(2):
         for number, expected in enumerate(alone):
             np.testing.assert_array_equal(results[number][step], expected, err_msg=f"{step}, {number}")
-        counted, more = counters[step, :, :3].tolist(), int(counters[step, :, 3:].max())
-        if rows == 1:
-            assert counted == [[100, 80, 80]] * 4  # the blocks of each product, but for the heads
-            assert more == 0
+        counted, more = counters[step, :, :3].tolist(), int(counters[step, :, 3:COUNTERS].max())
+        if rows == 1:  # nobody counts; how many have left what others read
+            assert not counters[step, :, :COUNTERS].any()
+            left = (counters[step, :, COUNTERS:] != NOTHING).sum(1).tolist()
+            assert left == [5 * 1280 + 5120 + 4 * 1280] * 4
         else:
             assert counted == [[20, 80, 20], [20, 80, 20], [20, 80, 0], [20, 80, 20]]  # nobody waits for the last
             assert more == 3  # the parts of down that its last part waits for
@@ -174,11 +177,12 @@ def test_a_block_of_one_row_with_its_attention(heads, start, window, scale):
     x, joint, (o, up, down, following) = block(4, heads, width, hidden)
     identity = jnp.eye(heads * SIZE, width, dtype=jnp.bfloat16)
     clean, place = pool(heads, start, window, 0.0)
+    counters = new_counters(2, x, o, up)
     dirty, _ = pool(heads, start, window, jnp.nan)
     rope = rope_tables(place.start[:, None], SIZE, 10_000.0)
 
     def run(function, pages, x, o, down, following):
-        return function(x, joint, rope, pages, place, window, scale, o, up, down, following, new_counters(2), 1)
+        return function(x, joint, rope, pages, place, window, scale, o, up, down, following, counters, 1)
 
     # The last of these has attention's values alone as its result.
     for given in ((x, o, down, following), (x, o, down, None), (0 * x, identity, 0 * down, None)):
@@ -207,7 +211,7 @@ def test_an_idle_row_writes_nothing():
     pages, place = pool(10, 700, None, 0.0)
     place = place._replace(count=jnp.zeros(1, jnp.int32), start=jnp.array([10_000], jnp.int32))
     rope = rope_tables(place.start[:, None], SIZE, 10_000.0)
-    given = x, joint, rope, pages, place, None, 1.0, o, up, down, following, new_counters(1), 0
+    given = x, joint, rope, pages, place, None, 1.0, o, up, down, following, new_counters(1, x, o, up), 0
     assert decode_block.choose(*given) is not decode_block.formula
     _, _, got, _ = jax.jit(lambda pages: decode_block(*given[:3], pages, *given[4:]))(pages)
     for name in "kv":
@@ -229,10 +233,10 @@ def test_the_kernel_is_lowered(monkeypatch, rows, parts):
     kernels = {kernel for call in calls for kernel in re.findall('kernel_hash = "(.*?)", module', call)}
     assert len(kernels) == (4 if rows == 1 else 3)
     counting = [call for call in calls if "output_operand_aliases = [#" in call]
-    assert [f"tensor<4x{COUNTERS}xi32>)" in call for call in calls] == [call in counting for call in calls]
+    memory = new_counters(4, arrays[0], *arrays[2:4])
+    assert (memory.shape[1] == COUNTERS) == (rows > 1)
+    assert [f"tensor<4x{memory.shape[1]}xi32>)" in call for call in calls] == [call in counting for call in calls]
     assert len(calls) == len(counting) + 1  # norm_product's
-    for shape in ("2x256", "1x1024", "4x256"):  # of one row, all parts of each product are in memory
-        assert {f"tensor<{shape}xf32>" in call for call in counting} == {rows == 1}
     assert sum("tensor<3x512xf32>" in call for call in calls) == (2 if rows == 1 else 0)  # splits
 
 
@@ -244,7 +248,7 @@ def test_attention_is_lowered_with_the_products(monkeypatch):
     rope = rope_tables(place.start[:, None], SIZE, 10_000.0)
 
     def run(pages, after):
-        return decode_block(x, joint, rope, pages, place, None, 1.0, o, up, down, after, new_counters(1), 0)
+        return decode_block(x, joint, rope, pages, place, None, 1.0, o, up, down, after, new_counters(1, x, o, up), 0)
 
     for after in (following, None):
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=HOPPER)):
@@ -262,7 +266,7 @@ def test_what_attention_in_the_kernel_is_not_for(monkeypatch):
     pages, place = pool(2, 100, None, 0.0)
 
     def chosen(joint=joint, pages=pages, scale=1.0, x=x):
-        given = x, joint, None, pages, place, None, scale, *weights, new_counters(1), 0
+        given = x, joint, None, pages, place, None, scale, *weights, new_counters(1, x, *weights[:2]), 0
         return decode_block.choose(*given) is not decode_block.formula
 
     assert chosen()
@@ -276,10 +280,12 @@ def test_what_the_kernel_does_not_take(monkeypatch):
     monkeypatch.setattr(dispatch, "highest_level", lambda *_, **__: Level.HOPPER)
     monkeypatch.setattr("jaxchat.ops.few_rows.multiprocessors", lambda: 132)
     few = operands(2, 256, 256, 1024, 768, jnp.bfloat16)
-    assert between_attentions.choose(*few, new_counters(1), 0) is not between_attentions.formula
+    assert between_attentions.choose(*few, new_counters(1, few[0], *few[2:4]), 0) is not between_attentions.formula
     for rows, width, hidden in ((65, 256, 1024), (2, 192, 1024), (2, 256, 133 * 64)):
         given = operands(rows, width, 256, hidden, 768, jnp.bfloat16)
-        assert between_attentions.choose(*given, new_counters(1), 0) is between_attentions.formula
+        assert (
+            between_attentions.choose(*given, new_counters(1, given[0], *given[2:4]), 0) is between_attentions.formula
+        )
 
 
 @pytest.mark.parametrize(
@@ -298,8 +304,9 @@ def test_one_row_has_a_kernel_of_its_own_where_threads_can_read_it_in_pairs(monk
     monkeypatch.setattr(*((one_row, "row_chain") if alone else (few_rows, "_several_rows")), take)
     x, mixed, *weights = operands(rows, width, attention, 1024, 768, jnp.bfloat16)
     for attended in (mixed, split(mixed)):
-        after_attention(x, attended, *weights[:3], new_counters(1), 0)
-        between_attentions(x, attended, *weights, new_counters(1), 0)
+        counters = new_counters(1, x, *weights[:2])
+        after_attention(x, attended, *weights[:3], counters, 0)
+        between_attentions(x, attended, *weights, counters, 0)
     one = [(rows, attention)]
     splits = [(3, rows, attention)] * 2 if alone else one
     assert taken == [one, one, splits, splits]
@@ -313,7 +320,10 @@ def test_weights_that_are_split_over_devices_stay_with_the_compiler(monkeypatch)
     chosen = []
 
     def choose(*arrays):
-        chosen.append(between_attentions.choose(*arrays, new_counters(1), 0) is not between_attentions.formula)
+        chosen.append(
+            between_attentions.choose(*arrays, new_counters(1, arrays[0], *arrays[2:4]), 0)
+            is not between_attentions.formula
+        )
         return arrays
 
     for tensor, kernel in ((1, True), (2, False)):
