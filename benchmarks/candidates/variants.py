@@ -48,7 +48,7 @@ def _nothing(*_: Any) -> None:
 
 def _wrong(**functions: Any) -> Variant:
     """A diagnosis: what this costs in time. Blocks read what others have not written yet, and results are wrong."""
-    settings = {f"product_chain.{name}": function for name, function in functions.items()}
+    settings = {f"several_rows.{name}": function for name, function in functions.items()}
     return Variant(settings, right=False, least_rows=2)
 
 
@@ -56,10 +56,6 @@ RIGHT = {
     IN_USE: Variant(),
     "as several rows": Variant({"one_row.fits": _never}, most_rows=1),
     "attention apart": Variant({"one_row.attends": _never}, most_rows=1),
-    "one kernel after the other": Variant({"product_chain.EARLY": False}),
-    "attention apart, one kernel after the other": Variant(
-        {"one_row.attends": _never, "product_chain.EARLY": False}, most_rows=1
-    ),
     "one row, o in 1 part": _of_one_row(o=1),
     "one row, down in 5 parts": _of_one_row(down=5),
     "o in 5 parts": _of_several(o=5),

@@ -177,7 +177,7 @@ class _Row(Block):
     """A block of the kernel. `sums` are what the products leave, but for the heads, which no block reads."""
 
     def __init__(self, chain, x, mixed, sums, after, heads, attention, *, squares, scratch=None, **memory):
-        super().__init__(chain, LOADED, None, **memory)
+        super().__init__(chain, LOADED, **memory)
         self.x, self.mixed, self.sums, self.after, self.heads = x, mixed, sums, after, heads
         self.attention, self.squares, self.scratch = attention, squares, scratch
 

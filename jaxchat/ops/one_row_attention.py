@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxlib.mlir.dialects import math as mlir_math
-from jaxtyping import Array, BFloat16, Float, Int
+from jaxtyping import Array, BFloat16, Bool, Float, Int
 
 from jaxchat.devices.gpu import multiprocessors
 from jaxchat.ops.norm import NORM_EPS
@@ -57,6 +57,35 @@ class Left:
     def part(self, part: int | Array, columns: Any) -> Any:
         """Some columns of a part; `columns` is a `pl.ds`."""
         return self.row.at[pl.ds(self.first + part * self.columns + columns.start, columns.size)]
+
+
+class Share(NamedTuple):
+    """What one of several blocks does of a row's pages.
+
+    Attributes:
+      begin, end: its pages, from `begin` on and before `end`; none if they are equal or crossed.
+      low, high: the positions of the keys on them that the row sees, likewise. Its own new one is not among them.
+      owns: whether the new token's page is among them.
+    """
+
+    begin: Int[Array, ""]
+    end: Int[Array, ""]
+    low: Int[Array, ""]
+    high: Int[Array, ""]
+    owns: Bool[Array, ""]
+
+    @classmethod
+    def of(
+        cls, start: Int[Array, ""], active: Bool[Array, ""], window: int | None, split: Int[Array, ""], splits: int
+    ) -> Share:
+        """Equal shares of the pages of a row whose new token has position `start`, but for the last ones."""
+        low = jnp.int32(0) if window is None else jnp.maximum(start - window, 0)
+        first, last = lax.div(low, PAGE), lax.div(start, PAGE)
+        pages = jnp.where(active, last + 1 - first, 0)
+        share = lax.div(pages + splits - 1, splits)
+        begin = first + split * share
+        end = jnp.minimum(begin + share, first + pages)
+        return cls(begin, end, low, jnp.minimum(start, end * PAGE), (begin <= last) & (last < end))
 
 
 @dataclass(frozen=True)
@@ -101,15 +130,7 @@ class Attention:
         """One head's attention over one split of the pages; `scratch` is shared memory, fp32 [2, 4, 128]."""
         head, split = lax.rem(unit, self.heads), lax.div(unit, self.heads)
         start, active = read(self.start.at[0]), read(self.count.at[0]) > 0
-        last = lax.div(start, PAGE)
-        first = 0 if self.window is None else lax.div(jnp.maximum(start - self.window, 0), PAGE)
-        pages = jnp.where(active, last + 1 - first, 0)
-        share = lax.div(pages + self.splits - 1, self.splits)
-        begin = first + split * share
-        end = jnp.minimum(begin + share, first + pages)
-        owns = (begin <= last) & (last < end)  # the new token's page
-        seen_from = 0 if self.window is None else jnp.maximum(start - self.window, 0)
-        seen_until = jnp.minimum(start, end * PAGE)
+        share = Share.of(start, active, self.window, split, self.splits)
 
         def place(page):
             return read(self.table.at[page]) * self.heads + head
@@ -119,7 +140,7 @@ class Attention:
             return _page(self.keys.at[at]), _page(self.values.at[at])
 
         # Memory is asked for the first page before anything is computed. Whoever has none asks for another's.
-        first_page = page(jnp.clip(begin, 0, jnp.minimum(last, self.table.shape[0] - 1)))
+        first_page = page(jnp.clip(share.begin, 0, jnp.minimum(lax.div(start, PAGE), self.table.shape[0] - 1)))
         q, own_key, own_value = (
             _head(self.joint.at[pl.ds((kind * self.heads + head) * SIZE, SIZE)]) for kind in range(3)
         )
@@ -132,22 +153,22 @@ class Attention:
             return _add(state, wide, of_keys, (position, low, high))
 
         def step(number, state):
-            return add(state, page(number), number * PAGE, seen_from, seen_until)
+            return add(state, page(number), number * PAGE, share.low, share.high)
 
         nothing = (
             plgpu.layout_cast(jnp.zeros(THREADS), _layout(THREADS)),
             plgpu.layout_cast(jnp.zeros(STATE), _layout(STATE)),
         )
-        state = add(nothing, first_page, begin * PAGE, seen_from, seen_until)
-        state = lax.fori_loop(begin + 1, end, step, state)
+        state = add(nothing, first_page, share.begin * PAGE, share.low, share.high)
+        state = lax.fori_loop(share.begin + 1, share.end, step, state)
         # Of its keys the new token's own is the first; the other seven are nobody's.
-        state = add(state, (own_key, own_value), start, start, jnp.where(owns, start + 1, start))
+        state = add(state, (own_key, own_value), start, start, jnp.where(share.owns, start + 1, start))
 
-        @pl.when(owns)
+        @pl.when(share.owns)
         def _():
             own = pl.ds(lax.rem(start, PAGE) * SIZE, SIZE)
             for pool, x in ((self.keys, own_key), (self.values, own_value)):
-                _store_head(pool.at[place(last), own], x)
+                _store_head(pool.at[place(lax.div(start, PAGE)), own], x)
 
         columns = pl.ds(head * SIZE, SIZE)
         _leave_sums(state, scratch, self.weights.part(split, columns), self.mixed.part(split, columns))

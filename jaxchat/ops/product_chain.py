@@ -6,8 +6,8 @@ share the columns. One warpgroup loads weights into a ring of slots of shared me
 one loads rows, when the product before has left them in memory; one multiplies. With so few rows tensor cores have
 little to do.
 
-Blocks tell each other what they have done by counters in memory, which begin at 0. Clearing them is a kernel of its
-own, of a microsecond: so all launches of a step have theirs in one array, a row each.
+Blocks tell each other what they have done through memory that is cleared before, by a kernel of its own that takes a
+microsecond or two: so all launches of a step have theirs in one array, a row each.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int, Int32
 
@@ -32,7 +31,6 @@ DEPTH, WIDE = 128, 64  # rows and columns of the part of a weight that a slot ho
 RING = 170 << 10  # bytes of the slots
 COUNTERS = 512  # of a launch: more than any needs
 WEIGHTS, INPUTS, PRODUCTS = range(3)  # the warpgroups
-EARLY = True  # whether the kernel after this one may begin where blocks have ended, and load weights
 
 Counters = Int32[Array, "L C"]  # of L launches
 
@@ -105,21 +103,14 @@ def launched(
     """The results of body(done, *refs) by three warpgroups of each multiprocessor, and what it has changed.
 
     `refs` are those of the inputs, of what is beside them, of what is changed, of the results and of `more`, which
-    nobody reads afterwards; `done` is the launch's row of the counters. What is beside the inputs are weights: they may
-    be read while the kernel before still runs. After the results come `changed` and, if they are given, the counters.
+    nobody reads afterwards; `done` is the launch's row of the counters. After the results come `changed` and, if they
+    are given, the counters.
     """
     counting = [] if counters is None else [jnp.full(1, launch, jnp.int32)]
     in_place = [*changed] if counters is None else [*changed, counters]
     given = len(inputs) + len(beside)
 
     def run(*refs):
-        if EARLY:
-            plgpu.griddepcontrol_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue] (from JAX 0.11 on)
-
-            @pl.when(lax.axis_index("group") != WEIGHTS)
-            def _():
-                plgpu.griddepcontrol_wait()  # pyright: ignore[reportAttributeAccessIssue] (as above)
-
         refs = list(refs)
         number = [refs.pop(given) for _ in counting]
         done = refs.pop(given + len(changed)).at[read(number[0].at[0])] if counting else None
@@ -152,28 +143,6 @@ def read(ref: Any) -> Array:
     return plgpu.load(ref, optimized=False)  # pyright: ignore[reportCallIssue] (from JAX 0.11 on)
 
 
-def _signal(counter: Any) -> None:
-    """Counts one up, when all that this warpgroup has written is there for who waits for the count."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def add(_, ref):
-        utils.warpgroup_barrier()
-        utils.SemaphoreRef(utils.memref_ptr(ref)).signal(1, memory_scope="gpu")
-
-    add(counter)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
-
-
-def _wait(counter: Any, count: int) -> None:
-    """Returns when the counter has come so far."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
-    def until(_, ref, count):
-        target = count.registers.item()
-        utils.SemaphoreRef(utils.memref_ptr(ref)).wait(target, decrement=False, memory_scope="gpu")
-
-    until(counter, jnp.int32(count))  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
-
-
 def shared(shape: tuple[int, ...], dtype: Any):
     """Shared memory, laid out as the tensor cores and the copy engine want rows of 64 numbers of 16 bits."""
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
@@ -191,13 +160,13 @@ def ring(rows: int, dtype: Any) -> dict[str, Any]:
 
 
 class Block:
-    """One block at work: the ring in shared memory, and the counters in memory.
+    """One block at work, with the ring in shared memory.
 
     The kernels say how rows come into the ring (`load_inputs`) and what becomes of a product (`multiply`).
     """
 
-    def __init__(self, chain, present, done, *, left, right, loaded, free):
-        self.chain, self.present, self.done = chain, present, done
+    def __init__(self, chain, present, *, left, right, loaded, free):
+        self.chain, self.present = chain, present
         self.left, self.right, self.loaded, self.free, self.stages = left, right, loaded, free, left.shape[0]
 
     def work(self, weights) -> None:
@@ -235,14 +204,6 @@ class Block:
 
     def multiply(self, number, product: Product, first, tile, part, column) -> None:
         raise NotImplementedError
-
-    def signal(self, counter: Any) -> None:
-        """Counts up that what this warpgroup has written is there. Each product has a counter, with its number."""
-        _signal(self.done.at[counter])
-
-    def wait_for(self, counter: Any, count: int) -> None:
-        """Returns when a counter has come so far."""
-        _wait(self.done.at[counter], count)
 
     def steps(self, product: Product, first, part, load) -> None:
         """Calls load(slot, rows of the weight) for each step, when the slot is free."""

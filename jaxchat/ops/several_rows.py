@@ -7,11 +7,13 @@ them adds up the sums of the others, in a fixed order.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
@@ -93,6 +95,28 @@ def _squares(x: Float[Array, "R D"]) -> Float[Array, "1 present"]:
     return jnp.pad(jnp.sum(wide * wide, axis=1), (0, _present(len(x)) - len(x)))[None]
 
 
+def _signal(counter: Any) -> None:
+    """Counts one up, when all that this warpgroup has written is there for who waits for the count."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def add(_, ref):
+        utils.warpgroup_barrier()
+        utils.SemaphoreRef(utils.memref_ptr(ref)).signal(1, memory_scope="gpu")
+
+    add(counter)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
+
+
+def _wait(counter: Any, count: int) -> None:
+    """Returns when the counter has come so far."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def until(_, ref, count):
+        target = count.registers.item()
+        utils.SemaphoreRef(utils.memref_ptr(ref)).wait(target, decrement=False, memory_scope="gpu")
+
+    until(counter, jnp.int32(count))  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
+
+
 class _Rows(Block):
     """A block of the kernel.
 
@@ -101,8 +125,8 @@ class _Rows(Block):
     """
 
     def __init__(self, chain, present, done, arrays, squares, sums, inputs, *, side, kept, ready, **memory):
-        super().__init__(chain, present, done, **memory)
-        self.arrays, self.squares, self.sums, self.inputs = arrays, squares, sums, inputs
+        super().__init__(chain, present, **memory)
+        self.done, self.arrays, self.squares, self.sums, self.inputs = done, arrays, squares, sums, inputs
         self.side, self.kept, self.ready = side, kept, ready
         # More rows than there are, from 0: the others read as zeros, and are not written.
         self.rows = pl.ds(lax.axis_index("blocks") * 0, present)
@@ -115,6 +139,14 @@ class _Rows(Block):
         @pl.when(group != PRODUCTS)
         def _():
             plgpu.set_max_registers(40, action="decrease")
+
+    def signal(self, counter: Any) -> None:
+        """Counts up that what this warpgroup has written is there. Each product has a counter, with its number."""
+        _signal(self.done.at[counter])
+
+    def wait_for(self, counter: Any, count: int) -> None:
+        """Returns when a counter has come so far."""
+        _wait(self.done.at[counter], count)
 
     def wait_for_all(self, number: int) -> None:
         """Returns when all of a product is in memory."""

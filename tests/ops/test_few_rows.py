@@ -4,6 +4,8 @@
 import functools
 import re
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from jaxchat.ops import dispatch, few_rows, one_row
 from jaxchat.ops.decode import Splits
 from jaxchat.ops.dispatch import Level
 from jaxchat.ops.few_rows import after_attention, between_attentions, decode_block, new_counters, norm_product
+from jaxchat.ops.one_row_attention import Share
 from jaxchat.ops.pages import PAGE, Place
 from jaxchat.ops.product_chain import COUNTERS
 from jaxchat.ops.rope import rope_tables
@@ -202,6 +205,28 @@ def test_a_block_of_one_row_with_its_attention(heads, start, window, scale):
             np.testing.assert_allclose(own, np.asarray(expected[2][name][page, :, slot], np.float32), atol=0.03)
             kept = got[2][name].at[page, :, slot].set(dirty[name][page, :, slot])
             np.testing.assert_array_equal(np.asarray(kept, np.float32), np.asarray(dirty[name], np.float32))
+
+
+@hypothesis.given(
+    start=st.integers(0, 5000), window=st.one_of(st.none(), st.integers(1, 3000)), splits=st.integers(1, 16)
+)
+@hypothesis.example(start=0, window=None, splits=16)
+@hypothesis.example(start=128, window=64, splits=2)
+def test_blocks_share_the_keys_that_a_row_sees(start, window, splits):
+    """Each of them is one block's, and the new token's page too."""
+
+    def shares(active):
+        of = functools.partial(Share.of, jnp.int32(start), jnp.bool(active), window, splits=splits)
+        return np.stack(jax.vmap(lambda split: of(split=split))(jnp.arange(splits)), 1)
+
+    seen, owners = [], 0
+    for begin, end, low, high, owns in shares(True):
+        seen += [key for key in range(begin * PAGE, max(begin, end) * PAGE) if low <= key < high]
+        owners += owns
+        assert not owns or begin <= start // PAGE < end
+    assert seen == list(range(0 if window is None else max(0, start - window), start))
+    assert owners == 1
+    assert all(begin >= end and not owns for begin, end, *_, owns in shares(False))  # an idle row has no pages
 
 
 @pytest.mark.gpu
