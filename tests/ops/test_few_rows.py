@@ -207,6 +207,7 @@ def test_a_block_of_one_row_with_its_attention(heads, start, window, scale):
             np.testing.assert_array_equal(np.asarray(kept, np.float32), np.asarray(dirty[name], np.float32))
 
 
+@hypothesis.settings(deadline=None, max_examples=50)
 @hypothesis.given(
     start=st.integers(0, 5000), window=st.one_of(st.none(), st.integers(1, 3000)), splits=st.integers(1, 16)
 )
