@@ -42,8 +42,16 @@ FIRST, MOST_PAGES = (20, 2) if ON_CPU else (576, 12)  # the rows' first position
 
 def place(name: str) -> tuple[Any, str]:
     """The module of a setting, and its name there."""
-    module, constant = name.split(".")
-    return importlib.import_module(f"jaxchat.ops.{module}"), constant
+    module, constant = name.rsplit(".", 1)
+    return importlib.import_module(f"jaxchat.{module}"), constant
+
+
+def instead(value: Any) -> Any:
+    """What a setting is changed to: a string names something of a candidate."""
+    if not isinstance(value, str):
+        return value
+    module, name = value.split(".")
+    return getattr(importlib.import_module(f"candidates.{module}"), name)
 
 
 @contextlib.contextmanager
@@ -51,7 +59,7 @@ def applied(variant: Variant) -> Iterator[None]:
     """Within it, programs are traced with the settings of this variant."""
     with contextlib.ExitStack() as stack:
         for name, value in variant.settings.items():
-            stack.enter_context(mock.patch.object(*place(name), value))
+            stack.enter_context(mock.patch.object(*place(name), instead(value)))
         jax.clear_caches()  # of functions that are traced once
         yield
     jax.clear_caches()

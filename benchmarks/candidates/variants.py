@@ -1,4 +1,4 @@
-"""What is tried: constants for decoding, and diagnoses, by name. Nothing here needs JAX."""
+"""What is tried: candidates and constants for decoding, and diagnoses, by name. Nothing here needs JAX."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Variant:
     """What is changed of what is in use.
 
     Attributes:
-      settings: constants, or functions, of modules of `jaxchat/ops`.
+      settings: constants, functions or classes of modules of jaxchat; a string names those of a candidate.
       right: whether its results mean something; otherwise only its time does.
       least_rows, most_rows: with which it is tried.
     """
@@ -26,15 +26,15 @@ class Variant:
 
 def _of_one_row(**more: int) -> Variant:
     """With so many blocks that share columns, at most, where it is not the number in use."""
-    return Variant({"one_row.PARTS": {"o": 5, "down": 4} | more}, most_rows=1)
+    return Variant({"ops.one_row.PARTS": {"o": 5, "down": 4} | more}, most_rows=1)
 
 
 def _of_several(**more: int) -> Variant:
-    return Variant({"few_rows.PARTS": {"o": 1, "up": 1, "down": 4, "joint": 1} | more}, least_rows=2)
+    return Variant({"ops.few_rows.PARTS": {"o": 1, "up": 1, "down": 4, "joint": 1} | more}, least_rows=2)
 
 
 def _ring(kilobytes: int) -> Variant:
-    return Variant({"product_chain.RING": kilobytes << 10})
+    return Variant({"ops.product_chain.RING": kilobytes << 10})
 
 
 def _never(*_: Any) -> bool:
@@ -48,20 +48,28 @@ def _nothing(*_: Any) -> None:
 
 def _wrong(**functions: Any) -> Variant:
     """A diagnosis: what this costs in time. Blocks read what others have not written yet, and results are wrong."""
-    settings = {f"several_rows.{name}": function for name, function in functions.items()}
+    settings = {f"ops.several_rows.{name}": function for name, function in functions.items()}
     return Variant(settings, right=False, least_rows=2)
 
 
 RIGHT = {
     IN_USE: Variant(),
-    "as several rows": Variant({"one_row.fits": _never}, most_rows=1),
-    "attention apart": Variant({"one_row.attends": _never}, most_rows=1),
+    "as several rows": Variant({"ops.one_row.fits": _never}, most_rows=1),
+    "attention apart": Variant({"ops.one_row.attends": _never}, most_rows=1),
     "one row, o in 1 part": _of_one_row(o=1),
     "one row, down in 5 parts": _of_one_row(down=5),
     "o in 5 parts": _of_several(o=5),
     "down in 2 parts": _of_several(down=2),
     "down in 5 parts": _of_several(down=5),
     "o, down in 5 parts, joint in 2": _of_several(o=5, down=5, joint=2),
+    "marked parts": Variant(
+        {
+            "ops.several_rows._Rows": "marked_parts.Rows",
+            "ops.few_rows.new_counters": "marked_parts.new_counters",
+            "model.generation.new_counters": "marked_parts.new_counters",
+        },
+        least_rows=2,
+    ),
     "ring of 140 KB": _ring(140),
     "ring of 200 KB": _ring(200),
 }

@@ -179,10 +179,14 @@ class _Rows(Block):
             total = total * lax.broadcast_in_dim(scale, total.shape, [1])
         if product.beside is not None:
             plgpu.barrier_wait(self.ready)
-        last = product.parts - 1
-        if last == 0:
+        if product.parts == 1:
             self.finish(number, product, total, tile, column)
-            return
+        else:
+            self.add_parts(number, product, total, tile, part, column)
+
+    def add_parts(self, number, product: Product, total, tile, part, column) -> None:
+        """Leaves a part's sums for the last part, which adds them to its own and finishes the product."""
+        last = product.parts - 1
         before = sum(other.tiles for other in self.chain[:number] if other.parts > 1)
         sums, added = self.sums[number], len(self.chain) + before + tile
 
