@@ -1,4 +1,4 @@
-"""Compares a candidate and constants of the kernels for decoding (`benchmarks/candidates`) to what is in use.
+"""Compares candidates and constants of the kernels for decoding (`benchmarks/candidates`) to what is in use.
 
     python benchmarks/decode_candidates.py --rows 1 32
     python benchmarks/decode_candidates.py --rows 1 32 --profile

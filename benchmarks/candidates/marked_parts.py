@@ -23,8 +23,7 @@ from jaxlib.mlir.dialects import arith
 from jaxtyping import Array, Float
 
 from jaxchat.ops import few_rows, one_row, product_chain, several_rows
-from jaxchat.ops.one_row_attention import Left
-from jaxchat.ops.product_chain import COUNTERS, WIDE, Counters, Product
+from jaxchat.ops.product_chain import COUNTERS, WIDE, Counters, Left, Product
 from jaxchat.ops.warpgroup import THREADS, at, awaited, i32, leave, thread
 
 PAIR = 2  # numbers in a register

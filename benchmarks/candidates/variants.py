@@ -53,7 +53,7 @@ def _wrong(**functions: Any) -> Variant:
 
 
 RIGHT = {
-    IN_USE: Variant(),
+    IN_USE: Variant(most_rows=256),
     "as several rows": Variant({"ops.one_row.fits": _never}, most_rows=1),
     "attention apart": Variant({"ops.one_row.attends": _never}, most_rows=1),
     "one row, o in 1 part": _of_one_row(o=1),
@@ -70,6 +70,9 @@ RIGHT = {
         },
         least_rows=2,
     ),
+    "stream kept": Variant({"ops.few_rows.after_attention": "many_rows.stream_kept"}, least_rows=65, most_rows=256),
+    "attention in 3 stages": Variant({"ops.decode.attend": "many_rows.three_stages"}, least_rows=2, most_rows=256),
+    "attention with 2 warps": Variant({"ops.decode.attend": "many_rows.two_warps"}, least_rows=2, most_rows=256),
     "ring of 140 KB": _ring(140),
     "ring of 200 KB": _ring(200),
 }

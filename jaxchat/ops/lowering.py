@@ -38,6 +38,9 @@ def lowered_once(call: Callable, operands: Sequence[Array], target: str) -> Any:
     layers or devices run it, and other processes find it beside the compiled programs that JAX keeps. While a
     function is traced for arrays that several devices may share (`shared_arrays`), nothing is lowered ahead: what
     runs in the end is most likely the kernel for one device's part, of another shape.
+
+    A kernel is known by its trace, which does not show numbers that code within `inline_mgpu` takes from outside: they
+    must be operands, or follow from the operands' shapes.
     """
     jaxpr = jax.make_jaxpr(call)(*operands)
     made_for = CODE, multiprocessors(), jaxpr

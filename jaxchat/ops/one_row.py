@@ -40,9 +40,21 @@ from jaxtyping import Array, Float, Int
 from jaxchat.devices.gpu import multiprocessors
 from jaxchat.ops.decode import LARGEST_SCORE
 from jaxchat.ops.norm import NORM_EPS
-from jaxchat.ops.one_row_attention import MOST_SPLITS, SIZE, Attention, Left, splits_of
+from jaxchat.ops.one_row_attention import MOST_SPLITS, SIZE, Attention, splits_of
 from jaxchat.ops.pages import PAGE, Pages, Place
-from jaxchat.ops.product_chain import COUNTERS, DEPTH, INPUTS, PRODUCTS, WIDE, Block, Counters, Product, launched, ring
+from jaxchat.ops.product_chain import (
+    DEPTH,
+    INPUTS,
+    PRODUCTS,
+    WIDE,
+    Block,
+    Counters,
+    Left,
+    Places,
+    Product,
+    launched,
+    ring,
+)
 from jaxchat.ops.warpgroup import THREADS, WARPS, at, awaited, i32, leave, ptx, thread
 
 PARTS = {"o": 5, "down": 4}  # blocks that share columns, at most
@@ -75,7 +87,7 @@ def row_chain(
 
     def body(row, x, *refs):
         into, matrices, out = _groups(refs, mixed, weights, results)
-        _run(chain, _Places(row), x, matrices, out, into)
+        _run(chain, Places(row), x, matrices, out, into)
 
     return tuple(launched(body, [x, *mixed], weights, results, [], counters, layer))
 
@@ -116,7 +128,7 @@ def attention_chain(
 
     def body(row, x, *refs):
         given, matrices, memory, out = _groups(refs, of_row, weights, pools, results)
-        places = _Places(row)
+        places = Places(row)
         left = [places.take(splits_of(heads), heads * SIZE) for _ in range(2)]
         attention = Attention(*given, *memory, *left, window, factor)  # pyright: ignore[reportCallIssue]
         _run(chain, places, x, matrices, out, [], attention)
@@ -159,18 +171,6 @@ def _run(chain, places, x, matrices, out, mixed, attention=None) -> None:
     if attention is not None:
         memory["scratch"] = plgpu.SMEM((2, WARPS, SIZE), jnp.float32)
     pl.run_scoped(work, **ring(LOADED, x.dtype), **memory, collective_axes="group")
-
-
-class _Places:
-    """The places in a launch's row of the counters, given out one array after the other."""
-
-    def __init__(self, row):
-        self.row, self.first = row, COUNTERS
-
-    def take(self, parts: int, columns: int) -> Left:
-        first, self.first = self.first, self.first + parts * columns
-        assert self.first <= self.row.shape[0], "the counters are for a smaller model"
-        return Left(self.row, first, parts, columns)
 
 
 class _Row(Block):

@@ -30,7 +30,7 @@ from jaxtyping import Array, BFloat16, Bool, Float, Int
 from jaxchat.devices.gpu import multiprocessors
 from jaxchat.ops.norm import NORM_EPS
 from jaxchat.ops.pages import PAGE
-from jaxchat.ops.product_chain import read
+from jaxchat.ops.product_chain import Left, read
 from jaxchat.ops.warpgroup import THREADS, WARPS, at, i32, leave, ptx, thread
 
 SIZE = 128  # of a head
@@ -43,20 +43,6 @@ STATE = AT_ONCE * SIZE  # a number for each column of each of these keys
 Page = BFloat16[Array, "8192"]
 Heads = Float[Array, "1024"]  # the same head for each of the keys
 Sums = tuple[Float[Array, "128"], Heads]  # of weights, each thread's, and of values times weights
-
-
-@dataclass(frozen=True)
-class Left:
-    """An array [parts, columns], fp32, that blocks leave for others, in the memory of `row` from `first` on."""
-
-    row: Any
-    first: int
-    parts: int
-    columns: int
-
-    def part(self, part: int | Array, columns: Any) -> Any:
-        """Some columns of a part; `columns` is a `pl.ds`."""
-        return self.row.at[pl.ds(self.first + part * self.columns + columns.start, columns.size)]
 
 
 class Share(NamedTuple):
@@ -146,7 +132,7 @@ class Attention:
         )
         cos, sin = _halves(self.rope.at[0]), _halves(self.rope.at[1])
         q, own_key = (_rotated(x, cos, sin) for x in (q, own_key))
-        # In what is traced, which says what kernel this is; the instruction takes powers of 2.
+        # Exponentials are powers of 2. The factor is part of what is traced, by which `lowered_once` knows a kernel.
         wide = q.astype(jnp.float32) * (self.factor * math.log2(math.e))
 
         def add(state, of_keys, position, low, high):

@@ -45,6 +45,32 @@ def new_counters(launches: int, places: int = 0) -> Counters:
 
 
 @dataclass(frozen=True)
+class Left:
+    """An array [parts, columns], fp32, that blocks leave for others, in the memory of `row` from `first` on."""
+
+    row: Any
+    first: int
+    parts: int
+    columns: int
+
+    def part(self, part: int | Array, columns: Any) -> Any:
+        """Some columns of a part; `columns` is a `pl.ds`."""
+        return self.row.at[pl.ds(self.first + part * self.columns + columns.start, columns.size)]
+
+
+class Places:
+    """The places in a launch's row of the counters, given out one array after the other."""
+
+    def __init__(self, row):
+        self.row, self.first = row, COUNTERS
+
+    def take(self, parts: int, columns: int) -> Left:
+        first, self.first = self.first, self.first + parts * columns
+        assert self.first <= self.row.shape[0], "the counters are for a smaller model"
+        return Left(self.row, first, parts, columns)
+
+
+@dataclass(frozen=True)
 class Product:
     """One product of the chain: array number `source` times a weight.
 

@@ -273,14 +273,18 @@ def test_attention_is_lowered_with_the_products(monkeypatch):
     pages, place = pool(2, 100, None, 0.0)
     rope = rope_tables(place.start[:, None], SIZE, 10_000.0)
 
-    def run(pages, after):
-        return decode_block(x, joint, rope, pages, place, None, 1.0, o, up, down, after, new_counters(1, x, o, up), 0)
+    def run(pages, after, scale):
+        counters = new_counters(1, x, o, up)
+        return decode_block(x, joint, rope, pages, place, None, scale, o, up, down, after, counters, 0)
 
-    for after in (following, None):
+    kernels = set()
+    for after, scale in ((following, 1.0), (None, 1.0), (None, 1.44)):
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=HOPPER)):
-            text = jax.jit(run).trace(pages, after).lower(lowering_platforms=("cuda",)).as_text()
-        (call,) = [line for line in text.splitlines() if "@mosaic_gpu_v2(" in line]
+            text = jax.jit(functools.partial(run, scale=scale)).trace(pages, after).lower(lowering_platforms=("cuda",))
+        (call,) = [line for line in text.as_text().splitlines() if "@mosaic_gpu_v2(" in line]
         assert call.count("#stablehlo.output_operand_alias<") == 3  # of keys, values and counters
+        kernels.update(re.findall('kernel_hash = "(.*?)", module', call))
+    assert len(kernels) == 3
 
 
 def test_what_attention_in_the_kernel_is_not_for(monkeypatch):
