@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import hashlib
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -39,11 +40,11 @@ def lowered_once(call: Callable, operands: Sequence[Array], target: str) -> Any:
     function is traced for arrays that several devices may share (`shared_arrays`), nothing is lowered ahead: what
     runs in the end is most likely the kernel for one device's part, of another shape.
 
-    A kernel is known by its trace, which does not show numbers that code within `inline_mgpu` takes from outside: they
-    must be operands, or follow from the operands' shapes.
+    A kernel is known by its trace, and by the numbers and words that code within `inline_mgpu` takes from outside:
+    these the trace does not show.
     """
     jaxpr = jax.make_jaxpr(call)(*operands)
-    made_for = CODE, multiprocessors(), jaxpr
+    made_for = CODE, multiprocessors(), jaxpr, list(_taken(jaxpr.jaxpr))
     key = hashlib.sha256(" ".join(map(str, made_for)).encode()).hexdigest()
     if _shared.get() and jax.device_count() > 1:
         return _deferred.setdefault(key, jax.jit(call))(*operands)
@@ -67,6 +68,22 @@ _lock = threading.Lock()
 _lowered: dict[str, jax.export.Exported] = {}
 _deferred: dict[str, Callable] = {}
 _shared = contextvars.ContextVar("shared", default=False)
+
+
+def _taken(jaxpr: Any) -> Iterator[Any]:
+    """What functions of `inline_mgpu` within a trace take from outside, as far as it is numbers and words."""
+    for equation in jaxpr.eqns:
+        if function := equation.params.get("mgpu_fn"):
+            yield from (value for value in inspect.getclosurevars(function).nonlocals.values() if _plain(value))
+        for value in jax.tree.leaves(equation.params):
+            if inner := getattr(value, "jaxpr", value if hasattr(value, "eqns") else None):
+                yield from _taken(inner)
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, int | float | str)
 
 
 def _read(key: str) -> jax.export.Exported | None:

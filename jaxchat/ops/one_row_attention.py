@@ -132,7 +132,7 @@ class Attention:
         )
         cos, sin = _halves(self.rope.at[0]), _halves(self.rope.at[1])
         q, own_key = (_rotated(x, cos, sin) for x in (q, own_key))
-        # Exponentials are powers of 2. The factor is part of what is traced, by which `lowered_once` knows a kernel.
+        # With the factor of the scores, whose exponentials are powers of 2.
         wide = q.astype(jnp.float32) * (self.factor * math.log2(math.e))
 
         def add(state, of_keys, position, low, high):

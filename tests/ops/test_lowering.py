@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxchat.ops import dispatch, hopper, lowering, triton
 from jaxchat.ops.cross_entropy import cross_entropy_rows
@@ -159,3 +160,28 @@ def lowered(function, arguments):
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=HOPPER)):
         exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=allowed)
         return exported(*arguments).mlir_module()
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="this JAX cannot trace the kernel")
+def test_kernels_differ_by_what_their_code_takes_from_outside(monkeypatch):
+    """A number within the code of a thread is in no trace."""
+    monkeypatch.setattr(lowering, "multiprocessors", lambda: 132)
+    of_threads, seen = plgpu.Layout.WG_STRIDED((128,), vec_size=1), []
+    monkeypatch.setattr(lowering, "_lower", lambda key, *_: seen.append(key) or jax.export.export(jax.jit(jnp.sin))(x))
+    x = jnp.zeros(128)
+
+    def times(factor):
+        def body(x, result):
+            @plgpu.inline_mgpu(
+                arg_types=(of_threads,), return_type=plgpu.ShapeDtypeStruct((128,), jnp.float32, layout=of_threads)
+            )
+            def product(_, x):
+                return x * factor
+
+            result[...] = product(plgpu.load(x, layout=of_threads, optimized=False))
+
+        return plgpu.kernel(body, out_type=jax.ShapeDtypeStruct((128,), jnp.float32))
+
+    for factor in (2.0, 3.0, 2.0):
+        lowering.lowered_once(times(factor), [x], PRODUCT)
+    assert len(seen) == len(set(seen)) == 2
