@@ -52,6 +52,12 @@ def _wrong(**functions: Any) -> Variant:
     return Variant(settings, right=False, least_rows=2)
 
 
+MARKED: dict[str, Any] = {
+    "ops.several_rows._Rows": "marked_parts.Rows",
+    "ops.few_rows.new_counters": "marked_parts.new_counters",
+    "model.generation.new_counters": "marked_parts.new_counters",
+}
+UP_TO_128: dict[str, Any] = {"ops.several_rows.MOST_ROWS": 128, "ops.few_rows.MOST_ROWS": 128}
 RIGHT = {
     IN_USE: Variant(most_rows=256),
     "as several rows": Variant({"ops.one_row.fits": _never}, most_rows=1),
@@ -62,14 +68,9 @@ RIGHT = {
     "down in 2 parts": _of_several(down=2),
     "down in 5 parts": _of_several(down=5),
     "o, down in 5 parts, joint in 2": _of_several(o=5, down=5, joint=2),
-    "marked parts": Variant(
-        {
-            "ops.several_rows._Rows": "marked_parts.Rows",
-            "ops.few_rows.new_counters": "marked_parts.new_counters",
-            "model.generation.new_counters": "marked_parts.new_counters",
-        },
-        least_rows=2,
-    ),
+    "marked parts": Variant(MARKED, least_rows=2),
+    "products of up to 128 rows": Variant(UP_TO_128, least_rows=65, most_rows=128),
+    "products of up to 128 rows, marked parts": Variant(UP_TO_128 | MARKED, least_rows=65, most_rows=128),
     "stream kept": Variant({"ops.few_rows.after_attention": "many_rows.stream_kept"}, least_rows=65, most_rows=256),
     "attention in 3 stages": Variant({"ops.decode.attend": "many_rows.three_stages"}, least_rows=2, most_rows=256),
     "attention with 2 warps": Variant({"ops.decode.attend": "many_rows.two_warps"}, least_rows=2, most_rows=256),
