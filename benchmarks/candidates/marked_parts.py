@@ -8,12 +8,10 @@ and a trip to the GPU's cache less. In exchange more is cleared once a step: 0.5
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
@@ -27,6 +25,7 @@ from jaxchat.ops.product_chain import COUNTERS, WIDE, Counters, Left, Product
 from jaxchat.ops.warpgroup import THREADS, at, awaited, i32, leave, thread
 
 PAIR = 2  # numbers in a register
+AWAITED = 48  # numbers that a thread waits for at once: it has them all in registers
 
 
 def new_counters(launches: int, x: Array, o: Any, up: Any) -> Counters:
@@ -83,11 +82,11 @@ def _with_others(total: Float[Array, "C present"], parts: Sequence[Any]) -> Floa
         return_type=plgpu.ShapeDtypeStruct(total.shape, jnp.float32, layout=plgpu.Layout.WGMMA),
     )
     def add(_, total, parts):
-        count = total.registers.size
-        others = awaited([place for part in parts for place in _places(part, count)])
-        registers = np.empty(count, dtype=object)
-        for i, own in enumerate(total.registers.flat):
-            registers[i] = functools.reduce(arith.addf, others[i::count], own)
+        registers = total.registers.flatten()
+        places = [place for part in parts for place in _places(part, registers.size)]
+        for first in range(0, len(places), AWAITED // PAIR):
+            for i, pair in enumerate(awaited(places[first : first + AWAITED // PAIR]), first):
+                registers[i % registers.size] = arith.addf(registers[i % registers.size], pair)
         return mgpu.FragmentedArray(
             _registers=registers.reshape(total.registers.shape), _layout=total.layout, _is_signed=None
         )
