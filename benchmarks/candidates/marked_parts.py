@@ -29,11 +29,14 @@ AWAITED = 48  # numbers that a thread waits for at once: it has them all in regi
 
 
 def new_counters(launches: int, x: Array, o: Any, up: Any) -> Counters:
-    """`few_rows.new_counters`, with places for the parts of down."""
+    """`few_rows.new_counters`, with places for the parts of all products."""
+    width, attention, hidden = x.shape[1], o.shape[0], up.shape[1]
     if len(x) == 1:
-        places = one_row.places(x.shape[1], o.shape[0], up.shape[1])
+        places = one_row.places(width, attention, hidden)
     else:
-        places = (few_rows.PARTS["down"] - 1) * x.shape[1] * several_rows._present(len(x))
+        columns = {"o": width, "up": hidden, "down": width, "joint": 3 * attention}
+        more = sum(columns[name] * (parts - 1) for name, parts in few_rows.PARTS.items())
+        places = more * several_rows._present(len(x))
     return product_chain.new_counters(launches, places)
 
 

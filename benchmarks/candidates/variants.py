@@ -69,6 +69,8 @@ RIGHT = {
     "down in 5 parts": _of_several(down=5),
     "o, down in 5 parts, joint in 2": _of_several(o=5, down=5, joint=2),
     "marked parts": Variant(MARKED, least_rows=2),
+    "marked parts, o in 2": Variant(MARKED | _of_several(o=2).settings, least_rows=2),
+    "marked parts, o in 5": Variant(MARKED | _of_several(o=5).settings, least_rows=2),
     "products of up to 128 rows": Variant(UP_TO_128, least_rows=65, most_rows=128),
     "products of up to 128 rows, marked parts": Variant(UP_TO_128 | MARKED, least_rows=65, most_rows=128),
     "stream kept": Variant({"ops.few_rows.after_attention": "many_rows.stream_kept"}, least_rows=65, most_rows=256),
