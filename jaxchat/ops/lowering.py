@@ -71,13 +71,22 @@ _shared = contextvars.ContextVar("shared", default=False)
 
 
 def _taken(jaxpr: Any) -> Iterator[Any]:
-    """What functions of `inline_mgpu` within a trace take from outside, as far as it is numbers and words."""
+    """What functions of `inline_mgpu` within a trace take from outside: numbers, words, and the names of functions."""
     for equation in jaxpr.eqns:
         if function := equation.params.get("mgpu_fn"):
-            yield from (value for value in inspect.getclosurevars(function).nonlocals.values() if _plain(value))
+            yield from _outside(function)
         for value in jax.tree.leaves(equation.params):
             if inner := getattr(value, "jaxpr", value if hasattr(value, "eqns") else None):
                 yield from _taken(inner)
+
+
+def _outside(function: Callable) -> Iterator[Any]:
+    for value in inspect.getclosurevars(function).nonlocals.values():
+        if inspect.isfunction(value):
+            yield value.__qualname__
+            yield from _outside(value)
+        elif _plain(value):
+            yield value
 
 
 def _plain(value: Any) -> bool:

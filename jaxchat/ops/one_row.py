@@ -22,12 +22,11 @@ and reads:
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
@@ -55,7 +54,7 @@ from jaxchat.ops.product_chain import (
     launched,
     ring,
 )
-from jaxchat.ops.warpgroup import THREADS, WARPS, at, awaited, i32, leave, ptx, thread
+from jaxchat.ops.warpgroup import THREADS, WARPS, at, awaited, i32, leave, ptx, strided, thread
 
 PARTS = {"o": 5, "down": 4}  # blocks that share columns, at most
 OUT, UP, DOWN, JOINT = range(4)  # the products
@@ -296,8 +295,8 @@ def _row(ref: Any) -> Array:
     return plgpu.load(ref, layout=_strided(ref), optimized=False)  # pyright: ignore[reportCallIssue] (from JAX 0.11 on)
 
 
-def _row_sum(ref: Any, own: Any = slice(None)) -> Array:
-    """The sum of all rows of an array, or of the same part of each."""
+def _row_sum(ref: Any, own: Any) -> Array:
+    """The sum of the same part of all rows of an array."""
     return functools.reduce(jnp.add, [_row(ref.at[i, own]) for i in range(ref.shape[0])])
 
 
@@ -327,10 +326,7 @@ def _left_sums(arrays: Sequence[Left], own: Any) -> Sequence[Array]:
             totals = [next(pairs) for _ in columns]
             for _ in array[1:]:
                 totals = [arith.addf(total, next(pairs)) for total in totals]
-            registers = np.empty(len(columns), dtype=object)
-            registers[:] = totals
-            of_array = mgpu.WGStridedFragLayout((own.size,), PAIR)
-            results.append(mgpu.FragmentedArray(_registers=registers, _layout=of_array, _is_signed=None))
+            results.append(strided(totals, PAIR))
         return results
 
     return add(parts)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
@@ -384,32 +380,33 @@ def _sum(ref: Any) -> Array:
 def _leave_first(ref: Any, total: Float[Array, "C 8"]) -> None:
     """Leaves the first column of a tile for other blocks."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
-    def write(_, ref, total):
-        base, zero = utils.memref_ptr(ref), utils.c(0, ir.IndexType.get())
+    def store(ref, row, value, where):
+        place = utils.getelementptr(
+            utils.memref_ptr(ref), [arith.index_cast(ir.IntegerType.get_signless(32), row)], value.type
+        )
+        leave(place, value, where)
 
-        def one(value, place):
-            row, column = place
-            here = utils.getelementptr(base, [arith.index_cast(ir.IntegerType.get_signless(32), row)], value.type)
-            leave(here, value, arith.cmpi(arith.CmpIPredicate.eq, column, zero))
-
-        total.foreach(one)
-
-    write(ref, total)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
+    _first_column(ref, total, store)
 
 
 def _write_first(ref: Any, total: Float[Array, "C 8"]) -> None:
     """Writes the first column of a tile, as numbers of the array's dtype."""
 
+    def store(ref, row, value, where):
+        with utils.when(where):
+            memref.store(arith.truncf(ir.MemRefType(ref.type).element_type, value), ref, [row])
+
+    _first_column(ref, total, store)
+
+
+def _first_column(ref: Any, total: Float[Array, "C 8"], store: Callable[..., None]) -> None:
+    """Calls store(ref, row, value, where) for each number that a thread has; `where`: if it is in the first column."""
+
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
     def write(_, ref, total):
-        zero, wanted = utils.c(0, ir.IndexType.get()), ir.MemRefType(ref.type).element_type
-
-        def one(value, place):
-            row, column = place
-            with utils.when(arith.cmpi(arith.CmpIPredicate.eq, column, zero)):
-                memref.store(value if value.type == wanted else arith.truncf(wanted, value), ref, [row])
-
-        total.foreach(one)
+        zero = utils.c(0, ir.IndexType.get())
+        total.foreach(
+            lambda value, place: store(ref, place[0], value, arith.cmpi(arith.CmpIPredicate.eq, place[1], zero))
+        )
 
     write(ref, total)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)

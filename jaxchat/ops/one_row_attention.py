@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -31,7 +29,7 @@ from jaxchat.devices.gpu import multiprocessors
 from jaxchat.ops.norm import NORM_EPS
 from jaxchat.ops.pages import PAGE
 from jaxchat.ops.product_chain import Left, read
-from jaxchat.ops.warpgroup import THREADS, WARPS, at, i32, leave, ptx, thread
+from jaxchat.ops.warpgroup import THREADS, WARPS, at, i32, leave, ptx, strided, thread
 
 SIZE = 128  # of a head
 NEIGHBOURS = 8  # numbers that a thread reads at once: 16 bytes
@@ -122,8 +120,8 @@ class Attention:
             return read(self.table.at[page]) * self.heads + head
 
         def page(number):
-            at = place(number)
-            return _page(self.keys.at[at]), _page(self.values.at[at])
+            here = place(number)
+            return _page(self.keys.at[here]), _page(self.values.at[here])
 
         # Memory is asked for the first page before anything is computed. Whoever has none asks for another's.
         first_page = page(jnp.clip(share.begin, 0, jnp.minimum(lax.div(start, PAGE), self.table.shape[0] - 1)))
@@ -184,14 +182,6 @@ def _registers(count: int, dtype: Any = jnp.float32) -> Any:
     return plgpu.ShapeDtypeStruct((count,), dtype, layout=_layout(count))
 
 
-def _array(registers: list[Any], count: int) -> Any:
-    """The array that the threads have in these registers."""
-    own = np.empty(len(registers), dtype=object)
-    own[:] = registers
-    layout = mgpu.WGStridedFragLayout((count,), min(NEIGHBOURS, count // THREADS))
-    return mgpu.FragmentedArray(_registers=own, _layout=layout, _is_signed=None)
-
-
 def _key() -> Any:
     """Which of the keys that are read at once a thread reads."""
     return arith.divui(thread(), i32(READERS))
@@ -216,7 +206,7 @@ def _page(ref: Any) -> Page:
     def load(_, ref):
         own = arith.muli(thread(), i32(NEIGHBOURS))
         places = [arith.addi(own, i32(first)) for first in range(0, PAGE * SIZE, STATE)]
-        return _array(_read(ref, *places), PAGE * SIZE)
+        return strided(_read(ref, *places), NEIGHBOURS)
 
     return load(ref)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
 
@@ -226,7 +216,7 @@ def _head(ref: Any) -> Heads:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_registers(STATE, jnp.bfloat16))
     def load(_, ref):
-        return _array(_read(ref, arith.muli(thread(READERS), i32(NEIGHBOURS))), STATE)
+        return strided(_read(ref, arith.muli(thread(READERS), i32(NEIGHBOURS))), NEIGHBOURS)
 
     return load(ref)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
 
@@ -236,7 +226,7 @@ def _halves(ref: Any) -> Heads:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_registers(STATE))
     def load(_, ref):
-        return _array(_read(ref, arith.muli(thread(READERS // 2), i32(NEIGHBOURS))), STATE)
+        return strided(_read(ref, arith.muli(thread(READERS // 2), i32(NEIGHBOURS))), NEIGHBOURS)
 
     return load(ref)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
 
@@ -249,7 +239,7 @@ def _other_half(x: Heads) -> Heads:
         (own,) = x.registers.flat
         first = arith.cmpi(arith.CmpIPredicate.ult, thread(READERS), i32(READERS // 2))
         other = utils.shfl_bfly(own, READERS // 2)
-        return _array([arith.select(first, other, arith.negf(other))], STATE)
+        return strided([arith.select(first, other, arith.negf(other))], NEIGHBOURS)
 
     return exchange(x)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
 
@@ -261,7 +251,7 @@ def _head_sum(x: Heads) -> Heads:
     def add(_, x):
         (own,) = x.registers.flat
         (total,) = _key_sums([vector.reduction(ir.F32Type.get(), vector.CombiningKind.ADD, own)])
-        return _array([vector.broadcast(own.type, total)], STATE)
+        return strided([vector.broadcast(own.type, total)], NEIGHBOURS)
 
     return add(x)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
 
@@ -315,7 +305,7 @@ def _add(state: Sums, q: Heads, of_keys: tuple[Array, Array], bounds: tuple[Any,
                 vector.broadcast(_neighbours(f32), weight), arith.extf(_neighbours(f32), value), mixed
             )
             total = arith.addf(total, vector.broadcast(total.type, weight))
-        return _array([total], THREADS), _array([mixed], STATE)
+        return strided([total], 1), strided([mixed], NEIGHBOURS)
 
     return add(state, q, of_keys, bounds)  # pyright: ignore[reportCallIssue] (JAX gives the first argument)
 

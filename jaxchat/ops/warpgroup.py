@@ -11,6 +11,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf, vector
@@ -27,6 +29,17 @@ def i32(value: int) -> Any:
 def thread(modulus: int = THREADS) -> Any:
     """The number of a thread in its warpgroup, or among so many neighbours."""
     return arith.remui(utils.thread_idx(), i32(modulus))
+
+
+def strided(registers: Sequence[Any], neighbours: int) -> mgpu.FragmentedArray:
+    """The array that the threads have in these registers: so many neighbours each, and beside theirs the next thread's.
+
+    It has the layout `WG_STRIDED`, in one dimension.
+    """
+    own = np.empty(len(registers), dtype=object)
+    own[:] = registers
+    layout = mgpu.WGStridedFragLayout((len(own) * THREADS * neighbours,), neighbours)
+    return mgpu.FragmentedArray(_registers=own, _layout=layout, _is_signed=None)
 
 
 def at(neighbours: Any, i: int) -> Any:

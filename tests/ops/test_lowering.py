@@ -171,12 +171,15 @@ def test_kernels_differ_by_what_their_code_takes_from_outside(monkeypatch):
     x = jnp.zeros(128)
 
     def times(factor):
+        def scaled(x):
+            return x * factor
+
         def body(x, result):
             @plgpu.inline_mgpu(
                 arg_types=(of_threads,), return_type=plgpu.ShapeDtypeStruct((128,), jnp.float32, layout=of_threads)
             )
             def product(_, x):
-                return x * factor
+                return scaled(x)
 
             result[...] = product(plgpu.load(x, layout=of_threads, optimized=False))
 
