@@ -3,7 +3,7 @@
     python benchmarks/decode_candidates.py --rows 1 32
     python benchmarks/decode_candidates.py --rows 1 32 --profile
 
-For an H200: d20 in bf16, rows of 576 to 704 tokens. Everything is compiled first, by several processes at once; then
+For an H200: d20 in bf16, rows of 552 to 744 tokens. Everything is compiled first, by several processes at once; then
 one process measures one variant after the other. One that takes too long or fails is given up, and another process goes
 on with the rest. Tables have the fastest first. With `--profile` a profile of a step follows, with every kernel of a
 microsecond or more. On a CPU sizes are tiny, the formulas run instead of the kernels, and times mean nothing.
@@ -31,7 +31,7 @@ from candidates.variants import IN_USE, VARIANTS
 from timing import say, table
 
 Task = tuple[str, str, int]  # a measure, a variant of it, and rows
-CALLS, QUEUED = 5, 8  # timings; calls in each, which wait for the GPU: so starting them takes no time
+CALLS, QUEUED = 3, 8  # timings; calls in each, which wait for the GPU: so starting them takes no time
 ALLOWED = {"check": 0.05}  # the largest difference, as a share of the largest number
 UNIT = {"products": "µs a layer", "step": "µs a step"}
 LONGEST_NAME = 70

@@ -37,7 +37,7 @@ CONFIG = (
 )  # fmt: skip
 REPEATS, STEPS = (1, 2) if ON_CPU else (16, 8)
 SPLITS = 16  # of attention
-FIRST, MOST_PAGES = (20, 2) if ON_CPU else (576, 12)  # the rows' first position, and how many pages they fill
+FIRST, MOST_PAGES = (20, 2) if ON_CPU else (544, 12)  # the rows' first position, and the pages that all calls fill
 
 
 def place(name: str) -> tuple[Any, str]:
@@ -47,11 +47,11 @@ def place(name: str) -> tuple[Any, str]:
 
 
 def instead(value: Any) -> Any:
-    """What a setting is changed to: a string names something of a candidate."""
-    if not isinstance(value, str):
+    """What a setting is changed to: a tuple names something of a candidate that makes it, and the arguments."""
+    if not isinstance(value, tuple):
         return value
-    module, name = value.split(".")
-    return getattr(importlib.import_module(f"candidates.{module}"), name)
+    module, name = value[0].split(".")
+    return getattr(importlib.import_module(f"candidates.{module}"), name)(*value[1:])
 
 
 @contextlib.contextmanager

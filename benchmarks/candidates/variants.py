@@ -13,7 +13,7 @@ class Variant:
     """What is changed of what is in use.
 
     Attributes:
-      settings: constants, functions or classes of modules of jaxchat; a string names those of a candidate.
+      settings: constants, functions or classes of modules of jaxchat; a tuple names what makes one, and its arguments.
       right: whether its results mean something; otherwise only its time does.
       least_rows, most_rows: with which it is tried.
     """
@@ -37,6 +37,11 @@ def _ring(kilobytes: int) -> Variant:
     return Variant({"ops.product_chain.RING": kilobytes << 10})
 
 
+def _attention(tile: int, stages: int, warps: int) -> Variant:
+    """Attention that reads so many keys of a page at a time; `stages` and `warps` are Triton's."""
+    return Variant({"ops.decode.attend": ("tiles.attend", tile, stages, warps)}, least_rows=2, most_rows=256)
+
+
 def _never(*_: Any) -> bool:
     """Instead of whether the kernel for one row takes the operands."""
     return False
@@ -52,12 +57,9 @@ def _wrong(**functions: Any) -> Variant:
     return Variant(settings, right=False, least_rows=2)
 
 
-MARKED: dict[str, Any] = {
-    "ops.several_rows._Rows": "marked_parts.Rows",
-    "ops.few_rows.new_counters": "marked_parts.new_counters",
-    "model.generation.new_counters": "marked_parts.new_counters",
-}
-UP_TO_128: dict[str, Any] = {"ops.several_rows.MOST_ROWS": 128, "ops.few_rows.MOST_ROWS": 128}
+# Triton keeps (stages - 1) // 2 tiles on their way, one at least: a page's number comes from memory first. At 71 KB of
+# shared memory three programs fit on a multiprocessor, which 32 rows of 10 heads need.
+TILES = [(64, 5, 4), (64, 7, 4), (32, 5, 4), (32, 7, 4), (32, 9, 4), (32, 7, 8), (16, 8, 4), (16, 12, 4), (16, 14, 4)]
 RIGHT = {
     IN_USE: Variant(most_rows=256),
     "as several rows": Variant({"ops.one_row.fits": _never}, most_rows=1),
@@ -68,14 +70,7 @@ RIGHT = {
     "down in 2 parts": _of_several(down=2),
     "down in 5 parts": _of_several(down=5),
     "o, down in 5 parts, joint in 2": _of_several(o=5, down=5, joint=2),
-    "marked parts": Variant(MARKED, least_rows=2),
-    "marked parts, o in 2": Variant(MARKED | _of_several(o=2).settings, least_rows=2),
-    "marked parts, o in 5": Variant(MARKED | _of_several(o=5).settings, least_rows=2),
-    "products of up to 128 rows": Variant(UP_TO_128, least_rows=65, most_rows=128),
-    "products of up to 128 rows, marked parts": Variant(UP_TO_128 | MARKED, least_rows=65, most_rows=128),
-    "stream kept": Variant({"ops.few_rows.after_attention": "many_rows.stream_kept"}, least_rows=65, most_rows=256),
-    "attention in 3 stages": Variant({"ops.decode.attend": "many_rows.three_stages"}, least_rows=2, most_rows=256),
-    "attention with 2 warps": Variant({"ops.decode.attend": "many_rows.two_warps"}, least_rows=2, most_rows=256),
+    **{f"{sizes[0]} keys, {sizes[1]} stages, {sizes[2]} warps": _attention(*sizes) for sizes in TILES},
     "ring of 140 KB": _ring(140),
     "ring of 200 KB": _ring(200),
 }
