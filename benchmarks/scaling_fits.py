@@ -29,6 +29,7 @@ PUBLISHED = {
     "rate against parameters": 0.0,
 }
 VARIES = 1.2  # the largest of several numbers as a multiple of the smallest, at least
+APART = 0.01  # singular values below this share of the largest: two numbers vary together but for rounding
 
 
 def optimum(points: Iterable[tuple[float, float]]) -> dict[str, Any] | None:
@@ -72,23 +73,24 @@ def power_law(points: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
 def joint_law(points: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, Any]:
     """y as a product of powers of `names`, by least squares of the logarithms: each one's law as of `power_law`.
 
-    A power is None for what hardly varies in the points, and all are if there are not more points than powers.
+    A power is None for what hardly varies in the points. All are if two vary together, or if there are no more points
+    than unknowns, so that nothing would tell their errors.
     """
     laws: dict[str, Any] = dict.fromkeys(names)
     columns = {name: [point[name] for point in points] for name in names}
     rows = [name for name, column in columns.items() if column and max(column) >= VARIES * min(column)]
-    if len(points) <= len(rows) or not rows:
+    if len(points) <= len(rows) + 1 or not rows:
         return laws
     logs = np.log([[point[name] for name in rows] for point in points])
     matrix, y = np.column_stack([logs - logs.mean(0), np.ones(len(points))]), np.log([point["y"] for point in points])
-    found, _, rank, _ = np.linalg.lstsq(matrix, y)
+    found, _, rank, _ = np.linalg.lstsq(matrix, y, rcond=APART)
     if rank < matrix.shape[1]:
         return laws
     free = len(points) - rank
     rest = y - matrix @ found
-    covariance = np.linalg.inv(matrix.T @ matrix) * (rest @ rest / free) if free else None
+    covariance = np.linalg.inv(matrix.T @ matrix) * (rest @ rest / free)
     for number, name in enumerate(rows):
-        error = None if covariance is None else float(np.sqrt(covariance[number, number]))
+        error = float(np.sqrt(covariance[number, number]))
         laws[name] = {"exponent": float(found[number]), "error": error, "points": len(points)}
     return laws
 
