@@ -39,7 +39,7 @@ def _ring(kilobytes: int) -> Variant:
 
 def _attention(tile: int, stages: int, warps: int) -> Variant:
     """Attention that reads so many keys of a page at a time; `stages` and `warps` are Triton's."""
-    return Variant({"ops.decode.attend": ("tiles.attend", tile, stages, warps)}, least_rows=2, most_rows=256)
+    return Variant({"ops.decode.attend": ("known_pages.sized", tile, stages, warps)}, least_rows=2, most_rows=256)
 
 
 def _never(*_: Any) -> bool:
@@ -57,9 +57,9 @@ def _wrong(**functions: Any) -> Variant:
     return Variant(settings, right=False, least_rows=2)
 
 
-# Triton keeps (stages - 1) // 2 tiles on their way, one at least: a page's number comes from memory first. At 71 KB of
-# shared memory three programs fit on a multiprocessor, which 32 rows of 10 heads need.
-TILES = [(64, 5, 4), (64, 7, 4), (32, 5, 4), (32, 7, 4), (32, 9, 4), (32, 7, 8), (16, 8, 4), (16, 12, 4), (16, 14, 4)]
+# Keys at a time, Triton's stages, of which one less is on its way, and warps. At 71 KB of shared memory three programs
+# fit on a multiprocessor, which 32 rows of 10 heads need.
+SIZES = [(64, 2, 4), (64, 3, 4), (64, 3, 8), (32, 3, 4), (32, 4, 4), (32, 5, 4), (32, 4, 2), (16, 6, 4), (16, 8, 4)]
 RIGHT = {
     IN_USE: Variant(most_rows=256),
     "as several rows": Variant({"ops.one_row.fits": _never}, most_rows=1),
@@ -70,7 +70,7 @@ RIGHT = {
     "down in 2 parts": _of_several(down=2),
     "down in 5 parts": _of_several(down=5),
     "o, down in 5 parts, joint in 2": _of_several(o=5, down=5, joint=2),
-    **{f"{sizes[0]} keys, {sizes[1]} stages, {sizes[2]} warps": _attention(*sizes) for sizes in TILES},
+    **{f"{sizes[0]} keys, {sizes[1]} stages, {sizes[2]} warps": _attention(*sizes) for sizes in SIZES},
     "ring of 140 KB": _ring(140),
     "ring of 200 KB": _ring(200),
 }

@@ -106,13 +106,11 @@ def attend(
     *,
     warps: int = 4,
     stages: int = 2,
-    tile: int = PAGE,
 ) -> tuple[Mixed, Pages]:
     """`attend_next` by a program for each row and KV head, or by `splits` of them, each for some of the keys.
 
-    The keys and values are read once, `tile` keys of a page at a time, and nothing else is. Queries and keys are
-    normed, so that no score exceeds scale · √H: exponentials need no maximum subtracted, and the parts of several
-    programs add up.
+    The keys and values are read once, and nothing else is. Queries and keys are normed, so that no score exceeds
+    scale · √H: exponentials need no maximum subtracted, and the parts of several programs add up.
     """
     rows, joint_width = joint.shape
     pool, kv_heads, _, size = pages["k"].shape
@@ -146,24 +144,19 @@ def attend(
         end = jnp.minimum(begin + share, first_page + count)
         own = active & (begin <= start // PAGE) & (start // PAGE < end)
 
-        tiles = PAGE // tile  # of a page; those without keys that the row sees are left out
-        begin_tile, end_tile = begin * tiles, jnp.minimum(end * tiles, pl.cdiv(start, tile))
-        if window is not None:
-            begin_tile = jnp.maximum(begin_tile, jnp.maximum(start - window, 0) // tile)
-
         def at(page, key):
             return ((page * kv_heads + kv_head) * PAGE + key) * size
 
         def read(step, state):
             total, mixed = state
-            page = triton.load(table_ref.at[row * most + step // tiles])
-            keys = jnp.arange(tile)
-            index = at(page, step % tiles * tile + keys)[:, None]
-            position = step * tile + keys
+            page = triton.load(table_ref.at[row * most + step])
+            keys = jnp.arange(PAGE)
+            index = at(page, keys)[:, None]
+            position = step * PAGE + keys
             sees = position < start
             if window is not None:
                 sees &= position >= start - window
-            of_half, of_head = (jnp.broadcast_to(sees[:, None], (tile, wide)) for wide in (half, size))
+            of_half, of_head = (jnp.broadcast_to(sees[:, None], (PAGE, wide)) for wide in (half, size))
             first, second = (_load(k_ref, index + offset + halves, of_half).astype(joint.dtype) for offset in (0, half))
             scores = jnp.dot(q_first, first.T, preferred_element_type=jnp.float32)
             scores += jnp.dot(q_second, second.T, preferred_element_type=jnp.float32)
@@ -172,8 +165,8 @@ def attend(
             new = jnp.dot(weights.astype(joint.dtype), values, preferred_element_type=jnp.float32)
             return total + weights, mixed + new
 
-        state = jnp.zeros((tall, tile), jnp.float32), jnp.zeros((tall, size), jnp.float32)
-        total, mixed = jax.lax.fori_loop(begin_tile, end_tile, read, state)
+        state = jnp.zeros((tall, PAGE), jnp.float32), jnp.zeros((tall, size), jnp.float32)
+        total, mixed = jax.lax.fori_loop(begin, end, read, state)
         # The new token's own key and value come last, so that the first keys are read before.
         own_key = rotated((of_row + (heads + kv_head) * size + halves)[None])
         own_value = _load(joint_ref, of_row + (heads + kv_heads + kv_head) * size + columns)
