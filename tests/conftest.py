@@ -3,8 +3,10 @@
 The shapes and types of all functions on arrays are checked at each call.
 """
 
+import gc
 import os
 import signal
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests of downloads run their own server
@@ -24,8 +26,29 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_num_cpu_devices", 4)
 if os.environ["JAX_PLATFORMS"] != "cpu":  # tests/model also runs on a GPU, which else multiplies fp32 in TF32
     jax.config.update("jax_default_matmul_precision", "highest")
+MAPS, MOST_MAPPINGS = Path("/proc/self/maps"), 20_000  # a file of tests adds up to 18,000
 ON_ARRAYS = ("ops", "model", "optim", "train", "infer", "eval")
 install_import_hook([f"jaxchat.{package}" for package in ON_ARRAYS], "tests.typechecker.check")
+
+
+def mappings() -> int:
+    """How many pieces of memory this process has mapped; 0 where the system does not say."""
+    return len(MAPS.read_bytes().splitlines()) if MAPS.exists() else 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_compiled_programs():
+    """Forgets compiled programs between files: each is mapped in many pieces, of which Linux allows a process 65,530.
+
+    Beyond that, compiling fails, or ends the process.
+    """
+    yield
+    if mappings() > MOST_MAPPINGS:
+        from jaxchat.infer import runner  # after the hook is installed
+
+        runner._compiled.clear()
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
