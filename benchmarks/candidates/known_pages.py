@@ -36,9 +36,9 @@ def attend(
     splits: int,
     scale: float = 1.0,
     *,
-    warps: int = 4,
-    stages: int = 2,
-    tile: int = PAGE,
+    tile: int,
+    stages: int,
+    warps: int,
 ) -> tuple[Mixed, Pages]:
     """`attend_next` by a program for each row and KV head, or by `splits` of them, each for some of the keys.
 
