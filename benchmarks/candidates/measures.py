@@ -46,20 +46,12 @@ def place(name: str) -> tuple[Any, str]:
     return importlib.import_module(f"jaxchat.{module}"), constant
 
 
-def instead(value: Any) -> Any:
-    """What a setting is changed to: a tuple names something of a candidate that makes it, and the arguments."""
-    if not isinstance(value, tuple):
-        return value
-    module, name = value[0].split(".")
-    return getattr(importlib.import_module(f"candidates.{module}"), name)(*value[1:])
-
-
 @contextlib.contextmanager
 def applied(variant: Variant) -> Iterator[None]:
     """Within it, programs are traced with the settings of this variant."""
     with contextlib.ExitStack() as stack:
         for name, value in variant.settings.items():
-            stack.enter_context(mock.patch.object(*place(name), instead(value)))
+            stack.enter_context(mock.patch.object(*place(name), value))
         jax.clear_caches()  # of functions that are traced once
         yield
     jax.clear_caches()
@@ -192,13 +184,13 @@ def _step(rows: int) -> Measure:
     lanes = programs.packed(programs.Lanes(
         slot=np.arange(rows, dtype=np.int32), source=fill(0), position=fill(0), count=fill(0), last=None,
         limit=fill(1 << 20), pause=fill(-1), stops=np.full((rows, programs.STOPS), -1, np.int32), table=_table(rows),
-        settings=programs.without_biases(settings_of([Sampling(temperature=0)] * rows), "plain"),
+        settings=programs.without_biases(settings_of([Sampling(temperature=0)] * rows), "greedy"),
     ))  # fmt: skip
 
     def run(carry, beside):
         (weights, bits), (pages, carried, _) = beside, carry
         pages, carried, _, tokens = programs.decode.__wrapped__(  # pyright: ignore[reportAttributeAccessIssue]
-            _setup(), "plain", STEPS, weights, pages, carried, None, bits
+            _setup(), "greedy", STEPS, weights, pages, carried, None, bits
         )
         return pages, carried, tokens
 

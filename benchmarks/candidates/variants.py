@@ -13,7 +13,7 @@ class Variant:
     """What is changed of what is in use.
 
     Attributes:
-      settings: constants, functions or classes of modules of jaxchat; a tuple names what makes one, and its arguments.
+      settings: constants, functions or classes of modules of jaxchat.
       right: whether its results mean something; otherwise only its time does.
       least_rows, most_rows: with which it is tried.
     """
@@ -39,7 +39,8 @@ def _ring(kilobytes: int) -> Variant:
 
 def _attention(tile: int, stages: int, warps: int) -> Variant:
     """Attention that reads so many keys of a page at a time; `stages` and `warps` are Triton's."""
-    return Variant({"ops.decode.attend": ("known_pages.sized", tile, stages, warps)}, least_rows=2, most_rows=256)
+    settings = {"ops.decode.TILE": tile, "ops.decode.STAGES": stages, "ops.decode.WARPS": warps}
+    return Variant(settings, least_rows=2, most_rows=256)
 
 
 def _never(*_: Any) -> bool:
@@ -57,9 +58,9 @@ def _wrong(**functions: Any) -> Variant:
     return Variant(settings, right=False, least_rows=2)
 
 
-# Keys at a time, Triton's stages, of which one less is on its way, and warps. At 71 KB of shared memory three programs
-# fit on a multiprocessor, which 32 rows of 10 heads need.
-SIZES = [(64, 2, 4), (64, 3, 4), (64, 3, 8), (32, 3, 4), (32, 4, 4), (32, 5, 4), (32, 4, 2), (16, 6, 4), (16, 8, 4)]
+# Keys at a time, Triton's stages, of which every other one is for pages' numbers, and warps. What is on its way takes
+# shared memory: of 71 KB three programs fit on a multiprocessor, as many as 32 rows of 10 heads need.
+SIZES = [(64, 2, 4), (64, 5, 4), (32, 3, 4), (32, 7, 4), (32, 5, 2), (16, 7, 4), (16, 9, 4)]
 RIGHT = {
     IN_USE: Variant(most_rows=256),
     "as several rows": Variant({"ops.one_row.fits": _never}, most_rows=1),

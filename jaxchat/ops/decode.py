@@ -21,6 +21,9 @@ from jaxchat.ops.triton import launch, load, store
 
 LEAST_ROWS = 16  # of a tensor core's operand
 LARGEST_SCORE = 64.0  # whose exponentials still add up in fp32, over any context
+# Keys that a program reads at a time, Triton's stages, and warps: the fastest of those in benchmarks/RESULTS.md. Every
+# other stage is for the page's number, which comes from memory before its keys are asked for.
+TILE, STAGES, WARPS = 32, 5, 4
 
 
 class Splits(NamedTuple):
@@ -103,9 +106,6 @@ def attend(
     window: int | None,
     splits: int,
     scale: float = 1.0,
-    *,
-    warps: int = 4,
-    stages: int = 2,
 ) -> tuple[Mixed, Pages]:
     """`attend_next` by a program for each row and KV head, or by `splits` of them, each for some of the keys.
 
@@ -124,18 +124,7 @@ def attend(
         row, kv_head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         start, active = triton.load(start_ref.at[row]), triton.load(count_ref.at[row]) > 0
         columns, halves, queries = jnp.arange(size), jnp.arange(half), jnp.arange(tall)
-        cos, sin = (load(tables_ref, (number * rows + row) * half + halves) for number in range(2))
-
-        def rotated(index, mask=None):
-            """The halves of heads, rotated and normed, as they would come from memory."""
-            first, second = load(joint_ref, index, mask), load(joint_ref, index + half, mask)
-            scale = jax.lax.rsqrt((jnp.sum(first * first, -1) + jnp.sum(second * second, -1)) / size + NORM_EPS)
-            first, second = first * scale[..., None], second * scale[..., None]
-            return (first * cos + second * sin).astype(joint.dtype), (second * cos - first * sin).astype(joint.dtype)
-
-        real = jnp.broadcast_to((queries < group)[:, None], (tall, half))
-        of_row = row * joint_width
-        q_first, q_second = rotated(of_row + (kv_head * group + queries)[:, None] * size + halves, real)
+        keys = jnp.arange(TILE)
 
         first_page = 0 if window is None else jnp.maximum(start - window, 0) // PAGE
         count = jnp.where(active, start // PAGE + 1 - first_page, 0)
@@ -144,19 +133,42 @@ def attend(
         end = jnp.minimum(begin + share, first_page + count)
         own = active & (begin <= start // PAGE) & (start // PAGE < end)
 
+        tiles = PAGE // TILE  # of a page; those without keys that the row sees are left out
+        begin_tile, end_tile = begin * tiles, jnp.minimum(end * tiles, pl.cdiv(start, TILE))
+        if window is not None:
+            begin_tile = jnp.maximum(begin_tile, jnp.maximum(start - window, 0) // TILE)
+
+        # All that is read before the loop is asked for at once.
+        cos, sin = (load(tables_ref, (number * rows + row) * half + halves) for number in range(2))
+        of_row = row * joint_width
+        real = jnp.broadcast_to((queries < group)[:, None], (tall, half))
+        q_index = of_row + (kv_head * group + queries)[:, None] * size + halves
+        q = [load(joint_ref, q_index + offset, real) for offset in (0, half)]
+        k_index = (of_row + (heads + kv_head) * size + halves)[None]
+        own_key = [load(joint_ref, k_index + offset) for offset in (0, half)]
+        own_value = _load(joint_ref, of_row + (heads + kv_heads + kv_head) * size + columns)
+        own_page = triton.load(table_ref.at[row * most + jnp.minimum(start // PAGE, most - 1)])
+
+        def rotated(first, second):
+            """The halves of heads, rotated and normed, as they would come from memory."""
+            scale = jax.lax.rsqrt((jnp.sum(first * first, -1) + jnp.sum(second * second, -1)) / size + NORM_EPS)
+            first, second = first * scale[..., None], second * scale[..., None]
+            return (first * cos + second * sin).astype(joint.dtype), (second * cos - first * sin).astype(joint.dtype)
+
         def at(page, key):
             return ((page * kv_heads + kv_head) * PAGE + key) * size
 
+        q_first, q_second = rotated(*q)
+
         def read(step, state):
             total, mixed = state
-            page = triton.load(table_ref.at[row * most + step])
-            keys = jnp.arange(PAGE)
-            index = at(page, keys)[:, None]
-            position = step * PAGE + keys
+            page = triton.load(table_ref.at[row * most + step // tiles])
+            index = at(page, step % tiles * TILE + keys)[:, None]
+            position = step * TILE + keys
             sees = position < start
             if window is not None:
                 sees &= position >= start - window
-            of_half, of_head = (jnp.broadcast_to(sees[:, None], (PAGE, wide)) for wide in (half, size))
+            of_half, of_head = (jnp.broadcast_to(sees[:, None], (TILE, wide)) for wide in (half, size))
             first, second = (_load(k_ref, index + offset + halves, of_half).astype(joint.dtype) for offset in (0, half))
             scores = jnp.dot(q_first, first.T, preferred_element_type=jnp.float32)
             scores += jnp.dot(q_second, second.T, preferred_element_type=jnp.float32)
@@ -165,12 +177,10 @@ def attend(
             new = jnp.dot(weights.astype(joint.dtype), values, preferred_element_type=jnp.float32)
             return total + weights, mixed + new
 
-        state = jnp.zeros((tall, PAGE), jnp.float32), jnp.zeros((tall, size), jnp.float32)
-        total, mixed = jax.lax.fori_loop(begin, end, read, state)
-        # The new token's own key and value come last, so that the first keys are read before.
-        own_key = rotated((of_row + (heads + kv_head) * size + halves)[None])
-        own_value = _load(joint_ref, of_row + (heads + kv_heads + kv_head) * size + columns)
-        kept = [in_range(y, pages["k"].dtype) for y in (*own_key, own_value)]
+        state = jnp.zeros((tall, TILE), jnp.float32), jnp.zeros((tall, size), jnp.float32)
+        total, mixed = jax.lax.fori_loop(begin_tile, end_tile, read, state)
+
+        kept = [in_range(y, pages["k"].dtype) for y in (*rotated(*own_key), own_value)]
         k_first, k_second, value = (y.astype(joint.dtype) for y in kept)
         wide = jnp.float32
         score = jnp.sum(q_first.astype(wide) * k_first.astype(wide), 1)
@@ -181,7 +191,7 @@ def attend(
 
         @pl.when(own)
         def _():
-            here = at(triton.load(table_ref.at[row * most + start // PAGE]), start % PAGE)
+            here = at(own_page, start % PAGE)
             for ref, index, y in zip(
                 (k_out, k_out, v_out), (halves[None], half + halves[None], columns), kept, strict=True
             ):
@@ -206,7 +216,7 @@ def attend(
         shapes, dtype = [(splits, rows, heads * size)] * 2, jnp.float32
     results = [jax.ShapeDtypeStruct((math.prod(shape),), dtype) for shape in shapes]
     call = launch(
-        kernel, (rows, kv_heads, splits), [*of_pool, *results], warps=warps, stages=stages, aliases={5: 0, 6: 1}
+        kernel, (rows, kv_heads, splits), [*of_pool, *results], warps=WARPS, stages=STAGES, aliases={5: 0, 6: 1}
     )
     operands = (joint, tables, place.table, place.start, place.count, pages["k"], pages["v"])
     k, v, *mixed = call(*(array.reshape(-1) for array in operands))

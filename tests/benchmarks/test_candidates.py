@@ -5,16 +5,13 @@ import os
 import decode_candidates
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from candidates import known_pages, measures
+from candidates import measures
 from candidates.variants import DIAGNOSES, IN_USE, VARIANTS
 
-from jaxchat.ops import decode, dispatch, few_rows, triton
-from jaxchat.ops.decode import Splits, add_splits
+from jaxchat.ops import dispatch, few_rows
+from jaxchat.ops.decode import Splits
 from jaxchat.ops.dispatch import Level
-from jaxchat.ops.pages import PAGE, Place
-from jaxchat.ops.rope import rope_tables
 
 
 def test_settings_of_variants_are_those_of_modules():
@@ -22,30 +19,11 @@ def test_settings_of_variants_are_those_of_modules():
         places = {name: measures.place(name) for name in variant.settings}
         before = {name: getattr(*place) for name, place in places.items()}
         with measures.applied(variant):
-            used = {name: measures.instead(value) for name, value in variant.settings.items()}
-            assert {name: getattr(*place) for name, place in places.items()} == used
+            assert {name: getattr(*place) for name, place in places.items()} == variant.settings
         assert {name: getattr(*place) for name, place in places.items()} == before
         for name, value in variant.settings.items():
             assert not name.endswith("PARTS") or set(value) == set(before[name])
     assert all(next(iter(variants)) == IN_USE for variants in VARIANTS.values())
-
-
-@pytest.mark.parametrize(("tile", "chunk", "splits"), [(PAGE, 32, 1), (32, 1, 1), (16, 2, 3)])
-def test_attention_that_knows_its_pages_is_that_in_use(monkeypatch, tile, chunk, splits):
-    monkeypatch.setattr(triton, "INTERPRET", True)
-    monkeypatch.setattr(known_pages, "CHUNK", chunk)
-    rows, heads, kv_heads, size, table = 3, 4, 2, 64, 4
-    draw = np.random.default_rng(0)
-    pages = {name: jnp.asarray(draw.normal(size=(15, kv_heads, PAGE, size)), jnp.bfloat16) for name in "kv"}
-    numbers = jnp.asarray(draw.permutation(15)[: rows * table].reshape(rows, table), jnp.int32)
-    place = Place(numbers, jnp.array([0, PAGE, 4 * PAGE - 1]), jnp.ones(3, jnp.int32))
-    joint = jnp.asarray(draw.normal(size=(rows, (heads + 2 * kv_heads) * size)), jnp.bfloat16)
-    given = joint, rope_tables(place.start[:, None], size, 10_000.0), pages, place, 150, splits, 1.5
-    (got, got_pages), (expected, expected_pages) = known_pages.sized(tile, 2, 4)(*given), decode.attend(*given)
-    got, expected = (np.asarray(add_splits(mixed, jnp.float32)) for mixed in (got, expected))
-    np.testing.assert_allclose(got, expected, atol=0.02)  # bf16, and other sums
-    for name in "kv":
-        np.testing.assert_array_equal(got_pages[name], expected_pages[name])
 
 
 def test_what_is_wrong_is_not_compared_and_not_called_wrong():

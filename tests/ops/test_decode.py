@@ -67,8 +67,10 @@ def test_a_new_token_of_each_row(rows, heads, kv_heads, size, window, dtype, sca
         }
 
 
-def test_the_block_differs_if_the_cache_does():
+@pytest.mark.parametrize("tile", [16, 32, PAGE])
+def test_the_block_differs_if_the_cache_does(monkeypatch, tile):
     """What the test above compares depends on every cached token that a row sees, and on no other."""
+    monkeypatch.setattr(decode, "TILE", tile)
     pool, table, _ = cache(1, 1, 64, 2, jnp.bfloat16)
     place = Place(table, jnp.array([70]), jnp.array([1]))
     joint = numbers(3, 1, 3 * 64)
