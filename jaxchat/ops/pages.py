@@ -222,6 +222,6 @@ def _(q, pages, place, window=None, scale=1.0):
         store(out_ref, index, mixed / jnp.maximum(total, 1e-30)[:, None])
 
     out = [jax.ShapeDtypeStruct((q.size,), q.dtype)]
-    call = launch(kernel, (count // tall, heads, rows), out, warps=4, stages=2)
+    call = launch(kernel, (count // tall, heads, rows), out, warps=4, stages=5)
     operands = (q, pages["k"], pages["v"], *place)
     return call(*(array.reshape(-1) for array in operands))[0].reshape(q.shape)
