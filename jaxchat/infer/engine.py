@@ -428,7 +428,7 @@ class Engine:
         level = level_of([request.sampling])
         if request.logprobs is not None or request.prompt_logprobs:
             alone = request.logprobs == 0 and not request.prompt_logprobs
-            level = "scored" if alone and level == "plain" else "full"
+            level = "scored" if alone and level in ("greedy", "plain") else "full"
         row.owner = answer = Answer(
             self._numbers,
             request,

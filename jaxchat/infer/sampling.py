@@ -29,10 +29,10 @@ from jaxchat.ops.lowest_within import Mass, lowest_within, total_mass
 
 # What a program can do, from the fewest passes over the logits to the most; the token is the same at each level that
 # serves the row.
-# plain: temperature, greedy.  top_k: also top-k up to `SMALL_TOP_K`.  full: everything.
+# greedy: temperature 0.  plain: any temperature.  top_k: also top-k up to `SMALL_TOP_K`.  full: everything.
 # scored: as plain, with the log-probability of each token, but without alternatives.
-Level = Literal["plain", "top_k", "full", "scored"]
-LEVELS: tuple[Level, ...] = ("plain", "top_k", "full")  # each of them serves what those before it do
+Level = Literal["greedy", "plain", "top_k", "full", "scored"]
+LEVELS: tuple[Level, ...] = ("greedy", "plain", "top_k", "full")  # each of them serves what those before it do
 SMALL_TOP_K = 64
 MOST_BIASES = 300  # ids with a bias in a request
 # The model pads its vocabulary to multiples of 128, so that neither of these copies the logits to pad them more.
@@ -101,7 +101,7 @@ def joint_level(levels: Iterable[Level]) -> Level:
     """The cheapest level that serves what each of `levels` does; at least one."""
     wanted = set(levels)
     if "scored" in wanted:
-        return "scored" if wanted <= {"scored", "plain"} else "full"
+        return "scored" if wanted <= {"scored", "greedy", "plain"} else "full"
     return max(wanted, key=LEVELS.index)
 
 
@@ -110,7 +110,7 @@ def _level(sampling: Sampling) -> Level:
     if s.logit_bias or needs_seen(s):
         return "full"
     if s.temperature == 0:
-        return "plain"
+        return "greedy"
     if s.top_p < 1 or s.min_p > 0 or (s.top_k or 0) > SMALL_TOP_K:
         return "full"
     return "top_k" if s.top_k else "plain"
@@ -237,10 +237,13 @@ def draw(
     settings = jax.tree.map(jnp.asarray, settings)
     if level == "full":
         logits = _adjusted(logits, settings, seen)
-    if level not in ("plain", "scored"):
+    if level in ("top_k", "full"):
         # One set of numbers for all passes: computed again in each, they might be rounded in another way.
         logits = jax.lax.optimization_barrier(logits)
     blocks, tops = _blocks(logits, BLOCK), _tops(logits)
+    if level == "greedy":
+        block = jnp.argmax(tops, axis=-1)
+        return _within(block, jnp.argmax(_block(blocks, block), axis=-1))
     highest = tops.max(axis=-1)
     greedy = settings.temperature == 0
     # What is below the smallest normal number counts as 0 on many devices, and 0 / 0 is no logit.
@@ -262,16 +265,25 @@ def draw(
     noise = _noise(settings.key, count, tops.shape[1] + BLOCK)
     shares = _scaled(tops, highest, limits) + jnp.log(weights) + noise[:, :-BLOCK]
     block = jnp.argmax(jnp.where(greedy[:, None], tops, shares), axis=-1)
-    ids = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    ids = _block(blocks, block)
     scores = jnp.where(_kept(ids, limits), _scaled(ids, highest, limits) + noise[:, -BLOCK:], -jnp.inf)
-    within = jnp.argmax(jnp.where(greedy[:, None], ids, scores), axis=-1)
-    return (block * BLOCK + within).astype(jnp.int32)
+    return _within(block, jnp.argmax(jnp.where(greedy[:, None], ids, scores), axis=-1))
 
 
 def _blocks(logits: Float[Array, "B V"], size: int) -> Float[Array, "B N size"]:
     rows, ids = logits.shape
     padded = jnp.pad(logits, ((0, 0), (0, -ids % size)), constant_values=NEVER)
     return padded.reshape(rows, -1, size)
+
+
+def _block(blocks: Float[Array, "B N size"], block: Int[Array, " B"]) -> Float[Array, "B size"]:
+    """The logits of one block of each row."""
+    return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+
+
+def _within(block: Int[Array, " B"], at: Int[Array, " B"]) -> Int32[Array, " B"]:
+    """The id at a place of a block."""
+    return (block * BLOCK + at).astype(jnp.int32)
 
 
 def _tops(logits: Float[Array, "B V"]) -> Float[Array, "B N"]:
