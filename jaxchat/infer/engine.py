@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from jaxchat.devices.mesh import put_whole
-from jaxchat.errors import check
+from jaxchat.errors import UserError, check
 from jaxchat.infer.answers import Answer, Completion
 from jaxchat.infer.capacity import bucket, pages_of, rows_to_read
 from jaxchat.infer.pages import PagePool
@@ -390,24 +390,24 @@ class Engine:
     # --- requests and answers -----------------------------------------------------------------------------------------
 
     def _check(self, request: Request, name: str) -> None:
+        """Raises `UserError` for a request that cannot be answered; no message is made for one that can."""
         context, vocab_size, count = self.model_config.sequence_len, self.model_config.vocab_size, len(request.prompt)
-        check(
-            1 <= count < context,
-            f"{name} has {count} tokens; it must have at least 1, and fewer than the model's context of {context}",
-        )
+        if not 1 <= count < context:
+            raise UserError(
+                f"{name} has {count} tokens; it must have at least 1, and fewer than the model's context of {context}"
+            )
         if request.prompt is not self._checked:
             lowest, highest = min(request.prompt), max(request.prompt)
-            check(
-                0 <= lowest and highest < vocab_size,
-                f"{name} has token ids from {lowest} to {highest}; this vocabulary has ids 0 to {vocab_size - 1}",
-            )
+            if lowest < 0 or highest >= vocab_size:
+                raise UserError(
+                    f"{name} has token ids from {lowest} to {highest}; this vocabulary has ids 0 to {vocab_size - 1}"
+                )
             # A tuple stays as it is: samples of one prompt are checked once.
             self._checked = request.prompt if isinstance(request.prompt, tuple) else None
-        check(request.max_new_tokens >= 1, f"max_new_tokens is {request.max_new_tokens}; it must be at least 1")
-        check(
-            request.logprobs is None or 0 <= request.logprobs <= MOST_ALTERNATIVES,
-            f"logprobs is {request.logprobs}; it must be 0 to {MOST_ALTERNATIVES}, or None",
-        )
+        if request.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {request.max_new_tokens}; it must be at least 1")
+        if request.logprobs is not None and not 0 <= request.logprobs <= MOST_ALTERNATIVES:
+            raise UserError(f"logprobs is {request.logprobs}; it must be 0 to {MOST_ALTERNATIVES}, or None")
         check_sampling(request.sampling, vocab_size)
 
     def _submit(self, request: Request, *, with_text: bool) -> int:
@@ -420,11 +420,11 @@ class Engine:
             pauses=request.tool is not None,
         )
         pages, most = turns.scheduler.pages_for(row), turns.scheduler.pools[0].count
-        check(
-            pages <= most,
-            f"a prompt of {row.prompt} tokens and an answer of {limit} take {pages} pages of the cache, which has "
-            f"{most} of {PAGE} tokens; ask for a shorter answer, or give the engine more cache_tokens",
-        )
+        if pages > most:
+            raise UserError(
+                f"a prompt of {row.prompt} tokens and an answer of {limit} take {pages} pages of the cache, which has "
+                f"{most} of {PAGE} tokens; ask for a shorter answer, or give the engine more cache_tokens"
+            )
         level = level_of([request.sampling])
         if request.logprobs is not None or request.prompt_logprobs:
             alone = request.logprobs == 0 and not request.prompt_logprobs

@@ -50,7 +50,7 @@ class PagePool:
         self._full: dict[tuple[int, tuple[int, ...]], int] = {}  # (page before, tokens) -> page; Python compares both
         self._after: dict[int, dict[int, None]] = {}  # serial -> pages that continue it, the newest last
         self._serials = itertools.count()
-        self._last: tuple[list[int], Match] | None = None  # of `match`, until something is learnt or forgotten
+        self._last: tuple[list[int], Match] | None = None  # of `match`, until what it found is no longer so
 
     @property
     def available(self) -> int:
@@ -153,7 +153,8 @@ class PagePool:
         return best, common
 
     def _forget(self, page: int) -> None:
-        self._last = None
+        if self._last is not None and (page in self._last[1].pages or page == self._last[1].donor):
+            self._last = None
         known = self._known.pop(page)
         if len(known.tokens) == self.size:
             del self._full[known.before, known.tokens]

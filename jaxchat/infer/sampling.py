@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
-from jaxchat.errors import check
+from jaxchat.errors import UserError, check
 from jaxchat.infer.request import Sampling
 from jaxchat.ops.cross_entropy import NEVER
 from jaxchat.ops.lowest_within import Mass, lowest_within, total_mass
@@ -60,29 +60,29 @@ class Settings(NamedTuple):
     bias_values: Float[Array, "B N"]
 
 
+# The fields of `Sampling` that have a range: what fits, and how a message says so.
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("temperature", lambda value: 0 <= value < math.inf, "0 (greedy) or more"),
+    ("logprob_temperature", lambda value: 0 < value < math.inf, "above 0 (1 for the model's own probabilities)"),
+    ("top_k", lambda value: value is None or value >= 1, "at least 1, or None for all ids"),
+    ("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    ("min_p", lambda value: 0 <= value <= 1, "0 to 1"),
+    ("repetition_penalty", lambda value: 0 < value < math.inf, "above 0 (1 changes nothing)"),
+    ("frequency_penalty", lambda value: -2 <= value <= 2, "-2 to 2"),
+    ("presence_penalty", lambda value: -2 <= value <= 2, "-2 to 2"),
+)
+
+
 def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     """Raises `UserError` for a setting that is out of range. Penalties and biases have the ranges of OpenAI's API."""
-    s = sampling
-    check(0 <= s.temperature < math.inf, f"temperature is {s.temperature}; it must be 0 (greedy) or more")
-    check(
-        0 < s.logprob_temperature < math.inf,
-        f"logprob_temperature is {s.logprob_temperature}; it must be above 0 (1 for the model's own probabilities)",
-    )
-    check(s.top_k is None or s.top_k >= 1, f"top_k is {s.top_k}; it must be at least 1, or None for all ids")
-    check(0 < s.top_p <= 1, f"top_p is {s.top_p}; it must be above 0 and at most 1")
-    check(0 <= s.min_p <= 1, f"min_p is {s.min_p}; it must be 0 to 1")
-    check(
-        0 < s.repetition_penalty < math.inf,
-        f"repetition_penalty is {s.repetition_penalty}; it must be above 0 (1 changes nothing)",
-    )
-    for name in ("frequency_penalty", "presence_penalty"):
-        value = getattr(s, name)
-        check(-2 <= value <= 2, f"{name} is {value}; it must be -2 to 2")
-    check(
-        len(s.logit_bias) <= MOST_BIASES,
-        f"logit_bias has {len(s.logit_bias)} ids; it can have at most {MOST_BIASES}",
-    )
-    for id, value in s.logit_bias.items():
+    for name, fits, allowed in _RANGES:
+        value = getattr(sampling, name)
+        if not fits(value):  # here no message is made of what fits: a batch of rows is checked while a GPU waits
+            raise UserError(f"{name} is {value}; it must be {allowed}")
+    biases = sampling.logit_bias
+    if len(biases) > MOST_BIASES:
+        raise UserError(f"logit_bias has {len(biases)} ids; it can have at most {MOST_BIASES}")
+    for id, value in biases.items():
         check(0 <= id < vocab_size, f"logit_bias has id {id}; this vocabulary has ids 0 to {vocab_size - 1}")
         check(-100 <= value <= 100, f"logit_bias of id {id} is {value}; it must be -100 to 100")
 

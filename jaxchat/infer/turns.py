@@ -106,7 +106,7 @@ class Turns:
         for row, written in runner.lane_rows(call.lanes, result) if call.lanes else ():
             row.ahead -= call.steps
             answer = row.owner
-            for token in _tokens(written[written[:, 0] >= 0], answer.request.logprobs):
+            for token in _tokens(written, answer.request.logprobs):
                 if answer.finish is not None:
                     break
                 self._wrote(answer, token)
@@ -158,10 +158,14 @@ def _level(lanes: list[list[Row]]) -> Level:
 
 
 def _tokens(details: np.ndarray, alternatives: int | None, sampled: bool = True) -> list[NewToken]:
-    """Tokens as the programs give them, [N, 1 or more]: their ids and, if `alternatives` are wanted, what follows."""
-    ids = details[:, 0].tolist()
+    """Tokens as the programs give them, [N, 1 or more]: their ids and, if `alternatives` are wanted, what follows.
+
+    An id of -1 is no token.
+    """
     if alternatives is None:
-        return [NewToken(id, sampled) for id in ids]
+        return [NewToken(id, sampled) for id in details[:, 0].tolist() if id >= 0]
+    details = details[details[:, 0] >= 0]
+    ids = details[:, 0].tolist()
     floats = np.ascontiguousarray(details).view(np.float32)
     own = floats[:, 1].tolist()
     best = details[:, 2 : 2 + alternatives].tolist()
