@@ -33,7 +33,7 @@ from timing import say, table
 Task = tuple[str, str, int]  # a measure, a variant of it, and rows
 CALLS, QUEUED = 3, 8  # timings; calls in each, which wait for the GPU: so starting them takes no time
 ALLOWED = {"check": 0.05}  # the largest difference, as a share of the largest number
-UNIT = {"products": "µs a layer", "step": "µs a step"}
+UNIT = {"products": "µs a layer", "attention": "µs a layer", "step": "µs a step"}
 LONGEST_NAME = 70
 
 

@@ -24,9 +24,10 @@ from jaxchat.infer.request import Sampling
 from jaxchat.infer.sampling import settings_of
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import abstract_params
-from jaxchat.ops import few_rows
+from jaxchat.ops import decode, few_rows
 from jaxchat.ops.decode import Splits
-from jaxchat.ops.pages import PAGE
+from jaxchat.ops.pages import PAGE, Place
+from jaxchat.ops.rope import rope_tables
 
 ON_CPU = jax.default_backend() == "cpu"
 DTYPE = jnp.dtype(jnp.float32 if ON_CPU else jnp.bfloat16)
@@ -159,6 +160,32 @@ def _few_products(rows: int) -> Measure:
     return Measure(run, lambda: _inputs(rows), lambda: _weights()[:2], 0, lambda carry: carry, expected)
 
 
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def _attention(rows: int) -> Measure:
+    """Attention of a new token a row, over four layers in turn, each with pages of its own."""
+    layers, rounds = 4, 3
+    shape = rows * MOST_PAGES, CONFIG.kv_heads, PAGE, CONFIG.head_dim
+
+    def run(carry, beside):
+        (pages, joint), (rope, place) = carry, beside
+        for layer in [*range(layers)] * rounds:
+            mixed, pages[layer] = decode.attend_next(joint, rope, pages[layer], place, None, 1.44)
+            joint = jnp.concatenate([decode.add_splits(mixed, DTYPE), joint[:, CONFIG.width :]], 1)
+        return pages, joint
+
+    def carry():
+        pages = [{name: numbers(10 * layer + at, *shape) for at, name in enumerate("kv")} for layer in range(layers)]
+        return pages, numbers(102, rows, 3 * CONFIG.width)
+
+    def beside():
+        place = Place(jnp.asarray(_table(rows)), jnp.full(rows, FIRST + PAGE), jnp.ones(rows, jnp.int32))
+        return rope_tables(place.start[:, None], CONFIG.head_dim, CONFIG.rope_base), place
+
+    return Measure(run, carry, beside, layers * rounds, lambda carry: carry[1])
+
+
 # --- whole steps ------------------------------------------------------------------------------------------------------
 
 
@@ -206,4 +233,9 @@ def _step(rows: int) -> Measure:
     )
 
 
-MEASURES: dict[str, Callable[[int], Measure]] = {"products": _products, "check": _few_products, "step": _step}
+MEASURES: dict[str, Callable[[int], Measure]] = {
+    "products": _products,
+    "check": _few_products,
+    "attention": _attention,
+    "step": _step,
+}

@@ -61,6 +61,7 @@ def _wrong(**functions: Any) -> Variant:
 # Keys at a time, Triton's stages, of which every other one is for pages' numbers, and warps. What is on its way takes
 # shared memory: of 71 KB three programs fit on a multiprocessor, as many as 32 rows of 10 heads need.
 SIZES = [(64, 2, 4), (64, 5, 4), (32, 3, 4), (32, 7, 4), (32, 5, 2), (16, 7, 4), (16, 9, 4)]
+ATTENTION = {f"{sizes[0]} keys, {sizes[1]} stages, {sizes[2]} warps": _attention(*sizes) for sizes in SIZES}
 RIGHT = {
     IN_USE: Variant(most_rows=256),
     "as several rows": Variant({"ops.one_row.fits": _never}, most_rows=1),
@@ -71,7 +72,7 @@ RIGHT = {
     "down in 2 parts": _of_several(down=2),
     "down in 5 parts": _of_several(down=5),
     "o, down in 5 parts, joint in 2": _of_several(o=5, down=5, joint=2),
-    **{f"{sizes[0]} keys, {sizes[1]} stages, {sizes[2]} warps": _attention(*sizes) for sizes in SIZES},
+    **ATTENTION,
     "ring of 140 KB": _ring(140),
     "ring of 200 KB": _ring(200),
 }
@@ -79,4 +80,9 @@ DIAGNOSES = {
     "no waiting": _wrong(_wait=_nothing),
     "no waiting, no signals": _wrong(_wait=_nothing, _signal=_nothing),
 }
-VARIANTS = {"check": RIGHT, "products": RIGHT | DIAGNOSES, "step": RIGHT}
+VARIANTS = {
+    "check": RIGHT,
+    "products": RIGHT | DIAGNOSES,
+    "attention": {IN_USE: Variant(most_rows=256)} | ATTENTION,
+    "step": RIGHT,
+}
