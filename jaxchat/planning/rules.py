@@ -2,8 +2,8 @@
 
 Those of nanochat, July 2026 (scripts/base_train.py, nanochat/gpt.py). Its constants are tuned for 12 layers and 524,288
 tokens a step; larger and smaller trainings follow from these. Where the length is set by hand, the decay is that of the
-whole horizon. What is ours: shorter trainings have higher rates and less momentum (`rate_factor` and `momentum_of` of
-jaxchat/recipes.py).
+whole horizon. What is ours: shorter trainings have smaller batches, higher rates and less momentum (`best_batch` here,
+`rate_factor` and `momentum_of` of jaxchat/recipes.py), as was best in benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from jaxchat.config import Experiment
 from jaxchat.recipes import (
     RATES,
     REFERENCE_BATCH,
+    REFERENCE_STEPS,
     counted_parameters,
     decay_of,
     momentum_of,
@@ -25,12 +26,18 @@ from jaxchat.recipes import (
 
 # Bergsma et al. (2025), arXiv:2505.13738: the best batch grows with the tokens of the training to this power.
 BATCH_EXPONENT = 0.383
+# Trainings of ours on 32 to 119 million tokens were best with batches of 32,000 to 65,000. The line through them and
+# the reference has this exponent.
+SHORT_BATCH_EXPONENT = 0.77
+LEAST_BATCH = 1 << 15  # tokens: none smaller was best
 LENGTHS = ("pretrain.num_iterations", "pretrain.target_flops", "pretrain.tokens_per_param")
 
 
-def best_batch(horizon: float) -> int:
-    """Tokens of a step, a power of two, for a training of so many times the reference's tokens."""
-    return 1 << round(math.log2(REFERENCE_BATCH * horizon**BATCH_EXPONENT))
+def best_batch(tokens: float) -> int:
+    """Tokens of a step, a power of two, for a training on so many tokens."""
+    relative = tokens / (REFERENCE_STEPS * REFERENCE_BATCH)
+    exponent = BATCH_EXPONENT if relative > 1 else SHORT_BATCH_EXPONENT
+    return max(LEAST_BATCH, 1 << round(math.log2(REFERENCE_BATCH * relative**exponent)))
 
 
 def rates_of(batch_tokens: int, tokens: float) -> dict[str, float]:
@@ -53,10 +60,14 @@ def follow_rules(experiment: Experiment, given: Collection[str] = ()) -> Experim
         return experiment
     vocab_size, pretrain = experiment.tokenizer.vocab_size, experiment.pretrain
     horizon = relative_horizon(experiment.model, vocab_size)
-    batch = pretrain.batch_tokens if "pretrain.batch_tokens" in given else best_batch(horizon)
+    whole = set(LENGTHS).isdisjoint(given)
+    tokens = pretrain.tokens_per_matrix_param * counted_parameters(experiment.model, vocab_size)
+    if not whole and "pretrain.num_iterations" not in given:
+        pretrain = dataclasses.replace(pretrain, num_iterations=None)  # the experiment's own
+        tokens = _wanted_tokens(dataclasses.replace(experiment, pretrain=pretrain))
+    batch = pretrain.batch_tokens if "pretrain.batch_tokens" in given else best_batch(tokens)
     pretrain = dataclasses.replace(pretrain, batch_tokens=batch)
-    if set(LENGTHS).isdisjoint(given):
-        tokens = pretrain.tokens_per_matrix_param * counted_parameters(experiment.model, vocab_size)
+    if whole:
         steps = max(1, round(tokens / pretrain.mean_batch_tokens))
         pretrain = dataclasses.replace(pretrain, num_iterations=steps)
     steps = _steps(dataclasses.replace(experiment, pretrain=pretrain))
@@ -68,11 +79,19 @@ def follow_rules(experiment: Experiment, given: Collection[str] = ()) -> Experim
     return dataclasses.replace(experiment, pretrain=pretrain, optimizer=optimizer)
 
 
+def _wanted_tokens(experiment: Experiment) -> float:
+    """The tokens of pretraining by its FLOPs, or by tokens per parameter."""
+    from jaxchat.model.config import GPTConfig  # slow to import, as what follows
+    from jaxchat.train.budget import wanted_tokens
+
+    return wanted_tokens(experiment.pretrain, GPTConfig.of(experiment.model, experiment.tokenizer.vocab_size))
+
+
 def _steps(experiment: Experiment) -> int:
     """The steps of pretraining."""
     if experiment.pretrain.num_iterations is not None:
         return experiment.pretrain.num_iterations
-    from jaxchat.model.config import GPTConfig  # slow to import, as what follows
+    from jaxchat.model.config import GPTConfig
     from jaxchat.train.budget import training_length
 
     return training_length(experiment.pretrain, GPTConfig.of(experiment.model, experiment.tokenizer.vocab_size))

@@ -47,6 +47,13 @@ def pretraining_flops_per_token(config: PretrainConfig, model: GPTConfig) -> flo
     return sum(share * flops_per_token(of_phase) for share, of_phase in each)
 
 
+def wanted_tokens(config: PretrainConfig, model: GPTConfig) -> float:
+    """The tokens that FLOPs or tokens per parameter ask for, of which pretraining takes whole steps."""
+    if config.target_flops is not None:
+        return config.target_flops / pretraining_flops_per_token(config, model)
+    return config.tokens_per_param * count_parameters(model).counted
+
+
 def training_length(config: PretrainConfig, model: GPTConfig) -> int:
     """The number of optimizer steps of pretraining, at least 1: as set, or from FLOPs, or from tokens per parameter.
 
@@ -55,10 +62,8 @@ def training_length(config: PretrainConfig, model: GPTConfig) -> int:
     """
     if config.num_iterations is not None:
         return config.num_iterations
-    if config.target_flops is not None:
-        of_a_step = pretraining_flops_per_token(config, model) * config.mean_batch_tokens
-        return max(1, round(config.target_flops / of_a_step))
-    return max(1, int(config.tokens_per_param * count_parameters(model).counted // config.mean_batch_tokens))
+    steps = wanted_tokens(config, model) / config.mean_batch_tokens
+    return max(1, round(steps) if config.target_flops is not None else int(steps))
 
 
 def training_tokens(config: PretrainConfig, model: GPTConfig) -> int:
