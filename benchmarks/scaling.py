@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # by default a quarter of it is left
         prepare_jax()
         failed = carry_out(runs, out, Trainer(out / "shared"), options.within)
-        records = read(_records(out))
+        records = [record for record in read(_records(out)) if record["steps"] >= options.fewest_steps]
         report(records, out)
         if options.write_law:
             law = fit_law(records, options.experiment, options.write_law)
@@ -113,7 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--batches", type=int, nargs="+", required=True, metavar="N", help="tokens of a step, the most important first")
     add("--flops", type=float, nargs="+", required=True, metavar="N", help="training compute of a run")
     add("--rates", type=float, nargs="+", default=[1.0], metavar="X", help="factors on all learning rates (default 1)")
-    add("--fewest-steps", type=int, default=100, metavar="N", help="leave out shorter runs (default 100)")
+    add("--fewest-steps", type=int, default=200, metavar="N",
+        help="leave out shorter runs, also those that are there already (default 200)")  # fmt: skip
     add("--most-tokens", type=float, default=math.inf, metavar="N",
         help="leave out runs on more tokens, such as four times those of the text (default: none)")  # fmt: skip
     add("--within", type=float, metavar="SECONDS", help="begin no run that would probably end later than that")

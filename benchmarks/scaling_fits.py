@@ -165,6 +165,7 @@ def law_rows(found: Mapping[str, Any]) -> list[list[str]]:
 def draw(records: Iterable[Record], found: Mapping[str, Any], file: str) -> None:
     """Writes a figure: bpb against compute by depth, and against the model by budget; the batch against the tokens."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     from jaxchat.runs.plots import style
 
@@ -180,14 +181,21 @@ def draw(records: Iterable[Record], found: Mapping[str, Any], file: str) -> None
             points = [(b["tokens"], b["x"]) for b in found["batches"] if b["inside"] is inside]
             if points:
                 batches.plot(*zip(*points, strict=True), marker, label=label)
+        optima = [budget["parameters"] for budget in found["budgets"] if budget["parameters"]["inside"]]
+        models.plot([o["x"] for o in optima], [o["bpb"] for o in optima], "*", color="black", label="optimum")
+        for axes in (models, batches):
+            axes.margins(y=0.3)  # room for the legend
         for axes, title, label in (
             (compute, "bits per byte, by depth", "FLOPs"),
             (models, "bits per byte, by FLOPs", "parameters in matrix products"),
             (batches, "batch of each depth and budget", "training tokens"),
         ):
             axes.set(title=title, xlabel=label, xscale="log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0e}".replace("e+", "e").replace("e0", "e")))
+            axes.xaxis.set_minor_locator(NullLocator())
             if axes.get_legend_handles_labels()[0]:
-                axes.legend()
+                axes.legend(loc="upper right", fontsize="small", ncols=2 if axes is models else 1)
         batches.set_yscale("log", base=2)
         figure.savefig(file)
 

@@ -19,11 +19,12 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from jaxchat.errors import check
-from jaxchat.planning.expected_quality import QualityLaw
+from jaxchat.planning.expected_quality import Curve, QualityLaw
 from jaxchat.planning.proposal import PASSES
 
 HUBER = 1e-3  # the difference of logarithms from which on it counts in proportion only
 FEWEST = 8  # runs for five constants
+PUBLISHED = 0.34, 0.28  # exponents of model and data by Hoffmann et al., equation 10
 STARTS = (0.1, 0.3, 0.6), (0.1, 0.3, 0.6), (0.2, 0.5, 0.8)  # both exponents, and the floor as a share of the lowest bpb
 
 
@@ -53,44 +54,15 @@ def fit_law(records: Iterable[Mapping[str, Any]], experiment: str, text: str) ->
         f"text {PASSES:.0f} times at most; there are {len(runs)}, of {len(depths)} depths and {len(budgets)} budgets",
     )
     parameters, tokens, bpb = (np.array([one[name] for one in runs], float) for name in ("parameters", "tokens", "bpb"))
-    # Centred, so that a factor hardly changes with its exponent.
-    middles = np.log(parameters).mean(), np.log(tokens).mean()
-    log_n, log_d = np.log(parameters) - middles[0], np.log(tokens) - middles[1]
-
-    def terms(constants: Sequence[float]) -> np.ndarray:
-        floor, model, model_exponent, data, data_exponent = constants
-        return np.exp(floor) + np.exp(model - model_exponent * log_n) + np.exp(data - data_exponent * log_d)
-
-    fits = []
-    for model_exponent, data_exponent, share in itertools.product(*STARTS):
-        rest = math.log((1 - share) * bpb.min() / 2)
-        start = [math.log(share * bpb.min()), rest, model_exponent, rest, data_exponent]
-        fits.append(
-            least_squares(
-                lambda constants: np.log(terms(constants)) - np.log(bpb),
-                start,
-                loss="huber",
-                f_scale=HUBER,
-                bounds=([-10.0, -10.0, 0.0, -10.0, 0.0], [3.0, 3.0, 2.0, 3.0, 2.0]),
-                x_scale=[0.1, 0.1, 0.1, 0.1, 0.1],
-                ftol=1e-12,
-                xtol=1e-12,
-                gtol=1e-12,
-            )
-        )
-    best = min(fits, key=lambda fit: fit.cost).x
-    floor, model, model_exponent, data, data_exponent = map(float, best)
 
     def range_of(name: str) -> tuple[float, float]:
         return min(one[name] for one in runs), max(one[name] for one in runs)
 
+    fitted = _fit(parameters, tokens, bpb)
     return QualityLaw(
-        floor=math.exp(floor),
-        model_factor=math.exp(model + model_exponent * middles[0]),
-        model_exponent=model_exponent,
-        data_factor=math.exp(data + data_exponent * middles[1]),
-        data_exponent=data_exponent,
-        error=float(np.sqrt(np.mean((terms(best) - bpb) ** 2))),
+        fitted=fitted,
+        published=_fit(parameters, tokens, bpb, PUBLISHED),
+        error=float(np.sqrt(np.mean((fitted(parameters, tokens) - bpb) ** 2))),  # pyright: ignore[reportArgumentType]
         runs=len(runs),
         experiment=experiment,
         text=text,
@@ -98,6 +70,48 @@ def fit_law(records: Iterable[Mapping[str, Any]], experiment: str, text: str) ->
         flops=range_of("real_flops"),
         parameters=range_of("parameters"),
         tokens=range_of("tokens"),
+    )
+
+
+def _fit(
+    parameters: np.ndarray, tokens: np.ndarray, bpb: np.ndarray, exponents: tuple[float, float] | None = None
+) -> Curve:
+    """The nearest curve, or the nearest with these exponents of the model and the data."""
+    # Centred, so that a factor hardly changes with its exponent.
+    middles = np.log(parameters).mean(), np.log(tokens).mean()
+    log_n, log_d = np.log(parameters) - middles[0], np.log(tokens) - middles[1]
+    lower, upper = [-10.0, -10.0, -10.0, 0.0, 0.0], [3.0, 3.0, 3.0, 2.0, 2.0]
+    free = 5 if exponents is None else 3
+
+    def terms(constants: Sequence[float]) -> np.ndarray:
+        floor, model, data, model_exponent, data_exponent = *constants, *(exponents or ())
+        return np.exp(floor) + np.exp(model - model_exponent * log_n) + np.exp(data - data_exponent * log_d)
+
+    fits = []
+    for model_exponent, data_exponent, share in itertools.product(*STARTS):
+        rest = math.log((1 - share) * bpb.min() / 2)
+        start = [math.log(share * bpb.min()), rest, rest, model_exponent, data_exponent]
+        fits.append(
+            least_squares(
+                lambda constants: np.log(terms(constants)) - np.log(bpb),
+                start[:free],
+                loss="huber",
+                f_scale=HUBER,
+                bounds=(lower[:free], upper[:free]),
+                x_scale=[0.1] * free,
+                ftol=1e-12,
+                xtol=1e-12,
+                gtol=1e-12,
+            )
+        )
+    best = min(fits, key=lambda fit: fit.cost).x.tolist()
+    floor, model, data, model_exponent, data_exponent = *best, *(exponents or ())
+    return Curve(
+        math.exp(floor),
+        math.exp(model + model_exponent * middles[0]),
+        model_exponent,
+        math.exp(data + data_exponent * middles[1]),
+        data_exponent,
     )
 
 

@@ -17,17 +17,12 @@ FILE = Path(__file__).with_name("expected_quality.json")
 
 
 @dataclass(frozen=True)
-class QualityLaw:
-    """L(N, D) = floor + model_factor / N^model_exponent + data_factor / D^data_exponent, and what it was fitted to.
+class Curve:
+    """L(N, D) = floor + model_factor / N^model_exponent + data_factor / D^data_exponent, in bits per byte.
 
-    That of Hoffmann et al. (2022), arXiv:2203.15556, equation 2, for validation bits per byte L, parameters in matrix
-    products N (`counted_parameters`) and training tokens D, each read a few times at most: up to four times they teach
-    almost as much as new ones (Muennighoff et al. 2023, arXiv:2305.16264).
-
-    Attributes:
-      error: the root mean square of its differences to the runs, in bits per byte.
-      runs: how many it was fitted to, of `experiment` with other depths, batches and lengths on `text`.
-      flops, parameters, tokens: the least and the most that these had.
+    The form is that of Hoffmann et al. (2022), arXiv:2203.15556, equation 2, with parameters in matrix products N
+    (`counted_parameters`) and training tokens D, each read a few times at most: up to four times they teach almost as
+    much as new ones (Muennighoff et al. 2023, arXiv:2305.16264).
     """
 
     floor: float
@@ -35,6 +30,27 @@ class QualityLaw:
     model_exponent: float
     data_factor: float
     data_exponent: float
+
+    def __call__(self, parameters: float, tokens: float) -> float:
+        model = self.model_factor / parameters**self.model_exponent
+        return self.floor + model + self.data_factor / tokens**self.data_exponent
+
+
+@dataclass(frozen=True)
+class QualityLaw:
+    """Curves fitted to trainings, and what these were.
+
+    Attributes:
+      fitted: the curve that is nearest to the runs.
+      published: the nearest of those with the exponents of Hoffmann et al. Far beyond the runs the first promises too
+        little, because small models learn fast at first, and this one rather too much.
+      error: the root mean square of the differences between `fitted` and the runs, in bits per byte.
+      runs: how many, of `experiment` with other depths, batches and lengths on `text`.
+      flops, parameters, tokens: the least and the most that these had.
+    """
+
+    fitted: Curve
+    published: Curve
     error: float
     runs: int
     experiment: str
@@ -43,11 +59,6 @@ class QualityLaw:
     flops: tuple[float, float]
     parameters: tuple[float, float]
     tokens: tuple[float, float]
-
-    def __call__(self, parameters: float, tokens: float) -> float:
-        """Bits per byte."""
-        model = self.model_factor / parameters**self.model_exponent
-        return self.floor + model + self.data_factor / tokens**self.data_exponent
 
     def covers(self, flops: float, parameters: float, tokens: float) -> bool:
         """Whether the runs had as few and as many."""
@@ -60,7 +71,8 @@ def load_law() -> QualityLaw | None:
     if not FILE.exists():
         return None
     found = json.loads(FILE.read_text(encoding="utf-8"))
-    return QualityLaw(**found | {name: tuple(found[name]) for name in ("flops", "parameters", "tokens")})
+    curves = {name: Curve(**found[name]) for name in ("fitted", "published")}
+    return QualityLaw(**found | curves | {name: tuple(found[name]) for name in ("flops", "parameters", "tokens")})
 
 
 def quality_lines(experiment: Experiment, tokens: int, flops: float, law: QualityLaw | None) -> list[str]:
@@ -72,11 +84,13 @@ def quality_lines(experiment: Experiment, tokens: int, flops: float, law: Qualit
         return []
     parameters = counted_parameters(experiment.model, experiment.tokenizer.vocab_size)
     least, most = law.flops
-    how = f"where its error is {law.error:.4f}"
-    if not law.covers(flops, parameters, tokens):
-        how = "an extrapolation, since none of these was as small or as large"
-    return [
-        f"about {law(parameters, tokens):.3f} bits per byte after pretraining, by a law of {law.runs} runs of "
-        f"{law.experiment} with {least:.2g} to {most:.2g} FLOPs on {law.text}",
-        f"{how}; text that is read more than four times counts for less, and another recipe or text differs",
-    ]
+    runs = f"{law.runs} runs of {law.experiment} with {least:.1g} to {most:.1g} FLOPs on {law.text}"
+    fitted, published = law.fitted(parameters, tokens), law.published(parameters, tokens)
+    if law.covers(flops, parameters, tokens):
+        first = f"about {fitted:.3f} bits per byte after pretraining, by {runs}"
+        how = f"from which it errs by {law.error:.3f}"
+    else:
+        lowest, highest = sorted((fitted, published))
+        first = f"{lowest:.2f} to {highest:.2f} bits per byte after pretraining, far from {runs}"
+        how = "by exponents as published and as fitted"
+    return [first, f"{how}; another recipe or text differs, and text read more than four times counts for less"]
