@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 from jaxchat.infer.request import NO_OUTPUT, Finish, NewToken, NoOutput, Output, Request
@@ -35,6 +36,12 @@ class Completion:
         return self.stop is not None
 
 
+@functools.lru_cache(maxsize=4)  # answers have one tokenizer each time
+def _of_tools(tokenizer: BaseTokenizer) -> list[int]:
+    """The ids around a call, and after its output."""
+    return [*map(tokenizer.encode_special, ("<|python_start|>", "<|python_end|>", "<|output_end|>"))]
+
+
 class Answer:
     """The answer to a request, and what of it no step has given back yet.
 
@@ -65,8 +72,7 @@ class Answer:
         # The first token has no log-probability. It is the whole prompt if there is nothing more to read.
         self.scores = [NewToken(row.tokens[0], sampled=False)] if row.scored else []
         self._tokenizer = tokenizer
-        self._python = tokenizer.encode_special("<|python_start|>"), tokenizer.encode_special("<|python_end|>")
-        self._output_end = tokenizer.encode_special("<|output_end|>")
+        *self._python, self._output_end = _of_tools(tokenizer)
         self._stream = TextStream(tokenizer, request.stop) if with_text else None
         self._call: list[int] | None = None  # tokens since <|python_start|>, if a call is open
         self._count = 0  # tokens

@@ -425,7 +425,7 @@ class Engine:
                 f"a prompt of {row.prompt} tokens and an answer of {limit} take {pages} pages of the cache, which has "
                 f"{most} of {PAGE} tokens; ask for a shorter answer, or give the engine more cache_tokens"
             )
-        level = level_of([request.sampling])
+        level = level_of(request.sampling)
         if request.logprobs is not None or request.prompt_logprobs:
             alone = request.logprobs == 0 and not request.prompt_logprobs
             level = "scored" if alone and level in ("greedy", "plain") else "full"

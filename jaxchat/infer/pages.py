@@ -50,7 +50,7 @@ class PagePool:
         self._full: dict[tuple[int, tuple[int, ...]], int] = {}  # (page before, tokens) -> page; Python compares both
         self._after: dict[int, dict[int, None]] = {}  # serial -> pages that continue it, the newest last
         self._serials = itertools.count()
-        self._last: tuple[list[int], Match] | None = None  # of `match`, until what it found is no longer so
+        self._last: tuple[Sequence[int], Match] | None = None  # of `match`, until what it found is no longer so
 
     @property
     def available(self) -> int:
@@ -62,10 +62,10 @@ class PagePool:
         return -(-tokens // self.size)
 
     def match(self, tokens: Sequence[int]) -> Match:
-        """The cached pages of the longest beginning of `tokens`. They are not held yet."""
+        """The cached pages of the longest beginning of `tokens`, which stay as they are. They are not held yet."""
         # Samples of one prompt ask one after the other. Comparing takes a tenth of the time of looking all pages up.
-        if self._last is None or self._last[0] != tokens:
-            self._last = list(tokens), self._look_up(tokens)
+        if self._last is None or (self._last[0] is not tokens and self._last[0] != tokens):
+            self._last = tokens, self._look_up(tokens)
         return self._last[1]
 
     def _look_up(self, tokens: Sequence[int]) -> Match:

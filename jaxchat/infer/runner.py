@@ -230,6 +230,8 @@ class Runner:
 
     def _choose(self, function: Callable, static: tuple, level: Level, rows: int) -> tuple[Level, int]:
         """The level and size for rows that draw tokens: what is compiled, if it serves."""
+        if self.on_cpu and level == "greedy":
+            level = "plain"  # one program for both: compiling another takes longer there than it saves
         sizes = self._begin_sizes() if function is programs.begin else self._row_sizes()
         sizes = [size for size in sizes if size >= rows]
         for other in serving(level) if self.warm else (level,):

@@ -87,11 +87,6 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
         check(-100 <= value <= 100, f"logit_bias of id {id} is {value}; it must be -100 to 100")
 
 
-def level_of(samplings: Sequence[Sampling]) -> Level:
-    """The cheapest level that serves all of these rows, without log-probabilities."""
-    return LEVELS[max((LEVELS.index(_level(sampling)) for sampling in samplings), default=0)]
-
-
 def serving(level: Level) -> tuple[Level, ...]:
     """The levels that serve what `level` does, from it on."""
     return ("scored", "full") if level == "scored" else LEVELS[LEVELS.index(level) :]
@@ -105,7 +100,8 @@ def joint_level(levels: Iterable[Level]) -> Level:
     return max(wanted, key=LEVELS.index)
 
 
-def _level(sampling: Sampling) -> Level:
+def level_of(sampling: Sampling) -> Level:
+    """The cheapest level that serves a row, without log-probabilities."""
     s = sampling
     if s.logit_bias or needs_seen(s):
         return "full"

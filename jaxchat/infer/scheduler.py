@@ -332,7 +332,7 @@ class Scheduler:
         last, pool = self._read_last[shard], self.pools[shard]
         if row.scored or last is None or last[0] != row.tokens:
             return None
-        match = pool.match(row.tokens)
+        match = pool.match(last[0])  # which never changes
         whole = len(match.pages) * pool.size + match.common == len(row.tokens)
         return _Place(shard, match, last[1]) if whole else None
 

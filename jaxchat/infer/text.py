@@ -8,6 +8,8 @@ import functools
 from jaxchat.errors import check
 from jaxchat.tokenizer import BaseTokenizer
 
+_UTF_8 = codecs.getincrementaldecoder("utf-8")
+
 
 class Characters:
     """The text of tokens in whole characters, the same however the bytes are split over tokens.
@@ -18,7 +20,7 @@ class Characters:
 
     def __init__(self, tokenizer: BaseTokenizer):
         self._tokens = _spelled(tokenizer)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder = _UTF_8("replace")
         self._within = False  # a character
 
     def add(self, token: int) -> str:

@@ -22,6 +22,7 @@ from jaxchat.infer.sampling import (
     add_seen,
     check_sampling,
     draw,
+    joint_level,
     level_of,
     logprobs,
     needs_seen,
@@ -190,7 +191,7 @@ def test_a_row_gets_its_token_in_any_company_and_at_any_level_that_serves_it(siz
     logits, rows, count, seen = mixed(2 * len(MIXED), size)
     together = np.asarray(jitted(logits, settings_of(rows), count, seen, level="full"))
     for level in LEVELS:
-        served = [row for row in range(len(rows)) if LEVELS.index(level_of([rows[row]])) <= LEVELS.index(level)]
+        served = [row for row in range(len(rows)) if LEVELS.index(level_of(rows[row])) <= LEVELS.index(level)]
         at = np.array(served)
         drawn = jitted(logits[at], settings_of([rows[row] for row in served]), count[at], seen[at], level=level)
         np.testing.assert_array_equal(drawn, together[at])
@@ -212,10 +213,10 @@ def test_a_row_can_share_a_batch_with_rows_that_only_fill_it():
 
 def test_the_cheapest_level_that_serves_all_rows():
     def level(*cases):
-        return level_of([Sampling(**case) for case in cases])
+        return joint_level(level_of(Sampling(**case)) for case in cases)
 
     assert level({}) == level({}, {"temperature": 0.0}) == "plain"
-    assert level() == level({"temperature": 0.0}) == "greedy"
+    assert level({"temperature": 0.0}) == level({"temperature": 0.0}, {"temperature": 0.0}) == "greedy"
     assert level({"temperature": 0.0, "top_k": 5000, "top_p": 0.1, "min_p": 0.5}) == "greedy"  # none of them matters
     assert level({}, {"top_k": 1}) == level({"top_k": SMALL_TOP_K}) == "top_k"
     for case in ({"top_k": SMALL_TOP_K + 1}, {"top_p": 0.99}, {"min_p": 0.01}, {"logit_bias": {1: 1.0}},
