@@ -87,23 +87,24 @@ def _fit(
         floor, model, data, model_exponent, data_exponent = *constants, *(exponents or ())
         return np.exp(floor) + np.exp(model - model_exponent * log_n) + np.exp(data - data_exponent * log_d)
 
-    fits = []
+    starts: dict[tuple[float, ...], None] = {}  # each once: where exponents are given, many are alike
     for model_exponent, data_exponent, share in itertools.product(*STARTS):
         rest = math.log((1 - share) * bpb.min() / 2)
-        start = [math.log(share * bpb.min()), rest, rest, model_exponent, data_exponent]
-        fits.append(
-            least_squares(
-                lambda constants: np.log(terms(constants)) - np.log(bpb),
-                start[:free],
-                loss="huber",
-                f_scale=HUBER,
-                bounds=(lower[:free], upper[:free]),
-                x_scale=[0.1] * free,
-                ftol=1e-12,
-                xtol=1e-12,
-                gtol=1e-12,
-            )
+        starts[(math.log(share * bpb.min()), rest, rest, model_exponent, data_exponent)[:free]] = None
+    fits = [
+        least_squares(
+            lambda constants: np.log(terms(constants)) - np.log(bpb),
+            start,
+            loss="huber",
+            f_scale=HUBER,
+            bounds=(lower[:free], upper[:free]),
+            x_scale=[0.1] * free,
+            ftol=1e-12,
+            xtol=1e-12,
+            gtol=1e-12,
         )
+        for start in starts
+    ]
     best = min(fits, key=lambda fit: fit.cost).x.tolist()
     floor, model, data, model_exponent, data_exponent = *best, *(exponents or ())
     return Curve(
