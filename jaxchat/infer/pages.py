@@ -79,15 +79,17 @@ class PagePool:
         start = len(pages) * self.size
         return Match(pages, *self._longest(before, tuple(tokens[start : start + self.size])))
 
-    def is_held(self, page: int) -> bool:
-        """Whether a row holds the page."""
-        return self._holders[page] > 0
+    def fits(self, count: int, shared: Sequence[int]) -> bool:
+        """Whether a row can have `count` pages, those in `shared` among them, which are cached or held."""
+        # Pages that other rows hold now take none of the available ones.
+        return count <= self.available or count <= self.available + sum(self._holders[page] > 0 for page in shared)
 
     def hold(self, pages: Sequence[int]) -> None:
         """Adds a holder to each of these known or held pages."""
         for page in pages:
+            if not self._holders[page]:
+                del self._cached[page]
             self._holders[page] += 1
-            self._cached.pop(page, None)
 
     def take(self, count: int) -> list[int]:
         """Takes `count` pages, at most `available`, for one holder; what was cached in them is forgotten."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 MOST_ALTERNATIVES = 20  # likeliest tokens that come with a log-probability
 
@@ -84,8 +84,7 @@ class Request:
     instant: bool = False
 
 
-@dataclass(frozen=True)
-class NewToken:
+class NewToken(NamedTuple):
     """A token of an answer or, with `prompt_logprobs`, of the prompt.
 
     Attributes:
@@ -100,8 +99,7 @@ class NewToken:
     alternatives: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """What a request has got in one step of the engine.
 
     Attributes:

@@ -60,25 +60,36 @@ class Settings(NamedTuple):
     bias_values: Float[Array, "B N"]
 
 
-# The fields of `Sampling` that have a range: what fits, and how a message says so.
-_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("temperature", lambda value: 0 <= value < math.inf, "0 (greedy) or more"),
-    ("logprob_temperature", lambda value: 0 < value < math.inf, "above 0 (1 for the model's own probabilities)"),
-    ("top_k", lambda value: value is None or value >= 1, "at least 1, or None for all ids"),
-    ("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
-    ("min_p", lambda value: 0 <= value <= 1, "0 to 1"),
-    ("repetition_penalty", lambda value: 0 < value < math.inf, "above 0 (1 changes nothing)"),
-    ("frequency_penalty", lambda value: -2 <= value <= 2, "-2 to 2"),
-    ("presence_penalty", lambda value: -2 <= value <= 2, "-2 to 2"),
-)
+def _misfit(s: Sampling) -> tuple[str, str] | None:
+    """The first field that is out of range, and how a message names the range; None if all fit.
+
+    Written out, because a batch of rows is checked while a GPU waits.
+    """
+    if not 0 <= s.temperature < math.inf:
+        return "temperature", "0 (greedy) or more"
+    if not 0 < s.logprob_temperature < math.inf:
+        return "logprob_temperature", "above 0 (1 for the model's own probabilities)"
+    if s.top_k is not None and s.top_k < 1:
+        return "top_k", "at least 1, or None for all ids"
+    if not 0 < s.top_p <= 1:
+        return "top_p", "above 0 and at most 1"
+    if not 0 <= s.min_p <= 1:
+        return "min_p", "0 to 1"
+    if not 0 < s.repetition_penalty < math.inf:
+        return "repetition_penalty", "above 0 (1 changes nothing)"
+    if not -2 <= s.frequency_penalty <= 2:
+        return "frequency_penalty", "-2 to 2"
+    if not -2 <= s.presence_penalty <= 2:
+        return "presence_penalty", "-2 to 2"
+    return None
 
 
 def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     """Raises `UserError` for a setting that is out of range. Penalties and biases have the ranges of OpenAI's API."""
-    for name, fits, allowed in _RANGES:
-        value = getattr(sampling, name)
-        if not fits(value):  # here no message is made of what fits: a batch of rows is checked while a GPU waits
-            raise UserError(f"{name} is {value}; it must be {allowed}")
+    misfit = _misfit(sampling)
+    if misfit is not None:
+        name, allowed = misfit
+        raise UserError(f"{name} is {getattr(sampling, name)}; it must be {allowed}")
     biases = sampling.logit_bias
     if len(biases) > MOST_BIASES:
         raise UserError(f"logit_bias has {len(biases)} ids; it can have at most {MOST_BIASES}")

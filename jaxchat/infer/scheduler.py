@@ -322,8 +322,7 @@ class Scheduler:
             if place is None:
                 # One token at least is read. If the prompt's log-probabilities are wanted, all of it is.
                 place = _Place(shard, pool.match(() if row.scored else row.tokens[:-1]), None)
-            # Pages that other rows hold now take none of the available ones.
-            if self._free[shard] and need <= pool.available + sum(map(pool.is_held, place.match.pages)):
+            if self._free[shard] and pool.fits(need, place.match.pages):
                 return place
         return None
 

@@ -64,9 +64,11 @@ def test_a_page_is_held_as_often_as_it_is_shared():
     second = filled(pool, [1, 2, 3, 4])
     assert first == second and pool.available == 2
     pool.release(first)
-    assert pool.available == 2 and all(map(pool.is_held, first))
+    assert pool.available == 2
+    assert pool.fits(4, first) and not pool.fits(5, first) and not pool.fits(3, [])  # held pages take none of the others
     pool.release(second)
     assert pool.available == 4
+    assert pool.fits(4, first) and not pool.fits(5, first)  # cached ones do
 
 
 def test_a_page_that_fills_up_is_known_by_its_longer_text():
