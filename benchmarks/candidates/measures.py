@@ -21,7 +21,7 @@ from candidates.variants import Variant
 
 from jaxchat.infer import programs
 from jaxchat.infer.request import Sampling
-from jaxchat.infer.sampling import settings_of
+from jaxchat.infer.settings import settings_of
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import abstract_params
 from jaxchat.ops import decode, few_rows

@@ -6,8 +6,8 @@ import functools
 from dataclasses import dataclass, field
 
 from jaxchat.infer.request import NO_OUTPUT, Finish, NewToken, NoOutput, Output, Request
-from jaxchat.infer.sampling import Level
 from jaxchat.infer.scheduler import Row
+from jaxchat.infer.settings import Level
 from jaxchat.infer.text import TextStream
 from jaxchat.tokenizer import BaseTokenizer
 
@@ -46,7 +46,7 @@ class Answer:
     """The answer to a request, and what of it no step has given back yet.
 
     Args:
-      level: the cheapest level of `sampling.py` that serves it.
+      level: the cheapest level of `settings.py` that serves it.
       stops: the tokens that end it.
       with_text: whether its text is formed, which stop strings need.
 

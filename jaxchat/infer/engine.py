@@ -33,8 +33,8 @@ from jaxchat.infer.programs import Setup
 from jaxchat.infer.quantized import KVCache, Weights, cache_dtype, stored
 from jaxchat.infer.request import MOST_ALTERNATIVES, NewToken, Output, Request, Sampling, Tool
 from jaxchat.infer.runner import Runner
-from jaxchat.infer.sampling import check_sampling, level_of
 from jaxchat.infer.scheduler import Budget, Row, Scheduler
+from jaxchat.infer.settings import check_sampling, level_of
 from jaxchat.infer.turns import Turns
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import Params

@@ -24,7 +24,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxchat.devices.mesh import BATCH_SPEC
 from jaxchat.infer.request import MOST_ALTERNATIVES, Sampling
-from jaxchat.infer.sampling import Level, Seen, Settings, add_seen, draw, logprob, logprobs, settings_of
+from jaxchat.infer.sampling import Seen, add_seen, draw, logprob, logprobs
+from jaxchat.infer.settings import Level, Settings, settings_of
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.generation import init_pages, join_qkv, paged_hidden, reads_previous
 from jaxchat.model.gpt import Params, logits

@@ -23,8 +23,9 @@ from jaxchat.devices.mesh import put_whole
 from jaxchat.infer import programs
 from jaxchat.infer.programs import STOPS, Lanes, Setup
 from jaxchat.infer.request import Sampling
-from jaxchat.infer.sampling import LEVELS, Level, Settings, seen_of, serving, settings_of
+from jaxchat.infer.sampling import seen_of
 from jaxchat.infer.scheduler import Budget, Chunk, Copy, Row
+from jaxchat.infer.settings import LEVELS, Level, Settings, serving, settings_of
 from jaxchat.model.generation import reads_previous
 from jaxchat.model.gpt import Params
 from jaxchat.ops.pages import PAGE

@@ -13,8 +13,8 @@ from jaxtyping import Array
 from jaxchat.infer.answers import Answer
 from jaxchat.infer.request import MOST_ALTERNATIVES, NewToken, NoOutput
 from jaxchat.infer.runner import STEPS, Runner
-from jaxchat.infer.sampling import Level, joint_level, needs_seen
 from jaxchat.infer.scheduler import Chunk, Row, Scheduler
+from jaxchat.infer.settings import Level, joint_level, needs_seen
 from jaxchat.tools.calculator import calculate
 
 TOOL_WAIT = 0.02  # seconds that a turn waits for a tool, if there is nothing else to do

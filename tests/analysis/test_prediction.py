@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from jaxchat.analysis import prediction
 from jaxchat.analysis.prediction import after_settings, entropy, next_logits, predictions
 from jaxchat.infer.request import Sampling
-from jaxchat.infer.sampling import draw, settings_of
+from jaxchat.infer.sampling import draw
+from jaxchat.infer.settings import settings_of
 from jaxchat.model import reference
 from tests.analysis.conftest import TOKENS
 

@@ -65,7 +65,8 @@ def test_a_page_is_held_as_often_as_it_is_shared():
     assert first == second and pool.available == 2
     pool.release(first)
     assert pool.available == 2
-    assert pool.fits(4, first) and not pool.fits(5, first) and not pool.fits(3, [])  # held pages take none of the others
+    assert pool.fits(4, first) and not pool.fits(5, first)  # pages that are held take none of the others
+    assert not pool.fits(3, [])
     pool.release(second)
     assert pool.available == 4
     assert pool.fits(4, first) and not pool.fits(5, first)  # cached ones do
