@@ -25,7 +25,7 @@ from jaxchat.devices.mesh import data_shards, make_mesh
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import abstract_params
 from jaxchat.model.parameters import count_parameters
-from jaxchat.ops.compute import for_training
+from jaxchat.ops.compute import check_fp8_shape, for_training
 from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.planning.expected_quality import load_law, quality_lines
 from jaxchat.stages.tokenizer import load_users_tokenizer
@@ -56,6 +56,19 @@ from jaxchat.verbatim import Style, write
 
 PREALLOCATED = 0.75  # of a GPU's memory, which JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
 DEFAULT_MEMORY = 24 * GIB  # of an accelerator whose memory is not known
+
+
+def analysed(experiment: Experiment) -> Experiment:
+    """The experiment with what the devices here can compute in the place of fp8, where CPUs stand for its own.
+
+    Raises:
+      UserError: as `check_fp8_shape`.
+    """
+    if experiment.precision != "fp8" or not _stands_for(experiment, make_mesh(experiment.mesh)):
+        return experiment
+    check_fp8_shape(experiment)
+    _say("note          a CPU has no fp8: the step is analysed in bf16")
+    return dataclasses.replace(experiment, precision="bfloat16")
 
 
 def dry_run(experiment: Experiment) -> None:

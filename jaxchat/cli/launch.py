@@ -299,13 +299,13 @@ def _dry_run(
     stand_in(experiment.cost)
     if experiment.cost.devices > 1 and jax.config.jax_num_cpu_devices <= 1:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_num_cpu_devices", experiment.cost.devices)  # a CPU stands for the experiment's devices
-    from jaxchat.analysis.dry_run import dry_run
+    from jaxchat.analysis.dry_run import analysed, dry_run
     from jaxchat.stages.pipeline import check_possible
     from jaxchat.stages.preflight import check_planned_data
     from jaxchat.stages.settings import describe_programs
 
     _say_rules(experiment)
-    experiment = _settle(experiment, given, begun, start)
+    experiment = _settle(analysed(experiment), given, begun, start)
     check_possible(experiment)
     check_planned_data(experiment, given)
     programs = describe_programs(experiment)

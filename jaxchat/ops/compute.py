@@ -59,20 +59,20 @@ def for_training(experiment: Experiment, mesh: Mesh | None = None) -> Compute:
       UserError: the experiment asks for fp8, and the device or the shape of the model does not allow it.
     """
     if experiment.precision == "fp8":
-        _check_fp8(experiment)
+        check(
+            fp8.supported(),
+            "precision fp8 needs an NVIDIA GPU of the Hopper generation or later, not "
+            f"{jax.devices()[0].device_kind}; --precision=auto computes in what the device has",
+        )
+        check_fp8_shape(experiment)
     return Compute(compute_dtype(experiment), mesh, fp8=experiment.precision == "fp8")
 
 
-def _check_fp8(experiment: Experiment) -> None:
-    model, device = experiment.model, jax.devices()[0]
-    check(
-        fp8.supported(),
-        f"precision fp8 needs an NVIDIA GPU of the Hopper generation or later, not {device.device_kind}; "
-        "leave --precision out",
-    )
-    kv_width = model.kv_heads * model.head_dim
+def check_fp8_shape(experiment: Experiment) -> None:
+    """Raises `UserError` where the model has a shape that fp8 does not allow."""
+    kv_width = experiment.model.kv_heads * experiment.model.head_dim
     check(
         kv_width % fp8.MULTIPLE == 0,
         f"precision fp8 needs keys whose width is a multiple of {fp8.MULTIPLE}, not {kv_width}; choose another "
-        "--model.num-kv-heads, or leave --precision out",
+        "--model.num-kv-heads, or --precision=auto",
     )

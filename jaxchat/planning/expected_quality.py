@@ -60,6 +60,10 @@ class QualityLaw:
     parameters: tuple[float, float]
     tokens: tuple[float, float]
 
+    def is_too_small(self, parameters: float, tokens: float) -> bool:
+        """Whether the runs had ten times as many or more: there the curves rise without bounds, and tell nothing."""
+        return 10 * parameters < self.parameters[0] or 10 * tokens < self.tokens[0]
+
     def covers(self, flops: float, parameters: float, tokens: float) -> bool:
         """Whether the runs had as few and as many."""
         limits = (self.flops, flops), (self.parameters, parameters), (self.tokens, tokens)
@@ -76,13 +80,15 @@ def load_law() -> QualityLaw | None:
 
 
 def quality_lines(experiment: Experiment, tokens: int, flops: float, law: QualityLaw | None) -> list[str]:
-    """What to expect of a pretraining on `tokens` with `flops`, and from what; [] without a law, or on generated text.
+    """What to expect of a pretraining on `tokens` with `flops`, and from what; [] where no law tells anything.
 
     The law knows nothing of text that is read more often, nor of other recipes and text: a line says so.
     """
     if law is None or experiment.data.folder is None:
         return []
     parameters = counted_parameters(experiment.model, experiment.tokenizer.vocab_size)
+    if law.is_too_small(parameters, tokens):
+        return []
     least, most = law.flops
     runs = f"{law.runs} runs of {law.experiment} with {least:.1g} to {most:.1g} FLOPs on {law.text}"
     fitted, published = law.fitted(parameters, tokens), law.published(parameters, tokens)

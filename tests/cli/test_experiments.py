@@ -147,12 +147,13 @@ def test_the_modern_quickstart_differs_in_the_recipe_alone():
 @pytest.mark.parametrize("name", ["gpt2", "d12_modern"])
 def test_a_dry_run_of_a_modern_experiment(name, tmp_path, capsys):
     """At a size that compiles in seconds: the layers keep their kinds, value embeddings and windows among them."""
-    small = ["--model.depth=4", "--model.sequence-len=128", "--pretrain.batch-tokens=1024", "--precision=auto",
+    small = ["--model.depth=4", "--model.sequence-len=128", "--pretrain.batch-tokens=1024",
              "--tokenizer.vocab-size=512", "--midtrain.batch-tokens=1024", "--sft.batch-tokens=1024"]  # fmt: skip
     assert main([f"--experiment={name}", "--dry-run", f"--run-dir={tmp_path}", *small]) == 0
     out = capsys.readouterr().out
     assert f"{name}: d4, width 256" in out and "windows       SSSL: 3 of 4 layers see 32 tokens back" in out
     assert re.search(r"pretrain +\d", out) and "expected on" in out
+    assert ("a CPU has no fp8: the step is analysed in bf16" in out) == (name == "gpt2")
 
 
 def test_files_that_are_not_experiments(tmp_path, monkeypatch):

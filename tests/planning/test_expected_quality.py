@@ -13,7 +13,7 @@ FITTED, PUBLISHED = Curve(0.55, 60.0, 0.33, 90.0, 0.3), Curve(0.4, 70.0, 0.34, 8
 LAW = QualityLaw(
     **{"fitted": FITTED, "published": PUBLISHED},
     **{"error": 0.0042, "runs": 18, "experiment": "d12", "text": "FineWeb-Edu", "date": "2026-11-30"},
-    **{"flops": (3e15, 1e17), "parameters": (1e7, 3e8), "tokens": (1e7, 1e9)},
+    **{"flops": (3e15, 1e17), "parameters": (4e6, 3e8), "tokens": (1e6, 1e9)},
 )
 
 
@@ -26,7 +26,7 @@ def test_what_is_said_of_an_experiment():
         "with 3e+15 to 1e+17 FLOPs on FineWeb-Edu"
     )
     assert second.startswith("from which it errs by 0.004; another recipe or text differs")
-    for tokens, flops in ((10**8, 1e18), (10**10, 7e16), (10**6, 7e16)):
+    for tokens, flops in ((10**8, 1e18), (10**10, 7e16), (200_000, 7e16)):
         lowest, highest = sorted((0.55 + 60 / size**0.33 + 90 / tokens**0.3, 0.4 + 70 / size**0.34 + 80 / tokens**0.28))
         far, how = quality_lines(experiment, tokens, flops, LAW)
         assert far.startswith(f"{lowest:.2f} to {highest:.2f} bits per byte after pretraining, far from 18 runs of d12")
@@ -34,6 +34,8 @@ def test_what_is_said_of_an_experiment():
     deep = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, depth=30))
     assert "far from" in quality_lines(deep, 10**8, 7e16, LAW)[0]
     assert quality_lines(experiment, 10**8, 7e16, None) == []
+    assert quality_lines(experiment, 99_999, 7e16, LAW) == [], "a tenth of the runs' fewest tokens"
+    assert quality_lines(experiment, 10**8, 7e16, dataclasses.replace(LAW, parameters=(2e9, 3e9))) == []
     assert quality_lines(load_experiment("quickstart"), 10**8, 7e16, LAW) == [], "a world of its own"
 
 
