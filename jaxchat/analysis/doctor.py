@@ -1,4 +1,4 @@
-"""Looks at this machine before a training does: what it has, what it lacks, and what mends that."""
+"""Looks at this machine before a training does: what it has, what it lacks, and what fixes that."""
 
 from __future__ import annotations
 

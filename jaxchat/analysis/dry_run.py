@@ -28,6 +28,7 @@ from jaxchat.model.parameters import count_parameters
 from jaxchat.ops.compute import check_fp8_shape, for_training
 from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.planning.expected_quality import load_law, quality_lines
+from jaxchat.runs.progress import format_number
 from jaxchat.stages.tokenizer import load_users_tokenizer
 from jaxchat.stages.workspace import planned_model
 from jaxchat.train.budget import (
@@ -85,7 +86,7 @@ def dry_run(experiment: Experiment) -> None:
     parallel = data_shards(mesh)
     parameters = count_parameters(model)
     _say(experiment.name, "bold", end="")
-    _say(f": d{model.depth}, width {model.width}, {model.num_heads} heads, "
+    _say(f": d{model.depth}, width {model.width}, {format_number(model.num_heads, 'head')}, "
          f"context {model.sequence_len:,}, vocabulary {model.vocab_size:,}")  # fmt: skip
     tables = f", other tables {parameters.value_embedding:,}" if parameters.value_embedding else ""
     _say(f"parameters    {parameters.total:,} (embedding {parameters.embedding:,}, blocks "

@@ -158,7 +158,7 @@ def chips(chip: Generation, count: int) -> Chips:
         slice_ = topologies.get_topology_desc(f"{chip.names[0]}:{chip.slices[count]}", "tpu", **chip.options, **alone)
     except Exception as error:  # of many kinds, when libtpu does not belong to this JAX
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the TPU's compiler does not work ({reason}); pip install '.[tpu]' mends it") from None
+        raise UserError(f"the TPU's compiler does not work ({reason}); pip install '.[tpu]' fixes it") from None
     return Chips(slice_.devices, int(chip.memory * (1 << 30)))
 
 

@@ -1,4 +1,4 @@
-"""`jaxchat doctor`: what this machine has for training, what it lacks, and the line that mends it."""
+"""`jaxchat doctor`: what this machine has for training, what it lacks, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def add_command(commands: Any) -> None:
     """Adds `doctor` to the commands of `jaxchat`."""
     parser = commands.add_parser(
         "doctor",
-        help="Look at this machine: devices, driver, precision, kernels, memory, disk, hub, and what mends them.",
-        description="Says what this machine has for training and how fast it is, and for everything that is wrong the "
-        "line that mends it. Exit code 0: nothing to mend; 2: something. Each start of launch.py looks too, and says "
+        help="Look at this machine (devices, driver, kernels, memory, disk, hub), and say what to fix and how.",
+        description="Says what this machine has for training and how fast it is, and for each problem the "
+        "command that fixes it. Exit code 0: nothing to fix; 2: something. Each start of launch.py looks too, and says "
         "only what is wrong.",
     )
     add = parser.add_argument

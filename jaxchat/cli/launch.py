@@ -116,8 +116,8 @@ def launch_parser() -> Parser:
         "--init-from",
         type=path,
         metavar="RUN",
-        help="Start from the model and tokenizer of another run, which jaxchat import or a training has made, instead "
-        "of from nothing. Its settings of the model are those of the new run.",
+        help="Start from the model and tokenizer of another run, trained or made by jaxchat import. The new run takes "
+        "over its settings of the model.",
     )
     add(
         "--budget",

@@ -1,4 +1,4 @@
-"""What is wrong with a machine, and the line that mends it. JAX is not imported: what it says is passed in."""
+"""What is wrong with a machine, and the command that fixes it. JAX is not imported: what it says is passed in."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Problem:
     Attributes:
       subject: a word for the column at the left: gpu, precision, disk, memory, hub.
       what: what is wrong, where.
-      remedy: what mends it; a command where there is one.
+      remedy: what fixes it; a command where there is one.
       mendable: False if only another machine would help.
     """
 
@@ -126,7 +126,7 @@ def _driver(gpu: Gpu) -> int:
 
 
 def _no_driver(trouble: str) -> tuple[str, str]:
-    """What is wrong and what mends it where a GPU is there and nvidia-smi lists none."""
+    """What is wrong and what fixes it where a GPU is there and nvidia-smi lists none."""
     if "version mismatch" in trouble:
         return "the NVIDIA driver was updated and is not loaded yet, so the GPU is not used", "sudo reboot"
     if any(mark.exists() for mark in CONTAINER) and not (DEVICES / "nvidiactl").exists():
