@@ -84,6 +84,7 @@ def test_hostile_answers_are_shown_as_text(scripted):
 
 
 def begin(page, question="Tell me"):
+    page.evaluate("window.feed = null")
     page.get_by_label("Message", exact=True).fill(question)
     page.keyboard.press("Enter")
     wait_until(lambda: page.evaluate("window.feed !== null"))
@@ -191,6 +192,38 @@ def test_a_page_that_is_closed_keeps_the_beginning_of_an_answer(scripted):
     scripted.reload()
     expect(scripted.get_by_label("Answer")).to_contain_text("Half of it")
     expect(scripted.get_by_label("Answer")).to_contain_text("Stopped.")
+
+
+def test_two_tabs_can_add_to_one_conversation(scripted):
+    begin(scripted, "First")
+    scripted.evaluate("feed", "one")
+    expect(scripted.get_by_label("Answer")).to_contain_text("one")
+    address = scripted.evaluate("location.href")
+    other = scripted.context.new_page()
+    other.goto(address)
+    begin(other, "Second")
+    other.evaluate("feed('two'), end()")
+    expect(other.get_by_label("Answer").last).to_contain_text("two")
+    scripted.evaluate("end()")
+    scripted.reload()
+    expect(scripted.get_by_label("Answer").first).to_contain_text("one")
+    expect(scripted.locator("#view-chat")).to_contain_text("two")
+
+
+def test_a_retry_of_an_empty_answer_keeps_what_followed_it(scripted):
+    begin(scripted, "First")
+    scripted.keyboard.press("Escape")
+    expect(scripted.get_by_label("Answer")).to_contain_text("Stopped.")
+    begin(scripted, "Second")
+    scripted.evaluate("feed('long'), end()")
+    expect(scripted.get_by_label("Answer").last).to_contain_text("long")
+    scripted.evaluate("window.feed = null")
+    scripted.get_by_label("Answer").first.get_by_label("Try again").click()
+    wait_until(lambda: scripted.evaluate("window.feed !== null"))
+    scripted.evaluate("feed('new'), end()")
+    expect(scripted.get_by_label("Answer")).to_contain_text("new")
+    scripted.get_by_label("Answer").get_by_label("Earlier version").click()
+    expect(scripted.get_by_label("Answer").last).to_contain_text("long")
 
 
 def test_the_message_of_a_person_is_plain_text(chat):

@@ -167,13 +167,17 @@ def test_a_message_that_is_too_long_says_so(chat):
     "status, headers, says",
     [
         (429, {"retry-after": "5"}, "Try again in 5 seconds"),
-        (503, {}, "The model is still loading."),
+        (503, {"code": "loading"}, "The model is still loading."),
+        (503, {"code": "engine_failed"}, "Start it again."),
+        (503, {"code": "stopping"}, "The server is stopping."),
+        (503, {}, "It says: out of luck"),
         (500, {}, "It says: out of luck"),
         (None, {}, "Start jaxchat serve again"),
     ],
 )
 def test_errors_say_what_to_do(chat, status, headers, says):
-    error = json.dumps({"error": {"message": "out of luck", "type": "", "param": None, "code": None}})
+    code = headers.pop("code", None)
+    error = json.dumps({"error": {"message": "out of luck", "type": "", "param": None, "code": code}})
 
     def refuse(route):
         route.abort() if status is None else route.fulfill(status=status, headers=headers, body=error)

@@ -23,6 +23,7 @@ async function errorOf(response) {
     error = (await response.json()).error ?? {};
   } catch {
     // Not of this server: a proxy, for example. The status has to do.
+    if (response.status === 503) error.code = "loading";
   }
   const seconds = Number.parseInt(response.headers.get("retry-after"), 10);
   const message = typeof error.message === "string" ? error.message : `the server answered ${response.status}`;
@@ -140,7 +141,17 @@ export function advice(error, info = null) {
       : "in a moment";
     return { title: "The server is busy.", text: `Its queue is full. Try again ${when}.`, retry: true };
   }
-  if (error.status === 503) {
+  if (error.code === "engine_failed") {
+    return {
+      title: "The server can no longer answer.",
+      text: "Its terminal says what went wrong. Start it again.",
+      retry: true,
+    };
+  }
+  if (error.code === "stopping") {
+    return { title: "The server is stopping.", text: "Try again when it has been started again.", retry: true };
+  }
+  if (error.code === "loading") {
     return {
       title: "The model is still loading.",
       text: "It answers as soon as it is ready. Try again in a moment.",

@@ -7,7 +7,7 @@ import { rounded } from "./info.js";
 import { answer, editor, question } from "./message.js";
 import { asMessage, fit } from "./prompt.js";
 import { areChanged, lastSettings, samplingFields, settingsDialog } from "./settings.js";
-import { add, choose, conversation as newTree, path, pathTo, remove, siblings } from "./tree.js";
+import { add, children, choose, conversation as newTree, path, pathTo, remove, siblings } from "./tree.js";
 
 const SAVE_EVERY = 1000; // milliseconds, while an answer is written
 const NEAR = 48; // pixels from the end that still count as the end
@@ -51,9 +51,12 @@ export function mountChat(view, app) {
     if (tree && !running.has(tree) && store.get(tree.id) && store.get(tree.id) !== tree) open(tree.id); // by another tab
   });
 
-  /** Saves a conversation, unless it was deleted meanwhile. */
+  /** Saves a conversation, unless it was deleted meanwhile; with the messages that another tab has added to it. */
   function keep(conversation) {
-    if (store.get(conversation.id)) store.save(conversation);
+    const there = store.get(conversation.id);
+    if (!there) return;
+    if (there !== conversation) conversation.nodes = { ...there.nodes, ...conversation.nodes };
+    store.save(conversation);
   }
 
   function toEnd(always = false) {
@@ -240,7 +243,7 @@ export function mountChat(view, app) {
     retry(node) {
       if (busy()) return;
       const asked = tree.nodes[node.parent];
-      if (!node.content && !node.tools.length) remove(tree, node);
+      if (!node.content && !node.tools.length && !children(tree, node.id).length) remove(tree, node);
       ask(asked);
     },
     choose(node, label) {

@@ -17,7 +17,7 @@ export async function loadInfo(status) {
     } catch (error) {
       const { title, text } = advice(error);
       status.hidden = false;
-      status.textContent = error.status === 503 ? `${title} This page goes on by itself.` : `${title} ${text}`;
+      status.textContent = error.code === "loading" ? `${title} This page goes on by itself.` : `${title} ${text}`;
       await new Promise((resume) => setTimeout(resume, WAIT));
     }
   }

@@ -121,7 +121,8 @@ class InsideView {
       messages = [...messages, { role: "assistant", content, tool_runs }];
     } catch (error) {
       if (signal.aborted) return;
-      this.#fail(error);
+      this.found.classList.remove("waiting");
+      return this.#fail(error);
     }
     this.#look({ messages });
   }

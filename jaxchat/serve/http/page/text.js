@@ -7,6 +7,7 @@ import { fitText } from "./prompt.js";
 import { areChanged, lastSettings, samplingFields, settingsDialog } from "./settings.js";
 import { conversation as newText } from "./tree.js";
 
+const SAVE_EVERY = 1000; // milliseconds, while the model writes
 const LENGTH = 128; // tokens that are written at a time, unless the settings say otherwise
 
 /**
@@ -19,6 +20,7 @@ export function mountText(view, app) {
   const { info, store } = app;
   let kept = null;
   let running = null;
+  let writing = null; // the text that the model continues
 
   const shown = element("div", { class: "paper-shown", "aria-hidden": "true" });
   const field = element("textarea", {
@@ -138,6 +140,7 @@ export function mountText(view, app) {
     if (running || !kept.text) return;
     const own = kept;
     running = new AbortController();
+    writing = own;
     const { signal } = running;
     if (again) own.text = own.text.slice(0, own.written);
     else Object.assign(own, { written: own.text.length, versions: [] });
@@ -154,6 +157,7 @@ export function mountText(view, app) {
     const drawn = seed === null ? crypto.getRandomValues(new Uint32Array(1))[0] >>> 1 : seed + own.version;
     const max_tokens = own.settings.max_tokens ?? LENGTH;
     const fields = { ...samplingFields(own.settings), max_tokens, model: info.model, stream: true, seed: drawn };
+    let saved = performance.now();
     try {
       const body = { ...fields, prompt: await fitText(own.text, max_tokens, info.context) };
       if (typeof body.prompt !== "string" && own === kept) {
@@ -166,6 +170,10 @@ export function mountText(view, app) {
         const text = choices?.[0]?.text ?? "";
         own.text += text;
         own.versions[own.version] += text;
+        if (performance.now() - saved > SAVE_EVERY) {
+          saved = performance.now();
+          keep(own);
+        }
         const atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 48;
         if (own === kept) show();
         if (atEnd) scroller.scrollTop = scroller.scrollHeight;
@@ -173,15 +181,20 @@ export function mountText(view, app) {
     } catch (error) {
       if (error.name !== "AbortError") refuse(error);
     }
-    running = null;
+    running = writing = null;
     field.readOnly = false;
-    if (store.get(own.id)) store.save(own);
-    if (own !== kept) return;
+    keep(own);
+    if (own !== kept) return show(); // another text, which can be continued now
     if (!own.versions[own.version] && !signal.aborted && !problem.querySelector("[role=alert]")) {
       problem.replaceChildren(element("p", { class: "note" }, "The model ends the text here."));
     }
     show();
     announce(signal.aborted ? "Stopped" : own.versions[own.version]);
+  }
+
+  /** Saves a text, unless it was deleted meanwhile. */
+  function keep(text) {
+    if (store.get(text.id)) store.save(text);
   }
 
   function refuse(error) {
@@ -201,6 +214,7 @@ export function mountText(view, app) {
     running?.abort();
   }
 
+  addEventListener("pagehide", () => writing && keep(writing));
   field.addEventListener("input", () => {
     setText(field.value);
     if (store.get(kept.id)) store.save(Object.assign(kept, { updated: Date.now() }));
