@@ -33,7 +33,8 @@ def message_of(tokenizer: BaseTokenizer, tokens: Sequence[int]) -> dict[str, Any
         if start == len(tokens):
             break
         end, output, at = (_index(tokens, mark, start) for mark in marks[1:])
-        if not (end < output < at and output == end + 1):
+        again = _index(tokens, marks[0], start + 1)  # then only what comes after it was a call
+        if not (end < output < at and output == end + 1) or again < end:
             content, at = content + tokenizer.decode(tokens[start : start + 1]), start + 1
             continue
         call, result = tokenizer.decode(tokens[start + 1 : end]), tokenizer.decode(tokens[output + 1 : at])

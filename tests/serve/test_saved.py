@@ -30,6 +30,18 @@ def test_what_was_said_comes_back(calls, end):
     assert message_of(TOKENIZER, tokens_of(TOKENIZER, message)) == message
 
 
+def test_a_call_that_begins_again_is_what_comes_after():
+    tokens = [
+        marked("python_start"),
+        *TOKENIZER.encode("1+1"),
+        *TOKENIZER.encode("2*3", "<|python_start|>", "<|python_end|>"),
+    ]
+    tokens += TOKENIZER.encode("6", "<|output_start|>", "<|output_end|>")
+    message = message_of(TOKENIZER, tokens)
+    assert message["content"] == "<|python_start|>1+1"
+    assert message["tool_runs"] == [{"call": "2*3", "output": "6", "at": len(message["content"])}]
+
+
 def test_tokens_are_those_of_the_training_format():
     parts = [("text", "So "), ("python", "34 + 58"), ("python_output", "92"), ("text", "It is 92.")]
     content = [{"type": kind, "text": text} for kind, text in parts]

@@ -224,6 +224,8 @@ class Answer:
                 return self._is_text(token, part)
         elif token == self._call_end:
             self._called = True
+        elif token == self._call_start:  # the tool gets what comes after the last one
+            self._call = []
         else:
             self._call.append(token)
         return False

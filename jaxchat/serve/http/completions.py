@@ -29,7 +29,7 @@ from jaxchat.serve.http.generation import (
 from jaxchat.serve.http.messages import LONG
 from jaxchat.serve.http.service import Service
 from jaxchat.serve.http.serving import Served, ready
-from jaxchat.serve.http.spelling import Spelling, finite
+from jaxchat.serve.http.spelling import Offsets, Spelling, finite
 
 MOST_ANSWERS = 1024  # prompts times n
 
@@ -202,7 +202,7 @@ class _Answer:
         self.echo = echo.text if echo else ""
         self.finish: str | None = None
         self._begun = False
-        self._at = -echo.left_out if echo else 0  # where the next token begins in the text
+        self._offsets = Offsets(spelling, -echo.left_out if echo else 0)
 
     def add(self, output: Output) -> Part:
         """What an output adds to it. The token that ends it is among the tokens, but not in the text."""
@@ -220,13 +220,12 @@ class _Answer:
         """Log-probabilities in the form of this route, for the tokens that come next."""
         if not self.wants_logprobs:
             return None
-        offsets, self._at = self.spelling.offsets([token.id for token in tokens], self._at)
         chosen, tops = zip(*map(self._scores, tokens), strict=True) if tokens else ((), ())
         return {
             "tokens": [self.spelling.string(token.id) for token in tokens],
             "token_logprobs": list(chosen),
             "top_logprobs": list(tops),
-            "text_offset": offsets,
+            "text_offset": self._offsets.add([token.id for token in tokens]),
         }
 
     def _scores(self, token: NewToken) -> tuple[float | None, dict[str, float] | None]:

@@ -107,6 +107,8 @@ async def _tokens(fields: Fields, served: Served) -> list[int]:
     else:
         expect(not served.base, f"{served.name} is a base model, which knows no conversations; give it text", name)
         tokens = await tokens_of(fields, served)
+        if len(tokens) == served.context + 1 and tokens[-1] in served.stops:
+            tokens.pop()  # an answer that filled the context did not come to its end
     if len(tokens) > served.context:
         message = f"this model's context is {served.context:,} tokens, and {name} has {len(tokens):,} tokens"
         raise too_long(message, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from starlette.exceptions import HTTPException
@@ -19,7 +20,7 @@ class Page(StaticFiles):
         super().__init__(directory=FOLDER, html=True, check_dir=False)
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        if scope["method"] not in ("GET", "HEAD") and not (FOLDER / path).is_file():
+        if scope["method"] not in ("GET", "HEAD") and not os.path.isfile(FOLDER / path):
             raise HTTPException(404)
         # The files are small, and starlette answers an impossible Range with an error of its own form.
         scope["headers"] = [(name, value) for name, value in scope["headers"] if name != b"range"]

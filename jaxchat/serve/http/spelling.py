@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Sequence
 
 from jaxchat.tokenizer import BaseTokenizer
 
+_UTF_8 = codecs.getincrementaldecoder("utf-8")
 LOWEST = -9999.0  # how a log-probability of minus infinity is written
 
 
@@ -32,19 +34,6 @@ class Spelling:
             self._strings[token] = known
         return known
 
-    def offsets(self, tokens: Sequence[int], start: int) -> tuple[list[int], int]:
-        """Where each token begins in the text, in characters from `start`; and where the text ends.
-
-        A token that begins within a character has the place of that character.
-        """
-        found = []
-        for token in tokens:
-            spelt = self.bytes[token]
-            begun = bool(spelt) and spelt[0] & 0xC0 == 0x80  # in the middle of a character of UTF-8
-            found.append(max(0, start - begun))
-            start += sum(byte & 0xC0 != 0x80 for byte in spelt)
-        return found, start
-
     def encode(self, text: str, *, bos: bool) -> list[int]:
         """The ids of raw text, in which the names of special tokens stand for these tokens.
 
@@ -58,6 +47,29 @@ class Spelling:
             elif piece:
                 ids.extend(self.tokenizer.encode(piece))
         return ids
+
+
+class Offsets:
+    """Where tokens begin in the text that they spell, in characters.
+
+    A token that begins within a character has the place of that character. What is no UTF-8 is U+FFFD in the text, as
+    in `bytes.decode`.
+
+    Args:
+      start: the place of the first one; below 0 for tokens whose text is left out.
+    """
+
+    def __init__(self, spelling: Spelling, start: int = 0):
+        self._spelling, self._at = spelling, start
+        self._decoder = _UTF_8("replace")
+
+    def add(self, tokens: Sequence[int]) -> list[int]:
+        """The places of the tokens that come next."""
+        found = []
+        for token in tokens:
+            found.append(max(0, self._at))
+            self._at += len(self._decoder.decode(self._spelling.bytes[token]))
+        return found
 
 
 def finite(logprob: float) -> float:

@@ -105,6 +105,15 @@ def test_text_offsets(base_client):
             assert text[at:].startswith(token)
 
 
+def test_text_offsets_of_bytes_that_are_no_text(base_client):
+    bytes_of = base_client.post("/tokenize", json={"prompt": "ABC"}).json()["tokens"]
+    stray = base_client.post("/tokenize", json={"prompt": "🐻"}).json()["tokens"][-1]
+    choice = base_client.complete([stray, *bytes_of[-3:]], max_tokens=0, echo=True, logprobs=0).json()["choices"][0]
+    strange = choice["text"].removesuffix("ABC")
+    assert set(strange) == {"\ufffd"} and len(strange) + 3 == len(choice["text"])
+    assert choice["logprobs"]["text_offset"] == [0, *range(len(strange), len(strange) + 3)]
+
+
 def test_the_token_that_ends_an_answer_has_its_log_probability(client, engine):
     """lm-evaluation-harness cuts off the last entry: it must be there even if that is a stop token."""
     text = "<|user_start|>Hello?<|user_end|><|assistant_start|>Grüße, 日本 🙂!"

@@ -76,6 +76,17 @@ def test_a_question_goes_on_to_the_start_of_the_answer(client, engine):
     assert ids_of(reply) == engine.tokenizer.render_for_completion({"messages": QUESTION})
 
 
+def test_an_answer_that_filled_the_context(client, engine):
+    """The model never wrote the end that rendering adds."""
+    context, tokenizer = engine.model_config.sequence_len, engine.tokenizer
+    begun = len(tokenizer.render_for_completion({"messages": QUESTION}))
+    answer = {"role": "assistant", "content": "\x00" * (context - begun)}  # a token each
+    ids = ids_of(look(client, "tokens", messages=[*QUESTION, answer]))
+    assert len(ids) == context and ids[-1] != tokenizer.encode_special("<|assistant_end|>")
+    answer["content"] += "\x00"
+    assert "context" in refused(client, "tokens", messages=[*QUESTION, answer])["message"]
+
+
 def test_text_begins_with_bos_and_may_name_special_tokens(client, engine):
     special = engine.tokenizer.encode_special
     ids = ids_of(look(client, "tokens", text="a<|user_end|>ü"))
