@@ -41,6 +41,8 @@ class Row:
       source: the slot of the row, of the same shard, whose state after its last token this one begins with.
       ahead: tokens that were planned and are not known yet.
       paused: a tool is at work for the row.
+      epoch: how often what is cached had been forgotten when the row got its place. A row from before the last time has
+        keys and values of other parameters, which nobody shares.
     """
 
     tokens: list[int]
@@ -56,6 +58,7 @@ class Row:
     source: int = -1
     ahead: int = 0
     paused: bool = False
+    epoch: int = 0
 
     @property
     def written(self) -> int:
@@ -151,6 +154,7 @@ class Scheduler:
         self._begun: list[Row] = []  # in the turn that is planned
         self._read_last: list[tuple[list[int], int] | None] = [None] * len(self.pools)  # tokens, and slot of the state
         self._waited = 0  # turns
+        self._epoch = 0  # how often what is cached was forgotten
         self._replaced: set[Row] = set()  # rows whose last tokens are planned, and whose place others have got
 
     @property
@@ -199,8 +203,13 @@ class Scheduler:
         for rows in (self.reading, self.decoding):
             if row in rows:
                 rows.remove(row)
-        self.pools[row.shard].learn(row.tokens[: row.cached], row.pages)
+        self._learn(row, row.tokens[: row.cached])
         self._clear(row)
+
+    def _learn(self, row: Row, tokens: list[int]) -> None:
+        """Notes that the row's pages have `tokens`, for others to share."""
+        if row.epoch == self._epoch:
+            self.pools[row.shard].learn(tokens, row.pages)
 
     def _clear(self, row: Row) -> None:
         """Frees the row's slot and pages."""
@@ -213,6 +222,7 @@ class Scheduler:
 
     def forget_cached(self) -> None:
         """Forgets all pages that no row holds, and shares none of the others: the parameters have changed."""
+        self._epoch += 1
         self._read_last = [None] * len(self.pools)
         for pool in self.pools:
             pool.forget_all()
@@ -297,10 +307,11 @@ class Scheduler:
             room[row.shard] -= 1
         # The devices work in order: what reads these pages is planned later, and so is done later.
         tokens = row.tokens[: row.cached]
-        self.pools[row.shard].learn(tokens, row.pages)
+        self._learn(row, tokens)
         if row.cached == end:
             self.reading.remove(row)
-            self._read_last[row.shard] = tokens, row.slot
+            if row.epoch == self._epoch:
+                self._read_last[row.shard] = tokens, row.slot
             self._begin(row, row.slot)
         return chunks
 
@@ -339,7 +350,7 @@ class Scheduler:
         """Gives a row its slot and its pages; the copy that begins its first page of its own, if that pays."""
         self.waiting.popleft()
         shard, match, source = place
-        row.shard, row.slot, pool = shard, self._free[shard].pop(), self.pools[shard]
+        row.shard, row.slot, row.epoch, pool = shard, self._free[shard].pop(), self._epoch, self.pools[shard]
         pool.hold(match.pages)
         row.cached = len(match.pages) * pool.size
         donor = match.donor if source is not None or self._copy_pays(row, match) else None
