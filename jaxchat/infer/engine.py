@@ -96,6 +96,7 @@ class Engine:
         self._checked: tuple[int, ...] | None = None  # the last prompt whose ids were found to be in range
         self._turns: Turns | None = None  # while there is a cache
         self._ready: list[Output] = []
+        self._streaming = False  # a list of prompts is being generated
         self._counted = [0, 0]  # prefix queries and hits of caches that are gone
         self.params = params
 
@@ -290,8 +291,10 @@ class Engine:
         over the whole vocabulary; at temperature 0 it is that of the model.
 
         Raises:
-          UserError: a prompt is empty or fills the context, or an option is out of range.
+          UserError: a prompt is empty, fills the context or does not fit into the cache, or an option is out of range;
+            another list is being generated.
         """
+        check(not self._streaming, "the engine is generating another list of prompts; let that end first")
         check(max_batch >= 1, f"max_batch is {max_batch}; it must be at least 1")
         sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
         request = Request((), max_new_tokens, sampling, tool=tool if tools else None, instant=True)
@@ -311,10 +314,13 @@ class Engine:
             turns = self._open(min(len(requests), max_batch), max(map(self._tokens_of, requests)))
         else:
             turns = self._opened()
-        most, turns.scheduler.most_rows = turns.scheduler.most_rows, min(max_batch, turns.scheduler.most_rows)
-        rows = {self._submit(request, with_text=False): row for row, request in enumerate(requests)}
+        most = turns.scheduler.most_rows
+        rows: dict[int, int] = {}
         others: list[Output] = []
         try:
+            self._streaming, turns.scheduler.most_rows = True, min(max_batch, most)
+            for row, request in enumerate(requests):
+                rows[self._submit(request, with_text=False)] = row
             while any(number in turns.answers or number in turns.changed for number in rows):
                 raise_if_asked()
                 outputs = self.step()
@@ -329,7 +335,7 @@ class Engine:
             for number in rows:
                 self.cancel(number)
                 turns.changed.pop(number, None)
-            turns.scheduler.most_rows = most
+            self._streaming, turns.scheduler.most_rows = False, most
             self._ready += others
             if own_cache:
                 self.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
@@ -11,11 +12,12 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxchat.infer.answers import Answer
-from jaxchat.infer.request import MOST_ALTERNATIVES, NewToken, NoOutput
+from jaxchat.infer.request import MOST_ALTERNATIVES, NewToken, NoOutput, Tool
 from jaxchat.infer.runner import STEPS, Runner
 from jaxchat.infer.scheduler import Chunk, Row, Scheduler
 from jaxchat.infer.settings import Level, joint_level, needs_seen
 from jaxchat.tools.calculator import calculate
+from jaxchat.tools.python import given_up
 
 TOOL_WAIT = 0.02  # seconds that a turn waits for a tool, if there is nothing else to do
 
@@ -127,10 +129,10 @@ class Turns:
                     scheduler.resume(answer.row, [])
                 # The calculator is fast, and several processes have to go on with its answer at the same point.
                 elif tool is calculate or answer.request.instant or jax.process_count() > 1:
-                    self._resume(answer, tool(call))
+                    self._resume(answer, _output_of(tool, call, answer))
                 else:
                     self._threads = self._threads or ThreadPoolExecutor(self.runner.slots, "tool")
-                    self._tools[self._threads.submit(tool, call)] = answer
+                    self._tools[self._threads.submit(_output_of, tool, call, answer)] = answer
 
     def _collect_tools(self) -> bool:
         """Takes the results of tools that have ended; returns whether there were any."""
@@ -151,6 +153,21 @@ class Turns:
                 answer.add(NewToken(token, sampled=False))
         if answer.finish is not None:
             self.leave(answer)
+
+
+def _output_of(tool: Tool, call: str, answer: Answer) -> str | NoOutput | None:
+    """What a tool answers to a call; None, with a traceback on stderr, if it fails: other requests go on.
+
+    `run_code` stops its program once the answer has ended.
+    """
+    token = given_up.set(lambda: answer.finish is not None)
+    try:
+        return None if answer.finish is not None else tool(call)
+    except Exception:
+        traceback.print_exc()
+        return None
+    finally:
+        given_up.reset(token)
 
 
 def _level(lanes: list[list[Row]]) -> Level:

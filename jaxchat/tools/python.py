@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO
 
@@ -34,6 +35,8 @@ _LONGEST_READ = 1 << 20  # bytes of output after which a program is stopped
 _TAIL = 300  # characters of a long output's end, where its result or its error stands
 _POLL = 0.1  # seconds between two looks whether nobody waits for the output any more
 _AT_ONCE = threading.BoundedSemaphore(min(4, os.cpu_count() or 1))  # programs of `run_code`, with 1 GiB each
+# Whether nobody waits for the output of `run_code` any more, as its caller's caller knows it.
+given_up: ContextVar[Callable[[], bool]] = ContextVar("given_up", default=lambda: False)
 _ROOT = Path(__file__).parents[2]
 # An interpreter without site-packages starts faster, and runs no code of theirs. They are only added to its path.
 _START = """
@@ -91,14 +94,18 @@ def run_code(code: str, timeout: float = TIMEOUT_SECONDS, *, cancelled: Callable
     Args:
       code: Python of a model.
       timeout: seconds of processor time, rounded up; and three times as long by the clock.
-      cancelled: asked again and again; once it is true the program is stopped.
+      cancelled: asked again and again, as `given_up` is; once either is true the program is stopped.
 
     Raises:
       UserError: on Windows, where programs cannot be contained.
     """
-    seconds = max(1, math.ceil(timeout))
+    seconds, gone = max(1, math.ceil(timeout)), given_up.get()
+
+    def over() -> bool:
+        return cancelled() or gone()
+
     while not _AT_ONCE.acquire(timeout=_POLL):
-        if cancelled():
+        if over():
             return ""
     try:
         # A file, since a pipe would block on long code until the process reads it.
@@ -106,7 +113,7 @@ def run_code(code: str, timeout: float = TIMEOUT_SECONDS, *, cancelled: Callable
             source.write(code.encode(errors="replace"))
             source.seek(0)
             with _process("interpreter", seconds, source) as process:
-                output, remark = _read(process, seconds, cancelled)
+                output, remark = _read(process, seconds, over)
     finally:
         _AT_ONCE.release()
     lines = [output.removesuffix("\n"), remark]

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxchat.infer.runner import compilations
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params, logits
 from jaxchat.tools.calculator import calculate
+from jaxchat.tools.python import given_up
 
 CONTEXT, ROWS = 200, 4
 WINDOW = 50  # a quarter of the context, in two of the three layers
@@ -214,6 +216,37 @@ def test_samples_of_a_prompt_and_the_next_turn_share_their_beginning(engine):
         assert tokens_of(serve(engine, [request])[0]) == tokens_of(outputs)
 
 
+def test_nothing_is_shared_of_rows_that_began_with_other_parameters(engine, params):
+    (prompt,) = texts(9, 130)
+    new = Request([*prompt, 1, 2], 5, Sampling(temperature=0))
+    try:
+        engine.submit(Request(prompt, 20, Sampling(temperature=0)))
+        engine.step()
+        engine.params = jax.tree.map(lambda leaf: 1.5 * leaf, params)
+        while engine.busy:
+            engine.step()
+        before = engine.prefix_hits
+        (outputs,) = serve(engine, [new])
+        assert engine.prefix_hits == before
+        engine.params = engine.params
+        assert tokens_of(serve(engine, [new])[0]) == tokens_of(outputs)
+    finally:
+        engine.params = params
+
+
+def test_a_list_that_is_refused_or_left_leaves_the_engine_as_it_was(windowed, params, tokenizer):
+    engine = Engine(windowed, params, tokenizer, dtype="float32", rows=2, cache_tokens=128)
+    with pytest.raises(UserError, match="take 4 pages of the cache, which has 2"):
+        engine.generate([[1, 2, 3], [1] * 120], max_new_tokens=100, max_batch=1)
+    assert not engine.busy and engine.waiting == engine.running == 0
+    first = engine.stream([[1, 2, 3]], max_new_tokens=20)
+    next(first)
+    with pytest.raises(UserError, match="generating another list"):
+        engine.generate([[4, 5]], max_new_tokens=2)
+    first.close()
+    assert len(engine.generate([[4, 5], [6, 7]], max_new_tokens=2, max_batch=2)) == 2
+
+
 def test_log_probabilities_are_those_of_the_model(engine, forward):
     (prompt,) = texts(6, 90)
     (outputs,) = serve(engine, [Request(prompt, 6, Sampling(temperature=0), logprobs=3, prompt_logprobs=True)])
@@ -314,6 +347,41 @@ def test_a_request_that_the_cache_cannot_hold_is_refused(windowed, params, token
     with pytest.raises(UserError, match="take 2 pages of the cache, which has 1"):
         small.submit(Request([1] * 30, 40))
     assert not small.busy and small.submit(Request([1] * 30, 35)) == 0
+
+
+def test_a_tool_that_fails_ends_nothing_but_its_call(config, trained_params, tokenizer, conversations, capsys):
+    engine = Engine(config, trained_params, tokenizer, dtype="float32", rows=2)
+    prompt = tokenizer.render_for_completion(conversations[0])
+
+    def broken(text):
+        raise OSError("no room")
+
+    for instant in (True, False):
+        request = Request(prompt, 60, Sampling(temperature=0), tool=broken, instant=instant)
+        text = tokenizer.decode(tokens_of(serve(engine, [request])[0]))
+        assert "<|python_start|>34 + 58<|python_end|><|output_start|><|output_end|>" in text
+        assert "OSError: no room" in capsys.readouterr().err
+
+
+def test_a_tool_is_told_that_its_request_has_ended(config, trained_params, tokenizer, conversations):
+    engine = Engine(config, trained_params, tokenizer, dtype="float32", rows=2)
+    begun, told = threading.Event(), threading.Event()
+
+    def slow(text):
+        over = given_up.get()
+        assert not over()
+        begun.set()
+        while not over():
+            time.sleep(0.01)
+        told.set()
+        return ""
+
+    prompt = tokenizer.render_for_completion(conversations[0])
+    number = engine.submit(Request(prompt, 60, Sampling(temperature=0), tool=slow))
+    while not begun.is_set():
+        engine.step()
+    engine.cancel(number)
+    assert told.wait(20)
 
 
 def test_other_requests_go_on_while_a_tool_is_at_work(config, trained_params, tokenizer, conversations):
