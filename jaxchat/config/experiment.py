@@ -31,8 +31,8 @@ class Experiment(Section):
     """What a step computes twice to save memory: nothing (none), norms and MLPs (mlp, a ninth more matrix products),
     or all of a block but attention (full, two ninths). auto: the first of them whose step fits into memory."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """What to do when the loss becomes NaN or infinite, or spikes: stop and name the last good checkpoint, or return to
-    it and skip the batches since then."""
+    """What to do when the loss becomes NaN or infinite, or spikes and stays up: stop and name the last good checkpoint,
+    or return to it and skip the batches since then."""
     sizes: Literal["fixed", "auto"] = "fixed"
     """Where the sizes of pretraining come from. fixed: from this experiment. auto: depth, vocabulary, context, batch
     and steps that are not set follow from the amount of text."""

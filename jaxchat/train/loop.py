@@ -301,6 +301,8 @@ class _Attempt:
         self.first = step
         self.dispatched: deque[_DispatchedStep] = deque()
         self.clock = time.perf_counter()  # when the time of the next step to be logged began
+        self.rise: _DispatchedStep | None = None  # the first step of a spike; until it has ended nothing is saved
+        self.owed = False  # a save that a spike has put off
         self.stop: Cause | None = None  # why the training is to end after this step
 
     def run(self) -> State:
@@ -333,7 +335,7 @@ class _Attempt:
         self.dispatch(batch, extra)
 
         last = self.step == loop.num_steps
-        save = last or bool(loop.save_every and self.step % loop.save_every == 0)
+        save = last or self.owed or bool(loop.save_every and self.step % loop.save_every == 0)
         due = [e for e in loop.evaluators if e.is_due(self.step, loop.num_steps)]
         if self.deferral.alone:
             self.stop = self.stop or self.deferral.cause
@@ -341,17 +343,22 @@ class _Attempt:
         # While the devices compute this step, read and log the one before. This one is read too if the host has to
         # wait for its end anyway: to save, to evaluate, or to sample from its parameters, which takes long.
         self.log_dispatched(leave=0 if last or due or self.stop or loop.source.samples else 1)
-        if save and self.dispatched:
+        if save and self.dispatched and self.rise is None:
             save = not self.copy_for_later_save()
+            self.owed = False
         if save or self.stop:
             self.log_dispatched()
-            loop.save(self.state, self.step, self.position)
+            self.owed = self.rise is not None and not last  # the last state is the result: nobody can tell any more
+            if not self.owed:
+                loop.save(self.state, self.step, self.position)
         if self.stop:
             loop.checkpoints.wait()
-            raise Interrupted(self.stop, f"step {self.step:,} saved")
+            raise Interrupted(self.stop, "" if self.owed else f"step {self.step:,} saved")
         if due:  # after the save: an evaluation that fails loses nothing
             score = loop.evaluate(due, self.step, self.state["params"])
-            if rate(loop.checkpoints, self.step, score, saved=save, rereads=lambda: loop.rereads(self.position)):
+            if self.rise is None and rate(
+                loop.checkpoints, self.step, score, saved=save, rereads=lambda: loop.rereads(self.position)
+            ):
                 loop.save(self.state, self.step, self.position)
         if save or due:
             self.clock = time.perf_counter()
@@ -385,15 +392,25 @@ class _Attempt:
             now = time.perf_counter()
             # What a model samples has a loss of no meaning: its advantages decide the size.
             spikes = not self.loop.source.samples
-            fault = self.loop._loss_watch.fault(results["loss"], results["grad_norm"], spikes=spikes)
+            watch = self.loop._loss_watch
+            fault = watch.fault(results["loss"], results["grad_norm"], spikes=spikes)
+            if not watch.high:
+                self.rise = None
+            elif self.rise is None:
+                self.rise = oldest._replace(copy=None)
+                rises = f"loss {watch.high[0]:.2f} at step {oldest.step:,}, from at most {max(watch.recent):.2f} before"
+                self.loop.metrics.note(f"{rises}: nothing is saved until it falls")
             if fault is not None:
-                raise Diverged(fault, oldest.step, oldest.position)
+                begun = self.rise or oldest
+                raise Diverged(fault, begun.step, begun.position)
             self.loop.log_step(oldest.step, oldest.tokens, results, oldest.extra, now - self.clock)
             self.clock = now
             self.dispatched.popleft()  # only now: after an interruption above it is logged again
             self.stop = self.stop or cause_of(results[STOP])
-            if oldest.copy is not None:
+            if oldest.copy is not None and self.rise is None:
                 self.loop.save(oldest.copy, oldest.step + 1, oldest.position, is_copy=True)
+            elif oldest.copy is not None:
+                self.owed = True
 
     def copy_for_later_save(self) -> bool:
         """Copies the state on the devices, to be saved once the step's metrics are known; False if there is no room.
@@ -421,7 +438,7 @@ class _Attempt:
                 self.log_dispatched()
         except Diverged:  # the state is of no use; the checkpoint before it is
             return ""
-        saves = self.consistent and self.step > self.first
+        saves = self.consistent and self.step > self.first and self.rise is None
         if saves:
             self.loop.save(self.state, self.step, self.position)
         self.loop.checkpoints.wait()
