@@ -47,7 +47,8 @@ def muon_momentum(
     """
     start, peak, end = config.muon_momentum_start, config.muon_momentum, config.muon_momentum_end
     if schedule is None or total_steps is None or not momentum_follows_length(config):
-        return optax.linear_schedule(start, peak, config.muon_momentum_steps)
+        steps = config.muon_momentum_steps  # of 0, optax would stay at the start
+        return optax.linear_schedule(start, peak, steps) if steps else optax.constant_schedule(peak)
     ratio, rising = config.muon_momentum_ratio, config.muon_momentum_steps
     rising = rising if ratio is None else round(ratio * total_steps)
     decay_steps = round(schedule.decay_ratio * total_steps)

@@ -63,3 +63,9 @@ def test_host_and_device_agree_and_the_host_does_not_touch_the_device(decay):
 @pytest.mark.parametrize("count, momentum", [(0, 0.85), (75, 0.875), (150, 0.9), (300, 0.95), (5000, 0.95)])
 def test_muon_momentum(count, momentum):
     assert float(muon_momentum(OptimizerConfig())(count)) == pytest.approx(momentum, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 1, 400])
+def test_muon_momentum_without_steps_in_which_it_rises(count):
+    config = OptimizerConfig(muon_momentum_steps=0)
+    assert float(muon_momentum(config)(count)) == pytest.approx(config.muon_momentum)
