@@ -7,7 +7,7 @@ import dataclasses
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,6 +26,12 @@ INSTEAD = {
     "--model.border-token": "follows from the tokenizer; write --data.mask-borders",
     "--rl.batch-tokens": "follows from the answers that a step samples; write --rl.questions-per-step and "
     "--rl.samples-per-question",
+}
+# Fields that say how long a stage is: each counts only where those before it are None.
+LENGTHS = {
+    "pretrain": ("num_iterations", "target_flops", "tokens_per_param"),
+    "midtrain": ("num_iterations", "epochs"),
+    "sft": ("num_iterations", "epochs"),
 }
 
 
@@ -51,6 +57,7 @@ def configure(
         meant = next((word for word in overrides if word in names), "|".join(names))
         raise UserError(f"no experiment given; write --experiment={meant}")
     experiment = _with_identity(override(load_experiment(name), overrides, options), identity)
+    experiment = _with_lengths(experiment, named_fields(overrides))
     if experiment.rules != "none":
         from jaxchat.planning.rules import follow_rules
 
@@ -69,6 +76,21 @@ def configure(
         if is_remote(folder) or own_text(Path(folder)):
             settings["download"] = ()  # the user's own text is all that is trained on
     return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, **settings))
+
+
+def _with_lengths(experiment: Experiment, given: Collection[str]) -> Experiment:
+    """`experiment` without lengths of its own that would count before those that the user has set (`given`)."""
+    check(
+        experiment.rules != "none" or "pretrain.tokens_per_matrix_param" not in given,
+        "--pretrain.tokens-per-matrix-param counts only with --rules=nanochat; without them, give "
+        "--pretrain.tokens-per-param",
+    )
+    for stage, names in LENGTHS.items():
+        by_user = [f"{stage}.{name}" in given for name in names]
+        if any(by_user):
+            section = dataclasses.replace(getattr(experiment, stage), **dict.fromkeys(names[: by_user.index(True)]))
+            experiment = dataclasses.replace(experiment, **{stage: section})
+    return experiment
 
 
 def _with_identity(experiment: Experiment, file: str | None) -> Experiment:

@@ -14,6 +14,7 @@ import pytest
 from jaxchat.cli import experiments
 from jaxchat.cli.experiments import experiment_names, load_experiment, summaries
 from jaxchat.cli.launch import main
+from jaxchat.cli.options import configure
 from jaxchat.config import Experiment, ModelConfig, OptimizerConfig, PretrainConfig
 from jaxchat.data.hub.catalogue import parse_requests
 from jaxchat.devices.machine import device_peak_flops
@@ -142,6 +143,21 @@ def test_the_modern_quickstart_differs_in_the_recipe_alone():
         own, before = getattr(recipe, stage), getattr(plain, stage)
         assert own == dataclasses.replace(before, lr_fraction=own.lr_fraction), stage
         assert own.lr_fraction == before.lr_fraction / 2, stage
+
+
+def test_a_length_that_the_user_sets_counts_before_the_experiments_own():
+    def lengths(*options):
+        experiment = configure("quickstart", list(options), None, ())
+        pretrain = experiment.pretrain
+        return pretrain.num_iterations, pretrain.target_flops, experiment.midtrain.num_iterations
+
+    steps, _, mid = lengths()
+    assert steps and mid
+    assert lengths("--pretrain.target-flops=1e12") == (None, 1e12, mid)
+    assert lengths("--pretrain.tokens-per-param=9", "--midtrain.epochs", "2") == (None, None, None)
+    assert lengths("--pretrain.num-iterations=7", "--pretrain.tokens-per-param=9") == (7, None, mid)
+    with pytest.raises(UserError, match="counts only with --rules=nanochat"):
+        lengths("--pretrain.tokens-per-matrix-param=8")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "d12_modern"])
