@@ -148,6 +148,7 @@ def chat_batches(
     epochs: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
+    fingerprint: Json | None = None,
 ) -> grain.DatasetIterator:
     """Batches of whole conversations, shuffled again each epoch and packed into rows.
 
@@ -156,6 +157,8 @@ def chat_batches(
     Args:
       conversations: dicts with `messages`, a task, or the `RenderedConversations` of either for this `sequence_len`.
       epochs: ends after this many, the last batch filled up with rows whose targets are -1; None for never.
+      fingerprint: of the conversations (see `chat.fingerprint`), which its state keeps, and compares with that of a
+        state that is set.
 
     Returns:
       As `pretrain_batches`; targets are -1 where the mask is 0 and in the padding. Its state is a `ChatPosition`.
@@ -166,7 +169,8 @@ def chat_batches(
     rendered = _render(conversations, tokenizer, sequence_len)
 
     def open_iterator() -> grain.DatasetIterator:
-        return ChatBatches(_packer(rendered, seed, epochs), rendered, rows, process_index, process_count)
+        packer = _packer(rendered, seed, epochs)
+        return ChatBatches(packer, rendered, rows, process_index, process_count, fingerprint)
 
     return iter(_Prefetched(open_iterator))
 

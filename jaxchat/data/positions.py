@@ -108,6 +108,7 @@ class ChatPosition:
       waiting: those of them that are in no row yet, oldest first.
       conversations: conversations in an epoch. A different number later means that the data has changed.
       packed: `rows` so far, and `targets` in them, trained on or not.
+      fingerprint: of the conversations (see `chat.fingerprint`); None where it is not known, as in earlier versions.
     """
 
     epoch: int
@@ -115,15 +116,17 @@ class ChatPosition:
     waiting: Sequence[int]
     conversations: int
     packed: Counts
+    fingerprint: Json | None = None
 
     def to_json(self) -> Json:
         state = {"epoch": self.epoch, "taken": self.taken, "waiting": list(self.waiting)}
-        return {**state, "conversations": self.conversations, "packed": dict(self.packed)}
+        fingerprint = {} if self.fingerprint is None else {"fingerprint": self.fingerprint}
+        return {**state, "conversations": self.conversations, "packed": dict(self.packed), **fingerprint}
 
     @classmethod
     def from_json(cls, state: Json) -> ChatPosition:
         place = {name: state[name] for name in ("epoch", "taken", "waiting", "conversations")}
-        return cls(**place, packed=state.get("packed", {}))
+        return cls(**place, packed=state.get("packed", {}), fingerprint=state.get("fingerprint"))
 
 
 def text_position(state: Json) -> Json | None:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from jaxchat.config import RLConfig
 from jaxchat.config.stages import BY_SIGNAL
+from jaxchat.data.chat.fingerprint import Json, what_changed
 from jaxchat.errors import check
 from jaxchat.rl.advantages import differ
 
@@ -30,10 +31,11 @@ class Chooser:
     Args:
       tasks: the name of each question's task.
       seed: decides the permutations.
+      fingerprint: of the questions, which the state keeps, and compares with that of a state that is set.
     """
 
-    def __init__(self, tasks: Sequence[str], config: RLConfig, *, seed: int):
-        self.tasks, self.seed = tasks, seed
+    def __init__(self, tasks: Sequence[str], config: RLConfig, *, seed: int, fingerprint: Json | None = None):
+        self.tasks, self.seed, self.fingerprint = tasks, seed, fingerprint
         names = {name: number for number, name in enumerate(dict.fromkeys(tasks))}
         self.names = tuple(names)
         self._task = np.array([names[name] for name in tasks])
@@ -134,6 +136,7 @@ class Chooser:
         """What decides the next questions, as JSON."""
         return {
             "questions": self._counts(),
+            **({} if self.fingerprint is None else {"fingerprint": self.fingerprint}),
             "places": list(self._places),
             "turns": list(self._turns),
             "asked": list(self._asked),
@@ -153,6 +156,13 @@ class Chooser:
             f"the rl training to resume asks {_shown(state['questions'])}, but the data has {_shown(self._counts())}; "
             "leave the data as they were, or do the stage again with --redo=rl",
         )
+        if self.fingerprint is not None and "fingerprint" in state:
+            changed = what_changed(state["fingerprint"], self.fingerprint)
+            check(
+                changed is None,
+                f"the questions have changed since they were asked up to here: {changed}; put them back, or train on "
+                "the new ones from the beginning with --redo=rl",
+            )
         self._retire(state["retired"])
         self._places, self._turns = list(state["places"]), list(state["turns"])
         self._asked, self._taught, self.rounds = list(state["asked"]), list(state["taught"]), state["rounds"]

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
 from jaxchat.config import RLConfig
+from jaxchat.data.chat.fingerprint import fingerprint
 from jaxchat.devices.mesh import NOWHERE, put_whole
 from jaxchat.devices.processes import on_process_zero
 from jaxchat.eval.chat import prompts_of
@@ -139,7 +140,11 @@ class Rollouts(Source):
         self.objective, self.reference, self.own = PolicyObjective.of(config, engine.drawn), reference, own
         self.tokenizer = engine.tokenizer
         self.progress: Callable[[int, int], None] = lambda done, total: None
-        self.chooser = Chooser([task.name for task, _ in questions], config, seed=seed)
+        of_tasks: dict[str, list[Conversation]] = {}
+        for task, conversation in questions:
+            of_tasks.setdefault(task.name, []).append(conversation)
+        names = [task.name for task, _ in questions]
+        self.chooser = Chooser(names, config, seed=seed, fingerprint=fingerprint([*of_tasks.items()]))
         prompt = max(len(self.tokenizer.render_for_completion(conversation)) for _, conversation in questions)
         self.context = engine.model_config.sequence_len
         self.packing = Packing(config, self.objective, mesh, self.context, prompt)
@@ -163,7 +168,8 @@ class Rollouts(Source):
         if "choice" in state:
             self.chooser.set_state(state["choice"])
         else:  # of a version that neither retired nor refilled
-            self.chooser = Chooser(self.chooser.tasks, self.config, seed=self.seed)
+            known = self.chooser.fingerprint
+            self.chooser = Chooser(self.chooser.tasks, self.config, seed=self.seed, fingerprint=known)
             for _ in range(math.ceil(self.taken / self.config.updates_per_batch)):
                 self.chooser.draw(self.config.questions_per_step, self.config.questions_per_step)
         self._rows, self._batch = [Row(*row) for row in state.get("rows", ())], None

@@ -8,6 +8,7 @@ from typing import Any
 
 import grain.python as grain
 
+from jaxchat.data.chat.fingerprint import fingerprint as fingerprint_of_chats
 from jaxchat.data.chat.packing import RenderedConversations
 from jaxchat.data.chat.targets import count_targets, trainable
 from jaxchat.data.loader import chat_batches, count_rows, mixed_batches
@@ -82,16 +83,17 @@ def run(workspace: Workspace, stage: str) -> None:
             )
     index, count = batch_share(workspace.mesh)
     part = {"process_index": index, "process_count": count}
+    known = fingerprint_of_chats([(task.name, task) for task in tasks])
     if text_rows:
         source = mixed_batches(
-            chat_batches(rendered, rows=chat_rows, **common),
+            chat_batches(rendered, rows=chat_rows, fingerprint=known, **common),
             _text(workspace, stage, tokenizer, text_rows),
             text_rows=text_rows,
             rows=step_rows // count,
             **part,
         )
     else:
-        source = chat_batches(rendered, rows=step_rows // count, **part, **common)
+        source = chat_batches(rendered, rows=step_rows // count, fingerprint=known, **part, **common)
     batches = Batches(workspace, plans, source)
     held_out = _with_targets(workspace.load_tasks(stage, config.mixture, "val", quiet=True), tokenizer, model)
     validation = {}

@@ -22,7 +22,7 @@ class Conversations(ListTask):
     """Conversations without an answer that can be checked, for training only.
 
     In the place of a bad one that was left out there is a conversation without messages, so that the others keep their
-    places: a training that the bad one has stopped resumes where it was.
+    places, and the same ones are held out for validation.
 
     Attributes:
       held_out: those for validation that were in the same file as these for training.

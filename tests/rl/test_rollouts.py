@@ -10,6 +10,7 @@ import pytest
 
 from jaxchat.config import MeshConfig, OptimizerConfig, RLConfig
 from jaxchat.devices.mesh import make_mesh
+from jaxchat.errors import UserError
 from jaxchat.infer.engine import Engine
 from jaxchat.model.config import GPTConfig
 from jaxchat.model.gpt import hidden_states, init_params, logits
@@ -368,6 +369,18 @@ def test_a_batch_is_trained_on_several_times(tokenizer, params):
     third, extra = source.next_batch(2, state["params"])
     assert "reward" in extra and not np.array_equal(first["inputs"], third["inputs"])
     assert source.signal.steps == 2
+
+
+def test_a_position_is_of_its_questions(tokenizer, params):
+    state = json.loads(json.dumps(rollouts(tokenizer, params).get_state()))
+    rollouts(tokenizer, params).set_state(state)
+    others = rollouts(tokenizer, params, texts=(*TEXTS[:-1], TEXTS[-1] + "?"))
+    with pytest.raises(UserError, match=r"the questions have changed .*: lowercase has other content; .* --redo=rl"):
+        others.set_state(state)
+    del state["choice"]["fingerprint"]  # as earlier versions wrote it
+    others.set_state(state)
+    others.set_state({"taken": 5})
+    assert "fingerprint" in others.get_state()["choice"]
 
 
 def test_rollouts_count_what_was_cut_and_taught(tokenizer, params):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,11 +13,13 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from jaxchat.data import IGNORE, Trained
-from jaxchat.data.positions import ChatPosition
+from jaxchat.data.chat.fingerprint import what_changed
+from jaxchat.data.positions import ChatPosition, Json
 from jaxchat.errors import UserError, check
 
 LOOK_AHEAD = 256  # conversations among which the best fit is sought
 CACHED_TOKENS = 1 << 25  # rendered conversations kept in memory: 5 bytes a token
+OTHER_CONVERSATIONS = "put them back, or train on the new ones from the beginning with --redo=midtrain or --redo=sft"
 
 
 class RenderedConversations:
@@ -127,7 +130,7 @@ class ConversationPacker:
         check(
             now == then,
             f"the conversations have changed: there are {now:,} now, but were {then:,} when the position was saved; "
-            "put them back, or train on the new ones from the beginning with --redo=midtrain or --redo=sft",
+            + OTHER_CONVERSATIONS,
         )
         self._packed = Counter(position.packed)
         self._seek(position.epoch, position.taken, position.waiting)
@@ -198,6 +201,7 @@ class ChatBatches(grain.DatasetIterator):
       rendered: the conversations.
       rows: rows of this process's batches.
       process_index, process_count: which part of a global batch's rows this process gets.
+      fingerprint: of the conversations; None if a position is not to be compared.
     """
 
     def __init__(
@@ -207,9 +211,11 @@ class ChatBatches(grain.DatasetIterator):
         rows: int,
         process_index: int,
         process_count: int,
+        fingerprint: Json | None = None,
     ):
         super().__init__()
         self._packer = packer
+        self._fingerprint = fingerprint
         self._rendered = rendered
         self._rows = rows
         self._global_rows = rows * process_count
@@ -224,8 +230,15 @@ class ChatBatches(grain.DatasetIterator):
         return {"inputs": inputs, "targets": targets}
 
     def get_state(self) -> dict[str, Any]:
-        return self._packer.position.to_json()
+        return dataclasses.replace(self._packer.position, fingerprint=self._fingerprint).to_json()
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from a position. Raises `UserError` if it was saved for other conversations."""
-        self._packer.position = ChatPosition.from_json(state)
+        position = ChatPosition.from_json(state)
+        if position.fingerprint is not None and self._fingerprint is not None:
+            changed = what_changed(position.fingerprint, self._fingerprint)
+            check(
+                changed is None,
+                f"the conversations have changed since they were read up to here: {changed}; {OTHER_CONVERSATIONS}",
+            )
+        self._packer.position = position
