@@ -26,7 +26,7 @@ from typing import Any
 
 from timing import machine, say, table
 
-from jaxchat.analysis.dry_run import compile_pretraining
+from jaxchat.analysis.dry_run import compile_stage
 from jaxchat.analysis.planned_devices import Chips, Generation, chips, generation, why_not, without_tpus
 from jaxchat.cli.options import override
 from jaxchat.cli.parser import option_strings
@@ -117,7 +117,7 @@ def _named(experiment: Experiment) -> dict[str, Any]:
 def _figures(chips: Chips, experiment: Experiment) -> dict[str, Any]:
     mesh = make_mesh(experiment.mesh, chips.devices)
     limit = int((1 - SPARE) * chips.memory)
-    step = compile_pretraining(experiment, GPTConfig.of(experiment.model, VOCABULARY), mesh, limit)
+    step = compile_stage(experiment, "pretrain", GPTConfig.of(experiment.model, VOCABULARY), mesh, limit)
     analysis, text = step.compiled.memory_analysis(), step.compiled.as_text()
     assert analysis and text, "libtpu gives both"
     return _named(experiment) | {

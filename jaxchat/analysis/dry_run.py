@@ -29,6 +29,7 @@ from jaxchat.ops.compute import check_fp8_shape, for_training
 from jaxchat.optim.optimizer import make_optimizer
 from jaxchat.planning.expected_quality import load_law, quality_lines
 from jaxchat.runs.progress import format_number
+from jaxchat.stages.settings import naming
 from jaxchat.stages.tokenizer import load_users_tokenizer
 from jaxchat.stages.workspace import planned_model
 from jaxchat.train.budget import (
@@ -55,6 +56,7 @@ from jaxchat.train.phases import Phases, sizes
 from jaxchat.train.step import abstract_batch
 from jaxchat.verbatim import Style, write
 
+SUPERVISED = ("pretrain", "midtrain", "sft")
 PREALLOCATED = 0.75  # of a GPU's memory, which JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
 DEFAULT_MEMORY = 24 * GIB  # of an accelerator whose memory is not known
 
@@ -73,7 +75,7 @@ def analysed(experiment: Experiment) -> Experiment:
 
 
 def dry_run(experiment: Experiment) -> None:
-    """Prints the plan. The train step is compiled for the devices here, for XLA's memory analysis.
+    """Prints the plan. The first stage's train step is compiled for the devices here, for XLA's memory analysis.
 
     Raises:
       UserError: the batch or the mesh does not divide; the user's tokenizer is not of the size that is asked for.
@@ -93,21 +95,25 @@ def dry_run(experiment: Experiment) -> None:
          f"{parameters.matrices:,}, head {parameters.head:,}{tables})")  # fmt: skip
     _say(f"FLOPs a token {flops_per_token(model):.4g} (forward and backward)")
     _print_windows(model)
-    _print_phases(experiment.pretrain, model)
+    if "pretrain" in experiment.stages:
+        _print_phases(experiment.pretrain, model)
     _print_quality(experiment, model)
     _print_data(experiment)
     if missing is not None:
         _say(f"note          {missing}; a CPU's stands for it")
+    stage = next((stage for stage in SUPERVISED if stage in experiment.stages), None)
+    if stage is None:
+        return
     began = time.perf_counter()
-    with _progress(f"compiling the pretraining step for {mesh.size} x {_kind(mesh)}") as shown:
+    with naming(stage), _progress(f"compiling a {stage} step for {mesh.size} x {_kind(mesh)}") as shown:
         if chips is None:
-            limit = usable_memory(of_host=experiment.pretrain.device_rows == "auto")
-            step = compile_pretraining(experiment, model, mesh, limit, shown)
+            limit = usable_memory(of_host=getattr(experiment, stage).device_rows == "auto")
+            step = compile_stage(experiment, stage, model, mesh, limit, shown)
         else:
             with quick_compilation():
-                step = compile_pretraining(experiment, model, mesh, int((1 - SPARE) * chips.memory), shown)
+                step = compile_stage(experiment, stage, model, mesh, int((1 - SPARE) * chips.memory), shown)
     _print_stages(experiment, model, parallel, step)
-    _print_memory(experiment, model, mesh, step, time.perf_counter() - began)
+    _print_memory(experiment, stage, model, mesh, step, time.perf_counter() - began)
 
 
 @contextlib.contextmanager
@@ -183,11 +189,12 @@ def _print_stages(experiment: Experiment, model: GPTConfig, parallel: int, step:
     table = Table("stage", *("steps", "tokens", "rows x accum.", "FLOPs", "hours", "cost"), box=None)
     for column in table.columns[1:]:
         column.justify = "right"
-    for stage in ("pretrain", "midtrain", "sft"):
+    for stage in SUPERVISED:
         if stage not in experiment.stages:
             continue
         config = getattr(experiment, stage)
-        plans = plans_of_stage(config, model.sequence_len, parallel)
+        with naming(stage):
+            plans = plans_of_stage(config, model.sequence_len, parallel)
         # Rows take the same in all these stages, where they have the same length.
         plan = next((plan for plan in plans if plan.device_rows <= step.choice.device_rows), plans[0])
         rows = f"{plan.rows} x {plan.accumulation}"
@@ -206,7 +213,9 @@ def _print_stages(experiment: Experiment, model: GPTConfig, parallel: int, step:
     Console(soft_wrap=True).print(table)
 
 
-def _print_memory(experiment: Experiment, model: GPTConfig, mesh: Mesh, step: CompiledStep, seconds: float) -> None:
+def _print_memory(
+    experiment: Experiment, stage: str, model: GPTConfig, mesh: Mesh, step: CompiledStep, seconds: float
+) -> None:
     memory = step.memory
     _say(f"memory        {memory.total / GIB:.2f} GiB a device: {memory.held / GIB:.2f} parameters, optimizer "
          f"and batch, {memory.used / GIB:.2f} in use by a step")  # fmt: skip
@@ -226,7 +235,7 @@ def _print_memory(experiment: Experiment, model: GPTConfig, mesh: Mesh, step: Co
     else:
         _say(f"              {step}")
     if not step.fits:
-        _say(f"warning: {step.too_large('pretrain')}")
+        _say(f"warning: {step.too_large(stage)}")
 
 
 def _stands_for(experiment: Experiment, mesh: Mesh) -> bool:
@@ -234,18 +243,19 @@ def _stands_for(experiment: Experiment, mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu" and device_peak_flops(experiment.cost.device) is not None
 
 
-def compile_pretraining(
+def compile_stage(
     experiment: Experiment,
+    stage: str,
     model: GPTConfig,
     mesh: Mesh,
     limit: int | None,
     shown: Shown = lambda choice: contextlib.nullcontext(),
 ) -> CompiledStep:
-    """The pretraining step as a run would compile it if a step may take `limit` bytes; nothing is allocated.
+    """The step of a supervised stage as a run would compile it if it may take `limit` bytes; nothing is allocated.
 
     On CPUs that stand for accelerators, with the rows that these may be expected to have room for.
     """
-    config = experiment.pretrain
+    config = getattr(experiment, stage)
     plans = plans_of_stage(config, model.sequence_len, data_shards(mesh))
     shape = {plan.device_rows: (plan.accumulation, plan.rows, model.sequence_len) for plan in plans}
     planned, length = _plan(experiment, model, mesh), model.sequence_len
