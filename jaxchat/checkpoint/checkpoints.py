@@ -267,6 +267,11 @@ class Checkpoints:
         self._verify_files(step, (DATA,))
         return step_folder.read_position(self._folder(step))
 
+    def read_meta(self) -> dict | None:
+        """`meta` of the newest step, without starting JAX's devices; None if there is none, or it is damaged."""
+        step = self.latest_step()
+        return None if step is None else step_folder.read_meta(self._folder(step))
+
     def _folder(self, step: int) -> epath.Path:
         return self.directory / str(step)
 

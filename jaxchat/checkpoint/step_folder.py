@@ -18,6 +18,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import options
 
 from jaxchat.checkpoint.device_copy import copy_to_host
+from jaxchat.runs.files import Damaged, Object, read_json
 from jaxchat.storage import is_remote, readable
 
 PARAMS, TRAINING, DATA, META = "params", "training", "data", "meta"
@@ -133,6 +134,18 @@ def read_params(folder: epath.Path, abstract_params: Any) -> Any:
 def read_position(folder: epath.Path) -> dict:
     """Only the position in the training data in the folder of a step."""
     return _read(folder, data=ocp.args.JsonRestore()).data
+
+
+def read_meta(folder: epath.Path) -> dict | None:
+    """Only `meta` in the folder of a step; None if it is damaged.
+
+    It is read without Orbax, which would start JAX's devices: before that, processes may still have to connect.
+    """
+    try:
+        found = read_json(folder / META / "metadata", Object({"meta": Object()}), "")
+    except Damaged:
+        return None
+    return found and found["meta"]
 
 
 def read_leaf_types(folder: epath.Path) -> dict[str, str]:

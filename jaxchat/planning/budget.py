@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import Experiment
 from jaxchat.config.amount import Amount
 from jaxchat.devices.mesh import data_shards, make_mesh
@@ -25,6 +26,7 @@ from jaxchat.stages.pacing import Paced
 from jaxchat.stages.training import Training, fresh_params, random_batches
 from jaxchat.stages.workspace import Workspace, planned_model
 from jaxchat.train.budget import flops_per_token
+from jaxchat.train.horizon import UNKNOWN
 
 # What the user may set of a stage to say how long it is; the budget leaves it alone then.
 LENGTHS = {
@@ -41,7 +43,7 @@ EVALUATED = 50  # tokens of training for each token of an evaluation
 PASS_K = 2  # samples of each question of an evaluation in reinforcement learning, at most
 LEAST_QUESTIONS = 16  # of such an evaluation, which otherwise asks for one answer for each of the stage's seconds
 TOKENIZER_CHARS = 2e6  # characters a second, at least, that a tokenizer is trained on
-STEPS = tuple(f"{stage}.num_iterations" for stage in ("pretrain", "midtrain", "sft"))
+STEPS = tuple(f"{stage}.num_iterations" for stage in LENGTHS)
 # What the budget decides of a new run's settings, besides its sizes: first what decides what the stages make, to which
 # the run keeps; then what is measured on the way, to which it keeps as long as it has a budget.
 KEPT = (*STEPS, "tokenizer.max_chars")
@@ -68,7 +70,24 @@ def keep_lengths(experiment: Experiment, begun: RunDirectory, given: Collection[
     fixed = {f"{stage}.num_iterations" for stage in stages_with_length(given)}
     names = [name for name in (*KEPT, *(FITTED if budgeted else ())) if name not in {*given, *fixed}]
     split = ((name, *name.split(".")) for name in names)
-    return replace_fields(experiment, {name: before[section][field] for name, section, field in split})
+    kept = {name: before[section][field] for name, section, field in split}
+    if not budgeted:
+        kept |= {name: steps for name, steps in _steps_begun(begun).items() if name in kept}
+    return replace_fields(experiment, kept)
+
+
+def _steps_begun(run: RunDirectory) -> dict[str, int]:
+    """The steps that unfinished stages were to have when they were stopped, which are no longer those of the estimate.
+
+    What has had a part of its learning rates must end as it was begun.
+    """
+    found = {}
+    for stage in LENGTHS:
+        meta = None if run.finished(stage) else Checkpoints(run.checkpoints(stage)).read_meta()
+        steps = (meta or {}).get("num_steps", UNKNOWN)
+        if steps != UNKNOWN:  # before the pace was measured, the estimate was better
+            found[f"{stage}.num_iterations"] = steps
+    return found
 
 
 def stages_with_length(given: Collection[str]) -> frozenset[str]:

@@ -2,13 +2,19 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
+from jaxchat.checkpoint import Checkpoints
 from jaxchat.cli.options import configure, named_fields
+from jaxchat.planning.budget import keep_lengths
+from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.time_budget import TimeBudget, read_record, resumed
+from jaxchat.stages.pacing import Paced
 from jaxchat.stages.pipeline import run_stages
 from jaxchat.stages.workspace import Workspace
+from tests.stages.test_path import interrupt_at
 from tests.tiny import ARGUMENTS, record, values
 
 STAGES = ("tokenizer", "pretrain", "sft", "evaluate", "report")
@@ -34,6 +40,9 @@ class Ticking:
 
 def start(directory, *options, budgeted=True, stages=STAGES):
     experiment = configure("quickstart", [*OPTIONS, *options], None, [])
+    if (directory / "config.json").exists():
+        given = named_fields([*OPTIONS, *options])
+        experiment = keep_lengths(experiment, RunDirectory(directory), given, budgeted=budgeted)
     lines, budget = [], None
     if budgeted:
         finished = {stage for stage in stages if (directory / stage / "stage.json").exists()}
@@ -93,6 +102,22 @@ def test_as_many_questions_as_there_was_time_for(run):
     assert counts == {asked} and any(f"{asked} questions of each task" in line for line in lines)
     again = start(directory)
     assert any(line.startswith("evaluate  already finished") for line in again)
+
+
+def test_a_stopped_stage_goes_on_without_a_budget(run, tmp_path, monkeypatch):
+    """With as many steps as it was to have when it was stopped."""
+    directory, stages = shutil.copytree(run[0], tmp_path / "run"), STAGES[: STAGES.index("sft") + 1]
+    shutil.rmtree(directory / "sft")
+    budget = json.loads((directory / "budget.json").read_text())
+    (directory / "budget.json").write_text(json.dumps({**budget, "finished": False, "spent": 250.0}))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, Paced, 6)
+        with pytest.raises(KeyboardInterrupt):
+            start(directory, stages=stages)
+    planned = Checkpoints(directory / "sft" / "checkpoints").read_meta()["num_steps"]
+    start(directory, budgeted=False, stages=stages)
+    assert record(directory, "sft")["steps"] == planned
+    assert "sft       already finished; skipped" in start(directory, budgeted=False, stages=stages)
 
 
 def _scores(directory):

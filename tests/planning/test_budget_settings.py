@@ -3,8 +3,10 @@
 import time
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from jaxchat.checkpoint import Checkpoints
 from jaxchat.cli.launch import main
 from jaxchat.cli.options import configure, named_fields
 from jaxchat.config.amount import parse_amount
@@ -12,6 +14,7 @@ from jaxchat.planning.budget import keep_lengths, open_budget, settle_in_time
 from jaxchat.runs.config_json import to_json
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.runs.time_budget import TimeBudget
+from jaxchat.train.horizon import UNKNOWN
 from tests.tiny import ARGUMENTS, refusal, start
 
 OPTIONS = [word for word in ARGUMENTS if "num-iterations" not in word and not word.startswith("--experiment")]
@@ -60,6 +63,26 @@ def test_a_run_that_goes_on_keeps_its_lengths(settled, tmp_path):
     assert without.evaluate == experiment.evaluate
     other = keep_lengths(experiment, run, {*given, "pretrain.target_flops"}, budgeted=True)
     assert other.pretrain.num_iterations == experiment.pretrain.num_iterations
+
+
+def test_a_stopped_stage_keeps_its_steps_without_a_budget(settled, tmp_path):
+    """Those that its checkpoint was to have, unless it was saved before they were known or the user has set others."""
+    _, found, given, _ = settled
+    run = RunDirectory(tmp_path)
+    (tmp_path / "config.json").write_text(to_json(found))
+    TimeBudget("10m", 600.0, ["pretrain"], began=0.0, now=lambda: 5.0).write(run.path)
+    for stage, steps in {"pretrain": UNKNOWN, "midtrain": 77, "sft": 78, "rl": 79}.items():
+        checkpoints = Checkpoints(run.checkpoints(stage))
+        state = {"params": {"x": jnp.zeros(1)}, "step": jnp.zeros((), jnp.int32)}
+        checkpoints.save(2, state, data={}, meta={"num_steps": steps})
+        checkpoints.close()
+    without = keep_lengths(found, run, given, budgeted=False)
+    kept = [getattr(without, stage).num_iterations for stage in ("pretrain", "midtrain", "sft", "rl")]
+    assert kept == [found.pretrain.num_iterations, 77, found.sft.num_iterations, 79]
+    assert keep_lengths(found, run, given, budgeted=True) == found
+    run.open(without)  # as the next start does, which ends the stage
+    run.write_record("rl", {"steps": 79})
+    assert keep_lengths(found, run, given, budgeted=False).rl.num_iterations == 79
 
 
 def test_a_price_pays_for_the_devices_that_are_there():
