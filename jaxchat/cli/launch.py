@@ -21,7 +21,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,11 +68,12 @@ def _run(argv: list[str], began: float) -> int:
         experiment = dataclasses.replace(experiment, stages=options.stages)
     directory = options.run_dir or f"runs/{experiment.name}"
     redo = options.redo or ()
-    experiment, start = _start_from(options, experiment, directory, given)
+    cluster = cluster_of(options)
+    say = print if cluster is None or cluster.process_id == 0 else lambda line: None
+    experiment, start = _start_from(options, experiment, directory, given, say)
     begun = None if options.fresh else _begun(directory)
     experiment = _keep_sizes(experiment, begun, given, budgeted=options.budget is not None)
     check_start(experiment, directory, redo=redo, fresh=options.fresh, init=start is not None)
-    cluster = cluster_of(options)
     prepare_jax()
     if options.dry_run:
         check(options.budget is None, "--dry-run measures nothing, as a --budget has to; leave one of them out")
@@ -143,26 +144,43 @@ def launch_parser() -> Parser:
 
 
 def _start_from(
-    options: argparse.Namespace, experiment: Experiment, directory: str, given: Collection[str]
+    options: argparse.Namespace,
+    experiment: Experiment,
+    directory: str,
+    given: Collection[str],
+    say: Callable[[str], None],
 ) -> tuple[Experiment, StartingModel | None]:
     """The experiment with the model that the run starts from, and that model if it is another run's.
 
-    A run that has begun with a model from elsewhere keeps to it.
+    A run that has begun with a model from elsewhere keeps to it, whatever has become of the other run since.
     """
     from jaxchat.runs.directory import RunDirectory  # slow to import, as what follows
-    from jaxchat.runs.init_from import check_begun_with, find_start, own_start, same_place, with_model_of
+    from jaxchat.runs.init_from import (
+        STAGE,
+        check_begun_with,
+        find_start,
+        outlived_start,
+        own_start,
+        same_place,
+        with_model_of,
+    )
     from jaxchat.stages.own_conversations import check_conversations
     from jaxchat.storage import to_run_directory
 
     check_place(directory, "--run-dir")
     run = RunDirectory(to_run_directory(directory))
-    start = other = None if options.init_from is None else find_start(options.init_from)
-    if options.fresh:
-        check(other is None or not same_place(run, other.run), "--init-from names the run that --fresh puts aside")
-    elif other is None:
-        start = own_start(run)
+    name, other = options.init_from, None
+    again = options.fresh or STAGE in run.following(options.redo or ())
+    if name is None:
+        start = None if options.fresh else own_start(run)
+    elif not again and (start := outlived_start(run, name)) is not None:
+        say(f"{STAGE:<9} is this run's copy of the model of {name}, which has another one now or is gone")
     else:
-        check_begun_with(run, other)
+        start = other = find_start(name)
+        if options.fresh:
+            check(not same_place(run, other.run), "--init-from names the run that --fresh puts aside")
+        else:
+            check_begun_with(run, other)
     if start is None:
         itself = options.stages is None and "tokenizer" not in experiment.stages and not run.is_run()
         check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from jaxchat.config import TRAINED, Experiment
-from jaxchat.errors import check
+from jaxchat.errors import UserError, check
 from jaxchat.runs.directory import RunDirectory
 from jaxchat.storage import is_folder, to_run_directory
 
@@ -64,6 +65,19 @@ def own_start(run: RunDirectory) -> StartingModel | None:
     stage = next((stage for stage in TRAINED if "imported" in (run.read_record(stage) or {})), None)
     made = run.config_of(stage) if stage else None
     return StartingModel(run, stage, run.result_step(stage), made) if stage and made else None
+
+
+def outlived_start(run: RunDirectory, name: epath.PathLike) -> StartingModel | None:
+    """The model that a run began with, if it came from the run `name`, which has another one now, or is gone."""
+    if not run.is_run():
+        return None
+    begun = (run.read_record("tokenizer") or {}).get("imported") or {}
+    if "run" not in begun or not same_place(RunDirectory(name), RunDirectory(begun["run"])):
+        return None
+    with contextlib.suppress(UserError):
+        if find_start(name).source().get("id") == begun.get("id"):
+            return None
+    return own_start(run)
 
 
 def with_model_of(experiment: Experiment, start: StartingModel, given: Collection[str]) -> Experiment:

@@ -35,7 +35,7 @@ RECORD = Object(
         "cut": float,
         "steps_without_signal": int,
         "questions_retired": float,
-        "imported": Object({"from": str}),
+        "imported": Object({"from": str}, optional={"run": str, "stage": str, "step": int}),
         "fingerprint": (None, Object()),
         "text": Object(
             optional={

@@ -95,6 +95,24 @@ def test_the_same_command_again_and_without_its_source(imported, finetuned, data
     assert "began with another model" in refusal(start(finetuned, *own, f"--init-from={other}"))
 
 
+def test_the_same_command_again_when_its_source_has_gone_on_or_is_gone(imported, data, tmp_path):
+    source, run = shutil.copytree(imported, tmp_path / "source"), tmp_path / "run"
+    options = [f"--init-from={source}", f"--data={data / 'mine'}", "--model.sequence-len=32"]
+    assert start(run, *options, "--stages=sft")[0] == 0
+    (source / "rl").mkdir()
+    shutil.copytree(source / "sft" / "checkpoints", source / "rl" / "checkpoints")
+    (source / "rl" / "stage.json").write_text(json.dumps({**record(source, "sft"), "id": "another"}))
+    said = f"pretrain  is this run's copy of the model of {source}, which has another one now or is gone\n"
+    for change in (lambda: None, lambda: shutil.rmtree(source)):
+        change()
+        code, out, err = start(run, *options)
+        assert code == 0 and out.count(said) == 1 and "sft       already finished; skipped" in out, err
+    for again in ("--fresh", "--redo=pretrain"):  # these need the other run
+        assert "there is no run directory" in refusal(start(run, *options, again))
+    (run / "pretrain" / "stage.json").unlink()  # as if it had been stopped before its copy was whole
+    assert "there is no run directory" in refusal(start(run, *options))
+
+
 def test_a_fine_tuned_model_leaves_too(finetuned, tmp_path):
     assert jaxchat(["export", "--run", str(finetuned), "--to", "hf", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 32
