@@ -73,7 +73,7 @@ class Signal:
 
     @property
     def absent(self) -> bool:
-        """Whether no step had anything to teach, so that none has changed the parameters."""
+        """Whether no step had anything to teach: only KL divergence and entropy can have changed the parameters."""
         return self.steps > 0 and self.steps_without_signal == self.steps
 
     @property

@@ -173,7 +173,7 @@ def _rl(report: dict[str, Any], plots: list[str]) -> str:
         )
     if validation := rewards.get("validation"):
         parts.append(validation_table(validation))
-    parts += _rl_facts(report["stages"].get("rl", {}))
+    parts += _rl_facts(report["stages"].get("rl", {}), report["config"]["rl"])
     parts += [_plot(name) for name in _OF_RL if name in plots]
     return "\n\n".join(["## What reinforcement learning changed", *parts]) if parts else ""
 
@@ -184,14 +184,13 @@ def core_name(metric: str) -> str:
     return f"mean of {count} tasks, baselines v{version}" if count else f"CORE, baselines v{version}"
 
 
-def _rl_facts(entry: dict[str, Any]) -> list[str]:
+def _rl_facts(entry: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """What the answers sampled in reinforcement learning had to teach, where its record tells."""
     idle, cut = entry.get("groups_without_signal"), entry.get("cut")
     sentences = []
-    if idle is not None and entry.get("steps_without_signal") == entry.get("steps"):
-        sentences.append(
-            "Reinforcement learning changed nothing: all answers to a question were always worth the same."
-        )
+    if idle == 1:
+        result = "learnt nothing from rewards" if config["kl"] or config["entropy"] else "changed nothing"
+        sentences.append(f"Reinforcement learning {result}: all answers to a question were always worth the same.")
     elif idle is not None:
         sentences.append(f"In reinforcement learning, {idle:.1%} of the questions taught nothing: all answers to one "
                          "were worth the same.")  # fmt: skip

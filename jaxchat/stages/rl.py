@@ -159,7 +159,9 @@ def _train(workspace: Workspace, tasks: list[Task], own: OwnReward | None) -> No
     if source.signal.absent:
         when = "in every step" if source.signal.answers else "in any step"
         why = f"{source.signal.lack} {when} {source.signal.advice(config, room)}"
-        workspace.say(f"rl changed nothing: {why}; then start again with --redo=rl")
+        # KL divergence and entropy concern all answers, whatever they earn.
+        result = "learnt nothing from rewards" if config.kl or config.entropy else "changed nothing"
+        workspace.say(f"rl {result}: {why}; then start again with --redo=rl")
     elif (quiet := source.signal.quiet).steps >= TOLD[0]:
         updates = quiet.steps * config.updates_per_batch
         why = f"{quiet.lack} {quiet.advice(config, room)}"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxchat.config import CostConfig, DataConfig, Experiment, ModelConfig
+from jaxchat.config import CostConfig, DataConfig, Experiment, ModelConfig, RLConfig
 from jaxchat.errors import UserError
 from jaxchat.runs import plots
 from jaxchat.runs.config_json import to_json
@@ -175,14 +175,21 @@ def test_report_md_tells_the_story(run_dir):
     assert "4,096 tokens" in text and "JAX 0.10.2, Python 3.12.1" in text
 
 
-def test_report_md_says_what_rl_had_to_teach(run_dir, tmp_path):
+def test_report_md_says_what_rl_had_to_teach(run_dir):
     text = " ".join((run_dir / "report.md").read_text().split())
     assert "25.0% of the questions taught nothing: all answers to one were worth the same. 12.5% of its answers" in text
     assert "50.0% of all its questions were solved, and not asked again." in text
-    begin(tmp_path)
-    finish(tmp_path, "rl", seconds=1, steps=3, groups_without_signal=1.0, cut=0.0, steps_without_signal=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "result"), [({}, "changed nothing"), ({"entropy": 0.01}, "learnt nothing from rewards")]
+)
+def test_report_md_says_that_rl_had_nothing_to_teach(tmp_path, settings, result):
+    begin(tmp_path, rl=RLConfig(method="clipped", updates_per_batch=2, **settings))
+    # Two updates on each batch of answers.
+    finish(tmp_path, "rl", seconds=1, steps=6, groups_without_signal=1.0, cut=0.0, steps_without_signal=3)
     write(tmp_path)
-    assert "Reinforcement learning changed nothing: all answers" in (tmp_path / "report.md").read_text()
+    assert f"Reinforcement learning {result}: all answers to a" in (tmp_path / "report.md").read_text()
 
 
 def measured(step, shares, asked=40):

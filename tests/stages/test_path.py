@@ -338,6 +338,14 @@ class TestResume:
         for name in mine:
             np.testing.assert_array_equal(mine[name], parents[name], err_msg=name)
 
+    def test_rl_that_learns_nothing_from_rewards_may_learn_from_entropy(self, finished, tmp_path):
+        run = copy(finished, tmp_path / "run", "pretrain", "midtrain", "sft")
+        code, out, err = start(run, "--stages=rl", "--rl.max-new-tokens=1", "--rl.entropy=0.1")
+        assert code == 0, err
+        assert "rl learnt nothing from rewards: all answers" in out and "changed nothing" not in out
+        mine, parents = parameters(run, "rl"), parameters(run, "sft")
+        assert any((mine[name] != parents[name]).any() for name in mine)
+
     def test_stopped_before_the_last_evaluation(self, finished, tmp_path):
         run = copy(finished, tmp_path / "run", "pretrain")
         (run / "pretrain" / "stage.json").unlink()
