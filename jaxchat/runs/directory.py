@@ -180,7 +180,8 @@ class RunDirectory:
         old, new = (deciding(experiment, stage, finished=finished) for experiment in (before, now))
         if "imported" in (self.read_record(stage) or {}):  # nothing here has made it: it fixes only what it is
             old, new = ({n: v for n, v in settings.items() if n.startswith("model.")} for settings in (old, new))
-        for name in {**new, **old}:
+        # What only one of them has comes last: another setting, which is the one to name, has mostly brought it in.
+        for name in sorted({**new, **old}, key=lambda name: (name in old) != (name in new)):
             if old.get(name) != new.get(name):
                 raise UserError(
                     f"{self}: {stage} was {'made' if finished else 'begun'} with {name} {shown(old.get(name))}, not "

@@ -205,6 +205,10 @@ class TestSettings:
                 "sft was made with sft.mixture chat, not chat:10,sums;",
             ),
             ({"sft": FinetuneConfig(num_iterations=3)}, "sft was made with sft.num-iterations None, not 3;"),
+            (  # and the settings of its text, which it has only then
+                {"sft": FinetuneConfig(text_fraction=0.25)},
+                "sft was made with sft.text-fraction 0.0, not 0.25;",
+            ),
             (
                 {"pretrain": PretrainConfig(num_iterations=3)},
                 "pretrain was made with pretrain.num-iterations None, not 3;",
