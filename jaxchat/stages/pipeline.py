@@ -79,7 +79,7 @@ def run_stages(workspace: Workspace, given: Collection[str] = (), start: Startin
     if start is not None and not workspace.finished(INIT_STAGE):
         place_start(workspace, start)
         workspace.check_data(_to_check(workspace, given), given)  # exactly now, as after the tokenizer stage
-    if (budget := workspace.budget) is not None:
+    if (budget := workspace.budget) is not None and budget.stages:
         budget.longest |= {"evaluate": evaluate.longest(workspace)} | finetune.longest(workspace)
         workspace.say(f"budget    {format_duration(budget.left)} left of {budget.text}: {budget.plan()}")
     try:

@@ -120,6 +120,12 @@ def test_a_stopped_stage_goes_on_without_a_budget(run, tmp_path, monkeypatch):
     assert "sft       already finished; skipped" in start(directory, budgeted=False, stages=stages)
 
 
+def test_a_budget_for_stages_that_are_finished(run, tmp_path):
+    directory = shutil.copytree(run[0], tmp_path / "run")
+    lines = start(directory, stages=("tokenizer", "pretrain"))
+    assert "pretrain  already finished; skipped" in lines and not any("left of 400s" in line for line in lines)
+
+
 def _scores(directory):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "count/sums" in line]
