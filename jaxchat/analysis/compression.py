@@ -9,7 +9,7 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxchat.data.text.folder import find_text, why_not
+from jaxchat.data.text.folder import TextSplits, find_text, why_not
 from jaxchat.data.text.forms import form_of
 from jaxchat.data.text.shards import TextFiles, iterate_texts
 from jaxchat.errors import UserError, check
@@ -53,7 +53,7 @@ def _load(name: str, pattern: str | None) -> BaseTokenizer:
 
 def _user_texts(path: Path) -> dict[str, list[str]]:
     if not path.is_file():
-        return _split_texts(path)
+        return _first_texts(find_text(path))
     if form_of(path) is None:
         raise UserError(f"{path} is not text that jaxchat reads; give a .parquet, .jsonl or .txt file, or a folder")
     why = why_not(path)
@@ -70,18 +70,18 @@ def _run_texts(path: str) -> dict[str, list[str]]:
     """
     if not (epath.Path(path) / "config.json").exists():
         return {}
+    from jaxchat.analysis.run_text import text_of
     from jaxchat.runs.directory import RunDirectory
 
-    data = RunDirectory(path).read_config().data
+    directory = RunDirectory(path)
     try:
-        return _split_texts(Path(data.folder or Path(path) / "data"), data.val_shard)
+        return _first_texts(text_of(directory, directory.read_config().data, on_bad="refuse", say=print))
     except UserError as error:
         print(f"the text of the run is left out ({error}); --text gives another", file=sys.stderr)
         return {}
 
 
-def _split_texts(folder: Path, val_shard: str | None = None) -> dict[str, list[str]]:
-    split = find_text(folder, val_shard)
+def _first_texts(split: TextSplits) -> dict[str, list[str]]:
     sides = {"training text": split.train, "validation text": split.val}
     return {kind: _first(iterate_texts(side)) for kind, side in sides.items()}
 

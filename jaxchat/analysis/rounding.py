@@ -12,8 +12,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxchat.analysis.run_text import text_of
 from jaxchat.data.loader import pretrain_batches
-from jaxchat.data.text.folder import find_text
 from jaxchat.eval.bpb import bits_per_byte, nats_and_bytes
 from jaxchat.infer.quantized import KVCache, Weights, cache_dtype, stored
 from jaxchat.infer.trained import TrainedModel
@@ -33,11 +33,10 @@ def validation_batches(directory: RunDirectory, trained: TrainedModel) -> list[d
     """The beginning of the text that the run validates on, in rows of the model's context.
 
     Raises:
-      UserError: the text is not there, or cannot be read.
+      UserError: as `text_of`.
     """
     experiment, length = trained.experiment, trained.model.sequence_len
-    folder = experiment.data.folder or directory.generated_data
-    text = find_text(folder, experiment.data.val_shard, on_bad="skip", say=lambda line: None)
+    text = text_of(directory, experiment.data, on_bad="skip", say=lambda line: None)
     batches = pretrain_batches(
         text.val, trained.tokenizer, rows=ROWS, sequence_len=length, seed=experiment.seed, repeat=False
     )

@@ -272,35 +272,24 @@ def _texts(paths: Sequence[str] | None, data: DataConfig, directory: RunDirector
     """The text to measure: what the user names, or the run's validation text."""
     if paths is None:
         return []
-    from jaxchat.data.text.folder import find_text
+    from jaxchat.analysis.run_text import text_of, trained_on
     from jaxchat.data.text.given import GivenFile, given_files
 
     if paths:
         files = given_files(paths, say)
-        for name in _trained_on(files, directory):
-            say(f"{name} was trained on: how well it is predicted says nothing about other text")
+        known = {file.path: file.name for file in files}
+        for path in trained_on(directory, known):
+            say(f"{known[path]} was trained on: how well it is predicted says nothing about other text")
         return files
-    folder = data.folder or directory.generated_data
     check(
         data.folder is not None or directory.generated_data.exists(),
         "the run has no data folder with validation text; name files or folders with --text, or a data folder with "
         "--data",
     )
-    text = find_text(folder, data.val_shard, on_bad="refuse", say=say).val
+    text = text_of(directory, data, on_bad="refuse", say=say).val
     return [
         GivenFile(f"{file.name} (validation)", file, dataclasses.replace(text, files=(file,))) for file in text.files
     ]
-
-
-def _trained_on(files: Sequence[GivenFile], directory: RunDirectory) -> list[str]:
-    """Those of the files that pretraining has read, as far as its record names them."""
-    from jaxchat.data.text.listing import text_folder
-    from jaxchat.storage import to_path
-
-    record, folder = directory.read_record("pretrain") or {}, directory.read_config().data.folder
-    inside = text_folder(to_path(folder or directory.generated_data))
-    trained = {str((inside / name).resolve()) for name in record.get("text", {}).get("train_files", [])}
-    return [file.name for file in files if str(file.path.resolve()) in trained]
 
 
 def _bundle(named: str, data: DataConfig) -> Bundle:

@@ -212,6 +212,18 @@ def test_the_validation_text_of_the_run(run, tmp_path):
     assert code == 0 and f"{shard} was trained on: " in err
 
 
+def test_text_that_was_trained_on_does_not_take_the_place_of_validation_text(run, tmp_path):
+    own = tmp_path / "run"
+    shutil.copytree(run, own)
+    *rest, last = sorted((own / "data" / "pretrain").glob("*.parquet"))
+    record, lost = own / "pretrain" / "stage.json", last.name
+    text = {"train_files": [path.name for path in rest], "val_files": [lost]}
+    record.write_text(json.dumps({**json.loads(record.read_text()), "text": text}))
+    last.unlink()
+    message = refusal(evaluate("--run", own, "--stage=pretrain", "--text", "--out", tmp_path / "out"))
+    assert f"the run validated on {lost}, and was trained on shard_" in message and f"put {lost} back" in message
+
+
 def test_one_that_was_stopped_goes_on_in_the_same_folder(run, tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "One."}\n{"text"\n')
