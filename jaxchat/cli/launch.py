@@ -60,6 +60,7 @@ def _run(argv: list[str], began: float) -> int:
     if options.help:
         return _help(parser, options.experiment)
     experiment = configure(options.experiment, overrides, options.data, option_strings(parser), options.identity)
+    check(bool(experiment.name), "--name is empty; leave it out for the name of the experiment's file")
     from jaxchat.stages.own_conversations import ask_what_is_taught  # slow to import
 
     given = named_fields(overrides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -56,6 +57,10 @@ class Experiment(Section):
 
     def __post_init__(self):
         super().__post_init__()
+        self.check(
+            self.name not in (".", "..") and not re.search(r"[/\\\x00-\x1f]", self.name),
+            f"name is {shown(self.name)}; it must be a name for a folder, without / and control characters",
+        )
         for stage in self.stages:
             hint = closest(stage, STAGES)
             self.check(

@@ -134,6 +134,7 @@ def test_bad_option(capsys, arguments, expected):
         "--stages=pretrian": "unknown stage 'pretrian', did you mean 'pretrain'?",
         "--stages=sft,pretrain": "stages must be in order",
         "--stages=": "--stages needs a value",
+        "--name=../x": "name is '../x'; it must be a name for a folder, without / and control characters",
     }.items(),
 )
 def test_bad_setting(tmp_path, arguments, expected):
