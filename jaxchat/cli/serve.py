@@ -11,6 +11,7 @@ from jaxchat.cli.precision import add_precision_options
 from jaxchat.cli.tools import add_tool_options
 from jaxchat.cli.values import whole
 from jaxchat.config import Range
+from jaxchat.errors import check
 
 
 def add_command(commands: Any) -> None:
@@ -42,8 +43,8 @@ def add_command(commands: Any) -> None:
         help="Another site that may use the server from a browser, such as https://chat.example.com; may be repeated.",
     )
     add("--name", metavar="NAME", help="The model's name for clients. (default: the name of the run's directory)")
-    count = whole(Range(at_least=1))
-    add("--rows", type=count, default=64, metavar="N", help="Most requests that are computed at once. (default 64)")
+    rows, count = whole(Range(at_least=1, at_most=4096)), whole(Range(at_least=1))
+    add("--rows", type=rows, default=64, metavar="N", help="Most requests that are computed at once. (default 64)")
     add("--max-waiting", type=count, default=256, metavar="N", help="Most requests that wait. (default 256)")
     add_precision_options(add)
     add_tool_options(add)
@@ -53,6 +54,9 @@ def add_command(commands: Any) -> None:
 def _serve(arguments: argparse.Namespace) -> int:
     from jaxchat.serve.http.start import Options, serve  # imports a web server: --help need not wait for it
 
+    if arguments.watch:
+        idle = next((name for name in ("stage", "step") if getattr(arguments, name) is not None), None)
+        check(idle is None, f"--watch loads no model, which --{idle} would choose; leave one of them out")
     given: dict[str, Any] = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}
     given["allow_origin"] = tuple(arguments.allow_origin)
     return serve(Options(**given))

@@ -30,9 +30,11 @@ def choose_tool(name: str, *, uncontained: bool = False, cancelled: Callable[[],
       cancelled: asked while a program runs; once it is true the program is stopped.
 
     Raises:
-      UserError: there is no such tool, or it would run programs that this machine cannot contain.
+      UserError: there is no such tool, it runs no programs that could be uncontained, or it would run some that this
+        machine cannot contain.
     """
     check(name in TOOLS, f"there is no tool {name!r}{closest(name, TOOLS)} Choose one of {', '.join(TOOLS)}")
+    check(name == "python" or not uncontained, f"--uncontained goes with --tools python, not with --tools {name}")
     if name == "none":
         return ChosenTool(None)
     if name == "calculator":

@@ -156,6 +156,8 @@ def test_programs_are_refused_where_the_machine_cannot_contain_them(monkeypatch)
         choose_tool("python")
     assert "\n" not in str(caught.value)
     assert choose_tool("python", uncontained=True).answer is not None
+    with pytest.raises(UserError, match="--uncontained goes with --tools python, not with --tools calculator"):
+        choose_tool("calculator", uncontained=True)
 
 
 @needs_containment

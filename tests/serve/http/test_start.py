@@ -133,6 +133,11 @@ def test_other_networks_with_a_key_or_without_one_on_purpose(monkeypatch, capsys
         assert code == 2 and "there is no run directory x" in capsys.readouterr().err
 
 
+def test_watching_loads_no_model_that_one_could_choose(capsys):
+    assert main(["serve", "--run=x", "--watch", "--stage=sft"]) == 2
+    assert "--watch loads no model, which --stage would choose" in capsys.readouterr().err
+
+
 def test_a_run_that_still_trains_can_be_watched(run_dir, tmp_path, capsys):
     shutil.copy(run_dir / "config.json", tmp_path)
     code = main(["serve", f"--run={tmp_path}", "--port=0"])
