@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::num::NonZero;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 
 use rustc_hash::FxBuildHasher;
 
@@ -245,10 +245,11 @@ pub fn count_batches<E: From<Error>>(
 ) -> Result<PieceCounts, E> {
     let failed = AtomicBool::new(false);
     let (sender, receiver) = mpsc::sync_channel::<Batch>(2 * threads.get());
-    let receiver = Mutex::new(receiver);
+    // The workers own the receiver, so that a sender waiting for room gets an error once all of them have ended.
+    let receiver = Arc::new(Mutex::new(receiver));
     // Batches are reused: fresh memory costs more than copying a text into it.
     let (used_sender, used) = mpsc::channel::<Batch>();
-    let count = |used: mpsc::Sender<Batch>| {
+    let count = |receiver: Arc<Mutex<mpsc::Receiver<Batch>>>, used: mpsc::Sender<Batch>| {
         let mut counter = Counter::default();
         // The lock is held while waiting for a batch and released while counting it.
         while let Some(mut batch) = receiver.lock().ok().and_then(|receiver| receiver.recv().ok()) {
@@ -266,10 +267,11 @@ pub fn count_batches<E: From<Error>>(
     };
     std::thread::scope(|scope| {
         let worker = |_| {
-            let used = used_sender.clone();
-            scope.spawn(|| count(used))
+            let (receiver, used) = (Arc::clone(&receiver), used_sender.clone());
+            scope.spawn(|| count(receiver, used))
         };
         let workers: Vec<_> = (0..threads.get()).map(worker).collect();
+        drop(receiver);
         let mut feed = || {
             while !failed.load(Ordering::Relaxed) {
                 let mut batch = used.try_recv().unwrap_or_default();
@@ -299,6 +301,8 @@ pub fn count_batches<E: From<Error>>(
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -324,5 +328,22 @@ mod tests {
             prop_assert_eq!(left.distinct(), found.len());
             prop_assert_eq!(found, expected);
         }
+    }
+
+    #[test]
+    fn counting_ends_when_all_threads_have_failed() {
+        let splitter = Splitter::new(r"(x?)(?:a|aa)+\1(?<!a)|[^a]").unwrap();
+        let text = "a".repeat(60) + "!";
+        let (sender, receiver) = mpsc::channel();
+        // Counting runs on a thread of its own, so that the test fails, and does not hang, if it never ends.
+        std::thread::spawn(move || {
+            let next = |batch: &mut Batch| -> Result<(), Error> {
+                batch.push(&text);
+                Ok(())
+            };
+            _ = sender.send(count_batches(&splitter, NonZero::<usize>::MIN, next));
+        });
+        let counted = receiver.recv_timeout(Duration::from_secs(60)).expect("counting hangs");
+        assert!(matches!(counted, Err(Error::Split(_))));
     }
 }
