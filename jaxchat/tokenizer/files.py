@@ -6,7 +6,7 @@ import re
 
 from etils import epath
 
-from jaxchat.errors import UserError
+from jaxchat.errors import UserError, check
 from jaxchat.tokenizer.base import FILE_NAME
 
 _RANK = re.compile(rb"\s*[A-Za-z0-9+/]+={0,2}[ \t]+\d+\s*[\r\n]")
@@ -34,7 +34,9 @@ def tokenizer_file(path: epath.PathLike) -> epath.Path:
     ranks = [name for name in names if name.lower().endswith(".tiktoken")]
     for found in (ours, ranks):
         if len(found) == 1:
-            return path / found[0]
+            file = path / found[0]
+            check(not file.is_dir(), f"{file} is a folder, but must be the file of a tokenizer; rename or remove it")
+            return file
     if ranks:
         raise UserError(f"{path} has several tokenizers; name one of {', '.join(ranks)}")
     others = [name for name in names if name in _OF_OTHERS]

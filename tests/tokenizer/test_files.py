@@ -66,6 +66,13 @@ def test_folders(made, tmp_path):
         load_tokenizer(ranks)
 
 
+@pytest.mark.parametrize("name", [FILE_NAME, "gpt2.tiktoken"])
+def test_a_folder_with_the_name_of_a_file(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} is a folder, but must be the file of a tokenizer"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("names", [["vocab.json", "merges.txt"], ["tokenizer_config.json"], ["tokenizer.model"]])
 def test_folders_of_other_libraries(tmp_path, names):
     for name in names:
