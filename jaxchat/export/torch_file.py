@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxchat.errors import UserError, check
 from jaxchat.export.pickles import Made, Name, Persistent, read_pickle
+from jaxchat.storage import first_line
 
 _TENSOR, _PARAMETER, _DICT = (
     "torch._utils._rebuild_tensor_v2",
@@ -125,8 +126,9 @@ class TorchFile:
         tensor = self.tensors[name]
         try:
             data = self._bytes(tensor.entry)
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
-            raise UserError(f"{self.path} is damaged at {name} ({error}); {_REMEDY}") from None
+        # What zipfile raises for a damaged header, such as one that says the entry is encrypted.
+        except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError) as error:
+            raise UserError(f"{self.path} is damaged at {name} ({first_line(error)}); {_REMEDY}") from None
         numbers = np.frombuffer(data, tensor.dtype)[tensor.offset :]
         strides = [stride * tensor.dtype.itemsize for stride in tensor.strides]
         return np.lib.stride_tricks.as_strided(numbers, tensor.shape, strides, writeable=False)

@@ -209,6 +209,10 @@ def test_damaged_numbers_are_noticed(tmp_path):
     (tmp_path / "x.pt").write_bytes(data.replace(np.float32(1.5).tobytes() * 8, b"\0" * 32, 1))
     with pytest.raises(UserError, match="is damaged at w"):
         TorchFile(tmp_path / "x.pt").read("w")
+    flags = data.rindex(b"PK\x01\x02") + 8  # of the last entry in the archive's directory
+    (tmp_path / "x.pt").write_bytes(data[:flags] + bytes([data[flags] | 1]) + data[flags + 1 :])
+    with pytest.raises(UserError, match="is damaged at w .*encrypted"):
+        TorchFile(tmp_path / "x.pt").read("w")
     (tmp_path / "x.pt").write_bytes(data[:-30])
     with pytest.raises(UserError, match="is damaged or was not written by torch.save"):
         TorchFile(tmp_path / "x.pt")
