@@ -67,6 +67,9 @@ class HubClient:
       stop: set it to end every request and every wait, which then raise `Stopped`.
       patience: failures in a row before giving up; None for never, if nobody is watching.
       backoff: seconds to wait after the first failure, twice as long after the next, and so on.
+
+    Raises:
+      UserError: HF_ENDPOINT is not the address of a server.
     """
 
     def __init__(
@@ -79,6 +82,10 @@ class HubClient:
     ):
         self._say, self._stop, self._patience, self._backoff = say, stop, patience, backoff
         self._endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        check(
+            self._endpoint.lower().startswith(("http://", "https://")),
+            f"HF_ENDPOINT is '{self._endpoint}'; it must begin with http:// or https://",
+        )
 
     def listing(self, repo: str, revision: str | None) -> tuple[str, list[str]]:
         """The commit of a data set's revision (None for the latest) and the paths of its files, of which the hub may

@@ -178,6 +178,12 @@ def test_no_server_and_no_hub(server, tmp_path, monkeypatch):
         get(tmp_path, f"{TEXT}:1")
 
 
+def test_an_endpoint_without_its_scheme_is_refused_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", "foo")
+    assert main(["data", "get", "arc", f"--folder={tmp_path}"]) == 2
+    assert "HF_ENDPOINT is 'foo'; it must begin with http:// or https://" in capsys.readouterr().err
+
+
 def test_a_full_disk_gives_a_line_and_the_rest_stays(server, tmp_path, monkeypatch):
     write = hub._write
 
