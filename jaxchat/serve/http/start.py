@@ -10,6 +10,7 @@ import errno
 import gc
 import ipaddress
 import os
+import re
 import socket
 import sys
 import threading
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 DRAIN_SECONDS = 25.0  # Kubernetes kills 30 seconds after SIGTERM
 PROGRESS_SECONDS = 10.0  # between two lines of progress that is not on a terminal
 NOTICE = "finishing the answers under way; Ctrl-C again stops at once"
+# What browsers send as the Origin of a page; "null" is that of a page in a file.
+_ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://([^\s/?#@:\[\]]+|\[[0-9a-f:.]+\])(:\d+)?")
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -66,9 +69,10 @@ def serve(options: Options) -> int:
     """Serves a run's model, or only shows the run, until the process is asked to end. Returns the exit code.
 
     Raises:
-      UserError: an address that cannot be used; no such run, stage or step.
+      UserError: an address or origin that cannot be used; no such run, stage or step.
       Interrupted: asked to end, once the answers under way are finished.
     """
+    origins = tuple(_origin(given) for given in options.allow_origin)
     allow_many_connections()
     listener = listen(options.host, options.port)
     local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
@@ -78,7 +82,7 @@ def serve(options: Options) -> int:
         run_dir=options.run,
         key=key,
         hosts=LOCAL | {options.host.lower()} if local else None,
-        origins=options.allow_origin,
+        origins=origins,
     )
     web = Web(build_app(server), listener)
     try:
@@ -90,6 +94,16 @@ def serve(options: Options) -> int:
     finally:
         web.stop()
     raise RuntimeError("the HTTP server has ended by itself")
+
+
+def _origin(given: str) -> str:
+    """An origin as browsers send it, or `*` for all."""
+    origin = given.rstrip("/").lower()
+    check(
+        origin == "*" or _ORIGIN.fullmatch(origin) is not None,
+        f"--allow-origin is '{given}'; give scheme://host[:port], such as https://chat.example.com, or * for all sites",
+    )
+    return origin
 
 
 def _key(options: Options, local: bool) -> str | None:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from jaxchat.cli.main import main
+from jaxchat.serve.http import start
 from jaxchat.serve.http.start import listen
 from tests.serve.http.conftest import frames_of
 from tests.tiny import refusal
@@ -102,6 +103,8 @@ def test_a_run_is_watched_without_a_model(tmp_path):
         ("--run=x", {"JAXCHAT_API_KEY": "schlüssel"}, "JAXCHAT_API_KEY must be printable ASCII"),
         ("--run=x", {}, "there is no run directory x"),
         ("--run=x --host=nowhere.invalid", {}, "--host nowhere.invalid is not known here; write --host 127.0.0.1"),
+        ("--run=x --allow-origin=a.example", {}, "--allow-origin is 'a.example'; give scheme://host[:port]"),
+        ("--run=x --allow-origin=https://a.example/chat", {}, "--allow-origin is 'https://a.example/chat'; give"),
         ("--run=x --port=70000", {}, "--port is 70000; it must be at least 0 and at most 65,535"),
         ("--run=x --rows=0", {}, "--rows is 0; it must be at least 1"),
         ("", {}, "--run"),
@@ -114,6 +117,20 @@ def test_starts_that_are_refused(arguments, variables, expected, capsys, monkeyp
     code = main(["serve", *arguments.split(), *port])
     out, err = capsys.readouterr()
     assert out == "" and expected in refusal((code, out, err))
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("*", "*"),
+        ("null", "null"),
+        ("https://Chat.example.com/", "https://chat.example.com"),
+        ("http://127.0.0.1:3000", "http://127.0.0.1:3000"),
+        ("http://[::1]:3000", "http://[::1]:3000"),
+    ],
+)
+def test_origins_become_what_browsers_send(given, sent):
+    assert start._origin(given) == sent
 
 
 def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(capsys):
