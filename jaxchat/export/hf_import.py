@@ -107,7 +107,7 @@ def read_hf(source: Path, *, stage: str | None = None, tokenizer: Path | None = 
 
 
 def _about_eps(where: str, eps: float) -> tuple[str, ...]:
-    check(eps <= _LARGEST_EPS, f"{where}: rms_norm_eps is {eps:g}; jaxchat's norms add {NORM_EPS:g} alone")
+    check(0 <= eps <= _LARGEST_EPS, f"{where}: rms_norm_eps is {eps:g}; jaxchat's norms add {NORM_EPS:g} alone")
     if eps == NORM_EPS:
         return ()
     return (f"rms_norm_eps is {eps:g} there and {NORM_EPS:g} here, so logits are nearly, not exactly, the same",)

@@ -146,6 +146,7 @@ BAD = {
     "rope": (with_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type is 'yarn'"),
     "windows": (with_config(sliding_window=512), "has sliding_window, which jaxchat's model does not have"),
     "norm": (with_config(rms_norm_eps=1e-3), "rms_norm_eps is 0.001"),
+    "negative norm": (with_config(rms_norm_eps=-1e-6), "rms_norm_eps is -1e-06"),
     "quantized": (with_config(quantization_config={"bits": 4}), "has quantization_config"),
     "no config": (with_file("config.json", None), "has no config.json"),
     "files of nanochat": (
