@@ -35,10 +35,11 @@ def take(name: str | os.PathLike, held: contextlib.ExitStack, *, fresh: bool = F
         directory = Path(name).absolute()
         aside = Path(free_name(directory))
         directory.rename(aside)
-        done_once("--fresh")
         print(f"the earlier run is now {aside}")
         undo = _undo(directory, aside)
         held.enter_context(locked(name))
+    if fresh:  # also in a new directory: whoever resumes would set aside what this start has saved
+        done_once("--fresh")
     if undo is not None:  # not before the lock is held: what is there may be of another start
         held.push(undo)
 

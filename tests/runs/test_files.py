@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxchat import stopping
 from jaxchat.config import DataConfig, EvaluateConfig, Experiment
 from jaxchat.errors import UserError
 from jaxchat.runs.directory import RunDirectory
@@ -237,3 +238,12 @@ def test_a_folder_in_place_of_the_lock_is_named(tmp_path):
     (tmp_path / ".lock").mkdir()
     with pytest.raises(UserError, match=r"\.lock is a folder, .*; move it aside"), locked(tmp_path):
         pass
+
+
+def test_a_start_with_fresh_is_resumed_without_it_also_in_a_new_directory(tmp_path):
+    with stopping.resuming(True), contextlib.ExitStack() as held:
+        take(tmp_path / "run", held, fresh=True)
+        assert stopping.same_command() == "the same command without --fresh"
+    with stopping.resuming(True), contextlib.ExitStack() as held:
+        take(tmp_path / "run", held)
+        assert stopping.same_command() == "the same command"
