@@ -29,6 +29,7 @@ from jaxchat.config import CheckpointConfig
 from jaxchat.devices.processes import exchange, on_process_zero
 from jaxchat.errors import UserError, check
 from jaxchat.runs.files import Damaged, Object, read_json
+from jaxchat.runs.records import IMPORT_AGAIN, RECORD, came_by_import
 from jaxchat.storage import first_line, is_remote, reason, storage_errors, to_path
 
 SCORES = "worths.json"
@@ -277,7 +278,7 @@ class Checkpoints:
 
     def _existing(self, step: int | None) -> int:
         steps = self.steps()
-        check(bool(steps), f"there is no checkpoint in {self.directory}; train again with {self._redo}")
+        check(bool(steps), f"there is no checkpoint in {self.directory}; {self._again()}")
         listed = ", ".join(map(str, steps))
         check(
             step is None or step in steps,
@@ -291,16 +292,21 @@ class Checkpoints:
         if damage is None:
             return
         good = next((s for s in reversed(self.steps()) if s != step and not find_damage(self._folder(s), items)), None)
-        advice = "choose another --run-dir" if is_remote(self.directory) else f"train again with {self._redo}"
+        advice = "choose another --run-dir" if is_remote(self.directory) else self._again()
         if good is not None:
             record = self.directory.parent / "stage.json"
             both = f"delete it and {record}" if record.exists() else "delete that folder"
             advice = f"{both} to resume from step {good}, or {advice}"
         raise UserError(f"checkpoint {self._folder(step)} is damaged ({damage}); {advice}")
 
-    @property
-    def _redo(self) -> str:
-        return f"--redo={self.directory.parent.name}"  # RUN/STAGE/checkpoints
+    def _again(self) -> str:
+        """The remedy that makes the checkpoints anew."""
+        stage = self.directory.parent  # RUN/STAGE/checkpoints
+        try:
+            record = read_json(stage / "stage.json", RECORD, "") or {}
+        except UserError:
+            record = {}
+        return IMPORT_AGAIN if came_by_import(record) else f"train again with --redo={stage.name}"
 
     def _verify_types(self, step: int, abstract_tree: dict[str, Any]) -> None:
         """Raises a UserError, about a parameter first, unless the checkpoint has just these arrays."""
@@ -312,7 +318,7 @@ class Checkpoints:
             check(
                 there == here,
                 f"checkpoint {self._folder(step)} was saved with other settings: {name} is {there} there and {here} "
-                f"here; use the settings it was saved with, or train again with {self._redo}",
+                f"here; use the settings it was saved with, or {self._again()}",
             )
 
 

@@ -17,7 +17,8 @@ from jaxchat.model.gpt import Params, abstract_params
 from jaxchat.model.parameters import abstract_on
 from jaxchat.ops.compute import compute_dtype
 from jaxchat.runs.directory import EARLIER, TRAINED, RunDirectory
-from jaxchat.runs.files import Damaged, read_bytes
+from jaxchat.runs.files import read_bytes
+from jaxchat.runs.records import IMPORT_AGAIN, came_by_import
 from jaxchat.storage import is_folder
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
 from jaxchat.tokenizer.base import FILE_NAME
@@ -91,20 +92,23 @@ def load_tokenizer_of(directory: RunDirectory) -> BaseTokenizer:
     Raises:
       UserError: it is missing, damaged, or of another size than the run's own.
     """
-    again = "the same launch.py command makes it again, from the same text"
-    mended = f"delete the folder {directory.tokenizer}: {again}"
+    record = directory.read_record("tokenizer") or {}
+    file, folder = directory.tokenizer / FILE_NAME, directory.tokenizer
+    if came_by_import(record):
+        again = mended = IMPORT_AGAIN
+    else:
+        again = "the same launch.py command makes it again, from the same text"
+        mended = f"delete the folder {folder}: {again}"
+    read_bytes(file, mended)  # which tells a file that cannot be read from one that is damaged
     try:
-        read_bytes(directory.tokenizer / FILE_NAME, mended)
-        tokenizer = load_tokenizer(directory.tokenizer)
-    except Damaged:
-        raise
+        tokenizer = load_tokenizer(folder)
     except UserError as error:
-        remedy = mended if directory.tokenizer.exists() else again
+        remedy = mended if folder.exists() else again
         raise UserError(f"{str(error).rpartition('; ')[0] or error}; {remedy}") from None
-    size = ((directory.read_record("tokenizer") or {}).get("metrics") or {}).get("vocab_size")
+    size = (record.get("metrics") or {}).get("vocab_size")
     check(
         size in (None, tokenizer.vocab_size),
-        f"{directory.tokenizer / FILE_NAME} has {tokenizer.vocab_size:,} ids and the run's own tokenizer has {size}: "
+        f"{file} has {tokenizer.vocab_size:,} ids and the run's own tokenizer has {size}: "
         "it is that of another run; put the run's own file back",
     )
     return tokenizer

@@ -52,6 +52,13 @@ BEGUN = Object(
     optional={"step": Object({"device_rows": int, "remat": str, "devices": Object()})},
 )
 
+IMPORT_AGAIN = "import the model again, to a new --run"  # the remedy for what no stage has made
+
+
+def came_by_import(record: dict[str, Any]) -> bool:
+    """Whether `jaxchat import` has made what a stage.json is about, rather than a stage or --init-from."""
+    return "imported" in record and "run" not in record["imported"]
+
 
 def result_step(record: dict[str, Any]) -> int:
     """The step whose checkpoint is the stage's result, from its stage.json; before there was a choice, the last."""

@@ -338,6 +338,23 @@ def test_without_a_good_step_the_remedy_is_to_train_the_stage_again(checkpoints,
         Checkpoints(checkpoints.directory).restore_params(state()["params"])
 
 
+def test_what_was_imported_is_imported_again(checkpoints):
+    record = checkpoints.directory.parent / "stage.json"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text('{"imported": {"from": "hf", "file": "/model"}}')
+    again = "; import the model again, to a new --run$"
+    with pytest.raises(UserError, match=f"there is no checkpoint in .*{again}"):
+        checkpoints.restore(state())
+    checkpoints.save(20, state(), data={}, meta={})
+    checkpoints.close()
+    truncate(checkpoints.directory / "20" / "params")
+    with pytest.raises(UserError, match=f"/20 is damaged .*{again}"):
+        Checkpoints(checkpoints.directory).restore(state())
+    record.write_text("{")
+    with pytest.raises(UserError, match=r"/20 is damaged .*; train again with --redo="):
+        Checkpoints(checkpoints.directory).restore(state())
+
+
 def test_random_damage_never_gives_another_state(checkpoints, capsys):
     """Any file: a bit flipped, the end cut off, or deleted. JAXCHAT_DAMAGES sets how many times."""
     good = {step: state(seed=step, step=step) for step in (10, 20)}
