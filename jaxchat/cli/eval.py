@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxchat.cli.answering import add_answering_model
@@ -268,6 +269,16 @@ def _data(experiment: Experiment, folder: str | None) -> DataConfig:
     return dataclasses.replace(experiment.data, path=folder)
 
 
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Leaves out of messages about bad data the option to skip it, which the commands that train have."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).partition("; --data.on-bad=skip")[0]) from None
+
+
+@_refusing()
 def _texts(paths: Sequence[str] | None, data: DataConfig, directory: RunDirectory, say: Say) -> list[GivenFile]:
     """The text to measure: what the user names, or the run's validation text."""
     if paths is None:
@@ -305,6 +316,7 @@ def _bundle(named: str, data: DataConfig) -> Bundle:
     return load_bundle(found)
 
 
+@_refusing()
 def _load(
     entries: Entries, data: DataConfig, directory: RunDirectory, experiment: Experiment, say: Say, *, given: bool
 ) -> list[tuple[Task, int | None]]:

@@ -260,6 +260,18 @@ def test_a_run_without_data(run, tmp_path):
     assert code == 0, err
 
 
+def test_bad_data_is_named_without_an_option_of_training(run, tmp_path):
+    (tmp_path / "eval" / "gsm8k").mkdir(parents=True)
+    (tmp_path / "eval" / "gsm8k" / "test.jsonl").write_text('{"question"\n')
+    bad = refusal(evaluate("--run", run, "--tasks", "gsm8k", "--data", tmp_path))
+    assert "test.jsonl:1: " in bad and "on-bad" not in bad
+    (tmp_path / "pretrain").mkdir()
+    for number in range(2):
+        (tmp_path / "pretrain" / f"shard_0000{number}.parquet").write_text("no parquet")
+    bad = refusal(evaluate("--run", run, "--text", "--data", tmp_path))
+    assert ".parquet is not a parquet file" in bad and "on-bad" not in bad
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
