@@ -142,15 +142,25 @@ class RunDirectory:
             if there:
                 if self._has_config():
                     self._complete_records(self.read_config(), redo)
-                self.check(experiment, redo=redo, say=say)
+                self.check(experiment, redo=redo, trains=not keep_config, say=say)
             self.path.mkdir(parents=True, exist_ok=True)
             if not (redo and there) and not (keep_config and self.finished("tokenizer")):
                 write_json(self.config_file, dataclasses.asdict(experiment))
         except OSError as error:
             raise UserError(f"{self} cannot be created ({reason(error)}); choose another --run-dir") from None
 
-    def check(self, experiment: Experiment, *, redo: Collection[str] = (), say: Say = lambda line: None) -> None:
+    def check(
+        self,
+        experiment: Experiment,
+        *,
+        redo: Collection[str] = (),
+        trains: bool = True,
+        say: Say = lambda line: None,
+    ) -> None:
         """Checks that `experiment` can go on with what is in the directory, if anything is; writes nothing.
+
+        Args:
+          trains: whether the command has --redo and --fresh, so that messages may name them.
 
         Raises:
           UserError: as `open`.
@@ -161,18 +171,18 @@ class RunDirectory:
         check(
             before is None or before.name == experiment.name,
             f"{self} is a run of experiment {before and before.name!r}, not {experiment.name!r}; choose another "
-            "--run-dir, or start over with --fresh",
+            f"--run-dir{', or start over with --fresh' if trains else ''}",
         )
         again = self.following(redo)
         for stage in STAGES:
             if stage not in again and self.made(stage):
-                self._check_same(stage, self.config_of(stage) or before, experiment, say)
+                self._check_same(stage, self.config_of(stage) or before, experiment, trains, say)
 
     def _has_config(self) -> bool:
         """Whether config.json is there, or must be, since no stage has recorded its settings."""
         return self.config_file.exists() or not any(self.begun(stage) for stage in STAGES)
 
-    def _check_same(self, stage: str, before: Experiment | None, now: Experiment, say: Say) -> None:
+    def _check_same(self, stage: str, before: Experiment | None, now: Experiment, trains: bool, say: Say) -> None:
         """Raises a UserError if settings that have decided what `stage` made differ from those of `now`."""
         if before is None:
             return
@@ -183,10 +193,10 @@ class RunDirectory:
         # What only one of them has comes last: another setting, which is the one to name, has mostly brought it in.
         for name in sorted({**new, **old}, key=lambda name: (name in old) != (name in new)):
             if old.get(name) != new.get(name):
+                again = f", do the stage again with --redo={stage}," if trains else ""
                 raise UserError(
                     f"{self}: {stage} was {'made' if finished else 'begun'} with {name} {shown(old.get(name))}, not "
-                    f"{shown(new.get(name))}; leave it at that, do the stage again with --redo={stage}, or choose "
-                    "another --run-dir"
+                    f"{shown(new.get(name))}; leave it at that{again} or choose another --run-dir"
                 )
         if stage in ("tokenizer", "pretrain") and before.data.folder != now.data.folder:
             say(f"data      {stage} was {'made' if finished else 'begun'} from {before.data.folder}")

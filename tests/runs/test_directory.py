@@ -160,6 +160,14 @@ class TestOpening:
         directory.open(EXPERIMENT, keep_config=True)
         assert json.loads(directory.config_file.read_text())["on_nan"] == "skip"
 
+    def test_a_tool_is_refused_without_the_options_of_training(self, directory):
+        directory.open(EXPERIMENT)
+        directory.write_record("pretrain", {"stage": "pretrain"})
+        for other in (changed(seed=5), changed(name="another")):
+            with pytest.raises(UserError, match="another --run-dir") as error:
+                directory.open(other, keep_config=True)
+            assert "--redo" not in str(error.value) and "--fresh" not in str(error.value)
+
 
 def make(directory, *stages, experiment=EXPERIMENT, **facts):
     """Makes stages one after another, each of the one before."""
