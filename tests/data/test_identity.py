@@ -1,6 +1,7 @@
 """The identity: what its file may look like, what is refused, and that no test question is ever trained on."""
 
 import dataclasses
+import os
 import string
 import unicodedata
 from typing import Literal
@@ -107,6 +108,17 @@ def test_files_that_cannot_be_read(tmp_path):
         with pytest.raises(UserError, match="--identity") as error:
             read_identity(str(tmp_path / name))
         assert message in str(error.value)
+    with pytest.raises(UserError, match="--identity: /dev/null is not an ordinary file; name a text file"):
+        read_identity("/dev/null")
+
+
+def test_a_pipe_is_read():
+    """As bash gives for `--identity=<(...)`."""
+    read, write = os.pipe()
+    os.write(write, b"name: Bo\n")
+    os.close(write)
+    assert read_identity(f"/dev/fd/{read}") == "name: Bo"
+    os.close(read)
 
 
 @given(st.text())

@@ -15,6 +15,7 @@ import os
 import re
 import unicodedata
 from dataclasses import dataclass
+from pathlib import Path
 
 from jaxchat.data.identity.wordings import ENGLISH, LANGUAGES, NONE, Wordings
 from jaxchat.errors import UserError, check, closest
@@ -68,9 +69,11 @@ def read_identity(path: str) -> str:
       UserError: there is no such file, it is not such text, or as `parse_identity`; the message names file and line.
     """
     file = to_path(path if is_remote(path) else os.path.expanduser(path))
-    if not file.is_file():
+    if not file.is_file() and not (isinstance(file, Path) and file.is_fifo()):  # a shell's <(...) is a pipe
         near = [other.name for other in file.parent.iterdir()] if file.parent.is_dir() else []
-        what = "is a folder; name a file in it" if file.is_dir() else f"does not exist{closest(file.name, near)}"
+        what = f"does not exist{closest(file.name, near)}"
+        if file.exists():
+            what = "is a folder; name a file in it" if file.is_dir() else "is not an ordinary file; name a text file"
         raise UserError(f"--identity: {path} {what}".removesuffix("."))
     try:
         text = file.read_bytes().decode("utf-8-sig")
