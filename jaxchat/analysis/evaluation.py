@@ -7,9 +7,10 @@
     FOLDER/core/SETTINGS/        all decisions of CORE
     FOLDER/text.jsonl            all documents whose bits per byte were measured
 
-A figure that is there already is kept if it was made with the same settings; everything is written as soon as it is
-known, so that a command that was stopped goes on where it was. Several processes measure together; process 0 alone
-reads and writes the folder, and shows how far they are.
+What is there already of tasks and CORE is kept if it was made with the same settings; texts, whose files may have
+changed, are measured anew. Everything is written as soon as it is known, so that a command that was stopped goes on
+where it was. Several processes measure together; process 0 alone reads and writes the folder, and shows how far they
+are.
 """
 
 from __future__ import annotations

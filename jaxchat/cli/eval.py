@@ -36,7 +36,8 @@ def add_command(commands: Any) -> None:
         "CORE; measures the bits per byte of texts, by document and by file. Without --tasks, --core and --text it "
         "measures what the run's evaluate stage measures for this stage. Prints tables, and keeps in a folder all "
         "answers, the figures (report.json, report.md), and answers.html, a page to read answers and failures in. "
-        "Started again, it measures only what is not there yet. Several processes share the work.",
+        "Started again, it keeps the tasks and CORE that are there, and measures texts anew. Several "
+        "processes share the work.",
     )
     add = parser.add_argument
     add_answering_model(add)

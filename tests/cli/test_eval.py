@@ -236,8 +236,10 @@ def test_one_that_was_stopped_goes_on_in_the_same_folder(run, tmp_path):
     (tmp_path / "out" / "text.jsonl").unlink()
     code, out, err = evaluate("--run", run, "--text", path, "--out", tmp_path / "out")  # its page has no answers
     assert code == 0 and "| sums | " in out
+    path.write_text('{"text": "Two."}\n')
     code, out, err = evaluate(*command)
     assert code == 0 and "asked before" not in err
+    assert [line["beginning"] for line in lines(tmp_path / "out" / "text.jsonl")] == ["Two."]
 
 
 def test_a_damaged_report_is_named(run, tmp_path):
