@@ -59,6 +59,10 @@ def _rollouts(arguments: argparse.Namespace) -> int:
             index = read_index(file, functools.partial(line.show_progress, "reading"))
         finally:
             line.close()
+        check(
+            bool(index.steps) or not index.damaged,
+            f"{source} is damaged: none of its lines can be read; do the stage again with launch.py --redo=rl",
+        )
         check(bool(index.steps), f"{source} has no answers yet; wait for the first step of rl")
         steps = chosen_steps(index, arguments.steps)
         html = rollouts_page(arguments.run, file, index, steps)

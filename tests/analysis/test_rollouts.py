@@ -117,6 +117,8 @@ def test_what_cannot_be_shown(tmp_path):
     assert refusal(rollouts("--run", run, "--out", file)) == f"{file} is a file; choose another --out"
     file.write_bytes(b'{"step": 0, "ta')
     assert refusal(rollouts("--run", run)) == f"{file} has no answers yet; wait for the first step of rl"
+    file.write_bytes(b"no JSON\n\xff\n")
+    assert refusal(rollouts("--run", run)).startswith(f"{file} is damaged: none of its lines can be read; ")
     file.unlink()
     assert "has no rl/rollouts.jsonl: the stage rl writes it" in refusal(rollouts("--run", run))
 
