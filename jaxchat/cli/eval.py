@@ -120,10 +120,9 @@ def _eval(arguments: argparse.Namespace) -> int:
         check_place(arguments.out, "--out")
     cluster = cluster_of(arguments, alone_if_unsure=True)
     from jaxchat.runs.directory import RunDirectory  # slow to import, as what follows
-    from jaxchat.storage import is_folder
 
     directory = RunDirectory(arguments.run)
-    check(is_folder(directory.path), f"there is no run directory {arguments.run}; give --run the folder of a run")
+    directory.check_there(arguments.run, "give --run the folder of a run")
     experiment = directory.read_config()
     data = _data(experiment, arguments.data)
 

@@ -44,10 +44,10 @@ def _rollouts(arguments: argparse.Namespace) -> int:
     from jaxchat.runs.directory import RunDirectory
     from jaxchat.runs.files import write_bytes
     from jaxchat.runs.progress import LiveLine
-    from jaxchat.storage import is_folder, to_path
+    from jaxchat.storage import to_path
 
     directory = RunDirectory(arguments.run)
-    check(is_folder(directory.path), f"there is no run directory {arguments.run}; give --run the folder of a run")
+    directory.check_there(arguments.run, "give --run the folder of a run")
     source = directory.rollouts
     check(
         source.exists(),

@@ -19,7 +19,6 @@ from jaxchat.ops.compute import compute_dtype
 from jaxchat.runs.directory import EARLIER, TRAINED, RunDirectory
 from jaxchat.runs.files import read_bytes
 from jaxchat.runs.records import IMPORT_AGAIN, came_by_import
-from jaxchat.storage import is_folder
 from jaxchat.tokenizer import BaseTokenizer, load_tokenizer
 from jaxchat.tokenizer.base import FILE_NAME
 
@@ -55,9 +54,7 @@ def load_model(
         Or the run's tokenizer is not the one whose ids the model has learned.
     """
     directory = RunDirectory(run_dir)
-    check(
-        is_folder(directory.path), f"there is no run directory {run_dir}; train one with launch.py --run-dir {run_dir}"
-    )
+    directory.check_there(run_dir, f"train one with launch.py --run-dir {run_dir}")
     experiment = directory.read_config()
     stage = str(on_process_zero(lambda: _finished_stage(directory, run_dir, stage)))
     experiment = directory.config_of(stage) or experiment

@@ -31,7 +31,7 @@ from jaxchat.runs.deciding import deciding, shown
 from jaxchat.runs.files import LOCK, Object, damaged, free_name, read_bytes, read_json, write_json
 from jaxchat.runs.records import BEGUN, RECORD, result_step
 from jaxchat.stopping import done_once
-from jaxchat.storage import is_remote, reason, storage_errors, to_path
+from jaxchat.storage import is_folder, is_remote, reason, storage_errors, to_path
 
 Say = Callable[[str], None]
 _ID = 12  # characters
@@ -93,7 +93,7 @@ class RunDirectory:
         if config is None and "delete" in remedy:
             raise UserError(f"{self.config_file} is missing; the same launch.py command writes it again")
         if config is None:
-            raise UserError(f"{self} is not a run: it has no config.json")
+            raise UserError(f"{self} is not a run: it has no config.json; name the folder of a run, as launch.py makes")
         return self._experiment(self.config_file, config, remedy)
 
     def _experiment(self, path: epath.Path, config: dict[str, Any], remedy: str) -> Experiment:
@@ -101,6 +101,16 @@ class RunDirectory:
             return build(config)
         except (UserError, ValueError, TypeError, AttributeError) as error:
             raise damaged(path, str(error), remedy) from None
+
+    def check_there(self, name: epath.PathLike, remedy: str) -> None:
+        """Checks that the directory, which the user calls `name`, exists.
+
+        Raises:
+          UserError: nothing is there, or a file; or as `is_folder`.
+        """
+        if not is_folder(self.path):
+            check(not self.path.exists(), f"{name} is a file, not a run directory; name the folder of a run")
+            raise UserError(f"there is no run directory {name}; {remedy}")
 
     def is_run(self) -> bool:
         """Whether the directory holds a run; False if there is none, or it is empty.

@@ -43,7 +43,9 @@ def find_start(name: epath.PathLike) -> StartingModel:
       UserError: it is none, or has no model yet.
     """
     run = RunDirectory(to_run_directory(name))
-    check(is_folder(run.path), f"{OPTION}: there is no run directory {name}")
+    there = is_folder(run.path)
+    check(there or not run.path.exists(), f"{OPTION}: {name} is a file; name the folder of a run")
+    check(there, f"{OPTION}: there is no run directory {name}")
     files = [path.name for path in run.path.iterdir()]
     form = "hf" if any(file.endswith(".safetensors") for file in files) else "nanochat"
     foreign = any(file.endswith((".safetensors", ".pt")) for file in files)

@@ -135,6 +135,7 @@ def bad(imported, data):
     return [
         ([mine], "finetune starts from a model: name its run with --init-from=RUN"),
         ([mine, f"--init-from={data}/absent"], "there is no run directory"),
+        ([mine, f"--init-from={imported / 'config.json'}"], "config.json is a file; name the folder of a run"),
         ([mine, f"--init-from={imported.parent / 'source'}"], "jaxchat import --from nanochat"),
         ([mine, f"--init-from={data / 'mine'}"], "is not a run: it has no config.json"),
         ([start_from], "give a folder with --data=DIR, or name a file of conversations with --sft.mixture=FILE.jsonl"),
@@ -145,7 +146,7 @@ def bad(imported, data):
     ]
 
 
-@pytest.mark.parametrize("which", range(9))
+@pytest.mark.parametrize("which", range(10))
 def test_what_cannot_be_fine_tuned_is_a_line(which, imported, data, tmp_path):
     arguments, what = bad(imported, data)[which]
     assert what in refusal(start(tmp_path / "run", *arguments))

@@ -113,9 +113,16 @@ def test_damage_is_named_with_its_remedy(directory, text):
 
 
 def test_a_folder_without_a_config_is_not_a_run(tmp_path):
-    with pytest.raises(UserError, match="is not a run: it has no config.json"):
+    with pytest.raises(UserError, match="is not a run: it has no config.json; name the folder of a run"):
         RunDirectory(tmp_path).read_config()
     (tmp_path / "thesis.txt").write_text("mine")
+    for name, message in {
+        "thesis.txt": "thesis.txt is a file, not a run directory",
+        "none": "no run directory",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            RunDirectory(tmp_path / name).check_there(name, "give --run the folder of a run")
+    RunDirectory(tmp_path).check_there("run", "give --run the folder of a run")
     with pytest.raises(UserError, match="is not empty and not a run of jaxchat"):
         RunDirectory(tmp_path).open(EXPERIMENT)
     with pytest.raises(UserError, match=r"cannot be created \(Not a directory\); choose another --run-dir"):
