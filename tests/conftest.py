@@ -14,6 +14,7 @@ os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # else it queries Goo
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 import tests.typechecker  # noqa: E402, F401  (the hook finds it by name)
@@ -23,6 +24,9 @@ import tests.typechecker  # noqa: E402, F401  (the hook finds it by name)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# How long a machine with much else to do takes to draw an example, or to run one, tells nothing.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 jax.config.update("jax_num_cpu_devices", 4)
 if os.environ["JAX_PLATFORMS"] != "cpu":  # tests/model also runs on a GPU, which else multiplies fp32 in TF32
     jax.config.update("jax_default_matmul_precision", "highest")
