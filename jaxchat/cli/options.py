@@ -15,7 +15,7 @@ import tyro
 
 from jaxchat.cli.experiments import experiment_names, load_experiment
 from jaxchat.cli.parser import refuse_long_dash, shorten
-from jaxchat.config import Experiment, Impossible, declared, describe, shown
+from jaxchat.config import LENGTHS, Experiment, Impossible, declared, describe, shown
 from jaxchat.errors import UserError, check, closest
 
 DEFAULT = "auto"  # the experiment for a folder of text
@@ -26,12 +26,6 @@ INSTEAD = {
     "--model.border-token": "follows from the tokenizer; write --data.mask-borders",
     "--rl.batch-tokens": "follows from the answers that a step samples; write --rl.questions-per-step and "
     "--rl.samples-per-question",
-}
-# Fields that say how long a stage is: each counts only where those before it are None.
-LENGTHS = {
-    "pretrain": ("num_iterations", "target_flops", "tokens_per_param"),
-    "midtrain": ("num_iterations", "epochs"),
-    "sft": ("num_iterations", "epochs"),
 }
 
 

@@ -24,6 +24,7 @@ from jaxchat.config.ranges import (
 )
 from jaxchat.config.run import CheckpointConfig, CostConfig, LoggingConfig
 from jaxchat.config.stages import (
+    LENGTHS,
     TRAINED,
     EvaluateConfig,
     FinetuneConfig,
@@ -34,9 +35,9 @@ from jaxchat.config.stages import (
 )
 
 __all__ = [
-    "LARGEST_HEAD", "MIN_VOCAB", "NUM_BYTES", "STAGES", "TRAINED", "WIDTH_PER_LAYER", "CheckpointConfig", "CostConfig",
-    "DataConfig", "EvaluateConfig", "Experiment", "FinetuneConfig", "Impossible", "LoggingConfig", "MeshConfig",
-    "ModelConfig", "OptimizerConfig", "PhasesConfig", "PretrainConfig", "RLConfig", "Range", "ScheduleConfig",
-    "Section", "SupervisedConfig", "TokenizerConfig", "TrainConfig", "checked_path", "declared", "declared_range",
-    "describe", "head_count", "model_width", "shown",
+    "LARGEST_HEAD", "LENGTHS", "MIN_VOCAB", "NUM_BYTES", "STAGES", "TRAINED", "WIDTH_PER_LAYER", "CheckpointConfig",
+    "CostConfig", "DataConfig", "EvaluateConfig", "Experiment", "FinetuneConfig", "Impossible", "LoggingConfig",
+    "MeshConfig", "ModelConfig", "OptimizerConfig", "PhasesConfig", "PretrainConfig", "RLConfig", "Range",
+    "ScheduleConfig", "Section", "SupervisedConfig", "TokenizerConfig", "TrainConfig", "checked_path", "declared",
+    "declared_range", "describe", "head_count", "model_width", "shown",
 ]  # fmt: skip

@@ -13,6 +13,13 @@ from jaxchat.config.ranges import Range, Section, UserPath, shown
 from jaxchat.errors import closest
 
 TRAINED = ("pretrain", "midtrain", "sft", "rl")  # the stages that leave parameters, in order
+# The fields that say how long a stage is: each counts only where those before it are None.
+LENGTHS = {
+    "pretrain": ("num_iterations", "target_flops", "tokens_per_param"),
+    "midtrain": ("num_iterations", "epochs"),
+    "sft": ("num_iterations", "epochs"),
+    "rl": ("num_iterations",),
+}
 MOST_ANSWERS = 1 << 20
 BY_SIGNAL = "signal"  # in place of weights
 _RUNS_PROGRAMS = re.compile(r"((nanochat_)?humaneval|(unseen_)?programs_\d)(:.*)?")

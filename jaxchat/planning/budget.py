@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import Experiment
+from jaxchat.config import LENGTHS, Experiment
 from jaxchat.config.amount import Amount
 from jaxchat.devices.mesh import data_shards, make_mesh
 from jaxchat.devices.processes import on_process_zero
@@ -28,13 +28,6 @@ from jaxchat.stages.workspace import Workspace, planned_model
 from jaxchat.train.budget import flops_per_token
 from jaxchat.train.horizon import UNKNOWN
 
-# What the user may set of a stage to say how long it is; the budget leaves it alone then.
-LENGTHS = {
-    "pretrain": ("num_iterations", "target_flops", "tokens_per_param"),
-    "midtrain": ("num_iterations", "epochs"),
-    "sft": ("num_iterations", "epochs"),
-    "rl": ("num_iterations",),
-}
 STEPS_OF = 0.85  # of a training stage's time; the rest goes to compiling, evaluations, samples and saves
 MEASURED = 0.01  # of the budget, that measuring may take after the first step
 MEASURED_STEPS = 8

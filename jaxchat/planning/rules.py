@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Collection
 
-from jaxchat.config import Experiment
+from jaxchat.config import LENGTHS, Experiment
 from jaxchat.recipes import (
     RATES,
     REFERENCE_BATCH,
@@ -30,7 +30,7 @@ BATCH_EXPONENT = 0.383
 # the reference has this exponent.
 SHORT_BATCH_EXPONENT = 0.77
 LEAST_BATCH = 1 << 15  # tokens: none smaller was best
-LENGTHS = ("pretrain.num_iterations", "pretrain.target_flops", "pretrain.tokens_per_param")
+OF_PRETRAINING = {f"pretrain.{name}" for name in LENGTHS["pretrain"]}
 
 
 def best_batch(tokens: float) -> int:
@@ -60,7 +60,7 @@ def follow_rules(experiment: Experiment, given: Collection[str] = ()) -> Experim
         return experiment
     vocab_size, pretrain = experiment.tokenizer.vocab_size, experiment.pretrain
     horizon = relative_horizon(experiment.model, vocab_size)
-    whole = set(LENGTHS).isdisjoint(given)
+    whole = OF_PRETRAINING.isdisjoint(given)
     tokens = pretrain.tokens_per_matrix_param * counted_parameters(experiment.model, vocab_size)
     if not whole and "pretrain.num_iterations" not in given:
         pretrain = dataclasses.replace(pretrain, num_iterations=None)  # the experiment's own

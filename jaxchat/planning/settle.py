@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from jaxchat.config import Experiment, Impossible
+from jaxchat.config import LENGTHS, Experiment, Impossible
 from jaxchat.devices.processes import on_process_zero
 from jaxchat.errors import UserError
 from jaxchat.planning.known_text import find_amount
@@ -25,7 +25,7 @@ SIZES = {
     "batch_tokens": "pretrain.batch_tokens",
     "steps": "pretrain.num_iterations",
 }
-LENGTHS = ("pretrain.num_iterations", "pretrain.target_flops", "pretrain.tokens_per_param")
+OF_PRETRAINING = {f"pretrain.{name}" for name in LENGTHS["pretrain"]}
 # What follows from them; all together are what a run that has begun keeps to.
 FOLLOWING = (
     "pretrain.eval_every", "pretrain.eval_tokens", "pretrain.sample_every", "pretrain.save_every",
@@ -50,8 +50,8 @@ def keep_sizes(experiment: Experiment, begun: RunDirectory, given: Collection[st
     if not begun.config_file.exists():
         return experiment
     before, taken = begun.read_config(), set(given)
-    if not taken.isdisjoint(LENGTHS):
-        taken.update(LENGTHS)
+    if not taken.isdisjoint(OF_PRETRAINING):
+        taken.update(OF_PRETRAINING)
     names = [name for name in (*SIZES.values(), *FOLLOWING) if name not in taken]
     return replace_fields(experiment, {name: _value(before, name) for name in names})
 
@@ -140,7 +140,7 @@ def changes_of(
 ) -> dict[str, Any]:
     """The fields of `experiment` that a proposal replaces, with their values."""
     fields: dict[str, Any] = {field: getattr(proposal, name) for name, field in SIZES.items()}
-    if not set(LENGTHS).isdisjoint(given):
+    if not OF_PRETRAINING.isdisjoint(given):
         del fields["pretrain.num_iterations"]
     batch, steps = proposal.batch_tokens, proposal.steps
     # Ten evaluations of a fiftieth of the training each, forward only, cost about 7 % of its time.
